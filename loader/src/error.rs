@@ -1,0 +1,189 @@
+//! One opaque error: what kind of failure, what was expected and found, and where in the data it happened.
+//!
+//! Messages are lower case without a full stop and name the remedy where one is known. The location is kept apart
+//! from the message so that callers can act on it and every rendering shows it the same way.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Result of every fallible call of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, coarse enough to choose an exception type or an exit code by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A setting, an argument or an environment variable has an unusable value.
+    Config,
+    /// No shard was found, or a file does not exist.
+    NotFound,
+    /// The operating system failed to open, map or read a file.
+    Io,
+    /// A file's content is damaged, of an unsupported type, or not what its own metadata announced.
+    Data,
+    /// A file is no longer the one that was opened.
+    Changed,
+    /// A saved state belongs to another corpus or to other content settings.
+    State,
+    /// The loader was closed, or its process was forked.
+    Closed,
+    /// A defect of this crate, such as a panic in a worker.
+    Internal,
+}
+
+/// Place in the data: a shard, and what is known of the place inside it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Location {
+    /// The shard's path.
+    pub path: PathBuf,
+    /// Block of the shard, counted from 0.
+    pub block: Option<u64>,
+    /// Row of the shard, counted from 0.
+    pub row: Option<u64>,
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}`", self.path.display())?;
+        if let Some(block) = self.block {
+            write!(f, ", block {block}")?;
+        }
+        if let Some(row) = self.row {
+            write!(f, ", row {row}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Why an operation failed, and where.
+#[derive(Clone, Debug)]
+pub struct Error(Box<Inner>);
+
+#[derive(Clone, Debug)]
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    location: Option<Location>,
+    // `Arc` keeps the error cloneable: one failed block can fail several batches.
+    source: Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// An error of `kind` that says `message`.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner { kind, message: message.into(), location: None, source: None }))
+    }
+
+    /// An unusable setting.
+    pub fn config(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Config, message)
+    }
+
+    /// Damaged or unsupported content.
+    pub fn data(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Data, message)
+    }
+
+    /// A failed call to the operating system.
+    pub fn io(message: impl Into<String>, source: std::io::Error) -> Self {
+        let kind = if source.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
+        Self::new(kind, message).with_source(source)
+    }
+
+    /// Several faults found together, listed one per line; the kind is that of the first.
+    ///
+    /// # Panics
+    /// When `errors` is empty.
+    pub fn all(mut errors: Vec<Self>) -> Self {
+        assert!(!errors.is_empty(), "a list of faults has at least one");
+        if errors.len() == 1 {
+            return errors.remove(0);
+        }
+        let kind = errors[0].kind();
+        let mut message = format!("{} faults found:", errors.len());
+        for error in &errors {
+            message.push_str("\n  - ");
+            message.push_str(&error.report());
+        }
+        Self::new(kind, message)
+    }
+
+    /// The same error at `path`, unless it has a place already.
+    #[must_use]
+    pub fn at(mut self, path: &Path) -> Self {
+        if self.0.location.is_none() {
+            self.0.location = Some(Location { path: path.to_owned(), ..Location::default() });
+        }
+        self
+    }
+
+    /// The same error in block `block` of its shard.
+    #[must_use]
+    pub fn in_block(mut self, block: u64) -> Self {
+        if let Some(location) = &mut self.0.location {
+            location.block.get_or_insert(block);
+        }
+        self
+    }
+
+    /// The same error at row `row` of its shard.
+    #[must_use]
+    pub fn at_row(mut self, row: u64) -> Self {
+        if let Some(location) = &mut self.0.location {
+            location.row.get_or_insert(row);
+        }
+        self
+    }
+
+    /// The same error with the lower-level cause that led to it.
+    #[must_use]
+    pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        self.0.source = Some(std::sync::Arc::new(source));
+        self
+    }
+
+    /// The same error with `text` before its message.
+    #[must_use]
+    pub fn context(mut self, text: impl fmt::Display) -> Self {
+        self.0.message = format!("{text}: {}", self.0.message);
+        self
+    }
+
+    /// What kind of failure this is.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// Where in the data it happened, if it has a place there.
+    pub fn location(&self) -> Option<&Location> {
+        self.0.location.as_ref()
+    }
+
+    /// The message, its place and every cause, on one line.
+    pub fn report(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)?;
+        match &self.0.location {
+            Some(location) => write!(f, " ({location})"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_ref().map(|source| source.as_ref() as _)
+    }
+}

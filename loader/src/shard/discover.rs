@@ -1,0 +1,1 @@
+//! Finds the shards that paths, folders and patterns mean.

@@ -1,0 +1,244 @@
+//! File bytes, by mapping or by positioned reads; the only place that maps files.
+//!
+//! A mapped file that shrinks kills the process with SIGBUS on access. Size and modification time are therefore compared
+//! before each block or window; that narrows the race, and only [`Io::Pread`] closes it.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use memmap2::Mmap;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// How file bytes are reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Io {
+    /// Mapped on local file systems, positioned reads on network and FUSE ones.
+    #[default]
+    Auto,
+    /// Always mapped.
+    Mmap,
+    /// Always positioned reads.
+    Pread,
+}
+
+/// An opened file whose bytes can be borrowed or read. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct SourceFile {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    modified: Option<SystemTime>,
+    map: Option<Mmap>,
+}
+
+impl SourceFile {
+    /// Opens `path`, mapping it unless `io` or its file system says otherwise.
+    pub fn open(path: &Path, io: Io) -> Result<Self> {
+        let failed = |what: &str, error| Error::io(format!("cannot {what} shard"), error).at(path);
+        let file = File::open(path).map_err(|error| failed("open", error))?;
+        let metadata = file.metadata().map_err(|error| failed("stat", error))?;
+        let len = metadata.len();
+        if len == 0 {
+            return Err(Error::data("shard is empty: expected a Parquet or Arrow file, found 0 bytes").at(path));
+        }
+        let mapped = match io {
+            Io::Mmap => true,
+            Io::Pread => false,
+            Io::Auto => is_local(&file),
+        };
+        let map = if mapped {
+            // SAFETY: the mapping is read-only and shared; bytes are only ever interpreted as integers, for which any
+            // value is valid. A file truncated by another process is caught by `check_unchanged` before each window.
+            let map = unsafe { Mmap::map(&file) }.map_err(|error| failed("map", error))?;
+            Some(map)
+        } else {
+            None
+        };
+        let inner = Inner { path: path.to_owned(), file, len, modified: metadata.modified().ok(), map };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// Bytes of the file when it was opened.
+    pub fn len(&self) -> u64 {
+        self.inner.len
+    }
+
+    /// Never: empty files are refused.
+    pub fn is_empty(&self) -> bool {
+        self.inner.len == 0
+    }
+
+    /// Modification time when it was opened.
+    pub fn modified(&self) -> Option<SystemTime> {
+        self.inner.modified
+    }
+
+    /// The mapped bytes, if the file is mapped.
+    pub fn mapped(&self) -> Option<&[u8]> {
+        self.inner.map.as_deref()
+    }
+
+    /// The bytes of `range`, borrowed from the mapping or read into `scratch`.
+    pub fn slice<'a>(&'a self, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<&'a [u8]> {
+        self.check_range(&range)?;
+        match &self.inner.map {
+            Some(map) => Ok(&map[range.start as usize..range.end as usize]),
+            None => {
+                scratch.clear();
+                scratch.resize((range.end - range.start) as usize, 0);
+                self.read_exact_at(scratch, range.start)?;
+                Ok(scratch)
+            }
+        }
+    }
+
+    /// The bytes of `range` as shared bytes: a view of the mapping, or freshly read.
+    pub fn bytes(&self, range: Range<u64>) -> Result<bytes::Bytes> {
+        self.check_range(&range)?;
+        if self.inner.map.is_some() {
+            Ok(bytes::Bytes::from_owner(MappedBytes(Arc::clone(&self.inner)))
+                .slice(range.start as usize..range.end as usize))
+        } else {
+            let mut buffer = vec![0; (range.end - range.start) as usize];
+            self.read_exact_at(&mut buffer, range.start)?;
+            Ok(buffer.into())
+        }
+    }
+
+    /// Asks for the pages of `range` to be read ahead. Best effort.
+    pub fn will_need(&self, range: Range<u64>) {
+        #[cfg(target_os = "linux")]
+        if range.end <= self.inner.len && range.start < range.end {
+            use std::os::fd::AsRawFd;
+            match &self.inner.map {
+                Some(map) => {
+                    let _ = map.advise_range(
+                        memmap2::Advice::WillNeed,
+                        range.start as usize,
+                        (range.end - range.start) as usize,
+                    );
+                }
+                None => {
+                    // SAFETY: a hint on an open descriptor; it touches no memory of ours.
+                    unsafe {
+                        libc::posix_fadvise(
+                            self.inner.file.as_raw_fd(),
+                            range.start as libc::off_t,
+                            (range.end - range.start) as libc::off_t,
+                            libc::POSIX_FADV_WILLNEED,
+                        );
+                    }
+                }
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
+    /// Tells the kernel that access will be scattered, so that it reads single pages instead of 128 kB around each.
+    pub fn advise_random(&self) {
+        #[cfg(unix)]
+        if let Some(map) = &self.inner.map {
+            let _ = map.advise(memmap2::Advice::Random);
+        }
+    }
+
+    /// Fails if size or modification time differ from those at opening.
+    pub fn check_unchanged(&self) -> Result<()> {
+        let inner = &*self.inner;
+        let now = inner.file.metadata().map_err(|error| Error::io("cannot stat shard", error).at(&inner.path))?;
+        if now.len() != inner.len {
+            let message = format!(
+                "shard changed while it was being read: it had {} bytes when opened and has {} now; restore it or start anew",
+                inner.len,
+                now.len()
+            );
+            return Err(Error::new(ErrorKind::Changed, message).at(&inner.path));
+        }
+        if now.modified().ok() != inner.modified {
+            let message = "shard changed while it was being read: its modification time differs from that at opening; \
+                           restore it or start anew";
+            return Err(Error::new(ErrorKind::Changed, message).at(&inner.path));
+        }
+        Ok(())
+    }
+
+    fn check_range(&self, range: &Range<u64>) -> Result<()> {
+        if range.start > range.end || range.end > self.inner.len {
+            return Err(Error::data(format!(
+                "shard is truncated or damaged: bytes {}..{} are needed, the file has {}",
+                range.start, range.end, self.inner.len
+            ))
+            .at(&self.inner.path));
+        }
+        Ok(())
+    }
+
+    #[cfg(unix)]
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        use std::os::unix::fs::FileExt;
+        self.inner.file.read_exact_at(buffer, offset).map_err(|error| {
+            if error.kind() == std::io::ErrorKind::UnexpectedEof {
+                let message = format!("shard shrank while it was being read: it had {} bytes when opened", self.inner.len);
+                Error::new(ErrorKind::Changed, message).at(&self.inner.path)
+            } else {
+                Error::io(format!("cannot read {} bytes at {offset}", buffer.len()), error).at(&self.inner.path)
+            }
+        })
+    }
+}
+
+struct MappedBytes(Arc<Inner>);
+
+impl AsRef<[u8]> for MappedBytes {
+    fn as_ref(&self) -> &[u8] {
+        self.0.map.as_deref().unwrap_or_default()
+    }
+}
+
+/// Whether a mapping is safe and fast on the file system of `file`.
+#[cfg(target_os = "linux")]
+fn is_local(file: &File) -> bool {
+    use std::os::fd::AsRawFd;
+    // Magic numbers from statfs(2) and the file systems' own sources.
+    const REMOTE: [i64; 12] = [
+        0x6969,      // NFS
+        0x517B,      // SMB
+        0xFF53_4D42, // CIFS
+        0xFE53_4D42, // SMB2
+        0x6573_5546, // FUSE
+        0x0BD0_0BD0, // Lustre
+        0x4750_4653, // GPFS
+        0x00C3_6400, // Ceph
+        0x0102_1997, // 9p
+        0x6B41_4653, // kAFS
+        0x1983_0326, // BeeGFS
+        0x503D_F8E1, // WekaFS
+    ];
+    // SAFETY: `statfs` writes a plain C struct, for which all-zero bytes are a valid start.
+    let stat = unsafe {
+        let mut stat: libc::statfs = std::mem::zeroed();
+        (libc::fstatfs(file.as_raw_fd(), &mut stat) == 0).then_some(stat)
+    };
+    #[allow(clippy::unnecessary_cast, clippy::cast_lossless)] // the field's type differs between targets
+    stat.is_none_or(|stat| !REMOTE.contains(&(stat.f_type as i64)))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_local(_file: &File) -> bool {
+    true
+}

@@ -1,0 +1,237 @@
+//! Shards: one file each, opened, described by blocks, and read.
+//!
+//! A shard knows its blocks from metadata alone: how many tokens each holds and how many non-empty documents start
+//! and end in it. Reading comes in two ways, and a shard supports exactly one of them (see [`Access`]): windows
+//! straight from the file, or whole blocks decoded into memory. Nothing here knows of layouts, orders or batches.
+
+pub mod arrow;
+pub mod discover;
+pub mod mmap;
+pub mod parquet;
+
+use std::fmt;
+use std::ops::Range;
+use std::path::Path;
+
+use crate::error::Result;
+use crate::tokens::{Dtype, Tokens};
+
+/// Container format of a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// Apache Parquet.
+    Parquet,
+    /// Arrow IPC file (random access, magic `ARROW1`).
+    ArrowFile,
+    /// Arrow IPC stream, which `datasets.save_to_disk` writes.
+    ArrowStream,
+}
+
+impl Format {
+    /// Name shown to users.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Parquet => "parquet",
+            Self::ArrowFile => "arrow file",
+            Self::ArrowStream => "arrow stream",
+        }
+    }
+
+    /// Name of the family that may be mixed in one corpus.
+    pub const fn family(self) -> &'static str {
+        match self {
+            Self::Parquet => "parquet",
+            Self::ArrowFile | Self::ArrowStream => "arrow",
+        }
+    }
+}
+
+/// How the tokens of a shard can be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Any window of tokens lies in the file as it is: [`Shard::tokens`] and [`Shard::ends`].
+    Random,
+    /// A block has to be decoded first: [`Shard::decode`].
+    Block,
+}
+
+/// What metadata says of one block.
+///
+/// A document may span blocks, so starts and ends are counted apart; empty and null documents count in neither.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockMeta {
+    /// Tokens in the block.
+    pub tokens: u64,
+    /// Non-empty documents whose first token is in the block.
+    pub starts: u64,
+    /// Non-empty documents whose last token is in the block.
+    pub ends: u64,
+    /// Bytes the decoded block takes in memory; 0 where nothing is decoded.
+    pub decoded_bytes: u64,
+    /// Shard row of the first document that starts in the block, where known; for error messages.
+    pub first_row: u64,
+}
+
+/// Where the non-empty documents of a block end: strictly increasing token offsets from the block's start.
+///
+/// The last document of the block is listed only if it ends there.
+#[derive(Clone, Copy, Debug)]
+pub enum Ends<'a> {
+    /// One offset per document.
+    List(&'a [u32]),
+    /// Arrow list offsets, little-endian, of `width` 4 or 8 bytes; the first value is the base of the rest.
+    Offsets {
+        /// `documents + 1` offsets.
+        bytes: &'a [u8],
+        /// Bytes of one offset.
+        width: usize,
+    },
+    /// Documents of one length.
+    Fixed {
+        /// Tokens of each.
+        length: u64,
+        /// How many.
+        count: usize,
+    },
+}
+
+impl Ends<'_> {
+    /// How many documents end in the block.
+    pub fn len(&self) -> usize {
+        match *self {
+            Self::List(list) => list.len(),
+            Self::Offsets { bytes, width } => (bytes.len() / width).saturating_sub(1),
+            Self::Fixed { count, .. } => count,
+        }
+    }
+
+    /// Whether none does.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Token offset, from the block's start, just after document `index`.
+    ///
+    /// # Panics
+    /// When `index` is not below [`Ends::len`].
+    pub fn get(&self, index: usize) -> u64 {
+        match *self {
+            Self::List(list) => u64::from(list[index]),
+            Self::Offsets { bytes, width } => offset_at(bytes, width, index + 1) - offset_at(bytes, width, 0),
+            Self::Fixed { length, count } => {
+                assert!(index < count, "document {index} of {count}");
+                length * (index as u64 + 1)
+            }
+        }
+    }
+}
+
+fn offset_at(bytes: &[u8], width: usize, index: usize) -> u64 {
+    let at = &bytes[index * width..(index + 1) * width];
+    // Offsets were checked to be non-negative when the shard was opened.
+    match width {
+        4 => u64::from(u32::from_le_bytes([at[0], at[1], at[2], at[3]])),
+        _ => u64::from_le_bytes([at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]]),
+    }
+}
+
+/// A block in memory, in the width it has on disk.
+#[derive(Debug, Default)]
+pub struct DecodedBlock {
+    /// Little-endian token ids.
+    pub bytes: Vec<u8>,
+    /// As [`Ends::List`].
+    pub ends: Vec<u32>,
+    /// Whether this holds the whole block, or only the prefix that was asked for.
+    pub complete: bool,
+}
+
+/// One opened file. Implementations are immutable after opening and shared by all threads.
+pub trait Shard: Send + Sync + fmt::Debug {
+    /// The path it was opened by.
+    fn path(&self) -> &Path;
+
+    /// Its container format.
+    fn format(&self) -> Format;
+
+    /// Type of its token ids.
+    fn dtype(&self) -> Dtype;
+
+    /// How its tokens are reached. The same for every block, and decided by content alone, never by location.
+    fn access(&self) -> Access;
+
+    /// Rows of the file, empty and null ones included.
+    fn rows(&self) -> u64;
+
+    /// Its blocks in file order. Blocks without tokens are left out.
+    fn blocks(&self) -> &[BlockMeta];
+
+    /// Fails if the file is no longer the one that was opened (size or modification time).
+    fn check_unchanged(&self) -> Result<()>;
+
+    /// Random access: the ids of `range` (token offsets in block `block`), borrowed from the mapping, or read into `scratch`.
+    fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>>;
+
+    /// Random access: document ends of block `block`, borrowed from the mapping where possible, or built in `scratch`.
+    fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>>;
+
+    /// Random access: asks the operating system to read the window ahead of its use. Never fails; may do nothing.
+    fn will_need(&self, block: usize, range: Range<u64>);
+
+    /// Block access: decodes block `block`, or at least its first `limit` tokens, checked against its [`BlockMeta`].
+    ///
+    /// Negative ids, null tokens and counts that differ from the index are errors with path, block and row.
+    fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock>;
+
+    /// One line per thing that makes the file slow to read, with the remedy; for `forebay check`.
+    fn advice(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Column, encodings, codec and the like, for `forebay check`.
+    fn describe(&self) -> String {
+        String::new()
+    }
+}
+
+/// Reused memory for [`Shard::ends`].
+#[derive(Debug, Default)]
+pub struct EndsScratch {
+    /// Offsets as read.
+    pub bytes: Vec<u8>,
+    /// Ends without empty documents.
+    pub list: Vec<u32>,
+}
+
+/// What opening a shard has to know.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Token column; `None` takes the first of [`TOKEN_COLUMNS`] that is there.
+    pub token_column: Option<String>,
+    /// How file bytes are reached.
+    pub io: mmap::Io,
+    /// Tokens near which blocks are cut.
+    pub block_tokens: u64,
+}
+
+/// Columns taken for the tokens when none is named, in order of preference.
+pub const TOKEN_COLUMNS: [&str; 4] = ["input_ids", "tokens", "token_ids", "ids"];
+
+/// Picks the token column among `columns` of a file.
+pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>) -> Result<&'a str> {
+    use crate::error::Error;
+    let found = match wanted {
+        Some(name) => columns.iter().find(|column| **column == name),
+        None => TOKEN_COLUMNS.iter().find_map(|name| columns.iter().find(|column| *column == name)),
+    };
+    found.copied().ok_or_else(|| {
+        let there = if columns.is_empty() { "no columns".to_owned() } else { format!("`{}`", columns.join("`, `")) };
+        match wanted {
+            Some(name) => Error::data(format!("token column `{name}` is missing: the file has {there}; set `token_column`")),
+            None => Error::data(format!(
+                "no token column: expected one of `{}`, found {there}; name it with `token_column`",
+                TOKEN_COLUMNS.join("`, `")
+            )),
+        }
+    })
+}
