@@ -109,7 +109,8 @@ impl Batch {
         assert!(row < field.shape[0], "row {row} of {}", field.shape[0]);
         let start = field.offset_bytes + row * field.row_stride * field.dtype.size();
         // SAFETY: the lease's bytes are initialised and, once a batch is delivered, written by its holder alone; the field lies inside.
-        let bytes = unsafe { std::slice::from_raw_parts(self.as_ptr().add(start), field.shape[1] * field.dtype.size()) };
+        let bytes =
+            unsafe { std::slice::from_raw_parts(self.as_ptr().add(start), field.shape[1] * field.dtype.size()) };
         let values = crate::tokens::Tokens::new(field.dtype, bytes);
         (0..values.len()).map(|index| values.get(index)).collect()
     }
@@ -190,7 +191,13 @@ impl Loader {
 
     fn batches(&self, external: bool) -> Batches {
         let id = self.core.next_run.fetch_add(1, Ordering::Relaxed);
-        let run = Arc::new(Run { core: Arc::clone(&self.core), id, external, started: OnceLock::new(), submitted: Mutex::default() });
+        let run = Arc::new(Run {
+            core: Arc::clone(&self.core),
+            id,
+            external,
+            started: OnceLock::new(),
+            submitted: Mutex::default(),
+        });
         let mut runs = lock(&self.runs);
         runs.retain(|run| run.strong_count() > 0);
         runs.push(Arc::downgrade(&run));
@@ -256,7 +263,9 @@ impl Loader {
         let grouping = Grouping { rank, world_size, ..core.grouping };
         let steps = grouping.steps(core.positions());
         if step >= steps {
-            return Err(Error::config(format!("step {step} is asked for, an epoch has {steps} for {world_size} ranks")));
+            return Err(Error::config(format!(
+                "step {step} is asked for, an epoch has {steps} for {world_size} ranks"
+            )));
         }
         let rows = grouping.rows(step * grouping.global_batch(), core.positions());
         core.compute_alone(epoch, step, &rows)
@@ -291,11 +300,8 @@ impl Core {
         let rank = *config.dp_rank.get_or_insert(0);
         let world_size = *config.dp_world_size.get_or_insert(1);
 
-        let options = OpenOptions {
-            token_column: config.token_column.clone(),
-            io: config.io,
-            block_tokens: config.block_tokens,
-        };
+        let options =
+            OpenOptions { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens };
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads as usize)
             .thread_name(|index| format!("forebay-open-{index}"))
@@ -315,13 +321,9 @@ impl Core {
         let arrangement = match config.shuffle {
             Shuffle::Off | Shuffle::On => Arrangement::Sequential,
             Shuffle::Global => Arrangement::Global,
-            Shuffle::Block => Arrangement::block(
-                sequences,
-                config.seq_len,
-                config.chunk_tokens,
-                config.window_tokens,
-                config.lanes,
-            ),
+            Shuffle::Block => {
+                Arrangement::block(sequences, config.seq_len, config.chunk_tokens, config.window_tokens, config.lanes)
+            }
         };
         let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };
         grouping.check(grouping.positions(sequences, layout.tail_tokens() > 0))?;
@@ -526,13 +528,11 @@ impl BatchLayout {
             row_stride,
         };
         if kind == Kind::Overlapping {
-            let fields =
-                vec![field(inputs, Dtype::I64, 0, columns + 1), field(targets, Dtype::I64, 8, columns + 1)];
+            let fields = vec![field(inputs, Dtype::I64, 0, columns + 1), field(targets, Dtype::I64, 8, columns + 1)];
             return Self { kind, fields, input_dtype, targets_at: 8, bytes: rows * (columns + 1) * 8 };
         }
         let targets_at = (rows * columns * input_dtype.size()).next_multiple_of(ALIGNMENT);
-        let fields =
-            vec![field(inputs, input_dtype, 0, columns), field(targets, Dtype::I64, targets_at, columns)];
+        let fields = vec![field(inputs, input_dtype, 0, columns), field(targets, Dtype::I64, targets_at, columns)];
         Self { kind, fields, input_dtype, targets_at, bytes: targets_at + rows * columns * 8 }
     }
 

@@ -223,7 +223,11 @@ struct CacheInner {
 enum Entry {
     /// A worker is decoding it.
     Loading,
-    Ready { block: Arc<DecodedBlock>, bytes: u64, used_at: u64 },
+    Ready {
+        block: Arc<DecodedBlock>,
+        bytes: u64,
+        used_at: u64,
+    },
 }
 
 impl BlockCache {
@@ -348,7 +352,12 @@ mod tests {
         let cache = BlockCache::new(100);
         let get = |key: usize| {
             let mut decoded = false;
-            cache.get(key, 40, None, |_| { decoded = true; Ok(block(40)) }).unwrap();
+            cache
+                .get(key, 40, None, |_| {
+                    decoded = true;
+                    Ok(block(40))
+                })
+                .unwrap();
             assert!(cache.used_bytes() <= 100);
             decoded
         };

@@ -56,7 +56,8 @@ fn every_container_and_type_gives_what_was_written() {
                 continue;
             }
             let shards = [documents(90, 40, vocabulary(dtype), 1), Vec::new(), documents(50, 40, vocabulary(dtype), 2)];
-            for (index, (bos_id, eos_id)) in [(None, None), (Some(1), Some(2)), (None, Some(0))].into_iter().enumerate() {
+            for (index, (bos_id, eos_id)) in [(None, None), (Some(1), Some(2)), (None, Some(0))].into_iter().enumerate()
+            {
                 let config = Config {
                     seq_len: 16,
                     bos_id,

@@ -21,21 +21,37 @@ fn corpora() -> &'static Corpora {
     static CORPORA: OnceLock<Corpora> = OnceLock::new();
     CORPORA.get_or_init(|| {
         let root = tempfile::tempdir().unwrap().keep();
-        let shards: Vec<_> = (0..3).map(|seed| {
-            let offset = i64::from(seed) * 1_000_000;
-            documents(200, 50, 1 << 31, u64::from(seed as u32)).into_iter()
-                .map(|document| document.map(|ids| ids.into_iter().map(|id| id + offset).collect::<Vec<_>>()))
-                .collect::<Vec<_>>()
-        }).collect();
+        let shards: Vec<_> = (0..3)
+            .map(|seed| {
+                let offset = i64::from(seed) * 1_000_000;
+                documents(200, 50, 1 << 31, u64::from(seed as u32))
+                    .into_iter()
+                    .map(|document| document.map(|ids| ids.into_iter().map(|id| id + offset).collect::<Vec<_>>()))
+                    .collect::<Vec<_>>()
+            })
+            .collect();
         for (name, suffix, container) in [
             ("arrow", "arrow", Container::ArrowFile(None)),
-            ("parquet", "parquet", Container::Parquet {
-                codec: parquet::basic::Compression::ZSTD(Default::default()), encoding: None, pages: 1,
-            }),
+            (
+                "parquet",
+                "parquet",
+                Container::Parquet {
+                    codec: parquet::basic::Compression::ZSTD(Default::default()),
+                    encoding: None,
+                    pages: 1,
+                },
+            ),
         ] {
             std::fs::create_dir(root.join(name)).unwrap();
             for (index, documents) in shards.iter().enumerate() {
-                write(&root.join(name).join(format!("{index}.{suffix}")), container, Dtype::I32, Shape::List, documents, 33);
+                write(
+                    &root.join(name).join(format!("{index}.{suffix}")),
+                    container,
+                    Dtype::I32,
+                    Shape::List,
+                    documents,
+                    33,
+                );
             }
         }
         Corpora { arrow: root.join("arrow"), parquet: root.join("parquet"), stream: stream(&shards, None, None) }
@@ -212,8 +228,14 @@ fn a_state_of_other_content_is_refused_with_both_values() {
     let elsewhere = Loader::open(settings(true)).unwrap();
     assert!(elsewhere.load_state(&state).unwrap_err().to_string().contains("`fingerprint`"));
     let grouped = Config {
-        batch_size: 2, dp_rank: Some(1), dp_world_size: Some(2), num_threads: Some(1), prefetch_batches: 9,
-        remainder: Remainder::Pad, block_tokens: 77, ..settings(false)
+        batch_size: 2,
+        dp_rank: Some(1),
+        dp_world_size: Some(2),
+        num_threads: Some(1),
+        prefetch_batches: 9,
+        remainder: Remainder::Pad,
+        block_tokens: 77,
+        ..settings(false)
     };
     Loader::open(grouped).unwrap().load_state(&state).unwrap();
 }

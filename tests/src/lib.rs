@@ -6,9 +6,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use arrow_array::builder::{
-    FixedSizeListBuilder, LargeListBuilder, ListBuilder, PrimitiveBuilder,
-};
+use arrow_array::builder::{FixedSizeListBuilder, LargeListBuilder, ListBuilder, PrimitiveBuilder};
 use arrow_array::types::{ArrowPrimitiveType, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_ipc::CompressionType;
@@ -125,7 +123,8 @@ fn batch(dtype: Dtype, shape: Shape, documents: &[Document]) -> RecordBatch {
         Dtype::I32 => column::<Int32Type>(shape, documents),
         Dtype::I64 => column::<Int64Type>(shape, documents),
     };
-    let other = Arc::new(arrow_array::StringArray::from_iter_values(documents.iter().map(|document| format!("{document:?}"))));
+    let other =
+        Arc::new(arrow_array::StringArray::from_iter_values(documents.iter().map(|document| format!("{document:?}"))));
     let schema = Schema::new(vec![
         Field::new("text", DataType::Utf8, true),
         Field::new("input_ids", column.data_type().clone(), true),

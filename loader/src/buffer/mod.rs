@@ -36,7 +36,9 @@ pub struct Lease {
 enum Owner {
     Source(Arc<dyn Source>),
     /// Kept, not used: dropping it releases the memory.
-    Caller { _keep: Box<dyn Any + Send + Sync> },
+    Caller {
+        _keep: Box<dyn Any + Send + Sync>,
+    },
 }
 
 // SAFETY: the buffer belongs to this lease alone (contract of `Source::take` and of `Lease::from_caller`), so it may move between

@@ -103,17 +103,27 @@ mod tests {
     use super::*;
 
     fn layout(tokens: &[u64], seq_len: u64, row_tokens: u64, specials: Specials) -> Concat {
-        let blocks: Vec<_> =
-            tokens.iter().map(|tokens| BlockMeta { tokens: *tokens, starts: 1, ends: 1, ..BlockMeta::default() }).collect();
+        let blocks: Vec<_> = tokens
+            .iter()
+            .map(|tokens| BlockMeta { tokens: *tokens, starts: 1, ends: 1, ..BlockMeta::default() })
+            .collect();
         Concat::new(blocks.iter(), specials, seq_len, row_tokens)
     }
 
     #[test]
     fn counts_full_sequences_and_the_tail() {
-        for (len, seq_len, shifted, sequences, tail) in
-            [(10, 4, false, 2, 2), (8, 4, false, 2, 0), (3, 4, false, 0, 3), (0, 4, false, 0, 0), (9, 4, true, 2, 0),
-             (8, 4, true, 1, 3), (10, 4, true, 2, 1), (4, 4, true, 0, 3), (1, 4, true, 0, 0), (0, 4, true, 0, 0)]
-        {
+        for (len, seq_len, shifted, sequences, tail) in [
+            (10, 4, false, 2, 2),
+            (8, 4, false, 2, 0),
+            (3, 4, false, 0, 3),
+            (0, 4, false, 0, 0),
+            (9, 4, true, 2, 0),
+            (8, 4, true, 1, 3),
+            (10, 4, true, 2, 1),
+            (4, 4, true, 0, 3),
+            (1, 4, true, 0, 0),
+            (0, 4, true, 0, 0),
+        ] {
             let layout = layout(&[len], seq_len, seq_len + u64::from(shifted), Specials::default());
             assert_eq!((layout.num_sequences(), layout.tail_tokens()), (sequences, tail), "{len} {seq_len} {shifted}");
         }

@@ -46,11 +46,7 @@ impl Arrangement {
     /// The block arrangement that settings in tokens mean for `sequences` sequences of `seq_len` tokens.
     pub fn block(sequences: u64, seq_len: u64, chunk_tokens: u64, window_tokens: u64, lanes: u64) -> Self {
         let lanes = lanes.min(sequences).max(1);
-        Self::Block {
-            chunk: (chunk_tokens / seq_len).max(1),
-            lanes,
-            window: (window_tokens / seq_len / lanes).max(1),
-        }
+        Self::Block { chunk: (chunk_tokens / seq_len).max(1), lanes, window: (window_tokens / seq_len / lanes).max(1) }
     }
 }
 

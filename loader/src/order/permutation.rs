@@ -81,7 +81,8 @@ impl Permutation {
         assert!(value < self.n, "value {value} of {}", self.n);
         match &self.kind {
             Kind::Table(table) => {
-                table.iter().position(|entry| u64::from(*entry) == value).expect("a permutation holds every value") as u64
+                table.iter().position(|entry| u64::from(*entry) == value).expect("a permutation holds every value")
+                    as u64
             }
             Kind::Feistel(feistel) => feistel.invert(self.n, value),
         }

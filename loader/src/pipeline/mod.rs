@@ -196,11 +196,7 @@ impl<T> Drop for Pipeline<T> {
     }
 }
 
-fn work<S, T>(
-    shared: &Shared<T>,
-    mut state: S,
-    compute: &impl Fn(&mut S, u64, Option<Lease>) -> Result<T>,
-) {
+fn work<S, T>(shared: &Shared<T>, mut state: S, compute: &impl Fn(&mut S, u64, Option<Lease>) -> Result<T>) {
     loop {
         let mut ring = lock(&shared.ring);
         let (number, lease) = loop {
@@ -285,10 +281,16 @@ mod tests {
     #[test]
     fn an_error_or_a_panic_stands_at_its_place_and_stays_there() {
         let plan = Plan { threads: 3, window: 4, items: 10, leased: false };
-        let pipeline = Pipeline::start(plan, || (), |(), number, _| {
-            if number == 5 { panic!("five") }
-            Ok(number)
-        })
+        let pipeline = Pipeline::start(
+            plan,
+            || (),
+            |(), number, _| {
+                if number == 5 {
+                    panic!("five")
+                }
+                Ok(number)
+            },
+        )
         .unwrap();
         for _ in 0..5 {
             assert!(matches!(pipeline.take(LONG, |_| ()), Ok(Taken::Item(_))));

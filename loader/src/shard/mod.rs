@@ -230,7 +230,9 @@ pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>)
     found.copied().ok_or_else(|| {
         let there = if columns.is_empty() { "no columns".to_owned() } else { format!("`{}`", columns.join("`, `")) };
         match wanted {
-            Some(name) => Error::data(format!("token column `{name}` is missing: the file has {there}; set `token_column`")),
+            Some(name) => {
+                Error::data(format!("token column `{name}` is missing: the file has {there}; set `token_column`"))
+            }
             None => Error::data(format!(
                 "no token column: expected one of `{}`, found {there}; name it with `token_column`",
                 TOKEN_COLUMNS.join("`, `")
@@ -239,4 +241,6 @@ pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>)
     })
 }
 /// stand-in
-pub fn open(_file: &discover::ShardFile, _o: &OpenOptions) -> Result<Box<dyn Shard>> { todo!() }
+pub fn open(_file: &discover::ShardFile, _o: &OpenOptions) -> Result<Box<dyn Shard>> {
+    todo!()
+}
