@@ -517,6 +517,10 @@ impl Shard for ParquetShard {
         Access::Block
     }
 
+    fn size_bytes(&self) -> u64 {
+        self.file.len()
+    }
+
     fn rows(&self) -> u64 {
         self.rows
     }
