@@ -51,8 +51,8 @@ pub(crate) fn open(file: SourceFile, options: &OpenOptions) -> Result<Box<dyn Sh
 enum Route {
     /// Ours where it can, arrow-rs elsewhere.
     Pages,
-    /// Arrow-rs for all.
-    #[cfg_attr(not(test), expect(dead_code, reason = "tests compare the two decoders"))]
+    /// Arrow-rs for all, to compare the two.
+    #[cfg(test)]
     Arrow,
 }
 
@@ -137,6 +137,7 @@ impl ParquetShard {
             let number = u32::try_from(index).map_err(|_| Error::data("too many row groups"))?;
             let walk = match route {
                 Route::Pages => walker.walk(&mut window, &column, group, number, rows_before)?,
+                #[cfg(test)]
                 Route::Arrow => Walk::Unfamiliar(String::new()),
             };
             match walk {
@@ -187,7 +188,7 @@ impl ParquetShard {
     }
 
     /// Pages decoded here, and row groups left to arrow-rs, so far.
-    #[cfg_attr(not(test), expect(dead_code, reason = "tests assert which decoder ran"))]
+    #[cfg(test)]
     fn decoded(&self) -> (u64, u64) {
         (self.decoded_pages.load(Ordering::Relaxed), self.decoded_row_groups.load(Ordering::Relaxed))
     }
