@@ -8,8 +8,9 @@ repeated token cannot hide.
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def documents_of(cell: Cell, *, tokens_per_shard: int = 3000) -> list[Documents]
     """Documents of every shard of a cell: three shards with tokens and an empty one between them."""
     rng = np.random.default_rng(11)
     vocabulary = 300 if cell.encoding.startswith("dictionary") and "fallback" not in cell.encoding else None
+    vocabulary = cell.options.get("vocabulary", vocabulary)
     if vocabulary and cell.dtype == "u8":
         vocabulary = 200
     tokens = Tokens(cell.dtype, vocabulary)
@@ -255,35 +257,35 @@ WRITERS = {"pyarrow": write_pyarrow, "polars": write_polars, "duckdb": write_duc
 
 def cells() -> list[Cell]:
     """Every cell of the matrix. Columns take turns, so that each of the names that are found alone is met."""
-    made = [*pyarrow_parquet(), *pyarrow_arrow(), *polars_cells(), *duckdb_cells(), *datasets_cells()]
+    made = [
+        *pyarrow_parquet(),
+        *pyarrow_arrow(),
+        *polars_cells(),
+        *duckdb_cells(),
+        *duckdb_small_vocabulary(),
+        *datasets_cells(),
+    ]
     names = cycle(("input_ids", "tokens", "token_ids", "ids"))
     return [Cell(**{**vars(cell), "column": name}) for cell, name in zip(made, names, strict=False)]
 
 
 def pyarrow_parquet() -> list[Cell]:
-    codecs = ("none", "snappy", "gzip", "lz4", "zstd")
-    kinds = cycle(("list", "large_list", "fixed_size_list", "plain"))
     made = []
 
     def add(note: str = "", *, codec: str = "zstd", encoding: str = "plain", **more: Any) -> None:
         options = more.pop("options", {})
         made.append(Cell("pyarrow", "parquet", codec, encoding, note=note, options=options, **more))
 
-    for encoding in ("plain", "dictionary", "dictionary fallback", "delta", "byte_stream_split"):
-        for dtype in DTYPES:
-            # DELTA and BYTE_STREAM_SPLIT of narrow types are stored as 32-bit integers, which readers must narrow.
-            for codec, page in zip(codecs, cycle(("1.0", "2.0")), strict=False):
-                if (len(made) + len(dtype)) % 2 and codec not in ("none", "zstd"):
-                    continue
-                note = f"pages v{page[0]}"
-                add(
-                    note,
-                    codec=codec,
-                    encoding=encoding,
-                    dtype=dtype,
-                    kind=next(kinds),
-                    options={"data_page_version": page, "write_page_index": len(made) % 2 == 0},
-                )
+    kinds = ("list", "large_list", "fixed_size_list", "plain")
+    for e, encoding in enumerate(("plain", "dictionary", "dictionary fallback", "delta", "byte_stream_split")):
+        for d, dtype in enumerate(DTYPES):
+            # Narrow types are stored as 32-bit integers, which readers must narrow.
+            for c, codec in enumerate(("none", "snappy", "gzip", "lz4", "zstd")):
+                page = 1 + (c + d) % 2
+                if codec in ("none", "zstd") or (e + d + c) % 3 == 0:
+                    options = {"data_page_version": f"{page}.0", "write_page_index": (c + e) % 2 == 0}
+                    kind = kinds[(c + d + e) % 4]
+                    add(f"pages v{page}", codec=codec, encoding=encoding, dtype=dtype, kind=kind, options=options)
     for kind in ("list", "large_list", "fixed_size_list", "plain"):
         for page in ("1.0", "2.0"):
             add(
@@ -356,6 +358,13 @@ def polars_cells() -> list[Cell]:
         )
     )
     made.append(Cell("polars", "parquet", "zstd", "chosen by writer", kind="fixed_size_list", note="array"))
+    for dtype in DTYPES:
+        made.append(
+            Cell(
+                "polars", "parquet", "zstd", "chosen by writer", "large_list", dtype,
+                note="small vocabulary", options={"vocabulary": 5},
+            )
+        )  # fmt: skip
     for container in ("arrow file", "arrow stream"):
         for codec in ("none", "lz4", "zstd"):
             for dtype in ("u16", "i32", "i64"):
@@ -408,6 +417,18 @@ def duckdb_cells() -> list[Cell]:
     return made
 
 
+def duckdb_small_vocabulary() -> list[Cell]:
+    options = {"vocabulary": 5}
+    return [
+        Cell(
+            "duckdb", "parquet", "zstd", "chosen by writer", "list", dtype,
+            note=f"{version.lower()} small vocabulary", options={**options, "version": version},
+        )
+        for dtype in DTYPES
+        for version in ("V1", "V2")
+    ]  # fmt: skip
+
+
 def datasets_cells() -> list[Cell]:
     made = []
     for dtype in DTYPES:
@@ -429,6 +450,7 @@ def observed(cell: Cell, path: Path) -> dict[str, str]:
 
     files = shards(path)
     types = {str(read_table(file).schema.field(cell.column).type) for file in files}
+    types = {re.sub(r"(item|element): |\[\d+\]", "", name) for name in types}
     if cell.container != "parquet":
         return {"codec": cell.codec if compressed_arrow(files) else "none", "encoding": "plain", "type": join(types)}
     codecs, encodings = set(), set()
@@ -468,7 +490,7 @@ def unique_corpus(folder: Path, container: str, tokens: int, *, shards: int = 8)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(3)
     bounds = np.linspace(0, tokens, shards + 1).astype(np.int64)
-    for shard, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for shard, (low, high) in enumerate(pairwise(bounds)):
         sizes = rng.integers(0, 2000, max(1, int(high - low) // 900))
         ends = np.minimum(np.concatenate([[0], np.cumsum(sizes)]), high - low)
         ends[-1] = high - low
@@ -479,9 +501,9 @@ def unique_corpus(folder: Path, container: str, tokens: int, *, shards: int = 8)
             path = folder / f"shard-{shard:03}.parquet"
             pq.write_table(table, path, compression="zstd", compression_level=1, use_dictionary=False)
         else:
-            with pa.OSFile(str(folder / f"shard-{shard:03}.arrow"), "wb") as sink:
-                with pa.ipc.new_file(sink, table.schema) as writer:
-                    writer.write_table(table, max_chunksize=1000)
+            path = folder / f"shard-{shard:03}.arrow"
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=1000)
     return folder
 
 
@@ -496,7 +518,7 @@ def write_rows(
     stream = options.pop("stream", False)
     rows_per_batch = options.pop("batch_rows", 16)
     new = pa.ipc.new_stream if stream else pa.ipc.new_file
-    with pa.OSFile(str(path), "wb") as sink:
-        with new(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-            writer.write_table(table, max_chunksize=rows_per_batch)
+    settings = pa.ipc.IpcWriteOptions(**options)
+    with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema, options=settings) as writer:
+        writer.write_table(table, max_chunksize=rows_per_batch)
     return path

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
+
 from reference_order import block_order, global_order
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
@@ -79,7 +80,7 @@ def token_stream(
 
 
 def resolve_shuffle(shuffle: bool | str, *, decoded: bool) -> str:
-    """What `shuffle=True` means: block order where blocks have to be decoded (Parquet, compressed Arrow), else global."""
+    """What `shuffle=True` means: block order where blocks are decoded (Parquet, compressed Arrow), else global."""
     if shuffle is True:
         return "block" if decoded else "global"
     return shuffle or "off"
