@@ -96,8 +96,10 @@ def block_order(
         j, lane = divmod(p, lanes)
         length = share + (lane < extra)
         start = lane * share + min(lane, extra)
-        w = j // window
-        size = min((w + 1) * window, length) - w * window
-        inside = permute(derive(epoch_key, 4, lane, w), size, j - w * window)
-        order.append(listed[start + w * window + inside])
+        # The first window of a lane is shortened by its phase, so that lanes do not begin windows at the same step.
+        phase = window * lane // lanes
+        w = (j + phase) // window
+        begin, end = max(0, w * window - phase), min((w + 1) * window - phase, length)
+        inside = permute(derive(epoch_key, 4, lane, w), end - begin, j - begin)
+        order.append(listed[start + begin + inside])
     return order

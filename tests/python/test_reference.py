@@ -59,11 +59,16 @@ def test_orders_hold_every_sequence_once() -> None:
 
 
 def test_block_order_stays_within_windows_of_lanes() -> None:
-    """Two lanes of 10 sequences, windows of 5, one chunk: positions 0 to 9 hold sequences 0-4 and 10-14."""
+    """Two lanes of 10 sequences, windows of 5, one chunk; the second lane's windows are staggered by half of one."""
     order = block_order(20, seed=1, epoch=0, seq_len=1, chunk_tokens=100, window_tokens=10, lanes=2)
-    assert sorted(order[0:10:2]) == [0, 1, 2, 3, 4]
-    assert sorted(order[1:10:2]) == [10, 11, 12, 13, 14]
-    assert sorted(order[10:20:2]) == [5, 6, 7, 8, 9]
+    first, second = order[::2], order[1::2]
+    assert [sorted(first[:5]), sorted(first[5:])] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert [sorted(second[:3]), sorted(second[3:8]), sorted(second[8:])] == [
+        [10, 11, 12],
+        [13, 14, 15, 16, 17],
+        [18, 19],
+    ]
+    assert first != sorted(first)
 
 
 def test_chunks_stay_together_where_windows_are_one_sequence() -> None:
