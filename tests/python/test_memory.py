@@ -1,4 +1,4 @@
-"""Protects: a batch belongs to whoever holds it, its memory comes back when the last view dies, and all of it is bounded."""
+"""Protects: a batch belongs to its holder, its memory comes back when the last view dies, and all of it is bounded."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ WHOLE_EPOCHS = (
 before = rss()
 path, budget, epochs = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 peaks = []
-with forebay.Loader(path, seq_len=1024, batch_size=8, shuffle="block", seed=1, memory_budget=budget, num_threads=2) as loader:
+settings = {"seq_len": 1024, "batch_size": 8, "shuffle": "block", "memory_budget": budget, "num_threads": 2}
+with forebay.Loader(path, **settings) as loader:
     for _ in range(epochs):
         peak = 0
         for step, batch in enumerate(loader):

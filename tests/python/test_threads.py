@@ -249,7 +249,7 @@ def consume():
 threading.Thread(target=consume, daemon=True).start()
 started.wait(30)
 """,
-    "held in a cycle": "iterator = iter(loader); batch = next(iterator); c = [loader, iterator, batch]; c.append(c); del c",
+    "held in a cycle": "iterator = iter(loader); c = [loader, iterator, next(iterator)]; c.append(c); del c",
     "held by a module": "import json; json.kept = iter(loader); next(json.kept)",
 }
 
