@@ -33,13 +33,6 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.timeout = 3600
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--stress"):
-        for item in items:
-            if item.get_closest_marker("stress"):
-                item.add_marker(pytest.mark.skip(reason="runs only with --stress"))
-
-
 @pytest.fixture(scope="session")
 def stress(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("--stress"))

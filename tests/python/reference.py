@@ -17,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
-
 from reference_order import block_order, global_order
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")

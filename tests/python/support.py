@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from reference import Reference, Row, Settings, token_stream
 
 HERE = Path(__file__).resolve().parent

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from support import clean_environment, json_from, run_python
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from reference import Reference, Settings, resolve_shuffle, token_stream
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from reference import Settings
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
+import corpora
 import forebay
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-import corpora
 from support import open_loader
+
+pytestmark = pytest.mark.hostile
 
 SETTINGS = Settings(seq_len=8, batch_size=2)
 SUFFIXES = ("parquet", "arrow")

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from reference import Settings
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")

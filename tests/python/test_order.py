@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from reference import Reference, Settings, token_stream
 from reference_order import block_order, global_order
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from reference import IGNORE, Reference, Settings, resolve_shuffle, token_stream
 from reference_order import block_order, derive, feistel, fisher_yates, global_order, mix64, permute
 

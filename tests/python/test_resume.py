@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from reference import Reference, Settings, token_stream
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
-import forebay
-
 import corpora
+import forebay
 from support import assert_batch, json_from, open_loader
 
 CONTENT: dict[str, Any] = {

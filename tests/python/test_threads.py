@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from reference import Settings
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
-import pyarrow as pa
-
 import corpora
+import pyarrow as pa
 from support import clean_environment, first_ids, open_loader, run_python
+
+pytestmark = pytest.mark.hostile
 
 SETTINGS = Settings(seq_len=32, batch_size=4, shuffle="block", chunk_tokens=1024, window_tokens=1 << 14)
 

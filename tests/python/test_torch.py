@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from reference import Reference, Settings, token_stream
 
 pytest.importorskip("torch", reason="tests of forebay.torch")
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
+import corpora
 import torch
 from forebay.torch import DataLoader, TokenDataset
-
-import corpora
 from support import assert_batch, run_python
 
 SEQ_LEN = 16

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import forebay
 import pytest
-
 from support import clean_environment
 
 needs_mypy = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
