@@ -114,6 +114,8 @@ pub struct Resolved {
 }
 
 /// The settings that `explicit` (names and texts), `env` and the file it names come to. Every fault is listed.
+///
+/// Of arguments given twice the last one counts, but those for `data` are one list.
 pub fn resolve(explicit: &[(String, String)], env: &Environment, scope: Scope) -> Result<Resolved> {
     resolve_on(explicit, env, scope, available_cpus())
 }
@@ -220,8 +222,11 @@ fn arguments(explicit: &[(String, String)], faults: &mut Vec<Error>) -> Values {
     for (name, text) in explicit {
         match settings::find(name) {
             Some(setting) => {
-                let found = Found { text: text.clone(), place: name.clone(), origin: "argument".to_owned() };
-                values.insert(setting.name, found);
+                let text = match values.get(setting.name) {
+                    Some(Found { text: before, .. }) if setting.name == "data" => format!("{before},{text}"),
+                    _ => text.clone(),
+                };
+                values.insert(setting.name, Found { text, place: name.clone(), origin: "argument".to_owned() });
             }
             None => faults.push(unknown(&format!("setting `{name}` is unknown"), settings::nearest(name))),
         }
@@ -632,6 +637,13 @@ mod tests {
         let resolved = all(&[("dp_rank", "6"), ("dp_world_size", "16")], &variables).unwrap();
         assert_eq!((resolved.config.dp_rank, resolved.config.dp_world_size), (Some(6), Some(16)));
         assert_eq!(origin(&resolved, "dp_rank"), "argument");
+    }
+
+    #[test]
+    fn arguments_given_twice() {
+        let arguments = [("data", r"a\,b"), ("seed", "1"), ("data", "c,d"), ("seed", "2")];
+        let config = all(&arguments, &[("FOREBAY_DATA", "e")]).unwrap().config;
+        assert_eq!((config.seed, config.data), (2, ["a,b", "c", "d"].map(str::to_owned).to_vec()));
     }
 
     #[test]
