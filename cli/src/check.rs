@@ -16,6 +16,8 @@ use crate::{Context, FAILED, Failure, Sets, progress};
 
 /// Tokens read at once where they lie in the file.
 const PIECE_TOKENS: u64 = 1 << 20;
+/// Different descriptions shown; their counts of pages make those of large corpora all differ.
+const SHOWN_TEXTS: usize = 10;
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} tokens, {eta} left";
 
 #[derive(Debug, clap::Args)]
@@ -187,9 +189,12 @@ impl Findings {
             line(out, "skew", &format!("the largest shard has {skew:.2} times the tokens of the median one"))?;
         }
         for (name, texts) in [("content", self.descriptions()), ("advice", self.advice())] {
-            for (text, count) in texts {
-                let of = if count == 1 { "1 shard".to_owned() } else { format!("{count} shards") };
+            for (text, count) in texts.iter().take(SHOWN_TEXTS) {
+                let of = if *count == 1 { "1 shard".to_owned() } else { format!("{count} shards") };
                 line(out, name, &format!("{of}: {text}"))?;
+            }
+            if texts.len() > SHOWN_TEXTS {
+                line(out, name, &format!("and {} other kinds, which `--json` lists", texts.len() - SHOWN_TEXTS))?;
             }
         }
         for error in &self.broken {

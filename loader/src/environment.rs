@@ -598,7 +598,8 @@ mod tests {
     fn ranks_come_from_the_first_that_names_both() {
         // From the weakest to the strongest; each wins over all before it.
         let (_file, path) = file("dp_rank = 4\ndp_world_size = 40\n");
-        let families: [(&[(&str, &str)], u64, &str); 6] = [
+        type Family<'a> = (&'a [(&'a str, &'a str)], u64, &'a str);
+        let families: [Family<'_>; 6] = [
             (
                 &[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "10"), ("SLURM_STEP_ID", "0")],
                 10,
