@@ -10,6 +10,9 @@ from typing_extensions import CapsuleType
 
 __version__: str
 
+def resolve(settings: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings in force if these are given, and where each of them comes from, by name. Raises ConfigError."""
+
 @final
 class Loader:
     """A loader over one corpus. Its methods may be called from any thread; those that wait release the interpreter."""
@@ -94,6 +97,9 @@ class Batch:
     @property
     def rows(self) -> int:
         """Rows, `batch_size` but for a short last batch."""
+    @property
+    def address(self) -> int:
+        """First byte of its buffer: for a submitted one, the `ptr` it was submitted with."""
     def fields(self) -> list[tuple[str, Array]]:
         """Its arrays by name."""
     def layout(self) -> list[tuple[str, str, int, tuple[int, int], int]]:

@@ -69,9 +69,9 @@ def _arrays(batch: _core.Batch) -> Arrays:
 class Loader:
     """Batches of token sequences from Parquet and Arrow shards, in an order that is a function of seed and epoch.
 
-    Every argument is a setting. One that is not given (``None``) comes from its environment variable ``FOREBAY_<NAME>``,
-    from the file that ``FOREBAY_CONFIG`` names, from the launcher (ranks, threads), or is the default. ``Loader.config``
-    and ``Loader.origins`` say what came out.
+    Every argument is a setting. One that is not given (``None``) comes from its environment variable,
+    ``FOREBAY_<NAME>``, from the file that ``FOREBAY_CONFIG`` names, from the launcher (ranks, threads), or is the
+    default. ``Loader.config`` and ``Loader.origins`` say what came out.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Loader:
     seq_len:
         Tokens per sequence. Default: 2048.
     targets:
-        ``"labels"``: ``input_ids`` and ``labels`` at the same positions; ``"shifted"``: ``x`` and ``y`` one token apart.
+        ``"labels"``: ``input_ids`` and ``labels`` at the same places; ``"shifted"``: ``x`` and ``y`` one token apart.
         Default: labels.
     bos_id, eos_id:
         Put before and after every non-empty document. Default: none.
@@ -177,9 +177,16 @@ class Loader:
 
     def _open(self, pairs: list[tuple[str, str]]) -> None:
         self._pairs = pairs
+        self._origins = _core.resolve(pairs)[1]
         self._core: _core.Loader = _core.Loader.open(pairs)
         # Also at interpreter exit, while its threads can still drop Python objects.
         self._close = weakref.finalize(self, self._core.close)
+
+    @classmethod
+    def _from_pairs(cls, pairs: list[tuple[str, str]]) -> Self:
+        loader = cls.__new__(cls)
+        loader._open(pairs)
+        return loader
 
     @classmethod
     def from_env(cls) -> Self:
@@ -243,6 +250,11 @@ class Loader:
         """Every setting in force."""
         return self._core.config()
 
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each setting comes from: an argument, a variable, a file, the launcher, or the default."""
+        return dict(self._origins)
+
     def sequences_at(self, epoch: int, position: int, n: int = 1) -> Arrays:
         """Rows at positions ``position`` to ``position + n`` of an epoch's order, over all ranks."""
         return _arrays(self._open_core().sequences_at(epoch, position, n))
@@ -294,7 +306,6 @@ class Loader:
 
 
 def _reopen(kind: type[Loader], pairs: list[tuple[str, str]], state: Mapping[str, Any]) -> Loader:
-    loader = kind.__new__(kind)
-    loader._open(pairs)
+    loader = kind._from_pairs(pairs)
     loader.load_state_dict(state)
     return loader
