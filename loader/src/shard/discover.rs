@@ -260,7 +260,7 @@ mod tests {
             names(&[&root.join("*.parquet")], DataFormat::Auto).unwrap(),
             ["B.parquet", "a.parquet", "b.parquet"]
         );
-        assert_eq!(names(&[&root.join("**/1.parquet")], DataFormat::Auto).unwrap(), ["_x/1.parquet", "b/1.parquet"]);
+        assert_eq!(names(&[&root.join("**/1.parquet")], DataFormat::Auto).unwrap(), ["b/1.parquet"]);
         assert_eq!(
             names(&[&root.join("b.parquet"), &root.join("a.parquet")], DataFormat::Auto).unwrap(),
             ["b.parquet", "a.parquet"],

@@ -3,14 +3,14 @@
 //! The parquet crate keeps its own parser private. This one skips what it does not know, never reads past the slice it
 //! is given and tells "cut off" from "damaged", so that the caller can come back with more bytes.
 
-/// Bits of encodings and page kinds as they stand in the format's Thrift file.
+/// Encodings by their numbers in the format's Thrift file.
 pub(super) mod code {
-    pub(in super::super) const PLAIN: i32 = 0;
-    pub(in super::super) const PLAIN_DICTIONARY: i32 = 2;
-    pub(in super::super) const RLE: i32 = 3;
-    pub(in super::super) const DELTA_BINARY_PACKED: i32 = 5;
-    pub(in super::super) const RLE_DICTIONARY: i32 = 8;
-    pub(in super::super) const BYTE_STREAM_SPLIT: i32 = 9;
+    pub(in crate::shard::parquet) const PLAIN: i32 = 0;
+    pub(in crate::shard::parquet) const PLAIN_DICTIONARY: i32 = 2;
+    pub(in crate::shard::parquet) const RLE: i32 = 3;
+    pub(in crate::shard::parquet) const DELTA_BINARY_PACKED: i32 = 5;
+    pub(in crate::shard::parquet) const RLE_DICTIONARY: i32 = 8;
+    pub(in crate::shard::parquet) const BYTE_STREAM_SPLIT: i32 = 9;
 }
 
 /// A data page of either version.

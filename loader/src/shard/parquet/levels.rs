@@ -72,6 +72,11 @@ impl Levels {
         for word in 0..words {
             let valid = self.valid(word);
             let row = self.row_bits(word) & valid;
+            if self.all_tokens && row == 0 && found_token && valid == u64::MAX {
+                // Inside of a long document.
+                counts.tokens += 64;
+                continue;
+            }
             let token = if self.all_tokens {
                 valid
             } else {
@@ -125,6 +130,10 @@ impl Levels {
         for word in 0..self.entries.div_ceil(64) {
             let token = self.token_bits(word);
             let mut start = self.row_bits(word) & token;
+            if token == u64::MAX && start == 0 {
+                before += 64;
+                continue;
+            }
             while start != 0 {
                 let below = (1u64 << start.trailing_zeros()) - 1;
                 let offset = before + (token & below).count_ones();

@@ -51,8 +51,8 @@ pub(crate) fn open(file: SourceFile, options: &OpenOptions) -> Result<Box<dyn Sh
 enum Route {
     /// Ours where it can, arrow-rs elsewhere.
     Pages,
-    /// Arrow-rs for all.
-    #[cfg_attr(not(test), expect(dead_code, reason = "tests compare the two decoders"))]
+    /// Arrow-rs for all, to compare the two.
+    #[cfg(test)]
     Arrow,
 }
 
@@ -137,6 +137,7 @@ impl ParquetShard {
             let number = u32::try_from(index).map_err(|_| Error::data("too many row groups"))?;
             let walk = match route {
                 Route::Pages => walker.walk(&mut window, &column, group, number, rows_before)?,
+                #[cfg(test)]
                 Route::Arrow => Walk::Unfamiliar(String::new()),
             };
             match walk {
@@ -187,12 +188,18 @@ impl ParquetShard {
     }
 
     /// Pages decoded here, and row groups left to arrow-rs, so far.
-    #[cfg_attr(not(test), expect(dead_code, reason = "tests assert which decoder ran"))]
+    #[cfg(test)]
     fn decoded(&self) -> (u64, u64) {
         (self.decoded_pages.load(Ordering::Relaxed), self.decoded_row_groups.load(Ordering::Relaxed))
     }
 
-    fn decode_block(&self, block: usize, limit: Option<u64>, scratch: &mut Scratch) -> Result<DecodedBlock> {
+    fn decode_block(
+        &self,
+        block: usize,
+        limit: Option<u64>,
+        scratch: &mut Scratch,
+        out: &mut DecodedBlock,
+    ) -> Result<()> {
         self.file.check_unchanged()?;
         let (Some(range), Some(meta)) = (self.ranges.get(block), self.blocks.get(block)) else {
             return Err(Error::new(ErrorKind::Internal, format!("block {block} of {}", self.blocks.len())));
@@ -206,7 +213,9 @@ impl ParquetShard {
         }
         let pages = &all[..count];
         let width = self.column.dtype.size();
-        let mut out = DecodedBlock { complete: count == all.len(), ..DecodedBlock::default() };
+        out.bytes.clear();
+        out.ends.clear();
+        out.complete = count == all.len();
         let ends = if out.complete { meta.ends as usize } else { pages.iter().map(|page| page.starts as usize).sum() };
         out.bytes
             .try_reserve_exact(tokens as usize * width)
@@ -228,7 +237,7 @@ impl ParquetShard {
                 run += 1;
             }
             if first.coding == Coding::RowGroup {
-                self.decode_row_group(first, &mut out)?;
+                self.decode_row_group(first, out)?;
                 done += 1;
                 continue;
             }
@@ -247,7 +256,7 @@ impl ParquetShard {
                     &mut scratch.levels,
                     &mut scratch.decompressor,
                     &mut scratch.page,
-                    &mut out,
+                    out,
                 )?;
                 self.decoded_pages.fetch_add(1, Ordering::Relaxed);
             }
@@ -264,7 +273,7 @@ impl ParquetShard {
                 out.ends.len()
             )));
         }
-        Ok(out)
+        Ok(())
     }
 
     #[expect(clippy::too_many_arguments, reason = "the parts of the scratch memory are borrowed apart")]
@@ -313,7 +322,6 @@ impl ParquetShard {
         let width = column.dtype.size();
         let from = out.bytes.len();
         levels.push_starts((from / width) as u32, &mut out.ends);
-        out.bytes.resize(from + counts.tokens * width, 0);
         let encoded = match page.coding {
             Coding::Plain => Encoded::Plain,
             Coding::Delta => Encoded::Delta,
@@ -324,7 +332,7 @@ impl ParquetShard {
             Coding::RowGroup => return Err(Error::new(ErrorKind::Internal, "a row group is not a page")),
         };
         let place = |error: Error| error.at(self.path()).at_row(page.first_row);
-        values::decode(encoded, values, width, &mut out.bytes[from..]).map_err(place)?;
+        values::decode(encoded, values, counts.tokens, width, &mut out.bytes).map_err(place)?;
         let ids = Tokens::new(column.dtype, &out.bytes[from..]);
         if let Some(index) = ids.first_negative() {
             return Err(negative_token(ids.get(index)).at(self.path()).at_row(self.row_of(page, levels, index)));
@@ -555,8 +563,14 @@ impl Shard for ParquetShard {
     }
 
     fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock> {
+        let mut out = DecodedBlock::default();
+        self.decode_into(block, limit, &mut out)?;
+        Ok(out)
+    }
+
+    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()> {
         SCRATCH.with_borrow_mut(|scratch| {
-            let result = self.decode_block(block, limit, scratch);
+            let result = self.decode_block(block, limit, scratch, out);
             for buffer in [&mut scratch.file, &mut scratch.page] {
                 if buffer.capacity() > KEEP_BYTES {
                     *buffer = Vec::new();

@@ -85,20 +85,30 @@ pub(super) type Unpack32 = fn(&[u8], &mut [u32; GROUP]);
 /// Unpacks [`GROUP`] values of up to 64 bits; the input holds `4 * width` bytes or more.
 pub(super) type Unpack64 = fn(&[u8], &mut [u64; GROUP]);
 
-// Width is a constant of each instance, so that shifts and masks are too, and the loop unrolls.
-fn unpack32<const WIDTH: usize>(bytes: &[u8], out: &mut [u32; GROUP]) {
-    let mut words = [0u32; GROUP + 1];
-    for (word, raw) in words.iter_mut().zip(bytes[..4 * WIDTH].as_chunks::<4>().0) {
-        *word = u32::from_le_bytes(*raw);
-    }
-    let mask = if WIDTH == 32 { u32::MAX } else { (1u32 << (WIDTH % 32)) - 1 };
-    for (i, value) in out.iter_mut().enumerate() {
-        let bit = i * WIDTH;
-        let pair = u64::from(words[bit / 32]) | u64::from(words[bit / 32 + 1]) << 32;
-        *value = (pair >> (bit % 32)) as u32 & mask;
-    }
+/// Repeats a body for `I` from 0 to 31. The compiler keeps such loops rolled, and shifts by a variable then cost twice
+/// the time of shifts by a constant.
+macro_rules! unrolled {
+    ($body:block) => { unrolled!($body 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31) };
+    ($body:block $($i:literal)*) => { $({ const I: usize = $i; $body })* };
 }
 
+fn unpack32<const WIDTH: usize>(bytes: &[u8], out: &mut [u32; GROUP]) {
+    let words = &bytes[..4 * WIDTH].as_chunks::<4>().0[..WIDTH];
+    let word = |at: usize| u64::from(u32::from_le_bytes(words[at]));
+    let mask = if WIDTH == 32 { u32::MAX } else { (1u32 << (WIDTH % 32)) - 1 };
+    if WIDTH == 0 {
+        *out = [0; GROUP];
+        return;
+    }
+    unrolled!({
+        let (at, shift) = (I * WIDTH / 32, I * WIDTH % 32);
+        let low = word(at) >> shift;
+        let value = if shift + WIDTH > 32 { low | word(at + 1) << (32 - shift) } else { low };
+        out[I] = value as u32 & mask;
+    });
+}
+
+// Rarely used, so left rolled.
 fn unpack64<const WIDTH: usize>(bytes: &[u8], out: &mut [u64; GROUP]) {
     let mut words = [0u32; 2 * GROUP + 2];
     for (word, raw) in words.iter_mut().zip(bytes[..4 * WIDTH].as_chunks::<4>().0) {

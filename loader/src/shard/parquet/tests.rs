@@ -14,9 +14,9 @@ use ::parquet::schema::parser::parse_message_type;
 use ::parquet::schema::types::ColumnPath;
 use arrow_array::{
     Array, ArrayRef, FixedSizeListArray, Int32Array, Int64Array, LargeListArray, ListArray, RecordBatch, StringArray,
-    UInt8Array, UInt16Array, UInt32Array, UInt64Array,
+    UInt8Array, UInt16Array, UInt32Array,
 };
-use arrow_buffer::{NullBuffer, OffsetBuffer, ScalarBuffer};
+use arrow_buffer::{NullBuffer, OffsetBuffer};
 use arrow_schema::{DataType, Field, Schema};
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -329,6 +329,344 @@ fn every_nullability_reads_as_written() {
                     check(&write(&writing, &rows), &rows, 64);
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn rows_of_one_token_are_one_document() {
+    for dtype in TYPES {
+        for encoding in ENCODINGS {
+            for nullable in [false, true] {
+                let writing = Writing { dtype, encoding, page_rows: 40, group_rows: 300, ..Writing::default() };
+                let tokens: Vec<_> = (0..1000).map(|i| i * i % 251).collect();
+                let array = numbers(dtype, &tokens.iter().copied().map(Some).collect::<Vec<_>>());
+                let saved = save(&write_array(array, nullable, writing.properties()));
+                for route in [Route::Pages, Route::Arrow] {
+                    let shard = open_as(&saved, 150, Io::Mmap, route).unwrap();
+                    assert_eq!(read_all(&shard).unwrap(), std::slice::from_ref(&tokens));
+                    assert_eq!(shard.rows(), 1000);
+                    assert!(shard.blocks().len() > 1);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn fixed_size_lists_read_as_written() {
+    let values = numbers(Dtype::U16, &(0..600).map(|i| Some(i * 91 % 60_000)).collect::<Vec<_>>());
+    let element = Arc::new(Field::new("item", DataType::UInt16, true));
+    let array = Arc::new(FixedSizeListArray::new(element, 6, values, None));
+    let saved = save(&write_array(array, true, Writing::default().properties()));
+    let shard = open(&saved, 100).unwrap();
+    let expected: Vec<Vec<i64>> =
+        (0..100).map(|row| (row * 6..row * 6 + 6).map(|i| i * 91 % 60_000).collect()).collect();
+    assert_eq!(read_all(&shard).unwrap(), expected);
+    assert_eq!(shard.dtype(), Dtype::U16);
+}
+
+/// Writes the INT32 leaf of `message` with the given levels.
+fn write_leaf(message: &str, ids: &[i32], def: &[i16], rep: &[i16]) -> Vec<u8> {
+    let schema = Arc::new(parse_message_type(message).unwrap());
+    let mut bytes = Vec::new();
+    let mut file = SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap();
+    let mut group = file.next_row_group().unwrap();
+    let mut column = group.next_column().unwrap().unwrap();
+    match column.untyped() {
+        ColumnWriter::Int32ColumnWriter(writer) => writer.write_batch(ids, Some(def), Some(rep)).unwrap(),
+        _ => panic!("the leaf is not INT32"),
+    };
+    column.close().unwrap();
+    group.close().unwrap();
+    file.close().unwrap();
+    bytes
+}
+
+#[test]
+fn legacy_spellings_of_lists_are_read() {
+    // [1, 2], [], [3]; the second column is the definition level of a token.
+    for (message, token) in [
+        ("message m { repeated int32 tokens (UINT_16); }", 1),
+        ("message m { required group tokens (LIST) { repeated int32 element (UINT_16); } }", 1),
+        ("message m { optional group tokens (LIST) { repeated int32 array (UINT_16); } }", 2),
+        (
+            "message m { optional group tokens (LIST) { repeated group bag { optional int32 array_element (UINT_16); } } }",
+            3,
+        ),
+        ("message m { required group tokens (LIST) { repeated group element { required int32 num (UINT_16); } } }", 1),
+    ] {
+        let empty = if message.contains("optional group") { 1 } else { 0 };
+        let bytes = write_leaf(message, &[1, 2, 3], &[token, token, empty, token], &[0, 1, 0, 0]);
+        let shard = open(&save(&bytes), 100).unwrap();
+        assert_eq!(read_all(&shard).unwrap(), [vec![1, 2], vec![3]], "{message}");
+        assert_eq!((shard.rows(), shard.dtype()), (3, Dtype::U16));
+    }
+}
+
+#[test]
+fn unusable_columns_are_refused_by_name_and_type() {
+    for (message, expected) in [
+        ("message m { optional binary tokens (UTF8); }", "of type utf8 (byte_array)"),
+        (
+            "message m { optional group tokens (LIST) { repeated group list { optional float element; } } }",
+            "of type float",
+        ),
+        ("message m { optional int32 tokens (INT_16); }", "of type int16"),
+        ("message m { optional int64 tokens (UINT_64); }", "of type uint64"),
+        ("message m { optional int32 tokens (DATE); }", "of type date (int32)"),
+        ("message m { optional group tokens { optional int32 a; } }", "a struct or map"),
+        (
+            "message m { optional group tokens (LIST) { repeated group list { optional group element (LIST) { \
+             repeated group list { optional int32 element; } } } } }",
+            "a list of lists or structs",
+        ),
+    ] {
+        let mut bytes = Vec::new();
+        let schema = Arc::new(parse_message_type(message).unwrap());
+        SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap().close().unwrap();
+        let error = open(&save(&bytes), 100).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Data);
+        let report = error.report();
+        assert!(report.contains(&format!("token column `tokens` is {expected}: expected a list of")), "{report}");
+        assert!(report.contains("shard.parquet"), "{report}");
+    }
+}
+
+#[test]
+fn files_without_rows_or_tokens_have_no_blocks() {
+    for rows in [vec![], vec![None, Some(vec![]), None], vec![Some(vec![]); 100]] {
+        let bytes = write(&Writing::default(), &rows);
+        for route in [Route::Pages, Route::Arrow] {
+            let shard = open_as(&save(&bytes), 100, Io::Mmap, route).unwrap();
+            assert_eq!(shard.rows(), rows.len() as u64);
+            assert!(shard.blocks().is_empty());
+            assert!(shard.decode(0, None).is_err());
+        }
+    }
+}
+
+/// Writes lists whose elements may be null.
+fn write_elements(dtype: Dtype, rows: &[Vec<Option<i64>>], version: WriterVersion) -> Vec<u8> {
+    let element = Arc::new(Field::new("element", element_type(dtype), true));
+    let offsets = OffsetBuffer::from_lengths(rows.iter().map(Vec::len));
+    let values = numbers(dtype, &rows.concat());
+    let array = Arc::new(ListArray::new(element, offsets, values, None));
+    write_array(array, true, Writing { version, page_rows: 2, ..Writing::default() }.properties())
+}
+
+#[test]
+fn a_null_token_is_an_error_with_its_place() {
+    for version in VERSIONS {
+        let mut rows = vec![vec![Some(1), Some(2)], vec![], vec![Some(3)], vec![Some(4), Some(5), None], vec![None]];
+        rows.extend(vec![vec![Some(1); 50]; 20]);
+        let saved = save(&write_elements(Dtype::I32, &rows, version));
+        for route in [Route::Pages, Route::Arrow] {
+            let shard = open_as(&saved, 3, Io::Mmap, route).unwrap();
+            let (block, error) =
+                (0..shard.blocks().len()).find_map(|i| shard.decode(i, None).err().map(|error| (i, error))).unwrap();
+            assert_eq!(error.kind(), ErrorKind::Data);
+            let place = error.location().unwrap();
+            assert_eq!((place.path.clone(), place.block, place.row), (saved.path.clone(), Some(block as u64), Some(3)));
+            assert!(error.report().contains("null token"), "{}", error.report());
+        }
+        let mut plain = vec![Some(7); 300];
+        plain[222] = None;
+        let array = numbers(Dtype::I64, &plain);
+        let saved = save(&write_array(array, true, Writing { version, ..Writing::default() }.properties()));
+        for route in [Route::Pages, Route::Arrow] {
+            let shard = open_as(&saved, 1 << 20, Io::Mmap, route).unwrap();
+            assert_eq!(shard.decode(0, None).unwrap_err().location().unwrap().row, Some(222));
+        }
+    }
+}
+
+#[test]
+fn a_negative_id_is_an_error_with_its_place() {
+    for dtype in [Dtype::I32, Dtype::I64] {
+        for encoding in ENCODINGS {
+            let mut rows = some_rows(120, 1000, 23);
+            rows[77] = Some(vec![4, 5, -6, 7]);
+            let saved = save(&write(&Writing { dtype, encoding, ..Writing::default() }, &rows));
+            for route in [Route::Pages, Route::Arrow] {
+                let shard = open_as(&saved, 500, Io::Mmap, route).unwrap();
+                let error = (0..shard.blocks().len()).find_map(|i| shard.decode(i, None).err()).unwrap();
+                assert_eq!(error.location().unwrap().row, Some(77));
+                assert!(error.report().contains("must not be negative: found -6"), "{}", error.report());
+            }
+        }
+    }
+}
+
+#[test]
+fn an_id_wider_than_its_type_is_an_error() {
+    let message = "message m { required group tokens (LIST) { repeated int32 element (UINT_16); } }";
+    let bytes = write_leaf(message, &[1, 70_000], &[1, 1], &[0, 1]);
+    let shard = open(&save(&bytes), 100).unwrap();
+    let report = shard.decode(0, None).unwrap_err().report();
+    assert!(report.contains("token id 70000 does not fit uint16"), "{report}");
+}
+
+#[test]
+fn blocks_are_near_the_wanted_size_for_any_row_groups() {
+    let rows: Rows = (0..4000).map(|i| Some(vec![i % 100; 10])).collect();
+    for (page_rows, group_rows) in [(1, 3), (10, 10_000), (100, 900), (5, 5)] {
+        let writing = Writing { page_rows, group_rows, ..Writing::default() };
+        let shard = open(&save(&write(&writing, &rows)), 2000).unwrap();
+        for meta in &shard.blocks()[..shard.blocks().len() - 1] {
+            assert!((1000..=3000).contains(&meta.tokens), "{} tokens", meta.tokens);
+        }
+    }
+}
+
+/// Files written by pyarrow 12, whose version 1 pages break inside of rows (`data_page_size=512`, `write_batch_size=64`;
+/// plain with zstd, dictionary with snappy).
+#[test]
+fn documents_longer_than_pages_are_put_together() {
+    let squares = |n: i64, factor, modulus| (0..n).map(|i| i * i * factor % modulus).collect::<Vec<_>>();
+    let rows: Rows =
+        vec![Some(squares(3, 1, 1000)), None, Some(vec![]), Some(squares(2000, 7, 50_021)), Some(squares(1, 5, 1000))];
+    for bytes in [
+        &include_bytes!("fixtures/row_over_pages_v1.parquet")[..],
+        &include_bytes!("fixtures/row_over_pages_dict.parquet")[..],
+    ] {
+        let shard = open(&save(bytes), 100).unwrap();
+        assert!(shard.blocks().iter().any(|meta| meta.starts == 0 && meta.ends == 0), "a row spans blocks");
+        for block_tokens in [1, 100, 700, 1 << 20] {
+            check(bytes, &rows, block_tokens);
+        }
+    }
+}
+
+#[test]
+fn a_shard_that_changes_is_an_error() {
+    let rows = some_rows(50, 100, 3);
+    let bytes = write(&Writing::default(), &rows);
+    let saved = save(&bytes);
+    let shard = open(&saved, 100).unwrap();
+    fs::write(&saved.path, [&bytes[..], b"more"].concat()).unwrap();
+    assert_eq!(shard.decode(0, None).unwrap_err().kind(), ErrorKind::Changed);
+    assert_eq!(shard.check_unchanged().unwrap_err().kind(), ErrorKind::Changed);
+}
+
+/// Opens and reads everything; whatever comes of it, it is not a panic.
+fn read_anything(bytes: &[u8]) -> Result<()> {
+    let shard = open(&save(bytes), 64)?;
+    shard.advice();
+    shard.describe();
+    shard.will_need(0, 0..1);
+    (0..shard.blocks().len()).try_for_each(|block| shard.decode(block, None).map(drop))
+}
+
+#[test]
+fn every_truncation_is_an_error() {
+    for version in VERSIONS {
+        let bytes = write(&Writing { version, ..Writing::default() }, &some_rows(30, 1000, 3));
+        for length in 1..bytes.len() {
+            let error = read_anything(&bytes[..length]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Data);
+            assert!(error.location().is_some());
+        }
+    }
+}
+
+#[test]
+fn flipped_bits_never_panic() {
+    for codec in [Compression::UNCOMPRESSED, Compression::SNAPPY, Compression::ZSTD(ZstdLevel::default())] {
+        for version in VERSIONS {
+            for encoding in ENCODINGS {
+                let rows: Rows =
+                    some_rows(12, 1000, 29).into_iter().map(|row| row.map(|r| r[..r.len().min(40)].to_vec())).collect();
+                let bytes = write(&Writing { codec, version, encoding, ..Writing::default() }, &rows);
+                for at in 0..bytes.len() {
+                    let mut damaged = bytes.clone();
+                    damaged[at] ^= 1 << (at * 5 % 8);
+                    let _ = read_anything(&damaged);
+                }
+            }
+        }
+    }
+}
+
+fn any_row() -> impl Strategy<Value = Option<Vec<i64>>> {
+    prop_oneof![
+        1 => Just(None),
+        1 => Just(Some(Vec::new())),
+        4 => prop::collection::vec(0i64..256, 1..6).prop_map(Some),
+        1 => prop::collection::vec(0i64..256, 60..200).prop_map(Some),
+        1 => (0i64..256, 1usize..300).prop_map(|(id, n)| Some(vec![id; n])),
+    ]
+}
+
+fn any_writing() -> impl Strategy<Value = Writing> {
+    let codec = prop_oneof![
+        Just(Compression::UNCOMPRESSED),
+        Just(Compression::SNAPPY),
+        Just(Compression::LZ4_RAW),
+        Just(Compression::ZSTD(ZstdLevel::default())),
+    ];
+    (0..5usize, 0..4usize, codec, any::<bool>(), 1..60usize, 1..200usize, any::<bool>(), any::<bool>()).prop_map(
+        |(dtype, encoding, codec, v2, page_rows, group_rows, element_nullable, large)| Writing {
+            dtype: TYPES[dtype],
+            encoding: ENCODINGS[encoding],
+            codec,
+            version: VERSIONS[usize::from(v2)],
+            page_rows,
+            group_rows,
+            list_nullable: true,
+            element_nullable,
+            large,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_file_reads_as_written(
+        writing in any_writing(),
+        rows in prop::collection::vec(any_row(), 0..120),
+        block_tokens in 1u64..2000,
+    ) {
+        check(&write(&writing, &rows), &rows, block_tokens);
+    }
+
+    #[test]
+    fn damage_never_panics(
+        writing in any_writing(),
+        rows in prop::collection::vec(any_row(), 0..40),
+        flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let mut bytes = write(&writing, &rows);
+        for (at, byte) in flips {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        let _ = read_anything(&bytes);
+    }
+}
+
+#[test]
+fn bits_unpack_at_every_width() {
+    for width in 0..=64u32 {
+        let values: Vec<u64> = (0..32u64)
+            .map(|i| (i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) & u64::MAX.checked_shr(64 - width).unwrap_or(0))
+            .collect();
+        let mut packed = vec![0u8; 4 * width as usize];
+        for (i, value) in values.iter().enumerate() {
+            for bit in 0..width as usize {
+                let at = i * width as usize + bit;
+                packed[at / 8] |= ((value >> bit & 1) as u8) << (at % 8);
+            }
+        }
+        let mut wide = [0; 32];
+        super::runs::unpacker64(width)(&packed, &mut wide);
+        assert_eq!(wide[..], values[..], "width {width}");
+        if width <= 32 {
+            let mut narrow = [0; 32];
+            super::runs::unpacker32(width)(&packed, &mut narrow);
+            assert!(narrow.iter().zip(&values).all(|(&a, &b)| u64::from(a) == b), "width {width}");
         }
     }
 }

@@ -9,7 +9,6 @@ use crate::error::{Error, Result};
 /// Entries of a dictionary page in the logical width.
 #[derive(Debug)]
 pub(super) struct Dictionary {
-    /// Padded to a power of two, so that a masked index is always inside.
     bytes: Vec<u8>,
     entries: usize,
 }
@@ -22,15 +21,9 @@ impl Dictionary {
         if needed > bytes.len() {
             return Err(short("dictionary", entries, bytes.len() / physical));
         }
-        let mut padded = vec![0; entries.max(1).next_power_of_two() * width];
-        let out = &mut padded[..entries * width];
-        let bytes = &bytes[..needed];
-        match width {
-            1 => plain::<1>(bytes, out.as_chunks_mut().0)?,
-            2 => plain::<2>(bytes, out.as_chunks_mut().0)?,
-            _ => out.copy_from_slice(bytes),
-        }
-        Ok(Self { bytes: padded, entries })
+        let mut out = Vec::with_capacity(entries * width);
+        decode(Encoded::Plain, &bytes[..needed], entries, width, &mut out)?;
+        Ok(Self { bytes: out, entries })
     }
 }
 
@@ -43,8 +36,19 @@ pub(super) enum Encoded<'a> {
     ByteStreamSplit,
 }
 
-/// Decodes exactly as many values of `width` bytes as `out` takes.
-pub(super) fn decode(encoded: Encoded<'_>, bytes: &[u8], width: usize, out: &mut [u8]) -> Result<()> {
+/// Appends exactly `count` values of `width` bytes to `out`.
+pub(super) fn decode(encoded: Encoded<'_>, bytes: &[u8], count: usize, width: usize, out: &mut Vec<u8>) -> Result<()> {
+    let from = out.len();
+    let physical = if width == 8 { 8 } else { 4 };
+    if matches!(encoded, Encoded::Plain) && width == physical {
+        let Some(bytes) = bytes.get(..count * physical) else {
+            return Err(short("plain", count, bytes.len() / physical));
+        };
+        out.extend_from_slice(bytes);
+        return Ok(());
+    }
+    out.resize(from + count * width, 0);
+    let out = &mut out[from..];
     match width {
         1 => decode_as::<1>(encoded, bytes, out.as_chunks_mut().0),
         2 => decode_as::<2>(encoded, bytes, out.as_chunks_mut().0),
@@ -55,7 +59,7 @@ pub(super) fn decode(encoded: Encoded<'_>, bytes: &[u8], width: usize, out: &mut
 
 fn decode_as<const W: usize>(encoded: Encoded<'_>, bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
     match encoded {
-        Encoded::Plain => plain(bytes, out),
+        Encoded::Plain => narrow(bytes, out),
         Encoded::Dictionary(dictionary) => gather(dictionary, bytes, out),
         Encoded::Delta if W == 8 => delta64(bytes, out),
         Encoded::Delta => delta32(bytes, out),
@@ -85,15 +89,11 @@ fn low<const W: usize>(value: u64) -> [u8; W] {
     std::array::from_fn(|i| bytes[i])
 }
 
-fn plain<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
-    let physical = if W == 8 { 8 } else { 4 };
-    let Some(bytes) = bytes.get(..out.len() * physical) else {
-        return Err(short("plain", out.len(), bytes.len() / physical));
+/// PLAIN values that lose their upper bytes.
+fn narrow<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
+    let Some(bytes) = bytes.get(..out.len() * 4) else {
+        return Err(short("plain", out.len(), bytes.len() / 4));
     };
-    if W == physical {
-        out.as_flattened_mut().copy_from_slice(bytes);
-        return Ok(());
-    }
     let words = bytes.as_chunks::<4>().0;
     let mut all = 0;
     for (id, word) in out.iter_mut().zip(words) {
@@ -110,8 +110,9 @@ fn plain<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
 
 fn gather<const W: usize>(dictionary: &Dictionary, bytes: &[u8], mut out: &mut [[u8; W]]) -> Result<()> {
     let entries = dictionary.bytes.as_chunks::<W>().0;
-    let mask = entries.len() - 1;
     let limit = dictionary.entries;
+    // Entries are counted in 31 bits.
+    let last = (limit as u32).wrapping_sub(1);
     let outside = |index: u32| {
         Error::data(format!("dictionary index {index} is out of range: the dictionary has {limit} entries"))
     };
@@ -130,7 +131,7 @@ fn gather<const W: usize>(dictionary: &Dictionary, bytes: &[u8], mut out: &mut [
                     return Err(outside(value));
                 }
                 let (now, rest) = out.split_at_mut(count);
-                now.fill(entries[value as usize & mask]);
+                now.fill(entries[value as usize]);
                 out = rest;
             }
             Run::Packed { bytes, count } => {
@@ -138,18 +139,12 @@ fn gather<const W: usize>(dictionary: &Dictionary, bytes: &[u8], mut out: &mut [
                 unpack_run(bytes, u32::from(width), count, |indices, valid| {
                     let (group, after) = std::mem::take(&mut now).split_at_mut(valid);
                     now = after;
-                    let most = indices[..valid].iter().fold(0, |most, &index| index.max(most));
-                    if most as usize >= limit {
-                        return Err(outside(most));
-                    }
-                    if let Ok(group) = <&mut [[u8; W]; GROUP]>::try_from(&mut *group) {
-                        for (id, &index) in group.iter_mut().zip(indices) {
-                            *id = entries[index as usize & mask];
-                        }
-                    } else {
-                        for (id, &index) in group.iter_mut().zip(indices) {
-                            *id = entries[index as usize & mask];
-                        }
+                    let inside = match <&mut [[u8; W]; GROUP]>::try_from(&mut *group) {
+                        Ok(whole) => pick(entries, last, indices, whole),
+                        Err(_) => pick(entries, last, &indices[..valid], group),
+                    };
+                    if !inside {
+                        return Err(outside(indices[..valid].iter().fold(0, |most, &index| index.max(most))));
                     }
                     Ok(())
                 })?;
@@ -160,6 +155,19 @@ fn gather<const W: usize>(dictionary: &Dictionary, bytes: &[u8], mut out: &mut [
     Ok(())
 }
 
+/// Copies the entries at `indices`; false if an index is above `last`, which the sign of an or-ed difference shows.
+#[inline(always)]
+fn pick<const W: usize>(entries: &[[u8; W]], last: u32, indices: &[u32], out: &mut [[u8; W]]) -> bool {
+    let wrong = indices.iter().fold(last, |wrong, &index| wrong | last.wrapping_sub(index) | index);
+    if wrong >> 31 != 0 {
+        return false;
+    }
+    for (id, &index) in out.iter_mut().zip(indices) {
+        *id = entries[index as usize];
+    }
+    true
+}
+
 fn split<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
     let physical = if W == 8 { 8 } else { 4 };
     // Streams are as long as the page has values, which is all of `out`: partial pages are never asked for.
@@ -167,9 +175,18 @@ fn split<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
     if bytes.len() < n * physical {
         return Err(short("byte-stream-split", n, bytes.len() / physical));
     }
-    let streams: [&[u8]; W] = std::array::from_fn(|k| &bytes[k * n..(k + 1) * n]);
-    for (i, id) in out.iter_mut().enumerate() {
-        *id = std::array::from_fn(|k| streams[k][i]);
+    if W == 4 {
+        // Zipped slices vectorise, indexed ones do not.
+        let [a, b, c, d] = std::array::from_fn(|k| &bytes[k * n..(k + 1) * n]);
+        let ids = out.as_flattened_mut().as_chunks_mut::<4>().0;
+        for ((((id, &a), &b), &c), &d) in ids.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+            *id = [a, b, c, d];
+        }
+    } else {
+        let streams: [&[u8]; W] = std::array::from_fn(|k| &bytes[k * n..(k + 1) * n]);
+        for (i, id) in out.iter_mut().enumerate() {
+            *id = std::array::from_fn(|k| streams[k][i]);
+        }
     }
     if let Some(at) = bytes[W * n..physical * n].iter().position(|&byte| byte != 0) {
         let i = at % n;
@@ -272,11 +289,13 @@ fn delta32<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
         unpack_run(packed, width, count, |deltas, valid| {
             let (group, after) = std::mem::take(&mut now).split_at_mut(valid);
             now = after;
-            for (id, &delta) in group.iter_mut().zip(deltas) {
-                value = value.wrapping_add(minimum).wrapping_add(delta);
-                all |= value;
-                *id = low(u64::from(value));
-            }
+            // Copies, because captured variables would go through memory once per id.
+            let (current, bits) = match <&mut [[u8; W]; GROUP]>::try_from(&mut *group) {
+                Ok(whole) => sum(whole, deltas, minimum, value),
+                Err(_) => sum(group, deltas, minimum, value),
+            };
+            value = current;
+            all |= bits;
             Ok(())
         })
     })?;
@@ -284,6 +303,18 @@ fn delta32<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
         return Err(Error::data(format!("a token id does not fit uint{}", W * 8)));
     }
     Ok(())
+}
+
+/// Running sums of `deltas`; gives the last and the bits that any had.
+#[inline(always)]
+fn sum<const W: usize>(out: &mut [[u8; W]], deltas: &[u32; GROUP], minimum: u32, mut value: u32) -> (u32, u32) {
+    let mut bits = 0;
+    for (id, &delta) in out.iter_mut().zip(deltas) {
+        value = value.wrapping_add(minimum.wrapping_add(delta));
+        bits |= value;
+        *id = low(u64::from(value));
+    }
+    (value, bits)
 }
 
 fn delta64<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
@@ -308,10 +339,12 @@ fn delta64<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<()> {
         unpack_run(packed, width, count, |deltas, valid| {
             let (group, after) = std::mem::take(&mut now).split_at_mut(valid);
             now = after;
+            let mut current = value;
             for (id, &delta) in group.iter_mut().zip(deltas) {
-                value = value.wrapping_add(minimum).wrapping_add(u64::from(delta));
-                *id = low(value);
+                current = current.wrapping_add(minimum.wrapping_add(u64::from(delta)));
+                *id = low(current);
             }
+            value = current;
             Ok(())
         })
     })
