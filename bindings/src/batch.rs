@@ -38,6 +38,11 @@ impl Batch {
         self.inner.rows
     }
 
+    #[getter]
+    fn address(&self) -> usize {
+        self.inner.as_ptr() as usize
+    }
+
     fn fields(&self) -> Vec<(&'static str, Array)> {
         self.inner.fields.iter().map(|field| (field.name, Array::new(&self.inner, *field))).collect()
     }

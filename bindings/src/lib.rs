@@ -3,7 +3,6 @@
 mod batch;
 mod error;
 mod loader;
-mod settings;
 
 use pyo3::prelude::*;
 
@@ -12,7 +11,7 @@ mod _core {
     #[pymodule_export]
     use crate::batch::{Array, Batch};
     #[pymodule_export]
-    use crate::loader::{Batches, Loader};
+    use crate::loader::{Batches, Loader, resolve};
     use pyo3::prelude::*;
 
     #[pymodule_init]

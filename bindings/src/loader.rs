@@ -4,19 +4,96 @@ use std::any::Any;
 use std::ptr::NonNull;
 use std::time::Duration;
 
-use forebay::config::{DataFormat, Io, Remainder, Shuffle, Targets};
+use forebay::config::{Config, DataFormat, Io, Remainder, Shuffle, Targets};
+use forebay::environment::{self, Environment, Resolved, Scope};
 use forebay::state::{State, StateValue};
 use forebay::{Error, ErrorKind, Next};
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyInt, PyString};
+use pyo3::types::{PyDict, PyString};
 
 use crate::batch::Batch;
 use crate::error::{detached, to_python};
-use crate::settings::config_from_pairs;
 
 /// Longest wait between two looks at pending signals.
 const SLICE: Duration = Duration::from_millis(50);
+
+/// Settings in force if these are given: values, where each is from, warnings, and notes. `from_env`: the environment may give all of them.
+#[pyfunction]
+#[allow(clippy::type_complexity)] // a tuple of Python's own types
+pub(crate) fn resolve<'py>(
+    py: Python<'py>,
+    settings: Vec<(String, String)>,
+    from_env: bool,
+) -> PyResult<(Bound<'py, PyDict>, Bound<'py, PyDict>, Vec<String>, Vec<String>)> {
+    let resolved = detached(py, || resolved(&settings, from_env))?;
+    let origins = PyDict::new(py);
+    for origin in &resolved.origins {
+        origins.set_item(origin.name, &origin.origin)?;
+    }
+    Ok((config_dict(py, &resolved.config)?, origins, resolved.warnings, resolved.notes))
+}
+
+fn resolved(settings: &[(String, String)], from_env: bool) -> forebay::Result<Resolved> {
+    let scope = if from_env { Scope::All } else { Scope::OperationalOnly };
+    environment::resolve(settings, &Environment::current(), scope)
+}
+
+/// Every setting as a Python value.
+fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("data", &config.data)?;
+    dict.set_item(
+        "format",
+        match config.format {
+            DataFormat::Auto => "auto",
+            DataFormat::Parquet => "parquet",
+            DataFormat::Arrow => "arrow",
+        },
+    )?;
+    dict.set_item("token_column", &config.token_column)?;
+    dict.set_item("seq_len", config.seq_len)?;
+    dict.set_item("targets", if config.targets == Targets::Shifted { "shifted" } else { "labels" })?;
+    dict.set_item("bos_id", config.bos_id)?;
+    dict.set_item("eos_id", config.eos_id)?;
+    match config.shuffle {
+        Shuffle::Off => dict.set_item("shuffle", false)?,
+        Shuffle::On => dict.set_item("shuffle", true)?,
+        Shuffle::Global => dict.set_item("shuffle", "global")?,
+        Shuffle::Block => dict.set_item("shuffle", "block")?,
+    }
+    dict.set_item("seed", config.seed)?;
+    dict.set_item("chunk_tokens", config.chunk_tokens)?;
+    dict.set_item("window_tokens", config.window_tokens)?;
+    dict.set_item("lanes", config.lanes)?;
+    dict.set_item("batch_size", config.batch_size)?;
+    dict.set_item("dp_rank", config.dp_rank)?;
+    dict.set_item("dp_world_size", config.dp_world_size)?;
+    dict.set_item(
+        "remainder",
+        match config.remainder {
+            Remainder::Drop => "drop",
+            Remainder::Pad => "pad",
+            Remainder::Wrap => "wrap",
+            Remainder::Short => "short",
+        },
+    )?;
+    dict.set_item("pad_id", config.pad_id)?;
+    dict.set_item("input_dtype", config.input_dtype.name())?;
+    dict.set_item("num_threads", config.num_threads)?;
+    dict.set_item("prefetch_batches", config.prefetch_batches)?;
+    dict.set_item("memory_budget", config.memory_budget)?;
+    dict.set_item("block_tokens", config.block_tokens)?;
+    dict.set_item(
+        "io",
+        match config.io {
+            Io::Auto => "auto",
+            Io::Mmap => "mmap",
+            Io::Pread => "pread",
+        },
+    )?;
+    dict.set_item("pin_memory", config.pin_memory)?;
+    Ok(dict)
+}
 
 /// A loader over one corpus.
 #[pyclass(frozen, module = "forebay._core")]
@@ -27,10 +104,10 @@ pub(crate) struct Loader {
 
 #[pymethods]
 impl Loader {
-    /// Opens the corpus under settings given as names and texts; `data` may be given several times.
+    /// Opens the corpus under the settings that `resolve` gives for the same arguments.
     #[staticmethod]
-    fn open(py: Python<'_>, settings: Vec<(String, String)>) -> PyResult<Self> {
-        let inner = detached(py, || forebay::Loader::open(config_from_pairs(&settings)?))?;
+    fn open(py: Python<'_>, settings: Vec<(String, String)>, from_env: bool) -> PyResult<Self> {
+        let inner = detached(py, || forebay::Loader::open(resolved(&settings, from_env)?.config))?;
         Ok(Self { inner, process: std::process::id() })
     }
 
@@ -88,16 +165,12 @@ impl Loader {
             .map(|(key, value)| {
                 let entry = if let Ok(text) = value.cast::<PyString>() {
                     StateValue::Text(text.to_str()?.to_owned())
-                } else if let Ok(number) = value.cast::<PyInt>() {
-                    StateValue::Int(number.extract().map_err(|_| {
-                        let text = format!("state is damaged: `{key}` must be between 0 and 2**64 - 1, found {number}");
-                        to_python(py, &Error::new(ErrorKind::State, text))
-                    })?)
+                } else if let Ok(number) = value.extract() {
+                    // Whatever has an index, such as an integer of NumPy's.
+                    StateValue::Int(number)
                 } else {
-                    return Err(PyTypeError::new_err(format!(
-                        "state key `{key}` must be an int or a str, found {}",
-                        value.get_type()
-                    )));
+                    let text = format!("state is damaged: `{key}` must be a whole number or a word, found {value}");
+                    return Err(to_python(py, &Error::new(ErrorKind::State, text)));
                 };
                 Ok((key, entry))
             })
@@ -142,63 +215,7 @@ impl Loader {
 
     /// Every setting in force.
     fn config<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let config = self.inner.config();
-        let dict = PyDict::new(py);
-        dict.set_item("data", &config.data)?;
-        dict.set_item(
-            "format",
-            match config.format {
-                DataFormat::Auto => "auto",
-                DataFormat::Parquet => "parquet",
-                DataFormat::Arrow => "arrow",
-            },
-        )?;
-        dict.set_item("token_column", &config.token_column)?;
-        dict.set_item("seq_len", config.seq_len)?;
-        dict.set_item("targets", if config.targets == Targets::Shifted { "shifted" } else { "labels" })?;
-        dict.set_item("bos_id", config.bos_id)?;
-        dict.set_item("eos_id", config.eos_id)?;
-        dict.set_item(
-            "shuffle",
-            match config.shuffle {
-                Shuffle::Off => "false",
-                Shuffle::On => "true",
-                Shuffle::Global => "global",
-                Shuffle::Block => "block",
-            },
-        )?;
-        dict.set_item("seed", config.seed)?;
-        dict.set_item("chunk_tokens", config.chunk_tokens)?;
-        dict.set_item("window_tokens", config.window_tokens)?;
-        dict.set_item("lanes", config.lanes)?;
-        dict.set_item("batch_size", config.batch_size)?;
-        dict.set_item("dp_rank", config.dp_rank)?;
-        dict.set_item("dp_world_size", config.dp_world_size)?;
-        dict.set_item(
-            "remainder",
-            match config.remainder {
-                Remainder::Drop => "drop",
-                Remainder::Pad => "pad",
-                Remainder::Wrap => "wrap",
-                Remainder::Short => "short",
-            },
-        )?;
-        dict.set_item("pad_id", config.pad_id)?;
-        dict.set_item("input_dtype", config.input_dtype.name())?;
-        dict.set_item("num_threads", config.num_threads)?;
-        dict.set_item("prefetch_batches", config.prefetch_batches)?;
-        dict.set_item("memory_budget", config.memory_budget)?;
-        dict.set_item("block_tokens", config.block_tokens)?;
-        dict.set_item(
-            "io",
-            match config.io {
-                Io::Auto => "auto",
-                Io::Mmap => "mmap",
-                Io::Pread => "pread",
-            },
-        )?;
-        dict.set_item("pin_memory", config.pin_memory)?;
-        Ok(dict)
+        config_dict(py, self.inner.config())
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

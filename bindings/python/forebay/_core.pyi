@@ -10,16 +10,22 @@ from typing_extensions import CapsuleType
 
 __version__: str
 
-def resolve(settings: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings in force if these are given, and where each of them comes from, by name. Raises ConfigError."""
+def resolve(
+    settings: Sequence[tuple[str, str]], from_env: bool
+) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
+    """Settings in force if these are given as names and texts: values, where each is from, warnings, and notes.
+
+    `from_env`: the environment and the file may give all of them, not only operational ones and ranks.
+    Raises ConfigError, with all faults listed together.
+    """
 
 @final
 class Loader:
     """A loader over one corpus. Its methods may be called from any thread; those that wait release the interpreter."""
 
     @staticmethod
-    def open(settings: Sequence[tuple[str, str]]) -> Loader:
-        """Opens and indexes the corpus under settings given as names and texts; `data` may be given several times.
+    def open(settings: Sequence[tuple[str, str]], from_env: bool) -> Loader:
+        """Opens and indexes the corpus under the settings that `resolve` gives for the same arguments.
 
         Raises ConfigError, NotFoundError, ReadError or DataError, with all faults listed together.
         """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import operator
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex
@@ -13,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay import _core
-from forebay._errors import ClosedError
+from forebay._errors import ClosedError, ConfigError
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+_logger = logging.getLogger("forebay")
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -24,7 +26,9 @@ def settings_of(data: Data | None, settings: Mapping[str, object]) -> list[tuple
     pairs: list[tuple[str, str]] = []
     if data is not None:
         paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
-        pairs.extend(("data", os.fspath(path)) for path in paths)
+        texts = [os.fspath(path).replace("\\", "\\\\").replace(",", "\\,") for path in paths]
+        if texts:
+            pairs.append(("data", ",".join(texts)))
     pairs.extend((name, _text(name, value)) for name, value in settings.items() if value is not None)
     return pairs
 
@@ -69,9 +73,10 @@ def _arrays(batch: _core.Batch) -> Arrays:
 class Loader:
     """Batches of token sequences from Parquet and Arrow shards, in an order that is a function of seed and epoch.
 
-    Every argument is a setting. One that is not given (``None``) comes from its environment variable,
-    ``FOREBAY_<NAME>``, from the file that ``FOREBAY_CONFIG`` names, from the launcher (ranks, threads), or is the
-    default. ``Loader.config`` and ``Loader.origins`` say what came out.
+    Every argument is a setting. Of those that are not given (``None``), operational ones come from their environment
+    variables, ``FOREBAY_<NAME>``, or from the file that ``FOREBAY_CONFIG`` names; ranks from these or the launcher; all
+    others have their defaults. ``Loader.config`` and ``Loader.origins`` say what came out. ``Loader.from_env`` takes
+    every setting from there.
 
     Parameters
     ----------
@@ -115,6 +120,8 @@ class Loader:
         Tokens near which blocks are cut for decoding; never changes a batch. Default: 128 Ki.
     io:
         ``"auto"``, ``"mmap"`` or ``"pread"``. Default: auto.
+    pin_memory:
+        For ``forebay.torch.DataLoader``; here it must be false. Default: false.
 
     Raises
     ------
@@ -148,6 +155,7 @@ class Loader:
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        pin_memory: bool | None = None,
     ) -> None:
         settings = dict(
             format=format,
@@ -172,29 +180,38 @@ class Loader:
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            pin_memory=pin_memory,
         )
-        self._open(settings_of(data, settings))
+        if pin_memory:
+            raise ConfigError("`pin_memory` needs forebay.torch.DataLoader: this loader does not import torch")
+        self._open(settings_of(data, settings), from_env=False)
 
-    def _open(self, pairs: list[tuple[str, str]]) -> None:
-        self._pairs = pairs
-        self._origins = _core.resolve(pairs)[1]
-        self._core: _core.Loader = _core.Loader.open(pairs)
-        # Also at interpreter exit, while its threads can still drop Python objects.
-        self._close = weakref.finalize(self, self._core.close)
+    def _open(self, pairs: list[tuple[str, str]], from_env: bool) -> None:
+        self._arguments = pairs, from_env
+        self._closed = False
+        _, self._origins, warnings, notes = _core.resolve(pairs, from_env)
+        for text in warnings:
+            _logger.warning("%s", text)
+        for text in notes:
+            _logger.info("%s", text)
+        self._core: _core.Loader = _core.Loader.open(pairs, from_env)
 
     @classmethod
-    def _from_pairs(cls, pairs: list[tuple[str, str]]) -> Self:
+    def _of(cls, pairs: list[tuple[str, str]], from_env: bool = False) -> Self:
         loader = cls.__new__(cls)
-        loader._open(pairs)
+        loader._open(pairs, from_env)
         return loader
 
     @classmethod
-    def from_env(cls) -> Self:
-        """A loader from the environment and the file named there alone."""
-        return cls()
+    def from_env(cls, data: Data | None = None, **settings: Any) -> Self:
+        """A loader whose every setting may come from the environment or the file; the arguments win over both."""
+        unknown = set(settings) - set(inspect.signature(Loader).parameters)
+        if unknown:
+            raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+        return cls._of(settings_of(data, settings), from_env=True)
 
     def _open_core(self) -> _core.Loader:
-        if not self._close.alive:
+        if self._closed:
             raise ClosedError("the loader was closed")
         return self._core
 
@@ -284,7 +301,8 @@ class Loader:
 
     def close(self) -> None:
         """Stops every pass and waits for its threads; batches already handed over stay valid."""
-        self._close()
+        self._closed = True
+        self._core.close()
 
     def __enter__(self) -> Self:
         return self
@@ -295,7 +313,7 @@ class Loader:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (type(self), self._pairs, self.state_dict())
+        return _reopen, (type(self), *self._arguments, self.state_dict())
 
     def __repr__(self) -> str:
         config = self._core.config()
@@ -305,7 +323,7 @@ class Loader:
         )
 
 
-def _reopen(kind: type[Loader], pairs: list[tuple[str, str]], state: Mapping[str, Any]) -> Loader:
-    loader = kind._from_pairs(pairs)
+def _reopen(kind: type[Loader], pairs: list[tuple[str, str]], from_env: bool, state: Mapping[str, Any]) -> Loader:
+    loader = kind._of(pairs, from_env)
     loader.load_state_dict(state)
     return loader

@@ -1,13 +1,16 @@
 """Tensors, and a stand-in for ``torch.utils.data.DataLoader``. The only module of forebay that imports torch.
 
-A ``TokenDataset`` in this ``DataLoader`` goes the native way: batches are computed by forebay's threads and no Python runs for them.
-Everything else goes the Python way: the dataset's own code, on threads of this process instead of worker processes.
+A ``TokenDataset`` in this ``DataLoader`` goes the native way: batches are computed by forebay's threads, and no Python
+runs for them. Everything else goes the Python way: the dataset's own code, on threads of this process instead of worker
+processes.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
@@ -15,12 +18,15 @@ from typing import Any, Literal, Self
 import numpy.typing as npt
 import torch
 import torch.distributed
-from torch.utils.data import Dataset, DistributedSampler, Sampler
+import torch.utils.dlpack
+from torch.utils.data import Dataset, DistributedSampler, Sampler, _DatasetKind, _utils
+from torch.utils.data import dataloader as torch_dataloader
+from torch.utils.data._utils import worker as torch_worker
 
 from forebay import _core
 from forebay._errors import ConfigError
 from forebay._loader import Data, Loader, settings_of
-from forebay._torch_threads import ThreadIterator
+from forebay._threads import Begin, Workers
 
 __all__ = ["DataLoader", "TokenDataset"]
 
@@ -30,7 +36,8 @@ Tensors = dict[str, torch.Tensor]
 class TokenDataset(Dataset[Tensors]):
     """Sequences of a corpus, in corpus order: ``dataset[i]`` is a dict of 1-D tensors of ``seq_len`` tokens.
 
-    Opened at its first use in each process, so that it can be pickled and forked. The arguments are those of ``forebay.Loader``.
+    Opened at its first use in each process, so that it can be pickled and forked. The arguments are those of
+    ``forebay.Loader``.
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class TokenDataset(Dataset[Tensors]):
         process = os.getpid()
         if self._opened is None or self._opened[0] != process:
             alone = dict(shuffle=False, batch_size=1, dp_rank=0, dp_world_size=1, remainder="drop", prefetch_batches=1)
-            self._opened = process, _core.Loader.open(self._pairs + settings_of(None, alone))
+            self._opened = process, _core.Loader.open(self._pairs + settings_of(None, alone), False)
         return self._opened[1]
 
     def __len__(self) -> int:
@@ -101,7 +108,7 @@ class TokenDataset(Dataset[Tensors]):
 
 
 def _tensors(batch: _core.Batch) -> Tensors:
-    return {name: torch.from_dlpack(array) for name, array in batch.fields()}
+    return {name: torch.utils.dlpack.from_dlpack(array) for name, array in batch.fields()}
 
 
 def _pinned(nbytes: int) -> torch.Tensor:
@@ -112,14 +119,15 @@ def _pinned(nbytes: int) -> torch.Tensor:
 class DataLoader(torch.utils.data.DataLoader[Any]):
     """``torch.utils.data.DataLoader`` without worker processes; the same arguments, and forebay's settings by keyword.
 
-    The native way is taken for a ``TokenDataset`` with no sampler or a ``DistributedSampler``, no ``batch_sampler`` and no
-    ``collate_fn``. Batches are dicts of tensors of shape ``(batch_size, seq_len)``. There, ``num_workers=0`` means the default
-    number of threads; ``timeout``, ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have nothing to act on;
-    ``drop_last=False`` delivers the tail in a short batch on one rank, and padded on several; ``pin_memory=True`` fills torch's
-    page-locked memory directly. These loaders have ``state_dict`` and ``load_state_dict``, as instance attributes.
+    The native way is taken for a ``TokenDataset`` with no sampler or a ``DistributedSampler``, no ``batch_sampler`` and
+    no ``collate_fn``. Batches are dicts of tensors of shape ``(batch_size, seq_len)``. There, ``num_workers=0`` means
+    the default number of threads; ``timeout``, ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have nothing
+    to act on; ``drop_last=False`` delivers the tail in a short batch on one rank, and padded on several;
+    ``pin_memory=True`` fills torch's page-locked memory directly. These loaders have ``state_dict`` and
+    ``load_state_dict``, as instance attributes.
 
-    On the Python way, ``num_workers`` counts threads: batches come in order, exceptions keep their type and their traceback,
-    and ``torch.utils.data.get_worker_info()`` answers for each thread.
+    On the Python way, ``num_workers`` counts threads: batches come in order, exceptions keep their type and their
+    traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread.
 
     Parameters
     ----------
@@ -210,8 +218,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             if given or shuffle not in (None, True, False):
                 given = given or [f"shuffle={shuffle}"]
                 raise ConfigError(
-                    f"{', '.join(f'`{name}`' for name in given)}: only for a TokenDataset without `collate_fn`, `batch_sampler` "
-                    "and samplers other than DistributedSampler"
+                    f"{', '.join(f'`{name}`' for name in given)}: only for a TokenDataset without `collate_fn`, "
+                    "`batch_sampler`, and samplers other than DistributedSampler"
                 )
             super().__init__(
                 dataset,
@@ -249,17 +257,18 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             settings["num_threads"] = num_workers
         if prefetch_factor is not None and prefetch_batches is None:
             settings["prefetch_batches"] = prefetch_factor * max(num_workers, 1)
-        settings["shuffle"], settings["batch_size"] = shuffle, batch_size
+        settings["shuffle"], settings["batch_size"], settings["pin_memory"] = shuffle, batch_size, pin_memory or None
         own = settings_of(None, settings)
         names = {name for name, _ in own}
         pairs = [pair for pair in dataset._pairs if pair[0] not in names] + own
         pairs = _with_ranks(pairs)
-        config, origins = _core.resolve(pairs)
-        if remainder is None and (drop_last or origins["remainder"] == "default"):
+        config, *_ = _core.resolve(pairs, False)
+        if remainder is None:
             rest = "short" if config["dp_world_size"] in (None, 1) else "pad"
             pairs.append(("remainder", "drop" if drop_last else rest))
 
         allocator = _allocator
+        pin_memory = config["pin_memory"]
         if pin_memory and allocator is None:
             if torch.cuda.is_available():
                 allocator = _pinned
@@ -269,7 +278,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                     "then device pinned memory won't be used.",
                     stacklevel=2,
                 )
-        self._native = Loader._from_pairs(pairs)
+        self._native = Loader._of(pairs)
         self._allocator = allocator
         self._sampler_epoch = getattr(sampler, "epoch", None)
         self.dataset = dataset
@@ -288,7 +297,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self.generator = generator
         self.collate_fn = None  # type: ignore[assignment]
         self.persistent_workers = False
-        self._dataset_kind = torch.utils.data._DatasetKind.Map
+        self._dataset_kind = _DatasetKind.Map
         self._iterator = None
         self._DataLoader__multiprocessing_context = None
         # Accelerate then takes this loader as it is, and stores its state.
@@ -312,7 +321,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         if self._native is not None:
             return _NativeIterator(self, self._native)
         if self.num_workers > 0:
-            return ThreadIterator(self)
+            return _ThreadIterator(self)
         return super().__iter__()
 
     def __len__(self) -> int:
@@ -328,8 +337,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             self._native.set_epoch(epoch)
             return
         for part in (self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None), self.dataset):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
                 return
 
     @property
@@ -373,12 +383,15 @@ def _with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     dist = torch.distributed
     if names & {"dp_rank", "dp_world_size"} or not (dist.is_available() and dist.is_initialized()):
         return pairs
-    config, origins = _core.resolve(pairs)
+    config, origins, *_ = _core.resolve(pairs, False)
     found, here = (config["dp_rank"], config["dp_world_size"]), (dist.get_rank(), dist.get_world_size())
-    if origins["dp_rank"] != "default" and found != here:
+    origin = origins["dp_rank"]
+    if origin.startswith("FOREBAY_"):
+        return pairs  # said on purpose, where peers of another kind of parallelism read the same rows
+    if not origin.startswith("default") and found != here:
         raise ConfigError(
-            f"rank {found[0]} of {found[1]} was found in {origins['dp_rank']}, but torch.distributed says rank {here[0]} of "
-            f"{here[1]}: give `dp_rank` and `dp_world_size`"
+            f"rank {found[0]} of {found[1]} was found in {origin}, but torch.distributed says rank "
+            f"{here[0]} of {here[1]}: give `dp_rank` and `dp_world_size`"
         )
     return [*pairs, ("dp_rank", str(here[0])), ("dp_world_size", str(here[1]))]
 
@@ -437,6 +450,7 @@ class _NativeIterator:
                 raise
             if batch is None:
                 self._leave()
+                self._buffers.clear()
                 raise StopIteration
             if batch.step + 1 == self._steps:
                 self._owner.end_of_dataloader = True
@@ -444,10 +458,9 @@ class _NativeIterator:
                 return _tensors(batch)
             buffer = self._buffers.pop(batch.address)
             self._submit()
-            return {name: _view(buffer, *place) for name, *place in batch.layout()}
+            return {field[0]: _view(buffer, *field[1:]) for field in batch.layout()}
 
     def _leave(self) -> None:
-        self._buffers.clear()
         state, self._gradient_state = self._gradient_state, None
         if state is not None:
             state._remove_dataloader(self._owner)
@@ -456,6 +469,7 @@ class _NativeIterator:
         """Ends the pass and its threads."""
         self._leave()
         self._core.close()
+        self._buffers.clear()
 
     def __del__(self) -> None:
         if getattr(self, "_gradient_state", None) is not None:
@@ -466,3 +480,78 @@ def _view(buffer: torch.Tensor, dtype: str, offset: int, shape: tuple[int, int],
     kind: torch.dtype = getattr(torch, dtype)
     nbytes = ((shape[0] - 1) * stride + shape[1]) * kind.itemsize
     return buffer[offset : offset + nbytes].view(kind).as_strided(shape, (stride, 1))
+
+
+class _ThreadIterator(torch_dataloader._BaseDataLoaderIter):
+    """A pass over a dataset on ``num_workers`` threads, started at the first ``next()``.
+
+    Threads share a map-style dataset; of an iterable one, each iterates a shallow copy of its own.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        super().__init__(loader)
+        _answer_worker_info_per_thread()
+        count, iterable = self._num_workers, self._dataset_kind == _DatasetKind.Iterable
+        self._workers = Workers(
+            [self._begin(loader, worker, iterable) for worker in range(count)],
+            own_data=iterable,
+            window=count * (loader.prefetch_factor or 2),
+            in_order=loader.in_order,
+            timeout_s=self._timeout,
+        )
+
+    def _begin(self, loader: DataLoader, worker: int, iterable: bool) -> Begin:
+        # Locals only: a thread that held the iterator would keep it alive.
+        source, count, seed = self._dataset, self._num_workers, int(self._base_seed) + worker
+        kind, auto_collation = self._dataset_kind, self._auto_collation
+        collate_fn, drop_last, init_fn = self._collate_fn, self._drop_last, loader.worker_init_fn
+        known = getattr(torch_worker.WorkerInfo, "__dataclass_fields__", ())
+        more: dict[str, Any] = {"worker_method": "thread"} if "worker_method" in known else {}
+
+        def begin() -> Callable[[Any], Any]:
+            dataset = copy.copy(source) if iterable else source
+            _here.info = torch_worker.WorkerInfo(id=worker, num_workers=count, seed=seed, dataset=dataset, **more)
+            if init_fn is not None:
+                init_fn(worker)
+            fetcher = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
+                kind, dataset, auto_collation, collate_fn, drop_last
+            )
+            fetch: Callable[[Any], Any] = fetcher.fetch
+            return fetch
+
+        return begin
+
+    def _next_data(self) -> Any:
+        data = self._workers.next(self._next_index)
+        if self._pin_memory:
+            data = _utils.pin_memory.pin_memory(data, self._pin_memory_device)  # type: ignore[no-untyped-call]
+        return data
+
+    def close(self) -> None:
+        """Ends the pass and waits for its threads to finish what they are at."""
+        self._workers.close()
+
+
+_here = threading.local()
+_patching = threading.Lock()
+
+
+def _answer_worker_info_per_thread() -> None:
+    """Makes ``get_worker_info`` answer for the calling thread.
+
+    It reads a module global, and others hold the function itself: its code is what can be replaced for all of them.
+    """
+    with _patching:
+        if hasattr(torch_worker, "_forebay_worker_info"):
+            return
+
+        def of_thread() -> Any:
+            info = getattr(_here, "info", None)
+            return torch_worker._worker_info if info is None else info
+
+        torch_worker._forebay_worker_info = of_thread  # type: ignore[attr-defined]
+
+        def get_worker_info():  # type: ignore[no-untyped-def]
+            return _forebay_worker_info()  # type: ignore[name-defined]  # noqa: F821
+
+        torch_worker.get_worker_info.__code__ = get_worker_info.__code__
