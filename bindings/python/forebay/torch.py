@@ -328,6 +328,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         """Batches of this rank in an epoch."""
         return len(self._native) if self._native is not None else super().__len__()
 
+    def check_worker_number_rationality(self) -> None:
+        """Nothing: it warns of too many processes, and there are none."""
+
     def set_epoch(self, epoch: int) -> None:
         """The next pass begins this epoch, unless a position of it was restored and not continued yet.
 
