@@ -1,16 +1,39 @@
 //! Token loader for LLM training.
 //!
-//! Paths become shards, shards an index, the index a layout of sequences, sequences an order, and the order batches:
-//! each module of this crate is one step of that sentence and imports only from the steps before it.
+//! Paths become shards, shards a corpus with an index, the corpus a layout of sequences, sequences an order, and the order batches: each
+//! module of this crate is one step of that sentence and imports only from the steps before it.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use forebay::{Config, Loader, loader::Next};
+//!
+//! let loader = Loader::open(Config { data: vec!["corpus/".into()], batch_size: 8, ..Config::default() })?;
+//! let batches = loader.iter();
+//! while let Next::Batch(batch) = batches.next_timeout(Duration::MAX)? {
+//!     println!("step {}: {:?}", batch.step, batch.row("input_ids", 0));
+//! }
+//! # Ok::<(), forebay::Error>(())
+//! ```
 
+pub mod buffer;
 pub mod config;
+pub mod corpus;
+pub mod environment;
 pub mod error;
+mod fill;
+pub mod layout;
 pub mod loader;
+pub mod order;
+mod pipeline;
+mod read;
+pub mod settings;
 pub mod shard;
 pub mod state;
+pub mod stats;
+mod sync;
 pub mod tokens;
 
 pub use config::Config;
 pub use error::{Error, ErrorKind, Result};
-pub use loader::Loader;
+pub use loader::{Batch, Batches, Loader, Next};
 pub use state::State;

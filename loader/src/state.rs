@@ -1,5 +1,126 @@
-//! Saved positions.
+//! State: a position in the global order, and what it belongs to.
+//!
+//! Flat, small, the same on every rank, and with the same keys at every time: it survives JSON, `torch.save`, distributed checkpoints that
+//! keep one rank's copy, and a change of the world size. It holds the content settings themselves, so that a mismatch can name both values.
 
-/// A position in the global order and what it belongs to.
+use std::fmt;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Version of the state's own format.
+pub const VERSION: u64 = 1;
+
+/// Keys of the position; every other key belongs to the content.
+const POSITION_KEYS: [&str; 2] = ["epoch", "position"];
+
+/// A value of a state.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct State {}
+pub enum StateValue {
+    /// A number that is never negative.
+    Int(u64),
+    /// A word.
+    Text(String),
+}
+
+impl fmt::Display for StateValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Int(value) => write!(f, "{value}"),
+            Self::Text(text) => write!(f, "`{text}`"),
+        }
+    }
+}
+
+impl From<u64> for StateValue {
+    fn from(value: u64) -> Self {
+        Self::Int(value)
+    }
+}
+
+impl From<&str> for StateValue {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+
+/// A saved position: epoch, position in it, and the content they belong to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    entries: Vec<(String, StateValue)>,
+}
+
+impl State {
+    /// The state at `position` of `epoch` of the content that `content` describes.
+    pub(crate) fn new(epoch: u64, position: u64, content: &[(&'static str, StateValue)]) -> Self {
+        let mut entries = vec![
+            ("version".to_owned(), VERSION.into()),
+            ("epoch".to_owned(), epoch.into()),
+            ("position".to_owned(), position.into()),
+        ];
+        entries.extend(content.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+        Self { entries }
+    }
+
+    /// A state from the key and value pairs that [`State::entries`] gave.
+    pub fn from_entries(entries: Vec<(String, StateValue)>) -> Result<Self> {
+        let state = Self { entries };
+        let version = state.int("version")?;
+        if version != VERSION {
+            return Err(refused(format!("state has version {version}, this forebay reads version {VERSION}")));
+        }
+        for key in POSITION_KEYS {
+            state.int(key)?;
+        }
+        Ok(state)
+    }
+
+    /// Keys and values, in a fixed order.
+    pub fn entries(&self) -> &[(String, StateValue)] {
+        &self.entries
+    }
+
+    /// Epoch, counted from 0.
+    pub fn epoch(&self) -> u64 {
+        self.int("epoch").expect("checked when made")
+    }
+
+    /// Positions of the epoch that were handed to the callers of all ranks together.
+    pub fn position(&self) -> u64 {
+        self.int("position").expect("checked when made")
+    }
+
+    fn get(&self, key: &str) -> Option<&StateValue> {
+        self.entries.iter().find(|(name, _)| name == key).map(|(_, value)| value)
+    }
+
+    fn int(&self, key: &str) -> Result<u64> {
+        match self.get(key) {
+            Some(StateValue::Int(value)) => Ok(*value),
+            Some(value) => Err(refused(format!("state key `{key}` must be a number, found {value}"))),
+            None => Err(refused(format!("state has no key `{key}`: it was not made by forebay, or is incomplete"))),
+        }
+    }
+
+    /// Fails unless this state belongs to `content`, naming every difference.
+    pub(crate) fn check(&self, content: &[(&'static str, StateValue)]) -> Result<()> {
+        let differences: Vec<String> = content
+            .iter()
+            .filter_map(|(key, present)| match self.get(key) {
+                Some(saved) if saved == present => None,
+                Some(saved) => Some(format!("`{key}` was {saved} when saved and is {present} now")),
+                None => Some(format!("`{key}` is missing in the state and is {present} now")),
+            })
+            .collect();
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(refused(format!(
+            "state belongs to other content: {}; resume with the saved settings and corpus, or start anew",
+            differences.join(", ")
+        )))
+    }
+}
+
+fn refused(message: String) -> Error {
+    Error::new(ErrorKind::State, message)
+}

@@ -7,11 +7,15 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 
 use memmap2::Mmap;
 
 use crate::error::{Error, ErrorKind, Result};
+
+/// How long a comparison of size and time stands for the windows read after it: a `stat` takes a third of the time of a window.
+const CHECK_EVERY: Duration = Duration::from_millis(1);
 
 /// How file bytes are reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,6 +42,9 @@ struct Inner {
     len: u64,
     modified: Option<SystemTime>,
     map: Option<Mmap>,
+    opened: Instant,
+    /// Nanoseconds after `opened` of the last check. Any thread writes it; a lost update costs one more check.
+    checked_nanos: AtomicU64,
 }
 
 impl SourceFile {
@@ -63,7 +70,15 @@ impl SourceFile {
         } else {
             None
         };
-        let inner = Inner { path: path.to_owned(), file, len, modified: metadata.modified().ok(), map };
+        let inner = Inner {
+            path: path.to_owned(),
+            file,
+            len,
+            modified: metadata.modified().ok(),
+            map,
+            opened: Instant::now(),
+            checked_nanos: AtomicU64::new(0),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -177,6 +192,18 @@ impl SourceFile {
         Ok(())
     }
 
+    /// [`SourceFile::check_unchanged`] for small windows: at most once a millisecond.
+    pub fn check_window(&self) -> Result<()> {
+        let now = self.inner.opened.elapsed().as_nanos() as u64;
+        let last = self.inner.checked_nanos.load(Ordering::Relaxed);
+        if last != 0 && now.saturating_sub(last) < CHECK_EVERY.as_nanos() as u64 {
+            return Ok(());
+        }
+        self.check_unchanged()?;
+        self.inner.checked_nanos.store(now.max(1), Ordering::Relaxed);
+        Ok(())
+    }
+
     fn check_range(&self, range: &Range<u64>) -> Result<()> {
         if range.start > range.end || range.end > self.inner.len {
             return Err(Error::data(format!(
@@ -193,7 +220,8 @@ impl SourceFile {
         use std::os::unix::fs::FileExt;
         self.inner.file.read_exact_at(buffer, offset).map_err(|error| {
             if error.kind() == std::io::ErrorKind::UnexpectedEof {
-                let message = format!("shard shrank while it was being read: it had {} bytes when opened", self.inner.len);
+                let message =
+                    format!("shard shrank while it was being read: it had {} bytes when opened", self.inner.len);
                 Error::new(ErrorKind::Changed, message).at(&self.inner.path)
             } else {
                 Error::io(format!("cannot read {} bytes at {offset}", buffer.len()), error).at(&self.inner.path)

@@ -1,0 +1,109 @@
+//! Output memory: leased for one batch, held by whoever holds the batch, returned when the last holder drops it.
+//!
+//! A [`Lease`] is the only way to a buffer's bytes, and it gives them out mutably once, to the worker that fills the batch.
+//! Where the memory comes from is a [`Source`]: the [`pool::Pool`] of this crate, or buffers that the caller submits (page-locked
+//! tensors, say), whose owner is kept until the batch is dropped.
+
+pub mod pool;
+
+use std::any::Any;
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Alignment of every buffer: a cache line, and the widest vector store.
+pub const ALIGNMENT: usize = 64;
+
+/// Where buffers come from and go back to.
+pub trait Source: Send + Sync + fmt::Debug {
+    /// A buffer of `bytes` bytes, aligned to [`ALIGNMENT`], that nobody else uses. Its content is unspecified but initialised.
+    fn take(&self, bytes: usize) -> NonNull<u8>;
+
+    /// Takes back a buffer given out by `take(bytes)`. No one reads or writes it any more.
+    fn give_back(&self, buffer: NonNull<u8>, bytes: usize);
+
+    /// Bytes held: given out and kept for later.
+    fn held_bytes(&self) -> usize;
+}
+
+/// A buffer on loan.
+pub struct Lease {
+    start: NonNull<u8>,
+    len: usize,
+    owner: Owner,
+}
+
+enum Owner {
+    Source(Arc<dyn Source>),
+    /// Kept, not used: dropping it releases the memory.
+    Caller {
+        _keep: Box<dyn Any + Send + Sync>,
+    },
+}
+
+// SAFETY: the buffer belongs to this lease alone (contract of `Source::take` and of `Lease::from_caller`), so it may move between
+// threads and be read from several; writing needs `&mut`.
+unsafe impl Send for Lease {}
+// SAFETY: as above; shared references only read.
+unsafe impl Sync for Lease {}
+
+impl Lease {
+    /// A buffer of `len` bytes from `source`.
+    pub fn new(source: &Arc<dyn Source>, len: usize) -> Self {
+        Self { start: source.take(len), len, owner: Owner::Source(Arc::clone(source)) }
+    }
+
+    /// Memory of the caller, used until the lease is dropped, and then `owner` with it.
+    ///
+    /// # Safety
+    /// `start` is aligned to 8 bytes and valid for reads and writes of `len` initialised bytes for as long as `owner` lives, and no one
+    /// else writes there before the batch is handed over.
+    pub unsafe fn from_caller(start: NonNull<u8>, len: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
+        assert!(start.as_ptr().align_offset(8) == 0, "a batch buffer must be aligned to 8 bytes");
+        Self { start, len, owner: Owner::Caller { _keep: owner } }
+    }
+
+    /// First byte.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes `range` as 64-bit integers.
+    pub(crate) fn i64s(&mut self, offset_bytes: usize, count: usize) -> &mut [i64] {
+        assert!(offset_bytes % 8 == 0 && offset_bytes + count * 8 <= self.len, "field lies outside its buffer");
+        // SAFETY: in bounds and aligned (just checked, and `start` is aligned to 8), initialised (contract of the source), and
+        // borrowed mutably from the only owner; any bits are a valid integer.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes).cast(), count) }
+    }
+
+    /// Bytes `range` as 32-bit integers.
+    pub(crate) fn i32s(&mut self, offset_bytes: usize, count: usize) -> &mut [i32] {
+        assert!(offset_bytes % 4 == 0 && offset_bytes + count * 4 <= self.len, "field lies outside its buffer");
+        // SAFETY: as in `i64s`.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes).cast(), count) }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Owner::Source(source) = &self.owner {
+            source.give_back(self.start, self.len);
+        }
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease").field("start", &self.start).field("len", &self.len).finish_non_exhaustive()
+    }
+}

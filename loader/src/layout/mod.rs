@@ -1,0 +1,3 @@
+//! Layout: which tokens of the corpus make which sequence.
+
+pub mod concat;

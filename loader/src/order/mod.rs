@@ -1,0 +1,219 @@
+//! Order: which sequence stands at which position of an epoch.
+//!
+//! Takes the number of full sequences, the content settings and the epoch; gives the sequence at any position without a
+//! list. Depends on nothing physical, neither files nor blocks nor ranks, so every format gives the same order.
+//!
+//! `Global` is one keyed permutation. `Block` keeps neighbours near each other so that few decoded blocks serve many
+//! sequences: runs of consecutive sequences (chunks) are permuted over the corpus; the resulting list is cut into equal
+//! lanes; inside a lane, windows of it are permuted. Position `p` is on lane `p mod L`, so a world size that divides `L` gives
+//! each rank whole lanes. Window borders are staggered from lane to lane, so that not all of them begin at the same step.
+//!
+//! The algorithm is named by [`VERSION`] and pinned by golden tests: changing it is a new version.
+
+pub mod partition;
+pub mod permutation;
+
+use permutation::{Permutation, derive_key};
+
+/// Name and version of the algorithm, saved with every state.
+pub const VERSION: &str = "feistel8-1";
+
+// Domains of the keys, so that no two permutations of an epoch share one.
+const EPOCH: u64 = 1;
+const GLOBAL: u64 = 2;
+const CHUNKS: u64 = 3;
+const WINDOW: u64 = 4;
+
+/// How the full sequences of an epoch are arranged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrangement {
+    /// Corpus order.
+    Sequential,
+    /// One permutation.
+    Global,
+    /// Chunks, lanes and windows, all counted in sequences.
+    Block {
+        /// Consecutive sequences of a chunk, at least 1.
+        chunk: u64,
+        /// Lanes, at least 1.
+        lanes: u64,
+        /// Sequences of a window of one lane, at least 1.
+        window: u64,
+    },
+}
+
+impl Arrangement {
+    /// The block arrangement that settings in tokens mean for `sequences` sequences of `seq_len` tokens.
+    pub fn block(sequences: u64, seq_len: u64, chunk_tokens: u64, window_tokens: u64, lanes: u64) -> Self {
+        let lanes = lanes.min(sequences).max(1);
+        Self::Block { chunk: (chunk_tokens / seq_len).max(1), lanes, window: (window_tokens / seq_len / lanes).max(1) }
+    }
+}
+
+/// The order of one epoch.
+#[derive(Clone, Debug)]
+pub struct EpochOrder {
+    sequences: u64,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Sequential,
+    Global(Permutation),
+    Block(Block),
+}
+
+#[derive(Clone, Debug)]
+struct Block {
+    key: u64,
+    chunk: u64,
+    lanes: u64,
+    window: u64,
+    chunks: Permutation,
+    /// Slot of the last chunk, the only one that may be short.
+    last_slot: u64,
+    /// Sequences of the last chunk.
+    last_len: u64,
+}
+
+impl EpochOrder {
+    /// The order of `epoch` over `sequences` full sequences.
+    pub fn new(sequences: u64, arrangement: Arrangement, seed: u64, epoch: u64) -> Self {
+        let key = derive_key(seed, &[EPOCH, epoch]);
+        let kind = match arrangement {
+            Arrangement::Sequential => Kind::Sequential,
+            Arrangement::Global => Kind::Global(Permutation::new(sequences, derive_key(key, &[GLOBAL]))),
+            Arrangement::Block { .. } if sequences == 0 => Kind::Sequential,
+            Arrangement::Block { chunk, lanes, window } => {
+                let count = sequences.div_ceil(chunk);
+                let chunks = Permutation::new(count, derive_key(key, &[CHUNKS]));
+                let last_slot = chunks.position_of(count - 1);
+                Kind::Block(Block {
+                    key,
+                    chunk,
+                    lanes,
+                    window,
+                    chunks,
+                    last_slot,
+                    last_len: sequences - (count - 1) * chunk,
+                })
+            }
+        };
+        Self { sequences, kind }
+    }
+
+    /// Full sequences of the epoch.
+    pub fn len(&self) -> u64 {
+        self.sequences
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.sequences == 0
+    }
+
+    /// The sequence at `position`.
+    ///
+    /// # Panics
+    /// When `position` is not below [`EpochOrder::len`].
+    pub fn sequence_at(&self, position: u64) -> u64 {
+        assert!(position < self.sequences, "position {position} of {}", self.sequences);
+        match &self.kind {
+            Kind::Sequential => position,
+            Kind::Global(permutation) => permutation.apply(position),
+            Kind::Block(block) => block.sequence_at(self.sequences, position),
+        }
+    }
+
+    /// Whether `sequence` is the last of its chunk, so that the tokens after it belong to another time of the epoch.
+    pub fn ends_chunk(&self, sequence: u64) -> bool {
+        match &self.kind {
+            Kind::Sequential | Kind::Global(_) => false,
+            Kind::Block(block) => (sequence + 1).is_multiple_of(block.chunk),
+        }
+    }
+}
+
+impl Block {
+    fn sequence_at(&self, sequences: u64, position: u64) -> u64 {
+        let (lane, at) = (position % self.lanes, position / self.lanes);
+        let (quotient, rest) = (sequences / self.lanes, sequences % self.lanes);
+        let lane_start = lane * quotient + lane.min(rest);
+        let lane_len = quotient + u64::from(lane < rest);
+
+        // The first window is shortened by the lane's phase.
+        let phase = (u128::from(self.window) * u128::from(lane) / u128::from(self.lanes)) as u64;
+        let window = (at + phase) / self.window;
+        let start = (window * self.window).saturating_sub(phase);
+        let end = ((window + 1) * self.window - phase).min(lane_len);
+        let key = derive_key(self.key, &[WINDOW, lane, window]);
+        self.list(lane_start + start + Permutation::apply_once(end - start, key, at - start))
+    }
+
+    /// Entry `index` of the list of sequences in the order of their permuted chunks.
+    fn list(&self, index: u64) -> u64 {
+        let before_last = self.last_slot * self.chunk;
+        let (slot, within) = if index < before_last {
+            (index / self.chunk, index % self.chunk)
+        } else if index < before_last + self.last_len {
+            (self.last_slot, index - before_last)
+        } else {
+            let index = index - self.last_len;
+            (index / self.chunk + 1, index % self.chunk)
+        };
+        self.chunks.apply(slot) * self.chunk + within
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn arrangements(sequences: u64) -> Vec<Arrangement> {
+        let mut all = vec![Arrangement::Sequential, Arrangement::Global];
+        for (chunk, window, lanes) in [(1, 1, 1), (7, 3, 2), (16, 64, 8), (1000, 5000, 3), (5, 2, 64)] {
+            all.push(Arrangement::block(sequences, 1, chunk, window, lanes));
+        }
+        all
+    }
+
+    proptest! {
+        #[test]
+        fn every_sequence_stands_at_exactly_one_position(sequences in 0u64..3000, seed: u64, epoch in 0u64..5) {
+            for arrangement in arrangements(sequences) {
+                let order = EpochOrder::new(sequences, arrangement, seed, epoch);
+                let mut seen: Vec<u64> = (0..sequences).map(|position| order.sequence_at(position)).collect();
+                seen.sort_unstable();
+                prop_assert!(seen.into_iter().eq(0..sequences), "{:?}", arrangement);
+            }
+        }
+    }
+
+    #[test]
+    fn epochs_and_seeds_differ() {
+        for arrangement in arrangements(5000).into_iter().skip(1) {
+            let list = |seed, epoch| {
+                let order = EpochOrder::new(5000, arrangement, seed, epoch);
+                (0..5000).map(|position| order.sequence_at(position)).collect::<Vec<_>>()
+            };
+            assert_ne!(list(0, 0), list(0, 1), "{arrangement:?}");
+            assert_ne!(list(0, 0), list(1, 0), "{arrangement:?}");
+        }
+    }
+
+    #[test]
+    fn known_orders_stay_as_they_are() {
+        let order = EpochOrder::new(1000, Arrangement::Global, 0, 0);
+        let global: Vec<_> = (0..8).map(|position| order.sequence_at(position)).collect();
+        let order = EpochOrder::new(1000, Arrangement::Block { chunk: 10, lanes: 4, window: 20 }, 7, 3);
+        let block: Vec<_> = (0..8).map(|position| order.sequence_at(position)).collect();
+        assert_eq!((global, block), (GOLDEN_GLOBAL.to_vec(), GOLDEN_BLOCK.to_vec()));
+    }
+
+    // Taken from the Python reference in tests/python, which shares no code with this.
+    const GOLDEN_GLOBAL: [u64; 8] = [942, 168, 574, 359, 989, 982, 502, 371];
+    const GOLDEN_BLOCK: [u64; 8] = [893, 985, 166, 914, 897, 983, 162, 912];
+}

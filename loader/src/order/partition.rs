@@ -1,0 +1,120 @@
+//! Partition: which positions a rank gets at which step.
+//!
+//! A global batch is a run of consecutive positions; row `j` of rank `r` of `W` is position `step * batch_size * W + j * W + r`.
+//! Every rank has the same number of steps, whatever the remainder rule.
+
+use crate::config::Remainder;
+use crate::error::{Error, Result};
+
+/// How positions are grouped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grouping {
+    /// Rows per rank and step.
+    pub batch_size: u64,
+    /// Data-parallel rank.
+    pub rank: u64,
+    /// Data-parallel size.
+    pub world_size: u64,
+    /// What happens at the end.
+    pub remainder: Remainder,
+}
+
+/// What stands in one row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Row {
+    /// A position of the epoch.
+    Position(u64),
+    /// Nothing: padding.
+    Padding,
+}
+
+impl Grouping {
+    /// Positions of one global batch.
+    pub fn global_batch(&self) -> u64 {
+        self.batch_size * self.world_size
+    }
+
+    /// Positions of an epoch with `full` full sequences and, if `tail`, tokens left over after them.
+    pub fn positions(&self, full: u64, tail: bool) -> u64 {
+        full + u64::from(tail && self.remainder != Remainder::Drop)
+    }
+
+    /// Steps of an epoch of `positions` positions, the same on every rank.
+    pub fn steps(&self, positions: u64) -> u64 {
+        match self.remainder {
+            Remainder::Drop => positions / self.global_batch(),
+            Remainder::Pad | Remainder::Wrap | Remainder::Short => positions.div_ceil(self.global_batch()),
+        }
+    }
+
+    /// Fails where `Short` would leave a rank without a row at the last step.
+    pub fn check(&self, positions: u64) -> Result<()> {
+        let last = positions % self.global_batch();
+        if self.remainder == Remainder::Short && last != 0 && last < self.world_size {
+            return Err(Error::config(format!(
+                "`remainder` = short leaves {} of {} ranks without a row in the last batch ({positions} positions in global batches of {}): \
+                 use drop, pad or wrap",
+                self.world_size - last,
+                self.world_size,
+                self.global_batch()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Rows of this rank in the global batch that starts at position `start`.
+    pub fn rows(&self, start: u64, positions: u64) -> Vec<Row> {
+        (0..self.batch_size)
+            .map(|row| start + row * self.world_size + self.rank)
+            .filter_map(|position| {
+                if position < positions {
+                    return Some(Row::Position(position));
+                }
+                match self.remainder {
+                    Remainder::Pad => Some(Row::Padding),
+                    Remainder::Wrap => Some(Row::Position(position % positions)),
+                    Remainder::Drop | Remainder::Short => None,
+                }
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn ranks_share_positions_without_gap_or_overlap(
+            positions in 1u64..500, batch_size in 1u64..9, world_size in 1u64..9,
+            remainder in prop::sample::select(vec![Remainder::Drop, Remainder::Pad, Remainder::Wrap, Remainder::Short]),
+        ) {
+            let of = |rank| Grouping { batch_size, rank, world_size, remainder };
+            prop_assume!(of(0).check(positions).is_ok());
+            let steps = of(0).steps(positions);
+            let mut seen = vec![0u32; positions as usize];
+            for step in 0..steps {
+                for rank in 0..world_size {
+                    let rows = of(rank).rows(step * of(rank).global_batch(), positions);
+                    prop_assert!(!rows.is_empty());
+                    prop_assert!(remainder == Remainder::Short || rows.len() as u64 == batch_size);
+                    for row in rows {
+                        if let Row::Position(position) = row { seen[position as usize] += 1; }
+                    }
+                }
+            }
+            let whole = match remainder {
+                Remainder::Drop => steps * batch_size * world_size,
+                _ => positions,
+            };
+            prop_assert!(seen[..whole as usize].iter().all(|count| *count >= 1));
+            prop_assert!(seen[whole as usize..].iter().all(|count| *count == 0));
+            if remainder != Remainder::Wrap {
+                prop_assert!(seen.iter().all(|count| *count <= 1));
+            }
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! A keyed bijection of `0..n` that needs no memory: a mixed-radix Feistel network.
+//!
+//! `n` is covered by a rectangle `a x b` barely larger than it, so that walking out of range and back (cycle walking) is rare
+//! for every `n`; the power-of-two form walks up to four steps. Rounds add a keyed hash of one half to the other, modulo its
+//! radix. Generalised Feistel networks over `a x b`: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains",
+//! CT-RSA 2002. Up to 256 elements are shuffled in a table (Fisher-Yates), because a small domain is visibly not uniform under
+//! eight rounds. The hash is the finaliser of splitmix64 (G. Steele, D. Lea, C. Flood, OOPSLA 2014).
+
+const ROUNDS: usize = 8;
+const SMALL: u64 = 256;
+const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+/// Separates round keys from the keys of permutations.
+const ROUND_DOMAIN: u64 = 16;
+
+/// Mixes 64 bits; a bijection.
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// A key for each path of words below `key`.
+pub fn derive_key(key: u64, words: &[u64]) -> u64 {
+    words.iter().fold(key, |key, word| mix(key.wrapping_add(GOLDEN) ^ mix(*word)))
+}
+
+/// `hash` scaled to `0..m`.
+fn reduce(hash: u64, m: u64) -> u64 {
+    ((u128::from(hash) * u128::from(m)) >> 64) as u64
+}
+
+/// A permutation of `0..n`.
+#[derive(Clone, Debug)]
+pub struct Permutation {
+    n: u64,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Table(Box<[u8]>),
+    Feistel(Feistel),
+}
+
+#[derive(Clone, Debug)]
+struct Feistel {
+    a: u64,
+    b: u64,
+    keys: [u64; ROUNDS],
+}
+
+impl Permutation {
+    /// The permutation of `0..n` under `key`.
+    pub fn new(n: u64, key: u64) -> Self {
+        let kind = if n <= SMALL {
+            let mut table = [0; SMALL as usize];
+            Kind::Table(shuffled(n, key, &mut table).into())
+        } else {
+            Kind::Feistel(Feistel::new(n, key))
+        };
+        Self { n, kind }
+    }
+
+    /// Where `index` goes.
+    ///
+    /// # Panics
+    /// When `index` is not below `n`.
+    pub fn apply(&self, index: u64) -> u64 {
+        assert!(index < self.n, "index {index} of {}", self.n);
+        match &self.kind {
+            Kind::Table(table) => u64::from(table[index as usize]),
+            Kind::Feistel(feistel) => feistel.apply(self.n, index),
+        }
+    }
+
+    /// Which index goes to `value`.
+    ///
+    /// # Panics
+    /// When `value` is not below `n`.
+    pub fn position_of(&self, value: u64) -> u64 {
+        assert!(value < self.n, "value {value} of {}", self.n);
+        match &self.kind {
+            Kind::Table(table) => {
+                table.iter().position(|entry| u64::from(*entry) == value).expect("a permutation holds every value")
+                    as u64
+            }
+            Kind::Feistel(feistel) => feistel.invert(self.n, value),
+        }
+    }
+
+    /// [`Permutation::apply`] of a permutation that is used once, without an allocation.
+    pub fn apply_once(n: u64, key: u64, index: u64) -> u64 {
+        assert!(index < n, "index {index} of {n}");
+        if n <= SMALL {
+            let mut table = [0; SMALL as usize];
+            u64::from(shuffled(n, key, &mut table)[index as usize])
+        } else {
+            Feistel::new(n, key).apply(n, index)
+        }
+    }
+}
+
+/// `0..n` shuffled by Fisher and Yates, for `n` up to 256.
+fn shuffled(n: u64, key: u64, table: &mut [u8; SMALL as usize]) -> &[u8] {
+    let table = &mut table[..n as usize];
+    for (value, entry) in table.iter_mut().enumerate() {
+        *entry = value as u8;
+    }
+    let mut state = key;
+    for last in (1..n).rev() {
+        state = state.wrapping_add(GOLDEN);
+        table.swap(last as usize, reduce(mix(state), last + 1) as usize);
+    }
+    table
+}
+
+impl Feistel {
+    fn new(n: u64, key: u64) -> Self {
+        // Keeps `a * b` within 64 bits.
+        assert!(n <= 1 << 63, "{n} elements are more than 2^63");
+        let root = n.isqrt();
+        let a = if root * root < n { root + 1 } else { root };
+        let keys = std::array::from_fn(|round| derive_key(key, &[ROUND_DOMAIN + round as u64]));
+        Self { a, b: n.div_ceil(a), keys }
+    }
+
+    fn apply(&self, n: u64, index: u64) -> u64 {
+        let mut x = index;
+        loop {
+            let (mut left, mut right) = (x / self.b, x % self.b);
+            for (round, key) in self.keys.iter().enumerate() {
+                if round % 2 == 0 {
+                    left = add(left, reduce(mix(right ^ key), self.a), self.a);
+                } else {
+                    right = add(right, reduce(mix(left ^ key), self.b), self.b);
+                }
+            }
+            x = left * self.b + right;
+            if x < n {
+                return x;
+            }
+        }
+    }
+
+    fn invert(&self, n: u64, value: u64) -> u64 {
+        let mut x = value;
+        loop {
+            let (mut left, mut right) = (x / self.b, x % self.b);
+            for (round, key) in self.keys.iter().enumerate().rev() {
+                if round % 2 == 0 {
+                    left = add(left, self.a - reduce(mix(right ^ key), self.a), self.a);
+                } else {
+                    right = add(right, self.b - reduce(mix(left ^ key), self.b), self.b);
+                }
+            }
+            x = left * self.b + right;
+            if x < n {
+                return x;
+            }
+        }
+    }
+}
+
+/// `x + y` modulo `m`, for `x < m` and `y <= m`; both halves are below 2^33, so the sum cannot overflow.
+fn add(x: u64, y: u64, m: u64) -> u64 {
+    let sum = x + y;
+    if sum >= m { sum - m } else { sum }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn is_a_bijection_with_its_inverse(n in 1u64..5000, key: u64) {
+            let permutation = Permutation::new(n, key);
+            let mut seen = vec![false; n as usize];
+            for index in 0..n {
+                let value = permutation.apply(index);
+                prop_assert!(!std::mem::replace(&mut seen[value as usize], true));
+                prop_assert_eq!(permutation.position_of(value), index);
+                prop_assert_eq!(Permutation::apply_once(n, key, index), value);
+            }
+        }
+
+        #[test]
+        fn holds_for_domains_of_any_size(n in 1u64..=1 << 63, key: u64, at: u64) {
+            let permutation = Permutation::new(n, key);
+            let value = permutation.apply(at % n);
+            prop_assert!(value < n);
+            prop_assert_eq!(permutation.position_of(value), at % n);
+        }
+    }
+
+    /// Chi-squared of where index 0 and the pair (0, 1) go over many keys, against its mean and five standard deviations.
+    #[test]
+    fn small_and_middling_domains_are_uniform() {
+        for n in [2u64, 3, 5, 8, 100, 257, 300] {
+            let keys = 40_000u64;
+            let mut singles = vec![0u64; n as usize];
+            let mut distances = vec![0u64; n as usize];
+            for key in 0..keys {
+                let permutation = Permutation::new(n, derive_key(99, &[key]));
+                let (first, second) = (permutation.apply(0), permutation.apply(1));
+                singles[first as usize] += 1;
+                distances[((second + n - first) % n) as usize] += 1;
+            }
+            assert_eq!(distances[0], 0);
+            let chi = |counts: &[u64]| {
+                let expected = keys as f64 / counts.len() as f64;
+                counts.iter().map(|count| (*count as f64 - expected).powi(2) / expected).sum::<f64>()
+            };
+            for (what, value, freedom) in
+                [("singles", chi(&singles), n - 1), ("distances", chi(&distances[1..]), n.saturating_sub(2))]
+            {
+                let freedom = freedom as f64;
+                assert!(value <= freedom + 5.0 * (2.0 * freedom).sqrt() + 5.0, "n={n} {what}: chi2 {value:.0}");
+            }
+        }
+    }
+}

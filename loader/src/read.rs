@@ -1,0 +1,393 @@
+//! Read: any stretch of the stream, written into a row.
+//!
+//! Random-access blocks are borrowed from the mapping window by window. Other blocks are decoded whole into a cache that all
+//! workers share and that stays within its budget: a block in demand by several workers is decoded by one of them, and the block that
+//! was not used for longest makes room. A row that only runs on into a block takes just the first tokens of it.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Instant;
+
+use crate::corpus::Corpus;
+use crate::error::{Error, Result};
+use crate::fill::{Id, Piece, pieces, widen};
+use crate::layout::concat::{Concat, Specials};
+use crate::shard::{Access, DecodedBlock, Ends, EndsScratch};
+use crate::sync::{lock, wait};
+use crate::tokens::{Dtype, Tokens};
+
+/// Memory of one worker, reused from row to row.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    tokens: Vec<u8>,
+    ends: EndsScratch,
+    /// Time this worker spent decoding since it was last asked.
+    pub(crate) decode_nanos: u64,
+}
+
+/// The stream of a corpus.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    corpus: Arc<Corpus>,
+    layout: Concat,
+    specials: Specials,
+    /// Whether each block's first token continues a document of the block before.
+    continues: Vec<bool>,
+    cache: BlockCache,
+}
+
+impl Reader {
+    pub(crate) fn new(corpus: Arc<Corpus>, layout: Concat, specials: Specials, cache_bytes: u64) -> Self {
+        let mut continues = Vec::with_capacity(corpus.blocks().len());
+        for shard in corpus.shards() {
+            let mut open = 0i64;
+            for block in shard.blocks() {
+                continues.push(open > 0);
+                open += block.starts as i64 - block.ends as i64;
+            }
+        }
+        Self { corpus, layout, specials, continues, cache: BlockCache::new(cache_bytes) }
+    }
+
+    pub(crate) fn corpus(&self) -> &Corpus {
+        &self.corpus
+    }
+
+    pub(crate) fn layout(&self) -> &Concat {
+        &self.layout
+    }
+
+    pub(crate) fn cache(&self) -> &BlockCache {
+        &self.cache
+    }
+
+    /// Writes stream tokens `range` over `row`. With `ends_chunk`, blocks that begin inside the row are read no further than needed.
+    pub(crate) fn fill<T: Id>(
+        &self,
+        range: Range<u64>,
+        ends_chunk: bool,
+        mut row: &mut [T],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        debug_assert_eq!(range.end - range.start, row.len() as u64);
+        if range.is_empty() {
+            return Ok(());
+        }
+        let (mut block, mut from) = self.layout.locate(range.start);
+        while !row.is_empty() {
+            let to = self.layout.block_len(block).min(from + row.len() as u64);
+            let (part, rest) = row.split_at_mut((to - from) as usize);
+            let prefix_only = ends_chunk && self.layout.block_start(block) > range.start;
+            self.fill_from_block(block, from..to, prefix_only, part, scratch).map_err(|error| {
+                let (shard, index, _) = self.corpus.block(block);
+                error.at(shard.path()).in_block(index as u64)
+            })?;
+            row = rest;
+            block += 1;
+            from = 0;
+        }
+        Ok(())
+    }
+
+    fn fill_from_block<T: Id>(
+        &self,
+        block: usize,
+        range: Range<u64>,
+        prefix_only: bool,
+        row: &mut [T],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let (shard, index, meta) = self.corpus.block(block);
+        let dtype = shard.dtype();
+        match shard.access() {
+            Access::Random if self.specials.none() => {
+                let tokens = shard.tokens(index, range, &mut scratch.tokens)?;
+                widen_checked(row, &tokens)
+            }
+            Access::Random => {
+                let ends = shard.ends(index, &mut scratch.ends)?;
+                let buffer = &mut scratch.tokens;
+                self.fill_pieces(&ends, meta.tokens, self.continues[block], range, row, |part, tokens| {
+                    widen_checked(part, &shard.tokens(index, tokens, buffer)?)
+                })
+            }
+            Access::Block => {
+                let started = Instant::now();
+                let mut decoded_here = false;
+                let decode = |limit| {
+                    decoded_here = true;
+                    shard.decode(index, limit)
+                };
+                let decoded = self.cache.get(block, meta.decoded_bytes, prefix_only.then_some(range.end), decode)?;
+                if decoded_here {
+                    scratch.decode_nanos += started.elapsed().as_nanos() as u64;
+                }
+                let all = Tokens::new(dtype, &decoded.bytes);
+                let slice = |tokens: Range<u64>| all.slice(tokens.start as usize..tokens.end as usize);
+                if self.specials.none() {
+                    return widen_fitting(row, &slice(range));
+                }
+                let ends = Ends::List(&decoded.ends);
+                // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
+                let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
+                self.fill_pieces(&ends, tokens, self.continues[block], range, row, |part, tokens| {
+                    widen_fitting(part, &slice(tokens))
+                })
+            }
+        }
+    }
+
+    fn fill_pieces<T: Id>(
+        &self,
+        ends: &Ends<'_>,
+        tokens: u64,
+        continues: bool,
+        range: Range<u64>,
+        mut row: &mut [T],
+        mut fill: impl FnMut(&mut [T], Range<u64>) -> Result<()>,
+    ) -> Result<()> {
+        let Specials { bos, eos } = self.specials;
+        pieces(ends, tokens, continues, (bos.is_some(), eos.is_some()), range.start, range.end, |piece| {
+            let len = if let Piece::Tokens { len, .. } = piece { len as usize } else { 1 };
+            let (part, rest) = std::mem::take(&mut row).split_at_mut(len);
+            row = rest;
+            match piece {
+                Piece::Bos => part[0] = T::of_u32(bos.expect("asked for only if set")),
+                Piece::Eos => part[0] = T::of_u32(eos.expect("asked for only if set")),
+                Piece::Tokens { start, len } => fill(part, start..start + len)?,
+            }
+            Ok(())
+        })
+    }
+
+    /// Asks for the windows of stream tokens `range` to be read ahead.
+    pub(crate) fn will_need(&self, range: Range<u64>) {
+        if self.corpus.access() != Access::Random || !self.specials.none() || range.is_empty() {
+            return;
+        }
+        let (mut block, mut from) = self.layout.locate(range.start);
+        let mut left = range.end - range.start;
+        while left > 0 {
+            let to = self.layout.block_len(block).min(from + left);
+            let (shard, index, _) = self.corpus.block(block);
+            shard.will_need(index, from..to);
+            left -= to - from;
+            block += 1;
+            from = 0;
+        }
+    }
+}
+
+/// Ids of windows that were never decoded are checked here, while they are in the cache anyway.
+fn widen_checked<T: Id>(row: &mut [T], tokens: &Tokens<'_>) -> Result<()> {
+    tokens.check_ids()?;
+    widen_fitting(row, tokens)
+}
+
+/// Widens ids known not to be negative; those too large for `T` are refused.
+fn widen_fitting<T: Id>(row: &mut [T], tokens: &Tokens<'_>) -> Result<()> {
+    if size_of::<T>() == 4 && matches!(tokens.dtype(), Dtype::U32 | Dtype::I64) {
+        for index in 0..tokens.len() {
+            if tokens.get(index) > i64::from(i32::MAX) {
+                return Err(Error::data(format!(
+                    "token id {} does not fit `input_dtype` = int32: use int64",
+                    tokens.get(index)
+                )));
+            }
+        }
+    }
+    widen(row, tokens);
+    Ok(())
+}
+
+/// Decoded blocks, within a budget of bytes.
+#[derive(Debug)]
+pub(crate) struct BlockCache {
+    budget_bytes: u64,
+    inner: Mutex<CacheInner>,
+    loaded: Condvar,
+    decoded_blocks: AtomicU64,
+    decoded_bytes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct CacheInner {
+    entries: HashMap<usize, Entry>,
+    used_bytes: u64,
+    clock: u64,
+}
+
+#[derive(Debug)]
+enum Entry {
+    /// A worker is decoding it.
+    Loading,
+    Ready {
+        block: Arc<DecodedBlock>,
+        bytes: u64,
+        used_at: u64,
+    },
+}
+
+impl BlockCache {
+    fn new(budget_bytes: u64) -> Self {
+        Self {
+            budget_bytes,
+            inner: Mutex::default(),
+            loaded: Condvar::new(),
+            decoded_blocks: AtomicU64::new(0),
+            decoded_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Blocks decoded so far, and their bytes.
+    pub(crate) fn decoded(&self) -> (u64, u64) {
+        // Statistics: no other memory depends on them.
+        (self.decoded_blocks.load(Ordering::Relaxed), self.decoded_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Bytes of the blocks held.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        lock(&self.inner).used_bytes
+    }
+
+    /// Block `key` of `bytes` bytes, decoded by `decode` if it is not there.
+    ///
+    /// With `prefix`, a block that is not there is decoded just that far, and not kept.
+    fn get(
+        &self,
+        key: usize,
+        bytes: u64,
+        prefix: Option<u64>,
+        mut decode: impl FnMut(Option<u64>) -> Result<DecodedBlock>,
+    ) -> Result<Arc<DecodedBlock>> {
+        let mut inner = lock(&self.inner);
+        loop {
+            inner.clock += 1;
+            let now = inner.clock;
+            match inner.entries.get_mut(&key) {
+                Some(Entry::Ready { block, used_at, .. }) => {
+                    *used_at = now;
+                    return Ok(Arc::clone(block));
+                }
+                Some(Entry::Loading) => inner = wait(&self.loaded, inner),
+                None => break,
+            }
+        }
+        if prefix.is_some() {
+            drop(inner);
+            let block = decode(prefix)?;
+            self.count(&block);
+            return Ok(Arc::new(block));
+        }
+        inner.make_room(bytes, self.budget_bytes);
+        inner.entries.insert(key, Entry::Loading);
+        inner.used_bytes += bytes;
+        drop(inner);
+
+        // Removes the entry if decoding fails or panics, so that no one waits for it for ever.
+        let loading = Loading { cache: self, key, bytes };
+        let block = Arc::new(decode(None)?);
+        self.count(&block);
+        std::mem::forget(loading);
+        let mut inner = lock(&self.inner);
+        let used_at = inner.clock;
+        inner.entries.insert(key, Entry::Ready { block: Arc::clone(&block), bytes, used_at });
+        drop(inner);
+        self.loaded.notify_all();
+        Ok(block)
+    }
+
+    fn count(&self, block: &DecodedBlock) {
+        self.decoded_blocks.fetch_add(1, Ordering::Relaxed);
+        self.decoded_bytes.fetch_add(block.bytes.len() as u64, Ordering::Relaxed);
+    }
+}
+
+impl CacheInner {
+    fn make_room(&mut self, bytes: u64, budget_bytes: u64) {
+        while self.used_bytes + bytes > budget_bytes {
+            let oldest = self
+                .entries
+                .iter()
+                .filter_map(|(key, entry)| match entry {
+                    Entry::Ready { used_at, bytes, .. } => Some((*used_at, *key, *bytes)),
+                    Entry::Loading => None,
+                })
+                .min();
+            let Some((_, key, freed)) = oldest else { return };
+            self.entries.remove(&key);
+            self.used_bytes -= freed;
+        }
+    }
+}
+
+struct Loading<'a> {
+    cache: &'a BlockCache,
+    key: usize,
+    bytes: u64,
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        let mut inner = lock(&self.cache.inner);
+        inner.entries.remove(&self.key);
+        inner.used_bytes -= self.bytes;
+        drop(inner);
+        self.cache.loaded.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block(bytes: usize) -> DecodedBlock {
+        DecodedBlock { bytes: vec![0; bytes], ends: Vec::new(), complete: true }
+    }
+
+    #[test]
+    fn stays_within_its_budget_and_drops_what_was_not_used_for_longest() {
+        let cache = BlockCache::new(100);
+        let get = |key: usize| {
+            let mut decoded = false;
+            cache
+                .get(key, 40, None, |_| {
+                    decoded = true;
+                    Ok(block(40))
+                })
+                .unwrap();
+            assert!(cache.used_bytes() <= 100);
+            decoded
+        };
+        assert!(get(1));
+        assert!(get(2));
+        assert!(!get(1));
+        assert!(get(3), "makes room by dropping 2");
+        assert!(!get(1));
+        assert!(get(2));
+    }
+
+    #[test]
+    fn a_block_wanted_by_many_is_decoded_once_and_a_failure_is_not_kept() {
+        let cache = BlockCache::new(1000);
+        assert!(cache.get(7, 10, None, |_| Err(Error::data("broken"))).is_err());
+        assert_eq!(cache.used_bytes(), 0);
+        let decoded = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    cache
+                        .get(7, 10, None, |_| {
+                            decoded.fetch_add(1, Ordering::Relaxed);
+                            std::thread::sleep(std::time::Duration::from_millis(20));
+                            Ok(block(10))
+                        })
+                        .unwrap();
+                });
+            }
+        });
+        assert_eq!(decoded.into_inner(), 1);
+    }
+}
