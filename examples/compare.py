@@ -181,7 +181,7 @@ def compare(folder: Path, quick: bool, progress) -> dict:
         "forebay-arrow": str(folder / "arrow"),
     }
     torch_workers, forebay_threads = ((0, 2), (0,)) if quick else ((0, 2, 4), (0, 1, 2))
-    rounds, seconds = (1, 0.5) if quick else (3, 1.5)
+    rounds, seconds = (1, 0.5) if quick else (3, 1.0)
     cells = [(name, n) for name in data for n in (torch_workers if name.startswith("torch") else forebay_threads)]
 
     epochs = {name: child("epoch", name, data[name]) for name in data if name != "torch-rows"}
@@ -220,7 +220,9 @@ def cell_label(result: dict) -> str:
 
 
 def print_table(report: dict) -> None:
-    print(f"{'loader':44} {'Mtokens/s':>10} {'(min-max)':>15} {'memory MB':>10} {'processes':>10} {'first batch ms':>15}")
+    print(
+        f"{'loader':44} {'Mtokens/s':>10} {'(min-max)':>15} {'memory MB':>10} {'processes':>10} {'first batch ms':>15}"
+    )
     for result in report["results"]:
         speeds = [run["tokens_per_s"] / 1e6 for run in result["rounds"]]
         print(
@@ -295,10 +297,11 @@ def plot(report: dict, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(results)), [cell_label(result) for result in results])
     where, versions = report["machine"], report["versions"]
+    shape, rounds = f"{report['batch_size']} x {report['seq_len']}, int64", len(results[0]["rounds"])
     figure.suptitle(
-        f"The same shuffled token batches ({report['batch_size']} x {report['seq_len']}, int64) from forebay and from"
-        f" PyTorch's DataLoader, to an idle consumer\n{where['cpu']}, {where['cores']} cores; torch {versions['torch']},"
-        f" forebay {versions['forebay']}; median and range of {len(results[0]['rounds'])} rounds, {report['date'][:10]}",
+        f"The same shuffled token batches ({shape}) from forebay and from PyTorch's DataLoader, to an idle consumer\n"
+        f"{where['cpu']}, {where['cores']} cores; torch {versions['torch']}, forebay {versions['forebay']};"
+        f" median and range of {rounds} round{'s' * (rounds > 1)}, {report['date'][:10]}",
         fontsize=11,
     )
     figure.savefig(path, dpi=130)
@@ -309,7 +312,9 @@ def main() -> None:
     parser.add_argument("what", choices=["measure", "epoch"])
     parser.add_argument("loader", choices=list(LABELS))
     parser.add_argument("data")
-    parser.add_argument("--workers", type=int, default=0, help="processes (PyTorch) or threads (forebay; 0: its default)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes (PyTorch) or threads (forebay; 0: its default)"
+    )
     parser.add_argument("--seconds", type=float, default=1.5)
     args = parser.parse_args()
     if args.what == "epoch":

@@ -19,7 +19,7 @@ import corpus
 
 QUICK = os.environ.get("FOREBAY_DEMO_QUICK") == "1"
 OUT = Path("out/demo")
-STEPS, CHECKPOINT_EVERY = (40, 10) if QUICK else (160, 20)
+STEPS, CHECKPOINT_EVERY = (24, 8) if QUICK else (120, 20)
 COMPARISON_TOKENS = 8_000_000 if QUICK else 50_000_000
 EXAMPLES = Path(__file__).resolve().parent
 
@@ -37,7 +37,9 @@ def claim(holds: bool, text: str) -> None:
 def start_training(out: Path, *options: str) -> subprocess.Popen:
     script, data = str(EXAMPLES / "train_gpt.py"), str(OUT / "parquet")
     lengths = ("--steps", str(STEPS), "--checkpoint-every", str(CHECKPOINT_EVERY))
-    return subprocess.Popen([sys.executable, script, data, "--out", str(out), *lengths, *options], stdin=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, script, data, "--out", str(out), *lengths, *options], stdin=subprocess.DEVNULL
+    )
 
 
 def read_log(out: Path) -> list[dict]:
@@ -74,7 +76,7 @@ def train_until_killed(out: Path, kill_step: int, *options: str) -> None:
 
 
 def show_resume() -> dict:
-    """Trains once undisturbed, once killed and resumed; returns the undisturbed run's summary and the largest difference."""
+    """Trains once undisturbed, once killed and resumed; returns the first run's summary and what the kill changed."""
     whole, broken = OUT / "run-undisturbed", OUT / "run-killed"
     for folder in (whole, broken):
         shutil.rmtree(folder, ignore_errors=True)
@@ -83,12 +85,14 @@ def show_resume() -> dict:
     summary = train(whole)
     expected = {line["step"]: line for line in read_log(whole)}
     claim(sorted(expected) == list(range(1, STEPS + 1)), f"{STEPS} steps were logged")
-    claim(expected[STEPS]["loss"] < expected[1]["loss"] - 1, "the loss fell from {:.2f} to {:.2f}".format(
-        expected[1]["loss"], expected[STEPS]["loss"]))  # fmt: skip
+    first, last = expected[1]["loss"], expected[STEPS]["loss"]
+    claim(last < first - 0.5, f"the loss fell from {first:.2f} to {last:.2f}")
 
     middle = STEPS // CHECKPOINT_EVERY // 2 * CHECKPOINT_EVERY
     kill_step = middle + random.SystemRandom().randint(2, CHECKPOINT_EVERY // 2)
-    heading(f"The same again with 1 loader thread, to be killed at step {kill_step} (checkpoints every {CHECKPOINT_EVERY})")
+    heading(
+        f"The same again with 1 loader thread, to be killed at step {kill_step} (checkpoints every {CHECKPOINT_EVERY})"
+    )
     train_until_killed(broken, kill_step, "--num-workers", "1")
     before = read_log(broken)
 
@@ -104,7 +108,7 @@ def show_resume() -> dict:
     claim([line["step"] for line in after] == list(range(resumed_at, STEPS + 1)), "it ran to the end")
     claim(
         all(line["batch"] == expected[line["step"]]["batch"] for line in before + after),
-        f"all {len(after)} batches after the kill, and {len(before)} before, are byte for byte those of the undisturbed run",
+        f"all {len(after)} batches after the kill, and {len(before)} before, are byte for byte the undisturbed run's",
     )
     difference = max(abs(line["loss"] - expected[line["step"]]["loss"]) for line in before + after)
     if summary["device"] == "cpu":
@@ -134,17 +138,19 @@ def main() -> None:
     heading("Python's own standard library as a corpus")
     made = corpus.prepare(OUT, COMPARISON_TOKENS, compare.BATCH_SIZE * compare.SEQ_LEN)
     print(
-        f"   {made['documents']} files, {made['characters'] / 1e6:.1f} M characters -> {made['tokens'] / 1e6:.2f} M tokens"
-        f" of a byte-level BPE of {corpus.VOCAB_SIZE}, in {corpus.SHARDS} Parquet and {corpus.SHARDS} Arrow shards\n"
+        f"   {made['documents']} files, {made['characters'] / 1e6:.1f} M characters -> {made['tokens'] / 1e6:.2f} M tokens,"
+        f" byte-level BPE of {corpus.VOCAB_SIZE}, in {corpus.SHARDS} Parquet and {corpus.SHARDS} Arrow shards\n"
         f"   for the comparison: {made['repetitions']} times that, {made['comparison_tokens'] / 1e6:.1f} M tokens"
     )
     training = show_resume()
     report = show_comparison()
     heading(f"What was shown, in {time.monotonic() - started:.0f} s")
-    print(f"   Training on {training['device']}: {training['tokens_per_s']:,.0f} tokens/s,"
-          f" {training['waited_share']:.2%} of the time waiting for data")  # fmt: skip
-    print(f"   Killed at step {training['killed_at']}, resumed from the last checkpoint, {training['repeated']} steps redone:"
-          f" same batches, losses differ by {training['difference']}")  # fmt: skip
+    print(
+        f"   Training on {training['device']}: {training['tokens_per_s']:,.0f} tokens/s,"
+        f" {training['waited_share']:.2%} of the time waiting for data\n"
+        f"   Killed at step {training['killed_at']}, {training['repeated']} steps redone from the last checkpoint:"
+        f" same batches, losses differ by {training['difference']}"
+    )
     for line in compare.verdicts(report):
         print(f"   {line}")
     print(f"   Picture: {OUT / 'comparison.png'}   numbers: {OUT / 'comparison.json'}")

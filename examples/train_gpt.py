@@ -18,16 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from model import GPT, GPTConfig
+from forebay.torch import DataLoader, TokenDataset
 from tqdm import tqdm
 
-from forebay.torch import DataLoader, TokenDataset
+from model import GPT, GPTConfig
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", help="file, folder or glob of Parquet or Arrow shards")
-    parser.add_argument("--out", type=Path, default=Path("out/run"), help="checkpoint and step log (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/run"), help="checkpoint and step log (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--checkpoint-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--batch-size", type=int, default=8)
