@@ -34,7 +34,7 @@ pub enum ErrorKind {
 /// Place in the data: a shard, and what is known of the place inside it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Location {
-    /// The shard's path.
+    /// The shard's path; empty while the error has not reached whoever knows it.
     pub path: PathBuf,
     /// Block of the shard, counted from 0.
     pub block: Option<u64>,
@@ -44,14 +44,13 @@ pub struct Location {
 
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}`", self.path.display())?;
-        if let Some(block) = self.block {
-            write!(f, ", block {block}")?;
+        let mut parts = Vec::new();
+        if !self.path.as_os_str().is_empty() {
+            parts.push(format!("`{}`", self.path.display()));
         }
-        if let Some(row) = self.row {
-            write!(f, ", row {row}")?;
-        }
-        Ok(())
+        parts.extend(self.block.map(|block| format!("block {block}")));
+        parts.extend(self.row.map(|row| format!("row {row}")));
+        f.write_str(&parts.join(", "))
     }
 }
 
@@ -108,30 +107,31 @@ impl Error {
         Self::new(kind, message)
     }
 
-    /// The same error at `path`, unless it has a place already.
+    fn location_mut(&mut self) -> &mut Location {
+        self.0.location.get_or_insert_default()
+    }
+
+    /// The same error at `path`, unless it has a path already.
     #[must_use]
     pub fn at(mut self, path: &Path) -> Self {
-        if self.0.location.is_none() {
-            self.0.location = Some(Location { path: path.to_owned(), ..Location::default() });
+        let location = self.location_mut();
+        if location.path.as_os_str().is_empty() {
+            path.clone_into(&mut location.path);
         }
         self
     }
 
-    /// The same error in block `block` of its shard.
+    /// The same error in block `block` of its shard, unless it has a block already.
     #[must_use]
     pub fn in_block(mut self, block: u64) -> Self {
-        if let Some(location) = &mut self.0.location {
-            location.block.get_or_insert(block);
-        }
+        self.location_mut().block.get_or_insert(block);
         self
     }
 
-    /// The same error at row `row` of its shard.
+    /// The same error at row `row` of its shard, unless it has a row already.
     #[must_use]
     pub fn at_row(mut self, row: u64) -> Self {
-        if let Some(location) = &mut self.0.location {
-            location.row.get_or_insert(row);
-        }
+        self.location_mut().row.get_or_insert(row);
         self
     }
 

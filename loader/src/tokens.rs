@@ -94,15 +94,14 @@ impl<'a> Tokens<'a> {
         // Or-ing sign bits first keeps the common case at memory speed.
         match self.dtype {
             Dtype::I32 => {
-                let ids = self.bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                (ids.clone().fold(0, |all, id| all | id) < 0).then(|| ids.clone().position(|id| id < 0)).flatten()
+                let ids = self.bytes.as_chunks::<4>().0;
+                let any = ids.iter().fold(0, |all, id| all | i32::from_le_bytes(*id));
+                if any < 0 { ids.iter().position(|id| i32::from_le_bytes(*id) < 0) } else { None }
             }
             Dtype::I64 => {
-                let ids = self
-                    .bytes
-                    .chunks_exact(8)
-                    .map(|b| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]));
-                (ids.clone().fold(0, |all, id| all | id) < 0).then(|| ids.clone().position(|id| id < 0)).flatten()
+                let ids = self.bytes.as_chunks::<8>().0;
+                let any = ids.iter().fold(0, |all, id| all | i64::from_le_bytes(*id));
+                if any < 0 { ids.iter().position(|id| i64::from_le_bytes(*id) < 0) } else { None }
             }
             Dtype::U8 | Dtype::U16 | Dtype::U32 => None,
         }

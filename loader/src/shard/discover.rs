@@ -1,16 +1,316 @@
-//! stand-in until merge
+//! Finds the shards that paths, folders and patterns mean, in corpus order.
+//!
+//! The order is that of the list given; a folder is searched recursively and sorted bytewise by relative path, so that it is the same on every
+//! machine. The name of a shard is relative to where it was found: a corpus may move without becoming another one.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
 use crate::config::DataFormat;
-use crate::error::Result;
-use std::path::PathBuf;
-/// x
-#[derive(Clone, Debug)]
+use crate::error::{Error, ErrorKind, Result};
+
+/// Suffixes of the files that are taken from folders.
+const SUFFIXES: [&str; 6] = ["parquet", "pq", "arrow", "arrows", "feather", "ipc"];
+
+/// A shard to be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardFile {
-    /// p
+    /// Where it is.
     pub path: PathBuf,
-    /// n
+    /// Its name in the corpus: the path below the root it was found under, with `/` between the parts.
     pub name: String,
 }
-/// x
-pub fn find(_data: &[String], _format: DataFormat) -> Result<Vec<ShardFile>> {
-    todo!()
+
+/// The shards of `data`, in order. Files of another family than `format` are refused when they are opened, except in folders, where they are left out.
+pub fn find(data: &[String], format: DataFormat) -> Result<Vec<ShardFile>> {
+    let mut shards = Vec::new();
+    let mut faults = Vec::new();
+    for entry in data {
+        match find_one(entry, format) {
+            Ok(found) => shards.extend(found),
+            Err(error) => faults.push(error),
+        }
+    }
+    let mut seen = HashMap::new();
+    for shard in &shards {
+        let real = shard.path.canonicalize().unwrap_or_else(|_| shard.path.clone());
+        if let Some(first) = seen.insert(real, &shard.path) {
+            faults.push(Error::config(format!(
+                "a shard is listed twice: `{}` and `{}`; each token must be there once",
+                first.display(),
+                shard.path.display()
+            )));
+        }
+    }
+    if faults.is_empty() { Ok(shards) } else { Err(Error::all(faults)) }
+}
+
+fn find_one(entry: &str, format: DataFormat) -> Result<Vec<ShardFile>> {
+    let path = Path::new(entry);
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => find_in_folder(path, format),
+        Ok(_) => Ok(vec![ShardFile { path: path.to_owned(), name: file_name(path) }]),
+        Err(_) if entry.contains(['*', '?', '[']) => find_pattern(entry),
+        Err(error) => {
+            Err(Error::io(format!("cannot find `{entry}`: no such file or folder, and not a pattern"), error))
+        }
+    }
+}
+
+fn find_pattern(pattern: &str) -> Result<Vec<ShardFile>> {
+    // As in a shell, a wildcard does not stand for a leading dot.
+    let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+    let paths = glob::glob_with(pattern, options)
+        .map_err(|error| Error::config(format!("`data` holds the invalid pattern `{pattern}`")).with_source(error))?;
+    let mut found: Vec<PathBuf> = Vec::new();
+    for path in paths {
+        let path = path.map_err(|error| {
+            let place = error.path().to_owned();
+            Error::io(format!("cannot search `{pattern}`"), error.into()).at(&place)
+        })?;
+        if path.is_file() {
+            found.push(path);
+        }
+    }
+    // Relative to the part of the pattern before its first wildcard, as a folder's files are to the folder.
+    let fixed: PathBuf = Path::new(pattern)
+        .components()
+        .take_while(|part| !part.as_os_str().to_string_lossy().contains(['*', '?', '[']))
+        .collect();
+    let mut shards: Vec<ShardFile> =
+        found.into_iter().map(|path| ShardFile { name: relative_name(&path, &fixed), path }).collect();
+    shards.sort_by(|a, b| a.name.as_bytes().cmp(b.name.as_bytes()));
+    if shards.is_empty() {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!("no shards found: the pattern `{pattern}` matches no file"),
+        ));
+    }
+    Ok(shards)
+}
+
+fn find_in_folder(folder: &Path, format: DataFormat) -> Result<Vec<ShardFile>> {
+    if folder.join("state.json").is_file() {
+        return find_saved_dataset(folder);
+    }
+    if folder.join("dataset_dict.json").is_file() {
+        let splits = subfolders(folder);
+        return Err(Error::config(format!(
+            "`{}` holds several splits (`{}`): name one of them, such as `{}`",
+            folder.display(),
+            splits.join("`, `"),
+            folder.join(splits.first().map_or("train", String::as_str)).display()
+        )));
+    }
+    let mut search = Search { format, found: Vec::new(), other: 0, folders: Vec::new() };
+    search.walk(folder)?;
+    let mut shards: Vec<ShardFile> =
+        search.found.into_iter().map(|path| ShardFile { name: relative_name(&path, folder), path }).collect();
+    shards.sort_by(|a, b| a.name.as_bytes().cmp(b.name.as_bytes()));
+    if shards.is_empty() {
+        return Err(Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "no shards found: searched `{}` and the folders in it for files ending in .{}, found {} other files; name files or a pattern instead",
+                folder.display(),
+                suffixes(format).join(", ."),
+                search.other
+            ),
+        ));
+    }
+    Ok(shards)
+}
+
+/// The files of a folder that `datasets.Dataset.save_to_disk` wrote, in the order of its state.
+fn find_saved_dataset(folder: &Path) -> Result<Vec<ShardFile>> {
+    let path = folder.join("state.json");
+    let text = std::fs::read(&path).map_err(|error| Error::io("cannot read the dataset's state", error).at(&path))?;
+    let state: serde_json::Value = serde_json::from_slice(&text)
+        .map_err(|error| Error::data("the dataset's state is not valid JSON").with_source(error).at(&path))?;
+    let files = state.get("_data_files").and_then(serde_json::Value::as_array).ok_or_else(|| {
+        Error::data("the dataset's state has no list `_data_files`: it was not written by `save_to_disk`").at(&path)
+    })?;
+    if files.is_empty() {
+        return Err(
+            Error::new(ErrorKind::NotFound, "no shards found: the dataset's state lists no data files").at(&path)
+        );
+    }
+    if let Some(indices) = state.get("_indices_data_files").and_then(serde_json::Value::as_array)
+        && !indices.is_empty()
+    {
+        return Err(Error::data(
+            "the dataset was saved with an indices mapping (a shuffle or select): call `flatten_indices()` before `save_to_disk`",
+        )
+        .at(&path));
+    }
+    files
+        .iter()
+        .map(|file| {
+            let name = file.get("filename").and_then(serde_json::Value::as_str).ok_or_else(|| {
+                Error::data("an entry of `_data_files` in the dataset's state has no `filename`").at(&path)
+            })?;
+            let file = folder.join(name);
+            if !file.is_file() {
+                return Err(
+                    Error::new(ErrorKind::NotFound, "the dataset's state lists a file that is not there").at(&file)
+                );
+            }
+            Ok(ShardFile { path: file, name: name.to_owned() })
+        })
+        .collect()
+}
+
+struct Search {
+    format: DataFormat,
+    found: Vec<PathBuf>,
+    /// Files passed over.
+    other: usize,
+    /// The folders being searched, to end loops of links.
+    folders: Vec<PathBuf>,
+}
+
+impl Search {
+    fn walk(&mut self, folder: &Path) -> Result<()> {
+        let failed = |error| Error::io("cannot read folder", error).at(folder);
+        let real = folder.canonicalize().map_err(failed)?;
+        if self.folders.contains(&real) {
+            return Ok(());
+        }
+        self.folders.push(real);
+        for entry in std::fs::read_dir(folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name();
+            if name.to_string_lossy().starts_with(['_', '.']) {
+                continue;
+            }
+            let path = entry.path();
+            if path.is_dir() {
+                self.walk(&path)?;
+            } else if path.extension().is_some_and(|suffix| {
+                suffixes(self.format).contains(&suffix.to_string_lossy().to_ascii_lowercase().as_str())
+            }) {
+                self.found.push(path);
+            } else {
+                self.other += 1;
+            }
+        }
+        self.folders.pop();
+        Ok(())
+    }
+}
+
+fn suffixes(format: DataFormat) -> &'static [&'static str] {
+    match format {
+        DataFormat::Auto => &SUFFIXES,
+        DataFormat::Parquet => &SUFFIXES[..2],
+        DataFormat::Arrow => &SUFFIXES[2..],
+    }
+}
+
+fn subfolders(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.path().is_dir())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.to_string_lossy().into_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+fn relative_name(path: &Path, root: &Path) -> String {
+    let relative = path.strip_prefix(root).unwrap_or(path);
+    let parts: Vec<_> = relative.components().map(|part| part.as_os_str().to_string_lossy()).collect();
+    parts.join("/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(data: &[&Path], format: DataFormat) -> Result<Vec<String>> {
+        let data: Vec<String> = data.iter().map(|path| path.to_str().unwrap().to_owned()).collect();
+        Ok(find(&data, format)?.into_iter().map(|shard| shard.name).collect())
+    }
+
+    fn touch(root: &Path, names: &[&str]) {
+        for name in names {
+            std::fs::create_dir_all(root.join(name).parent().unwrap()).unwrap();
+            std::fs::write(root.join(name), b"x").unwrap();
+        }
+    }
+
+    #[test]
+    fn folders_are_searched_bytewise_without_hidden_files() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        touch(
+            root,
+            &["b/1.parquet", "a.parquet", "B.parquet", "b.parquet", "_x/1.parquet", ".y.parquet", "n.txt", "z.arrow"],
+        );
+        assert_eq!(
+            names(&[root], DataFormat::Auto).unwrap(),
+            ["B.parquet", "a.parquet", "b.parquet", "b/1.parquet", "z.arrow"]
+        );
+        assert_eq!(names(&[root], DataFormat::Arrow).unwrap(), ["z.arrow"]);
+        assert_eq!(
+            names(&[&root.join("*.parquet")], DataFormat::Auto).unwrap(),
+            ["B.parquet", "a.parquet", "b.parquet"]
+        );
+        assert_eq!(names(&[&root.join("**/1.parquet")], DataFormat::Auto).unwrap(), ["_x/1.parquet", "b/1.parquet"]);
+        assert_eq!(
+            names(&[&root.join("b.parquet"), &root.join("a.parquet")], DataFormat::Auto).unwrap(),
+            ["b.parquet", "a.parquet"],
+            "a list keeps its order"
+        );
+    }
+
+    #[test]
+    fn a_loop_of_links_ends() {
+        let root = tempfile::tempdir().unwrap();
+        touch(root.path(), &["a/1.parquet"]);
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(root.path(), root.path().join("a/again")).unwrap();
+        assert_eq!(names(&[root.path()], DataFormat::Auto).unwrap(), ["a/1.parquet"]);
+    }
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        touch(root.path(), &["n.txt"]);
+        for (path, words) in [
+            (root.path().to_owned(), "1 other files"),
+            (root.path().join("none"), "no such file"),
+            (root.path().join("*.parquet"), "matches no file"),
+        ] {
+            let error = names(&[&path], DataFormat::Auto).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::NotFound);
+            assert!(error.report().contains(words), "{error}");
+            assert!(error.report().contains(root.path().to_str().unwrap()), "{error}");
+        }
+        let twice = root.path().join("n.txt");
+        assert!(names(&[&twice, &twice], DataFormat::Auto).unwrap_err().to_string().contains("listed twice"));
+    }
+
+    #[test]
+    fn saved_datasets_are_read_in_the_order_of_their_state() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        touch(root, &["d/b.arrow", "d/a.arrow", "d/stray.arrow", "s/dataset_dict.json", "s/train/x", "s/test/x"]);
+        std::fs::write(
+            root.join("d/state.json"),
+            r#"{"_data_files": [{"filename": "b.arrow"}, {"filename": "a.arrow"}]}"#,
+        )
+        .unwrap();
+        assert_eq!(names(&[&root.join("d")], DataFormat::Auto).unwrap(), ["b.arrow", "a.arrow"]);
+        let error = names(&[&root.join("s")], DataFormat::Auto).unwrap_err();
+        assert!(error.to_string().contains("`test`, `train`"), "{error}");
+        std::fs::write(root.join("d/state.json"), r#"{"_data_files": [{"filename": "c.arrow"}]}"#).unwrap();
+        assert_eq!(names(&[&root.join("d")], DataFormat::Auto).unwrap_err().kind(), ErrorKind::NotFound);
+    }
 }

@@ -13,7 +13,7 @@ use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tokens::{Dtype, Tokens};
 
 /// Container format of a shard.
@@ -186,6 +186,14 @@ pub trait Shard: Send + Sync + fmt::Debug {
     /// Negative ids, null tokens and counts that differ from the index are errors with path, block and row.
     fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock>;
 
+    /// As [`Shard::decode`], into memory that an earlier block had; fresh memory costs more than some decoding does.
+    ///
+    /// After an error the content of `out` is unspecified.
+    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()> {
+        *out = self.decode(block, limit)?;
+        Ok(())
+    }
+
     /// One line per thing that makes the file slow to read, with the remedy; for `forebay check`.
     fn advice(&self) -> Vec<String> {
         Vec::new()
@@ -222,7 +230,6 @@ pub const TOKEN_COLUMNS: [&str; 4] = ["input_ids", "tokens", "token_ids", "ids"]
 
 /// Picks the token column among `columns` of a file.
 pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>) -> Result<&'a str> {
-    use crate::error::Error;
     let found = match wanted {
         Some(name) => columns.iter().find(|column| **column == name),
         None => TOKEN_COLUMNS.iter().find_map(|name| columns.iter().find(|column| *column == name)),
@@ -240,7 +247,52 @@ pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>)
         }
     })
 }
-/// stand-in
-pub fn open(_file: &discover::ShardFile, _o: &OpenOptions) -> Result<Box<dyn Shard>> {
-    todo!()
+/// Opens `file`, whose format is recognised by its content.
+pub fn open(file: &discover::ShardFile, options: &OpenOptions) -> Result<Box<dyn Shard>> {
+    let path = file.path.as_path();
+    let source = mmap::SourceFile::open(path, options.io)?;
+    let shard = match recognise(&source).map_err(|error| error.at(path))? {
+        Format::Parquet => parquet::open(source, options),
+        Format::ArrowFile | Format::ArrowStream => arrow::open(source, options),
+    };
+    shard.map_err(|error| error.at(path))
+}
+
+/// The format of a file by its first and last bytes; its name says nothing.
+fn recognise(file: &mmap::SourceFile) -> Result<Format> {
+    let (mut head, mut tail) = (Vec::new(), Vec::new());
+    let head = file.slice(0..file.len().min(8), &mut head)?;
+    let tail = file.slice(file.len().saturating_sub(6)..file.len(), &mut tail)?;
+    if head.starts_with(b"PAR1") {
+        if tail.ends_with(b"PAR1") {
+            return Ok(Format::Parquet);
+        }
+        return Err(Error::data(
+            "Parquet file is truncated: it begins with `PAR1` and does not end with it; write or copy it again",
+        ));
+    }
+    if head.starts_with(b"PARE") || tail.ends_with(b"PARE") {
+        return Err(Error::data("Parquet file is encrypted, which is not supported; write it without encryption"));
+    }
+    if head.starts_with(b"ARROW1") {
+        if tail.ends_with(b"ARROW1") {
+            return Ok(Format::ArrowFile);
+        }
+        return Err(Error::data(
+            "Arrow file is truncated: it begins with `ARROW1` and does not end with it; write or copy it again",
+        ));
+    }
+    if head.starts_with(b"FEA1") {
+        return Err(Error::data("Feather version 1 is not supported; write Arrow IPC (Feather version 2) instead"));
+    }
+    let word = |at: usize| head.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    // A stream begins with a continuation marker, or (before Arrow 0.15) with the length of its schema.
+    let plausible = |length: u32| length > 0 && u64::from(length) + 4 <= file.len() && length.is_multiple_of(4);
+    match (word(0), word(4)) {
+        (Some(u32::MAX), _) => Ok(Format::ArrowStream),
+        (Some(length), Some(_)) if plausible(length) && length < 1 << 24 => Ok(Format::ArrowStream),
+        _ => Err(Error::data(format!(
+            "neither a Parquet nor an Arrow file: expected it to begin with `PAR1`, `ARROW1` or a stream marker, found {head:02x?}"
+        ))),
+    }
 }

@@ -1,0 +1,32 @@
+"""Forebay: token loader for LLM training. Parquet and Arrow shards to batches, in an exact and resumable order.
+
+``Loader`` gives NumPy arrays and never imports torch; ``forebay.torch`` gives tensors and stands in for torch's own
+DataLoader.
+"""
+
+from forebay._core import __version__
+from forebay._errors import (
+    ClosedError,
+    ConfigError,
+    DataError,
+    ForebayError,
+    InternalError,
+    NotFoundError,
+    ReadError,
+    StateMismatchError,
+)
+from forebay._loader import Batches, Loader
+
+__all__ = [
+    "Batches",
+    "ClosedError",
+    "ConfigError",
+    "DataError",
+    "ForebayError",
+    "InternalError",
+    "Loader",
+    "NotFoundError",
+    "ReadError",
+    "StateMismatchError",
+    "__version__",
+]

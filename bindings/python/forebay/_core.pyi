@@ -1,0 +1,136 @@
+"""The compiled part. Private: use `forebay.Loader` and `forebay.torch`.
+
+Errors are the exceptions of `forebay`; each has `path`, `block` and `row`, and its causes as notes.
+"""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+from typing_extensions import CapsuleType
+
+__version__: str
+
+def resolve(
+    settings: Sequence[tuple[str, str]], from_env: bool
+) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
+    """Settings in force if these are given as names and texts: values, where each is from, warnings, and notes.
+
+    `from_env`: the environment and the file may give all of them, not only operational ones and ranks.
+    Raises ConfigError, with all faults listed together.
+    """
+
+@final
+class Loader:
+    """A loader over one corpus. Its methods may be called from any thread; those that wait release the interpreter."""
+
+    @staticmethod
+    def open(settings: Sequence[tuple[str, str]], from_env: bool) -> Loader:
+        """Opens and indexes the corpus under the settings that `resolve` gives for the same arguments.
+
+        Raises ConfigError, NotFoundError, ReadError or DataError, with all faults listed together.
+        """
+    def iter(self) -> Batches:
+        """A new pass, in memory of forebay's pool. It has no effect before its first `next`."""
+    def iter_external(self) -> Batches:
+        """A new pass, in memory that is submitted by the caller."""
+    @property
+    def len(self) -> int:
+        """Batches of this rank in an epoch."""
+    @property
+    def num_sequences(self) -> int:
+        """Full sequences of an epoch, over all ranks."""
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an epoch, specials included."""
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens of an epoch that the remainder rule leaves out, over all ranks."""
+    @property
+    def epoch(self) -> int:
+        """Epoch of the newest pass, or of the next one if that was set or restored."""
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass begins this epoch, unless a position of it was restored and not continued yet."""
+    def state(self) -> list[tuple[str, int | str]]:
+        """Keys and values of the position, in a fixed order."""
+    def load_state(self, pairs: Sequence[tuple[str, int | str]]) -> None:
+        """The next pass continues there. Raises StateMismatchError."""
+    def sequences_at(self, epoch: int, position: int, n: int) -> Batch:
+        """`n` rows from `position` of the epoch's order, over all ranks. Raises ConfigError past the epoch's end."""
+    def batch_at(self, epoch: int, step: int, rank: int, world_size: int) -> Batch:
+        """What a rank gets at a step. Raises ConfigError past the epoch's end."""
+    def stats(self) -> dict[str, Any]:
+        """Counters since opening. Keys end in their unit; `*_share` is a part of 1."""
+    def verdict(self) -> str:
+        """Who waits for whom, in one line."""
+    def config(self) -> dict[str, Any]:
+        """Every setting in force, by name."""
+    def close(self) -> None:
+        """Stops every pass and waits for its threads; nothing in a forked child."""
+
+@final
+class Batches:
+    """A pass over one epoch; several threads may take batches from it, each batch is given once."""
+
+    def next(self) -> Batch | None:
+        """Waits for the next batch; None at the end. Signals are seen while it waits.
+
+        Raises DataError, ReadError or ClosedError; a failed batch fails again at every later call.
+        """
+    def submit(self, ptr: int, nbytes: int, owner: object) -> None:
+        """Memory for the next batch that has none: `nbytes` (at least `batch_bytes`) at `ptr` (a multiple of 8).
+
+        It must stay valid while `owner` lives; `owner` is dropped with the batch, on any thread.
+        """
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of a submitted buffer."""
+    @property
+    def buffers_wanted(self) -> int:
+        """Buffers to keep submitted and not delivered."""
+    def close(self) -> None:
+        """Ends the pass and waits for its threads."""
+
+@final
+class Batch:
+    """A delivered batch."""
+
+    @property
+    def epoch(self) -> int:
+        """Epoch it belongs to."""
+    @property
+    def step(self) -> int:
+        """Step in the epoch, counted from 0."""
+    @property
+    def rows(self) -> int:
+        """Rows, `batch_size` but for a short last batch."""
+    @property
+    def address(self) -> int:
+        """First byte of its buffer: for a submitted one, the `ptr` it was submitted with."""
+    def fields(self) -> list[tuple[str, Array]]:
+        """Its arrays by name."""
+    def layout(self) -> list[tuple[str, str, int, tuple[int, int], int]]:
+        """Name, dtype, offset in bytes, shape and row stride in values of each array in the batch's buffer."""
+
+@final
+class Array:
+    """A writable view of shape (rows, seq_len), int64 or int32, of a batch's memory, which lives as long as any view.
+
+    `x` and `y` of shifted targets share memory: writing to one writes to the other.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> str: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: object | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> CapsuleType:
+        """A capsule without a version. Raises BufferError for another device, a stream, or a copy."""
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Host memory: (1, 0)."""

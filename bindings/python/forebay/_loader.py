@@ -1,0 +1,329 @@
+"""Loader: batches as dicts of NumPy arrays."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay import _core
+from forebay._errors import ClosedError, ConfigError
+
+Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+_logger = logging.getLogger("forebay")
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def settings_of(data: Data | None, settings: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Names and texts of the settings that are given; ``None`` is not given."""
+    pairs: list[tuple[str, str]] = []
+    if data is not None:
+        paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+        texts = [os.fspath(path).replace("\\", "\\\\").replace(",", "\\,") for path in paths]
+        if texts:
+            pairs.append(("data", ",".join(texts)))
+    pairs.extend((name, _text(name, value)) for name, value in settings.items() if value is not None)
+    return pairs
+
+
+def _text(name: str, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (bool, np.bool_)):
+        return "true" if value else "false"
+    if name == "input_dtype":
+        return np.dtype(value).name  # type: ignore[call-overload, no-any-return]
+    if isinstance(value, SupportsIndex):
+        return str(operator.index(value))
+    raise TypeError(f"`{name}` must be an int, a bool or a str, found {type(value).__name__}")
+
+
+class Batches:
+    """A pass over one epoch. It begins at the first ``next()``; several threads may take batches from it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader  # its end closes the pass
+        self._core = loader._open_core().iter()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Arrays:
+        batch = self._core.next()
+        if batch is None:
+            raise StopIteration
+        return _arrays(batch)
+
+    def close(self) -> None:
+        """Ends the pass and its threads; batches already handed over stay valid."""
+        self._core.close()
+
+
+def _arrays(batch: _core.Batch) -> Arrays:
+    return {name: np.asarray(array) for name, array in batch.fields()}
+
+
+class Loader:
+    """Batches of token sequences from Parquet and Arrow shards, in an order that is a function of seed and epoch.
+
+    Every argument is a setting. Of those that are not given (``None``), operational ones come from their environment
+    variables, ``FOREBAY_<NAME>``, or from the file that ``FOREBAY_CONFIG`` names; ranks from these or the launcher; all
+    others have their defaults. ``Loader.config`` and ``Loader.origins`` say what came out. ``Loader.from_env`` takes
+    every setting from there.
+
+    Parameters
+    ----------
+    data:
+        A file, a folder, a glob pattern, or a list of these, in order.
+    format:
+        ``"auto"`` (by content), ``"parquet"`` or ``"arrow"``. Default: auto.
+    token_column:
+        Default: the first of ``input_ids``, ``tokens``, ``token_ids``, ``ids``.
+    seq_len:
+        Tokens per sequence. Default: 2048.
+    targets:
+        ``"labels"``: ``input_ids`` and ``labels`` at the same places; ``"shifted"``: ``x`` and ``y`` one token apart.
+        Default: labels.
+    bos_id, eos_id:
+        Put before and after every non-empty document. Default: none.
+    shuffle:
+        ``False``, ``True``, ``"global"`` or ``"block"``. Default: false.
+    seed:
+        Key of the order, with the epoch. Default: 0.
+    chunk_tokens, window_tokens, lanes:
+        Shape of block shuffling: tokens that stay together, tokens mixed at once, virtual shards.
+        Default: 1 Mi, 16 Mi, 8.
+    batch_size:
+        Sequences per rank and step. Default: 1.
+    dp_rank, dp_world_size:
+        Default: what the launcher says, else 0 of 1.
+    remainder:
+        What fills no global batch at the epoch's end: ``"drop"``, ``"pad"``, ``"wrap"`` or ``"short"``. Default: drop.
+    pad_id:
+        Fills padded places; their labels are -100. Default: 0.
+    input_dtype:
+        ``"int64"`` or ``"int32"``, of the inputs; labels are always int64. Default: int64.
+    num_threads:
+        Default: CPUs of this rank less one, 1 to 8.
+    prefetch_batches:
+        Batches computed ahead. Default: 4.
+    memory_budget:
+        Bytes for decoded blocks and batches in flight. Default: 512 MiB.
+    block_tokens:
+        Tokens near which blocks are cut for decoding; never changes a batch. Default: 128 Ki.
+    io:
+        ``"auto"``, ``"mmap"`` or ``"pread"``. Default: auto.
+    pin_memory:
+        For ``forebay.torch.DataLoader``; here it must be false. Default: false.
+
+    Raises
+    ------
+    ConfigError, NotFoundError, ReadError, DataError
+        All faults that opening can see, listed together.
+    """
+
+    def __init__(
+        self,
+        data: Data | None = None,
+        *,
+        format: Literal["auto", "parquet", "arrow"] | None = None,
+        token_column: str | None = None,
+        seq_len: int | None = None,
+        targets: Literal["labels", "shifted"] | None = None,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        shuffle: bool | Literal["global", "block"] | None = None,
+        seed: int | None = None,
+        chunk_tokens: int | None = None,
+        window_tokens: int | None = None,
+        lanes: int | None = None,
+        batch_size: int | None = None,
+        dp_rank: int | None = None,
+        dp_world_size: int | None = None,
+        remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
+        pad_id: int | None = None,
+        input_dtype: npt.DTypeLike | None = None,
+        num_threads: int | None = None,
+        prefetch_batches: int | None = None,
+        memory_budget: int | None = None,
+        block_tokens: int | None = None,
+        io: Literal["auto", "mmap", "pread"] | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        settings = dict(
+            format=format,
+            token_column=token_column,
+            seq_len=seq_len,
+            targets=targets,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            shuffle=shuffle,
+            seed=seed,
+            chunk_tokens=chunk_tokens,
+            window_tokens=window_tokens,
+            lanes=lanes,
+            batch_size=batch_size,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
+            remainder=remainder,
+            pad_id=pad_id,
+            input_dtype=input_dtype,
+            num_threads=num_threads,
+            prefetch_batches=prefetch_batches,
+            memory_budget=memory_budget,
+            block_tokens=block_tokens,
+            io=io,
+            pin_memory=pin_memory,
+        )
+        if pin_memory:
+            raise ConfigError("`pin_memory` needs forebay.torch.DataLoader: this loader does not import torch")
+        self._open(settings_of(data, settings), from_env=False)
+
+    def _open(self, pairs: list[tuple[str, str]], from_env: bool) -> None:
+        self._arguments = pairs, from_env
+        self._closed = False
+        _, self._origins, warnings, notes = _core.resolve(pairs, from_env)
+        for text in warnings:
+            _logger.warning("%s", text)
+        for text in notes:
+            _logger.info("%s", text)
+        self._core: _core.Loader = _core.Loader.open(pairs, from_env)
+
+    @classmethod
+    def _of(cls, pairs: list[tuple[str, str]], from_env: bool = False) -> Self:
+        loader = cls.__new__(cls)
+        loader._open(pairs, from_env)
+        return loader
+
+    @classmethod
+    def from_env(cls, data: Data | None = None, **settings: Any) -> Self:
+        """A loader whose every setting may come from the environment or the file; the arguments win over both."""
+        unknown = set(settings) - set(inspect.signature(Loader).parameters)
+        if unknown:
+            raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+        return cls._of(settings_of(data, settings), from_env=True)
+
+    def _open_core(self) -> _core.Loader:
+        if self._closed:
+            raise ClosedError("the loader was closed")
+        return self._core
+
+    def __iter__(self) -> Batches:
+        """A new pass: continues a restored position, or begins the first or the next epoch, at its first ``next()``."""
+        return Batches(self)
+
+    def __len__(self) -> int:
+        """Batches this rank gets in an epoch, the same on every rank."""
+        return self._core.len
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass begins this epoch, unless a position of it was restored and not continued yet."""
+        self._core.set_epoch(epoch)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the newest pass, or of the next one if that was set or restored."""
+        return self._core.epoch
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The position after the batches handed over by the newest pass: flat, ints and strings, equal on all ranks."""
+        return dict(self._core.state())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The next pass continues there, for any world size, batch size and thread count; ``{}`` changes nothing.
+
+        Raises
+        ------
+        StateMismatchError
+            It belongs to another corpus or other content settings; both values are named.
+        """
+        if state_dict:
+            self._core.load_state(list(state_dict.items()))
+
+    @property
+    def num_sequences(self) -> int:
+        """Full sequences of an epoch, over all ranks."""
+        return self._core.num_sequences
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an epoch, specials included."""
+        return self._core.num_tokens
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens of an epoch that the remainder rule leaves out, over all ranks."""
+        return self._core.dropped_tokens
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every setting in force."""
+        return self._core.config()
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each setting comes from: an argument, a variable, a file, the launcher, or the default."""
+        return dict(self._origins)
+
+    def sequences_at(self, epoch: int, position: int, n: int = 1) -> Arrays:
+        """Rows at positions ``position`` to ``position + n`` of an epoch's order, over all ranks."""
+        return _arrays(self._open_core().sequences_at(epoch, position, n))
+
+    def batch_at(
+        self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
+    ) -> Arrays:
+        """What a rank gets at a step. Default: this loader's epoch, rank and world size."""
+        core = self._open_core()
+        config = core.config()
+        return _arrays(
+            core.batch_at(
+                core.epoch if epoch is None else epoch,
+                step,
+                config["dp_rank"] if rank is None else rank,
+                config["dp_world_size"] if world_size is None else world_size,
+            )
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far; times in seconds."""
+        return self._core.stats()
+
+    def verdict(self) -> str:
+        """Who waits for whom, in one line."""
+        return self._core.verdict()
+
+    def close(self) -> None:
+        """Stops every pass and waits for its threads; batches already handed over stay valid."""
+        self._closed = True
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (type(self), *self._arguments, self.state_dict())
+
+    def __repr__(self) -> str:
+        config = self._core.config()
+        return (
+            f"<{type(self).__name__} of {config['data']}: {self.num_sequences} sequences of {config['seq_len']}, "
+            f"rank {config['dp_rank']} of {config['dp_world_size']}, {len(self)} batches of {config['batch_size']}>"
+        )
+
+
+def _reopen(kind: type[Loader], pairs: list[tuple[str, str]], from_env: bool, state: Mapping[str, Any]) -> Loader:
+    loader = kind._of(pairs, from_env)
+    loader.load_state_dict(state)
+    return loader

@@ -1,0 +1,560 @@
+"""Tensors, and a stand-in for ``torch.utils.data.DataLoader``. The only module of forebay that imports torch.
+
+A ``TokenDataset`` in this ``DataLoader`` goes the native way: batches are computed by forebay's threads, and no Python
+runs for them. Everything else goes the Python way: the dataset's own code, on threads of this process instead of worker
+processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import numpy.typing as npt
+import torch
+import torch.distributed
+import torch.utils.dlpack
+from torch.utils.data import Dataset, DistributedSampler, Sampler, _DatasetKind, _utils
+from torch.utils.data import dataloader as torch_dataloader
+from torch.utils.data._utils import worker as torch_worker
+
+from forebay import _core
+from forebay._errors import ConfigError
+from forebay._loader import Data, Loader, settings_of
+from forebay._threads import Begin, Workers
+
+__all__ = ["DataLoader", "TokenDataset"]
+
+Tensors = dict[str, torch.Tensor]
+
+
+class TokenDataset(Dataset[Tensors]):
+    """Sequences of a corpus, in corpus order: ``dataset[i]`` is a dict of 1-D tensors of ``seq_len`` tokens.
+
+    Opened at its first use in each process, so that it can be pickled and forked. The arguments are those of
+    ``forebay.Loader``.
+    """
+
+    def __init__(
+        self,
+        data: Data | None = None,
+        *,
+        format: Literal["auto", "parquet", "arrow"] | None = None,
+        token_column: str | None = None,
+        seq_len: int | None = None,
+        targets: Literal["labels", "shifted"] | None = None,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        input_dtype: npt.DTypeLike | None = None,
+        memory_budget: int | None = None,
+        block_tokens: int | None = None,
+        io: Literal["auto", "mmap", "pread"] | None = None,
+    ) -> None:
+        settings = dict(
+            format=format,
+            token_column=token_column,
+            seq_len=seq_len,
+            targets=targets,
+            bos_id=bos_id,
+            eos_id=eos_id,
+            input_dtype=input_dtype,
+            memory_budget=memory_budget,
+            block_tokens=block_tokens,
+            io=io,
+        )
+        self._pairs = settings_of(data, settings)
+        self._opened: tuple[int, _core.Loader] | None = None
+
+    def _core(self) -> _core.Loader:
+        process = os.getpid()
+        if self._opened is None or self._opened[0] != process:
+            alone = dict(shuffle=False, batch_size=1, dp_rank=0, dp_world_size=1, remainder="drop", prefetch_batches=1)
+            self._opened = process, _core.Loader.open(self._pairs + settings_of(None, alone), False)
+        return self._opened[1]
+
+    def __len__(self) -> int:
+        """Full sequences of the corpus."""
+        return self._core().num_sequences
+
+    def __getitem__(self, index: int) -> Tensors:
+        """Sequence ``index``: ``input_ids`` and ``labels``, or ``x`` and ``y``."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensors]:
+        """Several sequences at once; neighbours are read together."""
+        core, length = self._core(), len(self)
+        rows: list[Tensors] = []
+        at = 0
+        while at < len(indices):
+            first = int(indices[at])
+            if not -length <= first < length:
+                raise IndexError(f"sequence {first} is asked for, the corpus has {length}")
+            first %= length
+            n = 1
+            while at + n < len(indices) and indices[at + n] == first + n < length:
+                n += 1
+            batch = _tensors(core.sequences_at(0, first, n))
+            rows.extend({name: tensor[row] for name, tensor in batch.items()} for row in range(n))
+            at += n
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def _tensors(batch: _core.Batch) -> Tensors:
+    return {name: torch.utils.dlpack.from_dlpack(array) for name, array in batch.fields()}
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    # torch's own allocator reuses a block only after the copies issued from it have ended, which no other memory gets.
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+class DataLoader(torch.utils.data.DataLoader[Any]):
+    """``torch.utils.data.DataLoader`` without worker processes; the same arguments, and forebay's settings by keyword.
+
+    The native way is taken for a ``TokenDataset`` with no sampler or a ``DistributedSampler``, no ``batch_sampler`` and
+    no ``collate_fn``. Batches are dicts of tensors of shape ``(batch_size, seq_len)``. There, ``num_workers=0`` means
+    the default number of threads; ``timeout``, ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have nothing
+    to act on; ``drop_last=False`` delivers the tail in a short batch on one rank, and padded on several;
+    ``pin_memory=True`` fills torch's page-locked memory directly. These loaders have ``state_dict`` and
+    ``load_state_dict``, as instance attributes.
+
+    On the Python way, ``num_workers`` counts threads: batches come in order, exceptions keep their type and their
+    traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread.
+
+    Parameters
+    ----------
+    seed:
+        Default: ``generator.initial_seed()`` if there is a generator, else 0.
+    dp_rank, dp_world_size:
+        Default: those of the sampler, of torch.distributed if it is initialised, of the launcher, else 0 of 1.
+    remainder:
+        Overrules ``drop_last``.
+
+    Raises
+    ------
+    ConfigError
+        A setting is unusable, or the launcher's rank is not that of torch.distributed.
+    """
+
+    #: The position after the batches handed over. On native loaders only.
+    state_dict: Callable[[], dict[str, int | str]]
+    #: The next pass continues there. On native loaders only.
+    load_state_dict: Callable[[Mapping[str, Any]], None]
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = 1,
+        shuffle: bool | Literal["global", "block"] | None = None,
+        sampler: Sampler[Any] | Iterable[Any] | None = None,
+        batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        seed: int | None = None,
+        dp_rank: int | None = None,
+        dp_world_size: int | None = None,
+        remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
+        pad_id: int | None = None,
+        chunk_tokens: int | None = None,
+        window_tokens: int | None = None,
+        lanes: int | None = None,
+        num_threads: int | None = None,
+        prefetch_batches: int | None = None,
+        memory_budget: int | None = None,
+        block_tokens: int | None = None,
+        io: Literal["auto", "mmap", "pread"] | None = None,
+        _allocator: Callable[[int], torch.Tensor] | None = None,
+    ) -> None:
+        if multiprocessing_context is not None:
+            raise ValueError(
+                "`multiprocessing_context` has no meaning here: workers are threads of this process; leave it out"
+            )
+        if num_workers < 0 or timeout < 0:
+            raise ValueError("`num_workers` and `timeout` must not be negative")
+        settings: dict[str, Any] = dict(
+            seed=seed,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
+            remainder=remainder,
+            pad_id=pad_id,
+            chunk_tokens=chunk_tokens,
+            window_tokens=window_tokens,
+            lanes=lanes,
+            num_threads=num_threads,
+            prefetch_batches=prefetch_batches,
+            memory_budget=memory_budget,
+            block_tokens=block_tokens,
+            io=io,
+        )
+        native = (
+            _is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
+            and (sampler is None or _is_plain(sampler, DistributedSampler, "__iter__", "__len__"))
+            and batch_sampler is None
+            and collate_fn is None
+            and batch_size is not None
+        )
+        self._native: Loader | None = None
+        if not native:
+            given = [name for name, value in settings.items() if value is not None]
+            if given or shuffle not in (None, True, False):
+                given = given or [f"shuffle={shuffle}"]
+                raise ConfigError(
+                    f"{', '.join(f'`{name}`' for name in given)}: only for a TokenDataset without `collate_fn`, "
+                    "`batch_sampler`, and samplers other than DistributedSampler"
+                )
+            super().__init__(
+                dataset,
+                batch_size,
+                shuffle,
+                sampler,
+                batch_sampler,
+                num_workers,
+                collate_fn,
+                pin_memory,
+                drop_last,
+                timeout,
+                worker_init_fn,
+                None,
+                generator,
+                prefetch_factor=prefetch_factor,
+                persistent_workers=persistent_workers,
+                pin_memory_device=pin_memory_device,
+                in_order=in_order,
+            )
+            return
+
+        assert isinstance(dataset, TokenDataset)
+        if isinstance(sampler, DistributedSampler):
+            if shuffle:
+                raise ValueError("sampler option is mutually exclusive with shuffle")
+            shuffle = sampler.shuffle
+            settings["seed"] = sampler.seed if seed is None else seed
+            if dp_rank is None and dp_world_size is None:
+                settings["dp_rank"], settings["dp_world_size"] = sampler.rank, sampler.num_replicas
+            drop_last = drop_last or sampler.drop_last
+        elif generator is not None and seed is None:
+            settings["seed"] = generator.initial_seed()
+        if num_workers > 0 and num_threads is None:
+            settings["num_threads"] = num_workers
+        if prefetch_factor is not None and prefetch_batches is None:
+            settings["prefetch_batches"] = prefetch_factor * max(num_workers, 1)
+        settings["shuffle"], settings["batch_size"], settings["pin_memory"] = shuffle, batch_size, pin_memory or None
+        own = settings_of(None, settings)
+        names = {name for name, _ in own}
+        pairs = [pair for pair in dataset._pairs if pair[0] not in names] + own
+        pairs = _with_ranks(pairs)
+        config, *_ = _core.resolve(pairs, False)
+        if remainder is None:
+            rest = "short" if config["dp_world_size"] in (None, 1) else "pad"
+            pairs.append(("remainder", "drop" if drop_last else rest))
+
+        allocator = _allocator
+        pin_memory = config["pin_memory"]
+        if pin_memory and allocator is None:
+            if torch.cuda.is_available():
+                allocator = _pinned
+            else:
+                warnings.warn(
+                    "'pin_memory' argument is set as true but no accelerator is found, "
+                    "then device pinned memory won't be used.",
+                    stacklevel=2,
+                )
+        self._native = Loader._of(pairs)
+        self._allocator = allocator
+        self._sampler_epoch = getattr(sampler, "epoch", None)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.num_workers = 0
+        self.prefetch_factor = None
+        self.pin_memory = pin_memory
+        self.pin_memory_device = pin_memory_device
+        self.timeout = timeout
+        self.worker_init_fn = None
+        self.in_order = in_order
+        self.drop_last = drop_last
+        self.sampler = sampler  # type: ignore[assignment]
+        self.batch_sampler = None
+        self.generator = generator
+        self.collate_fn = None  # type: ignore[assignment]
+        self.persistent_workers = False
+        self._dataset_kind = _DatasetKind.Map
+        self._iterator = None
+        self._DataLoader__multiprocessing_context = None
+        # Accelerate then takes this loader as it is, and stores its state.
+        self._is_accelerate_prepared = True
+        self.use_stateful_dataloader = True
+        self.end_of_dataloader = False
+        self.remainder = -1
+        # In `__dict__`, which wrappers of Lightning Fabric and Ray copy; and absent from loaders that cannot resume.
+        self.state_dict = self._native.state_dict
+        self.load_state_dict = self._native.load_state_dict
+        self._DataLoader__initialized = True
+
+    @property
+    def _loader(self) -> Loader:
+        if self._native is None:
+            raise TypeError("only a native loader can do this: one of a TokenDataset without own sampling or collating")
+        return self._native
+
+    def __iter__(self) -> Any:
+        """A new pass; it begins at its first ``next()``."""
+        if self._native is not None:
+            return _NativeIterator(self, self._native)
+        if self.num_workers > 0:
+            return _ThreadIterator(self)
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        """Batches of this rank in an epoch."""
+        return len(self._native) if self._native is not None else super().__len__()
+
+    def check_worker_number_rationality(self) -> None:
+        """Nothing: it warns of too many processes, and there are none."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass begins this epoch, unless a position of it was restored and not continued yet.
+
+        On the Python way, passed on to whichever of sampler, batch sampler and dataset has the method.
+        """
+        if self._native is not None:
+            self._native.set_epoch(epoch)
+            return
+        for part in (self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None), self.dataset):
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+                return
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every setting in force. Native loaders only."""
+        return self._loader.config
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each setting comes from. Native loaders only."""
+        return self._loader.origins
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far. Native loaders only."""
+        return self._loader.stats()
+
+    def verdict(self) -> str:
+        """Who waits for whom, in one line. Native loaders only."""
+        return self._loader.verdict()
+
+    def close(self) -> None:
+        """Stops every pass; batches already handed over stay valid."""
+        if self._native is not None:
+            self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _is_plain(value: object, kind: type, *methods: str) -> bool:
+    """Whether `value` is of `kind` and does what `kind` does: a subclass may have changed it."""
+    return isinstance(value, kind) and all(getattr(type(value), name) is getattr(kind, name) for name in methods)
+
+
+def _with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Adds the rank of torch.distributed where nothing else was given."""
+    names = {name for name, _ in pairs}
+    dist = torch.distributed
+    if names & {"dp_rank", "dp_world_size"} or not (dist.is_available() and dist.is_initialized()):
+        return pairs
+    config, origins, *_ = _core.resolve(pairs, False)
+    found, here = (config["dp_rank"], config["dp_world_size"]), (dist.get_rank(), dist.get_world_size())
+    origin = origins["dp_rank"]
+    if origin.startswith("FOREBAY_"):
+        return pairs  # said on purpose, where peers of another kind of parallelism read the same rows
+    if not origin.startswith("default") and found != here:
+        raise ConfigError(
+            f"rank {found[0]} of {found[1]} was found in {origin}, but torch.distributed says rank "
+            f"{here[0]} of {here[1]}: give `dp_rank` and `dp_world_size`"
+        )
+    return [*pairs, ("dp_rank", str(here[0])), ("dp_world_size", str(here[1]))]
+
+
+class _NativeIterator:
+    """A pass of a native loader; several threads may take batches from it."""
+
+    def __init__(self, owner: DataLoader, loader: Loader) -> None:
+        self._owner = owner
+        self._allocator = owner._allocator
+        core = loader._open_core()
+        self._core = core.iter() if self._allocator is None else core.iter_external()
+        self._steps = core.len
+        self._begun = False
+        #: Buffers submitted and not delivered, by address.
+        self._buffers: dict[int, torch.Tensor] = {}
+        self._gradient_state: Any = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def _begin(self) -> None:
+        self._begun = True
+        owner = self._owner
+        epoch = getattr(owner.sampler, "epoch", None)
+        # Only a change is an order to go there: a sampler that is never told the epoch must not undo a restored one.
+        if epoch is not None and epoch != owner._sampler_epoch:
+            owner._sampler_epoch = epoch
+            owner._loader.set_epoch(epoch)
+        for _ in range(self._core.buffers_wanted if self._allocator else 0):
+            self._submit()
+        # Accelerate counts gradient accumulation by the loaders that are being iterated.
+        accelerate = sys.modules.get("accelerate.state")
+        if accelerate is not None:
+            owner.end_of_dataloader = False
+            self._gradient_state = accelerate.GradientState()
+            self._gradient_state._add_dataloader(owner)
+
+    def _submit(self) -> None:
+        assert self._allocator is not None
+        buffer = self._allocator(self._core.batch_bytes)
+        self._buffers[buffer.data_ptr()] = buffer
+        self._core.submit(buffer.data_ptr(), buffer.nbytes, buffer)
+
+    def __next__(self) -> Tensors:
+        with torch.autograd.profiler.record_function("enumerate(DataLoader)#_NativeIterator.__next__"):
+            if not self._begun:
+                self._begin()
+            try:
+                batch = self._core.next()
+            except BaseException:
+                self._leave()
+                raise
+            if batch is None:
+                self._leave()
+                self._buffers.clear()
+                raise StopIteration
+            if batch.step + 1 == self._steps:
+                self._owner.end_of_dataloader = True
+            if self._allocator is None:
+                return _tensors(batch)
+            buffer = self._buffers.pop(batch.address)
+            self._submit()
+            return {field[0]: _view(buffer, *field[1:]) for field in batch.layout()}
+
+    def _leave(self) -> None:
+        state, self._gradient_state = self._gradient_state, None
+        if state is not None:
+            state._remove_dataloader(self._owner)
+
+    def close(self) -> None:
+        """Ends the pass and its threads."""
+        self._leave()
+        self._core.close()
+        self._buffers.clear()
+
+    def __del__(self) -> None:
+        if getattr(self, "_gradient_state", None) is not None:
+            self._leave()
+
+
+def _view(buffer: torch.Tensor, dtype: str, offset: int, shape: tuple[int, int], stride: int) -> torch.Tensor:
+    kind: torch.dtype = getattr(torch, dtype)
+    nbytes = ((shape[0] - 1) * stride + shape[1]) * kind.itemsize
+    return buffer[offset : offset + nbytes].view(kind).as_strided(shape, (stride, 1))
+
+
+class _ThreadIterator(torch_dataloader._BaseDataLoaderIter):
+    """A pass over a dataset on ``num_workers`` threads, started at the first ``next()``.
+
+    Threads share a map-style dataset; of an iterable one, each iterates a shallow copy of its own.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        super().__init__(loader)
+        _answer_worker_info_per_thread()
+        count, iterable = self._num_workers, self._dataset_kind == _DatasetKind.Iterable
+        self._workers = Workers(
+            [self._begin(loader, worker, iterable) for worker in range(count)],
+            own_data=iterable,
+            window=count * (loader.prefetch_factor or 2),
+            in_order=loader.in_order,
+            timeout_s=self._timeout,
+        )
+
+    def _begin(self, loader: DataLoader, worker: int, iterable: bool) -> Begin:
+        # Locals only: a thread that held the iterator would keep it alive.
+        source, count, seed = self._dataset, self._num_workers, int(self._base_seed) + worker
+        kind, auto_collation = self._dataset_kind, self._auto_collation
+        collate_fn, drop_last, init_fn = self._collate_fn, self._drop_last, loader.worker_init_fn
+        known = getattr(torch_worker.WorkerInfo, "__dataclass_fields__", ())
+        more: dict[str, Any] = {"worker_method": "thread"} if "worker_method" in known else {}
+
+        def begin() -> Callable[[Any], Any]:
+            dataset = copy.copy(source) if iterable else source
+            _here.info = torch_worker.WorkerInfo(id=worker, num_workers=count, seed=seed, dataset=dataset, **more)
+            if init_fn is not None:
+                init_fn(worker)
+            fetcher = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
+                kind, dataset, auto_collation, collate_fn, drop_last
+            )
+            fetch: Callable[[Any], Any] = fetcher.fetch
+            return fetch
+
+        return begin
+
+    def _next_data(self) -> Any:
+        data = self._workers.next(self._next_index)
+        if self._pin_memory:
+            data = _utils.pin_memory.pin_memory(data, self._pin_memory_device)  # type: ignore[no-untyped-call]
+        return data
+
+    def close(self) -> None:
+        """Ends the pass and waits for its threads to finish what they are at."""
+        self._workers.close()
+
+
+_here = threading.local()
+_patching = threading.Lock()
+
+
+def _answer_worker_info_per_thread() -> None:
+    """Makes ``get_worker_info`` answer for the calling thread.
+
+    It reads a module global, and others hold the function itself: its code is what can be replaced for all of them.
+    """
+    with _patching:
+        if hasattr(torch_worker, "_forebay_worker_info"):
+            return
+
+        def of_thread() -> Any:
+            info = getattr(_here, "info", None)
+            return torch_worker._worker_info if info is None else info
+
+        torch_worker._forebay_worker_info = of_thread  # type: ignore[attr-defined]
+
+        def get_worker_info():  # type: ignore[no-untyped-def]
+            return _forebay_worker_info()  # type: ignore[name-defined]  # noqa: F821
+
+        torch_worker.get_worker_info.__code__ = get_worker_info.__code__

@@ -1,0 +1,332 @@
+//! Loader and its passes: convert, detach, one call, convert.
+
+use std::any::Any;
+use std::ptr::NonNull;
+use std::time::Duration;
+
+use forebay::config::{Config, DataFormat, Io, Remainder, Shuffle, Targets};
+use forebay::environment::{self, Environment, Resolved, Scope};
+use forebay::state::{State, StateValue};
+use forebay::{Error, ErrorKind, Next};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString};
+
+use crate::batch::Batch;
+use crate::error::{detached, to_python};
+
+/// Longest wait between two looks at pending signals.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// Settings in force if these are given: values, where each is from, warnings, and notes. `from_env`: the environment may give all of them.
+#[pyfunction]
+#[allow(clippy::type_complexity)] // a tuple of Python's own types
+pub(crate) fn resolve<'py>(
+    py: Python<'py>,
+    settings: Vec<(String, String)>,
+    from_env: bool,
+) -> PyResult<(Bound<'py, PyDict>, Bound<'py, PyDict>, Vec<String>, Vec<String>)> {
+    let resolved = detached(py, || resolved(&settings, from_env))?;
+    let origins = PyDict::new(py);
+    for origin in &resolved.origins {
+        origins.set_item(origin.name, &origin.origin)?;
+    }
+    Ok((config_dict(py, &resolved.config)?, origins, resolved.warnings, resolved.notes))
+}
+
+fn resolved(settings: &[(String, String)], from_env: bool) -> forebay::Result<Resolved> {
+    let scope = if from_env { Scope::All } else { Scope::OperationalOnly };
+    environment::resolve(settings, &Environment::current(), scope)
+}
+
+/// Every setting as a Python value.
+fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("data", &config.data)?;
+    dict.set_item(
+        "format",
+        match config.format {
+            DataFormat::Auto => "auto",
+            DataFormat::Parquet => "parquet",
+            DataFormat::Arrow => "arrow",
+        },
+    )?;
+    dict.set_item("token_column", &config.token_column)?;
+    dict.set_item("seq_len", config.seq_len)?;
+    dict.set_item("targets", if config.targets == Targets::Shifted { "shifted" } else { "labels" })?;
+    dict.set_item("bos_id", config.bos_id)?;
+    dict.set_item("eos_id", config.eos_id)?;
+    match config.shuffle {
+        Shuffle::Off => dict.set_item("shuffle", false)?,
+        Shuffle::On => dict.set_item("shuffle", true)?,
+        Shuffle::Global => dict.set_item("shuffle", "global")?,
+        Shuffle::Block => dict.set_item("shuffle", "block")?,
+    }
+    dict.set_item("seed", config.seed)?;
+    dict.set_item("chunk_tokens", config.chunk_tokens)?;
+    dict.set_item("window_tokens", config.window_tokens)?;
+    dict.set_item("lanes", config.lanes)?;
+    dict.set_item("batch_size", config.batch_size)?;
+    dict.set_item("dp_rank", config.dp_rank)?;
+    dict.set_item("dp_world_size", config.dp_world_size)?;
+    dict.set_item(
+        "remainder",
+        match config.remainder {
+            Remainder::Drop => "drop",
+            Remainder::Pad => "pad",
+            Remainder::Wrap => "wrap",
+            Remainder::Short => "short",
+        },
+    )?;
+    dict.set_item("pad_id", config.pad_id)?;
+    dict.set_item("input_dtype", config.input_dtype.name())?;
+    dict.set_item("num_threads", config.num_threads)?;
+    dict.set_item("prefetch_batches", config.prefetch_batches)?;
+    dict.set_item("memory_budget", config.memory_budget)?;
+    dict.set_item("block_tokens", config.block_tokens)?;
+    dict.set_item(
+        "io",
+        match config.io {
+            Io::Auto => "auto",
+            Io::Mmap => "mmap",
+            Io::Pread => "pread",
+        },
+    )?;
+    dict.set_item("pin_memory", config.pin_memory)?;
+    Ok(dict)
+}
+
+/// A loader over one corpus.
+#[pyclass(frozen, module = "forebay._core")]
+pub(crate) struct Loader {
+    inner: forebay::Loader,
+    process: u32,
+}
+
+#[pymethods]
+impl Loader {
+    /// Opens the corpus under the settings that `resolve` gives for the same arguments.
+    #[staticmethod]
+    fn open(py: Python<'_>, settings: Vec<(String, String)>, from_env: bool) -> PyResult<Self> {
+        let inner = detached(py, || forebay::Loader::open(resolved(&settings, from_env)?.config))?;
+        Ok(Self { inner, process: std::process::id() })
+    }
+
+    fn iter(&self) -> Batches {
+        Batches::new(self.inner.iter())
+    }
+
+    fn iter_external(&self) -> Batches {
+        Batches::new(self.inner.iter_external())
+    }
+
+    #[getter]
+    fn len(&self) -> u64 {
+        self.inner.len()
+    }
+
+    #[getter]
+    fn num_sequences(&self) -> u64 {
+        self.inner.num_sequences()
+    }
+
+    #[getter]
+    fn num_tokens(&self) -> u64 {
+        self.inner.num_tokens()
+    }
+
+    #[getter]
+    fn dropped_tokens(&self) -> u64 {
+        self.inner.dropped_tokens()
+    }
+
+    #[getter]
+    fn epoch(&self) -> u64 {
+        self.inner.epoch()
+    }
+
+    fn set_epoch(&self, epoch: u64) {
+        self.inner.set_epoch(epoch);
+    }
+
+    fn state<'py>(&self, py: Python<'py>) -> PyResult<Vec<(String, Bound<'py, PyAny>)>> {
+        let state = self.inner.state();
+        let value = |value: &StateValue| -> PyResult<Bound<'py, PyAny>> {
+            Ok(match value {
+                StateValue::Int(value) => value.into_pyobject(py)?.into_any(),
+                StateValue::Text(text) => PyString::new(py, text).into_any(),
+            })
+        };
+        state.entries().iter().map(|(key, entry)| Ok((key.clone(), value(entry)?))).collect()
+    }
+
+    fn load_state(&self, py: Python<'_>, pairs: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<()> {
+        let entries = pairs
+            .into_iter()
+            .map(|(key, value)| {
+                let entry = if let Ok(text) = value.cast::<PyString>() {
+                    StateValue::Text(text.to_str()?.to_owned())
+                } else if let Ok(number) = value.extract() {
+                    // Whatever has an index, such as an integer of NumPy's.
+                    StateValue::Int(number)
+                } else {
+                    let text = format!("state is damaged: `{key}` must be a whole number or a word, found {value}");
+                    return Err(to_python(py, &Error::new(ErrorKind::State, text)));
+                };
+                Ok((key, entry))
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        detached(py, || self.inner.load_state(&State::from_entries(entries)?))
+    }
+
+    fn sequences_at(&self, py: Python<'_>, epoch: u64, position: u64, n: u64) -> PyResult<Batch> {
+        detached(py, || self.inner.sequences_at(epoch, position, n)).map(Batch::new)
+    }
+
+    fn batch_at(&self, py: Python<'_>, epoch: u64, step: u64, rank: u64, world_size: u64) -> PyResult<Batch> {
+        detached(py, || self.inner.batch_at(epoch, step, rank, world_size)).map(Batch::new)
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = self.inner.stats();
+        let dict = PyDict::new(py);
+        dict.set_item("batches", stats.batches)?;
+        dict.set_item("tokens", stats.tokens)?;
+        dict.set_item("bytes", stats.bytes)?;
+        dict.set_item("elapsed_seconds", stats.elapsed_seconds)?;
+        dict.set_item("tokens_per_second", stats.tokens_per_second)?;
+        dict.set_item("bytes_per_second", stats.bytes_per_second)?;
+        dict.set_item("wait_seconds", stats.wait_seconds)?;
+        dict.set_item("wait_share", stats.wait_share)?;
+        dict.set_item("wait_p50_seconds", stats.wait_p50_seconds)?;
+        dict.set_item("wait_p99_seconds", stats.wait_p99_seconds)?;
+        dict.set_item("queue_depth_mean", stats.queue_depth_mean)?;
+        dict.set_item("decode_seconds", stats.decode_seconds)?;
+        dict.set_item("fill_seconds", stats.fill_seconds)?;
+        dict.set_item("decoded_blocks", stats.decoded_blocks)?;
+        dict.set_item("decoded_bytes", stats.decoded_bytes)?;
+        dict.set_item("cache_bytes", stats.cache_bytes)?;
+        dict.set_item("buffer_bytes", stats.buffer_bytes)?;
+        Ok(dict)
+    }
+
+    fn verdict(&self) -> String {
+        self.inner.stats().verdict()
+    }
+
+    /// Every setting in force.
+    fn config<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        config_dict(py, self.inner.config())
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        // A forked child has none of the threads that closing waits for.
+        if std::process::id() != self.process {
+            return Ok(());
+        }
+        detached(py, || {
+            self.inner.close();
+            Ok(())
+        })
+    }
+}
+
+/// A pass over one epoch. Several threads may ask it for batches at once.
+#[pyclass(frozen, module = "forebay._core")]
+pub(crate) struct Batches {
+    inner: Option<forebay::Batches>,
+    process: u32,
+}
+
+impl Batches {
+    fn new(inner: forebay::Batches) -> Self {
+        Self { inner: Some(inner), process: std::process::id() }
+    }
+
+    fn get(&self) -> &forebay::Batches {
+        self.inner.as_ref().expect("taken only when dropped")
+    }
+}
+
+impl Drop for Batches {
+    fn drop(&mut self) {
+        // In a forked child, a thread that is gone may hold the locks that dropping takes.
+        if std::process::id() != self.process {
+            std::mem::forget(self.inner.take());
+        }
+    }
+}
+
+#[pymethods]
+impl Batches {
+    /// The next batch, or None at the epoch's end.
+    fn next(&self, py: Python<'_>) -> PyResult<Option<Batch>> {
+        loop {
+            match detached(py, || self.get().next_timeout(SLICE))? {
+                Next::Batch(batch) => return Ok(Some(Batch::new(batch))),
+                Next::End => return Ok(None),
+                Next::Pending => py.check_signals()?,
+            }
+        }
+    }
+
+    /// Gives `nbytes` bytes at `ptr` to the next batch that has no memory yet; `owner` keeps them alive.
+    fn submit(&self, py: Python<'_>, ptr: usize, nbytes: usize, owner: Py<PyAny>) -> PyResult<()> {
+        let start =
+            NonNull::new(ptr as *mut u8).filter(|start| start.as_ptr().align_offset(8) == 0).ok_or_else(|| {
+                to_python(py, &Error::config(format!("a buffer must be aligned to 8 bytes, found address {ptr:#x}")))
+            })?;
+        let address = Address(start);
+        let owner: Box<dyn Any + Send + Sync> = Box::new(Owner(Some(owner)));
+        detached(py, move || {
+            let Address(start) = { address };
+            // SAFETY: `_core` is private to the package, whose one caller passes a tensor's own address, size and the tensor itself, and
+            // does not write to it; torch memory is initialised as far as this crate reads it, for every byte is written before it is read.
+            unsafe { self.get().submit(start, nbytes, owner) }
+        })
+    }
+
+    #[getter]
+    fn batch_bytes(&self) -> usize {
+        self.get().batch_bytes()
+    }
+
+    #[getter]
+    fn buffers_wanted(&self) -> usize {
+        self.get().buffers_wanted()
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        if std::process::id() != self.process {
+            return Ok(());
+        }
+        detached(py, || {
+            self.get().close();
+            Ok(())
+        })
+    }
+}
+
+/// An address on its way through a detached section.
+struct Address(NonNull<u8>);
+
+// SAFETY: an address alone; what may be done with the memory is said where it is used.
+unsafe impl Send for Address {}
+
+/// A Python object that any thread may drop.
+struct Owner(Option<Py<PyAny>>);
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let Some(object) = self.0.take() else { return };
+        let mut object = Some(object);
+        let attached = Python::try_attach(|py| {
+            if let Some(object) = object.take() {
+                drop(object.into_bound(py));
+            }
+        });
+        if attached.is_none() {
+            // The interpreter is going down and takes its memory with it.
+            std::mem::forget(object);
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The token column: which leaf it is, what shape its rows have and how wide its ids are.
+
+use parquet::basic::{ConvertedType, LogicalType, Repetition, Type as Physical};
+use parquet::schema::types::{SchemaDescriptor, Type};
+
+use super::super::choose_token_column;
+use crate::error::{Error, Result};
+use crate::tokens::Dtype;
+
+/// Types of ids, for messages.
+const ACCEPTED: &str = "a list of, or plain, uint8, uint16, uint32, int32 or int64";
+
+/// The chosen column.
+#[derive(Clone, Debug)]
+pub(super) struct Column {
+    pub(super) name: String,
+    /// Index among the leaves of the schema.
+    pub(super) leaf: usize,
+    pub(super) dtype: Dtype,
+    /// Whether a row is a list; otherwise it is one token.
+    pub(super) lists: bool,
+    /// Definition level of a token that is there.
+    pub(super) max_def: u32,
+    /// Definition level from which on an entry is a token, null or not.
+    pub(super) list_def: u32,
+}
+
+impl Column {
+    pub(super) fn choose(schema: &SchemaDescriptor, wanted: Option<&str>) -> Result<Self> {
+        let fields = schema.root_schema().get_fields();
+        let names: Vec<_> = fields.iter().map(|field| field.name()).collect();
+        let name = choose_token_column(&names, wanted)?;
+        let unsupported = |what: &str| {
+            Error::data(format!(
+                "token column `{name}` is {what}: expected {ACCEPTED}; set `token_column` or rewrite the file"
+            ))
+        };
+        let leaf = (0..schema.num_columns())
+            .find(|&leaf| schema.get_column_root(leaf).name() == name)
+            .ok_or_else(|| unsupported("an empty struct"))?;
+        let field = schema.get_column_root(leaf);
+        let element = match shape(field) {
+            Some(element) => element,
+            None => return Err(unsupported(&describe(field))),
+        };
+        let dtype = dtype(element).map_err(|what| unsupported(&what))?;
+        let descriptor = schema.column(leaf);
+        let lists = descriptor.max_rep_level() == 1;
+        let max_def = descriptor.max_def_level().unsigned_abs().into();
+        // Every optional node above the repeated one, and the repeated one itself, raise the level at which a list
+        // has an entry; an optional element below it raises it once more.
+        let list_def = match lists {
+            false => 0,
+            true if field.is_primitive() => 1,
+            true => u32::from(optional(field)) + 1,
+        };
+        Ok(Self { name: name.to_owned(), leaf, dtype, lists, max_def, list_def })
+    }
+
+    /// Bits of a definition level.
+    pub(super) const fn def_width(&self) -> u32 {
+        u32::BITS - self.max_def.leading_zeros()
+    }
+
+    /// Bytes of a value in the physical type.
+    pub(super) const fn physical_size(&self) -> usize {
+        if self.dtype.size() == 8 { 8 } else { 4 }
+    }
+}
+
+fn optional(node: &Type) -> bool {
+    node.get_basic_info().has_repetition() && node.get_basic_info().repetition() == Repetition::OPTIONAL
+}
+
+fn repeated(node: &Type) -> bool {
+    node.get_basic_info().has_repetition() && node.get_basic_info().repetition() == Repetition::REPEATED
+}
+
+fn is_list(node: &Type) -> bool {
+    let info = node.get_basic_info();
+    info.converted_type() == ConvertedType::LIST || matches!(info.logical_type_ref(), Some(LogicalType::List))
+}
+
+/// The element node, if the field is a number, a repeated number, or a list of numbers in any of its spellings.
+fn shape(field: &Type) -> Option<&Type> {
+    if field.is_primitive() {
+        return Some(field);
+    }
+    if !is_list(field) || repeated(field) {
+        return None;
+    }
+    let [middle] = field.get_fields() else { return None };
+    if !repeated(middle) {
+        return None;
+    }
+    if middle.is_primitive() {
+        return Some(middle);
+    }
+    match middle.get_fields() {
+        [element] if element.is_primitive() && !repeated(element) => Some(element),
+        _ => None,
+    }
+}
+
+fn describe(field: &Type) -> String {
+    if !is_list(field) {
+        return "a struct or map".to_owned();
+    }
+    "a list of lists or structs".to_owned()
+}
+
+fn dtype(element: &Type) -> std::result::Result<Dtype, String> {
+    let info = element.get_basic_info();
+    let physical = element.get_physical_type();
+    if let Some(logical) = info.logical_type_ref() {
+        return match (physical, logical) {
+            (Physical::INT32 | Physical::INT64, LogicalType::Integer(int)) => {
+                integer(physical, u32::from(int.bit_width.unsigned_abs()), int.is_signed)
+            }
+            _ => Err(format!("of type {logical:?} ({physical})").to_lowercase()),
+        };
+    }
+    match info.converted_type() {
+        ConvertedType::NONE => match physical {
+            Physical::INT32 => Ok(Dtype::I32),
+            Physical::INT64 => Ok(Dtype::I64),
+            other => Err(format!("of type {}", other.to_string().to_lowercase())),
+        },
+        ConvertedType::UINT_8 => integer(physical, 8, false),
+        ConvertedType::UINT_16 => integer(physical, 16, false),
+        ConvertedType::UINT_32 => integer(physical, 32, false),
+        ConvertedType::UINT_64 => integer(physical, 64, false),
+        ConvertedType::INT_8 => integer(physical, 8, true),
+        ConvertedType::INT_16 => integer(physical, 16, true),
+        ConvertedType::INT_32 => integer(physical, 32, true),
+        ConvertedType::INT_64 => integer(physical, 64, true),
+        other => Err(format!("of type {other} ({physical})").to_lowercase()),
+    }
+}
+
+fn integer(physical: Physical, bits: u32, signed: bool) -> std::result::Result<Dtype, String> {
+    match (physical, bits, signed) {
+        (Physical::INT32, 8, false) => Ok(Dtype::U8),
+        (Physical::INT32, 16, false) => Ok(Dtype::U16),
+        (Physical::INT32, 32, false) => Ok(Dtype::U32),
+        (Physical::INT32, 32, true) => Ok(Dtype::I32),
+        (Physical::INT64, 64, true) => Ok(Dtype::I64),
+        _ => Err(format!("of type {}int{bits}", if signed { "" } else { "u" })),
+    }
+}

@@ -1,0 +1,84 @@
+"""Settings of the whole run: no inherited configuration, `--stress`, and the matrix of what was really covered."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ("writer", "format", "codec", "encoding", "type")
+
+# A rank or setting of the machine that runs the tests is none of theirs.
+for _name in [name for name in os.environ if name.startswith(("FOREBAY_", "SLURM_", "OMPI_", "PMI_"))]:
+    del os.environ[_name]
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    os.environ.pop(_name, None)
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    stress = os.environ.get("FOREBAY_TEST_STRESS", "") not in ("", "0")
+    parser.addoption("--stress", action="store_true", default=stress, help="corpora of 200M tokens, more repetitions")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = defaultdict(lambda: {"facts": None, "failed": False})
+    # Large corpora take their time; the limit stays a limit.
+    if config.getoption("--stress"):
+        config.option.timeout = 3600
+
+
+@pytest.fixture(scope="session")
+def stress(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--stress"))
+
+
+RESULTS: pytest.StashKey[dict[str, dict[str, Any]]] = pytest.StashKey()
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Collects what conformance tests recorded; a cell counts only if every test of it passed."""
+    properties = dict(item.user_properties)
+    if "cell" not in properties or call.when != "call":
+        return
+    result = item.config.stash[RESULTS][properties["cell"]]
+    result["failed"] |= call.excinfo is not None
+    result["facts"] = properties.get("facts") or result["facts"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    results = config.stash[RESULTS]
+    if not results:
+        return
+    passed = [r["facts"] for r in results.values() if not r["failed"] and r["facts"]]
+    failed = sum(r["failed"] for r in results.values())
+    terminalreporter.section("conformance: writer x format x codec x encoding x type, as covered")
+    rows = matrix(passed)
+    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(4)]
+    for row in [COLUMNS, *rows]:
+        head = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        terminalreporter.write_line(f"{head}  {row[4]}")
+    total = f"{len(passed)} ways of writing a corpus passed, {failed} failed"
+    terminalreporter.write_line(total)
+    path = ROOT / "out" / "conformance.md"
+    path.parent.mkdir(exist_ok=True)
+    lines = ["# Conformance", "", f"Batches equalled the naive reference loader: {total}.", ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def matrix(passed: list[dict[str, str]]) -> list[tuple[str, ...]]:
+    """One row for each writer, format, codec and encoding, with the types and shapes that were met there."""
+    grouped: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for facts in passed:
+        shown = facts["type"] + (f" ({facts['note']})" if facts["note"] else "")
+        known = grouped[tuple(facts[name] for name in COLUMNS[:4])]
+        if shown not in known:
+            known.append(shown)
+    return [(*key, ", ".join(sorted(types))) for key, types in sorted(grouped.items())]

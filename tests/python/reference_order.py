@@ -1,0 +1,105 @@
+"""Order v1 in plain Python integers: what the Rust order has to equal, written from its specification alone."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import isqrt
+
+GOLDEN = 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
+SMALL = 256
+ROUNDS = 8
+
+
+def mix64(z: int) -> int:
+    """Finaliser of splitmix64."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def derive(key: int, *words: int) -> int:
+    """A key of its own for every list of words."""
+    for word in words:
+        key = mix64(((key + GOLDEN) & MASK) ^ mix64(word & MASK))
+    return key
+
+
+@lru_cache(maxsize=4096)
+def fisher_yates(key: int, n: int) -> tuple[int, ...]:
+    """A permutation of `n` values as a table."""
+    table = list(range(n))
+    state = key
+    for k in range(n - 1, 0, -1):
+        state = (state + GOLDEN) & MASK
+        j = (mix64(state) * (k + 1)) >> 64
+        table[k], table[j] = table[j], table[k]
+    return tuple(table)
+
+
+@lru_cache(maxsize=4096)
+def round_keys(key: int) -> tuple[int, ...]:
+    return tuple(derive(key, 16 + r) for r in range(ROUNDS))
+
+
+def feistel(key: int, n: int, i: int) -> int:
+    """Mixed-radix Feistel network over `a * b >= n` values, walked until it lands below `n`."""
+    a = isqrt(n - 1) + 1
+    b = -(-n // a)
+    keys = round_keys(key)
+    x = i
+    while True:
+        left, right = divmod(x, b)
+        for r in range(ROUNDS):
+            if r % 2 == 0:
+                left = (left + ((mix64(right ^ keys[r]) * a) >> 64)) % a
+            else:
+                right = (right + ((mix64(left ^ keys[r]) * b) >> 64)) % b
+        x = left * b + right
+        if x < n:
+            return x
+
+
+def permute(key: int, n: int, i: int) -> int:
+    """Where index `i` of `n` goes."""
+    if n <= 1:
+        return i
+    return fisher_yates(key, n)[i] if n <= SMALL else feistel(key, n, i)
+
+
+def global_order(n: int, *, seed: int, epoch: int) -> list[int]:
+    """Sequence at each of `n` positions, one permutation over all."""
+    key = derive(seed, 1, epoch, 2)
+    return [permute(key, n, p) for p in range(n)]
+
+
+def block_order(
+    n: int, *, seed: int, epoch: int, seq_len: int, chunk_tokens: int, window_tokens: int, lanes: int
+) -> list[int]:
+    """Sequence at each of `n` positions: chunks are permuted, then sequences inside windows of each lane."""
+    if n == 0:
+        return []
+    epoch_key = derive(seed, 1, epoch)
+    chunk = max(1, chunk_tokens // seq_len)
+    chunks = -(-n // chunk)
+    chunk_key = derive(epoch_key, 3)
+    listed: list[int] = []
+    for slot in range(chunks):
+        first = permute(chunk_key, chunks, slot) * chunk
+        listed.extend(range(first, min(first + chunk, n)))
+
+    lanes = min(lanes, n)
+    share, extra = divmod(n, lanes)
+    window = max(1, window_tokens // seq_len // lanes)
+    order = []
+    for p in range(n):
+        j, lane = divmod(p, lanes)
+        length = share + (lane < extra)
+        start = lane * share + min(lane, extra)
+        # The first window of a lane is shortened by its phase, so that lanes do not begin windows at the same step.
+        phase = window * lane // lanes
+        w = (j + phase) // window
+        begin, end = max(0, w * window - phase), min((w + 1) * window - phase, length)
+        inside = permute(derive(epoch_key, 4, lane, w), end - begin, j - begin)
+        order.append(listed[start + begin + inside])
+    return order

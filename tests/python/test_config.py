@@ -1,0 +1,212 @@
+"""Protects: where settings come from. Argument, then environment, then file, then default; ranks from the launcher.
+
+Each case runs in an interpreter of its own, so that its environment is what it says.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import clean_environment, json_from, run_python
+
+pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
+
+import corpora
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpora.unique_corpus(tmp_path_factory.mktemp("config") / "corpus", "parquet", 4000, shards=2)
+
+
+LOADER = """
+import json, sys
+import forebay
+given = json.loads(sys.argv[2])
+with forebay.Loader(sys.argv[1], **given) as loader:
+    print(json.dumps(loader.config, default=str))
+"""
+
+FROM_ENV = """
+import json, sys
+import forebay
+with forebay.Loader.from_env(**json.loads(sys.argv[1])) as loader:
+    first = next(iter(loader))
+    name = "x" if "x" in first else "input_ids"
+    print(json.dumps([loader.config, len(loader), list(first), list(first[name].shape)], default=str))
+"""
+
+FAILING = """
+import json, sys
+import forebay
+try:
+    if sys.argv[1] == "from_env":
+        forebay.Loader.from_env()
+    else:
+        forebay.Loader(sys.argv[1])
+except forebay.ConfigError as error:
+    print(json.dumps(str(error)))
+else:
+    print(json.dumps(None))
+"""
+
+
+def config(corpus: Path, given: dict[str, Any] | None = None, **names: str) -> dict[str, Any]:
+    found: dict[str, Any] = json_from(LOADER, corpus, json.dumps(given or {}), env=clean_environment(**names))
+    return found
+
+
+def refusal(data: Any, **names: str) -> str:
+    message = json_from(FAILING, data, env=clean_environment(**names))
+    assert isinstance(message, str), "expected a ConfigError"
+    return message
+
+
+def test_operational_settings_come_from_the_environment_below_arguments(corpus: Path) -> None:
+    assert config(corpus, FOREBAY_NUM_THREADS="3")["num_threads"] == 3
+    assert config(corpus, {"num_threads": 2}, FOREBAY_NUM_THREADS="3")["num_threads"] == 2
+    assert config(corpus, FOREBAY_PREFETCH_BATCHES="9")["prefetch_batches"] == 9
+    assert config(corpus, FOREBAY_MEMORY_BUDGET="256MiB")["memory_budget"] == 256 << 20
+
+
+def test_an_explicit_call_takes_no_content_from_the_environment(corpus: Path) -> None:
+    names = {"FOREBAY_SEQ_LEN": "7", "FOREBAY_SEED": "9", "FOREBAY_SHUFFLE": "global", "FOREBAY_BATCH_SIZE": "5"}
+    found = config(corpus, {"seq_len": 32}, **names)
+    assert (found["seq_len"], found["seed"], found["batch_size"]) == (32, 0, 1)
+
+
+def test_from_env_takes_all_settings(corpus: Path) -> None:
+    names = {
+        "FOREBAY_DATA": str(corpus), "FOREBAY_SEQ_LEN": "10", "FOREBAY_BATCH_SIZE": "3", "FOREBAY_SEED": "5",
+        "FOREBAY_SHUFFLE": "true", "FOREBAY_TARGETS": "shifted", "FOREBAY_NUM_THREADS": "2", "FOREBAY_EOS_ID": "0",
+    }  # fmt: skip
+    found, _, keys, shape = json_from(FROM_ENV, "{}", env=clean_environment(**names))
+    assert (found["seq_len"], found["batch_size"], found["seed"], found["eos_id"]) == (10, 3, 5, 0)
+    assert keys == ["x", "y"]
+    assert shape == [3, 10]
+    found, *_ = json_from(FROM_ENV, json.dumps({"seq_len": 20}), env=clean_environment(**names))
+    assert found["seq_len"] == 20
+
+
+def test_the_file_stands_below_the_environment_and_above_the_defaults(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "forebay.toml"
+    path.write_text(f'data = ["{corpus}"]\nseq_len = 11\nbatch_size = 2\nnum_threads = 4\n')
+    names = {"FOREBAY_CONFIG": str(path), "FOREBAY_BATCH_SIZE": "6"}
+    found, *_ = json_from(FROM_ENV, "{}", env=clean_environment(**names))
+    assert (found["seq_len"], found["batch_size"], found["num_threads"], found["seed"]) == (11, 6, 4, 0)
+
+
+def test_a_file_with_an_unknown_name_or_damage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "forebay.toml"
+    path.write_text("seq_length = 11\n")
+    message = refusal("from_env", FOREBAY_CONFIG=str(path))
+    assert "seq_length" in message and "seq_len" in message and str(path) in message
+    path.write_text("seq_len = \n")
+    assert str(path) in refusal("from_env", FOREBAY_CONFIG=str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("FOREBAY_SEQ_LEN", "many"), ("FOREBAY_SEQ_LEN", "-3"), ("FOREBAY_SHUFFLE", "sideways"),
+     ("FOREBAY_NUM_THREADS", "0"), ("FOREBAY_REMAINDER", "keep"), ("FOREBAY_PIN_MEMORY", "perhaps"),
+     ("FOREBAY_MEMORY_BUDGET", "12 lightyears"), ("FOREBAY_IO", "tape")],
+)  # fmt: skip
+def test_a_bad_value_names_the_variable_and_the_value(corpus: Path, name: str, value: str) -> None:
+    message = refusal("from_env", FOREBAY_DATA=str(corpus), **{name: value})
+    assert value in message
+    assert name in message or name.removeprefix("FOREBAY_").lower() in message
+
+
+@pytest.mark.parametrize("value", ["1", "true", "on", "True", "0", "false", "off"])
+def test_booleans_have_several_spellings(corpus: Path, value: str) -> None:
+    names = {"FOREBAY_DATA": str(corpus), "FOREBAY_SEQ_LEN": "8", "FOREBAY_SHUFFLE": value}
+    found, *_ = json_from(FROM_ENV, "{}", env=clean_environment(**names))
+    off = value in ("0", "false", "off")
+    assert (found["shuffle"] in (False, "off", "false")) == off
+
+
+def test_an_unknown_name_warns_with_the_nearest_and_is_an_error_when_strict(corpus: Path) -> None:
+    names = {"FOREBAY_NUM_TREADS": "3"}
+    done = run_python(LOADER, corpus, "{}", env=clean_environment(**names))
+    assert "FOREBAY_NUM_TREADS" in done.stderr and "FOREBAY_NUM_THREADS" in done.stderr
+    message = refusal(corpus, FOREBAY_STRICT_ENV="1", **names)
+    assert "FOREBAY_NUM_TREADS" in message and "FOREBAY_NUM_THREADS" in message
+
+
+def test_names_that_kubernetes_injects_are_not_ours(corpus: Path) -> None:
+    names = {
+        "FOREBAY_SERVICE_HOST": "10.0.0.1", "FOREBAY_SERVICE_PORT": "80", "FOREBAY_PORT": "tcp://10.0.0.1:80",
+        "FOREBAY_PORT_80_TCP": "tcp://10.0.0.1:80", "FOREBAY_PORT_80_TCP_ADDR": "10.0.0.1",
+    }  # fmt: skip
+    done = run_python(LOADER, corpus, "{}", env=clean_environment(FOREBAY_STRICT_ENV="1", **names))
+    assert "FOREBAY_PORT" not in done.stderr
+
+
+LAUNCHERS = {
+    "none": ({}, (0, 1)),
+    "torchrun": ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (3, 4)),
+    "open mpi": ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "5"}, (2, 5)),
+    "pmi": ({"PMI_RANK": "1", "PMI_SIZE": "3"}, (1, 3)),
+    "slurm": ({"SLURM_PROCID": "6", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0"}, (6, 8)),
+    "slurm allocation without tasks": ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (0, 1)),
+    "torchrun under slurm": (
+        {"RANK": "5", "WORLD_SIZE": "16", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, (5, 16),
+    ),
+    "own names first": (
+        {"FOREBAY_DP_RANK": "1", "FOREBAY_DP_WORLD_SIZE": "2", "RANK": "6", "WORLD_SIZE": "8"}, (1, 2),
+    ),
+    "torchrun before open mpi": (
+        {"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "9"}, (1, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_are_found_from_the_launcher(corpus: Path, launcher: str) -> None:
+    names, wanted = LAUNCHERS[launcher]
+    found = config(corpus, {"seq_len": 16}, **names)
+    assert (found["dp_rank"], found["dp_world_size"]) == wanted
+
+
+def test_an_argument_is_above_the_launcher(corpus: Path) -> None:
+    names = {"RANK": "3", "WORLD_SIZE": "4"}
+    found = config(corpus, {"dp_rank": 0, "dp_world_size": 2}, **names)
+    assert (found["dp_rank"], found["dp_world_size"]) == (0, 2)
+
+
+def test_half_a_pair_of_ranks_is_refused(corpus: Path) -> None:
+    message = refusal("from_env", FOREBAY_DATA=str(corpus), FOREBAY_DP_RANK="1")
+    assert "dp_world_size" in message.lower()
+    message = refusal("from_env", FOREBAY_DATA=str(corpus), FOREBAY_DP_RANK="4", FOREBAY_DP_WORLD_SIZE="4")
+    assert "4" in message
+
+
+def test_ranks_of_a_launcher_read_what_the_reference_says(corpus: Path) -> None:
+    from reference import Reference, Settings, token_stream
+
+    program = """
+    import json, sys
+    import forebay
+    with forebay.Loader(sys.argv[1], seq_len=16, batch_size=2, shuffle="global") as loader:
+        print(json.dumps([[int(row[0]) for row in batch["input_ids"]] for batch in loader]))
+    """
+    reference = Reference(token_stream(corpus), Settings(seq_len=16, batch_size=2, shuffle="global"))
+    for rank in range(2):
+        found = json_from(program, corpus, env=clean_environment(RANK=str(rank), WORLD_SIZE="2"))
+        wanted = [[ids[0] for ids, _ in rows] for rows in reference.batches(rank=rank, world_size=2)]
+        assert found == wanted
+
+
+def test_config_names_every_argument_of_the_constructor(corpus: Path) -> None:
+    import inspect
+
+    import forebay
+
+    with forebay.Loader(corpus, seq_len=8) as loader:
+        found = set(loader.config)
+    assert found >= {"seq_len", "batch_size", "shuffle", "seed", "targets", "remainder", "num_threads", "memory_budget"}
+    signature = set(inspect.signature(forebay.Loader).parameters) - {"self"}
+    assert signature == found, f"only in one of them: {sorted(signature ^ found)}"

@@ -1,0 +1,110 @@
+"""Protects: the types that users see. The stub says what the module has, and a strict program checks against it."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import forebay
+import pytest
+from support import clean_environment
+
+needs_mypy = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
+
+PROGRAM = '''
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay import ConfigError, DataError, ForebayError, Loader, NotFoundError, StateMismatchError
+
+
+def train(data: str | Path | list[str]) -> int:
+    """A loop as users write it."""
+    tokens = 0
+    with Loader(data, seq_len=128, batch_size=4, shuffle=True, seed=1, remainder="pad", eos_id=0) as loader:
+        loader.set_epoch(1)
+        steps: int = len(loader)
+        state: dict[str, int | str] = loader.state_dict()
+        loader.load_state_dict(state)
+        for batch in loader:
+            ids: npt.NDArray[np.generic] = batch["input_ids"]
+            tokens += ids.size
+        first = loader.batch_at(0, epoch=2, rank=0, world_size=1)
+        rows = loader.sequences_at(0, 0, 2)
+        tokens += steps + first["labels"].size + rows["labels"].size + loader.num_sequences
+        verdict: str = loader.verdict()
+    print(verdict)
+    return tokens
+
+
+def place(error: ForebayError) -> str:
+    """Exceptions carry their place."""
+    if isinstance(error, DataError):
+        path: str | None = str(error.path) if error.path is not None else None
+        block: int | None = error.block
+        row: int | None = error.row
+        return f"{path} {block} {row}"
+    return str(isinstance(error, (ConfigError, NotFoundError, StateMismatchError)))
+'''
+
+WRONG = """
+from forebay import Loader
+
+Loader("corpus", seq_len="long")
+Loader("corpus", sequence_length=3)
+Loader("corpus").num_sequenses
+"""
+
+
+def mypy(path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(path.parent / "cache"), str(path)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=280, cwd=path.parent, env=clean_environment(), check=False
+    )
+
+
+@needs_mypy
+def test_a_strict_program_checks(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    done = mypy(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_mypy
+def test_mistakes_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text(WRONG)
+    done = mypy(path)
+    for line in (4, 5, 6):
+        assert f"wrong.py:{line}: error" in done.stdout, done.stdout
+
+
+@needs_mypy
+def test_the_stub_says_what_the_module_has() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", "forebay._core"],
+        capture_output=True, text=True, timeout=280, env=clean_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert forebay.__file__ is not None
+    folder = Path(forebay.__file__).parent
+    assert (folder / "py.typed").exists()
+    assert (folder / "_core.pyi").exists()
+
+
+def test_public_names_are_documented() -> None:
+    for name in ("Loader", "ForebayError", "ConfigError", "DataError", "NotFoundError", "StateMismatchError"):
+        assert inspect.getdoc(getattr(forebay, name)), name
+    for name in ("set_epoch", "state_dict", "load_state_dict", "batch_at", "sequences_at", "stats", "verdict", "close"):
+        assert inspect.getdoc(getattr(forebay.Loader, name)), name
