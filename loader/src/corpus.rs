@@ -125,7 +125,7 @@ impl Corpus {
 }
 
 /// Shards that cannot stand in one corpus together: other token types, or another way to be read.
-fn mixed_shards(shards: &[Box<dyn Shard>]) -> Vec<Error> {
+pub fn mixed_shards(shards: &[Box<dyn Shard>]) -> Vec<Error> {
     let Some(first) = shards.first() else { return Vec::new() };
     let mut faults = Vec::new();
     if let Some(other) = shards.iter().find(|shard| shard.dtype() != first.dtype()) {

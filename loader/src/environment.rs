@@ -114,6 +114,8 @@ pub struct Resolved {
 }
 
 /// The settings that `explicit` (names and texts), `env` and the file it names come to. Every fault is listed.
+///
+/// Of arguments given twice the last one counts, but those for `data` are one list.
 pub fn resolve(explicit: &[(String, String)], env: &Environment, scope: Scope) -> Result<Resolved> {
     resolve_on(explicit, env, scope, available_cpus())
 }
@@ -222,8 +224,11 @@ fn arguments(explicit: &[(String, String)], faults: &mut Vec<Error>) -> Values {
     for (name, text) in explicit {
         match settings::find(name) {
             Some(setting) => {
-                let found = Found { text: text.clone(), place: name.clone(), origin: "argument".to_owned() };
-                values.insert(setting.name, found);
+                let text = match values.get(setting.name) {
+                    Some(Found { text: before, .. }) if setting.name == "data" => format!("{before},{text}"),
+                    _ => text.clone(),
+                };
+                values.insert(setting.name, Found { text, place: name.clone(), origin: "argument".to_owned() });
             }
             None => faults.push(unknown(&format!("setting `{name}` is unknown"), settings::nearest(name))),
         }
@@ -292,7 +297,11 @@ fn file(path: &str, faults: &mut Vec<Error>) -> Values {
         match text_of(value, setting) {
             Some(text) => drop(values.insert(setting.name, Found { text, place, origin: path.to_owned() })),
             None => {
-                faults.push(Error::config(format!("`{place}` must be {}, found `{value}`", setting.accepts)));
+                faults.push(Error::config(format!(
+                    "`{place}` must be {}, found a value of type {}",
+                    setting.accepts,
+                    value.type_str()
+                )));
             }
         }
     }
@@ -301,8 +310,9 @@ fn file(path: &str, faults: &mut Vec<Error>) -> Values {
 
 fn read_file(path: &str) -> Result<toml::Table> {
     let place = Path::new(path);
-    let text = std::fs::read_to_string(place)
-        .map_err(|error| Error::io("cannot read the file that `FOREBAY_CONFIG` names", error).at(place))?;
+    let text = std::fs::read_to_string(place).map_err(|error| {
+        Error::config("cannot read the file that `FOREBAY_CONFIG` names").with_source(error).at(place)
+    })?;
     text.parse().map_err(|error: toml::de::Error| {
         let line = error.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
         Error::config(format!(
@@ -444,4 +454,293 @@ fn threads(env: &Environment, cpus: u64, warnings: &mut Vec<String>) -> (u64, St
     }
     let count = share.saturating_sub(1).clamp(1, 8);
     (count, format!("default: {text} - 1, within 1 to 8"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Shuffle;
+    use crate::error::ErrorKind;
+
+    fn env(pairs: &[(&str, &str)]) -> Environment {
+        Environment::from_pairs(pairs.iter().copied())
+    }
+
+    fn explicit(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect()
+    }
+
+    fn all(arguments: &[(&str, &str)], variables: &[(&str, &str)]) -> Result<Resolved> {
+        resolve_on(&explicit(arguments), &env(variables), Scope::All, 16)
+    }
+
+    fn origin<'a>(resolved: &'a Resolved, name: &str) -> &'a str {
+        &resolved.origins.iter().find(|origin| origin.name == name).unwrap().origin
+    }
+
+    /// A file with `text`, deleted when dropped.
+    fn file(text: &str) -> (tempfile::NamedTempFile, String) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let path = file.path().to_str().unwrap().to_owned();
+        (file, path)
+    }
+
+    #[test]
+    fn arguments_win_over_variables_over_file_over_default() {
+        let (_file, path) = file("seq_len = 1\nbatch_size = 2\nseed = 3\n");
+        let variables =
+            [("FOREBAY_CONFIG", path.as_str()), ("FOREBAY_BATCH_SIZE", "20"), ("FOREBAY_SEED", "30"), ("HOME", "/")];
+        let resolved = all(&[("seed", "300")], &variables).unwrap();
+        let config = &resolved.config;
+        assert_eq!((config.seq_len, config.batch_size, config.seed, config.lanes), (1, 20, 300, 8));
+        assert_eq!(origin(&resolved, "seq_len"), path);
+        assert_eq!(origin(&resolved, "batch_size"), "FOREBAY_BATCH_SIZE");
+        assert_eq!(origin(&resolved, "seed"), "argument");
+        assert_eq!(origin(&resolved, "lanes"), "default");
+        assert_eq!(resolved.origins.len(), settings::all().len());
+        assert_eq!(resolved.origins.iter().find(|origin| origin.name == "seed").unwrap().value, "300");
+        assert!(resolved.warnings.is_empty() && resolved.notes.is_empty(), "{resolved:?}");
+    }
+
+    #[test]
+    fn files_have_native_types() {
+        let (_file, path) = file(
+            "data = ['a,b', \"c\"]\nshuffle = true\npin_memory = true\nmemory_budget = '1GiB'\nformat = 'arrow'\neos_id = 7\n",
+        );
+        let config = all(&[], &[("FOREBAY_CONFIG", &path)]).unwrap().config;
+        assert_eq!(config.data, ["a,b", "c"]);
+        assert_eq!((config.shuffle, config.memory_budget, config.eos_id), (Shuffle::On, 1 << 30, Some(7)));
+        assert!(config.pin_memory);
+    }
+
+    #[test]
+    fn faults_of_files_name_key_and_file() {
+        let (_file, path) = file("seqlen = 1\nbatch_size = -1\nlanes = [1]\nseed = 1.5\n");
+        let report = all(&[], &[("FOREBAY_CONFIG", &path)]).unwrap_err().report();
+        for words in [
+            format!("key `seqlen` of `{path}` is unknown: did you mean `seq_len`?"),
+            format!("`{path}: batch_size` must be an integer from 1 to 2^32, found `-1`"),
+            format!("`{path}: lanes` must be an integer from 1 to 2^20, found a value of type array"),
+            format!("`{path}: seed` must be"),
+        ] {
+            assert!(report.contains(&words), "{report}");
+        }
+        let (_file, path) = file("seq_len = 1\nseed = \n");
+        let report = all(&[], &[("FOREBAY_CONFIG", &path)]).unwrap_err().report();
+        assert!(report.contains("not valid TOML in line 2") && report.contains(&path), "{report}");
+        let missing = all(&[], &[("FOREBAY_CONFIG", "/nowhere/forebay.toml")]).unwrap_err();
+        assert_eq!(missing.kind(), ErrorKind::Config);
+        assert!(missing.report().contains("/nowhere/forebay.toml"), "{}", missing.report());
+    }
+
+    #[test]
+    fn every_fault_is_listed_with_its_place() {
+        let variables = [("FOREBAY_SEQ_LEN", "many"), ("FOREBAY_PIN_MEMORY", "perhaps"), ("FOREBAY_STRICT_ENV", "?")];
+        let report = all(&[("io", "tape"), ("colour", "red")], &variables).unwrap_err().report();
+        for words in [
+            "5 faults",
+            "`FOREBAY_SEQ_LEN` must be a number of tokens from 1 to 2^32, found `many`",
+            "`FOREBAY_PIN_MEMORY` must be `true` or `false`, found `perhaps`",
+            "`FOREBAY_STRICT_ENV` must be `true` or `false`, found `?`",
+            "`io` must be `auto`, `mmap` or `pread`, found `tape`",
+            "setting `colour` is unknown; `forebay config` lists all",
+        ] {
+            assert!(report.contains(words), "{report}");
+        }
+    }
+
+    #[test]
+    fn unknown_variables_are_reported() {
+        let variables = [
+            ("FOREBAY_SEQLEN", "1"),
+            ("FOREBAY_SERVICE_HOST", "10.0.0.1"),
+            ("FOREBAY_PORT_80_TCP_ADDR", "10.0.0.1"),
+            ("FOREBAY_LOG", "debug"),
+            ("FOREBAY_PROGRESS", "0"),
+            ("FOREBAY_PYTHON_FT", "python3.14t"),
+            ("FOREBAY_DEMO_QUICK", "1"),
+        ];
+        let resolved = all(&[], &variables).unwrap();
+        assert_eq!(
+            resolved.warnings,
+            ["variable `FOREBAY_SEQLEN` is unknown: did you mean `FOREBAY_SEQ_LEN`?"],
+            "of all these, one"
+        );
+        let strict: Vec<_> = variables.into_iter().chain([("FOREBAY_STRICT_ENV", "1")]).collect();
+        let error = all(&[], &strict).unwrap_err();
+        assert_eq!(error.to_string(), resolved.warnings[0]);
+    }
+
+    #[test]
+    fn content_comes_from_arguments_alone_where_asked() {
+        let (_file, path) = file("seed = 3\nnum_threads = 5\n");
+        let variables = env(&[
+            ("FOREBAY_CONFIG", &path),
+            ("FOREBAY_SEQ_LEN", "nonsense"),
+            ("FOREBAY_BATCH_SIZE", "4"),
+            ("FOREBAY_PREFETCH_BATCHES", "9"),
+            ("FOREBAY_DP_RANK", "1"),
+            ("FOREBAY_DP_WORLD_SIZE", "2"),
+        ]);
+        let arguments = explicit(&[("lanes", "4")]);
+        let resolved = resolve_on(&arguments, &variables, Scope::OperationalOnly, 16).unwrap();
+        let config = &resolved.config;
+        assert_eq!((config.seq_len, config.batch_size, config.seed, config.lanes), (2048, 1, 0, 4));
+        assert_eq!((config.prefetch_batches, config.num_threads), (9, Some(5)));
+        assert_eq!((config.dp_rank, config.dp_world_size), (Some(1), Some(2)));
+        assert_eq!(origin(&resolved, "seq_len"), "default");
+        assert_eq!(resolved.notes.len(), 1);
+        for name in ["`FOREBAY_SEQ_LEN`", "`FOREBAY_BATCH_SIZE`", "seed`"] {
+            assert!(resolved.notes[0].contains(name), "{:?}", resolved.notes);
+        }
+    }
+
+    #[test]
+    fn ranks_come_from_the_first_that_names_both() {
+        // From the weakest to the strongest; each wins over all before it.
+        let (_file, path) = file("dp_rank = 4\ndp_world_size = 40\n");
+        let families: [(&[(&str, &str)], u64, &str); 6] = [
+            (
+                &[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "10"), ("SLURM_STEP_ID", "0")],
+                10,
+                "SLURM_PROCID and SLURM_NTASKS",
+            ),
+            (&[("PMI_RANK", "1"), ("PMI_SIZE", "11")], 11, "PMI_RANK and PMI_SIZE"),
+            (
+                &[("OMPI_COMM_WORLD_RANK", "2"), ("OMPI_COMM_WORLD_SIZE", "12")],
+                12,
+                "OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE",
+            ),
+            (&[("RANK", "3"), ("WORLD_SIZE", "13")], 13, "RANK and WORLD_SIZE"),
+            (&[("FOREBAY_CONFIG", &path)], 40, &path),
+            (
+                &[("FOREBAY_DP_RANK", "5"), ("FOREBAY_DP_WORLD_SIZE", "15")],
+                15,
+                "FOREBAY_DP_RANK and FOREBAY_DP_WORLD_SIZE",
+            ),
+        ];
+        let mut variables: Vec<(&str, &str)> = Vec::new();
+        let resolved = all(&[], &variables).unwrap();
+        assert_eq!((resolved.config.dp_rank, resolved.config.dp_world_size), (Some(0), Some(1)));
+        assert_eq!(origin(&resolved, "dp_rank"), "default: no launcher found");
+        for (index, (pairs, size, place)) in families.into_iter().enumerate() {
+            variables.extend(pairs);
+            let resolved = all(&[], &variables).unwrap();
+            assert_eq!((resolved.config.dp_rank, resolved.config.dp_world_size), (Some(index as u64), Some(size)));
+            assert_eq!(origin(&resolved, "dp_rank"), place);
+            assert_eq!(origin(&resolved, "dp_world_size"), place);
+            assert_eq!(resolved.notes.len(), usize::from(index < 4), "only what was found is an assumption");
+            if index < 4 {
+                let words = format!("assuming pure data parallel over {size} ranks (from {place})");
+                assert!(resolved.notes[0].contains(&words), "{:?}", resolved.notes);
+            }
+        }
+        let resolved = all(&[("dp_rank", "6"), ("dp_world_size", "16")], &variables).unwrap();
+        assert_eq!((resolved.config.dp_rank, resolved.config.dp_world_size), (Some(6), Some(16)));
+        assert_eq!(origin(&resolved, "dp_rank"), "argument");
+    }
+
+    #[test]
+    fn arguments_given_twice() {
+        let arguments = [("data", r"a\,b"), ("seed", "1"), ("data", "c,d"), ("seed", "2")];
+        let config = all(&arguments, &[("FOREBAY_DATA", "e")]).unwrap().config;
+        assert_eq!((config.seed, config.data), (2, ["a,b", "c", "d"].map(str::to_owned).to_vec()));
+    }
+
+    #[test]
+    fn half_a_pair_is_an_error_or_left_out() {
+        for (arguments, variables) in [
+            (&[("dp_rank", "0")][..], &[("FOREBAY_DP_WORLD_SIZE", "2")][..]),
+            (&[], &[("FOREBAY_DP_WORLD_SIZE", "2"), ("RANK", "0"), ("WORLD_SIZE", "2")]),
+            (&[("dp_world_size", "2")], &[]),
+        ] {
+            let error = all(arguments, variables).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Config);
+            assert!(error.to_string().contains("belong together"), "{error}");
+        }
+        let variables = [("WORLD_SIZE", "8"), ("PMI_RANK", "1"), ("PMI_SIZE", "2")];
+        let resolved = all(&[], &variables).unwrap();
+        assert_eq!((resolved.config.dp_rank, resolved.config.dp_world_size), (Some(1), Some(2)));
+        assert_eq!(resolved.warnings, ["`WORLD_SIZE` is ignored: it is set without `RANK`"]);
+    }
+
+    #[test]
+    fn impossible_ranks_are_errors() {
+        for (variables, words) in [
+            (&[("RANK", "2"), ("WORLD_SIZE", "2")], "rank 2 of 2 (from `RANK and WORLD_SIZE`)"),
+            (&[("RANK", "x"), ("WORLD_SIZE", "2")], "`RANK` must be an integer, found `x`"),
+            (&[("FOREBAY_DP_RANK", "3"), ("FOREBAY_DP_WORLD_SIZE", "3")], "rank 3 of 3 (from `FOREBAY_DP_RANK"),
+            (
+                &[("FOREBAY_DP_RANK", "0"), ("FOREBAY_DP_WORLD_SIZE", "0")],
+                "`FOREBAY_DP_WORLD_SIZE` must be an integer from 1",
+            ),
+        ] {
+            let error = all(&[], variables).unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+
+    #[test]
+    fn slurm_counts_only_inside_of_a_step() {
+        let size = |variables: &[(&str, &str)]| {
+            let resolved = all(&[], variables).unwrap();
+            assert!(resolved.warnings.is_empty(), "{:?}", resolved.warnings);
+            resolved.config.dp_world_size
+        };
+        assert_eq!(size(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8")]), Some(1), "an allocation");
+        assert_eq!(size(&[("SLURM_NTASKS", "8")]), Some(1), "an allocation");
+        assert_eq!(size(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "1"), ("SLURM_STEP_ID", "0")]), Some(1));
+        assert_eq!(size(&[("SLURM_PROCID", "7"), ("SLURM_NTASKS", "8"), ("SLURM_STEP_ID", "0")]), Some(8));
+        assert_eq!(size(&[("SLURM_PROCID", "7"), ("SLURM_NTASKS", "8"), ("SLURM_STEPID", "0")]), Some(8));
+    }
+
+    #[test]
+    fn threads_share_the_cpus_of_the_machine() {
+        for (cpus, variables, count, text) in [
+            (1, &[][..], 1, "default: 1 CPUs - 1, within 1 to 8"),
+            (6, &[], 5, "default: 6 CPUs - 1, within 1 to 8"),
+            (64, &[], 8, "default: 64 CPUs - 1, within 1 to 8"),
+            (16, &[("OMP_NUM_THREADS", "1"), ("RAYON_NUM_THREADS", "2")], 8, "default: 16 CPUs - 1, within 1 to 8"),
+            (16, &[("LOCAL_WORLD_SIZE", "4")], 3, "default: 16 CPUs / LOCAL_WORLD_SIZE 4 - 1, within 1 to 8"),
+            (
+                16,
+                &[("OMPI_COMM_WORLD_LOCAL_SIZE", "8")],
+                1,
+                "default: 16 CPUs / OMPI_COMM_WORLD_LOCAL_SIZE 8 - 1, within 1 to 8",
+            ),
+            (4, &[("LOCAL_WORLD_SIZE", "8")], 1, "default: 4 CPUs / LOCAL_WORLD_SIZE 8 - 1, within 1 to 8"),
+            (
+                32,
+                &[("SLURM_CPUS_PER_TASK", "6"), ("LOCAL_WORLD_SIZE", "4")],
+                5,
+                "default: min(32 CPUs, SLURM_CPUS_PER_TASK 6) - 1, within 1 to 8",
+            ),
+            (
+                32,
+                &[("SLURM_CPUS_PER_TASK", "32"), ("LOCAL_WORLD_SIZE", "8"), ("TORCHELASTIC_RUN_ID", "1")],
+                3,
+                "default: min(32 CPUs, SLURM_CPUS_PER_TASK 32) / LOCAL_WORLD_SIZE 8 - 1, within 1 to 8",
+            ),
+        ] {
+            let resolved = resolve_on(&[], &env(variables), Scope::OperationalOnly, cpus).unwrap();
+            assert_eq!(resolved.config.num_threads, Some(count), "{text}");
+            assert_eq!(origin(&resolved, "num_threads"), text);
+        }
+        let variables = [("LOCAL_WORLD_SIZE", "0"), ("SLURM_CPUS_PER_TASK", "x")];
+        let resolved = all(&[], &variables).unwrap();
+        assert_eq!(resolved.config.num_threads, Some(8));
+        assert_eq!(resolved.warnings.len(), 2, "{:?}", resolved.warnings);
+        let resolved = all(&[("num_threads", "3")], &variables).unwrap();
+        assert_eq!((resolved.config.num_threads, origin(&resolved, "num_threads")), (Some(3), "argument"));
+        assert!((1..=8).contains(&default_threads()));
+    }
+
+    #[test]
+    fn what_means_nothing_here_is_not_kept() {
+        let current = Environment::current();
+        assert!(current.vars.keys().all(|name| is_read(name)), "{:?}", current.vars.keys());
+        assert_eq!(current.get("PATH"), None);
+        assert!(is_read("FOREBAY_SEED") && is_read("SLURM_NTASKS") && is_read("NO_COLOR"));
+    }
 }

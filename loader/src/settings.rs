@@ -442,8 +442,8 @@ fn list(text: &str) -> Option<Vec<String>> {
     names.iter().all(|name| !name.is_empty()).then_some(names)
 }
 
-/// The text that [`list`] reads as `names`.
-pub(crate) fn list_text<T: AsRef<str>>(names: &[T]) -> String {
+/// The text by which the setting `data` means `names`.
+pub fn list_text<T: AsRef<str>>(names: &[T]) -> String {
     let escaped: Vec<_> = names.iter().map(|name| name.as_ref().replace('\\', "\\\\").replace(',', "\\,")).collect();
     escaped.join(",")
 }

@@ -16,6 +16,7 @@ use forebay::tokens::Dtype;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::{Compression, Encoding, GzipLevel, ZstdLevel};
 use parquet::file::properties::{WriterProperties, WriterVersion};
+use parquet::schema::types::ColumnPath;
 
 /// A document, or a null.
 pub type Document = Option<Vec<i64>>;
@@ -105,8 +106,10 @@ pub fn write(path: &Path, container: Container, dtype: Dtype, shape: Shape, docu
                 .set_write_batch_size(64)
                 .set_max_row_group_row_count(Some(rows))
                 .set_dictionary_enabled(encoding.is_none());
+            // The text column cannot take every encoding.
             if let Some(encoding) = encoding {
-                properties = properties.set_encoding(encoding);
+                let parts = ["input_ids", "list", "item"].map(str::to_owned).to_vec();
+                properties = properties.set_column_encoding(ColumnPath::new(parts), encoding);
             }
             let mut writer = ArrowWriter::try_new(file, schema, Some(properties.build())).expect("schema is writable");
             batches.iter().for_each(|batch| writer.write(batch).expect("batch is writable"));

@@ -209,7 +209,12 @@ fn work<S, T>(shared: &Shared<T>, mut state: S, compute: &impl Fn(&mut S, u64, O
                 None => ring = wait(&shared.work, ring),
             }
         };
+        let last = number + 1 == ring.end;
         drop(ring);
+        if last {
+            // Nothing is left to begin: the others need not wait for it.
+            shared.work.notify_all();
+        }
         let result = catch_unwind(AssertUnwindSafe(|| compute(&mut state, number, lease))).unwrap_or_else(|panic| {
             let text = panic
                 .downcast_ref::<&str>()

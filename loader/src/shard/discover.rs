@@ -58,7 +58,9 @@ fn find_one(entry: &str, format: DataFormat) -> Result<Vec<ShardFile>> {
 }
 
 fn find_pattern(pattern: &str) -> Result<Vec<ShardFile>> {
-    let paths = glob::glob(pattern)
+    // As in a shell, a wildcard does not stand for a leading dot.
+    let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
+    let paths = glob::glob_with(pattern, options)
         .map_err(|error| Error::config(format!("`data` holds the invalid pattern `{pattern}`")).with_source(error))?;
     let mut found: Vec<PathBuf> = Vec::new();
     for path in paths {
@@ -260,7 +262,7 @@ mod tests {
             names(&[&root.join("*.parquet")], DataFormat::Auto).unwrap(),
             ["B.parquet", "a.parquet", "b.parquet"]
         );
-        assert_eq!(names(&[&root.join("**/1.parquet")], DataFormat::Auto).unwrap(), ["b/1.parquet"]);
+        assert_eq!(names(&[&root.join("**/1.parquet")], DataFormat::Auto).unwrap(), ["_x/1.parquet", "b/1.parquet"]);
         assert_eq!(
             names(&[&root.join("b.parquet"), &root.join("a.parquet")], DataFormat::Auto).unwrap(),
             ["b.parquet", "a.parquet"],

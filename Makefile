@@ -1,0 +1,76 @@
+# Every target sets up what it needs: cargo, Python >= 3.11, a C compiler and make are enough.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+# Outside the clone, so that clones share compiled dependencies.
+export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/forebay/target
+# rustup's folder may not be on the PATH of a fresh shell.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+PYTHON = $(shell scripts/setup.sh python)
+SETUP := scripts/setup.sh
+SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
+
+.PHONY: help setup build wheels test test-rust test-python test-ft hostile stress check fmt demo bench doc clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: ## Virtual environment .venv with everything for tests, demo and checks
+	@$(SETUP) venv .venv build test demo lint
+
+build: ## Build the wheel and install it into .venv
+	@$(SETUP) venv .venv build
+	@$(SETUP) wheel .venv
+
+wheels: build ## Build the wheels (abi3, and cp314t where python3.14t is found) into out/wheels
+	@if [ -n "$$($(SETUP) python-ft)" ]; then $(SETUP) venv .venv-ft ft && $(SETUP) wheel .venv-ft; fi
+	@mkdir -p out/wheels && cp $(CARGO_TARGET_DIR)/wheels/*/*.whl out/wheels/ && ls -l out/wheels
+
+test: ## All tests: Rust, Python, free-threaded Python
+	@$(PYTHON) scripts/test.py rust python ft
+
+test-rust: ## Rust tests
+	@$(PYTHON) scripts/test.py rust
+
+test-python: ## Python tests on .venv
+	@$(PYTHON) scripts/test.py python
+
+test-ft: ## Python tests on free-threaded CPython (python3.14t)
+	@$(PYTHON) scripts/test.py ft
+
+hostile: ## Corrupted shards, killed processes, forks
+	@$(PYTHON) scripts/test.py hostile
+
+stress: ## Python tests with large corpora and many repetitions
+	@$(PYTHON) scripts/test.py python --stress
+
+check: ## Formatting, lints and types, warnings as errors
+	@$(SETUP) venv .venv build test demo lint
+	cargo fmt --all --check
+	PYO3_PYTHON=$(CURDIR)/.venv/bin/python cargo clippy --workspace --all-targets -- -D warnings
+	.venv/bin/ruff check $(SOURCES)
+	.venv/bin/ruff format --check $(SOURCES)
+	@$(SETUP) wheel .venv
+	.venv/bin/mypy --strict bindings/python/forebay
+	.venv/bin/python -m mypy.stubtest forebay._core
+
+fmt: ## Format Rust and Python
+	@$(SETUP) venv .venv lint
+	cargo fmt --all
+	.venv/bin/ruff format $(SOURCES)
+	.venv/bin/ruff check --fix $(SOURCES)
+
+demo: ## Train a small GPT on Python's own sources, kill and resume it, compare with PyTorch's loader
+	@$(SETUP) venv .venv build demo
+	@$(SETUP) wheel .venv
+	@.venv/bin/python examples/demo.py
+
+bench: build ## Limits of this machine and of the loader
+	cargo run --release -p forebay-benches
+
+doc: ## Rust documentation
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace --exclude forebay-python
+	@echo "open $(CARGO_TARGET_DIR)/doc/forebay/index.html"
+
+clean: ## Remove environments, outputs and caches of this clone; compiled dependencies stay
+	rm -rf .venv .venv-ft .venv-uv out .pytest_cache .mypy_cache .ruff_cache
+	@echo "kept $(CARGO_TARGET_DIR), which clones share: \`cargo clean\` there frees it"

@@ -1,0 +1,255 @@
+//! `forebay check`: opens and reads every shard, and says what it found.
+//!
+//! One broken shard or block does not end the reading: the point is to find all of them before a run does.
+
+use std::io::Write;
+
+use forebay::corpus::mixed_shards;
+use forebay::shard::{self, Access, EndsScratch, OpenOptions, Shard, discover};
+use forebay::{Config, Error, ErrorKind};
+use indicatif::ProgressBar;
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+use crate::report::{bytes, counted, counts, grouped, line};
+use crate::{Context, FAILED, Failure, Sets, progress};
+
+/// Tokens read at once where they lie in the file.
+const PIECE_TOKENS: u64 = 1 << 20;
+const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} tokens, {eta} left";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Files, folders and glob patterns
+    paths: Vec<String>,
+    /// Token column, where it is not one of those that are recognised
+    #[arg(long, value_name = "NAME")]
+    token_column: Option<String>,
+    /// Prints one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    sets: Sets,
+}
+
+pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
+    let flags = [("token_column", options.token_column.clone())];
+    let config = options.sets.resolve(&options.paths, &flags, context)?.config;
+    let findings = check(&config, context)?;
+    if options.json {
+        writeln!(context.out, "{}", findings.json())?;
+    } else {
+        findings.write(context.out)?;
+    }
+    Ok(if findings.broken.is_empty() { 0 } else { FAILED })
+}
+
+/// What reading a corpus came to.
+struct Findings {
+    /// Files found, broken ones included.
+    files: usize,
+    shards: Vec<Box<dyn Shard>>,
+    broken: Vec<Error>,
+}
+
+fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
+    let files = discover::find(&config.data, config.format)?;
+    let options =
+        OpenOptions { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens };
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(config.num_threads.unwrap_or(1) as usize)
+        .thread_name(|index| format!("forebay-check-{index}"))
+        .build()
+        .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads").with_source(error))?;
+
+    let opened: Vec<_> = pool.install(|| files.par_iter().map(|file| shard::open(file, &options)).collect());
+    let (mut shards, mut broken) = (Vec::new(), Vec::new());
+    for result in opened {
+        match result {
+            Ok(shard) => shards.push(shard),
+            Err(error) => broken.push(error),
+        }
+    }
+    broken.extend(mixed_shards(&shards));
+
+    // By blocks, not shards, so that a large shard is not left to one thread at the end.
+    let blocks: Vec<(&dyn Shard, usize)> =
+        shards.iter().flat_map(|shard| (0..shard.blocks().len()).map(|block| (&**shard, block))).collect();
+    let tokens = shards.iter().map(|shard| tokens_of(&**shard)).sum();
+    let bar = progress::bar(tokens, TEMPLATE, context.env)?.with_message("reading");
+    let read: Vec<Option<Error>> = pool.install(|| {
+        let read = blocks.par_iter().map_init(Scratch::default, |scratch, (shard, block)| {
+            let fault = read_block(*shard, *block, scratch, &bar).err();
+            fault.map(|error| error.at(shard.path()).in_block(*block as u64))
+        });
+        read.collect()
+    });
+    bar.finish_and_clear();
+    broken.extend(read.into_iter().flatten());
+    Ok(Findings { files: files.len(), shards, broken })
+}
+
+#[derive(Default)]
+struct Scratch {
+    bytes: Vec<u8>,
+    ends: EndsScratch,
+}
+
+/// Reads all of a block, as a loader would.
+fn read_block(shard: &dyn Shard, block: usize, scratch: &mut Scratch, bar: &ProgressBar) -> forebay::Result<()> {
+    let meta = shard.blocks()[block];
+    match shard.access() {
+        Access::Block => {
+            shard.decode(block, None)?;
+            bar.inc(meta.tokens);
+        }
+        Access::Random => {
+            shard.check_unchanged()?;
+            let mut start = 0;
+            while start < meta.tokens {
+                let end = meta.tokens.min(start + PIECE_TOKENS);
+                shard
+                    .tokens(block, start..end, &mut scratch.bytes)?
+                    .check_ids()
+                    .map_err(|error| error.context(format!("tokens {start}..{end} of the block")))?;
+                bar.inc(end - start);
+                start = end;
+            }
+            let ends = shard.ends(block, &mut scratch.ends)?.len() as u64;
+            if ends != meta.ends {
+                return Err(Error::data(format!("document ends: expected {}, found {ends}", meta.ends)));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn tokens_of(shard: &dyn Shard) -> u64 {
+    shard.blocks().iter().map(|block| block.tokens).sum()
+}
+
+impl Findings {
+    fn total(&self, of: impl Fn(&dyn Shard) -> u64) -> u64 {
+        self.shards.iter().map(|shard| of(&**shard)).sum()
+    }
+
+    fn documents(&self) -> u64 {
+        self.total(|shard| shard.blocks().iter().map(|block| block.starts).sum())
+    }
+
+    fn names(&self, of: impl Fn(&dyn Shard) -> &'static str) -> Vec<&'static str> {
+        self.shards.iter().map(|shard| of(&**shard)).collect()
+    }
+
+    fn access(&self) -> Vec<&'static str> {
+        let full: Vec<_> = self.shards.iter().filter(|shard| !shard.blocks().is_empty()).collect();
+        full.into_iter()
+            .map(|shard| match shard.access() {
+                Access::Random => "read in place",
+                Access::Block => "decoded by blocks",
+            })
+            .collect()
+    }
+
+    /// Blocks: how many, and the smallest, median and largest, in tokens.
+    fn block_tokens(&self) -> Option<(usize, [u64; 3])> {
+        spread(self.shards.iter().flat_map(|shard| shard.blocks()).map(|block| block.tokens).collect())
+    }
+
+    /// Tokens of the largest shard over those of the median one.
+    fn skew(&self) -> Option<f64> {
+        let (_, [_, median, largest]) = spread(self.shards.iter().map(|shard| tokens_of(&**shard)).collect())?;
+        (median > 0).then(|| largest as f64 / median as f64)
+    }
+
+    fn descriptions(&self) -> Vec<(String, usize)> {
+        counts(self.shards.iter().map(|shard| shard.describe()).filter(|text| !text.is_empty()))
+    }
+
+    fn advice(&self) -> Vec<(String, usize)> {
+        counts(self.shards.iter().flat_map(|shard| shard.advice()))
+    }
+
+    fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
+        let size = self.total(|shard| shard.size_bytes());
+        line(out, "shards", &format!("{}, {}", grouped(self.files as u64), bytes(size)))?;
+        line(out, "format", &counted(self.names(|shard| shard.format().name())))?;
+        line(out, "dtype", &counted(self.names(|shard| shard.dtype().name())))?;
+        line(out, "access", &counted(self.access()))?;
+        line(out, "rows", &grouped(self.total(|shard| shard.rows())))?;
+        line(out, "documents", &grouped(self.documents()))?;
+        line(out, "tokens", &grouped(self.total(tokens_of)))?;
+        if let Some((count, [min, median, max])) = self.block_tokens() {
+            let [min, median, max] = [min, median, max].map(grouped);
+            line(out, "blocks", &format!("{}: {min} to {max} tokens, median {median}", grouped(count as u64)))?;
+        }
+        if let Some(skew) = self.skew() {
+            line(out, "skew", &format!("the largest shard has {skew:.2} times the tokens of the median one"))?;
+        }
+        for (name, texts) in [("content", self.descriptions()), ("advice", self.advice())] {
+            for (text, count) in texts {
+                let of = if count == 1 { "1 shard".to_owned() } else { format!("{count} shards") };
+                line(out, name, &format!("{of}: {text}"))?;
+            }
+        }
+        for error in &self.broken {
+            line(out, "broken", &error.report())?;
+        }
+        match self.broken.len() {
+            0 => line(out, "sound", "every block was read"),
+            1 => line(out, "broken", "1 fault found"),
+            many => line(out, "broken", &format!("{many} faults found")),
+        }
+    }
+
+    fn json(&self) -> Value {
+        let texts = |texts: Vec<(String, usize)>| -> Vec<Value> {
+            texts.into_iter().map(|(text, count)| json!({"text": text, "shards": count})).collect()
+        };
+        let names = |names: Vec<&str>| -> Value {
+            counts(names)
+                .into_iter()
+                .map(|(name, count)| (name, count.into()))
+                .collect::<serde_json::Map<_, _>>()
+                .into()
+        };
+        let broken: Vec<Value> = self
+            .broken
+            .iter()
+            .map(|error| {
+                let place = error.location();
+                json!({
+                    "kind": format!("{:?}", error.kind()).to_lowercase(),
+                    "error": error.report(),
+                    "path": place.map(|place| place.path.display().to_string()),
+                    "block": place.and_then(|place| place.block),
+                    "row": place.and_then(|place| place.row),
+                })
+            })
+            .collect();
+        let (blocks, [min, median, max]) = self.block_tokens().unwrap_or_default();
+        json!({
+            "sound": self.broken.is_empty(),
+            "shards": self.files,
+            "bytes": self.total(|shard| shard.size_bytes()),
+            "format": names(self.names(|shard| shard.format().name())),
+            "dtype": names(self.names(|shard| shard.dtype().name())),
+            "access": names(self.access()),
+            "rows": self.total(|shard| shard.rows()),
+            "documents": self.documents(),
+            "tokens": self.total(tokens_of),
+            "blocks": {"count": blocks, "tokens_min": min, "tokens_median": median, "tokens_max": max},
+            "skew": self.skew(),
+            "content": texts(self.descriptions()),
+            "advice": texts(self.advice()),
+            "broken": broken,
+        })
+    }
+}
+
+/// How many values, and the smallest, median and largest of them.
+fn spread(mut values: Vec<u64>) -> Option<(usize, [u64; 3])> {
+    values.sort_unstable();
+    let (first, last) = (*values.first()?, *values.last()?);
+    Some((values.len(), [first, values[values.len() / 2], last]))
+}

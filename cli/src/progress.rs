@@ -1,0 +1,19 @@
+//! Progress, where somebody watches.
+
+use std::io::IsTerminal;
+
+use forebay::Result;
+use forebay::environment::Environment;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// A bar of `length` on standard error, or one that draws nothing.
+pub(crate) fn bar(length: u64, template: &'static str, env: &Environment) -> Result<ProgressBar> {
+    let wanted = env.switch("FOREBAY_PROGRESS", true)? && env.get("NO_COLOR").is_none_or(str::is_empty);
+    let target = if wanted && std::io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
+    let style = ProgressStyle::with_template(template).expect("templates are constants that tests draw with");
+    Ok(ProgressBar::with_draw_target(Some(length), target).with_style(style))
+}

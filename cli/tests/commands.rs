@@ -1,0 +1,286 @@
+//! Protects: what the commands print, and the status they end with.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use forebay::environment::Environment;
+use forebay::tokens::Dtype;
+use forebay_tests::{Container, Document, Shape, documents, stream, write};
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use serde_json::Value;
+
+struct Ran {
+    status: u8,
+    out: String,
+    err: String,
+}
+
+impl Ran {
+    fn json(&self) -> Value {
+        assert_eq!(self.out.lines().count(), 1, "one object: {}", self.out);
+        serde_json::from_str(&self.out).unwrap()
+    }
+}
+
+fn run_with(variables: &[(&str, &str)], args: &[&str]) -> Ran {
+    let args: Vec<OsString> = ["forebay"].iter().chain(args).map(OsString::from).collect();
+    // No bar, should the tests run on a terminal.
+    let env = Environment::from_pairs(variables.iter().copied().chain([("FOREBAY_PROGRESS", "0")]));
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let status = forebay_cli::run(&args, &env, &mut out, &mut err);
+    Ran { status, out: String::from_utf8(out).unwrap(), err: String::from_utf8(err).unwrap() }
+}
+
+fn run(args: &[&str]) -> Ran {
+    run_with(&[], args)
+}
+
+const PARQUET: Container =
+    Container::Parquet { codec: Compression::UNCOMPRESSED, encoding: Some(parquet::basic::Encoding::PLAIN), pages: 1 };
+
+/// Two shards in a folder of their own, and what was written.
+fn corpus(container: Container, suffix: &str) -> (tempfile::TempDir, Vec<Vec<Document>>) {
+    let root = tempfile::tempdir().unwrap();
+    let shards = vec![documents(300, 60, 50_000, 1), documents(100, 60, 50_000, 2)];
+    for (index, documents) in shards.iter().enumerate() {
+        let path = root.path().join(format!("{index}.{suffix}"));
+        write(&path, container, Dtype::I32, Shape::List, documents, 40);
+    }
+    (root, shards)
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn usage_errors_are_told_from_help() {
+    for args in
+        [&["dance"][..], &["check", "--colour"], &["bench", "x", "--seconds", "-1"], &["config", "--set", "x"], &[]]
+    {
+        let ran = run(args);
+        assert_eq!(ran.status, 2, "{args:?}");
+        assert!(ran.out.is_empty() && ran.err.contains("Usage"), "{args:?}: {}{}", ran.out, ran.err);
+    }
+    let help = run(&["--help"]);
+    assert_eq!((help.status, help.err.as_str()), (0, ""));
+    for command in ["config", "check", "bench"] {
+        assert!(help.out.contains(command), "{}", help.out);
+    }
+    assert!(!help.out.contains("settings  "), "hidden: {}", help.out);
+    let version = run(&["--version"]);
+    assert_eq!((version.status, version.out.trim()), (0, concat!("forebay ", env!("CARGO_PKG_VERSION"))));
+}
+
+#[test]
+fn config_names_every_setting_with_its_origin() {
+    let variables = [
+        ("FOREBAY_SEQ_LEN", "512"),
+        ("FOREBAY_SEEED", "1"),
+        ("RANK", "1"),
+        ("WORLD_SIZE", "4"),
+        ("LOCAL_WORLD_SIZE", "2"),
+    ];
+    let ran = run_with(&variables, &["config", "--set", "batch-size=16"]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    let lines: Vec<Vec<&str>> =
+        ran.out.lines().map(|line| line.split("  ").filter(|cell| !cell.is_empty()).collect()).collect();
+    for setting in forebay::settings::all() {
+        assert_eq!(lines.iter().filter(|line| line[0] == setting.name).count(), 1, "{}", setting.name);
+    }
+    let line = |name: &str| {
+        lines.iter().find(|line| line[0] == name).unwrap()[1..].iter().map(|cell| cell.trim()).collect::<Vec<_>>()
+    };
+    assert_eq!(line("seq_len"), ["512", "FOREBAY_SEQ_LEN"]);
+    assert_eq!(line("batch_size"), ["16", "argument"]);
+    assert_eq!(line("lanes"), ["8", "default"]);
+    assert_eq!(line("dp_rank"), ["1", "RANK and WORLD_SIZE"]);
+    assert_eq!(line("dp_world_size"), ["4", "RANK and WORLD_SIZE"]);
+    assert!(line("num_threads")[1].contains("CPUs / LOCAL_WORLD_SIZE 2 - 1"), "{}", ran.out);
+    assert!(
+        ran.out.contains("warning: variable `FOREBAY_SEEED` is unknown: did you mean `FOREBAY_SEED`?"),
+        "{}",
+        ran.out
+    );
+    assert!(ran.out.contains("note: assuming pure data parallel over 4 ranks"), "{}", ran.out);
+    let origins: Vec<usize> = ran.out.lines().take(5).map(|line| line.rfind("  ").unwrap()).collect();
+    assert!(origins.windows(2).all(|pair| pair[0] == pair[1]), "columns are aligned:\n{}", ran.out);
+}
+
+#[test]
+fn bad_settings_end_with_2_and_their_names() {
+    let ran = run_with(&[("FOREBAY_LANES", "x")], &["config", "--set", "seqlen=1"]);
+    assert_eq!((ran.status, ran.out.as_str()), (2, ""));
+    assert!(ran.err.starts_with("error: 2 faults found"), "{}", ran.err);
+    assert!(ran.err.contains("`FOREBAY_LANES`") && ran.err.contains("did you mean `seq_len`"), "{}", ran.err);
+    let ran = run(&["check"]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.err.contains("no data"), "{}", ran.err);
+    let ran = run(&["check", "/nowhere/at/all"]);
+    assert_eq!(ran.status, 1);
+    assert!(ran.err.contains("error: ") && ran.err.contains("/nowhere/at/all"), "{}", ran.err);
+}
+
+#[test]
+fn check_counts_what_was_written() {
+    let containers =
+        [(PARQUET, "parquet", "decoded by blocks"), (Container::ArrowFile(None), "arrow", "read in place")];
+    for (container, suffix, access) in containers {
+        let (root, shards) = corpus(container, suffix);
+        let documents: Vec<_> = shards.iter().flatten().collect();
+        let sound = run(&["check", text(root.path()), "--json", "--set", "block_tokens=500"]);
+        assert_eq!((sound.status, sound.err.as_str()), (0, ""), "{}", sound.out);
+        let json = sound.json();
+        assert_eq!(json["sound"], true);
+        assert_eq!(json["shards"], 2);
+        assert_eq!(json["rows"], documents.len());
+        assert_eq!(
+            json["documents"],
+            documents.iter().filter(|ids| ids.as_ref().is_some_and(|ids| !ids.is_empty())).count()
+        );
+        assert_eq!(json["tokens"], stream(&shards, None, None).len());
+        assert_eq!(json["dtype"]["int32"], 2);
+        assert_eq!(json["access"][access], 2);
+        assert!(json["skew"].as_f64().unwrap() >= 1.0);
+        let blocks = &json["blocks"];
+        assert!(blocks["count"].as_u64().unwrap() > 2, "{blocks}");
+        assert!(blocks["tokens_min"].as_u64() <= blocks["tokens_median"].as_u64(), "{blocks}");
+        assert!(blocks["tokens_median"].as_u64() <= blocks["tokens_max"].as_u64(), "{blocks}");
+
+        let table = run_with(&[("FOREBAY_DATA", text(root.path()))], &["check"]);
+        assert_eq!(table.status, 0, "{}", table.err);
+        for words in ["shards", access, "int32", "every block was read"] {
+            assert!(table.out.contains(words), "{words}: {}", table.out);
+        }
+    }
+}
+
+/// Damages the tokens of row group 1 of a zstd-compressed Parquet file.
+fn damage(path: &PathBuf) {
+    let reader = SerializedFileReader::new(std::fs::File::open(path).unwrap()).unwrap();
+    let group = reader.metadata().row_group(1);
+    let column = group.columns().iter().find(|column| column.column_path().string().starts_with("input_ids")).unwrap();
+    let (start, length) = column.byte_range();
+    let mut content = std::fs::read(path).unwrap();
+    content[start as usize + length as usize / 4..][..length as usize / 2].fill(0xA5);
+    std::fs::write(path, content).unwrap();
+}
+
+#[test]
+fn check_goes_on_after_damage_and_names_its_place() {
+    let zstd = Container::Parquet { codec: Compression::ZSTD(ZstdLevel::default()), encoding: None, pages: 1 };
+    let (root, _) = corpus(zstd, "parquet");
+    let (damaged, garbage) = (root.path().join("0.parquet"), root.path().join("2.parquet"));
+    damage(&damaged);
+    std::fs::write(&garbage, b"not a shard at all").unwrap();
+
+    let ran = run(&["check", text(root.path()), "--json", "--set", "block_tokens=200"]);
+    assert_eq!(ran.status, 1, "{}", ran.err);
+    let json = ran.json();
+    assert_eq!(json["sound"], false);
+    assert_eq!(json["shards"], 3, "broken shards are shards");
+    let broken = json["broken"].as_array().unwrap();
+    assert!(broken.iter().any(|fault| fault["path"] == text(&garbage)), "{broken:?}");
+    let blocks: Vec<_> = broken.iter().filter(|fault| fault["path"] == text(&damaged)).collect();
+    assert!(!blocks.is_empty() && blocks.iter().all(|fault| fault["kind"] == "data"), "{broken:?}");
+    assert!(blocks.iter().all(|fault| fault["block"].as_u64().is_some_and(|block| block > 0)), "{broken:?}");
+    assert_eq!(broken.len(), blocks.len() + 1, "the sound shard is not reported: {broken:?}");
+
+    let table = run(&["check", text(root.path())]);
+    assert_eq!(table.status, 1);
+    assert!(table.out.contains(text(&garbage)) && table.out.contains("faults found"), "{}", table.out);
+    assert!(!table.out.contains("every block was read"), "{}", table.out);
+}
+
+#[test]
+fn check_takes_the_column_that_is_named() {
+    let (root, _) = corpus(PARQUET, "parquet");
+    let ran = run(&["check", text(root.path()), "--token-column", "ids_of_mine"]);
+    assert_eq!(ran.status, 1);
+    assert!(ran.out.contains("token column `ids_of_mine` is missing"), "{}", ran.out);
+    assert_eq!(run(&["check", text(root.path()), "--token-column", "input_ids"]).status, 0);
+}
+
+#[test]
+fn bench_measures_the_epochs_asked_for() {
+    let (root, shards) = corpus(PARQUET, "parquet");
+    let tokens = stream(&shards, None, None).len() as u64;
+    let ran = run(&[
+        "bench",
+        text(root.path()),
+        "--json",
+        "--seq-len=32",
+        "--batch-size",
+        "4",
+        "--shuffle",
+        "--threads=2",
+        "--epochs=3",
+        "--set",
+        "prefetch_batches=2",
+    ]);
+    assert_eq!((ran.status, ran.err.as_str()), (0, ""), "{}", ran.out);
+    let json = ran.json();
+    let batches = 3 * (tokens / 32 / 4);
+    assert_eq!(json["batches"], batches);
+    assert_eq!(json["tokens"], batches * 4 * 32);
+    assert_eq!(json["bytes"].as_u64().unwrap(), batches * 4 * 32 * 16, "inputs and labels of 8 bytes");
+    assert_eq!((&json["epochs"], &json["shards"], &json["corpus_tokens"]), (&3.into(), &2.into(), &tokens.into()));
+    let settings = &json["settings"];
+    assert_eq!((&settings["shuffle"], &settings["num_threads"]), (&"block".into(), &"2".into()));
+    assert_eq!((&settings["prefetch_batches"], &settings["seq_len"]), (&"2".into(), &"32".into()));
+    let number = |key: &str| json[key].as_f64().unwrap_or_else(|| panic!("`{key}` is a number in {json}"));
+    for key in [
+        "elapsed_seconds",
+        "tokens_per_second",
+        "megabytes_per_second",
+        "next_p50_ms",
+        "open_seconds",
+        "first_batch_seconds",
+        "peak_rss_anon_bytes",
+    ] {
+        assert!(number(key) > 0.0, "{key}: {json}");
+    }
+    let rate = number("tokens") / number("elapsed_seconds");
+    assert!((number("tokens_per_second") / rate - 1.0).abs() < 1e-6, "{json}");
+    assert!(
+        number("next_p50_ms") <= number("next_p99_ms") && number("next_p99_ms") <= number("next_p999_ms"),
+        "{json}"
+    );
+    assert!(number("next_p999_ms") <= number("elapsed_seconds") * 1e3, "{json}");
+    assert!(number("peak_rss_bytes") >= number("peak_rss_anon_bytes"), "{json}");
+    assert!(number("cpu_seconds") >= 0.0 && number("cpu_seconds_per_billion_tokens") >= 0.0, "{json}");
+    assert!(json["verdict"].as_str().unwrap().contains("-bound"), "{json}");
+}
+
+#[test]
+fn bench_ends_when_its_time_is_over() {
+    let (root, _) = corpus(PARQUET, "parquet");
+    let variables = [("FOREBAY_DATA", text(root.path())), ("FOREBAY_SEQ_LEN", "16")];
+    let ran = run_with(&variables, &["bench", "--seconds=0.2"]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    for words in ["tokens/s", "p99.9", "10^9 tokens", "seq_len=16", "verdict", "anonymous"] {
+        assert!(ran.out.contains(words), "{words}: {}", ran.out);
+    }
+}
+
+#[test]
+fn bench_does_not_run_without_a_batch() {
+    let (root, _) = corpus(PARQUET, "parquet");
+    let ran = run(&["bench", text(root.path()), "--set", "batch_size=100"]);
+    assert_eq!(ran.status, 2, "{}", ran.out);
+    assert!(ran.err.contains("an epoch has no batch"), "{}", ran.err);
+    let ran = run(&["bench", text(root.path()), "--shuffle=sideways"]);
+    assert_eq!(ran.status, 2);
+    assert!(
+        ran.err.contains("`shuffle` must be `true`, `false`, `global` or `block`, found `sideways`"),
+        "{}",
+        ran.err
+    );
+}
+
+#[test]
+fn the_settings_are_printed_for_the_readme() {
+    let ran = run(&["settings", "--markdown"]);
+    assert_eq!((ran.status, ran.out), (0, forebay::settings::markdown()));
+}

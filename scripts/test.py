@@ -1,0 +1,159 @@
+"""Runs test lanes one after the other and ends with one line that totals them.
+
+    test.py [--stress] LANE...      lanes: rust, python, ft, hostile
+
+Counts come from the runners' own closing lines. A lane that breaks before it can count (a compile error, a crash)
+is one failure; a lane that cannot run here is named as skipped, and fails where `CI=true`.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP = str(ROOT / "scripts" / "setup.sh")
+LANE_LIMIT_S = 60 * 60
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# The word each runner uses -> what it means here.
+MEANING = {
+    "passed": "passed",
+    "xpassed": "passed",
+    "failed": "failed",
+    "timed out": "failed",
+    "exec failed": "failed",
+    "error": "failed",
+    "errors": "failed",
+    "skipped": "skipped",
+    "ignored": "skipped",
+    "xfailed": "skipped",
+}
+COUNT = re.compile(r"(\d+) (timed out|exec failed|[a-z]+)")
+CLOSING_LINE = re.compile(
+    r"^test result: \w+\."  # cargo test
+    r"|^\s*Summary \[.*\] +[\d/]+ tests? run:"  # cargo nextest
+    r"|^=* ?(?=\d+ (?:passed|failed|skipped|xfailed|xpassed|deselected|errors?)\b).* in [\d.]+s",  # pytest
+)
+
+
+@dataclass
+class Lane:
+    name: str
+    counts: dict[str, int] = field(default_factory=lambda: {"passed": 0, "failed": 0, "skipped": 0})
+    seconds: float = 0.0
+    why: str = ""
+
+    def count(self, line: str) -> None:
+        if CLOSING_LINE.match(line):
+            for number, word in COUNT.findall(line):
+                if word in MEANING:
+                    self.counts[MEANING[word]] += int(number)
+
+    def fail(self, why: str) -> None:
+        self.counts["failed"] += 1
+        self.why = why
+
+    def skip(self, why: str) -> None:
+        if os.environ.get("CI") == "true":
+            self.fail(f"{why} (a skipped lane fails in CI)")
+        else:
+            self.counts["skipped"] += 1
+            self.why = f"SKIPPED: {why}"
+
+
+def run(lane: Lane, *command: str) -> None:
+    """Runs one command of a lane, passing its output on while counting."""
+    print(f"\n== {lane.name}: {' '.join(command)}", flush=True)
+    before = sum(lane.counts.values())
+    failed_before = lane.counts["failed"]
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    limit = threading.Timer(LANE_LIMIT_S, os.killpg, (child.pid, signal.SIGKILL))
+    limit.start()
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            lane.count(ANSI.sub("", line))
+        code = child.wait()
+    except KeyboardInterrupt:
+        os.killpg(child.pid, signal.SIGINT)
+        child.wait()
+        raise
+    finally:
+        limit.cancel()
+    if code != 0 and lane.counts["failed"] == failed_before:
+        lane.fail(f"`{' '.join(command[:4])} ...` ended with status {code}")
+    elif code == 0 and sum(lane.counts.values()) == before:
+        lane.fail(f"`{' '.join(command[:4])} ...` ran no tests")
+
+
+def set_up(lane: Lane, *command: str) -> bool:
+    if subprocess.run([SETUP, *command], cwd=ROOT, stdin=subprocess.DEVNULL).returncode != 0:
+        lane.fail(f"`scripts/setup.sh {' '.join(command)}` failed")
+        return False
+    return True
+
+
+def rust(lane: Lane) -> None:
+    # The binding is a cdylib without tests of its own: Python tests it.
+    chosen = ("--workspace", "--exclude", "forebay-python")
+    if shutil.which("cargo-nextest"):
+        run(lane, "cargo", "nextest", "run", *chosen)
+        documented = subprocess.run(["git", "grep", "-qE", r"//[/!] ```$", "--", "*.rs"], cwd=ROOT).returncode == 0
+        if documented and not lane.why:
+            run(lane, "cargo", "test", "--doc", *chosen)
+    else:
+        run(lane, "cargo", "test", "--no-fail-fast", *chosen)
+
+
+def pytest(lane: Lane, venv: str, group: str, *arguments: str) -> None:
+    if set_up(lane, "venv", venv, group) and set_up(lane, "wheel", venv):
+        run(lane, f"{venv}/bin/python", "-m", "pytest", "tests/python", "-q", "-ra", *arguments)
+
+
+def free_threaded(lane: Lane, *arguments: str) -> None:
+    found = subprocess.run([SETUP, "python-ft"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    if found:
+        pytest(lane, ".venv-ft", "ft", *arguments)
+    else:
+        lane.skip("no python3.14t found (on the PATH, or named in FOREBAY_PYTHON_FT; `uv python install 3.14t`)")
+
+
+def main() -> int:
+    names = [name for name in sys.argv[1:] if not name.startswith("--")]
+    options = [name for name in sys.argv[1:] if name.startswith("--")]
+    runners = {
+        "rust": rust,
+        "python": lambda lane: pytest(lane, ".venv", "test", *options),
+        "ft": lambda lane: free_threaded(lane, *options),
+        "hostile": lambda lane: pytest(lane, ".venv", "test", "-m", "hostile", *options),
+    }
+    lanes = []
+    for name in names:
+        lane = Lane(name)
+        lanes.append(lane)
+        start = time.monotonic()
+        runners[name](lane)
+        lane.seconds = time.monotonic() - start
+    print()
+    for lane in lanes:
+        state = "FAILED" if lane.counts["failed"] else "skipped" if lane.why else "ok"
+        numbers = ", ".join(f"{number} {word}" for word, number in lane.counts.items())
+        print(f"{lane.name:8} {state:7} {numbers} in {lane.seconds:.0f} s{'  ' + lane.why if lane.why else ''}")
+    total = {word: sum(lane.counts[word] for lane in lanes) for word in ("passed", "failed", "skipped")}
+    print(", ".join(f"{number} {word}" for word, number in total.items()))
+    return 1 if total["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
