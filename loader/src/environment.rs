@@ -158,6 +158,7 @@ fn resolve_on(explicit: &[(String, String)], env: &Environment, scope: Scope, cp
     let mut origins: BTreeMap<&str, String> = BTreeMap::new();
     let applies = |setting: &Setting| scope == Scope::All || setting.kind == Kind::Operational || is_rank(setting);
     let mut ignored = Vec::new();
+    let mut rank_is_faulty = false;
     // The weakest first; a value that is overruled is still checked.
     for (source, is_explicit) in [(&file, false), (&variables, false), (&arguments, true)] {
         for setting in settings::all() {
@@ -168,6 +169,7 @@ fn resolve_on(explicit: &[(String, String)], env: &Environment, scope: Scope, cp
                 // Ranks go by pairs, below.
                 if let Err(fault) = setting.set_from(&mut Config::default(), &found.text, &found.place) {
                     faults.push(fault);
+                    rank_is_faulty = true;
                 }
             } else {
                 match setting.set_from(&mut config, &found.text, &found.place) {
@@ -185,7 +187,7 @@ fn resolve_on(explicit: &[(String, String)], env: &Environment, scope: Scope, cp
     }
 
     // A faulty number is a fault already, and would only be found again.
-    if faults.is_empty() {
+    if !rank_is_faulty {
         match rank(&[&arguments, &variables, &file], env, &mut warnings, &mut notes) {
             Ok(Ranks { rank, size, origin }) => {
                 (config.dp_rank, config.dp_world_size) = (Some(rank), Some(size));
