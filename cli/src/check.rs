@@ -38,12 +38,12 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let flags = [("token_column", options.token_column.clone())];
     let config = options.sets.resolve(&options.paths, &flags, context)?.config;
     let findings = check(&config, context)?;
-    if options.json {
-        writeln!(context.out, "{}", findings.json())?;
-    } else {
-        findings.write(context.out)?;
+    let written = if options.json { writeln!(context.out, "{}", findings.json()) } else { findings.write(context.out) };
+    match written {
+        // Whoever stops reading early still learns from the status that the data is broken.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(if findings.broken.is_empty() { 0 } else { FAILED }),
     }
-    Ok(if findings.broken.is_empty() { 0 } else { FAILED })
 }
 
 /// What reading a corpus came to.

@@ -202,6 +202,37 @@ fn check_goes_on_after_damage_and_names_its_place() {
     }
 }
 
+/// An output whose reader has gone.
+struct Gone;
+
+impl std::io::Write for Gone {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+        Err(std::io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn check_tells_of_damage_though_nobody_reads_on() {
+    let (root, _) = corpus(PARQUET, "parquet");
+    let env = Environment::from_pairs([("FOREBAY_PROGRESS", "0")]);
+    let check = |json: &[&str]| {
+        let args: Vec<OsString> =
+            ["forebay", "check", text(root.path())].iter().chain(json).map(OsString::from).collect();
+        let mut err = Vec::new();
+        let status = forebay_cli::run(&args, &env, &mut Gone, &mut err);
+        (status, String::from_utf8(err).unwrap())
+    };
+    assert_eq!(check(&[]), (0, String::new()));
+    assert_eq!(check(&["--json"]), (0, String::new()));
+    std::fs::write(root.path().join("2.parquet"), b"not a shard at all").unwrap();
+    assert_eq!(check(&[]), (1, String::new()));
+    assert_eq!(check(&["--json"]), (1, String::new()));
+}
+
 #[test]
 fn check_takes_the_column_that_is_named() {
     let (root, _) = corpus(PARQUET, "parquet");
@@ -258,6 +289,8 @@ fn bench_measures_the_epochs_asked_for() {
     );
     assert!(number("next_p999_ms") <= number("elapsed_seconds") * 1e3, "{json}");
     assert!(number("peak_rss_bytes") >= number("peak_rss_anon_bytes"), "{json}");
+    let counted = std::fs::read_to_string("/proc/self/io").is_ok();
+    assert_eq!(json["storage_read_bytes"].is_u64(), counted, "{json}");
     assert!(number("cpu_seconds") >= 0.0 && number("cpu_seconds_per_billion_tokens") >= 0.0, "{json}");
     assert!(json["verdict"].as_str().unwrap().contains("-bound"), "{json}");
 }
