@@ -4,7 +4,23 @@ mod batch;
 mod error;
 mod loader;
 
+use std::ffi::OsString;
+use std::io::Write;
+
+use forebay::environment::Environment;
 use pyo3::prelude::*;
+
+/// Runs the command line; `arguments` begin with the program's name. Returns the exit status.
+#[pyfunction]
+fn run_command(py: Python<'_>, arguments: Vec<OsString>) -> PyResult<u8> {
+    error::detached(py, || {
+        let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
+        let status = forebay_cli::run(&arguments, &Environment::current(), &mut out, &mut err);
+        // Python's exit does not flush Rust's streams; a reader that has gone has seen enough.
+        let _ = out.flush();
+        Ok(status)
+    })
+}
 
 #[pymodule(gil_used = false)]
 mod _core {
@@ -13,6 +29,9 @@ mod _core {
     #[pymodule_export]
     use crate::loader::{Batches, Loader, resolve};
     use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use super::run_command;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

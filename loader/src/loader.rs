@@ -302,13 +302,13 @@ impl Core {
 
         let options =
             OpenOptions { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens };
-        let pool = rayon::ThreadPoolBuilder::new()
+        // Scoped, so that its threads have ended when opening has.
+        let corpus = rayon::ThreadPoolBuilder::new()
             .num_threads(threads as usize)
             .thread_name(|index| format!("forebay-open-{index}"))
-            .build()
+            .build_scoped(|thread| thread.run(), |pool| Corpus::open(&config.data, config.format, &options, pool))
             .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads for opening shards").with_source(error))?;
-        let corpus = Arc::new(Corpus::open(&config.data, config.format, &options, &pool)?);
-        drop(pool);
+        let corpus = Arc::new(corpus?);
 
         config.shuffle = match (config.shuffle, corpus.access()) {
             (Shuffle::On, Access::Random) => Shuffle::Global,

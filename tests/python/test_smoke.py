@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -17,9 +19,11 @@ import pytest
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
-import forebay
 import pyarrow as pa
 import pyarrow.parquet as pq
+from support import clean_environment
+
+import forebay
 
 SEQ_LEN = 16
 
@@ -162,6 +166,18 @@ def test_a_closed_loader_says_so(corpus: Path) -> None:
     for call in (lambda: next(iterator), lambda: iter(loader), lambda: loader.batch_at(0)):
         with pytest.raises(forebay.ClosedError, match="closed"):
             call()
+
+
+def test_the_command_is_in_the_package(corpus: Path) -> None:
+    for start in (["-m", "forebay"], ["-c", "import sys; from forebay.__main__ import main; sys.exit(main())"]):
+        done = subprocess.run(
+            [sys.executable, *start, "check", str(corpus)],
+            capture_output=True, text=True, timeout=60, env=clean_environment(), check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "4000" in done.stdout.replace(",", "").replace("_", "").replace(" ", "")
+    done = subprocess.run([sys.executable, "-m", "forebay", "nonsense"], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
 
 
 # Tensors and Python datasets.

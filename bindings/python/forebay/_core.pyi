@@ -9,7 +9,7 @@ from typing import Any, final
 
 from typing_extensions import CapsuleType
 
-__all__ = ["Array", "Batch", "Batches", "Loader", "__version__", "resolve"]
+__all__ = ["Array", "Batch", "Batches", "Loader", "__version__", "resolve", "run_command"]
 
 __version__: str
 
@@ -21,6 +21,9 @@ def resolve(
     `from_env`: the environment and the file may give all of them, not only operational ones and ranks.
     Raises ConfigError, with all faults listed together.
     """
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs the command line; `arguments` begin with the program's name. Returns the exit status."""
 
 @final
 class Loader:
