@@ -64,8 +64,9 @@ demo: ## Train a small GPT on Python's own sources, kill and resume it, compare 
 	@$(SETUP) wheel .venv
 	@.venv/bin/python examples/demo.py
 
-bench: build ## Limits of this machine and of the loader
-	cargo run --release -p forebay-benches
+bench: build ## Limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick in 2, ARGS=--write-results
+	@$(SETUP) venv .venv bench
+	@.venv/bin/python benches/python/bench.py $(ARGS)
 
 doc: ## Rust documentation
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace --exclude forebay-python

@@ -54,6 +54,8 @@ class Contestant:
     both_shapes: bool = True
     #: Beside the comparison: neither a peer nor held against them.
     reference: bool = False
+    #: What is imported before its first batch is timed.
+    imports: tuple[str, ...] = ("torch.utils.data",)
     #: Where its rows begin, if not at the multiples of `seq_len`.
     starts: Callable[[Path, Shape], np.ndarray] | None = None
 
@@ -159,7 +161,9 @@ class RowGroups:
         for path in sorted(folder.glob("*.parquet")):
             metadata = pq.ParquetFile(path).metadata
             self.groups.extend((path, group) for group in range(metadata.num_row_groups))
-            self.tokens.extend(metadata.row_group(group).column(0).num_values for group in range(metadata.num_row_groups))
+            self.tokens.extend(
+                metadata.row_group(group).column(0).num_values for group in range(metadata.num_row_groups)
+            )
         self.local = threading.local()
 
     def __len__(self) -> int:
@@ -241,30 +245,38 @@ def contestants() -> list[Contestant]:
         for threads in (1, 2):
             add(
                 f"forebay-arrow-{dtype}-{threads}", "forebay, Arrow", dtype, threads, f"arrow-{dtype}",
-                forebay_tensors, ours=True, quick=dtype == "uint16",
+                forebay_tensors, ours=True, quick=dtype == "uint16", imports=("forebay.torch",),
             )  # fmt: skip
     for codec in ("zstd", "snappy"):
         for threads in (1, 2):
             add(
                 f"forebay-parquet-{codec}-{threads}", "forebay, Parquet", codec, threads, f"parquet-{codec}",
                 forebay_tensors, ours=True, quick=codec == "zstd", both_shapes=codec == "zstd",
+                imports=("forebay.torch",),
             )  # fmt: skip
     add(
         "forebay-numpy", "forebay, Arrow, NumPy arrays", "uint16", 1, "arrow-uint16",
-        forebay_arrays, ours=True, tensors=False, reference=True,
+        forebay_arrays, ours=True, tensors=False, reference=True, imports=("forebay",),
     )  # fmt: skip
     for dtype in ("uint16", "int32"):
         flat, first = f"tokens-{dtype}.bin", dtype == "uint16"
         add(f"torch-batched-{dtype}", "torch DataLoader, batched", dtype, 0, flat, torch_batched, quick=first)
-        add(f"nodes-batched-{dtype}", "torchdata.nodes, batched", dtype, 0, flat, nodes_batched, quick=first)
+        add(
+            f"nodes-batched-{dtype}", "torchdata.nodes, batched", dtype, 0, flat, nodes_batched,
+            quick=first, imports=("torchdata.nodes",),
+        )  # fmt: skip
     flat = "tokens-uint16.bin"
     add("torch-rows-0", "torch DataLoader, per row", "uint16", 0, flat, torch_rows, quick=True)
     add("torch-rows-2", "torch DataLoader, per row, processes", "uint16", 2, flat, torch_rows, both_shapes=False)
-    add("stateful-rows-0", "StatefulDataLoader, per row", "uint16", 0, flat, stateful_rows, both_shapes=False)
+    add(
+        "stateful-rows-0", "StatefulDataLoader, per row", "uint16", 0, flat, stateful_rows,
+        both_shapes=False, imports=("torchdata.stateful_dataloader",),
+    )  # fmt: skip
     for codec in ("zstd", "snappy"):
         for threads in (1, 2):
             add(
                 f"pyarrow-{codec}-{threads}", "pyarrow row groups, by hand", codec, threads, f"parquet-{codec}",
                 Chopped, quick=codec == "zstd", both_shapes=codec == "zstd", starts=chopped_starts,
+                imports=("torch", "pyarrow.parquet"),
             )  # fmt: skip
     return found

@@ -6,6 +6,7 @@
 A contestant's first batches are checked against the corpus before it is timed; one that fails ends with an error.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from contestants import Batch, Contestant, RowGroups, Shape, contestants, map_rows
 
 CHECKED_BATCHES = 48
@@ -157,17 +159,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     contestant = next(one for one in contestants() if one.name == job["contestant"])
     shape, corpus = Shape(job["batch_size"], job["seq_len"]), Path(job["corpus"])
     path = corpus / contestant.reads
-    # Imports are no part of the first batch.
-    if contestant.tensors:
-        import torch.utils.data
-    if contestant.ours:
-        __import__("forebay.torch" if contestant.tensors else "forebay")
-    elif contestant.make.__name__ == "nodes_batched":
-        import torchdata.nodes  # noqa: F401
-    elif contestant.make.__name__ == "stateful_rows":
-        import torchdata.stateful_dataloader  # noqa: F401
-    elif contestant.group in ("zstd", "snappy"):
-        import pyarrow.parquet  # noqa: F401
+    for module in contestant.imports:
+        importlib.import_module(module)
     bare_mb = memory_mb()
 
     began = time.perf_counter()
