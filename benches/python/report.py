@@ -23,8 +23,8 @@ LIMITS = {
     "decode": "pyarrow's decoding of row groups, no batches",
 }
 HEADS = [
-    "", "helpers", "Mtok/s (min to max)", "of limit", "of fastest peer", "CPU s/Gtok", "cores", "memory MB (with imports)",
-    "first batch ms", "next() µs p50 / p99 / p99.9", "resume ms at 1 % / 99 %", "a peer is ahead in",
+    "", "helpers", "Mtok/s (min to max)", "of limit", "of fastest peer", "CPU s/Gtok", "cores",
+    "memory MB (with imports)", "first batch ms", "next() µs p50 / p99 / p99.9", "resume ms at 1 % / 99 %", "a peer is ahead in",
 ]  # fmt: skip
 
 
@@ -176,8 +176,9 @@ def facts(records: list[Record]) -> list[str]:
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['kernel']}",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in head["versions"].items()),
         f"Date: {head['date']}; commit: {head['commit']}; command: `{head['command']}`",
-        f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {repeats} repeat{'s' * (repeats > 1)} of {plan['warm_up_s']} s warm-up and"
-        f" {plan['window_s']} s window, a fresh process each, in random order (seed {head['seed']}); warm page cache",
+        f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {repeats} repeat{'s' * (repeats > 1)}, in random order"
+        f" (seed {head['seed']}), a fresh process each; {plan['warm_up_s']} s warm-up, {plan['window_s']} s window; warm"
+        " page cache",
     ]
     if others:
         found.append(
