@@ -36,6 +36,8 @@ LIMIT_S = 180
 @dataclass(frozen=True)
 class Plan:
     tokens: int
+    #: Of the Parquet files, enough that no window reaches the end.
+    copies: int
     repeats: int
     warm_up_s: float
     window_s: float
@@ -44,8 +46,8 @@ class Plan:
     shapes: int
 
 
-DEFAULT = Plan(tokens=100_000_000, repeats=3, warm_up_s=1, window_s=3, limit_s=0.7, minutes=19, shapes=2)
-QUICK = Plan(tokens=20_000_000, repeats=1, warm_up_s=0.3, window_s=1, limit_s=0.3, minutes=1.8, shapes=1)
+DEFAULT = Plan(tokens=100_000_000, copies=16, repeats=3, warm_up_s=1, window_s=3, limit_s=0.7, minutes=19, shapes=2)
+QUICK = Plan(tokens=20_000_000, copies=32, repeats=1, warm_up_s=0.3, window_s=1, limit_s=0.3, minutes=1.8, shapes=1)
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ def benchmark(quick: bool, out: Path) -> list[dict[str, Any]]:
             end = "\n" if done == total else ""
             print(f"\rbench: writing the corpus, shard {done} of {total}", end=end, file=sys.stderr, flush=True)
 
-    data = corpus.prepare(OUT, plan.tokens, tell)
+    data = corpus.prepare(OUT, plan.tokens, plan.copies, tell)
     seed = random.SystemRandom().randrange(1 << 32)
     shuffler = random.Random(seed)
     turn = jobs(plan, quick, data)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from corpus import COPIES
+
 Batch = dict[str, Any]
 
 GROUPS = {
@@ -48,6 +50,8 @@ class Contestant:
     #: File or folder below the corpus.
     reads: str
     make: Callable[[Path, Shape, int], Any]
+    #: What it reads in the window, if not the same.
+    reads_long: str | None = None
     ours: bool = False
     tensors: bool = True
     quick: bool = False
@@ -251,8 +255,8 @@ def contestants() -> list[Contestant]:
         for threads in (1, 2):
             add(
                 f"forebay-parquet-{codec}-{threads}", "forebay, Parquet", codec, threads, f"parquet-{codec}",
-                forebay_tensors, ours=True, quick=codec == "zstd", both_shapes=codec == "zstd",
-                imports=("forebay.torch",),
+                forebay_tensors, reads_long=f"parquet-{codec}{COPIES}", ours=True, quick=codec == "zstd",
+                both_shapes=codec == "zstd", imports=("forebay.torch",),
             )  # fmt: skip
     add(
         "forebay-numpy", "forebay, Arrow, NumPy arrays", "uint16", 1, "arrow-uint16",

@@ -4,9 +4,13 @@ Token ids follow Zipf's law over 50,257 ids and are drawn independently, so they
 documents have log-normal lengths, 900 tokens in the mean. The stream of tokens depends on the size alone. Arrow record
 batches and Parquet row groups hold 1024 documents, near what Hugging Face `datasets` writes; all else is pyarrow's
 default.
+
+Each Parquet folder has a sibling of many copies, as hard links: forebay keeps decoded blocks within its memory budget,
+and a corpus that fits there is decoded only once, which no real one is.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +20,9 @@ import numpy as np
 VOCABULARY = 50_257
 SHARDS = 16
 DOCUMENTS_PER_GROUP = 1024
+#: Shards are whole rows of every shape, so that rows of the copies are rows of the corpus.
+MULTIPLE = 4096
+COPIES = "-copies"
 CODECS = ("zstd", "snappy")
 DTYPES = ("uint16", "int32")
 
@@ -37,9 +44,10 @@ def shard(number: int, tokens: int, table: np.ndarray) -> tuple[np.ndarray, np.n
     return ids, offsets.astype(np.int32)
 
 
-def prepare(folder: Path, tokens: int, tell: Callable[[int, int], None]) -> Path:
+def prepare(folder: Path, tokens: int, copies: int, tell: Callable[[int, int], None]) -> Path:
     """The folder of the corpus, written at the first call; `tell` hears of shards done and all shards."""
-    description = {"version": 1, "tokens": tokens, "shards": SHARDS, "documents_per_group": DOCUMENTS_PER_GROUP}
+    shard_tokens = tokens // SHARDS // MULTIPLE * MULTIPLE
+    description = {"version": 2, "shard_tokens": shard_tokens, "shards": SHARDS, "copies": copies}
     target = folder / f"corpus-{tokens // 1_000_000}M"
     try:
         if json.loads((target / "corpus.json").read_text()) == description:
@@ -54,13 +62,14 @@ def prepare(folder: Path, tokens: int, tell: Callable[[int, int], None]) -> Path
     partial = target.with_suffix(".partial")
     for stale in (partial, target):
         shutil.rmtree(stale, ignore_errors=True)
-    for name in [f"arrow-{dtype}" for dtype in DTYPES] + [f"parquet-{codec}" for codec in CODECS]:
+    parquet = [f"parquet-{codec}" for codec in CODECS]
+    for name in [f"arrow-{dtype}" for dtype in DTYPES] + parquet + [name + COPIES for name in parquet]:
         (partial / name).mkdir(parents=True)
     table = token_table()
     flat = {dtype: (partial / f"tokens-{dtype}.bin").open("wb") for dtype in DTYPES}
     for number in range(SHARDS):
         tell(number, SHARDS)
-        ids, offsets = shard(number, tokens // SHARDS, table)
+        ids, offsets = shard(number, shard_tokens, table)
         stem = f"{number:05d}"
         for dtype in DTYPES:
             values = ids.astype(dtype)
@@ -73,6 +82,8 @@ def prepare(folder: Path, tokens: int, tell: Callable[[int, int], None]) -> Path
         for codec in CODECS:
             path = partial / f"parquet-{codec}" / f"{stem}.parquet"
             pq.write_table(documents, path, compression=codec, row_group_size=DOCUMENTS_PER_GROUP)
+            for copy in range(copies):
+                os.link(path, partial / f"parquet-{codec}{COPIES}" / f"{copy:03d}-{path.name}")
     for file in flat.values():
         file.close()
     (partial / "corpus.json").write_text(json.dumps(description))

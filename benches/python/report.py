@@ -24,7 +24,8 @@ LIMITS = {
 }
 HEADS = [
     "", "helpers", "Mtok/s (min to max)", "of limit", "of fastest peer", "CPU s/Gtok", "cores",
-    "memory MB (with imports)", "first batch ms", "next() µs p50 / p99 / p99.9", "resume ms at 1 % / 99 %", "a peer is ahead in",
+    "memory MB (with imports)", "first batch ms", "next() µs p50 / p99 / p99.9", "resume ms at 1 % / 99 %",
+    "a peer is ahead in",
 ]  # fmt: skip
 
 
@@ -177,13 +178,19 @@ def facts(records: list[Record]) -> list[str]:
         "Versions: " + ", ".join(f"{name} {value}" for name, value in head["versions"].items()),
         f"Date: {head['date']}; commit: {head['commit']}; command: `{head['command']}`",
         f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {repeats} repeat{'s' * (repeats > 1)}, in random order"
-        f" (seed {head['seed']}), a fresh process each; {plan['warm_up_s']} s warm-up, {plan['window_s']} s window; warm"
-        " page cache",
+        f" (seed {head['seed']}), a fresh process each; {plan['warm_up_s']} s warm-up, {plan['window_s']} s window;"
+        " warm page cache",
     ]
     if others:
         found.append(
             f"Meanwhile other processes and other guests of the host took {median(others):.2f} cores in the median run,"
             f" {max(others):.2f} in the worst" + ("; **this machine was not quiet**" if median(others) > 0.1 else "")
+        )
+    decoded = [run["decoded_per_token"] for run in loaders if run.get("decoded_per_token")]
+    if decoded:
+        found.append(
+            f"forebay's Parquet windows lie within the first epoch of {plan['copies']} copies of the corpus, and"
+            f" decoded {median(decoded):.2f} tokens per token delivered ({min(decoded):.2f} to {max(decoded):.2f})"
         )
     if head["quick"]:
         found.append("**A --quick run: it shows that everything works; one short window is no measurement**")
