@@ -94,6 +94,8 @@ struct Measured {
     waits: Vec<f32>,
     peak_anon_bytes: u64,
     peak_resident_bytes: u64,
+    /// Read from storage, opening included; little where the system has the files in memory. `None` where the system does not count it.
+    storage_bytes: Option<u64>,
     verdict: String,
 }
 
@@ -103,6 +105,7 @@ fn measure(
     epochs: Option<u64>,
     context: &Context<'_>,
 ) -> Result<Measured, Failure> {
+    let storage_before = storage_bytes();
     let opening = Instant::now();
     let loader = Loader::open(config)?;
     let open = opening.elapsed().as_secs_f64();
@@ -155,6 +158,7 @@ fn measure(
         waits: taken.waits,
         peak_anon_bytes: taken.peak_anon_bytes,
         peak_resident_bytes: status_bytes("VmHWM:"),
+        storage_bytes: storage_bytes().zip(storage_before).map(|(now, before)| now.saturating_sub(before)),
         verdict: stats.verdict(),
     })
 }
@@ -222,6 +226,12 @@ fn status_bytes(field: &str) -> u64 {
     kibibytes.unwrap_or(0) * 1024
 }
 
+/// What this process made the system read from storage so far, by reads and by touching mapped files.
+fn storage_bytes() -> Option<u64> {
+    let counters = std::fs::read_to_string("/proc/self/io").ok()?;
+    counters.lines().find_map(|line| line.strip_prefix("read_bytes:"))?.trim().parse().ok()
+}
+
 /// CPU time of all threads of this process.
 fn cpu_seconds() -> f64 {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
@@ -287,6 +297,10 @@ impl Measured {
                 self.megabytes_per_second()
             ),
         )?;
+        if let Some(read) = self.storage_bytes {
+            let rate = read as f64 / 1e6 / (self.open + self.elapsed);
+            line(out, "storage", &format!("{rate:.1} MB/s, {} read that were not in memory already", bytes(read)))?;
+        }
         line(out, "cpu", &format!("{:.2} s per 10^9 tokens", self.cpu_per_billion()))?;
         let [p50, p99, p999] = [0.5, 0.99, 0.999].map(|share| self.wait_ms(share));
         line(out, "next()", &format!("p50 {p50:.3} ms, p99 {p99:.3} ms, p99.9 {p999:.3} ms"))?;
@@ -319,6 +333,7 @@ impl Measured {
             "elapsed_seconds": self.elapsed,
             "tokens_per_second": self.tokens_per_second(),
             "megabytes_per_second": self.megabytes_per_second(),
+            "storage_read_bytes": self.storage_bytes,
             "cpu_seconds": self.cpu,
             "cpu_seconds_per_billion_tokens": self.cpu_per_billion(),
             "next_p50_ms": self.wait_ms(0.5),

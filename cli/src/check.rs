@@ -16,6 +16,8 @@ use crate::{Context, FAILED, Failure, Sets, progress};
 
 /// Tokens read at once where they lie in the file.
 const PIECE_TOKENS: u64 = 1 << 20;
+/// Different descriptions shown; their counts of pages make those of large corpora all differ.
+const SHOWN_TEXTS: usize = 10;
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} tokens, {eta} left";
 
 #[derive(Debug, clap::Args)]
@@ -36,12 +38,12 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let flags = [("token_column", options.token_column.clone())];
     let config = options.sets.resolve(&options.paths, &flags, context)?.config;
     let findings = check(&config, context)?;
-    if options.json {
-        writeln!(context.out, "{}", findings.json())?;
-    } else {
-        findings.write(context.out)?;
+    let written = if options.json { writeln!(context.out, "{}", findings.json()) } else { findings.write(context.out) };
+    match written {
+        // Whoever stops reading early still learns from the status that the data is broken.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(if findings.broken.is_empty() { 0 } else { FAILED }),
     }
-    Ok(if findings.broken.is_empty() { 0 } else { FAILED })
 }
 
 /// What reading a corpus came to.
@@ -187,9 +189,12 @@ impl Findings {
             line(out, "skew", &format!("the largest shard has {skew:.2} times the tokens of the median one"))?;
         }
         for (name, texts) in [("content", self.descriptions()), ("advice", self.advice())] {
-            for (text, count) in texts {
-                let of = if count == 1 { "1 shard".to_owned() } else { format!("{count} shards") };
+            for (text, count) in texts.iter().take(SHOWN_TEXTS) {
+                let of = if *count == 1 { "1 shard".to_owned() } else { format!("{count} shards") };
                 line(out, name, &format!("{of}: {text}"))?;
+            }
+            if texts.len() > SHOWN_TEXTS {
+                line(out, name, &format!("and {} other kinds, which `--json` lists", texts.len() - SHOWN_TEXTS))?;
             }
         }
         for error in &self.broken {

@@ -1,12 +1,12 @@
 //! Protects: what the commands print, and the status they end with.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use forebay::environment::Environment;
 use forebay::tokens::Dtype;
 use forebay_tests::{Container, Document, Shape, documents, stream, write};
-use parquet::basic::{Compression, ZstdLevel};
+use parquet::basic::Compression;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use serde_json::Value;
 
@@ -56,13 +56,14 @@ fn text(path: &Path) -> &str {
 
 #[test]
 fn usage_errors_are_told_from_help() {
-    for args in
-        [&["dance"][..], &["check", "--colour"], &["bench", "x", "--seconds", "-1"], &["config", "--set", "x"], &[]]
-    {
+    for args in [&["dance"][..], &["check", "--colour"], &["bench", "x", "--seconds", "-1"], &[]] {
         let ran = run(args);
         assert_eq!(ran.status, 2, "{args:?}");
         assert!(ran.out.is_empty() && ran.err.contains("Usage"), "{args:?}: {}{}", ran.out, ran.err);
     }
+    let ran = run(&["config", "--set", "x"]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.err.contains("expected NAME=VALUE"), "{}", ran.err);
     let help = run(&["--help"]);
     assert_eq!((help.status, help.err.as_str()), (0, ""));
     for command in ["config", "check", "bench"] {
@@ -156,41 +157,80 @@ fn check_counts_what_was_written() {
     }
 }
 
-/// Damages the tokens of row group 1 of a zstd-compressed Parquet file.
-fn damage(path: &PathBuf) {
+/// Makes the last token of row group 1 of an uncompressed Parquet file negative.
+fn damage(path: &Path) {
     let reader = SerializedFileReader::new(std::fs::File::open(path).unwrap()).unwrap();
     let group = reader.metadata().row_group(1);
     let column = group.columns().iter().find(|column| column.column_path().string().starts_with("input_ids")).unwrap();
     let (start, length) = column.byte_range();
     let mut content = std::fs::read(path).unwrap();
-    content[start as usize + length as usize / 4..][..length as usize / 2].fill(0xA5);
+    content[..(start + length) as usize].last_chunk_mut::<4>().unwrap().fill(0xFF);
     std::fs::write(path, content).unwrap();
 }
 
 #[test]
 fn check_goes_on_after_damage_and_names_its_place() {
-    let zstd = Container::Parquet { codec: Compression::ZSTD(ZstdLevel::default()), encoding: None, pages: 1 };
-    let (root, _) = corpus(zstd, "parquet");
-    let (damaged, garbage) = (root.path().join("0.parquet"), root.path().join("2.parquet"));
-    damage(&damaged);
-    std::fs::write(&garbage, b"not a shard at all").unwrap();
+    for (container, suffix) in [(PARQUET, "parquet"), (Container::ArrowFile(None), "arrow")] {
+        let (root, mut shards) = corpus(container, suffix);
+        let (damaged, garbage) = (root.path().join(format!("0.{suffix}")), root.path().join(format!("2.{suffix}")));
+        if suffix == "parquet" {
+            damage(&damaged);
+        } else {
+            *shards[0][60..].iter_mut().flatten().flatten().next().unwrap() = -1;
+            write(&damaged, container, Dtype::I32, Shape::List, &shards[0], 40);
+        }
+        std::fs::write(&garbage, b"not a shard at all").unwrap();
 
-    let ran = run(&["check", text(root.path()), "--json", "--set", "block_tokens=200"]);
-    assert_eq!(ran.status, 1, "{}", ran.err);
-    let json = ran.json();
-    assert_eq!(json["sound"], false);
-    assert_eq!(json["shards"], 3, "broken shards are shards");
-    let broken = json["broken"].as_array().unwrap();
-    assert!(broken.iter().any(|fault| fault["path"] == text(&garbage)), "{broken:?}");
-    let blocks: Vec<_> = broken.iter().filter(|fault| fault["path"] == text(&damaged)).collect();
-    assert!(!blocks.is_empty() && blocks.iter().all(|fault| fault["kind"] == "data"), "{broken:?}");
-    assert!(blocks.iter().all(|fault| fault["block"].as_u64().is_some_and(|block| block > 0)), "{broken:?}");
-    assert_eq!(broken.len(), blocks.len() + 1, "the sound shard is not reported: {broken:?}");
+        let ran = run(&["check", text(root.path()), "--json", "--set", "block_tokens=200"]);
+        assert_eq!(ran.status, 1, "{}", ran.err);
+        let json = ran.json();
+        assert_eq!((&json["sound"], &json["shards"]), (&false.into(), &3.into()), "broken shards are shards");
+        let [opening, reading] = json["broken"].as_array().unwrap().as_slice() else {
+            panic!("one fault each, and none in the sound shard: {json}")
+        };
+        assert_eq!((&opening["path"], &opening["block"]), (&text(&garbage).into(), &Value::Null));
+        assert_eq!((&reading["path"], &reading["kind"]), (&text(&damaged).into(), &"data".into()));
+        assert!(reading["block"].as_u64().is_some_and(|block| block > 0), "{reading}");
+        assert!(reading["error"].as_str().unwrap().contains("-1"), "{reading}");
 
-    let table = run(&["check", text(root.path())]);
-    assert_eq!(table.status, 1);
-    assert!(table.out.contains(text(&garbage)) && table.out.contains("faults found"), "{}", table.out);
-    assert!(!table.out.contains("every block was read"), "{}", table.out);
+        let table = run(&["check", text(root.path())]);
+        assert_eq!(table.status, 1);
+        for words in [text(&garbage), text(&damaged), "2 faults found"] {
+            assert!(table.out.contains(words), "{words}: {}", table.out);
+        }
+        assert!(!table.out.contains("every block was read"), "{}", table.out);
+    }
+}
+
+/// An output whose reader has gone.
+struct Gone;
+
+impl std::io::Write for Gone {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+        Err(std::io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn check_tells_of_damage_though_nobody_reads_on() {
+    let (root, _) = corpus(PARQUET, "parquet");
+    let env = Environment::from_pairs([("FOREBAY_PROGRESS", "0")]);
+    let check = |json: &[&str]| {
+        let args: Vec<OsString> =
+            ["forebay", "check", text(root.path())].iter().chain(json).map(OsString::from).collect();
+        let mut err = Vec::new();
+        let status = forebay_cli::run(&args, &env, &mut Gone, &mut err);
+        (status, String::from_utf8(err).unwrap())
+    };
+    assert_eq!(check(&[]), (0, String::new()));
+    assert_eq!(check(&["--json"]), (0, String::new()));
+    std::fs::write(root.path().join("2.parquet"), b"not a shard at all").unwrap();
+    assert_eq!(check(&[]), (1, String::new()));
+    assert_eq!(check(&["--json"]), (1, String::new()));
 }
 
 #[test]
@@ -249,6 +289,8 @@ fn bench_measures_the_epochs_asked_for() {
     );
     assert!(number("next_p999_ms") <= number("elapsed_seconds") * 1e3, "{json}");
     assert!(number("peak_rss_bytes") >= number("peak_rss_anon_bytes"), "{json}");
+    let counted = std::fs::read_to_string("/proc/self/io").is_ok();
+    assert_eq!(json["storage_read_bytes"].is_u64(), counted, "{json}");
     assert!(number("cpu_seconds") >= 0.0 && number("cpu_seconds_per_billion_tokens") >= 0.0, "{json}");
     assert!(json["verdict"].as_str().unwrap().contains("-bound"), "{json}");
 }

@@ -21,11 +21,12 @@ const OTHER_VARIABLES: [&str; 6] = [
 ];
 
 /// Variables of others that are looked at, beside those of the launchers.
-const FOREIGN_VARIABLES: [&str; 7] = [
+const FOREIGN_VARIABLES: [&str; 8] = [
     "NO_COLOR",
     "LOCAL_WORLD_SIZE",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "SLURM_CPUS_PER_TASK",
+    "SLURM_NTASKS_PER_NODE",
     "SLURM_STEP_ID",
     "SLURM_STEPID",
     "TORCHELASTIC_RUN_ID",
@@ -158,6 +159,7 @@ fn resolve_on(explicit: &[(String, String)], env: &Environment, scope: Scope, cp
     let mut origins: BTreeMap<&str, String> = BTreeMap::new();
     let applies = |setting: &Setting| scope == Scope::All || setting.kind == Kind::Operational || is_rank(setting);
     let mut ignored = Vec::new();
+    let mut rank_is_faulty = false;
     // The weakest first; a value that is overruled is still checked.
     for (source, is_explicit) in [(&file, false), (&variables, false), (&arguments, true)] {
         for setting in settings::all() {
@@ -168,6 +170,7 @@ fn resolve_on(explicit: &[(String, String)], env: &Environment, scope: Scope, cp
                 // Ranks go by pairs, below.
                 if let Err(fault) = setting.set_from(&mut Config::default(), &found.text, &found.place) {
                     faults.push(fault);
+                    rank_is_faulty = true;
                 }
             } else {
                 match setting.set_from(&mut config, &found.text, &found.place) {
@@ -185,7 +188,7 @@ fn resolve_on(explicit: &[(String, String)], env: &Environment, scope: Scope, cp
     }
 
     // A faulty number is a fault already, and would only be found again.
-    if faults.is_empty() {
+    if !rank_is_faulty {
         match rank(&[&arguments, &variables, &file], env, &mut warnings, &mut notes) {
             Ok(Ranks { rank, size, origin }) => {
                 (config.dp_rank, config.dp_world_size) = (Some(rank), Some(size));
@@ -267,7 +270,10 @@ fn variables(env: &Environment, faults: &mut Vec<Error>, warnings: &mut Vec<Stri
 
 /// Kubernetes sets such names for a service called `forebay`.
 fn is_of_a_service(variable: &str) -> bool {
-    ["_PORT", "_HOST", "_SERVICE_"].iter().any(|part| variable.contains(part))
+    variable.ends_with("_PORT")
+        || variable.ends_with("_HOST")
+        || variable.contains("_PORT_")
+        || variable.contains("_SERVICE_")
 }
 
 fn unknown(what: &str, nearest: Option<&str>) -> Error {
@@ -384,8 +390,12 @@ fn rank(own: &[&Values], env: &Environment, warnings: &mut Vec<String>, notes: &
     Ok(Ranks { rank: 0, size: 1, origin: "default: no launcher found".to_owned() })
 }
 
+/// Whether srun started this process as a task. The shell of an allocation and a batch script are steps as well, with ids above all of
+/// srun's, and see the number of tasks that they may start: taken for one of these, they would train on a share of the data.
 fn is_slurm_step(env: &Environment) -> bool {
-    env.get("SLURM_STEP_ID").or_else(|| env.get("SLURM_STEPID")).is_some()
+    const LAST_OF_SRUN: u64 = 0xffff_fff0;
+    let id = env.get("SLURM_STEP_ID").or_else(|| env.get("SLURM_STEPID"));
+    id.is_some_and(|id| settings::integer(id.trim()).is_none_or(|id| id <= LAST_OF_SRUN))
 }
 
 /// The ranks that `source` sets, whose values were checked one by one.
@@ -436,8 +446,11 @@ fn threads(env: &Environment, cpus: u64, warnings: &mut Vec<String>) -> (u64, St
     let per_task = positive("SLURM_CPUS_PER_TASK");
     // srun gives each task CPUs of its own, so its ranks do not share them; ranks that torchrun starts inside of a task do.
     let are_shared = per_task.is_none() || env.get("TORCHELASTIC_RUN_ID").is_some();
+    // Outside of a step it says how many tasks could be started, not how many there are.
+    let of_slurm = is_slurm_step(env).then_some("SLURM_NTASKS_PER_NODE");
     let local = are_shared.then(|| {
-        ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"].into_iter().find_map(|name| Some((name, positive(name)?)))
+        let mut names = ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"].into_iter().chain(of_slurm);
+        names.find_map(|name| Some((name, positive(name)?)))
     });
 
     let mut text = format!("{cpus} CPUs");
@@ -554,6 +567,7 @@ mod tests {
             ("FOREBAY_SEQLEN", "1"),
             ("FOREBAY_SERVICE_HOST", "10.0.0.1"),
             ("FOREBAY_PORT_80_TCP_ADDR", "10.0.0.1"),
+            ("FOREBAY_PORT", "tcp://10.0.0.1:80"),
             ("FOREBAY_LOG", "debug"),
             ("FOREBAY_PROGRESS", "0"),
             ("FOREBAY_PYTHON_FT", "python3.14t"),
@@ -565,6 +579,8 @@ mod tests {
             ["variable `FOREBAY_SEQLEN` is unknown: did you mean `FOREBAY_SEQ_LEN`?"],
             "of all these, one"
         );
+        let warnings = all(&[], &[("FOREBAY_PORTION", "1"), ("FOREBAY_HOSTS", "1")]).unwrap().warnings;
+        assert_eq!(warnings.len(), 2, "names that no service has: {warnings:?}");
         let strict: Vec<_> = variables.into_iter().chain([("FOREBAY_STRICT_ENV", "1")]).collect();
         let error = all(&[], &strict).unwrap_err();
         assert_eq!(error.to_string(), resolved.warnings[0]);
@@ -598,7 +614,8 @@ mod tests {
     fn ranks_come_from_the_first_that_names_both() {
         // From the weakest to the strongest; each wins over all before it.
         let (_file, path) = file("dp_rank = 4\ndp_world_size = 40\n");
-        let families: [(&[(&str, &str)], u64, &str); 6] = [
+        type Family<'a> = (&'a [(&'a str, &'a str)], u64, &'a str);
+        let families: [Family<'_>; 6] = [
             (
                 &[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "10"), ("SLURM_STEP_ID", "0")],
                 10,
@@ -691,6 +708,14 @@ mod tests {
         assert_eq!(size(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "1"), ("SLURM_STEP_ID", "0")]), Some(1));
         assert_eq!(size(&[("SLURM_PROCID", "7"), ("SLURM_NTASKS", "8"), ("SLURM_STEP_ID", "0")]), Some(8));
         assert_eq!(size(&[("SLURM_PROCID", "7"), ("SLURM_NTASKS", "8"), ("SLURM_STEPID", "0")]), Some(8));
+        for id in ["4294967290", "4294967291", "4294967292"] {
+            let step = ("SLURM_STEP_ID", id);
+            assert_eq!(
+                size(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8"), step]),
+                Some(1),
+                "a shell or a script: {id}"
+            );
+        }
     }
 
     #[test]
@@ -708,6 +733,13 @@ mod tests {
                 "default: 16 CPUs / OMPI_COMM_WORLD_LOCAL_SIZE 8 - 1, within 1 to 8",
             ),
             (4, &[("LOCAL_WORLD_SIZE", "8")], 1, "default: 4 CPUs / LOCAL_WORLD_SIZE 8 - 1, within 1 to 8"),
+            (
+                32,
+                &[("SLURM_NTASKS_PER_NODE", "8"), ("SLURM_STEP_ID", "0")],
+                3,
+                "default: 32 CPUs / SLURM_NTASKS_PER_NODE 8 - 1, within 1 to 8",
+            ),
+            (8, &[("SLURM_NTASKS_PER_NODE", "8")], 7, "default: 8 CPUs - 1, within 1 to 8"),
             (
                 32,
                 &[("SLURM_CPUS_PER_TASK", "6"), ("LOCAL_WORLD_SIZE", "4")],

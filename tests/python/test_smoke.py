@@ -1,4 +1,4 @@
-"""Protects: what the binding itself adds. Memory outlives its loader, buffers and capsules are sound, threads run Python datasets."""
+"""Protects: what the binding adds. Memory outlives its loader, capsules are sound, threads run Python datasets."""
 
 from __future__ import annotations
 
@@ -204,9 +204,9 @@ def test_break_drops_submitted_tensors(corpus: Path) -> None:
         return buffer
 
     loader = DataLoader(TokenDataset(corpus, seq_len=SEQ_LEN), batch_size=4, num_workers=2, _allocator=allocate)
-    for batch in loader:
+    for _ in loader:
         break
-    del batch
+    del _
     loader.close()
     gc.collect()
     assert allocated and not any(buffer() is not None for buffer in allocated)

@@ -3,10 +3,13 @@
 Errors are the exceptions of `forebay`; each has `path`, `block` and `row`, and its causes as notes.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any, final
 
 from typing_extensions import CapsuleType
+
+__all__ = ["Array", "Batch", "Batches", "Loader", "__version__", "resolve"]
 
 __version__: str
 
@@ -122,7 +125,9 @@ class Array:
     def shape(self) -> tuple[int, int]: ...
     @property
     def dtype(self) -> str: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
     def __dlpack__(
         self,
         *,

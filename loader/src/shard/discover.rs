@@ -33,7 +33,7 @@ pub fn find(data: &[String], format: DataFormat) -> Result<Vec<ShardFile>> {
     }
     let mut seen = HashMap::new();
     for shard in &shards {
-        let real = shard.path.canonicalize().unwrap_or_else(|_| shard.path.clone());
+        let real = named_place(&shard.path);
         if let Some(first) = seen.insert(real, &shard.path) {
             faults.push(Error::config(format!(
                 "a shard is listed twice: `{}` and `{}`; each token must be there once",
@@ -90,23 +90,10 @@ fn find_pattern(pattern: &str) -> Result<Vec<ShardFile>> {
 }
 
 fn find_in_folder(folder: &Path, format: DataFormat) -> Result<Vec<ShardFile>> {
-    if folder.join("state.json").is_file() {
-        return find_saved_dataset(folder);
-    }
-    if folder.join("dataset_dict.json").is_file() {
-        let splits = subfolders(folder);
-        return Err(Error::config(format!(
-            "`{}` holds several splits (`{}`): name one of them, such as `{}`",
-            folder.display(),
-            splits.join("`, `"),
-            folder.join(splits.first().map_or("train", String::as_str)).display()
-        )));
-    }
-    let mut search = Search { format, found: Vec::new(), other: 0, folders: Vec::new() };
+    let mut search = Search { root: folder, format, found: Vec::new(), other: 0, folders: Vec::new() };
     search.walk(folder)?;
-    let mut shards: Vec<ShardFile> =
-        search.found.into_iter().map(|path| ShardFile { name: relative_name(&path, folder), path }).collect();
-    shards.sort_by(|a, b| a.name.as_bytes().cmp(b.name.as_bytes()));
+    search.found.sort_by(|(a, _), (b, _)| a.as_bytes().cmp(b.as_bytes()));
+    let shards: Vec<ShardFile> = search.found.into_iter().map(|(_, shard)| shard).collect();
     if shards.is_empty() {
         return Err(Error::new(
             ErrorKind::NotFound,
@@ -119,6 +106,16 @@ fn find_in_folder(folder: &Path, format: DataFormat) -> Result<Vec<ShardFile>> {
         ));
     }
     Ok(shards)
+}
+
+/// `path` with the links in its folders resolved, but not one at its end: the cache of a hub links several names to one
+/// file where their content is the same.
+fn named_place(path: &Path) -> PathBuf {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match (folder.canonicalize(), path.file_name()) {
+        (Ok(folder), Some(name)) => folder.join(name),
+        _ => path.to_owned(),
+    }
 }
 
 /// The files of a folder that `datasets.Dataset.save_to_disk` wrote, in the order of its state.
@@ -160,21 +157,41 @@ fn find_saved_dataset(folder: &Path) -> Result<Vec<ShardFile>> {
         .collect()
 }
 
-struct Search {
+struct Search<'a> {
+    root: &'a Path,
     format: DataFormat,
-    found: Vec<PathBuf>,
+    /// Shards, each with what it is sorted by: its name, or the folder's where a saved dataset has its own order.
+    found: Vec<(String, ShardFile)>,
     /// Files passed over.
     other: usize,
     /// The folders being searched, to end loops of links.
     folders: Vec<PathBuf>,
 }
 
-impl Search {
+impl Search<'_> {
     fn walk(&mut self, folder: &Path) -> Result<()> {
         let failed = |error| Error::io("cannot read folder", error).at(folder);
         let real = folder.canonicalize().map_err(failed)?;
         if self.folders.contains(&real) {
             return Ok(());
+        }
+        // Wherever it is met: beside its files a saved dataset may hold caches of `map`, which are not part of it.
+        if folder.join("state.json").is_file() {
+            let key = format!("{}/", relative_name(folder, self.root));
+            for file in find_saved_dataset(folder)? {
+                let name = relative_name(&file.path, self.root);
+                self.found.push((key.clone(), ShardFile { name, ..file }));
+            }
+            return Ok(());
+        }
+        if folder.join("dataset_dict.json").is_file() {
+            let splits = subfolders(folder);
+            return Err(Error::config(format!(
+                "`{}` holds several splits (`{}`): name one of them, such as `{}`",
+                folder.display(),
+                splits.join("`, `"),
+                folder.join(splits.first().map_or("train", String::as_str)).display()
+            )));
         }
         self.folders.push(real);
         for entry in std::fs::read_dir(folder).map_err(failed)? {
@@ -189,7 +206,8 @@ impl Search {
             } else if path.extension().is_some_and(|suffix| {
                 suffixes(self.format).contains(&suffix.to_string_lossy().to_ascii_lowercase().as_str())
             }) {
-                self.found.push(path);
+                let name = relative_name(&path, self.root);
+                self.found.push((name.clone(), ShardFile { path, name }));
             } else {
                 self.other += 1;
             }
@@ -312,5 +330,36 @@ mod tests {
         assert!(error.to_string().contains("`test`, `train`"), "{error}");
         std::fs::write(root.join("d/state.json"), r#"{"_data_files": [{"filename": "c.arrow"}]}"#).unwrap();
         assert_eq!(names(&[&root.join("d")], DataFormat::Auto).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn saved_datasets_inside_folders_keep_their_order_and_leave_caches_out() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        touch(root, &["c.arrow", "d/b.arrow", "d/a.arrow", "d/cache-1234.arrow", "d-e.arrow", "d0.arrow"]);
+        let state = r#"{"_data_files": [{"filename": "b.arrow"}, {"filename": "a.arrow"}]}"#;
+        std::fs::write(root.join("d/state.json"), state).unwrap();
+        assert_eq!(
+            names(&[root], DataFormat::Auto).unwrap(),
+            ["c.arrow", "d-e.arrow", "d/b.arrow", "d/a.arrow", "d0.arrow"]
+        );
+        touch(root, &["s/dataset_dict.json", "s/train/x.arrow", "s/test/x.arrow"]);
+        let error = names(&[root], DataFormat::Auto).unwrap_err();
+        assert!(error.to_string().contains("`test`, `train`"), "{error}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn names_that_a_hub_links_to_one_file_are_several_shards() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        touch(root, &["blobs/0123", "snapshot/x"]);
+        for name in ["1.parquet", "2.parquet"] {
+            std::os::unix::fs::symlink(root.join("blobs/0123"), root.join("snapshot").join(name)).unwrap();
+        }
+        std::os::unix::fs::symlink(root.join("snapshot"), root.join("main")).unwrap();
+        assert_eq!(names(&[&root.join("snapshot")], DataFormat::Auto).unwrap(), ["1.parquet", "2.parquet"]);
+        let twice = names(&[&root.join("snapshot/1.parquet"), &root.join("main/1.parquet")], DataFormat::Auto);
+        assert!(twice.unwrap_err().to_string().contains("listed twice"));
     }
 }
