@@ -23,7 +23,7 @@ build: ## Build the wheel and install it into .venv
 
 wheels: build ## Build the wheels (abi3, and cp314t where python3.14t is found) into out/wheels
 	@if [ -n "$$($(SETUP) python-ft)" ]; then $(SETUP) venv .venv-ft ft && $(SETUP) wheel .venv-ft; fi
-	@mkdir -p out/wheels && cp $(CARGO_TARGET_DIR)/wheels/*/*.whl out/wheels/ && ls -l out/wheels
+	@ls -l out/wheels/*/*.whl
 
 test: ## All tests: Rust, Python, free-threaded Python
 	@$(PYTHON) scripts/test.py rust python ft
