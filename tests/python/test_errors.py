@@ -17,10 +17,11 @@ from reference import Settings
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
-import forebay
 import pyarrow as pa
 import pyarrow.parquet as pq
 from support import open_loader
+
+import forebay
 
 pytestmark = pytest.mark.hostile
 

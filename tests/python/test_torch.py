@@ -14,8 +14,9 @@ pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
 import torch
-from forebay.torch import DataLoader, TokenDataset
 from support import assert_batch, run_python
+
+from forebay.torch import DataLoader, TokenDataset
 
 SEQ_LEN = 16
 
