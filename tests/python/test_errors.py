@@ -17,10 +17,11 @@ from reference import Settings
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
-import forebay
 import pyarrow as pa
 import pyarrow.parquet as pq
 from support import open_loader
+
+import forebay
 
 pytestmark = pytest.mark.hostile
 
@@ -337,3 +338,11 @@ def test_a_corpus_without_a_sequence_has_no_batches(tmp_path: Path) -> None:
     with open_loader(path, SETTINGS) as loader:
         assert len(loader) == 0
         assert list(loader) == []
+
+
+def test_what_a_failed_constructor_leaves_can_be_shown(tmp_path: Path) -> None:
+    for arguments in ({"data": tmp_path / "nowhere"}, {"data": tmp_path, "pin_memory": True}):
+        loader = forebay.Loader.__new__(forebay.Loader)
+        with pytest.raises(forebay.ForebayError):
+            loader.__init__(**arguments)  # type: ignore[misc]
+        assert repr(loader) == "<Loader that was not opened>"
