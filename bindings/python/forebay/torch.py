@@ -108,7 +108,11 @@ class TokenDataset(Dataset[Tensors]):
 
 
 class _Rows(IterableDataset[Tensors]):
-    """``dataset`` of a native loader: its rows one by one, for trainers that batch them again to skip some."""
+    """``dataset`` of a native loader: its rows one by one, for trainers that batch them again to skip some.
+
+    They must be told the epoch. Hugging Face's Trainer does not tell it where it resumes within any but the first: let
+    the ``on_epoch_begin`` of a callback call ``train_dataloader.set_epoch(int(state.epoch))``.
+    """
 
     def __init__(self, loader: Loader, tokens: TokenDataset) -> None:
         self._loader = loader
