@@ -9,10 +9,10 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft hostile stress check fmt demo bench doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft test-trainers hostile stress check fmt demo bench doc clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: ## Virtual environment .venv with everything for tests, demo and checks
 	@$(SETUP) venv .venv build test demo lint
@@ -36,6 +36,11 @@ test-python: ## Python tests on .venv
 
 test-ft: ## Python tests on free-threaded CPython (python3.14t)
 	@$(PYTHON) scripts/test.py ft
+
+test-trainers: ## Accelerate, Hugging Face Trainer and Lightning
+	@$(SETUP) venv .venv build test trainers
+	@$(SETUP) wheel .venv
+	@.venv/bin/python -m pytest tests/python/test_trainers.py
 
 hostile: ## Corrupted shards, killed processes, forks
 	@$(PYTHON) scripts/test.py hostile
@@ -64,8 +69,9 @@ demo: ## Train a small GPT on Python's own sources, kill and resume it, compare 
 	@$(SETUP) wheel .venv
 	@.venv/bin/python examples/demo.py
 
-bench: build ## Limits of this machine and of the loader
-	cargo run --release -p forebay-benches
+bench: build ## Limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick in 2, ARGS=--write-results
+	@$(SETUP) venv .venv bench
+	@.venv/bin/python benches/python/bench.py $(ARGS)
 
 doc: ## Rust documentation
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace --exclude forebay-python

@@ -339,3 +339,11 @@ def test_a_corpus_without_a_sequence_has_no_batches(tmp_path: Path) -> None:
     with open_loader(path, SETTINGS) as loader:
         assert len(loader) == 0
         assert list(loader) == []
+
+
+def test_what_a_failed_constructor_leaves_can_be_shown(tmp_path: Path) -> None:
+    for arguments in ({"data": tmp_path / "nowhere"}, {"data": tmp_path, "pin_memory": True}):
+        loader = forebay.Loader.__new__(forebay.Loader)
+        with pytest.raises(forebay.ForebayError):
+            loader.__init__(**arguments)  # type: ignore[misc]
+        assert repr(loader) == "<Loader that was not opened>"

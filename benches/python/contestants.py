@@ -1,0 +1,282 @@
+"""Who is measured. Each contestant delivers endless shuffled batches: dicts of `input_ids` and `labels`, int64
+[batch_size, seq_len], in memory of their own.
+
+Peers get the fastest form known to us: permutations are drawn as one array, collation is skipped where there is nothing
+to collate, and gathered rows are widened by NumPy, once for the inputs and once for the labels.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Batch = dict[str, Any]
+
+GROUPS = {
+    "uint16": "Uncompressed, 2 bytes per token",
+    "int32": "Uncompressed, 4 bytes per token",
+    "zstd": "Parquet, zstd",
+    "snappy": "Parquet, snappy",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch_size: int
+    seq_len: int
+
+    def __str__(self) -> str:
+        return f"B={self.batch_size} S={self.seq_len}"
+
+
+#: The second one is measured for those who are near the front, so that all fits into the time.
+SHAPES = (Shape(8, 2048), Shape(32, 4096))
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    label: str
+    group: str
+    #: Helper threads or processes that were asked for.
+    helpers: int
+    #: File or folder below the corpus.
+    reads: str
+    make: Callable[[Path, Shape, int], Any]
+    ours: bool = False
+    tensors: bool = True
+    quick: bool = False
+    both_shapes: bool = True
+    #: Beside the comparison: neither a peer nor held against them.
+    reference: bool = False
+    #: What is imported before its first batch is timed.
+    imports: tuple[str, ...] = ("torch.utils.data",)
+    #: Where its rows begin, if not at the multiples of `seq_len`.
+    starts: Callable[[Path, Shape], np.ndarray] | None = None
+
+
+def forebay_tensors(path: Path, shape: Shape, threads: int):
+    from forebay.torch import DataLoader, TokenDataset
+
+    dataset = TokenDataset(path, seq_len=shape.seq_len)
+    return DataLoader(dataset, batch_size=shape.batch_size, shuffle=True, seed=0, drop_last=True, num_threads=threads)
+
+
+def forebay_arrays(path: Path, shape: Shape, threads: int):
+    from forebay import Loader
+
+    return Loader(
+        path, seq_len=shape.seq_len, batch_size=shape.batch_size, shuffle=True, seed=0, remainder="drop",
+        num_threads=threads,
+    )  # fmt: skip
+
+
+def map_rows(path: Path, shape: Shape) -> np.ndarray:
+    # A plain view: indexing a memmap object costs more.
+    flat = np.asarray(np.memmap(path, path.stem.rpartition("-")[2], "r"))
+    return flat[: len(flat) // shape.seq_len * shape.seq_len].reshape(-1, shape.seq_len)
+
+
+def widen(rows: np.ndarray) -> Batch:
+    import torch
+
+    return {"input_ids": torch.from_numpy(rows.astype(np.int64)), "labels": torch.from_numpy(rows.astype(np.int64))}
+
+
+class IndexBatches:
+    """A sampler of whole batches: one permutation per epoch, cut into arrays."""
+
+    def __init__(self, rows: int, batch_size: int) -> None:
+        self.rows, self.batch_size, self.rng = rows, batch_size, np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = self.rng.permutation(self.rows)
+        for batch in range(len(self)):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+class Rows:
+    """A map-style dataset of one flat file; an index of several rows gives them as one batch."""
+
+    def __init__(self, path: Path, shape: Shape) -> None:
+        self.rows = map_rows(path, shape)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | np.ndarray) -> Batch:
+        return widen(self.rows[index])
+
+
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def torch_batched(path: Path, shape: Shape, workers: int):
+    from torch.utils.data import DataLoader
+
+    dataset = Rows(path, shape)
+    sampler = IndexBatches(len(dataset), shape.batch_size)
+    return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=as_it_is, num_workers=workers)
+
+
+def torch_rows(path: Path, shape: Shape, workers: int):
+    from torch.utils.data import DataLoader
+
+    more = {"persistent_workers": True, "multiprocessing_context": "fork"} if workers else {}
+    return DataLoader(Rows(path, shape), shape.batch_size, shuffle=True, drop_last=True, num_workers=workers, **more)
+
+
+def stateful_rows(path: Path, shape: Shape, workers: int):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return StatefulDataLoader(Rows(path, shape), shape.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+
+
+def nodes_batched(path: Path, shape: Shape, workers: int):
+    import torchdata.nodes as nodes
+
+    dataset = Rows(path, shape)
+    indices = nodes.SamplerWrapper(IndexBatches(len(dataset), shape.batch_size))
+    return nodes.Loader(nodes.Mapper(indices, dataset.__getitem__))
+
+
+class RowGroups:
+    """The row groups of a folder of Parquet files, for several threads: each has its own open files."""
+
+    def __init__(self, folder: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.groups: list[tuple[Path, int]] = []
+        #: Tokens of each. No document is empty, so the values of the list column are tokens.
+        self.tokens: list[int] = []
+        for path in sorted(folder.glob("*.parquet")):
+            metadata = pq.ParquetFile(path).metadata
+            self.groups.extend((path, group) for group in range(metadata.num_row_groups))
+            self.tokens.extend(
+                metadata.row_group(group).column(0).num_values for group in range(metadata.num_row_groups)
+            )
+        self.local = threading.local()
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def read(self, number: int) -> np.ndarray:
+        import pyarrow.parquet as pq
+
+        path, group = self.groups[number]
+        files = self.local.__dict__
+        if str(path) not in files:
+            files[str(path)] = pq.ParquetFile(path)
+        table = files[str(path)].read_row_group(group, columns=["input_ids"], use_threads=False)
+        return table.column(0).combine_chunks().flatten().to_numpy()
+
+
+def chopped_starts(folder: Path, shape: Shape) -> np.ndarray:
+    tokens = RowGroups(folder).tokens
+    firsts = np.cumsum([0, *tokens[:-1]])
+    within = [np.arange(count // shape.seq_len) * shape.seq_len for count in tokens]
+    return np.concatenate([first + starts for first, starts in zip(firsts, within, strict=True)])
+
+
+class Chopped:
+    """Row groups in random order, each decoded by pyarrow and cut into rows, which are shuffled among themselves.
+
+    Less of a shuffle than the others', and a row group's rest of less than a row is dropped. With two threads, the next
+    row groups are decoded beside the one in use.
+    """
+
+    def __init__(self, path: Path, shape: Shape, threads: int) -> None:
+        self.groups, self.shape, self.threads = RowGroups(path), shape, threads
+        self.rng = np.random.default_rng(0)
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def decode(self, number: int) -> np.ndarray:
+        tokens = self.groups.read(number)
+        rows = len(tokens) // self.shape.seq_len
+        return tokens[: rows * self.shape.seq_len].reshape(rows, self.shape.seq_len)
+
+    def decoded(self) -> Iterator[np.ndarray]:
+        order = self.rng.permutation(len(self.groups))
+        if self.pool is None:
+            yield from map(self.decode, order)
+            return
+        ahead: deque[Any] = deque()
+        for number in order:
+            ahead.append(self.pool.submit(self.decode, number))
+            if len(ahead) > self.threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = self.shape.batch_size
+        rest = np.empty((0, self.shape.seq_len), np.int32)
+        for rows in self.decoded():
+            order = self.rng.permutation(len(rows))
+            at = 0
+            if len(rest):
+                at = size - len(rest)
+                rest = np.concatenate((rest, rows[order[:at]]))
+                if len(rest) < size:
+                    continue
+                yield widen(rest)
+            while at + size <= len(order):
+                yield widen(rows[order[at : at + size]])
+                at += size
+            rest = rows[order[at:]]
+
+
+def contestants() -> list[Contestant]:
+    found = []
+
+    def add(*given: Any, **more: Any) -> None:
+        found.append(Contestant(*given, **more))
+
+    for dtype in ("uint16", "int32"):
+        for threads in (1, 2):
+            add(
+                f"forebay-arrow-{dtype}-{threads}", "forebay, Arrow", dtype, threads, f"arrow-{dtype}",
+                forebay_tensors, ours=True, quick=dtype == "uint16", imports=("forebay.torch",),
+            )  # fmt: skip
+    for codec in ("zstd", "snappy"):
+        for threads in (1, 2):
+            add(
+                f"forebay-parquet-{codec}-{threads}", "forebay, Parquet", codec, threads, f"parquet-{codec}",
+                forebay_tensors, ours=True, quick=codec == "zstd", both_shapes=codec == "zstd",
+                imports=("forebay.torch",),
+            )  # fmt: skip
+    add(
+        "forebay-numpy", "forebay, Arrow, NumPy arrays", "uint16", 1, "arrow-uint16",
+        forebay_arrays, ours=True, tensors=False, reference=True, imports=("forebay",),
+    )  # fmt: skip
+    for dtype in ("uint16", "int32"):
+        flat, first = f"tokens-{dtype}.bin", dtype == "uint16"
+        add(f"torch-batched-{dtype}", "torch DataLoader, batched", dtype, 0, flat, torch_batched, quick=first)
+        add(
+            f"nodes-batched-{dtype}", "torchdata.nodes, batched", dtype, 0, flat, nodes_batched,
+            quick=first, imports=("torchdata.nodes",),
+        )  # fmt: skip
+    flat = "tokens-uint16.bin"
+    add("torch-rows-0", "torch DataLoader, per row", "uint16", 0, flat, torch_rows, quick=True)
+    add("torch-rows-2", "torch DataLoader, per row, processes", "uint16", 2, flat, torch_rows, both_shapes=False)
+    add(
+        "stateful-rows-0", "StatefulDataLoader, per row", "uint16", 0, flat, stateful_rows,
+        both_shapes=False, imports=("torchdata.stateful_dataloader",),
+    )  # fmt: skip
+    for codec in ("zstd", "snappy"):
+        for threads in (1, 2):
+            add(
+                f"pyarrow-{codec}-{threads}", "pyarrow row groups, by hand", codec, threads, f"parquet-{codec}",
+                Chopped, quick=codec == "zstd", both_shapes=codec == "zstd", starts=chopped_starts,
+                imports=("torch", "pyarrow.parquet"),
+            )  # fmt: skip
+    return found

@@ -1,0 +1,260 @@
+"""One measurement in this process, printed as one JSON line: of a contestant, or of a limit that Python can measure.
+
+    measure.py '{"contestant": NAME, "corpus": FOLDER, "batch_size": 8, "seq_len": 2048, "warm_up_s": 1, "window_s": 3}'
+    measure.py '{"limit": "decode" | "decompress", "codec": "zstd", "threads": 1, "corpus": FOLDER, "window_s": 1}'
+
+A contestant's first batches are checked against the corpus before it is timed; one that fails ends with an error.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contestants import Batch, Contestant, RowGroups, Shape, contestants, map_rows
+
+CHECKED_BATCHES = 48
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+def descendants() -> list[int]:
+    found, at = [os.getpid()], 0
+    while at < len(found):
+        for tasks in Path(f"/proc/{found[at]}/task").glob("*/children"):
+            try:
+                found.extend(int(pid) for pid in tasks.read_text().split())
+            except OSError:
+                continue
+        at += 1
+    return found
+
+
+def cpu_seconds() -> float:
+    """Of this process and its descendants; of the latter in ticks of the kernel, usually 10 ms."""
+    total = time.process_time()
+    for pid in descendants()[1:]:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+    return total
+
+
+def machine_cpu_seconds() -> float:
+    """What all processes of the machine, and other guests of its host, took from its cores."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / TICKS_PER_S
+
+
+def memory_mb() -> float:
+    """Anonymous and shared memory of this process and its descendants, each page once; mapped files do not count."""
+    total = 0
+    for pid in descendants():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in ("Pss_Anon", "Pss_Shmem"):
+                total += int(value.split()[0])
+    return total / 1024
+
+
+def endless(loader: Any) -> Iterator[Batch]:
+    while True:
+        yield from loader
+
+
+class Checker:
+    """Finds each delivered row in the corpus."""
+
+    def __init__(self, corpus: Path, contestant: Contestant, shape: Shape) -> None:
+        rows = map_rows(corpus / "tokens-uint16.bin", shape)
+        self.flat, self.shape, self.contestant = rows.reshape(-1), shape, contestant
+        if contestant.starts is None:
+            starts = np.arange(len(rows)) * shape.seq_len
+        else:
+            starts = contestant.starts(corpus / contestant.reads, shape)
+            starts = starts[starts + shape.seq_len <= len(self.flat)]
+        keys = self.key(self.flat[starts[:, None] + np.arange(4)])
+        order = np.argsort(keys)
+        self.keys, self.starts = keys[order], starts[order]
+        self.found: list[int] = []
+
+    @staticmethod
+    def key(heads: np.ndarray) -> np.ndarray:
+        return heads.astype(np.uint64) @ (np.uint64(1) << np.arange(0, 64, 16, dtype=np.uint64))
+
+    def check(self, batch: Batch) -> None:
+        if set(batch) != {"input_ids", "labels"}:
+            raise AssertionError(f"a batch has the fields {sorted(batch)}")
+        if self.contestant.tensors:
+            import torch
+
+            kinds = {type(field) for field in batch.values()}
+            if kinds != {torch.Tensor}:
+                raise AssertionError(f"a batch has fields of the types {kinds}")
+        inputs, labels = (np.asarray(batch[name]) for name in ("input_ids", "labels"))
+        expected = (self.shape.batch_size, self.shape.seq_len)
+        for field in (inputs, labels):
+            if field.shape != expected or field.dtype != np.int64:
+                raise AssertionError(f"expected int64 {expected}, found {field.dtype} {field.shape}")
+        if np.shares_memory(inputs, labels):
+            raise AssertionError("labels share memory with input_ids")
+        if not np.array_equal(inputs, labels):
+            raise AssertionError("labels differ from input_ids")
+        for row, key in zip(inputs, self.key(inputs[:, :4]), strict=True):
+            first, last = (np.searchsorted(self.keys, key, side) for side in ("left", "right"))
+            for start in self.starts[first:last]:
+                if np.array_equal(row, self.flat[start : start + self.shape.seq_len]):
+                    self.found.append(int(start))
+                    break
+            else:
+                raise AssertionError(f"a row beginning with {row[:8].tolist()} is none of the corpus")
+
+    def finish(self) -> dict[str, float]:
+        repeated = len(self.found) - len(set(self.found))
+        if repeated:
+            raise AssertionError(f"{repeated} of the first {len(self.found)} rows were delivered twice")
+        neighbours = float(np.mean(np.diff(self.found) == self.shape.seq_len))
+        if neighbours > 0.1:
+            raise AssertionError(f"{neighbours:.0%} of the rows follow their neighbour of the corpus: not shuffled")
+        return {"checked_rows": len(self.found), "neighbours": neighbours}
+
+
+def resume_ms(contestant: Contestant, path: Path, shape: Shape, share: float, state: dict[str, Any]) -> float:
+    """From no loader to the first batch after `share` of the epoch."""
+    began = time.perf_counter()
+    loader = contestant.make(path, shape, contestant.helpers)
+    # A state is one position in the epoch, in sequences; going there by iterating would take the epoch's time.
+    loader.load_state_dict({**state, "position": int(len(loader) * share) * shape.batch_size})
+    next(iter(loader))
+    took = time.perf_counter() - began
+    loader.close()
+    return took * 1e3
+
+
+def timed(batches: Iterator[Batch], seconds: float) -> array:
+    """The duration of each `next()` within `seconds`, the release of the batch before included."""
+    waits, clock = array("d"), time.perf_counter
+    now = clock()
+    end = now + seconds
+    batch = None
+    while now < end:
+        batch = next(batches)
+        after = clock()
+        waits.append(after - now)
+        now = after
+    del batch
+    return waits
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    contestant = next(one for one in contestants() if one.name == job["contestant"])
+    shape, corpus = Shape(job["batch_size"], job["seq_len"]), Path(job["corpus"])
+    path = corpus / contestant.reads
+    for module in contestant.imports:
+        importlib.import_module(module)
+    bare_mb = memory_mb()
+
+    began = time.perf_counter()
+    loader = contestant.make(path, shape, contestant.helpers)
+    batches = endless(loader)
+    batch = next(batches)
+    first_batch_ms = (time.perf_counter() - began) * 1e3
+
+    checker = Checker(corpus, contestant, shape)
+    for _ in range(CHECKED_BATCHES - 1):
+        # Checked when the next one is there already, so that a buffer written again would show.
+        following = next(batches)
+        checker.check(batch)
+        batch = following
+    checked = checker.finish()
+    del checker, batch, following
+
+    timed(batches, job["warm_up_s"])
+    others, cpu, began = machine_cpu_seconds(), cpu_seconds(), time.perf_counter()
+    waits = timed(batches, job["window_s"])
+    elapsed, cpu, others = time.perf_counter() - began, cpu_seconds() - cpu, machine_cpu_seconds() - others
+    held = next(batches)
+    used_mb = memory_mb()
+    del held
+    tokens = len(waits) * shape.batch_size * shape.seq_len
+    percentiles = np.percentile(waits, [50, 99, 99.9]) * 1e6
+    result = {
+        "tokens_per_s": tokens / elapsed,
+        "cpu_s_per_gtok": cpu / tokens * 1e9,
+        "cores": cpu / elapsed,
+        "other_cores": max(0.0, (others - cpu) / elapsed),
+        "memory_mb": used_mb,
+        "own_memory_mb": used_mb - bare_mb,
+        "processes": len(descendants()),
+        "first_batch_ms": first_batch_ms,
+        **dict(zip(("p50_us", "p99_us", "p999_us"), map(float, percentiles), strict=True)),
+        "batches": len(waits),
+        **checked,
+    }
+    if contestant.ours:
+        state = loader.state_dict()
+        batches.close()  # type: ignore[attr-defined]
+        loader.close()
+        for percent in (1, 99):
+            result[f"resume_{percent}_ms"] = resume_ms(contestant, path, shape, percent / 100, state)
+    return result
+
+
+def decoder(corpus: Path, codec: str) -> Callable[[int], int]:
+    """pyarrow's decoding of a row group into int32 values, and nothing done with them."""
+    groups = RowGroups(corpus / f"parquet-{codec}")
+    return lambda step: len(groups.read(step % len(groups)))
+
+
+def decompressor(corpus: Path, codec: str) -> Callable[[int], int]:
+    """Decompression of blocks of 512 Ki tokens of 16 bits, about what the dictionary's indices in a page are."""
+    import pyarrow as pa
+
+    block = 512 << 10
+    tokens = np.memmap(corpus / "tokens-uint16.bin", np.uint16, "r")
+    blocks = [
+        pa.Codec(codec).compress(np.asarray(tokens[at : at + block]), asbytes=True)
+        for at in range(0, 16 * block, block)
+    ]
+    return lambda step: pa.Codec(codec).decompress(blocks[step % len(blocks)], 2 * block).size // 2
+
+
+def limit(job: dict[str, Any]) -> dict[str, Any]:
+    work = {"decode": decoder, "decompress": decompressor}[job["limit"]](Path(job["corpus"]), job["codec"])
+    work(0)
+    ready, tokens = threading.Barrier(job["threads"]), [0.0] * job["threads"]
+
+    def loop(thread: int) -> None:
+        ready.wait()
+        began = time.perf_counter()
+        done = 0
+        for step in itertools.count(thread * 7):
+            done += work(step)
+            elapsed = time.perf_counter() - began
+            if elapsed >= job["window_s"]:
+                break
+        tokens[thread] = done / elapsed
+
+    cpu, began = time.process_time(), time.perf_counter()
+    threads = [threading.Thread(target=loop, args=(number,)) for number in range(job["threads"])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cores = (time.process_time() - cpu) / (time.perf_counter() - began)
+    speed = sum(tokens)
+    return {"tokens_per_s": speed, "cores": cores, "cpu_s_per_gtok": cores / speed * 1e9}
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    print(json.dumps(limit(asked) if "limit" in asked else measure(asked)))

@@ -1,0 +1,309 @@
+"""Turns the records of a run into Markdown, and into a page with plots. Numbers are medians over the repeats."""
+
+import html
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from contestants import GROUPS, Contestant, Shape, contestants
+
+Record = dict[str, Any]
+
+#: Name, field, and whether more is better.
+METRICS = (
+    ("speed", "tokens_per_s", True),
+    ("CPU", "cpu_s_per_gtok", False),
+    ("memory", "own_memory_mb", False),
+    ("first batch", "first_batch_ms", False),
+    ("p99", "p99_us", False),
+)
+LIMITS = {
+    "gather": "limit: gather and widen, no loader",
+    "decompress": "limit: decompress 16-bit tokens, nothing else",
+    "decode": "pyarrow's decoding of row groups, no batches",
+}
+HEADS = [
+    "", "helpers", "Mtok/s (min to max)", "of limit", "of fastest peer", "CPU s/Gtok", "cores",
+    "memory MB (with imports)", "first batch ms", "next() µs p50 / p99 / p99.9", "resume ms at 1 % / 99 %", "a peer is ahead in",
+]  # fmt: skip
+
+
+def number(value: float) -> str:
+    """Three digits that count."""
+    for digits, above in ((0, 100), (1, 10), (2, 0.1)):
+        if abs(value) >= above:
+            return f"{value:.{digits}f}"
+    return f"{value:.3f}"
+
+
+class Line:
+    """What several runs of one thing gave."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self.name, self.group = records[0]["name"], records[0]["group"]
+        self.threads = records[0].get("threads", 0)
+        self.failed = next((record["failed"] for record in records if "failed" in record), None)
+        self.runs = [record for record in records if "failed" not in record]
+
+    def __getitem__(self, field: str) -> float:
+        return median(run[field] for run in self.runs)
+
+    @property
+    def speed(self) -> str:
+        values = [run["tokens_per_s"] / 1e6 for run in self.runs]
+        spread = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
+        return number(median(values)) + spread
+
+
+@dataclass
+class Group:
+    """Contestants that read the same bytes, and their limits."""
+
+    shape: Shape
+    name: str
+    limits: dict[tuple[str, int], Line]
+    lines: list[tuple[Contestant, Line]]
+
+    @property
+    def title(self) -> str:
+        return f"{GROUPS[self.name]}, {self.shape}"
+
+    def limit(self, helpers: int) -> Line | None:
+        kind = "gather" if self.name in ("uint16", "int32") else "decompress"
+        return self.limits.get((kind, min(max(helpers, 1), 2)))
+
+    def of(self, ours: bool) -> list[tuple[Contestant, Line]]:
+        return [
+            (one, line) for one, line in self.lines if one.ours == ours and not one.reference and line.failed is None
+        ]
+
+    def best(self, ours: bool, field: str, more: bool) -> tuple[Contestant, Line] | None:
+        found = sorted(self.of(ours), key=lambda pair: pair[1][field], reverse=more)
+        return found[0] if found else None
+
+    def behind(self, one: Contestant, line: Line) -> str:
+        """In what some peer beats this one of ours."""
+        if not one.ours or one.reference:
+            return ""
+        found = []
+        for name, field, more in METRICS:
+            peer = self.best(False, field, more)
+            if peer is not None and (peer[1][field] > line[field] if more else peer[1][field] < line[field]):
+                found.append(name)
+        return ", ".join(f"**{name}**" for name in found) or "nothing"
+
+    def rows(self) -> list[list[str]]:
+        rows = []
+        for (kind, threads), line in sorted(self.limits.items(), key=lambda item: (-len(item[0][0]), item[0])):
+            if line.failed is not None:
+                rows.append([LIMITS[kind], str(threads), f"failed: {line.failed}", *[""] * (len(HEADS) - 3)])
+            else:
+                cost = [number(line["cpu_s_per_gtok"]), number(line["cores"])]
+                rows.append([LIMITS[kind], str(threads), line.speed, "", "", *cost, *[""] * (len(HEADS) - 7)])
+        fastest = self.best(False, "tokens_per_s", True)
+        ranked = sorted(self.lines, key=lambda pair: (pair[1].failed is not None, not pair[0].ours, pair[0].reference))
+        for one, line in ranked:
+            label = f"**{one.label}**" if one.ours else one.label
+            if line.failed is not None:
+                rows.append([label, str(one.helpers), f"**failed**: {line.failed}", *[""] * (len(HEADS) - 3)])
+                continue
+            limit = self.limit(one.helpers)
+            speed = line["tokens_per_s"]
+            rows.append([
+                label,
+                str(one.helpers),
+                line.speed,
+                f"{speed / limit['tokens_per_s']:.2f}" if limit and limit.failed is None else "",
+                f"{speed / fastest[1]['tokens_per_s']:.2f}" if fastest else "",
+                number(line["cpu_s_per_gtok"]),
+                f"{line['cores']:.2f}",
+                f"{number(line['own_memory_mb'])} ({line['memory_mb']:.0f})",
+                number(line["first_batch_ms"]),
+                " / ".join(number(line[field]) for field in ("p50_us", "p99_us", "p999_us")),
+                " / ".join(number(line[f"resume_{at}_ms"]) for at in (1, 99)) if one.ours else "",
+                self.behind(one, line),
+            ])  # fmt: skip
+        return rows
+
+    def lost(self) -> list[str]:
+        """Every measure in which the best peer beats the best of ours."""
+        found = []
+        for name, field, more in METRICS:
+            ours, peer = self.best(True, field, more), self.best(False, field, more)
+            if ours is None or peer is None:
+                continue
+            values = ours[1][field], peer[1][field]
+            if values[1] > values[0] if more else values[1] < values[0]:
+                scale, unit = {
+                    "tokens_per_s": (1e6, "Mtok/s"), "cpu_s_per_gtok": (1, "CPU s/Gtok"), "own_memory_mb": (1, "MB"),
+                    "first_batch_ms": (1, "ms"), "p99_us": (1, "µs"),
+                }[field]  # fmt: skip
+                mine, theirs = (f"{number(value / scale)} {unit}" for value in values)
+                who = f"{peer[0].label} ({peer[0].helpers} helpers)"
+                found.append(f"{self.title}, {name}: {who} {theirs}, the best of forebay {mine}")
+        return found
+
+
+def groups(records: list[Record]) -> list[Group]:
+    known = {one.name: one for one in contestants()}
+    shapes = list(dict.fromkeys(Shape(record["batch_size"], record["seq_len"]) for record in sorted(
+        (record for record in records[1:] if "seq_len" in record), key=lambda record: record["seq_len"]
+    )))  # fmt: skip
+    found = []
+    for shape in shapes:
+        for name in GROUPS:
+            runs: dict[tuple[str, str, int], list[Record]] = {}
+            for record in records[1:]:
+                here = "seq_len" not in record or Shape(record["batch_size"], record["seq_len"]) == shape
+                if record["group"] == name and here:
+                    runs.setdefault((record["kind"], record["name"], record.get("threads", 0)), []).append(record)
+            limits = {key[1:]: Line(some) for key, some in runs.items() if key[0] == "limit"}
+            order = list(known)
+            lines = [(known[key[1]], Line(some)) for key, some in runs.items() if key[0] == "loader"]
+            lines.sort(key=lambda pair: order.index(pair[0].name))
+            if lines:
+                found.append(Group(shape, name, limits, lines))
+    return found
+
+
+def facts(records: list[Record]) -> list[str]:
+    head = records[0]
+    machine, plan = head["machine"], head["plan"]
+    loaders = [record for record in records[1:] if "other_cores" in record]
+    others = [record["other_cores"] for record in loaders]
+    repeats = max((record["repeat"] for record in records[1:]), default=0) + 1
+    found = [
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['kernel']}",
+        "Versions: " + ", ".join(f"{name} {value}" for name, value in head["versions"].items()),
+        f"Date: {head['date']}; commit: {head['commit']}; command: `{head['command']}`",
+        f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {repeats} repeat{'s' * (repeats > 1)}, in random order"
+        f" (seed {head['seed']}), a fresh process each; {plan['warm_up_s']} s warm-up, {plan['window_s']} s window; warm"
+        " page cache",
+    ]
+    if others:
+        found.append(
+            f"Meanwhile other processes and other guests of the host took {median(others):.2f} cores in the median run,"
+            f" {max(others):.2f} in the worst" + ("; **this machine was not quiet**" if median(others) > 0.1 else "")
+        )
+    if head["quick"]:
+        found.append("**A --quick run: it shows that everything works; one short window is no measurement**")
+    return found
+
+
+HOW_TO_READ = (
+    "Every loader hands over shuffled `input_ids` and `labels` in memory of their own, int64, to a consumer that does"
+    " nothing else; its first batches were found in the corpus before it was timed. Of limit: speed over the limit with"
+    " as many threads (one, for loaders without helpers). Memory: anonymous and shared, of all processes, over what the"
+    " imports take. First batch: constructor and first batch, imports excluded. A peer is ahead in: where the best peer"
+    " of the table beats that row."
+)
+
+
+def markdown(records: list[Record]) -> str:
+    found = groups(records)
+    parts = ["# Benchmark results", "", *[f"- {fact}" for fact in facts(records)], "", HOW_TO_READ, ""]
+    for group in found:
+        parts += [f"## {group.title}", "", "| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
+        parts += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in group.rows()]
+        parts.append("")
+    lost = [text for group in found for text in group.lost()]
+    parts += ["## Where a peer is ahead of everything of forebay", ""]
+    parts += [f"- {text}" for text in lost] or ["Nowhere in these tables."]
+    return "\n".join(parts) + "\n"
+
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c2733; --soft: #5d6b7a; --line: #d8dee6; --back: #fff; --ours: #1769aa;
+  --peer: #a9b4c0; --limit: #c2571a; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e9ef; --soft: #9aa7b5; --line: #38434f; --back: #14191f;
+  --ours: #58a6e8; --peer: #5d6a78; --limit: #ec8c4c; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 2rem auto;
+  max-width: 76rem; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+ul { color: var(--soft); padding-left: 1.2rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 1.5rem; }
+@media (max-width: 34rem) { .plots { grid-template-columns: 1fr; } }
+svg { width: 100%; height: auto; } svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
+svg .soft { fill: var(--soft); }
+.ours { fill: var(--ours); } .peer { fill: var(--peer); } .limit { fill: var(--limit); }
+.whisker { stroke: var(--text); stroke-width: 1.2; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; } summary { cursor: pointer; color: var(--soft); margin-top: .8rem; }
+"""
+
+
+def bars(title: str, entries: list[tuple[str, str, list[float]]]) -> str:
+    """A bar per entry (label, class, values): its length the median, the whisker from the least to the most."""
+    label_width, width, step = 250, 560, 24
+    room = width - label_width - 60
+    top = max(max(values) for _, _, values in entries) or 1.0
+    height = len(entries) * step + 30
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
+    parts.append(f'<text x="0" y="14" font-weight="600">{html.escape(title)}</text>')
+    for row, (label, kind, values) in enumerate(entries):
+        y = 26 + row * step
+        middle, low, high = (label_width + room * value / top for value in (median(values), min(values), max(values)))
+        shown = number(median(values))
+        parts.append(
+            f"<g><title>{html.escape(label)}: {shown} ({number(min(values))} to {number(max(values))},"
+            f" {len(values)} runs)</title>"
+            f'<text x="{label_width - 8}" y="{y + 13}" text-anchor="end">{html.escape(label)}</text>'
+            f'<rect class="{kind}" x="{label_width}" y="{y}" width="{max(middle - label_width, 1):.1f}" height="17"/>'
+        )
+        if len(values) > 1:
+            parts.append(f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{y + 8.5}" y2="{y + 8.5}"/>')
+        parts.append(f'<text class="soft" x="{max(middle, high) + 6:.1f}" y="{y + 13}">{shown}</text></g>')
+    return "".join(parts) + "</svg>"
+
+
+def plots(group: Group) -> str:
+    shown = []
+    for title, field, scale, with_limits in (
+        ("Million tokens per second: longer is better", "tokens_per_s", 1e6, True),
+        ("CPU seconds per billion tokens: shorter is better", "cpu_s_per_gtok", 1, True),
+        ("Milliseconds to the first batch: shorter is better", "first_batch_ms", 1, False),
+        ("Memory over the imports, MB: shorter is better", "own_memory_mb", 1, False),
+    ):
+        entries = []
+        kind = "gather" if group.name in ("uint16", "int32") else "decompress"
+        for (name, threads), line in sorted(group.limits.items()):
+            if with_limits and name == kind and line.failed is None:
+                entries.append((f"limit: {name}, {threads} threads", "limit", line, field))
+        for one, line in sorted(group.lines, key=lambda pair: not pair[0].ours):
+            if line.failed is None:
+                helpers = f", {one.helpers}" if one.helpers else ""
+                entries.append((one.label + helpers, "ours" if one.ours else "peer", line, field))
+        values = [(label, kind, [run[field] / scale for run in line.runs]) for label, kind, line, field in entries]
+        if values:
+            shown.append(bars(title, values))
+    return '<div class="plots">' + "".join(shown) + "</div>"
+
+
+def cell(text: str) -> str:
+    """Markdown's bold as HTML."""
+    parts = html.escape(text).split("**")
+    return "".join(f"<b>{part}</b>" if index % 2 else part for index, part in enumerate(parts)).replace("`", "")
+
+
+def page(records: list[Record]) -> str:
+    found = groups(records)
+    parts = [
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Forebay benchmark</title><style>{STYLE}</style>",
+        "<h1>Forebay beside its peers, and the machine's limit</h1>",
+        f"<p>{cell(HOW_TO_READ)} Bars are medians, lines reach from the slowest to the fastest run.</p>",
+        "<ul>" + "".join(f"<li>{cell(fact)}</li>" for fact in facts(records)) + "</ul>",
+    ]
+    for group in found:
+        heads = "".join(f"<th>{head}</th>" for head in HEADS)
+        rows = "".join("<tr>" + "".join(f"<td>{cell(text)}</td>" for text in row) + "</tr>" for row in group.rows())
+        parts.append(
+            f"<h2>{html.escape(group.title)}</h2>{plots(group)}<details><summary>All numbers</summary>"
+            f'<div class="scroll"><table><tr>{heads}</tr>{rows}</table></div></details>'
+        )
+    lost = [text for group in found for text in group.lost()]
+    parts.append("<h2>Where a peer is ahead of everything of forebay</h2>")
+    items = "".join(f"<li>{cell(text)}</li>" for text in lost)
+    parts.append(f"<ul>{items}</ul>" if lost else "<p>Nowhere in these tables.</p>")
+    return "\n".join(parts) + "</html>\n"
