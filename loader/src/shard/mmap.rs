@@ -12,22 +12,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use memmap2::Mmap;
 
+use crate::config::Io;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long a comparison of size and time stands for the windows read after it: a `stat` takes a third of the time of a window.
 const CHECK_EVERY: Duration = Duration::from_millis(1);
-
-/// How file bytes are reached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Io {
-    /// Mapped on local file systems, positioned reads on network and FUSE ones.
-    #[default]
-    Auto,
-    /// Always mapped.
-    Mmap,
-    /// Always positioned reads.
-    Pread,
-}
 
 /// An opened file whose bytes can be borrowed or read. Cheap to clone.
 #[derive(Clone, Debug)]

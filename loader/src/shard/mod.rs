@@ -226,7 +226,7 @@ pub struct OpenOptions {
     /// Token column; `None` takes the first of [`TOKEN_COLUMNS`] that is there.
     pub token_column: Option<String>,
     /// How file bytes are reached.
-    pub io: mmap::Io,
+    pub io: crate::config::Io,
     /// Tokens near which blocks are cut.
     pub block_tokens: u64,
 }

@@ -9,7 +9,7 @@ use arrow_schema::{Field, Fields};
 use proptest::prelude::*;
 
 use super::*;
-use crate::shard::mmap::Io;
+use crate::config::Io;
 use crate::shard::{Access, EndsScratch};
 use crate::tokens::Tokens;
 
