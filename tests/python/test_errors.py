@@ -250,16 +250,9 @@ def damage_page(path: Path, group: int) -> None:
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_damaged_page_fails_at_its_batch_and_a_repaired_file_continues_there(tmp_path: Path, threads: int) -> None:
     path = tmp_path / "shard.parquet"
-<<<<<<< HEAD
     # Pages of version 2 keep the levels apart from the values, so that opening does not see the damage.
     pages = {"use_dictionary": False, "data_page_version": "2.0"}
     corpora.write_rows(path, rows(400), compression="zstd", row_group_size=100, **pages)
-=======
-    # Version 2 keeps levels apart from the values: opening does not see the damage.
-    corpora.write_rows(
-        path, rows(400), compression="zstd", row_group_size=100, use_dictionary=False, data_page_version="2.0"
-    )
->>>>>>> torch2
     whole = path.read_bytes()
     damage_page(path, 2)
     more = {"num_threads": threads, "block_tokens": 800}
