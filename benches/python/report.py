@@ -24,7 +24,8 @@ LIMITS = {
 }
 HEADS = [
     "", "helpers", "Mtok/s (min to max)", "of limit", "of fastest peer", "CPU s/Gtok", "cores",
-    "memory MB (with imports)", "first batch ms", "next() µs p50 / p99 / p99.9", "resume ms at 1 % / 99 %", "a peer is ahead in",
+    "memory MB (with imports)", "first batch ms", "next() µs p50 / p99 / p99.9", "resume ms at 1 % / 99 %",
+    "a peer is ahead in",
 ]  # fmt: skip
 
 
@@ -177,8 +178,8 @@ def facts(records: list[Record]) -> list[str]:
         "Versions: " + ", ".join(f"{name} {value}" for name, value in head["versions"].items()),
         f"Date: {head['date']}; commit: {head['commit']}; command: `{head['command']}`",
         f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {repeats} repeat{'s' * (repeats > 1)}, in random order"
-        f" (seed {head['seed']}), a fresh process each; {plan['warm_up_s']} s warm-up, {plan['window_s']} s window; warm"
-        " page cache",
+        f" (seed {head['seed']}), a fresh process each; {plan['warm_up_s']} s warm-up, {plan['window_s']} s window;"
+        " warm page cache",
     ]
     if others:
         found.append(
