@@ -9,10 +9,10 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft hostile stress check fmt demo bench doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft test-trainers hostile stress check fmt demo bench doc clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: ## Virtual environment .venv with everything for tests, demo and checks
 	@$(SETUP) venv .venv build test demo lint
@@ -23,7 +23,7 @@ build: ## Build the wheel and install it into .venv
 
 wheels: build ## Build the wheels (abi3, and cp314t where python3.14t is found) into out/wheels
 	@if [ -n "$$($(SETUP) python-ft)" ]; then $(SETUP) venv .venv-ft ft && $(SETUP) wheel .venv-ft; fi
-	@mkdir -p out/wheels && cp $(CARGO_TARGET_DIR)/wheels/*/*.whl out/wheels/ && ls -l out/wheels
+	@ls -l out/wheels/*/*.whl
 
 test: ## All tests: Rust, Python, free-threaded Python
 	@$(PYTHON) scripts/test.py rust python ft
@@ -36,6 +36,11 @@ test-python: ## Python tests on .venv
 
 test-ft: ## Python tests on free-threaded CPython (python3.14t)
 	@$(PYTHON) scripts/test.py ft
+
+test-trainers: ## Accelerate, Hugging Face Trainer and Lightning
+	@$(SETUP) venv .venv build test trainers
+	@$(SETUP) wheel .venv
+	@.venv/bin/python -m pytest tests/python/test_trainers.py
 
 hostile: ## Corrupted shards, killed processes, forks
 	@$(PYTHON) scripts/test.py hostile

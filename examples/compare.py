@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from importlib.metadata import version
@@ -51,6 +52,8 @@ def torch_loader(path: str, workers: int, batched: bool):
             input_ids = torch.from_numpy(self.rows[index].astype(np.int64))
             return {"input_ids": input_ids, "labels": input_ids.clone()}
 
+    # 4 processes on 2 cores is a question asked here, not an oversight.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     dataset = Rows()
     options = {"num_workers": workers}
     if workers:

@@ -138,9 +138,10 @@ def main() -> None:
     heading("Python's own standard library as a corpus")
     made = corpus.prepare(OUT, COMPARISON_TOKENS, compare.BATCH_SIZE * compare.SEQ_LEN)
     print(
-        f"   {made['documents']} files, {made['characters'] / 1e6:.1f} M characters:"
-        f" {made['tokens'] / 1e6:.2f} M tokens (BPE of {corpus.VOCAB_SIZE}), in {corpus.SHARDS} Parquet and Arrow shards\n"
-        f"   for the comparison: {made['repetitions']} times that, {made['comparison_tokens'] / 1e6:.1f} M tokens"
+        f"   {made['documents']} files: {made['characters'] / 1e6:.1f} M characters,"
+        f" {made['tokens'] / 1e6:.2f} M tokens of a byte-level BPE ({corpus.VOCAB_SIZE})\n"
+        f"   in {corpus.SHARDS} shards of Parquet and of Arrow; for the comparison {made['repetitions']} times that,"
+        f" {made['comparison_tokens'] / 1e6:.1f} M tokens"
     )
     training = show_resume()
     report = show_comparison()

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from forebay.torch import DataLoader, TokenDataset
 from tqdm import tqdm
 
+from forebay.torch import DataLoader, TokenDataset
 from model import GPT, GPTConfig
 
 

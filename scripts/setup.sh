@@ -9,7 +9,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/forebay
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$cache/target}
-wheels=${CARGO_TARGET_DIR}/wheels
 
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
@@ -95,7 +94,7 @@ make_wheel() { # DIR
   [ "$hash" = "$(cat "$dir/.has-wheel" 2>/dev/null)" ] && return
   make_venv .venv build
   tag=$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
-  out=$wheels/$tag
+  out=out/wheels/$tag
   rm -rf "$out"
   .venv/bin/maturin build --release --quiet --manifest-path bindings/Cargo.toml \
     --interpreter "$dir/bin/python" --out "$out" >&2

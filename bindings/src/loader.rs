@@ -2,12 +2,13 @@
 
 use std::any::Any;
 use std::ptr::NonNull;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forebay::config::{Config, DataFormat, Io, Remainder, Shuffle, Targets};
 use forebay::environment::{self, Environment, Resolved, Scope};
 use forebay::state::{State, StateValue};
 use forebay::{Error, ErrorKind, Next};
+use pyo3::exceptions::PyTimeoutError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
@@ -259,12 +260,20 @@ impl Drop for Batches {
 #[pymethods]
 impl Batches {
     /// The next batch, or None at the epoch's end.
-    fn next(&self, py: Python<'_>) -> PyResult<Option<Batch>> {
+    #[pyo3(signature = (timeout_seconds=None))]
+    fn next(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Batch>> {
+        // What is beyond the clock's range is no limit.
+        let limit = timeout_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         loop {
-            match detached(py, || self.get().next_timeout(SLICE))? {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            match detached(py, || self.get().next_timeout(left.unwrap_or(SLICE).min(SLICE)))? {
                 Next::Batch(batch) => return Ok(Some(Batch::new(batch))),
                 Next::End => return Ok(None),
                 Next::Pending => py.check_signals()?,
+            }
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(PyTimeoutError::new_err("no batch was ready in time"));
             }
         }
     }

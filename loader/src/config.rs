@@ -4,7 +4,6 @@
 //! grouped into batches; operational settings touch neither. `settings.rs` describes each of them by name.
 
 use crate::error::{Error, Result};
-pub use crate::shard::mmap::Io;
 use crate::tokens::Dtype;
 
 /// How the order of an epoch is drawn.
@@ -43,6 +42,18 @@ pub enum Remainder {
     Wrap,
     /// The last batch has fewer rows; refused where a rank would have none.
     Short,
+}
+
+/// How file bytes are reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Io {
+    /// Mapped on local file systems, positioned reads on network and FUSE ones.
+    #[default]
+    Auto,
+    /// Always mapped.
+    Mmap,
+    /// Always positioned reads.
+    Pread,
 }
 
 /// Container format that `data` is expected to hold.

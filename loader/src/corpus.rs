@@ -46,6 +46,7 @@ impl Corpus {
             }
         }
         faults.extend(mixed_shards(&shards));
+        faults.extend(unexpected_shard(&shards, format));
         if !faults.is_empty() {
             return Err(Error::all(faults));
         }
@@ -128,6 +129,16 @@ impl Corpus {
 pub fn mixed_shards(shards: &[Box<dyn Shard>]) -> Vec<Error> {
     let Some(first) = shards.first() else { return Vec::new() };
     let mut faults = Vec::new();
+    if let Some(other) = shards.iter().find(|shard| shard.format().family() != first.format().family()) {
+        faults.push(Error::data(format!(
+            "formats differ between shards: `{}` is {}, `{}` is {}; load them as two corpora, or set `format`",
+            first.path().display(),
+            first.format().name(),
+            other.path().display(),
+            other.format().name()
+        )));
+        return faults;
+    }
     if let Some(other) = shards.iter().find(|shard| shard.dtype() != first.dtype()) {
         faults.push(Error::data(format!(
             "token types differ between shards: `{}` has {}, `{}` has {}; rewrite them with one type",
@@ -149,6 +160,18 @@ pub fn mixed_shards(shards: &[Box<dyn Shard>]) -> Vec<Error> {
         )));
     }
     faults
+}
+
+/// The first shard of another format than the setting `format` allows.
+fn unexpected_shard(shards: &[Box<dyn Shard>], format: DataFormat) -> Option<Error> {
+    let expected = match format {
+        DataFormat::Auto => return None,
+        DataFormat::Parquet => "parquet",
+        DataFormat::Arrow => "arrow",
+    };
+    let shard = shards.iter().find(|shard| shard.format().family() != expected)?;
+    let message = format!("`format` is {expected}, but this shard is {}", shard.format().name());
+    Some(Error::data(message).at(shard.path()))
 }
 
 fn fingerprint(names: &[String], shards: &[Box<dyn Shard>]) -> String {

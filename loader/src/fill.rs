@@ -1,7 +1,7 @@
 //! Fill: writes runs of tokens into rows, widened to the delivered type.
 //!
 //! The loops have no branches and no bounds checks inside, so the compiler turns them into vector code; on x86-64 they are compiled once
-//! more for AVX2 and chosen at run time.
+//! more for AVX2 and for AVX-512, and chosen at run time.
 
 use crate::shard::Ends;
 use crate::tokens::{Dtype, Tokens};
@@ -65,6 +65,12 @@ fn widen_avx2<T: Id>(row: &mut [T], tokens: &Tokens<'_>) {
     widen_with(row, tokens);
 }
 
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn widen_avx512<T: Id>(row: &mut [T], tokens: &Tokens<'_>) {
+    widen_with(row, tokens);
+}
+
 /// Writes `tokens` over `row`, which has as many places.
 ///
 /// # Panics
@@ -72,7 +78,11 @@ fn widen_avx2<T: Id>(row: &mut [T], tokens: &Tokens<'_>) {
 pub(crate) fn widen<T: Id>(row: &mut [T], tokens: &Tokens<'_>) {
     assert_eq!(row.len(), tokens.len(), "row and run differ in length");
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") {
+    if std::arch::is_x86_feature_detected!("avx512bw") && std::arch::is_x86_feature_detected!("avx512vl") {
+        // SAFETY: the processor has AVX-512 BW and VL, just asked.
+        unsafe { widen_avx512(row, tokens) };
+        return;
+    } else if std::arch::is_x86_feature_detected!("avx2") {
         // SAFETY: the processor has AVX2, just asked.
         unsafe { widen_avx2(row, tokens) };
         return;

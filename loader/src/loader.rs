@@ -3,7 +3,7 @@
 //! A batch is computed from its position alone (`Core::compute`), by whichever thread takes its number; iteration, `batch_at` and
 //! `sequences_at` share that one function.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,11 @@ use crate::state::{State, StateValue};
 use crate::stats::{Counters, Stats};
 use crate::sync::lock;
 use crate::tokens::Dtype;
+
+/// Windows read ahead of their use where files are not in memory: about what keeps a disk's queue full.
+const WINDOWS_AHEAD: u64 = 64;
+/// While everything is found in memory, one batch in so many is looked at.
+const LOOK_EVERY: u64 = 16;
 
 /// Label of places that hold no target.
 pub const IGNORED_LABEL: i64 = -100;
@@ -46,6 +51,8 @@ struct Core {
     counters: Counters,
     cursor: Mutex<Cursor>,
     next_run: AtomicU64,
+    /// Whether windows were found out of memory lately, so that all are read ahead. Written and read by workers; a stale value costs little.
+    cold: AtomicBool,
     process: u32,
 }
 
@@ -341,6 +348,7 @@ impl Core {
             counters: Counters::new(threads as usize),
             cursor: Mutex::new(Cursor { epoch: 0, position: 0, continues: true, run: u64::MAX }),
             next_run: AtomicU64::new(0),
+            cold: AtomicBool::new(true),
             process: std::process::id(),
             config,
         })
@@ -448,6 +456,27 @@ impl Core {
             }
         }
         Ok(Batch { epoch, step, rows: rows.len(), fields: layout.fields, lease })
+    }
+
+    /// Asks for what batch `number` of a pass, at position `start`, will read: always while files are cold, and else now and then, to notice
+    /// that they have become so.
+    fn read_ahead(&self, order: &EpochOrder, number: u64, start: u64) {
+        let cold = self.cold.load(Ordering::Relaxed);
+        if !cold && !number.is_multiple_of(LOOK_EVERY) {
+            return;
+        }
+        let full = self.reader.layout().num_sequences();
+        let mut asked = false;
+        for row in self.grouping.rows(start, self.positions()) {
+            if let Row::Position(position) = row
+                && position < full
+            {
+                asked |= self.reader.read_ahead(self.reader.layout().row(order.sequence_at(position)));
+            }
+        }
+        if asked != cold {
+            self.cold.store(asked, Ordering::Relaxed);
+        }
     }
 
     /// Writes the tokens of one row; the places after them hold `pad_id`. Returns how many are tokens.
@@ -724,6 +753,7 @@ impl Run {
             items,
             leased: self.external,
         };
+        let ahead = if core.reader.reads_ahead() { WINDOWS_AHEAD.div_ceil(core.config.batch_size) } else { 0 };
         let workers = AtomicUsize::new(0);
         let begin = move || Worker { index: workers.fetch_add(1, Ordering::Relaxed), ..Worker::default() };
         let compute = {
@@ -731,6 +761,13 @@ impl Run {
             move |worker: &mut Worker, number: u64, lease: Option<Lease>| {
                 let began = Instant::now();
                 let start = position + number * core.grouping.global_batch();
+                if ahead > 0 {
+                    let first = if number == 0 { 1 } else { ahead };
+                    for distance in first..=ahead {
+                        let start = start + distance * core.grouping.global_batch();
+                        core.read_ahead(&order, number + distance, start);
+                    }
+                }
                 let rows = core.grouping.rows(start, positions);
                 let layout = BatchLayout::new(&core.config, rows.len(), core.has_padding(&rows));
                 let lease = lease.unwrap_or_else(|| Lease::new(&core.pool, BatchLayout::largest_bytes(&core.config)));

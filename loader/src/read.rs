@@ -162,21 +162,33 @@ impl Reader {
         })
     }
 
-    /// Asks for the windows of stream tokens `range` to be read ahead.
-    pub(crate) fn will_need(&self, range: Range<u64>) {
-        if self.corpus.access() != Access::Random || !self.specials.none() || range.is_empty() {
-            return;
+    /// Whether reading ahead can help: windows are read from the file one by one.
+    pub(crate) fn reads_ahead(&self) -> bool {
+        self.corpus.access() == Access::Random
+    }
+
+    /// Asks for the windows of stream tokens `range` that are not in memory to be read ahead. Returns whether there were any.
+    pub(crate) fn read_ahead(&self, range: Range<u64>) -> bool {
+        if range.is_empty() {
+            return false;
         }
         let (mut block, mut from) = self.layout.locate(range.start);
         let mut left = range.end - range.start;
+        let mut asked = false;
         while left > 0 {
             let to = self.layout.block_len(block).min(from + left);
-            let (shard, index, _) = self.corpus.block(block);
-            shard.will_need(index, from..to);
+            let (shard, index, meta) = self.corpus.block(block);
+            // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
+            let tokens = from.min(meta.tokens)..to.min(meta.tokens);
+            if !shard.is_resident(index, tokens.clone()) {
+                shard.will_need(index, tokens);
+                asked = true;
+            }
             left -= to - from;
             block += 1;
             from = 0;
         }
+        asked
     }
 }
 

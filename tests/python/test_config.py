@@ -210,3 +210,33 @@ def test_config_names_every_argument_of_the_constructor(corpus: Path) -> None:
     assert found >= {"seq_len", "batch_size", "shuffle", "seed", "targets", "remainder", "num_threads", "memory_budget"}
     signature = set(inspect.signature(forebay.Loader).parameters) - {"self"}
     assert signature == found, f"only in one of them: {sorted(signature ^ found)}"
+
+
+LOGGED = """
+import logging, sys
+import forebay
+for _ in range(2):
+    forebay.Loader(sys.argv[1])
+print(logging.getLogger("forebay").level)
+logging.getLogger("forebay").info("an info")
+logging.getLogger("forebay").warning("a warning")
+logging.basicConfig(format="root: %(message)s")
+logging.getLogger("forebay").warning("another")
+"""
+
+
+def test_the_log_level_is_that_of_the_variable(corpus: Path) -> None:
+    for level, number, lines in (
+        ("", 0, ["a warning", "root: another"]),
+        ("error", 40, []),
+        ("Info", 20, ["an info", "a warning", "root: another"]),
+    ):
+        done = run_python(LOGGED, corpus, env=clean_environment(FOREBAY_LOG=level))
+        assert done.stdout.split() == [str(number)]
+        assert done.stderr.splitlines() == lines
+    assert "`FOREBAY_LOG` must be error, warn, info or debug, found `loud`" in refusal(corpus, FOREBAY_LOG="loud")
+
+
+def test_a_warning_is_logged_once_per_process(corpus: Path) -> None:
+    lines = run_python(LOGGED, corpus, env=clean_environment(FOREBAY_SEQ_LEM="16")).stderr.splitlines()
+    assert sum("FOREBAY_SEQ_LEM" in line for line in lines) == 1, lines

@@ -17,10 +17,11 @@ from reference import Settings
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
-import forebay
 import pyarrow as pa
 import pyarrow.parquet as pq
 from support import open_loader
+
+import forebay
 
 pytestmark = pytest.mark.hostile
 
@@ -249,7 +250,9 @@ def damage_page(path: Path, group: int) -> None:
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_damaged_page_fails_at_its_batch_and_a_repaired_file_continues_there(tmp_path: Path, threads: int) -> None:
     path = tmp_path / "shard.parquet"
-    corpora.write_rows(path, rows(400), compression="zstd", row_group_size=100, use_dictionary=False)
+    # Pages of version 2 keep the levels apart from the values, so that opening does not see the damage.
+    pages = {"use_dictionary": False, "data_page_version": "2.0"}
+    corpora.write_rows(path, rows(400), compression="zstd", row_group_size=100, **pages)
     whole = path.read_bytes()
     damage_page(path, 2)
     more = {"num_threads": threads, "block_tokens": 800}
@@ -337,3 +340,11 @@ def test_a_corpus_without_a_sequence_has_no_batches(tmp_path: Path) -> None:
     with open_loader(path, SETTINGS) as loader:
         assert len(loader) == 0
         assert list(loader) == []
+
+
+def test_what_a_failed_constructor_leaves_can_be_shown(tmp_path: Path) -> None:
+    for arguments in ({"data": tmp_path / "nowhere"}, {"data": tmp_path, "pin_memory": True}):
+        loader = forebay.Loader.__new__(forebay.Loader)
+        with pytest.raises(forebay.ForebayError):
+            loader.__init__(**arguments)  # type: ignore[misc]
+        assert repr(loader) == "<Loader that was not opened>"

@@ -13,8 +13,9 @@ from reference import Reference, Settings, token_stream
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
-import forebay
 from support import assert_batch, json_from, open_loader
+
+import forebay
 
 CONTENT: dict[str, Any] = {
     "seq_len": 16, "shuffle": "block", "seed": 77, "chunk_tokens": 160, "window_tokens": 640, "lanes": 4, "eos_id": 0,

@@ -282,7 +282,7 @@ def test_threads_start_at_the_first_next_and_end_at_close(corpus: Path) -> None:
     before = os_threads()
     loader = open_loader(corpus, SETTINGS, num_threads=4)
     iterators = [iter(loader) for _ in range(10)]
-    assert os_threads() == before
+    assert os_threads() <= before
     next(iterators[0])
     loader.close()
     assert os_threads() <= before

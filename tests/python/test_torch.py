@@ -14,8 +14,9 @@ pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
 import torch
-from forebay.torch import DataLoader, TokenDataset
 from support import assert_batch, run_python
+
+from forebay.torch import DataLoader, TokenDataset
 
 SEQ_LEN = 16
 
@@ -117,6 +118,28 @@ def test_without_a_seed_the_seed_is_zero_and_a_generator_gives_one(dataset: Any,
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+def test_dataset_of_a_loader_is_its_rows(corpus: Path, dataset: Any) -> None:
+    """Trainers that resume read it, re-batch it, and skip."""
+    loader = DataLoader(dataset, batch_size=4, shuffle=True, seed=3, drop_last=True)
+    rows = loader.dataset
+    assert isinstance(rows, torch.utils.data.IterableDataset)
+    assert rows.tokens is dataset
+    assert loader.sampler is None and loader.batch_sampler is None
+    wanted = reference(corpus, batch_size=4, shuffle="block", seed=3)
+    rows.set_epoch(1)
+    for batch, expected in zip(torch.utils.data.DataLoader(rows, batch_size=4), wanted.batches(epoch=1), strict=True):
+        assert_batch(batch, expected)
+    assert rows[7]["input_ids"].tolist() == wanted.sequence(7)[0]
+
+
+def test_rows_in_a_worker_process_are_refused(dataset: Any) -> None:
+    rows = DataLoader(dataset, batch_size=4).dataset
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with pytest.raises(RuntimeError, match="TokenDataset"):
+            next(iter(torch.utils.data.DataLoader(rows, num_workers=1, multiprocessing_context="fork")))
+
+
 def test_labels_do_not_alias_inputs(dataset: Any) -> None:
     batch = next(iter(DataLoader(dataset, batch_size=4)))
     before = batch["input_ids"].clone()
@@ -213,12 +236,23 @@ def test_an_exception_of_the_dataset_keeps_its_type_and_its_batch(workers: int) 
         next(iterator)
 
 
-def test_pin_memory_without_cuda_warns_as_torch_does(dataset: Any) -> None:
+UNPINNED = """
+import sys, warnings
+from forebay.torch import DataLoader, TokenDataset
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        batch = next(iter(DataLoader(TokenDataset(sys.argv[1], seq_len=16), batch_size=4, pin_memory=True)))
+assert not batch["input_ids"].is_pinned()
+assert len(caught) == 1 and caught[0].category is UserWarning, caught
+print(caught[0].message)
+"""
+
+
+def test_pin_memory_without_cuda_warns_as_torch_does_and_once(corpus: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA: see the test of pinned batches")
-    with pytest.warns(UserWarning, match="pin_memory"):
-        batch = next(iter(DataLoader(dataset, batch_size=4, pin_memory=True)))
-    assert not batch["input_ids"].is_pinned()
+    assert "'pin_memory' argument is set as true but no accelerator" in run_python(UNPINNED, corpus).stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
@@ -248,6 +282,35 @@ except forebay.ConfigError as error:
     print("refused")
 dist.destroy_process_group()
 """
+
+
+ASSUMED = """
+import os, sys
+import torch.distributed as dist
+from forebay.torch import DataLoader, TokenDataset
+os.environ["WORLD_SIZE"] = "2"
+dist.get_world_size = lambda: 2
+if sys.argv[2] != "launcher":
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for rank in (1, 0, 0):
+    print("rank", rank, file=sys.stderr, flush=True)
+    if sys.argv[2] == "torch.distributed":
+        os.environ.pop("WORLD_SIZE", None)
+    else:
+        os.environ["RANK"] = str(rank)
+    dist.get_rank = lambda: rank
+    loader = DataLoader(TokenDataset(sys.argv[1], seq_len=16), batch_size=2)
+    assert (loader.config["dp_rank"], loader.config["dp_world_size"]) == (rank, 2)
+print("end", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("how", ["launcher", "torch.distributed", "both"])
+def test_assumed_ranks_are_told_once_and_by_the_first(corpus: Path, how: str) -> None:
+    lines = run_python(ASSUMED, corpus, how).stderr.splitlines()
+    told = [line for line in lines if line.startswith(("rank", "assuming", "end"))]
+    assert [line.split()[0] for line in told] == ["rank", "rank", "assuming", "rank", "end"], lines
+    assert "over 2 ranks (from " + ("torch.distributed" if how == "torch.distributed" else "RANK") in told[2]
 
 
 def test_ranks_that_disagree_with_torch_distributed_are_an_error(corpus: Path) -> None:

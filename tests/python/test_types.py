@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forebay
 import pytest
 from support import clean_environment
+
+import forebay
 
 needs_mypy = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 

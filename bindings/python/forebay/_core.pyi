@@ -77,10 +77,11 @@ class Loader:
 class Batches:
     """A pass over one epoch; several threads may take batches from it, each batch is given once."""
 
-    def next(self) -> Batch | None:
+    def next(self, timeout_seconds: float | None = None) -> Batch | None:
         """Waits for the next batch; None at the end. Signals are seen while it waits.
 
-        Raises DataError, ReadError or ClosedError; a failed batch fails again at every later call.
+        Raises TimeoutError, which loses no batch; DataError, ReadError or ClosedError; a failed batch fails again at
+        every later call.
         """
     def submit(self, ptr: int, nbytes: int, owner: object) -> None:
         """Memory for the next batch that has none: `nbytes` (at least `batch_bytes`) at `ptr` (a multiple of 8).

@@ -6,6 +6,7 @@ import inspect
 import logging
 import operator
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex
@@ -17,8 +18,48 @@ from forebay import _core
 from forebay._errors import ClosedError, ConfigError
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-_logger = logging.getLogger("forebay")
 Arrays = dict[str, npt.NDArray[Any]]
+
+_logger = logging.getLogger("forebay")
+_LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
+_once = threading.Lock()
+_level_is_set = False
+_said: set[str] = set()
+
+
+def first_time(text: str) -> bool:
+    """Whether this process has not said `text` yet. A program may open many loaders, and tell its user only once."""
+    with _once:
+        if text in _said:
+            return False
+        _said.add(text)
+        return True
+
+
+def _set_log_level() -> None:
+    """Applies ``FOREBAY_LOG``, once: what the program sets later stays."""
+    global _level_is_set
+    with _once:
+        found = os.environ.get("FOREBAY_LOG", "")
+        if _level_is_set or not found:
+            return
+        level = _LEVELS.get(found.strip().lower())
+        if level is None:
+            raise ConfigError(f"`FOREBAY_LOG` must be error, warn, info or debug, found `{found}`")
+        _logger.setLevel(level)
+        # logging's own last resort shows nothing below a warning.
+        handler = logging.StreamHandler()
+        handler.addFilter(lambda _: not logging.getLogger().handlers)
+        _logger.addHandler(handler)
+        _level_is_set = True
+
+
+def log_notes(warnings: Sequence[str], notes: Sequence[str], rank: int | None) -> None:
+    """Logs each text once per process. Notes are true of every rank, so that the first speaks for all."""
+    _set_log_level()
+    for text in [*warnings, *(() if rank else notes)]:
+        if first_time(text):
+            _logger.warning("%s", text)
 
 
 def settings_of(data: Data | None, settings: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -189,11 +230,8 @@ class Loader:
     def _open(self, pairs: list[tuple[str, str]], from_env: bool) -> None:
         self._arguments = pairs, from_env
         self._closed = False
-        _, self._origins, warnings, notes = _core.resolve(pairs, from_env)
-        for text in warnings:
-            _logger.warning("%s", text)
-        for text in notes:
-            _logger.info("%s", text)
+        config, self._origins, warnings, notes = _core.resolve(pairs, from_env)
+        log_notes(warnings, notes, config["dp_rank"])
         self._core: _core.Loader = _core.Loader.open(pairs, from_env)
 
     @classmethod
@@ -316,6 +354,9 @@ class Loader:
         return _reopen, (type(self), *self._arguments, self.state_dict())
 
     def __repr__(self) -> str:
+        # Debuggers and test runners show an object whose constructor failed.
+        if not hasattr(self, "_core"):
+            return f"<{type(self).__name__} that was not opened>"
         config = self._core.config()
         return (
             f"<{type(self).__name__} of {config['data']}: {self.num_sequences} sequences of {config['seq_len']}, "

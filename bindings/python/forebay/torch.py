@@ -12,20 +12,20 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy.typing as npt
 import torch
 import torch.distributed
 import torch.utils.dlpack
-from torch.utils.data import Dataset, DistributedSampler, Sampler, _DatasetKind, _utils
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler, _DatasetKind, _utils
 from torch.utils.data import dataloader as torch_dataloader
 from torch.utils.data._utils import worker as torch_worker
 
 from forebay import _core
 from forebay._errors import ConfigError
-from forebay._loader import Data, Loader, settings_of
+from forebay._loader import Data, Loader, first_time, log_notes, settings_of
 from forebay._threads import Begin, Workers
 
 __all__ = ["DataLoader", "TokenDataset"]
@@ -107,8 +107,45 @@ class TokenDataset(Dataset[Tensors]):
         return {**self.__dict__, "_opened": None}
 
 
+class _Rows(IterableDataset[Tensors]):
+    """``dataset`` of a native loader: its rows one by one, for trainers that batch them again to skip some.
+
+    They must be told the epoch. Hugging Face's Trainer does not tell it where it resumes within any but the first: let
+    the ``on_epoch_begin`` of a callback call ``train_dataloader.set_epoch(int(state.epoch))``.
+    """
+
+    def __init__(self, loader: Loader, tokens: TokenDataset) -> None:
+        self._loader = loader
+        #: The dataset that was given.
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        """Full sequences of an epoch, over all ranks."""
+        return self._loader.num_sequences
+
+    def __getitem__(self, index: int) -> Tensors:
+        return self.tokens[index]
+
+    def __iter__(self) -> Iterator[Tensors]:
+        """Rows of this rank, in a new pass of the loader."""
+        if torch_worker.get_worker_info() is not None:
+            raise RuntimeError("each worker would read all rows: give that DataLoader the TokenDataset itself")
+        core = self._loader._open_core().iter()
+        while (batch := core.next()) is not None:
+            tensors = _tensors(batch)
+            for row in range(batch.rows):
+                yield {name: tensor[row] for name, tensor in tensors.items()}
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass begins this epoch, unless a position of it was restored and not continued yet."""
+        self._loader.set_epoch(epoch)
+
+
 def _tensors(batch: _core.Batch) -> Tensors:
     return {name: torch.utils.dlpack.from_dlpack(array) for name, array in batch.fields()}
+
+
+_UNPINNED = "'pin_memory' argument is set as true but no accelerator is found, then device pinned memory won't be used."
 
 
 def _pinned(nbytes: int) -> torch.Tensor:
@@ -121,10 +158,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
 
     The native way is taken for a ``TokenDataset`` with no sampler or a ``DistributedSampler``, no ``batch_sampler`` and
     no ``collate_fn``. Batches are dicts of tensors of shape ``(batch_size, seq_len)``. There, ``num_workers=0`` means
-    the default number of threads; ``timeout``, ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have nothing
-    to act on; ``drop_last=False`` delivers the tail in a short batch on one rank, and padded on several;
-    ``pin_memory=True`` fills torch's page-locked memory directly. These loaders have ``state_dict`` and
-    ``load_state_dict``, as instance attributes.
+    the default number of threads; ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have nothing to act on;
+    ``drop_last=False`` delivers the tail in a short batch on one rank, and padded on several; ``pin_memory=True`` fills
+    torch's page-locked memory directly. These loaders have ``state_dict`` and ``load_state_dict``, as instance
+    attributes. Their ``dataset`` goes through the same rows one by one; its ``tokens`` is the TokenDataset.
 
     On the Python way, ``num_workers`` counts threads: batches come in order, exceptions keep their type and their
     traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread.
@@ -272,32 +309,31 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         if pin_memory and allocator is None:
             if torch.cuda.is_available():
                 allocator = _pinned
-            else:
-                warnings.warn(
-                    "'pin_memory' argument is set as true but no accelerator is found, "
-                    "then device pinned memory won't be used.",
-                    stacklevel=2,
-                )
+            elif first_time(_UNPINNED):
+                warnings.warn(_UNPINNED, stacklevel=2)
         self._native = Loader._of(pairs)
         self._allocator = allocator
+        self._limit_s = timeout or None
         self._sampler_epoch = getattr(sampler, "epoch", None)
-        self.dataset = dataset
+        self.dataset = _Rows(self._native, dataset)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.num_workers = 0
         self.prefetch_factor = None
         self.pin_memory = pin_memory
         self.pin_memory_device = pin_memory_device
-        self.timeout = timeout
+        # Who builds a loader of torch's from these would set a limit to workers that it has none of.
+        self.timeout = 0
         self.worker_init_fn = None
         self.in_order = in_order
-        self.drop_last = drop_last
+        self.drop_last = self._native.config["remainder"] == "drop"
         self.sampler = sampler  # type: ignore[assignment]
         self.batch_sampler = None
         self.generator = generator
         self.collate_fn = None  # type: ignore[assignment]
         self.persistent_workers = False
-        self._dataset_kind = _DatasetKind.Map
+        self._dataset_kind = _DatasetKind.Iterable
+        self._IterableDataset_len_called = None
         self._iterator = None
         self._DataLoader__multiprocessing_context = None
         # Accelerate then takes this loader as it is, and stores its state.
@@ -389,13 +425,18 @@ def _with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     config, origins, *_ = _core.resolve(pairs, False)
     found, here = (config["dp_rank"], config["dp_world_size"]), (dist.get_rank(), dist.get_world_size())
     origin = origins["dp_rank"]
-    if origin.startswith("FOREBAY_"):
-        return pairs  # said on purpose, where peers of another kind of parallelism read the same rows
-    if not origin.startswith("default") and found != here:
+    if origin.startswith("FOREBAY_") or found == here:
+        return pairs  # the former said on purpose, where peers of another kind of parallelism read the same rows
+    if not origin.startswith("default"):
         raise ConfigError(
             f"rank {found[0]} of {found[1]} was found in {origin}, but torch.distributed says rank "
             f"{here[0]} of {here[1]}: give `dp_rank` and `dp_world_size`"
         )
+    assumed = (
+        f"assuming pure data parallel over {here[1]} ranks (from torch.distributed); where tensor-, context- or "
+        "pipeline-parallel peers should read the same rows, set `dp_rank` and `dp_world_size`"
+    )
+    log_notes([], [assumed], here[0])
     return [*pairs, ("dp_rank", str(here[0])), ("dp_world_size", str(here[1]))]
 
 
@@ -404,13 +445,12 @@ class _NativeIterator:
 
     def __init__(self, owner: DataLoader, loader: Loader) -> None:
         self._owner = owner
-        self._allocator = owner._allocator
         core = loader._open_core()
-        self._core = core.iter() if self._allocator is None else core.iter_external()
+        self._core = core.iter() if owner._allocator is None else core.iter_external()
         self._steps = core.len
+        self._memory = None if owner._allocator is None else _Memory(self._core, owner._allocator)
+        self._lock = threading.Lock()
         self._begun = False
-        #: Buffers submitted and not delivered, by address.
-        self._buffers: dict[int, torch.Tensor] = {}
         self._gradient_state: Any = None
 
     def __iter__(self) -> Self:
@@ -420,51 +460,52 @@ class _NativeIterator:
         return self._steps
 
     def _begin(self) -> None:
-        self._begun = True
-        owner = self._owner
-        epoch = getattr(owner.sampler, "epoch", None)
-        # Only a change is an order to go there: a sampler that is never told the epoch must not undo a restored one.
-        if epoch is not None and epoch != owner._sampler_epoch:
-            owner._sampler_epoch = epoch
-            owner._loader.set_epoch(epoch)
-        for _ in range(self._core.buffers_wanted if self._allocator else 0):
-            self._submit()
-        # Accelerate counts gradient accumulation by the loaders that are being iterated.
-        accelerate = sys.modules.get("accelerate.state")
-        if accelerate is not None:
-            owner.end_of_dataloader = False
-            self._gradient_state = accelerate.GradientState()
-            self._gradient_state._add_dataloader(owner)
-
-    def _submit(self) -> None:
-        assert self._allocator is not None
-        buffer = self._allocator(self._core.batch_bytes)
-        self._buffers[buffer.data_ptr()] = buffer
-        self._core.submit(buffer.data_ptr(), buffer.nbytes, buffer)
+        with self._lock:
+            if self._begun:
+                return
+            owner = self._owner
+            epoch = getattr(owner.sampler, "epoch", None)
+            # Only a change is an order to go there: a sampler never told of the epoch must not undo a restored one.
+            if epoch is not None and epoch != owner._sampler_epoch:
+                owner._sampler_epoch = epoch
+                owner._loader.set_epoch(epoch)
+            # Accelerate counts gradient accumulation by the loaders that are being iterated.
+            accelerate = sys.modules.get("accelerate.state")
+            if accelerate is not None:
+                owner.end_of_dataloader = False
+                self._gradient_state = accelerate.GradientState()
+                self._gradient_state._add_dataloader(owner)
+            self._begun = True
 
     def __next__(self) -> Tensors:
         with torch.autograd.profiler.record_function("enumerate(DataLoader)#_NativeIterator.__next__"):
             if not self._begun:
                 self._begin()
+            limit_s = self._owner._limit_s
             try:
-                batch = self._core.next()
+                found = self._take(limit_s)
+            except TimeoutError:
+                raise RuntimeError(f"DataLoader timed out after {limit_s} seconds") from None
             except BaseException:
                 self._leave()
                 raise
-            if batch is None:
+            if found is None:
                 self._leave()
-                self._buffers.clear()
                 raise StopIteration
-            if batch.step + 1 == self._steps:
+            step, tensors = found
+            if step + 1 == self._steps:
                 self._owner.end_of_dataloader = True
-            if self._allocator is None:
-                return _tensors(batch)
-            buffer = self._buffers.pop(batch.address)
-            self._submit()
-            return {field[0]: _view(buffer, *field[1:]) for field in batch.layout()}
+            return tensors
+
+    def _take(self, limit_s: float | None) -> tuple[int, Tensors] | None:
+        if self._memory is not None:
+            return self._memory.take(limit_s)
+        batch = self._core.next(limit_s)
+        return None if batch is None else (batch.step, _tensors(batch))
 
     def _leave(self) -> None:
-        state, self._gradient_state = self._gradient_state, None
+        with self._lock:
+            state, self._gradient_state = self._gradient_state, None
         if state is not None:
             state._remove_dataloader(self._owner)
 
@@ -472,11 +513,66 @@ class _NativeIterator:
         """Ends the pass and its threads."""
         self._leave()
         self._core.close()
-        self._buffers.clear()
+        if self._memory is not None:
+            self._memory.end()
 
     def __del__(self) -> None:
         if getattr(self, "_gradient_state", None) is not None:
             self._leave()
+
+
+class _Memory:
+    """Buffers for the batches of a pass, one for each, kept until their batch is handed over."""
+
+    def __init__(self, core: _core.Batches, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._core = core
+        self._allocate = allocate
+        self._lock = threading.Lock()
+        #: Submitted and not handed over, by address.
+        self._buffers: dict[int, torch.Tensor] = {}
+        self._takers = 0
+        self._ended = False
+
+    def take(self, limit_s: float | None) -> tuple[int, Tensors] | None:
+        """Step and tensors of the next batch, None at the end."""
+        with self._lock:
+            # All that can fail comes before a batch is taken, which would be lost.
+            while not self._ended and len(self._buffers) <= self._core.buffers_wanted + self._takers:
+                self._submit()
+            self._takers += 1
+        try:
+            batch = self._core.next(limit_s)
+            if batch is None:
+                self._ended = True
+                return None
+            buffer = self._buffers.pop(batch.address)
+            return batch.step, {field[0]: _view(buffer, *field[1:]) for field in batch.layout()}
+        finally:
+            with self._lock:
+                self._takers -= 1
+                self._let_go()
+
+    def end(self) -> None:
+        """Lets buffers go that no batch will come in."""
+        with self._lock:
+            self._ended = True
+            self._let_go()
+
+    def _submit(self) -> None:
+        buffer = self._allocate(self._core.batch_bytes)
+        address = buffer.data_ptr()
+        # First noted: once submitted, it may be another taker's.
+        self._buffers[address] = buffer
+        try:
+            self._core.submit(address, buffer.nbytes, buffer)
+        except BaseException:
+            del self._buffers[address]
+            raise
+
+    def _let_go(self) -> None:
+        # Another taker may have a batch and look for its buffer.
+        if self._ended and self._takers == 0:
+            self._buffers.clear()
 
 
 def _view(buffer: torch.Tensor, dtype: str, offset: int, shape: tuple[int, int], stride: int) -> torch.Tensor:

@@ -80,7 +80,10 @@ impl Lease {
 
     /// Bytes `range` as 64-bit integers.
     pub(crate) fn i64s(&mut self, offset_bytes: usize, count: usize) -> &mut [i64] {
-        assert!(offset_bytes % 8 == 0 && offset_bytes + count * 8 <= self.len, "field lies outside its buffer");
+        assert!(
+            offset_bytes.is_multiple_of(8) && offset_bytes + count * 8 <= self.len,
+            "field lies outside its buffer"
+        );
         // SAFETY: in bounds and aligned (just checked, and `start` is aligned to 8), initialised (contract of the source), and
         // borrowed mutably from the only owner; any bits are a valid integer.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes).cast(), count) }
@@ -88,7 +91,10 @@ impl Lease {
 
     /// Bytes `range` as 32-bit integers.
     pub(crate) fn i32s(&mut self, offset_bytes: usize, count: usize) -> &mut [i32] {
-        assert!(offset_bytes % 4 == 0 && offset_bytes + count * 4 <= self.len, "field lies outside its buffer");
+        assert!(
+            offset_bytes.is_multiple_of(4) && offset_bytes + count * 4 <= self.len,
+            "field lies outside its buffer"
+        );
         // SAFETY: as in `i64s`.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes).cast(), count) }
     }

@@ -8,13 +8,14 @@ use std::ptr::NonNull;
 use std::sync::Mutex;
 
 use super::{ALIGNMENT, Source};
-use crate::sync::lock;
+use crate::sync::{Home, lock};
 
 /// Buffers of one size.
 #[derive(Debug)]
 pub struct Pool {
     bytes: usize,
     max_idle: usize,
+    home: Home,
     inner: Mutex<Inner>,
 }
 
@@ -33,7 +34,7 @@ unsafe impl Send for Idle {}
 impl Pool {
     /// A pool of buffers of `bytes` bytes that keeps at most `max_idle` unused ones.
     pub fn new(bytes: usize, max_idle: usize) -> Self {
-        Self { bytes, max_idle, inner: Mutex::default() }
+        Self { bytes, max_idle, home: Home::here(), inner: Mutex::default() }
     }
 
     fn layout(&self) -> Layout {
@@ -57,6 +58,10 @@ impl Source for Pool {
 
     fn give_back(&self, buffer: NonNull<u8>, bytes: usize) {
         debug_assert_eq!(bytes, self.bytes);
+        if self.home.was_left() {
+            // The child's copy of the memory ends with the child.
+            return;
+        }
         let mut inner = lock(&self.inner);
         inner.given -= 1;
         if inner.idle.len() < self.max_idle {
@@ -76,6 +81,9 @@ impl Source for Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
+        if self.home.was_left() {
+            return;
+        }
         for Idle(buffer) in lock(&self.inner).idle.drain(..) {
             // SAFETY: allocated in `take` with this layout; leases keep the pool alive, so none is out.
             unsafe { dealloc(buffer.as_ptr(), self.layout()) }

@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 
 use crate::buffer::Lease;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{lock, wait, wait_timeout};
+use crate::sync::{Home, lock, wait, wait_timeout};
 
 /// Numbered work, computed side by side and taken in order.
 #[derive(Debug)]
 pub(crate) struct Pipeline<T> {
     shared: Arc<Shared<T>>,
     workers: Mutex<Vec<JoinHandle<()>>>,
+    home: Home,
 }
 
 #[derive(Debug)]
@@ -99,7 +100,7 @@ impl<T: Send + 'static> Pipeline<T> {
             work: Condvar::new(),
             ready: Condvar::new(),
         });
-        let pipeline = Self { shared, workers: Mutex::default() };
+        let pipeline = Self { shared, workers: Mutex::default(), home: Home::here() };
         let job = Arc::new((begin, compute));
         for index in 0..plan.threads {
             let (shared, job) = (Arc::clone(&pipeline.shared), Arc::clone(&job));
@@ -167,6 +168,9 @@ impl<T: Send + 'static> Pipeline<T> {
 
     /// Tells the workers to stop after what they are at; consumers fail from now on.
     pub(crate) fn close(&self) {
+        if self.home.was_left() {
+            return;
+        }
         let mut ring = lock(&self.shared.ring);
         ring.closed = true;
         let dropped = (std::mem::take(&mut ring.slots), ring.leases.take());
@@ -179,6 +183,9 @@ impl<T: Send + 'static> Pipeline<T> {
 
     /// Waits for the workers to end, after [`Pipeline::close`].
     pub(crate) fn join(&self) {
+        if self.home.was_left() {
+            return;
+        }
         for worker in lock(&self.workers).drain(..) {
             // A worker catches its own panics; there is nothing left to report.
             let _ = worker.join();
@@ -188,6 +195,9 @@ impl<T: Send + 'static> Pipeline<T> {
 
 impl<T> Drop for Pipeline<T> {
     fn drop(&mut self) {
+        if self.home.was_left() {
+            return;
+        }
         let mut ring = lock(&self.shared.ring);
         ring.closed = true;
         drop(ring);

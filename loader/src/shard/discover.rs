@@ -58,9 +58,7 @@ fn find_one(entry: &str, format: DataFormat) -> Result<Vec<ShardFile>> {
 }
 
 fn find_pattern(pattern: &str) -> Result<Vec<ShardFile>> {
-    // As in a shell, a wildcard does not stand for a leading dot.
-    let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
-    let paths = glob::glob_with(pattern, options)
+    let paths = glob::glob(pattern)
         .map_err(|error| Error::config(format!("`data` holds the invalid pattern `{pattern}`")).with_source(error))?;
     let mut found: Vec<PathBuf> = Vec::new();
     for path in paths {
@@ -77,8 +75,12 @@ fn find_pattern(pattern: &str) -> Result<Vec<ShardFile>> {
         .components()
         .take_while(|part| !part.as_os_str().to_string_lossy().contains(['*', '?', '[']))
         .collect();
+    // A wildcard passes over the names that a search of the folder passes over, unless the pattern spells one out.
+    let is_hidden = |name: &str| name.split('/').any(|part| part.starts_with(['_', '.']));
+    let spelled_out = is_hidden(&relative_name(Path::new(pattern), &fixed));
     let mut shards: Vec<ShardFile> =
         found.into_iter().map(|path| ShardFile { name: relative_name(&path, &fixed), path }).collect();
+    shards.retain(|shard| spelled_out || !is_hidden(&shard.name));
     shards.sort_by(|a, b| a.name.as_bytes().cmp(b.name.as_bytes()));
     if shards.is_empty() {
         return Err(Error::new(
@@ -280,7 +282,9 @@ mod tests {
             names(&[&root.join("*.parquet")], DataFormat::Auto).unwrap(),
             ["B.parquet", "a.parquet", "b.parquet"]
         );
-        assert_eq!(names(&[&root.join("**/1.parquet")], DataFormat::Auto).unwrap(), ["_x/1.parquet", "b/1.parquet"]);
+        assert_eq!(names(&[&root.join("**/1.parquet")], DataFormat::Auto).unwrap(), ["b/1.parquet"]);
+        assert_eq!(names(&[&root.join("_x/*.parquet")], DataFormat::Auto).unwrap(), ["1.parquet"]);
+        assert_eq!(names(&[&root.join(".*.parquet")], DataFormat::Auto).unwrap(), [".y.parquet"]);
         assert_eq!(
             names(&[&root.join("b.parquet"), &root.join("a.parquet")], DataFormat::Auto).unwrap(),
             ["b.parquet", "a.parquet"],

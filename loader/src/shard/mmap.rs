@@ -12,22 +12,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use memmap2::Mmap;
 
+use crate::config::Io;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long a comparison of size and time stands for the windows read after it: a `stat` takes a third of the time of a window.
 const CHECK_EVERY: Duration = Duration::from_millis(1);
-
-/// How file bytes are reached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Io {
-    /// Mapped on local file systems, positioned reads on network and FUSE ones.
-    #[default]
-    Auto,
-    /// Always mapped.
-    Mmap,
-    /// Always positioned reads.
-    Pread,
-}
 
 /// An opened file whose bytes can be borrowed or read. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -63,6 +52,7 @@ impl SourceFile {
             Io::Auto => is_local(&file),
         };
         let map = if mapped {
+            #[allow(clippy::disallowed_methods)] // this is the one place
             // SAFETY: the mapping is read-only and shared; bytes are only ever interpreted as integers, for which any
             // value is valid. A file truncated by another process is caught by `check_unchanged` before each window.
             let map = unsafe { Mmap::map(&file) }.map_err(|error| failed("map", error))?;
@@ -162,6 +152,24 @@ impl SourceFile {
         }
         #[cfg(not(target_os = "linux"))]
         let _ = range;
+    }
+
+    /// Whether the page at `offset` is in memory; positioned reads cannot know, and say no.
+    pub fn is_resident(&self, offset: u64) -> bool {
+        #[cfg(target_os = "linux")]
+        if let Some(map) = &self.inner.map
+            && offset < self.inner.len
+        {
+            // SAFETY: `sysconf` reads a constant of the system.
+            let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(1) as usize;
+            let start = offset as usize / page * page;
+            let mut state = 0u8;
+            // SAFETY: one page inside of the mapping, which begins at a page, and one byte for its state.
+            let asked = unsafe { libc::mincore(map.as_ptr().add(start).cast_mut().cast(), 1, &mut state) };
+            return asked == 0 && state & 1 == 1;
+        }
+        let _ = offset;
+        false
     }
 
     /// Tells the kernel that access will be scattered, so that it reads single pages instead of 128 kB around each.

@@ -178,8 +178,14 @@ pub trait Shard: Send + Sync + fmt::Debug {
     /// Random access: document ends of block `block`, borrowed from the mapping where possible, or built in `scratch`.
     fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>>;
 
-    /// Random access: asks the operating system to read the window ahead of its use. Never fails; may do nothing.
+    /// Asks the operating system to read the window, or the block, ahead of its use. Never fails; may do nothing.
     fn will_need(&self, block: usize, range: Range<u64>);
+
+    /// Random access: whether the first page of the window is in memory already. A guess: it may leave at any time.
+    fn is_resident(&self, block: usize, range: Range<u64>) -> bool {
+        let _ = (block, range);
+        true
+    }
 
     /// Block access: decodes block `block`, or at least its first `limit` tokens, checked against its [`BlockMeta`].
     ///
@@ -220,7 +226,7 @@ pub struct OpenOptions {
     /// Token column; `None` takes the first of [`TOKEN_COLUMNS`] that is there.
     pub token_column: Option<String>,
     /// How file bytes are reached.
-    pub io: mmap::Io,
+    pub io: crate::config::Io,
     /// Tokens near which blocks are cut.
     pub block_tokens: u64,
 }

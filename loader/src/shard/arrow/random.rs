@@ -166,6 +166,10 @@ impl Shard for MappedArrow {
         self.file.will_need(start + range.start * width..start + range.end * width);
     }
 
+    fn is_resident(&self, block: usize, range: Range<u64>) -> bool {
+        self.file.is_resident(self.blocks[block].tokens.start + range.start * self.column.dtype.size() as u64)
+    }
+
     fn decode(&self, _block: usize, _limit: Option<u64>) -> Result<DecodedBlock> {
         Err(Error::new(ErrorKind::Internal, "an uncompressed Arrow shard is read in place, not decoded")
             .at(self.path()))

@@ -9,7 +9,7 @@ use arrow_schema::{Field, Fields};
 use proptest::prelude::*;
 
 use super::*;
-use crate::shard::mmap::Io;
+use crate::config::Io;
 use crate::shard::{Access, EndsScratch};
 use crate::tokens::Tokens;
 
@@ -184,9 +184,14 @@ fn a_file_cut_anywhere_is_an_error_or_shorter_by_whole_batches() {
     let batches = [batch(&vec![Some(vec![1, 2, 3])]), batch(&vec![Some(vec![9; 20])])];
     for (stream, codec) in containers() {
         let bytes = written(&batches, stream, codec);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &bytes).unwrap();
+        let options = options(Io::Pread, 10);
         let mut sound = 0;
-        for len in 1..bytes.len() {
-            if let Ok(shard) = opened(&bytes[..len], &options(Io::Pread, 10)) {
+        for len in (1..bytes.len()).rev() {
+            file.as_file().set_len(len as u64).unwrap();
+            let source = SourceFile::open(file.path(), options.io).unwrap();
+            if let Ok(shard) = open(source, &options) {
                 // A stream may end with its file after any batch.
                 assert!(stream, "{len} of {} bytes", bytes.len());
                 assert!(documents(shard.as_ref()).unwrap().len() <= 2);

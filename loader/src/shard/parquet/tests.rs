@@ -22,8 +22,9 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::{ParquetShard, Route};
+use crate::config::Io;
 use crate::error::{ErrorKind, Result};
-use crate::shard::mmap::{Io, SourceFile};
+use crate::shard::mmap::SourceFile;
 use crate::shard::{OpenOptions, Shard};
 use crate::tokens::{Dtype, Tokens};
 
