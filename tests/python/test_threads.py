@@ -140,7 +140,8 @@ def test_the_interpreter_is_free_while_next_waits(slow_corpus: Path) -> None:
 
 
 INTERRUPT = """
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with SIGINT ignored
     import forebay
     loader = forebay.Loader(sys.argv[1], seq_len=1 << 18, batch_size=4, num_threads=1, prefetch_batches=1)
     iterator = iter(loader)
