@@ -210,6 +210,11 @@ impl Loader {
         Ok(dict)
     }
 
+    /// What makes these settings slow on this corpus.
+    fn warnings(&self) -> Vec<String> {
+        self.inner.warnings().to_vec()
+    }
+
     fn verdict(&self) -> String {
         self.inner.stats().verdict()
     }

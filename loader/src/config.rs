@@ -90,7 +90,7 @@ pub struct Config {
     pub shuffle: Shuffle,
     /// Key of the order, with the epoch. Default: 0.
     pub seed: u64,
-    /// Tokens of a chunk, the unit that block shuffling permutes over the corpus. Default: 1 Mi.
+    /// Tokens of a chunk, the unit that block shuffling permutes over the corpus. Default: 4 Mi.
     pub chunk_tokens: u64,
     /// Tokens within which sequences are permuted after that, over all lanes together. Default: 16 Mi.
     pub window_tokens: u64,
@@ -138,7 +138,7 @@ impl Default for Config {
             eos_id: None,
             shuffle: Shuffle::Off,
             seed: 0,
-            chunk_tokens: 1 << 20,
+            chunk_tokens: 4 << 20,
             window_tokens: 16 << 20,
             lanes: 8,
             batch_size: 1,

@@ -47,6 +47,7 @@ struct Core {
     grouping: Grouping,
     arrangement: Arrangement,
     content: Vec<(&'static str, StateValue)>,
+    warnings: Vec<String>,
     pool: Arc<dyn Source>,
     counters: Counters,
     cursor: Mutex<Cursor>,
@@ -291,6 +292,11 @@ impl Loader {
         }
     }
 
+    /// What makes these settings slow on this corpus, a line each, with the remedy.
+    pub fn warnings(&self) -> &[String] {
+        &self.core.warnings
+    }
+
     /// Stops every pass and waits for its threads. Batches handed over stay valid.
     pub fn close(&self) {
         let runs: Vec<_> = lock(&self.runs).drain(..).filter_map(|run| run.upgrade()).collect();
@@ -338,12 +344,14 @@ impl Core {
         let batch_bytes = BatchLayout::largest_bytes(&config);
         let in_flight = config.prefetch_batches + 1;
         let cache_bytes = cache_budget(&config, &corpus, threads, in_flight * batch_bytes as u64)?;
+        let warnings = window_warning(&config, &corpus, cache_bytes).into_iter().collect();
         let content = content_of(&config, corpus.fingerprint(), sequences);
         Ok(Self {
             reader: Reader::new(corpus, layout, specials, cache_bytes),
             grouping,
             arrangement,
             content,
+            warnings,
             pool: source(batch_bytes, in_flight as usize + 1),
             counters: Counters::new(threads as usize),
             cursor: Mutex::new(Cursor { epoch: 0, position: 0, continues: true, run: u64::MAX }),
@@ -587,6 +595,30 @@ fn cache_budget(config: &Config, corpus: &Corpus, threads: u64, batches: u64) ->
             config.prefetch_batches + 1,
             threads + 1,
         ))
+    })
+}
+
+/// Says so where the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
+fn window_warning(config: &Config, corpus: &Corpus, cache_bytes: u64) -> Option<String> {
+    let total: u64 = corpus.block_metas().map(|block| block.decoded_bytes).sum();
+    let largest = corpus.block_metas().map(|block| block.decoded_bytes).max().unwrap_or(0);
+    let windows = match config.shuffle {
+        _ if corpus.access() == Access::Random => 0,
+        Shuffle::Off | Shuffle::On => 0,
+        Shuffle::Global => total,
+        // Each lane draws from its window, and from the blocks at both ends of it.
+        Shuffle::Block => {
+            let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
+            (config.window_tokens.saturating_mul(bytes_per_token) + config.lanes * 2 * largest).min(total)
+        }
+    };
+    (windows > cache_bytes).then(|| {
+        format!(
+            "blocks will be decoded several times: shuffling draws from about {} MiB of them and `memory_budget` leaves {} MiB; raise it, or lower \
+             `window_tokens` or `lanes`",
+            windows >> 20,
+            cache_bytes >> 20
+        )
     })
 }
 

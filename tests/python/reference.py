@@ -96,7 +96,7 @@ class Settings:
     eos_id: int | None = None
     shuffle: str = "off"
     seed: int = 0
-    chunk_tokens: int = 1 << 20
+    chunk_tokens: int = 4 << 20
     window_tokens: int = 16 << 20
     lanes: int = 8
     remainder: str = "drop"

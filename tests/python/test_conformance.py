@@ -133,7 +133,7 @@ def test_all_formats_give_the_same_batches(tmp_path: Path) -> None:
 
 
 def test_inputs_are_a_file_a_folder_a_glob_or_a_list(tmp_path: Path) -> None:
-    cell = Cell("pyarrow", "parquet", "snappy", dtype="u32")
+    cell = Cell("pyarrow", "parquet", "snappy", dtype="i32")
     folder = corpora.write(cell, tmp_path / "corpus")
     files = sorted(folder.iterdir())
     (folder / "_hidden.parquet").write_bytes(b"not a shard")

@@ -225,6 +225,10 @@ def test_break_drops_submitted_tensors(corpus: Path) -> None:
     del _
     loader.close()
     gc.collect()
+    # A worker lets go of the buffer that it was filling when it is done with it.
+    deadline = time.monotonic() + 30
+    while any(buffer() is not None for buffer in allocated) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert allocated and not any(buffer() is not None for buffer in allocated)
 
 

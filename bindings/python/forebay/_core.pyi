@@ -66,6 +66,8 @@ class Loader:
         """What a rank gets at a step. Raises ConfigError past the epoch's end."""
     def stats(self) -> dict[str, Any]:
         """Counters since opening. Keys end in their unit; `*_share` is a part of 1."""
+    def warnings(self) -> list[str]:
+        """What makes these settings slow on this corpus, with the remedy."""
     def verdict(self) -> str:
         """Who waits for whom, in one line."""
     def config(self) -> dict[str, Any]:

@@ -233,6 +233,7 @@ class Loader:
         config, self._origins, warnings, notes = _core.resolve(pairs, from_env)
         log_notes(warnings, notes, config["dp_rank"])
         self._core: _core.Loader = _core.Loader.open(pairs, from_env)
+        log_notes(self._core.warnings(), [], config["dp_rank"])
 
     @classmethod
     def _of(cls, pairs: list[tuple[str, str]], from_env: bool = False) -> Self:

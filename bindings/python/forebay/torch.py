@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed
 import torch.utils.dlpack
+from torch._C._autograd import _profiler_enabled
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler, _DatasetKind, _utils
 from torch.utils.data import dataloader as torch_dataloader
 from torch.utils.data._utils import worker as torch_worker
@@ -478,24 +479,30 @@ class _NativeIterator:
             self._begun = True
 
     def __next__(self) -> Tensors:
+        # The label costs as much as handing a small batch over: only for a profiler that is looking.
+        if not _profiler_enabled():
+            return self._next()
         with torch.autograd.profiler.record_function("enumerate(DataLoader)#_NativeIterator.__next__"):
-            if not self._begun:
-                self._begin()
-            limit_s = self._owner._limit_s
-            try:
-                found = self._take(limit_s)
-            except TimeoutError:
-                raise RuntimeError(f"DataLoader timed out after {limit_s} seconds") from None
-            except BaseException:
-                self._leave()
-                raise
-            if found is None:
-                self._leave()
-                raise StopIteration
-            step, tensors = found
-            if step + 1 == self._steps:
-                self._owner.end_of_dataloader = True
-            return tensors
+            return self._next()
+
+    def _next(self) -> Tensors:
+        if not self._begun:
+            self._begin()
+        limit_s = self._owner._limit_s
+        try:
+            found = self._take(limit_s)
+        except TimeoutError:
+            raise RuntimeError(f"DataLoader timed out after {limit_s} seconds") from None
+        except BaseException:
+            self._leave()
+            raise
+        if found is None:
+            self._leave()
+            raise StopIteration
+        step, tensors = found
+        if step + 1 == self._steps:
+            self._owner.end_of_dataloader = True
+        return tensors
 
     def _take(self, limit_s: float | None) -> tuple[int, Tensors] | None:
         if self._memory is not None:
