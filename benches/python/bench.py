@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -139,7 +139,7 @@ def header(plan: Plan, quick: bool, seed: int) -> dict[str, Any]:
         "kind": "benchmark",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit + (" with changes" if changed else ""),
-        "command": "make bench ARGS=--quick" if quick else "make bench",
+        "command": "make bench" + (f" ARGS='{' '.join(sys.argv[1:])}'" if sys.argv[1:] else ""),
         "quick": quick,
         "seed": seed,
         "machine": machine(),
@@ -227,8 +227,10 @@ def run(job: Job) -> dict[str, Any]:
     return result
 
 
-def benchmark(quick: bool, out: Path) -> list[dict[str, Any]]:
+def benchmark(quick: bool, out: Path, minutes: float | None) -> list[dict[str, Any]]:
     plan = QUICK if quick else DEFAULT
+    if minutes is not None:
+        plan = replace(plan, minutes=minutes)
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
@@ -286,6 +288,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument(
         "--write-results", action="store_true", help="measure nothing: write benches/RESULTS.md from results.jsonl"
     )
+    parser.add_argument("--minutes", type=float, help="no further repeat that would pass this (default: 19)")
     options = parser.parse_args(arguments)
     if not sys.platform.startswith("linux"):
         sys.exit("bench: measures through /proc, which only Linux has")
@@ -295,7 +298,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         print("bench: wrote benches/RESULTS.md", file=sys.stderr)
         return
     out = OUT / "quick" if options.quick else OUT
-    records = benchmark(options.quick, out)
+    records = benchmark(options.quick, out, options.minutes)
     text = report.markdown(records)
     (out / "results.md").write_text(text)
     (out / "index.html").write_text(report.page(records))
