@@ -78,7 +78,9 @@ def test_two_epochs_hold_each_token_once_in_the_order_of_the_reference(
     )  # fmt: skip
     n, tail = divmod(tokens, SEQ_LEN)
     assert tail, "the tail is part of what is tested"
-    with open_loader(path, settings, num_threads=threads) as loader:
+    # Drawn from all of Parquet at once, blocks that do not stay decoded would be decoded for a row each.
+    budget = "2GiB" if stress else "256MiB"
+    with open_loader(path, settings, num_threads=threads, memory_budget=budget) as loader:
         assert loader.num_sequences == n
         for epoch in range(2):
             order = np.array(expected_order(shuffle, n, epoch, settings))
