@@ -64,6 +64,8 @@ struct Cursor {
     position: u64,
     /// Whether the next pass continues here; else it begins the epoch after this one.
     continues: bool,
+    /// Whether that epoch was asked for by name, so that its pass is empty where nothing of it is left.
+    named: bool,
     /// The pass whose progress this is.
     run: u64,
 }
@@ -212,11 +214,14 @@ impl Loader {
         Batches { run }
     }
 
-    /// The next pass begins `epoch` at its start, unless a position of that epoch was restored and not continued yet.
+    /// The next pass begins `epoch` at its start, or continues it if a position of that epoch was restored and not continued yet; where that was
+    /// its end, the pass is empty.
     pub fn set_epoch(&self, epoch: u64) {
         let mut cursor = lock(&self.core.cursor);
-        if !(cursor.continues && cursor.epoch == epoch) {
-            *cursor = Cursor { epoch, position: 0, continues: true, run: u64::MAX };
+        if cursor.continues && cursor.epoch == epoch {
+            cursor.named = true;
+        } else {
+            *cursor = Cursor { epoch, position: 0, continues: true, named: true, run: u64::MAX };
         }
     }
 
@@ -242,7 +247,7 @@ impl Loader {
             ));
         }
         *lock(&self.core.cursor) =
-            Cursor { epoch: state.epoch(), position: state.position(), continues: true, run: u64::MAX };
+            Cursor { epoch: state.epoch(), position: state.position(), continues: true, named: false, run: u64::MAX };
         Ok(())
     }
 
@@ -354,7 +359,7 @@ impl Core {
             warnings,
             pool: source(batch_bytes, in_flight as usize + 1),
             counters: Counters::new(threads as usize),
-            cursor: Mutex::new(Cursor { epoch: 0, position: 0, continues: true, run: u64::MAX }),
+            cursor: Mutex::new(Cursor { epoch: 0, position: 0, continues: true, named: false, run: u64::MAX }),
             next_run: AtomicU64::new(0),
             cold: AtomicBool::new(true),
             process: std::process::id(),
@@ -770,14 +775,14 @@ impl Run {
         let (epoch, position) = {
             let mut cursor = lock(&core.cursor);
             let continued = cursor.continues && core.grouping.steps(positions.saturating_sub(cursor.position)) > 0;
-            let fresh = cursor.continues && cursor.position == 0;
+            let stays = cursor.continues && (cursor.named || cursor.position == 0);
             let (epoch, position) =
-                if continued || fresh { (cursor.epoch, cursor.position) } else { (cursor.epoch + 1, 0) };
-            *cursor = Cursor { epoch, position, continues: false, run: self.id };
+                if continued || stays { (cursor.epoch, cursor.position) } else { (cursor.epoch + 1, 0) };
+            *cursor = Cursor { epoch, position, continues: false, named: false, run: self.id };
             (epoch, position)
         };
         let order = core.order(epoch);
-        let items = core.grouping.steps(positions - position);
+        let items = core.grouping.steps(positions.saturating_sub(position));
         let threads = core.config.num_threads.unwrap_or(1) as usize;
         let plan = Plan {
             threads: threads.min(items.max(1) as usize),

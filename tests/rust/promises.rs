@@ -213,6 +213,11 @@ fn passes_begin_at_their_first_batch_and_epochs_advance_with_them() {
     assert_eq!(finished.epoch(), 9);
     loader.load_state(&finished).unwrap();
     assert_eq!(epoch_of(&loader.iter()), (10, 0), "a finished epoch is not repeated");
+    loader.load_state(&finished).unwrap();
+    loader.set_epoch(9);
+    assert!(drain(&loader.iter()).is_empty(), "nothing is left of the epoch that was asked for");
+    loader.set_epoch(10);
+    assert_eq!(epoch_of(&loader.iter()), (10, 0), "and the next one is not skipped");
 }
 
 #[test]

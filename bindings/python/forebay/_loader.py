@@ -282,7 +282,11 @@ class Loader:
         ------
         StateMismatchError
             It belongs to another corpus or other content settings; both values are named.
+        TypeError
+            It is no mapping.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"a state is a dict, as `state_dict()` gives it; found {type(state_dict).__name__}")
         if state_dict:
             self._core.load_state(list(state_dict.items()))
 

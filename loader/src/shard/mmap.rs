@@ -40,6 +40,11 @@ impl SourceFile {
     /// Opens `path`, mapping it unless `io` or its file system says otherwise.
     pub fn open(path: &Path, io: Io) -> Result<Self> {
         let failed = |what: &str, error| Error::io(format!("cannot {what} shard"), error).at(path);
+        // Before opening: a pipe would wait for its other end.
+        let kind = std::fs::metadata(path).map_err(|error| failed("open", error))?;
+        if !kind.is_file() {
+            return Err(Error::data("not a regular file: expected a Parquet or Arrow file on disk").at(path));
+        }
         let file = File::open(path).map_err(|error| failed("open", error))?;
         let metadata = file.metadata().map_err(|error| failed("stat", error))?;
         let len = metadata.len();
@@ -277,4 +282,17 @@ fn is_local(file: &File) -> bool {
 #[cfg(not(target_os = "linux"))]
 fn is_local(_file: &File) -> bool {
     true
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_a_file_is_refused_without_waiting_for_it() {
+        for path in ["/dev/null", "/"] {
+            let error = SourceFile::open(Path::new(path), Io::Auto).unwrap_err();
+            assert!(error.to_string().contains("not a regular file"), "{error}");
+        }
+    }
 }
