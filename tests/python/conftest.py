@@ -48,7 +48,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if "cell" not in properties or call.when != "call":
         return
     result = item.config.stash[RESULTS][properties["cell"]]
-    result["failed"] |= call.excinfo is not None
+    result["failed"] |= call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception)
     result["facts"] = properties.get("facts") or result["facts"]
 
 
