@@ -706,7 +706,7 @@ impl Batches {
         match taken {
             Taken::Item(batch) => {
                 let tokens = batch.rows as u64 * core.config.seq_len;
-                core.counters.delivered(batch.rows as u64, tokens, batch.len_bytes() as u64, asked.elapsed(), depth);
+                core.counters.delivered(tokens, batch.len_bytes() as u64, asked.elapsed(), depth);
                 Ok(Next::Batch(batch))
             }
             Taken::End => Ok(Next::End),

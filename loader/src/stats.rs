@@ -31,7 +31,6 @@ struct Worker {
 struct Consumer {
     since: Option<Instant>,
     batches: u64,
-    rows: u64,
     tokens: u64,
     bytes: u64,
     waited: Duration,
@@ -83,7 +82,6 @@ impl Counters {
         let consumer = Consumer {
             since: None,
             batches: 0,
-            rows: 0,
             tokens: 0,
             bytes: 0,
             waited: Duration::ZERO,
@@ -107,7 +105,7 @@ impl Counters {
         lock(&self.consumer).waited += time;
     }
 
-    pub(crate) fn delivered(&self, rows: u64, tokens: u64, bytes: u64, wait: Duration, depth: usize) {
+    pub(crate) fn delivered(&self, tokens: u64, bytes: u64, wait: Duration, depth: usize) {
         let mut consumer = lock(&self.consumer);
         let slot = (consumer.batches as usize) % KEPT_WAITS;
         if slot < consumer.waits.len() {
@@ -116,7 +114,6 @@ impl Counters {
             consumer.waits.push(wait.as_secs_f32());
         }
         consumer.batches += 1;
-        consumer.rows += rows;
         consumer.tokens += tokens;
         consumer.bytes += bytes;
         consumer.waited += wait;

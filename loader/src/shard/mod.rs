@@ -192,14 +192,6 @@ pub trait Shard: Send + Sync + fmt::Debug {
     /// Negative ids, null tokens and counts that differ from the index are errors with path, block and row.
     fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock>;
 
-    /// As [`Shard::decode`], into memory that an earlier block had; fresh memory costs more than some decoding does.
-    ///
-    /// After an error the content of `out` is unspecified.
-    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()> {
-        *out = self.decode(block, limit)?;
-        Ok(())
-    }
-
     /// One line per thing that makes the file slow to read, with the remedy; for `forebay check`.
     fn advice(&self) -> Vec<String> {
         Vec::new()

@@ -564,20 +564,16 @@ impl Shard for ParquetShard {
 
     fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock> {
         let mut out = DecodedBlock::default();
-        self.decode_into(block, limit, &mut out)?;
-        Ok(out)
-    }
-
-    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()> {
         SCRATCH.with_borrow_mut(|scratch| {
-            let result = self.decode_block(block, limit, scratch, out);
+            let result = self.decode_block(block, limit, scratch, &mut out);
             for buffer in [&mut scratch.file, &mut scratch.page] {
                 if buffer.capacity() > KEEP_BYTES {
                     *buffer = Vec::new();
                 }
             }
             result.map_err(|error| error.at(self.path()).in_block(block as u64))
-        })
+        })?;
+        Ok(out)
     }
 
     fn advice(&self) -> Vec<String> {
