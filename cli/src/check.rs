@@ -72,7 +72,7 @@ fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
             Err(error) => broken.push(error),
         }
     }
-    broken.extend(mixed_shards(&shards));
+    broken.extend(mixed_shards(shards.iter().map(|shard| (shard.path(), shard.facts()))));
 
     // By blocks, not shards, so that a large shard is not left to one thread at the end.
     let blocks: Vec<(&dyn Shard, usize)> =

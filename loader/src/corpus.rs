@@ -1,6 +1,8 @@
-//! Corpus: the opened shards of one source, what is where in them, and a fingerprint.
+//! Corpus: the shards of one source in order, what is where in them, and a fingerprint.
 //!
 //! Shards are opened side by side on a pool of the loader's own; every fault found is reported, not only the first.
+
+use std::path::Path;
 
 use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3;
@@ -8,11 +10,11 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::config::DataFormat;
 use crate::error::{Error, Result};
 use crate::shard::discover::{self, ShardFile};
-use crate::shard::{self, Access, BlockMeta, OpenOptions, Shard};
+use crate::shard::{self, Access, Counts, OpenOptions, Shard, ShardFacts};
 use crate::tokens::Dtype;
 
 /// A block of the corpus: shard and block in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockRef {
     /// Index of the shard.
     pub shard: u32,
@@ -20,12 +22,47 @@ pub struct BlockRef {
     pub block: u32,
 }
 
-/// The opened shards of one source, in corpus order.
+/// An opened shard, and what stands before each of its blocks.
+#[derive(Debug)]
+pub struct OpenShard {
+    shard: Box<dyn Shard>,
+    before: Vec<Counts>,
+}
+
+impl OpenShard {
+    fn new(shard: Box<dyn Shard>) -> Self {
+        let mut before = Vec::with_capacity(shard.blocks().len() + 1);
+        let mut sum = Counts::default();
+        before.push(sum);
+        for block in shard.blocks() {
+            sum = sum + block.counts();
+            before.push(sum);
+        }
+        Self { shard, before }
+    }
+
+    /// The shard.
+    pub fn shard(&self) -> &dyn Shard {
+        self.shard.as_ref()
+    }
+
+    /// What is before each block and, last, in all of them.
+    pub fn before(&self) -> &[Counts] {
+        &self.before
+    }
+
+    /// Whether the first token of block `block` continues a document of the block before.
+    pub fn continues(&self, block: usize) -> bool {
+        self.before[block].starts > self.before[block].ends
+    }
+}
+
+/// The shards of one source, in corpus order.
 #[derive(Debug)]
 pub struct Corpus {
-    shards: Vec<Box<dyn Shard>>,
-    names: Vec<String>,
-    blocks: Vec<BlockRef>,
+    files: Vec<ShardFile>,
+    facts: Vec<ShardFacts>,
+    shards: Vec<OpenShard>,
     dtype: Dtype,
     access: Access,
     fingerprint: String,
@@ -35,8 +72,8 @@ impl Corpus {
     /// Finds and opens the shards of `data`.
     pub fn open(data: &[String], format: DataFormat, options: &OpenOptions, pool: &rayon::ThreadPool) -> Result<Self> {
         let files = discover::find(data, format)?;
-        let opened: Vec<Result<Box<dyn Shard>>> =
-            pool.install(|| files.par_iter().map(|file| shard::open(file, options)).collect());
+        let opened: Vec<Result<OpenShard>> =
+            pool.install(|| files.par_iter().map(|file| shard::open(file, options).map(OpenShard::new)).collect());
         let mut shards = Vec::with_capacity(opened.len());
         let mut faults = Vec::new();
         for result in opened {
@@ -45,58 +82,57 @@ impl Corpus {
                 Err(error) => faults.push(error),
             }
         }
-        faults.extend(mixed_shards(&shards));
-        faults.extend(unexpected_shard(&shards, format));
+        let facts: Vec<ShardFacts> = shards.iter().map(|shard| shard.shard().facts()).collect();
+        faults.extend(mixed_shards(shards.iter().map(|shard| shard.shard().path()).zip(facts.iter().copied())));
+        let described = shards.iter().map(|shard| shard.shard().path()).zip(facts.iter().copied());
+        faults.extend(unexpected_shard(described, format));
         if !faults.is_empty() {
             return Err(Error::all(faults));
         }
-        Self::new(shards, &files)
+        Self::new(files, facts, shards)
     }
 
-    fn new(shards: Vec<Box<dyn Shard>>, files: &[ShardFile]) -> Result<Self> {
-        let mut blocks = Vec::new();
-        for (index, shard) in shards.iter().enumerate() {
-            for block in 0..shard.blocks().len() {
-                let too_many = || Error::data("corpus has more than 2^32 shards or blocks in a shard");
-                blocks.push(BlockRef {
-                    shard: u32::try_from(index).map_err(|_| too_many())?,
-                    block: u32::try_from(block).map_err(|_| too_many())?,
-                });
-            }
+    fn new(files: Vec<ShardFile>, facts: Vec<ShardFacts>, shards: Vec<OpenShard>) -> Result<Self> {
+        let most = facts.iter().map(|facts| facts.blocks).max().unwrap_or(0).max(files.len() as u64);
+        if u32::try_from(most).is_err() {
+            return Err(Error::data("corpus has more than 2^32 shards or blocks in a shard"));
         }
         // Empty shards have no blocks and say nothing of how tokens are reached.
-        let typical = shards.iter().find(|shard| !shard.blocks().is_empty()).or(shards.first());
-        let (dtype, access) = typical.map_or((Dtype::I32, Access::Random), |shard| (shard.dtype(), shard.access()));
-        let names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
-        let fingerprint = fingerprint(&names, &shards);
-        Ok(Self { shards, names, blocks, dtype, access, fingerprint })
+        let typical = facts.iter().find(|facts| facts.blocks > 0).or(facts.first());
+        let (dtype, access) = typical.map_or((Dtype::I32, Access::Random), |facts| (facts.dtype, facts.access));
+        let mut corpus = Self { files, facts, shards, dtype, access, fingerprint: String::new() };
+        corpus.fingerprint = corpus.fingerprint_of(corpus.len());
+        Ok(corpus)
     }
 
-    /// The shards in corpus order.
-    pub fn shards(&self) -> &[Box<dyn Shard>] {
-        &self.shards
+    /// Shards.
+    pub fn len(&self) -> usize {
+        self.files.len()
     }
 
-    /// Names of the shards, relative to the roots they were found under.
-    pub fn names(&self) -> &[String] {
-        &self.names
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
     }
 
-    /// Every block that holds tokens, in corpus order.
-    pub fn blocks(&self) -> &[BlockRef] {
-        &self.blocks
+    /// Where the shards are, and their names relative to the roots they were found under.
+    pub fn files(&self) -> &[ShardFile] {
+        &self.files
     }
 
-    /// Metadata of every block, in the same order.
-    pub fn block_metas(&self) -> impl Iterator<Item = &BlockMeta> {
-        self.shards.iter().flat_map(|shard| shard.blocks())
+    /// What is known of each shard, in corpus order.
+    pub fn facts(&self) -> impl ExactSizeIterator<Item = ShardFacts> + '_ {
+        self.facts.iter().copied()
     }
 
-    /// Block `index` of the corpus: its shard, its index there and its metadata.
-    pub fn block(&self, index: usize) -> (&dyn Shard, usize, &BlockMeta) {
-        let at = self.blocks[index];
-        let shard = self.shards[at.shard as usize].as_ref();
-        (shard, at.block as usize, &shard.blocks()[at.block as usize])
+    /// Tokens and documents of each shard, in corpus order.
+    pub fn counts(&self) -> impl ExactSizeIterator<Item = Counts> + '_ {
+        self.facts().map(|facts| facts.counts)
+    }
+
+    /// Shard `index`, opened.
+    pub fn shard(&self, index: usize) -> Result<&OpenShard> {
+        Ok(&self.shards[index])
     }
 
     /// Type of the token ids on disk.
@@ -111,82 +147,95 @@ impl Corpus {
 
     /// Tokens on disk.
     pub fn tokens(&self) -> u64 {
-        self.block_metas().map(|block| block.tokens).sum()
+        self.counts().map(|counts| counts.tokens).sum()
     }
 
     /// Non-empty documents.
     pub fn documents(&self) -> u64 {
-        self.block_metas().map(|block| block.starts).sum()
+        self.counts().map(|counts| counts.starts).sum()
+    }
+
+    /// Bytes that all blocks take when decoded; 0 where nothing is decoded.
+    pub fn decoded_bytes(&self) -> u64 {
+        self.facts().map(|facts| facts.decoded_bytes).sum()
+    }
+
+    /// Bytes that the largest block takes when decoded.
+    pub fn largest_block_bytes(&self) -> u64 {
+        self.facts().map(|facts| facts.largest_block_bytes).max().unwrap_or(0)
     }
 
     /// Digest of names, sizes, counts and types, but of no absolute path or time.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
+
+    /// The fingerprint of a corpus of the first `shards` shards alone. Costs a hash of some 50 bytes per shard.
+    ///
+    /// # Panics
+    /// When there are fewer shards.
+    pub fn fingerprint_of(&self, shards: usize) -> String {
+        let mut hash = Xxh3::new();
+        let mut text = |text: &str| {
+            hash.update(&(text.len() as u64).to_le_bytes());
+            hash.update(text.as_bytes());
+        };
+        for (file, facts) in self.files[..shards].iter().zip(self.facts()) {
+            text(&file.name);
+            text(facts.format.name());
+            text(facts.dtype.name());
+            let Counts { tokens, starts, .. } = facts.counts;
+            text(&format!("{} {} {tokens} {starts}", facts.size_bytes, facts.rows));
+        }
+        format!("{:032x}", hash.digest128())
+    }
 }
 
 /// Shards that cannot stand in one corpus together: other token types, or another way to be read.
-pub fn mixed_shards(shards: &[Box<dyn Shard>]) -> Vec<Error> {
-    let Some(first) = shards.first() else { return Vec::new() };
+pub fn mixed_shards<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)> + Clone) -> Vec<Error> {
+    let Some((first_path, first)) = shards.clone().next() else { return Vec::new() };
     let mut faults = Vec::new();
-    if let Some(other) = shards.iter().find(|shard| shard.format().family() != first.format().family()) {
+    if let Some((path, other)) = shards.clone().find(|(_, facts)| facts.format.family() != first.format.family()) {
         faults.push(Error::data(format!(
             "formats differ between shards: `{}` is {}, `{}` is {}; load them as two corpora, or set `format`",
-            first.path().display(),
-            first.format().name(),
-            other.path().display(),
-            other.format().name()
+            first_path.display(),
+            first.format.name(),
+            path.display(),
+            other.format.name()
         )));
         return faults;
     }
-    if let Some(other) = shards.iter().find(|shard| shard.dtype() != first.dtype()) {
+    if let Some((path, other)) = shards.clone().find(|(_, facts)| facts.dtype != first.dtype) {
         faults.push(Error::data(format!(
             "token types differ between shards: `{}` has {}, `{}` has {}; rewrite them with one type",
-            first.path().display(),
-            first.dtype().name(),
-            other.path().display(),
-            other.dtype().name()
+            first_path.display(),
+            first.dtype.name(),
+            path.display(),
+            other.dtype.name()
         )));
     }
     // Without tokens there is nothing that could be reached either way.
-    let mut full = shards.iter().filter(|shard| !shard.blocks().is_empty());
-    if let Some(first) = full.next()
-        && let Some(other) = full.find(|shard| shard.access() != first.access())
+    let mut full = shards.filter(|(_, facts)| facts.blocks > 0);
+    if let Some((first_path, first)) = full.next()
+        && let Some((path, _)) = full.find(|(_, facts)| facts.access != first.access)
     {
         faults.push(Error::data(format!(
             "compressed and uncompressed Arrow shards cannot be mixed: `{}` and `{}` differ; rewrite them alike",
-            first.path().display(),
-            other.path().display()
+            first_path.display(),
+            path.display()
         )));
     }
     faults
 }
 
 /// The first shard of another format than the setting `format` allows.
-fn unexpected_shard(shards: &[Box<dyn Shard>], format: DataFormat) -> Option<Error> {
+fn unexpected_shard<'a>(mut shards: impl Iterator<Item = (&'a Path, ShardFacts)>, format: DataFormat) -> Option<Error> {
     let expected = match format {
         DataFormat::Auto => return None,
         DataFormat::Parquet => "parquet",
         DataFormat::Arrow => "arrow",
     };
-    let shard = shards.iter().find(|shard| shard.format().family() != expected)?;
-    let message = format!("`format` is {expected}, but this shard is {}", shard.format().name());
-    Some(Error::data(message).at(shard.path()))
-}
-
-fn fingerprint(names: &[String], shards: &[Box<dyn Shard>]) -> String {
-    let mut hash = Xxh3::new();
-    let mut text = |text: &str| {
-        hash.update(&(text.len() as u64).to_le_bytes());
-        hash.update(text.as_bytes());
-    };
-    for (name, shard) in names.iter().zip(shards) {
-        text(name);
-        text(shard.format().name());
-        text(shard.dtype().name());
-        let tokens: u64 = shard.blocks().iter().map(|block| block.tokens).sum();
-        let documents: u64 = shard.blocks().iter().map(|block| block.starts).sum();
-        text(&format!("{} {} {tokens} {documents}", shard.size_bytes(), shard.rows()));
-    }
-    format!("{:032x}", hash.digest128())
+    let (path, facts) = shards.find(|(_, facts)| facts.format.family() != expected)?;
+    let message = format!("`format` is {expected}, but this shard is {}", facts.format.name());
+    Some(Error::data(message).at(path))
 }

@@ -334,7 +334,7 @@ impl Core {
             (other, _) => other,
         };
         let specials = Specials { bos: config.bos_id, eos: config.eos_id };
-        let layout = Concat::new(corpus.block_metas(), specials, config.seq_len, config.row_tokens());
+        let layout = Concat::new(corpus.counts(), specials, config.seq_len, config.row_tokens());
         let sequences = layout.num_sequences();
         let arrangement = match config.shuffle {
             Shuffle::Off | Shuffle::On => Arrangement::Sequential,
@@ -589,7 +589,7 @@ impl BatchLayout {
 
 /// Bytes for the block cache: the budget less batches in flight and the blocks that workers hold while they fill from them.
 fn cache_budget(config: &Config, corpus: &Corpus, threads: u64, batches: u64) -> Result<u64> {
-    let largest = corpus.block_metas().map(|block| block.decoded_bytes).max().unwrap_or(0);
+    let largest = corpus.largest_block_bytes();
     let held = threads.saturating_mul(largest);
     let needed = batches.saturating_add(held).saturating_add(largest);
     config.memory_budget.checked_sub(batches.saturating_add(held)).filter(|cache| *cache >= largest).ok_or_else(|| {
@@ -605,8 +605,8 @@ fn cache_budget(config: &Config, corpus: &Corpus, threads: u64, batches: u64) ->
 
 /// Says so where the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
 fn window_warning(config: &Config, corpus: &Corpus, cache_bytes: u64) -> Option<String> {
-    let total: u64 = corpus.block_metas().map(|block| block.decoded_bytes).sum();
-    let largest = corpus.block_metas().map(|block| block.decoded_bytes).max().unwrap_or(0);
+    let total: u64 = corpus.decoded_bytes();
+    let largest = corpus.largest_block_bytes();
     let windows = match config.shuffle {
         _ if corpus.access() == Access::Random => 0,
         Shuffle::Off | Shuffle::On => 0,
