@@ -1,17 +1,28 @@
 //! Corpus: the shards of one source in order, what is where in them, and a fingerprint.
 //!
-//! Shards are opened side by side on a pool of the loader's own; every fault found is reported, not only the first.
+//! Without a saved index all shards are opened at the start, side by side on a pool of the loader's own, and every fault found is reported, not only
+//! the first. With one, only shards that it does not know as they are now are opened then; each of the others is opened by the first thread that reads
+//! it, and has to be what the index says.
 
+use std::collections::HashMap;
+use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::config::DataFormat;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::index::{IndexFile, Place, SavedIndex, Stamp};
 use crate::shard::discover::{self, ShardFile};
 use crate::shard::{self, Access, Counts, OpenOptions, Shard, ShardFacts};
+use crate::sync::lock;
 use crate::tokens::Dtype;
+
+/// Shards that can be opened at the same time, later on; those of different numbers below this never wait for each other.
+const OPENING: usize = 64;
 
 /// A block of the corpus: shard and block in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -61,46 +72,152 @@ impl OpenShard {
 #[derive(Debug)]
 pub struct Corpus {
     files: Vec<ShardFile>,
-    facts: Vec<ShardFacts>,
-    shards: Vec<OpenShard>,
+    facts: Facts,
+    options: OpenOptions,
+    shards: Vec<OnceLock<OpenShard>>,
+    /// Held by whoever opens a shard whose number is this one's modulo the length, so that no shard is opened twice.
+    opening: [Mutex<()>; OPENING],
     dtype: Dtype,
     access: Access,
     fingerprint: String,
+    warnings: Vec<String>,
+}
+
+/// What is known of the shards.
+#[derive(Debug)]
+enum Facts {
+    /// Found by opening them.
+    Found(Vec<ShardFacts>),
+    /// Of an index whose records are those of the shards, in their order.
+    Saved(SavedIndex),
+}
+
+impl Facts {
+    fn get(&self, index: usize) -> ShardFacts {
+        match self {
+            Self::Found(facts) => facts[index],
+            Self::Saved(saved) => saved.get(index).expect("every record was read when it was compared").1,
+        }
+    }
+}
+
+/// What bringing the index of a corpus up to date came to.
+#[derive(Debug)]
+pub struct Indexed {
+    /// Where the index is.
+    pub file: IndexFile,
+    /// Shards that had to be opened, because they were not known as they are now.
+    pub opened: u64,
+    /// Why the index could not be saved, if it could not.
+    pub unsaved: Option<Error>,
 }
 
 impl Corpus {
-    /// Finds and opens the shards of `data`.
-    pub fn open(data: &[String], format: DataFormat, options: &OpenOptions, pool: &rayon::ThreadPool) -> Result<Self> {
+    /// Finds the shards of `data` and opens them all; with a folder `cache`, only those that the index there does not know as they are now.
+    ///
+    /// An index that is missing, outdated or damaged is made anew; one that cannot be saved is a warning.
+    pub fn open(
+        data: &[String],
+        format: DataFormat,
+        options: &OpenOptions,
+        cache: Option<&Path>,
+        pool: &rayon::ThreadPool,
+    ) -> Result<Self> {
+        if let Some(folder) = cache {
+            return Ok(Self::index(data, format, options, folder, pool, &|_, _| ())?.0);
+        }
         let files = discover::find(data, format)?;
-        let opened: Vec<Result<OpenShard>> =
-            pool.install(|| files.par_iter().map(|file| shard::open(file, options).map(OpenShard::new)).collect());
-        let mut shards = Vec::with_capacity(opened.len());
-        let mut faults = Vec::new();
-        for result in opened {
-            match result {
-                Ok(shard) => shards.push(shard),
-                Err(error) => faults.push(error),
-            }
-        }
-        let facts: Vec<ShardFacts> = shards.iter().map(|shard| shard.shard().facts()).collect();
-        faults.extend(mixed_shards(shards.iter().map(|shard| shard.shard().path()).zip(facts.iter().copied())));
-        let described = shards.iter().map(|shard| shard.shard().path()).zip(facts.iter().copied());
-        faults.extend(unexpected_shard(described, format));
-        if !faults.is_empty() {
-            return Err(Error::all(faults));
-        }
-        Self::new(files, facts, shards)
+        let open = |file: &ShardFile| shard::open(file, options).map(OpenShard::new);
+        let opened: Vec<_> = pool.install(|| files.par_iter().map(open).collect());
+        let (opened, faults) = split(opened);
+        let facts = opened.iter().map(|shard| shard.shard().facts()).collect();
+        let described = opened.iter().map(|shard| (shard.shard().path(), shard.shard().facts()));
+        no_faults(faults, described, format)?;
+        Self::new(files, Facts::Found(facts), opened.into_iter().map(OnceLock::from).collect(), options)
     }
 
-    fn new(files: Vec<ShardFile>, facts: Vec<ShardFacts>, shards: Vec<OpenShard>) -> Result<Self> {
-        let most = facts.iter().map(|facts| facts.blocks).max().unwrap_or(0).max(files.len() as u64);
+    /// As [`Corpus::open`] with a folder; `progress` is called with the number of shards opened and to be opened.
+    pub fn index(
+        data: &[String],
+        format: DataFormat,
+        options: &OpenOptions,
+        folder: &Path,
+        pool: &rayon::ThreadPool,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<(Self, Indexed)> {
+        let files = discover::find(data, format)?;
+        let file = IndexFile::new(folder, data, format, options);
+        let mut warnings = Vec::new();
+        let saved = file.load(options.io).unwrap_or_else(|error| {
+            warnings.push(format!("{}; it is made anew", error.report()));
+            None
+        });
+        let mut indexed = Indexed { file, opened: 0, unsaved: None };
+
+        let places: Vec<Place> = files.iter().map(Place::of).collect();
+        let known = pool.install(|| known_facts(&files, &places, saved.as_ref()));
+        let stale: Vec<usize> = (0..files.len()).filter(|index| known[*index].is_none()).collect();
+        let facts = match saved {
+            Some(saved) if stale.is_empty() && same_places(&saved, &places) => {
+                no_faults(Vec::new(), files.iter().map(|file| &*file.path).zip(known.into_iter().flatten()), format)?;
+                Facts::Saved(saved)
+            }
+            _ => {
+                let done = AtomicU64::new(0);
+                progress(0, stale.len() as u64);
+                let open = |index: &usize| {
+                    let facts = shard::open(&files[*index], options).map(|shard| shard.facts());
+                    progress(done.fetch_add(1, Ordering::Relaxed) + 1, stale.len() as u64);
+                    facts
+                };
+                let opened: Vec<_> = pool.install(|| stale.par_iter().map(open).collect());
+                indexed.opened = stale.len() as u64;
+                let mut known = known;
+                let mut faults = Vec::new();
+                for (index, facts) in stale.iter().zip(opened) {
+                    facts.map(|facts| known[*index] = Some(facts)).unwrap_or_else(|error| faults.push(error));
+                }
+                // One that cannot be opened is among the faults.
+                let described = files.iter().zip(&known).filter_map(|(file, facts)| Some((&*file.path, (*facts)?)));
+                no_faults(faults, described, format)?;
+                let facts: Vec<ShardFacts> = known.into_iter().flatten().collect();
+                if let Err(error) = indexed.file.save(places.iter().copied().zip(facts.iter().copied())) {
+                    warnings.push(format!("{}; shards are opened at every start", error.report()));
+                    indexed.unsaved = Some(error);
+                }
+                Facts::Found(facts)
+            }
+        };
+        let shards = files.iter().map(|_| OnceLock::new()).collect();
+        Ok((Self { warnings, ..Self::new(files, facts, shards, options)? }, indexed))
+    }
+
+    fn new(
+        files: Vec<ShardFile>,
+        facts: Facts,
+        shards: Vec<OnceLock<OpenShard>>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let mut corpus = Self {
+            files,
+            facts,
+            options: options.clone(),
+            shards,
+            opening: std::array::from_fn(|_| Mutex::new(())),
+            dtype: Dtype::I32,
+            access: Access::Random,
+            fingerprint: String::new(),
+            warnings: Vec::new(),
+        };
+        let most = corpus.facts().map(|facts| facts.blocks).max().unwrap_or(0).max(corpus.len() as u64);
         if u32::try_from(most).is_err() {
             return Err(Error::data("corpus has more than 2^32 shards or blocks in a shard"));
         }
         // Empty shards have no blocks and say nothing of how tokens are reached.
-        let typical = facts.iter().find(|facts| facts.blocks > 0).or(facts.first());
-        let (dtype, access) = typical.map_or((Dtype::I32, Access::Random), |facts| (facts.dtype, facts.access));
-        let mut corpus = Self { files, facts, shards, dtype, access, fingerprint: String::new() };
+        let typical = corpus.facts().find(|facts| facts.blocks > 0).or_else(|| corpus.facts().next());
+        if let Some(typical) = typical {
+            (corpus.dtype, corpus.access) = (typical.dtype, typical.access);
+        }
         corpus.fingerprint = corpus.fingerprint_of(corpus.len());
         Ok(corpus)
     }
@@ -122,7 +239,7 @@ impl Corpus {
 
     /// What is known of each shard, in corpus order.
     pub fn facts(&self) -> impl ExactSizeIterator<Item = ShardFacts> + '_ {
-        self.facts.iter().copied()
+        (0..self.len()).map(|index| self.facts.get(index))
     }
 
     /// Tokens and documents of each shard, in corpus order.
@@ -130,9 +247,29 @@ impl Corpus {
         self.facts().map(|facts| facts.counts)
     }
 
-    /// Shard `index`, opened.
+    /// Shard `index`, opened now if it is not yet; an error is not kept, so that the next reader tries again.
     pub fn shard(&self, index: usize) -> Result<&OpenShard> {
-        Ok(&self.shards[index])
+        let slot = &self.shards[index];
+        if let Some(shard) = slot.get() {
+            return Ok(shard);
+        }
+        let _opening = lock(&self.opening[index % OPENING]);
+        if let Some(shard) = slot.get() {
+            return Ok(shard);
+        }
+        let shard = shard::open(&self.files[index], &self.options)?;
+        check_indexed(self.facts.get(index), shard.facts()).map_err(|error| error.at(shard.path()))?;
+        Ok(slot.get_or_init(|| OpenShard::new(shard)))
+    }
+
+    /// Shard `index`, if it is open already.
+    pub fn opened(&self, index: usize) -> Option<&OpenShard> {
+        self.shards[index].get()
+    }
+
+    /// What went wrong with the saved index, a line each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// Type of the token ids on disk.
@@ -189,6 +326,91 @@ impl Corpus {
         }
         format!("{:032x}", hash.digest128())
     }
+}
+
+/// What `saved` knows of each file, where that file has the size and the time it had then.
+fn known_facts(files: &[ShardFile], places: &[Place], saved: Option<&SavedIndex>) -> Vec<Option<ShardFacts>> {
+    let Some(saved) = saved else { return vec![None; files.len()] };
+    // Shards stand where they stood, as a rule; the table of the others is made when one does not.
+    let others: OnceLock<HashMap<Place, usize>> = OnceLock::new();
+    let find_other = |place: Place| -> Option<ShardFacts> {
+        let table = others.get_or_init(|| {
+            let records = (0..saved.len()).filter_map(|index| Some((saved.get(index)?.0, index)));
+            records.collect()
+        });
+        Some(saved.get(*table.get(&place)?)?.1)
+    };
+    let known = |(index, file): (usize, &ShardFile)| {
+        let here = (index < saved.len()).then(|| saved.get(index)).flatten();
+        let facts = match here {
+            Some((place, facts)) if place == places[index] => facts,
+            _ => find_other(places[index])?,
+        };
+        // A file that cannot be looked at is opened, which tells why.
+        (Stamp::of(&file.path).ok()? == Stamp::from(facts)).then_some(facts)
+    };
+    files.par_iter().enumerate().map(known).collect()
+}
+
+fn same_places(saved: &SavedIndex, places: &[Place]) -> bool {
+    saved.len() == places.len()
+        && places.iter().enumerate().all(|(index, place)| saved.get(index).is_some_and(|(saved, _)| saved == *place))
+}
+
+/// Fails where an opened shard is not what the index says. Sizes of blocks are left out: they are needed for budgets only.
+fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
+    let changed = |what: &str, then: &dyn fmt::Debug, now: &dyn fmt::Debug| {
+        Err(Error::new(
+            ErrorKind::Changed,
+            format!(
+                "shard changed since it was indexed: {what} was {then:?} and is {now:?}; start anew, which indexes it again"
+            ),
+        ))
+    };
+    if found.size_bytes != indexed.size_bytes {
+        return changed("its size in bytes", &indexed.size_bytes, &found.size_bytes);
+    }
+    if found.modified != indexed.modified {
+        return changed("its modification time", &indexed.modified, &found.modified);
+    }
+    // Same size and time, other content: the index would be taken for right at the next start too.
+    if (found.format, found.dtype, found.access, found.rows, found.counts)
+        != (indexed.format, indexed.dtype, indexed.access, indexed.rows, indexed.counts)
+    {
+        return Err(Error::new(
+            ErrorKind::Changed,
+            format!(
+                "shard is not the one that was indexed, though its size and modification time are: expected {} rows and {} {} tokens, found {} rows \
+                 and {} {} tokens; remove the index from `cache_dir`",
+                indexed.rows,
+                indexed.counts.tokens,
+                indexed.dtype.name(),
+                found.rows,
+                found.counts.tokens,
+                found.dtype.name(),
+            ),
+        ));
+    }
+    Ok(())
+}
+
+fn split<T>(results: Vec<Result<T>>) -> (Vec<T>, Vec<Error>) {
+    let (mut values, mut faults) = (Vec::with_capacity(results.len()), Vec::new());
+    for result in results {
+        result.map(|value| values.push(value)).unwrap_or_else(|error| faults.push(error));
+    }
+    (values, faults)
+}
+
+/// Fails with `faults` and with those that show only when all shards are seen together.
+fn no_faults<'a>(
+    mut faults: Vec<Error>,
+    shards: impl Iterator<Item = (&'a Path, ShardFacts)> + Clone,
+    format: DataFormat,
+) -> Result<()> {
+    faults.extend(mixed_shards(shards.clone()));
+    faults.extend(unexpected_shard(shards, format));
+    if faults.is_empty() { Ok(()) } else { Err(Error::all(faults)) }
 }
 
 /// Shards that cannot stand in one corpus together: other token types, or another way to be read.

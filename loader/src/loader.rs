@@ -3,6 +3,7 @@
 //! A batch is computed from its position alone (`Core::compute`), by whichever thread takes its number; iteration, `batch_at` and
 //! `sequences_at` share that one function.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -318,13 +319,16 @@ impl Core {
         let rank = *config.dp_rank.get_or_insert(0);
         let world_size = *config.dp_world_size.get_or_insert(1);
 
-        let options =
-            OpenOptions { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens };
+        let options = OpenOptions::of(&config);
+        let cache = config.cache_dir.as_deref().map(Path::new);
         // Scoped, so that its threads have ended when opening has.
         let corpus = rayon::ThreadPoolBuilder::new()
             .num_threads(threads as usize)
             .thread_name(|index| format!("forebay-open-{index}"))
-            .build_scoped(|thread| thread.run(), |pool| Corpus::open(&config.data, config.format, &options, pool))
+            .build_scoped(
+                |thread| thread.run(),
+                |pool| Corpus::open(&config.data, config.format, &options, cache, pool),
+            )
             .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads for opening shards").with_source(error))?;
         let corpus = Arc::new(corpus?);
 
@@ -349,7 +353,7 @@ impl Core {
         let batch_bytes = BatchLayout::largest_bytes(&config);
         let in_flight = config.prefetch_batches + 1;
         let cache_bytes = cache_budget(&config, &corpus, threads, in_flight * batch_bytes as u64)?;
-        let warnings = window_warning(&config, &corpus, cache_bytes).into_iter().collect();
+        let warnings = corpus.warnings().iter().cloned().chain(window_warning(&config, &corpus, cache_bytes)).collect();
         let content = content_of(&config, corpus.fingerprint(), sequences);
         Ok(Self {
             reader: Reader::new(corpus, layout, specials, cache_bytes),

@@ -180,8 +180,8 @@ impl Reader {
         let mut asked = false;
         while at < range.end {
             let (index, within) = self.layout.locate(at);
-            // Whoever reads the window reports why its shard cannot be opened.
-            let Ok(opened) = self.corpus.shard(index) else { return asked };
+            // Opening a shard is left to whoever reads it: the first batch must not wait for those of all windows ahead.
+            let Some(opened) = self.corpus.opened(index) else { return true };
             let shard = opened.shard();
             for (block, part) in self.stretches(opened, within, range.end - at) {
                 at += part.end - part.start;

@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::SystemTime;
 
+use crate::config::{Config, Io};
 use crate::error::{Error, Result};
 use crate::tokens::{Dtype, Tokens};
 
@@ -302,9 +303,16 @@ pub struct OpenOptions {
     /// Token column; `None` takes the first of [`TOKEN_COLUMNS`] that is there.
     pub token_column: Option<String>,
     /// How file bytes are reached.
-    pub io: crate::config::Io,
+    pub io: Io,
     /// Tokens near which blocks are cut.
     pub block_tokens: u64,
+}
+
+impl OpenOptions {
+    /// What `config` says of it.
+    pub fn of(config: &Config) -> Self {
+        Self { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens }
+    }
 }
 
 /// Columns taken for the tokens when none is named, in order of preference.
