@@ -154,7 +154,7 @@ impl Corpus {
         });
         let mut indexed = Indexed { file, opened: 0, unsaved: None };
 
-        let places: Vec<Place> = files.iter().map(Place::of).collect();
+        let places = Place::of_all(&files);
         let known = pool.install(|| known_facts(&files, &places, saved.as_ref()));
         let stale: Vec<usize> = (0..files.len()).filter(|index| known[*index].is_none()).collect();
         let facts = match saved {

@@ -5,6 +5,7 @@
 //! shard has the size and the modification time it had. Whatever does not fit is an error to be shown as a warning, and the index is made anew.
 //! Writers make a file of their own and rename it, so that those who start at once replace each other's whole files.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher};
 use std::io::ErrorKind::{AlreadyExists, NotADirectory, NotFound};
@@ -41,10 +42,21 @@ const ACCESSES: [Access; 2] = [Access::Random, Access::Block];
 pub struct Place(u128);
 
 impl Place {
-    /// Of `file`.
-    pub fn of(file: &ShardFile) -> Self {
-        let path = std::path::absolute(&file.path).unwrap_or_else(|_| file.path.clone());
-        Self(xxhash_rust::xxh3::xxh3_128(path.as_os_str().as_encoded_bytes()))
+    /// Of each of `files`.
+    pub fn of_all(files: &[ShardFile]) -> Vec<Self> {
+        // Shards by the thousand share a folder.
+        let mut folders: HashMap<&Path, PathBuf> = HashMap::new();
+        let mut places = Vec::with_capacity(files.len());
+        for file in files {
+            let folder = file.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let folder = folders.entry(folder).or_insert_with(|| absolute(folder));
+            let mut hash = Xxh3::new();
+            hash.update(folder.as_os_str().as_encoded_bytes());
+            hash.update(b"/");
+            hash.update(file.path.file_name().unwrap_or_default().as_encoded_bytes());
+            places.push(Self(hash.digest128()));
+        }
+        places
     }
 }
 
@@ -91,8 +103,7 @@ impl IndexFile {
         part(&VERSION.to_le_bytes());
         part(format!("{format:?} {:?} {}", options.token_column, options.block_tokens).as_bytes());
         for entry in data {
-            let entry = std::path::absolute(entry).unwrap_or_else(|_| PathBuf::from(entry));
-            part(entry.as_os_str().as_encoded_bytes());
+            part(absolute(Path::new(entry)).as_os_str().as_encoded_bytes());
         }
         let key = hash.digest128();
         Self { path: folder.join(format!("{key:032x}.forebay-index")), key }
@@ -165,6 +176,10 @@ impl IndexFile {
         }
         Ok(bytes.len() as u64)
     }
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// A file of this writer alone, removed unless it gets its final name.
