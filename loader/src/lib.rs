@@ -24,6 +24,7 @@ mod fill;
 pub mod index;
 pub mod layout;
 pub mod loader;
+pub mod opened;
 pub mod order;
 mod pipeline;
 mod read;
