@@ -123,6 +123,14 @@ impl Corpus {
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
+
+    /// The fingerprint that a corpus of the first `shards` shards has.
+    pub fn fingerprint_of(&self, shards: usize) -> String {
+        if shards == self.shards.len() {
+            return self.fingerprint.clone();
+        }
+        fingerprint(&self.names[..shards], &self.shards[..shards])
+    }
 }
 
 /// Shards that cannot stand in one corpus together: other token types, or another way to be read.

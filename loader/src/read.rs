@@ -35,11 +35,19 @@ pub(crate) struct Reader {
     specials: Specials,
     /// Whether each block's first token continues a document of the block before.
     continues: Vec<bool>,
-    cache: BlockCache,
+    /// Shared with the readers of other sources, among which this one's blocks go by `source`.
+    cache: Arc<BlockCache>,
+    source: usize,
 }
 
 impl Reader {
-    pub(crate) fn new(corpus: Arc<Corpus>, layout: Concat, specials: Specials, cache_bytes: u64) -> Self {
+    pub(crate) fn new(
+        corpus: Arc<Corpus>,
+        layout: Concat,
+        specials: Specials,
+        cache: Arc<BlockCache>,
+        source: usize,
+    ) -> Self {
         let mut continues = Vec::with_capacity(corpus.blocks().len());
         for shard in corpus.shards() {
             let mut open = 0i64;
@@ -48,19 +56,15 @@ impl Reader {
                 open += block.starts as i64 - block.ends as i64;
             }
         }
-        Self { corpus, layout, specials, continues, cache: BlockCache::new(cache_bytes) }
+        Self { corpus, layout, specials, continues, cache, source }
     }
 
     pub(crate) fn corpus(&self) -> &Corpus {
         &self.corpus
     }
 
-    pub(crate) fn layout(&self) -> &Concat {
-        &self.layout
-    }
-
-    pub(crate) fn cache(&self) -> &BlockCache {
-        &self.cache
+    pub(crate) fn specials(&self) -> Specials {
+        self.specials
     }
 
     /// Writes stream tokens `range` over `row`. With `ends_chunk`, blocks that begin inside the row are read no further than needed.
@@ -120,7 +124,12 @@ impl Reader {
                     decoded_here = true;
                     shard.decode(index, limit)
                 };
-                let decoded = self.cache.get(block, meta.decoded_bytes, prefix_only.then_some(range.end), decode)?;
+                let decoded = self.cache.get(
+                    (self.source, block),
+                    meta.decoded_bytes,
+                    prefix_only.then_some(range.end),
+                    decode,
+                )?;
                 if decoded_here {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
                 }
@@ -224,9 +233,12 @@ pub(crate) struct BlockCache {
     decoded_bytes: AtomicU64,
 }
 
+/// Source, and block of it.
+type BlockKey = (usize, usize);
+
 #[derive(Debug, Default)]
 struct CacheInner {
-    entries: HashMap<usize, Entry>,
+    entries: HashMap<BlockKey, Entry>,
     used_bytes: u64,
     clock: u64,
 }
@@ -243,7 +255,7 @@ enum Entry {
 }
 
 impl BlockCache {
-    fn new(budget_bytes: u64) -> Self {
+    pub(crate) fn new(budget_bytes: u64) -> Self {
         Self {
             budget_bytes,
             inner: Mutex::default(),
@@ -269,7 +281,7 @@ impl BlockCache {
     /// With `prefix`, a block that is not there is decoded just that far, and not kept.
     fn get(
         &self,
-        key: usize,
+        key: BlockKey,
         bytes: u64,
         prefix: Option<u64>,
         mut decode: impl FnMut(Option<u64>) -> Result<DecodedBlock>,
@@ -337,7 +349,7 @@ impl CacheInner {
 
 struct Loading<'a> {
     cache: &'a BlockCache,
-    key: usize,
+    key: BlockKey,
     bytes: u64,
 }
 
@@ -365,7 +377,7 @@ mod tests {
         let get = |key: usize| {
             let mut decoded = false;
             cache
-                .get(key, 40, None, |_| {
+                .get((0, key), 40, None, |_| {
                     decoded = true;
                     Ok(block(40))
                 })
@@ -384,14 +396,14 @@ mod tests {
     #[test]
     fn a_block_wanted_by_many_is_decoded_once_and_a_failure_is_not_kept() {
         let cache = BlockCache::new(1000);
-        assert!(cache.get(7, 10, None, |_| Err(Error::data("broken"))).is_err());
+        assert!(cache.get((0, 7), 10, None, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 0);
         let decoded = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
                     cache
-                        .get(7, 10, None, |_| {
+                        .get((0, 7), 10, None, |_| {
                             decoded.fetch_add(1, Ordering::Relaxed);
                             std::thread::sleep(std::time::Duration::from_millis(20));
                             Ok(block(10))

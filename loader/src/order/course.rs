@@ -83,6 +83,17 @@ impl Course {
         self.piece_of(epoch).delivered
     }
 
+    /// Index of the first position of the last epoch that has any.
+    pub fn last_epoch(&self) -> u64 {
+        let (Some(len), Some(end)) = (self.len(), self.end_epoch) else { return 0 };
+        if len == 0 {
+            return 0;
+        }
+        let (epoch, _) = self.at(len - 1);
+        debug_assert!(epoch < end);
+        self.start_of(epoch)
+    }
+
     /// Epoch and position of `index`.
     ///
     /// # Panics

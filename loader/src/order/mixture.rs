@@ -2,8 +2,8 @@
 //!
 //! Every lane runs the schedule by itself, at a phase of its own, and draws from its own lane of each source, so that the ranks that own a lane
 //! decode no other. In a lane, sources take turns in a cycle of as many places as the weights sum up to; how many turns each had after any number of
-//! places follows from one division per source (a chain of balanced two-letter words: source against all later ones), so that after each cycle the
-//! shares are exact and in between every source is within two turns of its share.
+//! places follows from one division per source (a tree of balanced two-letter words: one half of the sources against the other), so that after each
+//! cycle the shares are exact, and in between a source is off by no more turns than the tree is deep.
 //!
 //! Draw `k` of a source in a lane is place `k mod n` of its epoch `k / n`, `n` being the lane's share of that source: each source's epochs are
 //! complete, whatever the weights. Weights change at stages; a source that has had all its epochs either ends the lane or leaves the schedule.
@@ -255,18 +255,23 @@ impl Piece {
 
 /// Turns of each source among the first `places` places of a schedule with these weights.
 fn turns(weights: &[u64], places: u64) -> Vec<u64> {
-    let mut total: u64 = weights.iter().sum();
-    let mut left = places;
-    weights
-        .iter()
-        .map(|weight| {
-            let turns =
-                if total == 0 { 0 } else { (u128::from(left) * u128::from(*weight) / u128::from(total)) as u64 };
-            left -= turns;
-            total -= weight;
-            turns
-        })
-        .collect()
+    let mut turns = vec![0; weights.len()];
+    share_out(weights, places, &mut turns);
+    turns
+}
+
+/// Shares `places` out between both halves of the sources, and so on.
+fn share_out(weights: &[u64], places: u64, turns: &mut [u64]) {
+    if let [turns] = turns {
+        *turns = places;
+        return;
+    }
+    let (first, second) = weights.split_at(weights.len() / 2);
+    let (of_first, of_second) = turns.split_at_mut(first.len());
+    let (weight, total) = (first.iter().sum::<u64>(), weights.iter().sum::<u64>());
+    let part = if total == 0 { 0 } else { (u128::from(places) * u128::from(weight) / u128::from(total)) as u64 };
+    share_out(first, part, of_first);
+    share_out(second, places - part, of_second);
 }
 
 /// Stages with their ramps as stages of their own: start and weights in lowest terms.
@@ -371,7 +376,9 @@ mod tests {
             for (weight, count) in weights.iter().zip(mixture.counts(places * lanes)) {
                 let share = u128::from(places) * u128::from(lanes) * u128::from(*weight);
                 let error = (u128::from(count) * u128::from(total)).abs_diff(share);
-                prop_assert!(error <= u128::from(total) * 2 * u128::from(lanes), "{} of {}", count, share / u128::from(total));
+                // The tree's depth, once for the place and once for the lane's phase.
+                let most = 2 * u128::from(weights.len().next_power_of_two().ilog2()) * u128::from(lanes);
+                prop_assert!(error <= u128::from(total) * most, "{} of {}", count, share / u128::from(total));
             }
         }
     }
