@@ -104,6 +104,7 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
             Io::Pread => "pread",
         },
     )?;
+    dict.set_item("cache_dir", &config.cache_dir)?;
     dict.set_item("pin_memory", config.pin_memory)?;
     Ok(dict)
 }

@@ -169,6 +169,8 @@ pub struct Config {
     pub block_tokens: u64,
     /// How file bytes are reached. Default: auto.
     pub io: Io,
+    /// Folder for the saved index, with which shards are opened when they are first read. Default: none, all are opened at the start.
+    pub cache_dir: Option<String>,
     /// Batches in page-locked memory, where torch with CUDA is there. Default: false.
     pub pin_memory: bool,
 }
@@ -208,6 +210,7 @@ impl Default for Config {
             memory_budget: 512 << 20,
             block_tokens: 128 << 10,
             io: Io::Auto,
+            cache_dir: None,
             pin_memory: false,
         }
     }

@@ -21,6 +21,7 @@ pub mod corpus;
 pub mod environment;
 pub mod error;
 mod fill;
+pub mod index;
 pub mod layout;
 pub mod loader;
 pub mod order;

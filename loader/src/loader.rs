@@ -3,6 +3,7 @@
 //! A batch is computed from its position alone (`Core::compute`), by whichever thread takes its number; iteration, `batch_at` and
 //! `sequences_at` share that one function.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -422,14 +423,14 @@ impl Core {
         };
         let batch_bytes = BatchLayout::largest_bytes(&config);
         let in_flight = config.prefetch_batches + 1;
-        let blocks = corpora.iter().flat_map(|(_, corpus)| corpus.block_metas());
-        let largest = blocks.map(|block| block.decoded_bytes).max().unwrap_or(0);
+        let largest = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
         let cache_bytes = cache_budget(&config, largest, threads, in_flight * batch_bytes as u64)?;
-        let warnings = window_warning(&config, &corpora, largest, cache_bytes).into_iter().collect();
+        let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
+        warnings.extend(window_warning(&config, &corpora, largest, cache_bytes));
         let cache = Arc::new(BlockCache::new(cache_bytes));
         let specials = Specials { bos: config.bos_id, eos: config.eos_id };
         let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
-            let layout = Concat::new(corpus.block_metas(), specials, config.seq_len, config.row_tokens());
+            let layout = Concat::new(corpus.counts(), specials, config.seq_len, config.row_tokens());
             let reader = Reader::new(Arc::new(corpus), layout, specials, Arc::clone(&cache), index);
             Source::new(name, reader, config.seed)
         });
@@ -796,8 +797,8 @@ impl BatchLayout {
 
 /// Opens the corpora of `config`, side by side; all faults of all of them are reported.
 fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String, Corpus)>> {
-    let options =
-        OpenOptions { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens };
+    let options = OpenOptions::of(config);
+    let cache = config.cache_dir.as_deref().map(Path::new);
     let wanted: Vec<(String, Vec<String>)> = match &config.mixture {
         None => vec![(String::new(), config.data.clone())],
         Some(text) => Recipe::parse(text)?.sources.into_iter().map(|source| (source.name, source.data)).collect(),
@@ -809,8 +810,9 @@ fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String, Corpus)>> 
         .build_scoped(
             |thread| thread.run(),
             |pool| {
-                let open =
-                    |(name, data): (String, Vec<String>)| (name, Corpus::open(&data, config.format, &options, pool));
+                let open = |(name, data): (String, Vec<String>)| {
+                    (name, Corpus::open(&data, config.format, &options, cache, pool))
+                };
                 wanted.into_iter().map(open).collect()
             },
         )
@@ -848,7 +850,7 @@ fn cache_budget(config: &Config, largest: u64, threads: u64, batches: u64) -> Re
 /// Says so where the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
 fn window_warning(config: &Config, corpora: &[(String, Corpus)], largest: u64, cache_bytes: u64) -> Option<String> {
     let of_corpus = |corpus: &Corpus| {
-        let total: u64 = corpus.block_metas().map(|block| block.decoded_bytes).sum();
+        let total = corpus.decoded_bytes();
         match config.shuffle {
             _ if corpus.access() == Access::Random => 0,
             Shuffle::Off | Shuffle::On => 0,

@@ -420,6 +420,14 @@ const SETTINGS: &[Setting] = &[
         parse: |config, text| parsed(&mut config.io, choice(IOS, text)),
     },
     Setting {
+        name: "cache_dir",
+        kind: Kind::Operational,
+        accepts: "a folder, or `none`",
+        doc: "where the index of the corpus is saved, with which shards are opened when first read; `none` opens all at the start",
+        get: |config| optional_text(config.cache_dir.as_ref()),
+        parse: |config, text| parsed(&mut config.cache_dir, optional(text, |text| Some(text.to_owned()))),
+    },
+    Setting {
         name: "pin_memory",
         kind: Kind::Operational,
         accepts: "`true` or `false`",
@@ -623,6 +631,7 @@ mod tests {
             memory_budget,
             block_tokens,
             io,
+            cache_dir,
             pin_memory
         )
     }
@@ -661,6 +670,7 @@ mod tests {
         ("memory_budget", "3GiB"),
         ("block_tokens", "1Mi"),
         ("io", "pread"),
+        ("cache_dir", "a cache/here"),
         ("pin_memory", "true"),
     ];
 

@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::config::{Config, Shuffle};
 use crate::error::{Error, Result};
+use crate::layout::concat;
 use crate::order::holdout::Side;
 use crate::order::mixture::{Draw, Mixture};
 use crate::order::permutation::derive_key;
@@ -27,8 +28,6 @@ const KEPT_ORDERS: usize = 256;
 pub(crate) struct Source {
     pub(crate) name: String,
     pub(crate) reader: Reader,
-    /// Stream tokens of the first shards, by how many.
-    stream_ends: Vec<u64>,
     seed: u64,
 }
 
@@ -39,11 +38,8 @@ pub(crate) struct Growth(Arc<[(u64, u64)]>);
 /// What an epoch of a source consists of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Extent {
-    /// Tokens of the stream.
-    stream_len: u64,
-    /// Full sequences of the corpus.
-    all: u64,
-    /// Of these, on the side that is delivered.
+    layout: concat::Extent,
+    /// Full sequences on the side that is delivered.
     sequences: u64,
     /// Whether tokens are left over that some row has to deliver.
     tail: bool,
@@ -62,8 +58,6 @@ pub(crate) struct Sources {
 struct Settings {
     shuffle: Shuffle,
     seq_len: u64,
-    /// Tokens that a row reads beyond its own.
-    overlap: u64,
     chunk_tokens: u64,
     window_tokens: u64,
     lanes: u64,
@@ -129,13 +123,7 @@ impl Growth {
 
 impl Source {
     pub(crate) fn new(name: String, reader: Reader, seed: u64) -> Self {
-        let mut stream_ends = vec![0];
-        let mut end = 0;
-        for shard in reader.corpus().shards() {
-            end += shard.blocks().iter().map(|block| reader.specials().stream_len(block)).sum::<u64>();
-            stream_ends.push(end);
-        }
-        Self { name, reader, stream_ends, seed }
+        Self { name, reader, seed }
     }
 }
 
@@ -145,7 +133,6 @@ impl Sources {
         let settings = Settings {
             shuffle: config.shuffle,
             seq_len: config.seq_len,
-            overlap: config.row_tokens() - config.seq_len,
             chunk_tokens: config.chunk_tokens,
             window_tokens: config.window_tokens,
             lanes: config.lanes,
@@ -206,15 +193,21 @@ impl Sources {
         let extent = self.extent_at(growth, epoch);
         match (&self.mixture, self.settings.side) {
             (Some((_, mixture)), _) => mixture.positions().saturating_mul(self.settings.seq_len),
-            (None, Side::All) => extent.stream_len,
-            (None, Side::Train(_)) => extent.stream_len - (extent.all - extent.sequences) * self.settings.seq_len,
+            (None, Side::All) => extent.layout.stream_len(),
+            (None, Side::Train(_)) => {
+                extent.layout.stream_len() - (extent.layout.num_sequences() - extent.sequences) * self.settings.seq_len
+            }
             (None, Side::Holdout(_)) => extent.sequences * self.settings.seq_len,
         }
     }
 
     /// Sequences of the corpus in the newest epochs, over both sides of a holdout.
     pub(crate) fn all_sequences(&self, growth: &Growth) -> u64 {
-        if self.mixture.is_some() { 0 } else { self.settings.extent(&self.list[0], growth.latest()).all }
+        if self.mixture.is_some() {
+            0
+        } else {
+            self.settings.extent(&self.list[0], growth.latest()).layout.num_sequences()
+        }
     }
 
     /// Sequences that an epoch of a mixture's source has.
@@ -241,8 +234,8 @@ impl Sources {
         let source = &self.list[index];
         let extent = self.settings.extent(source, shards);
         if position >= extent.sequences {
-            let start = extent.all * self.settings.seq_len;
-            return Place { source: index, sequence: extent.all, tokens: start..extent.stream_len, ends_chunk: false };
+            let sequence = extent.layout.num_sequences();
+            return Place { source: index, sequence, tokens: extent.layout.row(sequence), ends_chunk: false };
         }
         let order = orders.get((index, epoch), || {
             let arrangement = self.settings.arrangement(extent.sequences);
@@ -250,9 +243,8 @@ impl Sources {
         });
         let at = order.sequence_at(position);
         let sequence = self.settings.side.sequence(at);
-        let start = sequence * self.settings.seq_len;
-        let tokens = start..start + self.settings.seq_len + self.settings.overlap;
-        Place { source: index, sequence, tokens, ends_chunk: order.ends_chunk(at) }
+        let ends_chunk = order.ends_chunk(at);
+        Place { source: index, sequence, tokens: extent.layout.row(sequence), ends_chunk }
     }
 
     /// Digest of all that has decided an epoch's order before `position`: stages begun and the sources they draw from.
@@ -284,17 +276,15 @@ impl Sources {
 
 impl Source {
     fn shards(&self) -> u64 {
-        self.stream_ends.len() as u64 - 1
+        self.reader.corpus().len() as u64
     }
 }
 
 impl Settings {
     fn extent(&self, source: &Source, shards: u64) -> Extent {
-        let stream_len = source.stream_ends[shards as usize];
-        let all = stream_len.saturating_sub(self.overlap) / self.seq_len;
-        let left = (stream_len - all * self.seq_len).saturating_sub(self.overlap);
-        let tail = left > 0 && !matches!(self.side, Side::Holdout(_));
-        Extent { stream_len, all, sequences: self.side.count(all), tail }
+        let layout = source.reader.layout().prefix(shards as usize);
+        let tail = layout.tail_tokens() > 0 && !matches!(self.side, Side::Holdout(_));
+        Extent { layout, sequences: self.side.count(layout.num_sequences()), tail }
     }
 
     fn arrangement(&self, sequences: u64) -> Arrangement {

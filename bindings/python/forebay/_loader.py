@@ -78,8 +78,8 @@ def settings_of(data: Data | None, settings: Mapping[str, object]) -> list[tuple
 
 
 def _text(name: str, value: object) -> str:
-    if isinstance(value, str):
-        return value
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if name == "mixture" and isinstance(value, Mapping):
@@ -198,6 +198,8 @@ class Loader:
         Tokens near which blocks are cut for decoding; never changes a batch. Default: 128 Ki.
     io:
         ``"auto"``, ``"mmap"`` or ``"pread"``. Default: auto.
+    cache_dir:
+        Folder for the saved index, with which shards are opened when they are first read. Default: none.
     pin_memory:
         For ``forebay.torch.DataLoader``; here it must be false. Default: false.
 
@@ -242,6 +244,7 @@ class Loader:
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         pin_memory: bool | None = None,
     ) -> None:
         settings = dict(
@@ -276,6 +279,7 @@ class Loader:
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            cache_dir=cache_dir,
             pin_memory=pin_memory,
         )
         if pin_memory:

@@ -58,6 +58,7 @@ class TokenDataset(Dataset[Tensors]):
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         settings = dict(
             mixture=mixture,
@@ -73,6 +74,7 @@ class TokenDataset(Dataset[Tensors]):
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            cache_dir=cache_dir,
         )
         self._pairs = settings_of(data, settings)
         self._opened: tuple[int, _core.Loader] | None = None
@@ -236,6 +238,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         _allocator: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         if multiprocessing_context is not None:
@@ -268,6 +271,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            cache_dir=cache_dir,
         )
         native = (
             _is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
