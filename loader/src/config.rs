@@ -124,6 +124,8 @@ pub struct Config {
     pub io: Io,
     /// Batches in page-locked memory, where torch with CUDA is there. Default: false.
     pub pin_memory: bool,
+    /// Folder for the ledger: a line for every batch handed over. Default: none.
+    pub ledger: Option<String>,
 }
 
 impl Default for Config {
@@ -153,6 +155,7 @@ impl Default for Config {
             block_tokens: 128 << 10,
             io: Io::Auto,
             pin_memory: false,
+            ledger: None,
         }
     }
 }

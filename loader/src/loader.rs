@@ -3,17 +3,23 @@
 //! A batch is computed from its position alone (`Core::compute`), by whichever thread takes its number; iteration, `batch_at` and
 //! `sequences_at` share that one function.
 
+use std::ops::Range;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
+
+use xxhash_rust::xxh3::xxh3_128;
 
 use crate::buffer::pool::Pool;
 use crate::buffer::{ALIGNMENT, Lease, Source};
 use crate::config::{Config, Remainder, Shuffle, Targets};
 use crate::corpus::Corpus;
+use crate::coverage::Coverage;
 use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::concat::{Concat, Specials};
+use crate::ledger::{self, Entry, Pass};
 use crate::order::partition::{Grouping, Row};
 use crate::order::{self, Arrangement, EpochOrder};
 use crate::pipeline::{Pipeline, Plan, Taken};
@@ -54,6 +60,8 @@ struct Core {
     next_run: AtomicU64,
     /// Whether windows were found out of memory lately, so that all are read ahead. Written and read by workers; a stale value costs little.
     cold: AtomicBool,
+    /// Whether batches are hashed. Written by callers, read by workers; a batch that is begun before may have none.
+    covers: AtomicBool,
     process: u32,
 }
 
@@ -92,10 +100,14 @@ pub struct Batch {
     pub epoch: u64,
     /// Step in the epoch, counted from 0.
     pub step: u64,
+    /// First position of its global batch.
+    pub position: u64,
     /// Rows, `batch_size` but for a short last batch.
     pub rows: usize,
     /// Arrays in the buffer.
     pub fields: Vec<Field>,
+    /// Its rows, hashed; only where [`Loader::cover`] or the setting `ledger` asks for it.
+    pub coverage: Option<Coverage>,
     lease: Lease,
 }
 
@@ -263,7 +275,8 @@ impl Loader {
             )));
         }
         let rows: Vec<Row> = (position..position + n).map(Row::Position).collect();
-        core.compute_alone(epoch, position / core.grouping.global_batch(), &rows)
+        let all_ranks = Grouping { rank: 0, world_size: 1, ..core.grouping };
+        core.compute_alone(epoch, position / core.grouping.global_batch(), position, &all_ranks, &rows)
     }
 
     /// What rank `rank` of `world_size` gets at `step` of `epoch`, under this loader's batch size and remainder rule.
@@ -280,8 +293,9 @@ impl Loader {
                 "step {step} is asked for, an epoch has {steps} for {world_size} ranks"
             )));
         }
-        let rows = grouping.rows(step * grouping.global_batch(), core.positions());
-        core.compute_alone(epoch, step, &rows)
+        let position = step * grouping.global_batch();
+        let rows = grouping.rows(position, core.positions());
+        core.compute_alone(epoch, step, position, &grouping, &rows)
     }
 
     /// What happened so far.
@@ -362,6 +376,7 @@ impl Core {
             cursor: Mutex::new(Cursor { epoch: 0, position: 0, continues: true, named: false, run: u64::MAX }),
             next_run: AtomicU64::new(0),
             cold: AtomicBool::new(true),
+            covers: AtomicBool::new(config.ledger.is_some()),
             process: std::process::id(),
             config,
         })
@@ -395,12 +410,20 @@ impl Core {
     }
 
     /// The batch of `rows`, in memory of its own.
-    fn compute_alone(&self, epoch: u64, step: u64, rows: &[Row]) -> Result<Arc<Batch>> {
+    fn compute_alone(
+        &self,
+        epoch: u64,
+        step: u64,
+        position: u64,
+        grouping: &Grouping,
+        rows: &[Row],
+    ) -> Result<Arc<Batch>> {
         let order = self.order(epoch);
         let layout = BatchLayout::new(&self.config, rows.len(), self.has_padding(rows));
         let source: Arc<dyn Source> = Arc::new(Pool::new(layout.bytes, 0));
         let lease = Lease::new(&source, layout.bytes);
-        let batch = self.compute(&order, epoch, step, rows, layout, lease, &mut Worker::default())?;
+        let mut batch = self.compute(&order, epoch, step, position, rows, layout, lease, &mut Worker::default())?;
+        self.cover(&mut batch, &order, grouping, rows)?;
         Ok(Arc::new(batch))
     }
 
@@ -421,6 +444,7 @@ impl Core {
         order: &EpochOrder,
         epoch: u64,
         step: u64,
+        position: u64,
         rows: &[Row],
         layout: BatchLayout,
         mut lease: Lease,
@@ -468,7 +492,7 @@ impl Core {
                 }
             }
         }
-        Ok(Batch { epoch, step, rows: rows.len(), fields: layout.fields, lease })
+        Ok(Batch { epoch, step, position, rows: rows.len(), fields: layout.fields, coverage: None, lease })
     }
 
     /// Asks for what batch `number` of a pass, at position `start`, will read: always while files are cold, and else now and then, to notice
@@ -517,6 +541,105 @@ impl Core {
         }
         rest.fill(i64::from(self.config.pad_id));
         Ok(filled)
+    }
+}
+
+/// What proving a run takes.
+impl Loader {
+    /// Hashes the rows of every batch that is begun from now on, so that [`Batch::coverage`] is there.
+    pub fn cover(&self) {
+        self.core.covers.store(true, Ordering::Relaxed);
+    }
+
+    /// Positions of an epoch under the remainder rule, over all ranks.
+    pub fn num_positions(&self) -> u64 {
+        self.core.positions()
+    }
+
+    /// The sequence at each of `positions` of `epoch`; [`Loader::num_sequences`] is the tail.
+    pub fn sequences(&self, epoch: u64, positions: Range<u64>) -> impl Iterator<Item = u64> + use<> {
+        let (order, full) = (self.core.order(epoch), self.num_sequences());
+        positions.map(move |position| if position < full { order.sequence_at(position) } else { full })
+    }
+
+    /// Digest of the corpus and the content settings, which a ledger names.
+    pub fn content_digest(&self) -> String {
+        self.core.content_digest()
+    }
+}
+
+impl Core {
+    /// Hashes the rows of `batch`, where that is asked for.
+    fn cover(&self, batch: &mut Batch, order: &EpochOrder, grouping: &Grouping, rows: &[Row]) -> Result<()> {
+        if !self.covers.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let layout = self.reader.layout();
+        let full = layout.num_sequences();
+        let mut coverage = Coverage::default();
+        for (index, row) in rows.iter().enumerate() {
+            let place = batch.position + index as u64 * grouping.world_size + grouping.rank;
+            match *row {
+                // Rows at other places are repeated to fill the last batch.
+                Row::Position(position) if position == place => {
+                    let sequence = if position < full { order.sequence_at(position) } else { full };
+                    let range = layout.row(sequence);
+                    coverage.add_row(0, sequence, &batch.tokens(index, (range.end - range.start) as usize)?);
+                }
+                Row::Position(_) | Row::Padding => {}
+            }
+        }
+        batch.coverage = Some(coverage);
+        Ok(())
+    }
+
+    fn content_digest(&self) -> String {
+        let text: Vec<_> = self.content.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        format!("{:032x}", xxh3_128(text.join("\n").as_bytes()))
+    }
+
+    /// Begins the ledger of a pass, where there is one.
+    fn begin_ledger(&self, epoch: u64, position: u64) -> Result<Option<ledger::Writer>> {
+        let Some(folder) = &self.config.ledger else { return Ok(None) };
+        let pass = Pass {
+            run: String::new(),
+            time_ms: 0,
+            launch: environment::launch(),
+            epoch,
+            position,
+            rank: self.grouping.rank,
+            world_size: self.grouping.world_size,
+            batch_size: self.grouping.batch_size,
+            content: self.content_digest(),
+            fingerprint: self.reader.corpus().fingerprint().to_owned(),
+        };
+        ledger::Writer::begin(Path::new(folder), pass).map(Some)
+    }
+}
+
+impl Started {
+    /// Writes the line of a batch that is about to be handed over.
+    fn write_ledger(&self, batch: &Batch, global_batch: u64) -> Result<()> {
+        let Some(ledger) = &self.ledger else { return Ok(()) };
+        let coverage = batch.coverage.ok_or_else(|| Error::new(ErrorKind::Internal, "a batch was not hashed"))?;
+        let (start, end) = ((batch.epoch, batch.position), (batch.epoch, batch.position + global_batch));
+        lock(ledger).write(&Entry { start, end, coverage })
+    }
+}
+
+impl Batch {
+    /// The first `count` tokens that row `row` was made of, as they lie in the delivered arrays.
+    fn tokens(&self, row: usize, count: usize) -> Result<Vec<i64>> {
+        let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row(field.name, row));
+        let shift = usize::from(self.fields[1].name == "y");
+        let mut tokens = inputs;
+        tokens.extend(targets.last().filter(|_| shift == 1));
+        tokens.truncate(count);
+        let fitting = tokens.get(shift..).unwrap_or_default();
+        if targets.get(..fitting.len()) != Some(fitting) {
+            return Err(Error::new(ErrorKind::Internal, format!("targets of row {row} do not belong to its inputs")));
+        }
+        Ok(tokens)
     }
 }
 
@@ -679,6 +802,7 @@ struct Started {
     /// Position of the first batch.
     position: u64,
     delivered: AtomicU64,
+    ledger: Option<Mutex<ledger::Writer>>,
 }
 
 impl Batches {
@@ -696,13 +820,22 @@ impl Batches {
         let asked = Instant::now();
         core.counters.asked(asked);
         let depth = started.pipeline.depth();
-        let taken = started.pipeline.take(timeout, |_| {
+        if let Some(ledger) = &started.ledger {
+            lock(ledger).check()?;
+        }
+        let mut written = Ok(());
+        let taken = started.pipeline.take(timeout, |batch| {
+            written = started.write_ledger(batch, core.grouping.global_batch());
+            if written.is_err() {
+                return;
+            }
             let delivered = started.delivered.fetch_add(1, Ordering::Relaxed) + 1;
             let mut cursor = lock(&core.cursor);
             if cursor.run == run.id {
                 cursor.position = started.position + delivered * core.grouping.global_batch();
             }
         })?;
+        written?;
         match taken {
             Taken::Item(batch) => {
                 let tokens = batch.rows as u64 * core.config.seq_len;
@@ -809,13 +942,15 @@ impl Run {
                 let layout = BatchLayout::new(&core.config, rows.len(), core.has_padding(&rows));
                 let lease = lease.unwrap_or_else(|| Lease::new(&core.pool, BatchLayout::largest_bytes(&core.config)));
                 let step = start / core.grouping.global_batch();
-                let batch = core.compute(&order, epoch, step, &rows, layout, lease, worker)?;
+                let mut batch = core.compute(&order, epoch, step, start, &rows, layout, lease, worker)?;
+                core.cover(&mut batch, &order, &core.grouping, &rows)?;
                 let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
                 core.counters.worked(worker.index, decode, began.elapsed().saturating_sub(decode));
                 Ok(Arc::new(batch))
             }
         };
         let pipeline = Pipeline::start(plan, begin, compute)?;
-        Ok(Started { pipeline, position, delivered: AtomicU64::new(0) })
+        let ledger = core.begin_ledger(epoch, position)?.map(Mutex::new);
+        Ok(Started { pipeline, position, delivered: AtomicU64::new(0), ledger })
     }
 }

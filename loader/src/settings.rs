@@ -344,6 +344,14 @@ const SETTINGS: &[Setting] = &[
         get: |config| config.pin_memory.to_string(),
         parse: |config, text| parsed(&mut config.pin_memory, boolean(text)),
     },
+    Setting {
+        name: "ledger",
+        kind: Kind::Operational,
+        accepts: "a folder, or `none`",
+        doc: "folder where every rank writes a line for each batch it hands over, which `forebay verify` proves",
+        get: |config| optional_text(config.ledger.as_ref()),
+        parse: |config, text| parsed(&mut config.ledger, optional(text, |text| Some(text.to_owned()))),
+    },
 ];
 
 const FORMATS: &[(&str, DataFormat)] =
@@ -492,7 +500,8 @@ mod tests {
             memory_budget,
             block_tokens,
             io,
-            pin_memory
+            pin_memory,
+            ledger
         )
     }
 
@@ -522,6 +531,7 @@ mod tests {
         ("block_tokens", "1Mi"),
         ("io", "pread"),
         ("pin_memory", "true"),
+        ("ledger", "out/the ledger"),
     ];
 
     #[test]

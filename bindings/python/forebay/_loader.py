@@ -163,6 +163,8 @@ class Loader:
         ``"auto"``, ``"mmap"`` or ``"pread"``. Default: auto.
     pin_memory:
         For ``forebay.torch.DataLoader``; here it must be false. Default: false.
+    ledger:
+        A folder where every rank writes a line for each batch it hands over, for ``forebay verify``. Default: none.
 
     Raises
     ------
@@ -197,6 +199,7 @@ class Loader:
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
         pin_memory: bool | None = None,
+        ledger: str | os.PathLike[str] | None = None,
     ) -> None:
         settings = dict(
             format=format,
@@ -222,6 +225,7 @@ class Loader:
             block_tokens=block_tokens,
             io=io,
             pin_memory=pin_memory,
+            ledger=None if ledger is None else os.fspath(ledger),
         )
         if pin_memory:
             raise ConfigError("`pin_memory` needs forebay.torch.DataLoader: this loader does not import torch")

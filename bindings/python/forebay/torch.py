@@ -220,6 +220,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        ledger: str | os.PathLike[str] | None = None,
         _allocator: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         if multiprocessing_context is not None:
@@ -242,6 +243,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            ledger=None if ledger is None else os.fspath(ledger),
         )
         native = (
             _is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
