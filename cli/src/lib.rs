@@ -1,4 +1,4 @@
-//! The command line: `forebay config`, `check` and `bench`.
+//! The command line: `forebay config`, `check`, `bench` and `verify`.
 //!
 //! [`run`] takes arguments, environment and outputs, so that the binary, the Python package and the tests share it. Results go to the output,
 //! warnings and errors to the error output. It returns 0, 1 where the data is at fault, and 2 where the command or a setting is.
@@ -8,6 +8,8 @@ mod check;
 mod config;
 mod progress;
 mod report;
+mod sequential;
+mod verify;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -37,6 +39,8 @@ enum Command {
     Check(check::Options),
     /// Measures throughput without a trainer
     Bench(bench::Options),
+    /// Proves that every token was delivered once: an epoch of a loader, or the ledger of a run
+    Verify(verify::Options),
     /// Prints the settings there are
     #[command(hide = true)]
     Settings {
@@ -138,6 +142,7 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
         Command::Config(options) => config::run(options, &mut context),
         Command::Check(options) => check::run(options, &mut context),
         Command::Bench(options) => bench::run(options, &mut context),
+        Command::Verify(options) => verify::run(options, &mut context),
         Command::Settings { markdown } => print_settings(*markdown, &mut context),
     };
     match result {
