@@ -669,13 +669,13 @@ impl Judged<'_> {
         let sizes: Vec<String> = sizes.iter().map(u64::to_string).collect();
         let steps = grouped(tiling.chain.len() as u64);
         line(out, "steps", &format!("{}: {steps} global batches, on {} ranks", self.name(), sizes.join(", then ")))?;
-        if tiling.repeated > 0 || tiling.partial > 0 {
-            let text = format!(
-                "{} batches again in a later launch, {} global batches not on every rank",
-                grouped(tiling.repeated),
-                grouped(tiling.partial)
-            );
-            line(out, "restarts", &text)?;
+        if tiling.spare > 0 {
+            let spare = grouped(tiling.spare);
+            line(
+                out,
+                "restarts",
+                &format!("{spare} batches of ranks were handed over again later, or not on every rank"),
+            )?;
         }
         let dropped = tiling.dropped.end - tiling.dropped.start;
         if dropped > 0 {
@@ -731,7 +731,7 @@ impl Judged<'_> {
             "positions": self.group.len,
             "from": self.group.from,
             "steps": steps,
-            "repeated": tiling.repeated,
+            "spare": tiling.spare,
             "partial": tiling.partial,
             "dropped": tiling.dropped.end - tiling.dropped.start,
             "holes": self.holes(found),
@@ -745,10 +745,9 @@ impl Judged<'_> {
 }
 
 fn place_of(fault: &Conflict) -> String {
-    format!(
-        "epoch {}, position {}, rank {} of {} (runs {} and {})",
-        fault.epoch, fault.position, fault.rank, fault.world_size, fault.runs[0], fault.runs[1]
-    )
+    let Conflict { epoch, position, world_size, runs: [first, second], .. } = fault;
+    let ranks = fault.rank.map_or("all ranks".to_owned(), |rank| format!("rank {rank}"));
+    format!("epoch {epoch}, position {position}, {ranks} of {world_size} (in {first} and {second})")
 }
 
 /// A document in a sequence.

@@ -181,7 +181,7 @@ fn a_ledger_of_changing_world_sizes_is_proved() {
     let (status, json) = verify_json(&flags(&corpus, &ledger));
     let epoch = &json["epochs"][0];
     assert_eq!((status, &json["proven"], &epoch["unfinished"]), (0, &true.into(), &false.into()), "{json}");
-    assert_eq!((&epoch["repeated"], &epoch["dropped"]), (&0.into(), &(positions % 12).into()));
+    assert_eq!((&epoch["spare"], &epoch["dropped"]), (&(3 * 4).into(), &(positions % 12).into()));
     let sizes: Vec<_> = epoch["steps"].as_array().unwrap().iter().map(|step| step["world_size"].as_u64()).collect();
     assert_eq!((sizes[3], sizes[4], sizes[8], sizes[9]), (Some(4), Some(2), Some(2), Some(3)));
     let (_, out, _) = verify(&flags(&corpus, &ledger));
@@ -265,7 +265,7 @@ fn faults_of_a_ledger_are_named() {
         let rows = [second(&lines[0]), second(&lines[1]), second(&lines[2])];
         lines.extend(rows);
     });
-    assert!(status == 0 && out.contains("2 batches again in a later launch"), "{out}");
+    assert!(status == 0 && out.contains("2 batches of ranks were handed over again later"), "{out}");
     let (status, out) = with(&|lines| {
         let mut other: Value = serde_json::from_str(&second(lines[2].as_str())).unwrap();
         other["hash"] = "00ff".into();

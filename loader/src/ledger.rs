@@ -307,7 +307,7 @@ impl Ledger {
                 tiling.conflicts.push(Conflict {
                     epoch: entry.start.0,
                     position: entry.start.1,
-                    rank,
+                    rank: Some(rank),
                     world_size,
                     runs: [*other, *pass].map(|pass| self.passes[pass as usize].run.clone()),
                 });
@@ -317,7 +317,7 @@ impl Ledger {
                     tiling.doubles.push(Double {
                         epoch: entry.start.0,
                         position: entry.start.1,
-                        rank,
+                        rank: Some(rank),
                         world_size,
                         runs: [*other, *pass].map(|pass| self.passes[pass as usize].run.clone()),
                     });
@@ -325,18 +325,30 @@ impl Ledger {
             }
             deliveries.push((*pass, *entry));
         }
-        tiling.repeated =
-            batches.values().flat_map(|batch| batch.ranks.values()).map(|found| found.len() as u64 - 1).sum();
+        let entries: usize = batches.values().flat_map(|batch| batch.ranks.values()).map(Vec::len).sum();
 
         let mut edges: BTreeMap<u64, Vec<GlobalBatch>> = BTreeMap::new();
         for (key, batch) in batches {
             if (0..key.world_size).all(|rank| batch.ranks.contains_key(&rank)) {
-                edges.entry(key.start).or_default().push(self.whole(key, batch));
+                let whole = self.whole(key, batch);
+                let others = edges.entry(key.start).or_default();
+                let differs = |other: &&GlobalBatch| other.indices == whole.indices && other.coverage != whole.coverage;
+                if let Some(other) = others.iter().find(differs) {
+                    tiling.conflicts.push(Conflict {
+                        epoch: whole.epoch,
+                        position: whole.position,
+                        rank: None,
+                        world_size: whole.world_size,
+                        runs: [other, &whole].map(|batch| batch.launches.join(" and ")),
+                    });
+                }
+                others.push(whole);
             } else {
                 tiling.partial += 1;
             }
         }
         tiling.chain(edges, span);
+        tiling.spare = entries as u64 - tiling.chain.iter().map(|batch| batch.world_size).sum::<u64>();
         tiling
     }
 
@@ -468,11 +480,11 @@ pub struct Conflict {
     pub epoch: u64,
     /// Position of its global batch.
     pub position: u64,
-    /// The rank that was given it.
-    pub rank: u64,
+    /// The rank that was given it; none where all ranks together had different rows than on another number of ranks.
+    pub rank: Option<u64>,
     /// Data-parallel size.
     pub world_size: u64,
-    /// The two runs.
+    /// The two runs, or the launches of all ranks.
     pub runs: [String; 2],
 }
 
@@ -488,8 +500,8 @@ pub struct Tiling {
     pub holes: Vec<Range<u64>>,
     /// Indices at the end that fill no global batch, where the remainder rule drops them.
     pub dropped: Range<u64>,
-    /// Batches handed over again by a later launch.
-    pub repeated: u64,
+    /// Batches of ranks that do not count: handed over again by a later launch, or not on every rank.
+    pub spare: u64,
     /// Global batches that not every rank was given.
     pub partial: u64,
     /// Batches that two launches were given differently.
@@ -630,7 +642,8 @@ mod tests {
         let sizes: Vec<_> = tiling.chain.iter().map(|batch| (batch.position, batch.world_size)).collect();
         let expected: Vec<_> = [(0, 4), (12, 4), (24, 4), (36, 2), (48, 2), (60, 2), (72, 1), (84, 2), (92, 2)].into();
         assert_eq!(sizes[..9], expected, "the later launch counts");
-        assert_eq!((tiling.repeated, tiling.conflicts.len(), tiling.doubles.len()), (0, 0, 0));
+        // Two steps of four ranks and two of two ranks were handed over again.
+        assert_eq!((tiling.spare, tiling.conflicts.len(), tiling.doubles.len()), (2 * 4 + 2 * 2, 0, 0));
         assert_eq!(tile(folder.path(), 120, false).holes, [116..120]);
     }
 
@@ -640,14 +653,32 @@ mod tests {
         launch(folder.path(), 2, 2, 0..12);
         launch(folder.path(), 2, 2, 4..16);
         let tiling = tile(folder.path(), 16, false);
-        assert_eq!((tiling.coverage(), tiling.repeated, tiling.conflicts.len()), (all(16), 4, 0));
+        assert_eq!((tiling.coverage(), tiling.spare, tiling.conflicts.len()), (all(16), 4, 0));
         assert_eq!(tiling.doubles, []);
 
         let mut writer = Writer::begin(folder.path(), pass(1, 2, 2, 8)).unwrap();
         writer.write(&Entry { coverage: all(2), ..entry(8, 1, 2, 2) }).unwrap();
         let tiling = tile(folder.path(), 16, false);
         let [conflict] = tiling.conflicts.as_slice() else { panic!("{:?}", tiling.conflicts) };
-        assert_eq!((conflict.position, conflict.rank, conflict.world_size), (8, 1, 2));
+        assert_eq!((conflict.position, conflict.rank, conflict.world_size), (8, Some(1), 2));
+    }
+
+    #[test]
+    fn a_global_batch_must_be_the_same_on_any_number_of_ranks() {
+        let folder = tempfile::tempdir().unwrap();
+        launch(folder.path(), 2, 2, 0..8);
+        let mut writer = Writer::begin(folder.path(), pass(0, 1, 4, 4)).unwrap();
+        writer.write(&entry(4, 0, 1, 4)).unwrap();
+        assert_eq!(tile(folder.path(), 8, false).conflicts, []);
+        let mut writer = Writer::begin(folder.path(), pass(0, 4, 1, 4)).unwrap();
+        writer.write(&Entry { coverage: all(1), ..entry(4, 0, 4, 1) }).unwrap();
+        for rank in 1..4 {
+            let mut writer = Writer::begin(folder.path(), pass(rank, 4, 1, 4)).unwrap();
+            writer.write(&entry(4, rank, 4, 1)).unwrap();
+        }
+        let tiling = tile(folder.path(), 8, false);
+        let [conflict] = tiling.conflicts.as_slice() else { panic!("{:?}", tiling.conflicts) };
+        assert_eq!((conflict.position, conflict.rank), (4, None));
     }
 
     #[test]
