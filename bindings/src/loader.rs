@@ -106,6 +106,7 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
     )?;
     dict.set_item("cache_dir", &config.cache_dir)?;
     dict.set_item("pin_memory", config.pin_memory)?;
+    dict.set_item("ledger", &config.ledger)?;
     Ok(dict)
 }
 

@@ -173,6 +173,8 @@ pub struct Config {
     pub cache_dir: Option<String>,
     /// Batches in page-locked memory, where torch with CUDA is there. Default: false.
     pub pin_memory: bool,
+    /// Folder for the ledger: a line for every batch handed over. Default: none.
+    pub ledger: Option<String>,
 }
 
 impl Default for Config {
@@ -212,6 +214,7 @@ impl Default for Config {
             io: Io::Auto,
             cache_dir: None,
             pin_memory: false,
+            ledger: None,
         }
     }
 }

@@ -21,7 +21,7 @@ const OTHER_VARIABLES: [&str; 6] = [
 ];
 
 /// Variables of others that are looked at, beside those of the launchers.
-const FOREIGN_VARIABLES: [&str; 8] = [
+const FOREIGN_VARIABLES: [&str; 11] = [
     "NO_COLOR",
     "LOCAL_WORLD_SIZE",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -30,6 +30,9 @@ const FOREIGN_VARIABLES: [&str; 8] = [
     "SLURM_STEP_ID",
     "SLURM_STEPID",
     "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
 ];
 
 /// Rank and world size as launchers name them, in order of preference.
@@ -125,6 +128,21 @@ pub fn resolve(explicit: &[(String, String)], env: &Environment, scope: Scope) -
 pub fn default_threads() -> u64 {
     let mut warnings = Vec::new();
     threads(&Environment::current(), available_cpus(), &mut warnings).0
+}
+
+/// What the launcher calls this start of the job: an id of torchrun or SLURM, and how often it was started again.
+pub fn launch() -> Option<String> {
+    launch_in(&Environment::current())
+}
+
+fn launch_in(env: &Environment) -> Option<String> {
+    // torchrun's id is `none` where neither it nor the user made one up.
+    let torchrun = env.get("TORCHELASTIC_RUN_ID").filter(|id| !matches!(*id, "" | "none"));
+    let found = match torchrun {
+        Some(id) => Some(("torchrun", id, "TORCHELASTIC_RESTART_COUNT")),
+        None => env.get("SLURM_JOB_ID").map(|id| ("slurm", id, "SLURM_RESTART_COUNT")),
+    };
+    found.map(|(launcher, id, restarts)| format!("{launcher} {id}.{}", env.get(restarts).unwrap_or("0")))
 }
 
 /// CPUs that affinity and cgroup limits leave to this process.
@@ -798,6 +816,19 @@ mod tests {
         let resolved = all(&[("num_threads", "3")], &variables).unwrap();
         assert_eq!((resolved.config.num_threads, origin(&resolved, "num_threads")), (Some(3), "argument"));
         assert!((1..=8).contains(&default_threads()));
+    }
+
+    #[test]
+    fn a_start_of_a_job_has_the_launchers_name() {
+        for (variables, name) in [
+            (&[][..], None),
+            (&[("TORCHELASTIC_RUN_ID", "none")], None),
+            (&[("TORCHELASTIC_RUN_ID", "ab"), ("TORCHELASTIC_RESTART_COUNT", "2")], Some("torchrun ab.2")),
+            (&[("TORCHELASTIC_RUN_ID", "none"), ("SLURM_JOB_ID", "77")], Some("slurm 77.0")),
+            (&[("SLURM_JOB_ID", "77"), ("SLURM_RESTART_COUNT", "1")], Some("slurm 77.1")),
+        ] {
+            assert_eq!(launch_in(&env(variables)).as_deref(), name);
+        }
     }
 
     #[test]

@@ -18,11 +18,13 @@
 pub mod buffer;
 pub mod config;
 pub mod corpus;
+pub mod coverage;
 pub mod environment;
 pub mod error;
 mod fill;
 pub mod index;
 pub mod layout;
+pub mod ledger;
 pub mod loader;
 pub mod order;
 mod pipeline;

@@ -3,18 +3,23 @@
 //! A batch is computed from its position alone (`Core::compute`), by whichever thread takes its number; iteration, `batch_at` and
 //! `sequences_at` share that one function.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use xxhash_rust::xxh3::xxh3_128;
+
 use crate::buffer::pool::Pool;
 use crate::buffer::{ALIGNMENT, Lease, Source as Memory};
 use crate::config::{Config, Epochs, Remainder, Shuffle, Split, Targets};
 use crate::corpus::Corpus;
+use crate::coverage::Coverage;
 use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::concat::{Concat, Specials};
+use crate::ledger::{self, Entry, Pass};
 use crate::order;
 use crate::order::course::{self, Course, ENDLESS};
 use crate::order::partition::{Grouping, Row};
@@ -60,6 +65,8 @@ struct Core {
     next_run: AtomicU64,
     /// Whether windows were found out of memory lately, so that all are read ahead. Written and read by workers; a stale value costs little.
     cold: AtomicBool,
+    /// Whether batches are hashed. Written by callers, read by workers; a batch that is begun before may have none.
+    covers: AtomicBool,
     process: u32,
 }
 
@@ -92,7 +99,12 @@ impl Cursor {
 /// A row of a batch.
 #[derive(Clone, Copy, Debug)]
 enum Slot {
-    Position { epoch: u64, position: u64 },
+    Position {
+        epoch: u64,
+        position: u64,
+        /// Whether it was delivered before, and only fills the last batch.
+        repeated: bool,
+    },
     Padding,
 }
 
@@ -120,10 +132,14 @@ pub struct Batch {
     pub epoch: u64,
     /// Step in the epoch, counted from 0.
     pub step: u64,
+    /// First position of its global batch.
+    pub position: u64,
     /// Rows, `batch_size` but for a short last batch.
     pub rows: usize,
     /// Arrays in the buffer.
     pub fields: Vec<Field>,
+    /// Its rows, hashed; only where [`Loader::cover`] or the setting `ledger` asks for it.
+    pub coverage: Option<Coverage>,
     lease: Lease,
 }
 
@@ -325,8 +341,9 @@ impl Loader {
             )));
         }
         core.check_epoch(epoch)?;
-        let slots: Vec<Slot> = (position..position + n).map(|position| Slot::Position { epoch, position }).collect();
-        core.compute_alone(&growth, epoch, position / core.grouping.global_batch(), &slots)
+        let slot = |position| Slot::Position { epoch, position, repeated: false };
+        let slots: Vec<Slot> = (position..position + n).map(slot).collect();
+        core.compute_alone(&growth, (epoch, position), position / core.grouping.global_batch(), &slots)
     }
 
     /// What rank `rank` of `world_size` gets at `step` of the pass that begins with `epoch`, under this loader's batch size and remainder rule.
@@ -346,8 +363,8 @@ impl Loader {
                 "step {step} is asked for, an epoch has {steps} for {world_size} ranks"
             )));
         }
-        let (epoch, slots) = slots(grouping, &course, step * grouping.global_batch());
-        core.compute_alone(&growth, epoch, step, &slots)
+        let (start, slots) = slots(grouping, &course, step * grouping.global_batch());
+        core.compute_alone(&growth, start, step, &slots)
     }
 
     /// What happened so far.
@@ -445,6 +462,7 @@ impl Core {
             cursor: Mutex::new(Cursor::new(sources.shards())),
             next_run: AtomicU64::new(0),
             cold: AtomicBool::new(true),
+            covers: AtomicBool::new(config.ledger.is_some()),
             process: std::process::id(),
             sources,
             cache,
@@ -547,7 +565,7 @@ impl Core {
         }
         if !self.config.extend {
             return Err(refused(format!(
-                "the corpus has grown: it had {before} shards when the state was saved, and {now} now; set `extend` to let the new ones join at the                  next epoch, or resume with the old ones"
+                "the corpus has grown: it had {before} shards when the state was saved, and {now} now; set `extend` to let the new ones join at the next epoch, or resume with the old ones"
             )));
         }
         let joins = state.epoch() + u64::from(state.position() > 0);
@@ -555,19 +573,21 @@ impl Core {
     }
 
     /// The batch of `slots`, in memory of its own.
-    fn compute_alone(&self, growth: &Growth, epoch: u64, step: u64, slots: &[Slot]) -> Result<Arc<Batch>> {
+    fn compute_alone(&self, growth: &Growth, start: (u64, u64), step: u64, slots: &[Slot]) -> Result<Arc<Batch>> {
         let mut worker = Worker::default();
         let places = self.places(growth, slots, &mut worker.orders);
         let layout = BatchLayout::new(&self.config, slots.len(), self.has_padding(&places));
         let memory: Arc<dyn Memory> = Arc::new(Pool::new(layout.bytes, 0));
         let lease = Lease::new(&memory, layout.bytes);
-        Ok(Arc::new(self.compute(epoch, step, &places, layout, lease, &mut worker)?))
+        Ok(Arc::new(self.compute(start, step, &places, layout, lease, &mut worker)?))
     }
 
     /// What the rows read; none where they are padding.
     fn places(&self, growth: &Growth, slots: &[Slot], orders: &mut Orders) -> Vec<Option<Place>> {
         let place = |slot: &Slot| match *slot {
-            Slot::Position { epoch, position } => Some(self.sources.place(growth, orders, epoch, position)),
+            Slot::Position { epoch, position, repeated } => {
+                Some(Place { repeated, ..self.sources.place(growth, orders, epoch, position) })
+            }
             Slot::Padding => None,
         };
         slots.iter().map(place).collect()
@@ -582,7 +602,7 @@ impl Core {
     #[allow(clippy::too_many_arguments)] // each is a different fact about the one batch
     fn compute(
         &self,
-        epoch: u64,
+        start: (u64, u64),
         step: u64,
         rows: &[Option<Place>],
         layout: BatchLayout,
@@ -641,7 +661,20 @@ impl Core {
                 *out = id;
             }
         }
-        Ok(Batch { epoch, step, rows: rows.len(), fields: layout.fields, lease })
+        let (epoch, position) = start;
+        let fields = layout.fields;
+        let mut batch = Batch { epoch, step, position, rows: rows.len(), fields, coverage: None, lease };
+        if self.covers.load(Ordering::Relaxed) {
+            let mut coverage = Coverage::default();
+            for (index, place) in rows.iter().enumerate() {
+                if let Some(place) = place.as_ref().filter(|place| !place.repeated) {
+                    let tokens = batch.tokens(index, (place.tokens.end - place.tokens.start) as usize)?;
+                    coverage.add_row(place.source as u64, place.sequence, &tokens);
+                }
+            }
+            batch.coverage = Some(coverage);
+        }
+        Ok(batch)
     }
 
     /// Asks for what batch `number` of a pass, at index `start`, will read: always while files are cold, and else now and then, to notice
@@ -689,17 +722,119 @@ impl Core {
     }
 }
 
-/// Rows of one rank in the global batch at index `start` of `course`, and the epoch of the batch's first row.
-fn slots(grouping: Grouping, course: &Course, start: u64) -> (u64, Vec<Slot>) {
+/// Rows of one rank in the global batch at index `start` of `course`, and the epoch and position of the batch's first row.
+fn slots(grouping: Grouping, course: &Course, start: u64) -> ((u64, u64), Vec<Slot>) {
     let end = course.len().unwrap_or(u64::MAX);
+    let at = |index, repeated| {
+        let (epoch, position) = course.at(index);
+        Slot::Position { epoch, position, repeated }
+    };
     let slot = |row: &Row| match *row {
-        Row::Index(index) | Row::Repeated(index) => {
-            let (epoch, position) = course.at(index);
-            Slot::Position { epoch, position }
-        }
+        Row::Index(index) => at(index, false),
+        Row::Repeated(index) => at(index, true),
         Row::Padding => Slot::Padding,
     };
-    (course.at(start).0, grouping.rows(start, end, course.last_epoch()).iter().map(slot).collect())
+    (course.at(start), grouping.rows(start, end, course.last_epoch()).iter().map(slot).collect())
+}
+
+/// What proving a run takes.
+impl Loader {
+    /// Hashes the rows of every batch that is begun from now on, so that [`Batch::coverage`] is there.
+    pub fn cover(&self) {
+        self.core.covers.store(true, Ordering::Relaxed);
+    }
+
+    /// Positions of the present epoch under the remainder rule, over all ranks.
+    pub fn num_positions(&self) -> u64 {
+        let cursor = lock(&self.core.cursor).clone();
+        self.core.positions(&cursor.growth, cursor.epoch)
+    }
+
+    /// The sequence at each of `positions` of `epoch`; [`Loader::num_sequences`] is the tail.
+    pub fn sequences(&self, epoch: u64, positions: Range<u64>) -> impl Iterator<Item = u64> + use<> {
+        let core = Arc::clone(&self.core);
+        let growth = lock(&core.cursor).growth.clone();
+        let mut orders = Orders::default();
+        positions.map(move |position| core.sources.place(&growth, &mut orders, epoch, position).sequence)
+    }
+
+    /// What passes over `epochs` go through, one after the other, and which source and sequence stand at each of its indices. A sequence of a source that
+    /// has fewer is its tail.
+    pub fn course(&self, epochs: Range<u64>) -> (Course, impl FnMut(u64) -> (usize, u64) + use<>) {
+        let core = Arc::clone(&self.core);
+        let growth = lock(&core.cursor).growth.clone();
+        let positions = |epoch| core.positions(&growth, epoch);
+        let count = epochs.end.saturating_sub(epochs.start);
+        let course = Course::new(epochs.start, Some(count), &core.config.skip, growth.changes(), positions);
+        let (at, mut orders) = (course.clone(), Orders::default());
+        let row = move |index| {
+            let (epoch, position) = at.at(index);
+            let place = core.sources.place(&growth, &mut orders, epoch, position);
+            (place.source, place.sequence)
+        };
+        (course, row)
+    }
+
+    /// Digest of the corpus and the content settings, which a ledger names.
+    pub fn content_digest(&self) -> String {
+        self.core.content_digest()
+    }
+}
+
+impl Core {
+    /// Of all that decides what is trained on, but for what may change in the course of a run: shards and stages that were added, and skips.
+    fn content_digest(&self) -> String {
+        let mut text: Vec<_> = self.content.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        text.push(match self.sources.mixture() {
+            None => self.sources.list()[0].reader.corpus().fingerprint_of(1.min(self.sources.shards() as usize)),
+            Some(_) => self.sources.mixture_digest(1).to_string(),
+        });
+        format!("{:032x}", xxh3_128(text.join("\n").as_bytes()))
+    }
+
+    /// Begins the ledger of a pass, where there is one.
+    fn begin_ledger(&self, heading: &Heading) -> Result<Option<ledger::Writer>> {
+        let Some(folder) = &self.config.ledger else { return Ok(None) };
+        let (epoch, position) = heading.course.state_at(heading.start);
+        let pass = Pass {
+            run: String::new(),
+            time_ms: 0,
+            launch: environment::launch(),
+            epoch,
+            position,
+            rank: self.grouping.rank,
+            world_size: self.grouping.world_size,
+            batch_size: self.grouping.batch_size,
+            content: self.content_digest(),
+            fingerprint: self.sources.list()[0].reader.corpus().fingerprint().to_owned(),
+        };
+        ledger::Writer::begin(Path::new(folder), pass).map(Some)
+    }
+}
+
+impl Started {
+    /// Writes the line of a batch that is about to be handed over.
+    fn write_ledger(&self, batch: &Batch, end: (u64, u64)) -> Result<()> {
+        let Some(ledger) = &self.ledger else { return Ok(()) };
+        let coverage = batch.coverage.ok_or_else(|| Error::new(ErrorKind::Internal, "a batch was not hashed"))?;
+        lock(ledger).write(&Entry { start: (batch.epoch, batch.position), end, coverage })
+    }
+}
+
+impl Batch {
+    /// The first `count` tokens that row `row` was made of, as they lie in the delivered arrays.
+    fn tokens(&self, row: usize, count: usize) -> Result<Vec<i64>> {
+        let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row(field.name, row));
+        let shift = usize::from(self.fields[1].name == "y");
+        let mut tokens = inputs;
+        tokens.extend(targets.last().filter(|_| shift == 1));
+        tokens.truncate(count);
+        let fitting = tokens.get(shift..).unwrap_or_default();
+        if targets.get(..fitting.len()) != Some(fitting) {
+            return Err(Error::new(ErrorKind::Internal, format!("targets of row {row} do not belong to its inputs")));
+        }
+        Ok(tokens)
+    }
 }
 
 /// Memory and times of one worker.
@@ -929,6 +1064,7 @@ struct Started {
     pipeline: Pipeline<Arc<Batch>>,
     heading: Arc<Heading>,
     delivered: AtomicU64,
+    ledger: Option<Mutex<ledger::Writer>>,
 }
 
 /// Where a pass goes.
@@ -955,14 +1091,26 @@ impl Batches {
         let asked = Instant::now();
         core.counters.asked(asked);
         let depth = started.pipeline.depth();
-        let taken = started.pipeline.take(timeout, |_| {
-            let delivered = started.delivered.fetch_add(1, Ordering::Relaxed) + 1;
+        if let Some(ledger) = &started.ledger {
+            lock(ledger).check()?;
+        }
+        let mut written = Ok(());
+        let taken = started.pipeline.take(timeout, |batch| {
+            // Takers come here one at a time.
+            let delivered = started.delivered.load(Ordering::Relaxed) + 1;
+            let index = started.heading.start.saturating_add(delivered * core.grouping.global_batch());
+            let end = started.heading.course.state_at(index);
+            written = started.write_ledger(batch, end);
+            if written.is_err() {
+                return;
+            }
+            started.delivered.store(delivered, Ordering::Relaxed);
             let mut cursor = lock(&core.cursor);
             if cursor.run == run.id {
-                let index = started.heading.start.saturating_add(delivered * core.grouping.global_batch());
-                (cursor.epoch, cursor.position) = started.heading.course.state_at(index);
+                (cursor.epoch, cursor.position) = end;
             }
         })?;
+        written?;
         match taken {
             Taken::Item(batch) => {
                 let tokens = batch.rows as u64 * core.config.seq_len;
@@ -1082,18 +1230,19 @@ impl Run {
                         core.read_ahead(&heading, number + distance, index, &mut worker.orders);
                     }
                 }
-                let (epoch, slots) = slots(core.grouping, &heading.course, index);
+                let (start, slots) = slots(core.grouping, &heading.course, index);
                 let rows = core.places(&heading.growth, &slots, &mut worker.orders);
                 let layout = BatchLayout::new(&core.config, rows.len(), core.has_padding(&rows));
                 let lease = lease.unwrap_or_else(|| Lease::new(&core.pool, BatchLayout::largest_bytes(&core.config)));
                 let step = index / global_batch;
-                let batch = core.compute(epoch, step, &rows, layout, lease, worker)?;
+                let batch = core.compute(start, step, &rows, layout, lease, worker)?;
                 let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
                 core.counters.worked(worker.index, decode, began.elapsed().saturating_sub(decode));
                 Ok(Arc::new(batch))
             }
         };
         let pipeline = Pipeline::start(plan, begin, compute)?;
-        Ok(Started { pipeline, heading, delivered: AtomicU64::new(0) })
+        let ledger = core.begin_ledger(&heading)?.map(Mutex::new);
+        Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), ledger })
     }
 }

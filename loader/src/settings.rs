@@ -435,6 +435,14 @@ const SETTINGS: &[Setting] = &[
         get: |config| config.pin_memory.to_string(),
         parse: |config, text| parsed(&mut config.pin_memory, boolean(text)),
     },
+    Setting {
+        name: "ledger",
+        kind: Kind::Operational,
+        accepts: "a folder, or `none`",
+        doc: "folder where every rank writes a line for each batch it hands over, which `forebay verify` proves",
+        get: |config| optional_text(config.ledger.as_ref()),
+        parse: |config, text| parsed(&mut config.ledger, optional(text, |text| Some(text.to_owned()))),
+    },
 ];
 
 const FORMATS: &[(&str, DataFormat)] =
@@ -632,7 +640,8 @@ mod tests {
             block_tokens,
             io,
             cache_dir,
-            pin_memory
+            pin_memory,
+            ledger
         )
     }
 
@@ -672,6 +681,7 @@ mod tests {
         ("io", "pread"),
         ("cache_dir", "a cache/here"),
         ("pin_memory", "true"),
+        ("ledger", "out/the ledger"),
     ];
 
     #[test]

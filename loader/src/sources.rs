@@ -73,6 +73,8 @@ pub(crate) struct Place {
     pub(crate) tokens: Range<u64>,
     /// Whether the tokens after it belong to another time of the epoch.
     pub(crate) ends_chunk: bool,
+    /// Whether it was delivered before, and only fills the last batch.
+    pub(crate) repeated: bool,
 }
 
 /// Orders of the epochs that a worker is in.
@@ -235,7 +237,13 @@ impl Sources {
         let extent = self.settings.extent(source, shards);
         if position >= extent.sequences {
             let sequence = extent.layout.num_sequences();
-            return Place { source: index, sequence, tokens: extent.layout.row(sequence), ends_chunk: false };
+            return Place {
+                source: index,
+                sequence,
+                tokens: extent.layout.row(sequence),
+                ends_chunk: false,
+                repeated: false,
+            };
         }
         let order = orders.get((index, epoch), || {
             let arrangement = self.settings.arrangement(extent.sequences);
@@ -244,7 +252,7 @@ impl Sources {
         let at = order.sequence_at(position);
         let sequence = self.settings.side.sequence(at);
         let ends_chunk = order.ends_chunk(at);
-        Place { source: index, sequence, tokens: extent.layout.row(sequence), ends_chunk }
+        Place { source: index, sequence, tokens: extent.layout.row(sequence), ends_chunk, repeated: false }
     }
 
     /// Digest of all that has decided an epoch's order before `position`: stages begun and the sources they draw from.

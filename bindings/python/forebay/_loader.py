@@ -202,6 +202,8 @@ class Loader:
         Folder for the saved index, with which shards are opened when they are first read. Default: none.
     pin_memory:
         For ``forebay.torch.DataLoader``; here it must be false. Default: false.
+    ledger:
+        A folder where every rank writes a line for each batch it hands over, for ``forebay verify``. Default: none.
 
     Raises
     ------
@@ -246,6 +248,7 @@ class Loader:
         io: Literal["auto", "mmap", "pread"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         pin_memory: bool | None = None,
+        ledger: str | os.PathLike[str] | None = None,
     ) -> None:
         settings = dict(
             mixture=mixture,
@@ -281,6 +284,7 @@ class Loader:
             io=io,
             cache_dir=cache_dir,
             pin_memory=pin_memory,
+            ledger=None if ledger is None else os.fspath(ledger),
         )
         if pin_memory:
             raise ConfigError("`pin_memory` needs forebay.torch.DataLoader: this loader does not import torch")

@@ -239,6 +239,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        ledger: str | os.PathLike[str] | None = None,
         _allocator: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         if multiprocessing_context is not None:
@@ -272,6 +273,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             block_tokens=block_tokens,
             io=io,
             cache_dir=cache_dir,
+            ledger=None if ledger is None else os.fspath(ledger),
         )
         native = (
             _is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
