@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock};
 
 use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3;
@@ -16,13 +16,10 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::config::DataFormat;
 use crate::error::{Error, ErrorKind, Result};
 use crate::index::{IndexFile, Place, SavedIndex, Stamp};
+use crate::opened::{Held, Opened};
 use crate::shard::discover::{self, ShardFile};
-use crate::shard::{self, Access, Counts, OpenOptions, Shard, ShardFacts};
-use crate::sync::lock;
+use crate::shard::{self, Access, Counts, OpenOptions, Shard, ShardFacts, mmap};
 use crate::tokens::Dtype;
-
-/// Shards that can be opened at the same time, later on; those of different numbers below this never wait for each other.
-const OPENING: usize = 64;
 
 /// A block of the corpus: shard and block in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,9 +71,7 @@ pub struct Corpus {
     files: Vec<ShardFile>,
     facts: Facts,
     options: OpenOptions,
-    shards: Vec<OnceLock<OpenShard>>,
-    /// Held by whoever opens a shard whose number is this one's modulo the length, so that no shard is opened twice.
-    opening: [Mutex<()>; OPENING],
+    shards: Opened<OpenShard>,
     dtype: Dtype,
     access: Access,
     fingerprint: String,
@@ -127,13 +122,24 @@ impl Corpus {
             return Ok(Self::index(data, format, options, folder, pool, &|_, _| ())?.0);
         }
         let files = discover::find(data, format)?;
-        let open = |file: &ShardFile| shard::open(file, options).map(OpenShard::new);
-        let opened: Vec<_> = pool.install(|| files.par_iter().map(open).collect());
-        let (opened, faults) = split(opened);
-        let facts = opened.iter().map(|shard| shard.shard().facts()).collect();
-        let described = opened.iter().map(|shard| (shard.shard().path(), shard.shard().facts()));
-        no_faults(faults, described, format)?;
-        Self::new(files, Facts::Found(facts), opened.into_iter().map(OnceLock::from).collect(), options)
+        let most = mmap::most_files();
+        let shards = Opened::new(files.len(), most);
+        let open = |(index, file): (usize, &ShardFile)| {
+            let shard = shard::open(file, options)?;
+            let facts = shard.facts();
+            if files.len() <= most {
+                shards.get_or_open(index, || Ok(OpenShard::new(shard)))?;
+            }
+            Ok(facts)
+        };
+        let (mut facts, mut faults) = (Vec::with_capacity(files.len()), Vec::new());
+        let opened: Vec<Result<ShardFacts>> = pool.install(|| files.par_iter().enumerate().map(open).collect());
+        for (file, result) in files.iter().zip(opened) {
+            result.map(|found| facts.push((&*file.path, found))).unwrap_or_else(|error| faults.push(error));
+        }
+        no_faults(faults, facts.iter().copied(), format)?;
+        let facts = facts.into_iter().map(|(_, facts)| facts).collect();
+        Self::new(files, Facts::Found(facts), shards, options)
     }
 
     /// As [`Corpus::open`] with a folder; `progress` is called with the number of shards opened and to be opened.
@@ -188,22 +194,16 @@ impl Corpus {
                 Facts::Found(facts)
             }
         };
-        let shards = files.iter().map(|_| OnceLock::new()).collect();
+        let shards = Opened::new(files.len(), mmap::most_files());
         Ok((Self { warnings, ..Self::new(files, facts, shards, options)? }, indexed))
     }
 
-    fn new(
-        files: Vec<ShardFile>,
-        facts: Facts,
-        shards: Vec<OnceLock<OpenShard>>,
-        options: &OpenOptions,
-    ) -> Result<Self> {
+    fn new(files: Vec<ShardFile>, facts: Facts, shards: Opened<OpenShard>, options: &OpenOptions) -> Result<Self> {
         let mut corpus = Self {
             files,
             facts,
             options: options.clone(),
             shards,
-            opening: std::array::from_fn(|_| Mutex::new(())),
             dtype: Dtype::I32,
             access: Access::Random,
             fingerprint: String::new(),
@@ -247,24 +247,18 @@ impl Corpus {
         self.facts().map(|facts| facts.counts)
     }
 
-    /// Shard `index`, opened now if it is not yet; an error is not kept, so that the next reader tries again.
-    pub fn shard(&self, index: usize) -> Result<&OpenShard> {
-        let slot = &self.shards[index];
-        if let Some(shard) = slot.get() {
-            return Ok(shard);
-        }
-        let _opening = lock(&self.opening[index % OPENING]);
-        if let Some(shard) = slot.get() {
-            return Ok(shard);
-        }
-        let shard = shard::open(&self.files[index], &self.options)?;
-        check_indexed(self.facts.get(index), shard.facts()).map_err(|error| error.at(shard.path()))?;
-        Ok(slot.get_or_init(|| OpenShard::new(shard)))
+    /// Shard `index`, opened now if it is not yet, and then compared with what is known of it.
+    pub fn shard(&self, index: usize) -> Result<Held<'_, OpenShard>> {
+        self.shards.get_or_open(index, || {
+            let shard = shard::open(&self.files[index], &self.options)?;
+            check_indexed(self.facts.get(index), shard.facts()).map_err(|error| error.at(shard.path()))?;
+            Ok(OpenShard::new(shard))
+        })
     }
 
     /// Shard `index`, if it is open already.
-    pub fn opened(&self, index: usize) -> Option<&OpenShard> {
-        self.shards[index].get()
+    pub fn opened(&self, index: usize) -> Option<Held<'_, OpenShard>> {
+        self.shards.get(index)
     }
 
     /// What went wrong with the saved index, a line each.
@@ -392,14 +386,6 @@ fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
         ));
     }
     Ok(())
-}
-
-fn split<T>(results: Vec<Result<T>>) -> (Vec<T>, Vec<Error>) {
-    let (mut values, mut faults) = (Vec::with_capacity(results.len()), Vec::new());
-    for result in results {
-        result.map(|value| values.push(value)).unwrap_or_else(|error| faults.push(error));
-    }
-    (values, faults)
 }
 
 /// Fails with `faults` and with those that show only when all shards are seen together.

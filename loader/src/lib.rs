@@ -26,6 +26,7 @@ pub mod index;
 pub mod layout;
 pub mod ledger;
 pub mod loader;
+pub mod opened;
 pub mod order;
 mod pipeline;
 mod read;

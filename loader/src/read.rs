@@ -70,11 +70,11 @@ impl Reader {
         while !row.is_empty() {
             let (index, within) = self.layout.locate(at);
             let shard = self.corpus.shard(index)?;
-            for (block, part) in self.stretches(shard, within, row.len() as u64) {
+            for (block, part) in self.stretches(&shard, within, row.len() as u64) {
                 let (filled, rest) = row.split_at_mut((part.end - part.start) as usize);
                 let prefix_only = ends_chunk && at > range.start;
                 let block = BlockRef { shard: index as u32, block: block as u32 };
-                self.fill_from_block(shard, block, part, prefix_only, filled, scratch)
+                self.fill_from_block(&shard, block, part, prefix_only, filled, scratch)
                     .map_err(|error| error.at(shard.shard().path()).in_block(u64::from(block.block)))?;
                 at += filled.len() as u64;
                 row = rest;
@@ -192,7 +192,7 @@ impl Reader {
             // Opening a shard is left to whoever reads it: the first batch must not wait for those of all windows ahead.
             let Some(opened) = self.corpus.opened(index) else { return true };
             let shard = opened.shard();
-            for (block, part) in self.stretches(opened, within, range.end - at) {
+            for (block, part) in self.stretches(&opened, within, range.end - at) {
                 at += part.end - part.start;
                 let tokens = shard.blocks()[block].tokens;
                 // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
