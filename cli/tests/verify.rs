@@ -329,7 +329,7 @@ fn steps_and_documents_are_found_from_each_other() {
             at += len;
         }
     }
-    let loader = Loader::open(Config { ledger: None, ..config.clone() }).unwrap();
+    let loader = Loader::open(Config { ledger: None, ..config }).unwrap();
     let (status, json) = with(&["--step=3"]);
     assert_eq!(status, 0);
     let mut expected = Vec::new();
