@@ -1,4 +1,4 @@
-//! The command line: `forebay config`, `check`, `index` and `bench`.
+//! The command line: `forebay config`, `check`, `index`, `bench` and `verify`.
 //!
 //! [`run`] takes arguments, environment and outputs, so that the binary, the Python package and the tests share it. Results go to the output,
 //! warnings and errors to the error output. It returns 0, 1 where the data is at fault, and 2 where the command or a setting is.
@@ -9,6 +9,8 @@ mod config;
 mod index;
 mod progress;
 mod report;
+mod sequential;
+mod verify;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -40,6 +42,8 @@ enum Command {
     Index(index::Options),
     /// Measures throughput without a trainer
     Bench(bench::Options),
+    /// Proves that every token was delivered once: an epoch of a loader, or the ledger of a run
+    Verify(verify::Options),
     /// Prints the settings there are
     #[command(hide = true)]
     Settings {
@@ -142,6 +146,7 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
         Command::Check(options) => check::run(options, &mut context),
         Command::Index(options) => index::run(options, &mut context),
         Command::Bench(options) => bench::run(options, &mut context),
+        Command::Verify(options) => verify::run(options, &mut context),
         Command::Settings { markdown } => print_settings(*markdown, &mut context),
     };
     match result {

@@ -33,12 +33,20 @@ pub(crate) struct Reader {
     corpus: Arc<Corpus>,
     layout: Concat,
     specials: Specials,
-    cache: BlockCache,
+    /// Shared with the readers of other sources, among which this one's blocks go by `source`.
+    cache: Arc<BlockCache>,
+    source: usize,
 }
 
 impl Reader {
-    pub(crate) fn new(corpus: Arc<Corpus>, layout: Concat, specials: Specials, cache_bytes: u64) -> Self {
-        Self { corpus, layout, specials, cache: BlockCache::new(cache_bytes) }
+    pub(crate) fn new(
+        corpus: Arc<Corpus>,
+        layout: Concat,
+        specials: Specials,
+        cache: Arc<BlockCache>,
+        source: usize,
+    ) -> Self {
+        Self { corpus, layout, specials, cache, source }
     }
 
     pub(crate) fn corpus(&self) -> &Corpus {
@@ -47,10 +55,6 @@ impl Reader {
 
     pub(crate) fn layout(&self) -> &Concat {
         &self.layout
-    }
-
-    pub(crate) fn cache(&self) -> &BlockCache {
-        &self.cache
     }
 
     /// Writes stream tokens `range` over `row`. With `ends_chunk`, blocks that begin inside the row are read no further than needed.
@@ -127,7 +131,12 @@ impl Reader {
                     decoded_here = true;
                     shard.decode(index, limit)
                 };
-                let decoded = self.cache.get(block, meta.decoded_bytes, prefix_only.then_some(range.end), decode)?;
+                let decoded = self.cache.get(
+                    (self.source, block),
+                    meta.decoded_bytes,
+                    prefix_only.then_some(range.end),
+                    decode,
+                )?;
                 if decoded_here {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
                 }
@@ -230,9 +239,12 @@ pub(crate) struct BlockCache {
     decoded_bytes: AtomicU64,
 }
 
+/// Source, and block of it.
+type BlockKey = (usize, BlockRef);
+
 #[derive(Debug, Default)]
 struct CacheInner {
-    entries: HashMap<BlockRef, Entry>,
+    entries: HashMap<BlockKey, Entry>,
     used_bytes: u64,
     clock: u64,
 }
@@ -249,7 +261,7 @@ enum Entry {
 }
 
 impl BlockCache {
-    fn new(budget_bytes: u64) -> Self {
+    pub(crate) fn new(budget_bytes: u64) -> Self {
         Self {
             budget_bytes,
             inner: Mutex::default(),
@@ -275,7 +287,7 @@ impl BlockCache {
     /// With `prefix`, a block that is not there is decoded just that far, and not kept.
     fn get(
         &self,
-        key: BlockRef,
+        key: BlockKey,
         bytes: u64,
         prefix: Option<u64>,
         mut decode: impl FnMut(Option<u64>) -> Result<DecodedBlock>,
@@ -343,7 +355,7 @@ impl CacheInner {
 
 struct Loading<'a> {
     cache: &'a BlockCache,
-    key: BlockRef,
+    key: BlockKey,
     bytes: u64,
 }
 
@@ -371,7 +383,7 @@ mod tests {
         let get = |index: u32| {
             let mut decoded = false;
             cache
-                .get(BlockRef { shard: 0, block: index }, 40, None, |_| {
+                .get((0, BlockRef { shard: 0, block: index }), 40, None, |_| {
                     decoded = true;
                     Ok(block(40))
                 })
@@ -390,7 +402,7 @@ mod tests {
     #[test]
     fn a_block_wanted_by_many_is_decoded_once_and_a_failure_is_not_kept() {
         let cache = BlockCache::new(1000);
-        let key = BlockRef { shard: 1, block: 7 };
+        let key = (0, BlockRef { shard: 1, block: 7 });
         assert!(cache.get(key, 10, None, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 0);
         let decoded = AtomicU64::new(0);
