@@ -6,7 +6,7 @@ use std::io::Write;
 
 use forebay::corpus::mixed_shards;
 use forebay::shard::{self, Access, EndsScratch, OpenOptions, Shard, discover};
-use forebay::{Config, Error, ErrorKind};
+use forebay::{Config, Error, ErrorKind, recipe};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -55,7 +55,10 @@ struct Findings {
 }
 
 fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
-    let files = discover::find(&config.data, config.format)?;
+    let mut files = Vec::new();
+    for (_, data) in recipe::corpora(config)? {
+        files.push(discover::find(&data, config.format)?);
+    }
     let options = OpenOptions::of(config);
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(config.num_threads.unwrap_or(1) as usize)
@@ -63,15 +66,19 @@ fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
         .build()
         .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads").with_source(error))?;
 
-    let opened: Vec<_> = pool.install(|| files.par_iter().map(|file| shard::open(file, &options)).collect());
     let (mut shards, mut broken) = (Vec::new(), Vec::new());
-    for result in opened {
-        match result {
-            Ok(shard) => shards.push(shard),
-            Err(error) => broken.push(error),
+    for files in &files {
+        let first = shards.len();
+        let opened: Vec<_> = pool.install(|| files.par_iter().map(|file| shard::open(file, &options)).collect());
+        for result in opened {
+            match result {
+                Ok(shard) => shards.push(shard),
+                Err(error) => broken.push(error),
+            }
         }
+        // The corpora of a mixture may differ from each other.
+        broken.extend(mixed_shards(shards[first..].iter().map(|shard| (shard.path(), shard.facts()))));
     }
-    broken.extend(mixed_shards(shards.iter().map(|shard| (shard.path(), shard.facts()))));
 
     // By blocks, not shards, so that a large shard is not left to one thread at the end.
     let blocks: Vec<(&dyn Shard, usize)> =
@@ -87,7 +94,7 @@ fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
     });
     bar.finish_and_clear();
     broken.extend(read.into_iter().flatten());
-    Ok(Findings { files: files.len(), shards, broken })
+    Ok(Findings { files: files.iter().map(Vec::len).sum(), shards, broken })
 }
 
 #[derive(Default)]

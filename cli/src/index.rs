@@ -1,10 +1,11 @@
-//! `forebay index`: writes the index of a corpus, so that a run's ranks find it when they start.
+//! `forebay index`: writes the index of a corpus, or of each of a mixture, so that a run's ranks find it when they start.
 
+use std::io::Write;
 use std::time::Instant;
 
 use forebay::corpus::{Corpus, Indexed};
 use forebay::shard::OpenOptions;
-use forebay::{Error, ErrorKind};
+use forebay::{Error, ErrorKind, recipe};
 use serde_json::json;
 
 use crate::report::{bytes, grouped, line};
@@ -19,7 +20,7 @@ pub(crate) struct Options {
     /// Folder for the index; loaders find it by the same setting
     #[arg(long, value_name = "FOLDER")]
     cache_dir: Option<String>,
-    /// Prints one JSON object
+    /// Prints one JSON object for each corpus
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -42,45 +43,91 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         .build()
         .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads").with_source(error))?;
     let bar = progress::bar(0, TEMPLATE, context.env)?.with_message("indexing");
-    let began = Instant::now();
-    let shown = |opened, of| {
-        bar.set_length(of);
-        bar.set_position(opened);
-    };
-    let result = Corpus::index(&config.data, config.format, &open, folder.as_ref(), &pool, &shown);
+    let mut entries = Vec::new();
+    let mut saved = true;
+    for (name, data) in recipe::corpora(&config)? {
+        let began = Instant::now();
+        let shown = |opened, of| {
+            bar.set_length(of);
+            bar.set_position(opened);
+        };
+        let (corpus, indexed) = Corpus::index(&data, config.format, &open, folder.as_ref(), &pool, &shown)?;
+        let seconds = began.elapsed().as_secs_f64();
+        for warning in corpus.warnings() {
+            bar.suspend(|| writeln!(context.err, "warning: {warning}"))?;
+        }
+        match indexed.unsaved {
+            None => entries.push(Entry::new(name, &corpus, &indexed, seconds)?),
+            Some(_) => saved = false,
+        }
+    }
     bar.finish_and_clear();
-    let (corpus, Indexed { file, opened, unsaved }) = result?;
-    let seconds = began.elapsed().as_secs_f64();
-    for warning in corpus.warnings() {
-        writeln!(context.err, "warning: {warning}")?;
+    for entry in &entries {
+        if options.json {
+            writeln!(context.out, "{}", entry.json())?;
+        } else {
+            entry.write(context.out)?;
+        }
     }
-    if unsaved.is_some() {
-        return Ok(FAILED);
+    Ok(if saved { 0 } else { FAILED })
+}
+
+/// What is said of one corpus.
+struct Entry {
+    /// Empty but for a source of a mixture.
+    name: String,
+    index: String,
+    index_bytes: u64,
+    shards: u64,
+    opened: u64,
+    documents: u64,
+    tokens: u64,
+    bytes: u64,
+    seconds: f64,
+    fingerprint: String,
+}
+
+impl Entry {
+    fn new(name: String, corpus: &Corpus, indexed: &Indexed, seconds: f64) -> forebay::Result<Self> {
+        let path = indexed.file.path();
+        let index = std::fs::metadata(path).map_err(|error| Error::io("cannot stat saved index", error).at(path))?;
+        Ok(Self {
+            name,
+            index: path.display().to_string(),
+            index_bytes: index.len(),
+            shards: corpus.len() as u64,
+            opened: indexed.opened,
+            documents: corpus.documents(),
+            tokens: corpus.tokens(),
+            bytes: corpus.facts().map(|facts| facts.size_bytes).sum(),
+            seconds,
+            fingerprint: corpus.fingerprint().to_owned(),
+        })
     }
-    let size = std::fs::metadata(file.path())
-        .map_err(|error| Error::io("cannot stat saved index", error).at(file.path()))?
-        .len();
-    let shards = corpus.len() as u64;
-    let corpus_bytes = corpus.facts().map(|facts| facts.size_bytes).sum();
-    if options.json {
-        let found = json!({
-            "index": file.path().display().to_string(),
-            "index_bytes": size,
-            "shards": shards,
-            "opened": opened,
-            "tokens": corpus.tokens(),
-            "documents": corpus.documents(),
-            "bytes": corpus_bytes,
-            "seconds": seconds,
-            "fingerprint": corpus.fingerprint(),
-        });
-        writeln!(context.out, "{found}")?;
-        return Ok(0);
+
+    fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
+        if !self.name.is_empty() {
+            line(out, "source", &self.name)?;
+        }
+        line(out, "index", &format!("{}, {}", self.index, bytes(self.index_bytes)))?;
+        line(out, "shards", &format!("{}, {}", grouped(self.shards), bytes(self.bytes)))?;
+        line(out, "opened", &format!("{} in {:.3} s", grouped(self.opened), self.seconds))?;
+        line(out, "documents", &grouped(self.documents))?;
+        line(out, "tokens", &grouped(self.tokens))
     }
-    line(context.out, "index", &format!("{}, {}", file.path().display(), bytes(size)))?;
-    line(context.out, "shards", &format!("{}, {}", grouped(shards), bytes(corpus_bytes)))?;
-    line(context.out, "opened", &format!("{} in {seconds:.3} s", grouped(opened)))?;
-    line(context.out, "documents", &grouped(corpus.documents()))?;
-    line(context.out, "tokens", &grouped(corpus.tokens()))?;
-    Ok(0)
+
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "source": self.name,
+            "index": self.index,
+            "index_bytes": self.index_bytes,
+            "shards": self.shards,
+            "opened": self.opened,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "fingerprint": self.fingerprint,
+        })
+    }
 }

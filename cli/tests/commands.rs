@@ -362,6 +362,29 @@ fn index_says_where_it_cannot_write_and_asks_for_a_folder() {
     assert!(ran.err.contains("cannot write saved index") && ran.err.contains(text(&file)), "{}", ran.err);
 }
 
+#[test]
+fn index_and_check_take_every_source_of_a_mixture() {
+    let ((arrow, _), (parquet, _)) = (corpus(Container::ArrowFile(None), "arrow"), corpus(PARQUET, "parquet"));
+    let cache = tempfile::tempdir().unwrap();
+    let mixture = serde_json::json!({"sources": [
+        {"name": "a", "data": [text(arrow.path())], "weight": 1},
+        {"name": "b", "data": [text(parquet.path())], "weight": 1},
+    ]});
+    let (mixture, cache_dir) = (format!("mixture={mixture}"), format!("cache_dir={}", text(cache.path())));
+    let indexed = run(&["index", "--set", &mixture, "--set", &cache_dir, "--json"]);
+    assert_eq!((indexed.status, indexed.err.as_str()), (0, ""));
+    let found: Vec<Value> = indexed.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(found.iter().map(|entry| &entry["source"]).collect::<Vec<_>>(), ["a", "b"]);
+    assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 2);
+    let bench = ["bench", "--seq-len", "8", "--seconds", "0.01", "--set", &mixture, "--set", &cache_dir];
+    let ran = run(&bench);
+    assert_eq!((ran.status, ran.err.as_str()), (0, ""));
+
+    let checked = run(&["check", "--set", &mixture, "--json"]).json();
+    assert_eq!((&checked["sound"], &checked["shards"]), (&true.into(), &4.into()));
+    assert_eq!(checked["tokens"], found[0]["tokens"].as_u64().unwrap() + found[1]["tokens"].as_u64().unwrap());
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_corpus_may_have_more_shards_than_a_process_may_have_files() {

@@ -25,7 +25,7 @@ use crate::order::course::{self, Course, ENDLESS};
 use crate::order::partition::{Grouping, Row};
 use crate::pipeline::{Pipeline, Plan, Taken};
 use crate::read::{BlockCache, Reader, Scratch};
-use crate::recipe::Recipe;
+use crate::recipe;
 use crate::settings;
 use crate::shard::{Access, OpenOptions};
 use crate::sources::{Growth, Orders, Place, Source, Sources};
@@ -941,10 +941,7 @@ impl BatchLayout {
 fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String, Corpus)>> {
     let options = OpenOptions::of(config);
     let cache = config.cache_dir.as_deref().map(Path::new);
-    let wanted: Vec<(String, Vec<String>)> = match &config.mixture {
-        None => vec![(String::new(), config.data.clone())],
-        Some(text) => Recipe::parse(text)?.sources.into_iter().map(|source| (source.name, source.data)).collect(),
-    };
+    let wanted = recipe::corpora(config)?;
     // Scoped, so that its threads have ended when opening has.
     let opened: Vec<(String, Result<Corpus>)> = rayon::ThreadPoolBuilder::new()
         .num_threads(threads as usize)

@@ -11,6 +11,7 @@
 
 use serde_json::{Map, Value};
 
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::order::mixture::{Exhausted, MAX_CYCLE, Stage};
 use crate::settings::nearest_of;
@@ -59,6 +60,14 @@ impl Length {
             Self::Sequences(sequences) => sequences,
         }
     }
+}
+
+/// The corpora that `config` names, each by its name and its `data`: those of the mixture, or the only one, which has no name.
+pub fn corpora(config: &Config) -> Result<Vec<(String, Vec<String>)>> {
+    Ok(match &config.mixture {
+        None => vec![(String::new(), config.data.clone())],
+        Some(text) => Recipe::parse(text)?.sources.into_iter().map(|source| (source.name, source.data)).collect(),
+    })
 }
 
 impl Recipe {
