@@ -119,6 +119,13 @@ impl Corpus {
         self.block_metas().map(|block| block.starts).sum()
     }
 
+    /// Bytes of the tables of shards and blocks.
+    pub fn index_bytes(&self) -> u64 {
+        let names: usize = self.names.iter().map(|name| size_of::<String>() + name.len()).sum();
+        let shards: u64 = self.shards.iter().map(|shard| shard.index_bytes()).sum();
+        (names + size_of_val(self.shards.as_slice()) + size_of_val(self.blocks.as_slice())) as u64 + shards
+    }
+
     /// Digest of names, sizes, counts and types, but of no absolute path or time.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint

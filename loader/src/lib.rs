@@ -25,6 +25,7 @@ pub mod layout;
 pub mod loader;
 pub mod order;
 mod pipeline;
+pub mod plan;
 mod read;
 pub mod settings;
 pub mod shard;

@@ -16,7 +16,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::layout::concat::{Concat, Specials};
 use crate::order::partition::{Grouping, Row};
 use crate::order::{self, Arrangement, EpochOrder};
-use crate::pipeline::{Pipeline, Plan, Taken};
+use crate::pipeline::{self, Pipeline, Taken};
+use crate::plan::{self, EpochPlan, MemoryPlan, Plan, SourcePlan};
 use crate::read::{Reader, Scratch};
 use crate::shard::{Access, OpenOptions};
 use crate::state::{State, StateValue};
@@ -308,6 +309,63 @@ impl Loader {
         for run in runs {
             run.close();
         }
+    }
+}
+
+impl Loader {
+    /// What an epoch of these settings comes to and costs. Reads no token; takes about a second at most.
+    pub fn plan(&self) -> Result<Plan> {
+        let core = &self.core;
+        let (config, reader) = (&core.config, &core.reader);
+        let (layout, corpus) = (reader.layout(), reader.corpus());
+        let source = plan::Source {
+            sequences: layout.num_sequences(),
+            tail_tokens: layout.tail_tokens(),
+            arrangement: core.arrangement,
+            order: core.order(0),
+            grouping: core.grouping,
+            row: &|sequence| layout.row(sequence),
+            place: &|at| reader.place(at),
+            cache_bytes: reader.cache().budget_bytes(),
+            tokens: corpus.tokens(),
+            stream_tokens: layout.stream_len(),
+            most_rows: plan::MOST_ROWS,
+        };
+        let (mut decoded_bytes, mut largest_block) = (0, 0);
+        for block in corpus.block_metas() {
+            decoded_bytes += block.decoded_bytes;
+            largest_block = block.decoded_bytes.max(largest_block);
+        }
+        let batch_bytes = BatchLayout::largest_bytes(config) as u64;
+        Ok(Plan {
+            epoch: EpochPlan::new(
+                &core.grouping,
+                source.sequences,
+                source.tail_tokens,
+                source.stream_tokens,
+                config.seq_len,
+            ),
+            memory: MemoryPlan {
+                batch_bytes,
+                batches_bytes: (config.prefetch_batches + 1) * batch_bytes,
+                held_blocks_bytes: config.num_threads.unwrap_or(1) * largest_block,
+                cache_bytes: source.cache_bytes.min(decoded_bytes),
+                index_bytes: reader.index_bytes(),
+                budget_bytes: config.memory_budget,
+            },
+            source: SourcePlan {
+                shards: corpus.shards().len() as u64,
+                documents: corpus.documents(),
+                tokens: source.tokens,
+                stream_tokens: source.stream_tokens,
+                sequences: source.sequences,
+                tail_tokens: source.tail_tokens,
+                arrangement: source.arrangement,
+                displacement: source.displacement(),
+                neighbours: source.neighbours(),
+                decoding: if corpus.access() == Access::Block { Some(source.decoding()?) } else { None },
+            },
+        })
     }
 }
 
@@ -784,7 +842,7 @@ impl Run {
         let order = core.order(epoch);
         let items = core.grouping.steps(positions.saturating_sub(position));
         let threads = core.config.num_threads.unwrap_or(1) as usize;
-        let plan = Plan {
+        let plan = pipeline::Plan {
             threads: threads.min(items.max(1) as usize),
             window: core.config.prefetch_batches as usize,
             items,

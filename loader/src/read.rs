@@ -27,6 +27,21 @@ pub(crate) struct Scratch {
     pub(crate) decode_nanos: u64,
 }
 
+/// Where a block lies in the stream.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// The block's number in the corpus.
+    pub(crate) block: u64,
+    /// Its first stream token.
+    pub(crate) start: u64,
+    /// Stream tokens it holds.
+    pub(crate) len: u64,
+    /// Tokens in the file.
+    pub(crate) tokens: u64,
+    /// Bytes when decoded.
+    pub(crate) bytes: u64,
+}
+
 /// The stream of a corpus.
 #[derive(Debug)]
 pub(crate) struct Reader {
@@ -162,6 +177,25 @@ impl Reader {
         })
     }
 
+    /// The block that holds stream token `at`.
+    pub(crate) fn place(&self, at: u64) -> Result<Place> {
+        let (block, _) = self.layout.locate(at);
+        let (_, _, meta) = self.corpus.block(block);
+        Ok(Place {
+            block: block as u64,
+            start: self.layout.block_start(block),
+            len: self.layout.block_len(block),
+            tokens: meta.tokens,
+            bytes: meta.decoded_bytes,
+        })
+    }
+
+    /// Bytes of the tables that find shards, blocks and what is in them.
+    pub(crate) fn index_bytes(&self) -> u64 {
+        let blocks = self.corpus.blocks().len() as u64;
+        self.corpus.index_bytes() + blocks * (size_of::<u64>() + size_of::<bool>()) as u64
+    }
+
     /// Whether reading ahead can help: windows are read from the file one by one.
     pub(crate) fn reads_ahead(&self) -> bool {
         self.corpus.access() == Access::Random
@@ -251,6 +285,11 @@ impl BlockCache {
             decoded_blocks: AtomicU64::new(0),
             decoded_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// Bytes that blocks may take.
+    pub(crate) fn budget_bytes(&self) -> u64 {
+        self.budget_bytes
     }
 
     /// Blocks decoded so far, and their bytes.
