@@ -102,8 +102,9 @@ impl Planned {
             out,
             "corpus",
             &format!(
-                "{} shards, {} documents, {} tokens, {}",
+                "{} shards, {} blocks, {} documents, {} tokens, {}",
                 grouped(source.shards),
+                grouped(source.blocks),
                 grouped(source.documents),
                 grouped(source.tokens),
                 self.format()
@@ -275,6 +276,7 @@ fn source_json(source: &SourcePlan) -> Value {
     };
     json!({
         "shards": source.shards,
+        "blocks": source.blocks,
         "documents": source.documents,
         "tokens": source.tokens,
         "stream_tokens": source.stream_tokens,

@@ -355,6 +355,7 @@ impl Loader {
             },
             source: SourcePlan {
                 shards: corpus.shards().len() as u64,
+                blocks: corpus.blocks().len() as u64,
                 documents: corpus.documents(),
                 tokens: source.tokens,
                 stream_tokens: source.stream_tokens,
@@ -407,7 +408,7 @@ impl Core {
         let batch_bytes = BatchLayout::largest_bytes(&config);
         let in_flight = config.prefetch_batches + 1;
         let cache_bytes = cache_budget(&config, &corpus, threads, in_flight * batch_bytes as u64)?;
-        let warnings = window_warning(&config, &corpus, cache_bytes).into_iter().collect();
+        let warnings = window_warning(&config, &corpus, &grouping, cache_bytes).into_iter().collect();
         let content = content_of(&config, corpus.fingerprint(), sequences);
         Ok(Self {
             reader: Reader::new(corpus, layout, specials, cache_bytes),
@@ -662,17 +663,19 @@ fn cache_budget(config: &Config, corpus: &Corpus, threads: u64, batches: u64) ->
 }
 
 /// Says so where the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
-fn window_warning(config: &Config, corpus: &Corpus, cache_bytes: u64) -> Option<String> {
+fn window_warning(config: &Config, corpus: &Corpus, grouping: &Grouping, cache_bytes: u64) -> Option<String> {
     let total: u64 = corpus.block_metas().map(|block| block.decoded_bytes).sum();
     let largest = corpus.block_metas().map(|block| block.decoded_bytes).max().unwrap_or(0);
     let windows = match config.shuffle {
         _ if corpus.access() == Access::Random => 0,
         Shuffle::Off | Shuffle::On => 0,
         Shuffle::Global => total,
-        // Each lane draws from its window, and from the blocks at both ends of it.
+        // Each lane of this rank draws from its window, and from the blocks at both ends of it.
         Shuffle::Block => {
             let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
-            (config.window_tokens.saturating_mul(bytes_per_token) + config.lanes * 2 * largest).min(total)
+            let lanes = grouping.lanes(config.lanes);
+            let window = config.window_tokens / config.lanes * lanes;
+            window.saturating_mul(bytes_per_token).saturating_add(lanes * 2 * largest).min(total)
         }
     };
     (windows > cache_bytes).then(|| {

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::order::partition::{Grouping, Row};
 use crate::order::permutation::Permutation;
 use crate::order::{Arrangement, EpochOrder};
-use crate::read::Place;
+pub use crate::read::Place;
 
 /// Rows simulated at most: about a second of work.
 pub const MOST_ROWS: u64 = 1 << 20;
@@ -37,6 +37,8 @@ pub struct Plan {
 pub struct SourcePlan {
     /// Files.
     pub shards: u64,
+    /// Blocks in them that hold tokens.
+    pub blocks: u64,
     /// Documents that hold tokens.
     pub documents: u64,
     /// Tokens in the files.
@@ -146,7 +148,7 @@ impl MemoryPlan {
 
 impl EpochPlan {
     /// An epoch of `sequences` full sequences and `tail_tokens` after them.
-    pub(crate) fn new(grouping: &Grouping, sequences: u64, tail_tokens: u64, stream_tokens: u64, seq_len: u64) -> Self {
+    pub fn new(grouping: &Grouping, sequences: u64, tail_tokens: u64, stream_tokens: u64, seq_len: u64) -> Self {
         let global_batch = grouping.global_batch();
         let tail = u64::from(tail_tokens > 0);
         let positions = grouping.positions(sequences, tail > 0);
@@ -191,28 +193,36 @@ impl EpochPlan {
     }
 }
 
-/// One source, as far as its order and its decoding go.
-pub(crate) struct Source<'a> {
-    pub(crate) sequences: u64,
-    pub(crate) tail_tokens: u64,
-    pub(crate) arrangement: Arrangement,
-    pub(crate) order: EpochOrder,
-    pub(crate) grouping: Grouping,
+/// One source, as far as its order and its decoding go. Nothing in it grows with the corpus.
+#[allow(missing_debug_implementations)] // holds functions
+pub struct Source<'a> {
+    /// Full sequences.
+    pub sequences: u64,
+    /// Tokens after them.
+    pub tail_tokens: u64,
+    /// How the sequences are arranged.
+    pub arrangement: Arrangement,
+    /// The order that this gives in one epoch.
+    pub order: EpochOrder,
+    /// How positions are grouped.
+    pub grouping: Grouping,
     /// Stream tokens that the row of a sequence reads.
-    pub(crate) row: &'a dyn Fn(u64) -> Range<u64>,
+    pub row: &'a dyn Fn(u64) -> Range<u64>,
     /// The block that holds a stream token.
-    pub(crate) place: &'a dyn Fn(u64) -> Result<Place>,
+    pub place: &'a dyn Fn(u64) -> Result<Place>,
     /// Room for decoded blocks.
-    pub(crate) cache_bytes: u64,
-    pub(crate) tokens: u64,
-    pub(crate) stream_tokens: u64,
-    /// Rows to simulate at most.
-    pub(crate) most_rows: u64,
+    pub cache_bytes: u64,
+    /// Tokens in the files.
+    pub tokens: u64,
+    /// Tokens of the stream.
+    pub stream_tokens: u64,
+    /// Rows to simulate at most, such as [`MOST_ROWS`].
+    pub most_rows: u64,
 }
 
 impl Source<'_> {
     /// How far sequences are moved. Both shufflings spread a sequence over the whole corpus; they differ in [`Source::neighbours`].
-    pub(crate) fn displacement(&self) -> Distance {
+    pub fn displacement(&self) -> Distance {
         let n = self.sequences;
         let expected_mean = match self.arrangement {
             Arrangement::Sequential => 0.0,
@@ -228,7 +238,7 @@ impl Source<'_> {
     }
 
     /// How far apart neighbours of the corpus come to stand, where they are in one window.
-    pub(crate) fn neighbours(&self) -> Distance {
+    pub fn neighbours(&self) -> Distance {
         let n = self.sequences;
         let (lanes, window) = match self.arrangement {
             Arrangement::Sequential => return Distance { expected_mean: 1.0, mean: 1.0, p50: 1, p95: 1, sampled: 0 },
@@ -255,7 +265,7 @@ impl Source<'_> {
     }
 
     /// Decodes in thought what the ranks would decode.
-    pub(crate) fn decoding(&self) -> Result<Decoding> {
+    pub fn decoding(&self) -> Result<Decoding> {
         let grouping = self.grouping;
         let positions = grouping.positions(self.sequences, self.tail_tokens > 0);
         let steps = grouping.steps(positions);

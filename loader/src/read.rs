@@ -29,17 +29,17 @@ pub(crate) struct Scratch {
 
 /// Where a block lies in the stream.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
+pub struct Place {
     /// The block's number in the corpus.
-    pub(crate) block: u64,
+    pub block: u64,
     /// Its first stream token.
-    pub(crate) start: u64,
+    pub start: u64,
     /// Stream tokens it holds.
-    pub(crate) len: u64,
+    pub len: u64,
     /// Tokens in the file.
-    pub(crate) tokens: u64,
+    pub tokens: u64,
     /// Bytes when decoded.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
 }
 
 /// The stream of a corpus.

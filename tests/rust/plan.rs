@@ -125,7 +125,7 @@ fn wasteful_settings_are_announced_as_such() {
             4,
             2.0,
         ),
-        ("one permutation over blocks", Config { shuffle: Shuffle::Global, ..tight.clone() }, 2, 3.0),
+        ("one permutation over blocks", Config { shuffle: Shuffle::Global, ..tight }, 2, 3.0),
     ] {
         let decoding = plan(&config, world_size).source.decoding.unwrap();
         let planned = plan(&config, world_size);
