@@ -177,6 +177,15 @@ fn write_source(out: &mut dyn Write, source: &SourcePlan, config: &Config) -> st
     line(out, "neighbours", &distance_text(&source.neighbours, "positions apart, those of one window"))?;
     if let Some(decoding) = &source.decoding {
         line(out, "decoding", &decoding_text(decoding))?;
+        if decoding.sharing_ranks > 1 {
+            let remedy = match source.arrangement {
+                Arrangement::Block { .. } => {
+                    "; a multiple of `dp_world_size` as `lanes`, set before the first run, avoids that"
+                }
+                Arrangement::Sequential | Arrangement::Global => "",
+            };
+            line(out, "", &format!("{} ranks draw from the same blocks{remedy}", grouped(decoding.sharing_ranks)))?;
+        }
     }
     Ok(())
 }
@@ -293,6 +302,7 @@ fn source_json(source: &SourcePlan) -> Value {
             "rows": decoding.rows,
             "warm_up_rows": decoding.warm_up_rows,
             "whole_epoch": decoding.whole_epoch,
+            "sharing_ranks": decoding.sharing_ranks,
         })),
     })
 }

@@ -265,7 +265,7 @@ fn plan_counts_what_a_run_will_come_to() {
     assert_eq!(source["arrangement"]["kind"], "block");
     assert!(source["displacement"]["mean"].as_f64().unwrap() > 0.0, "{source}");
     assert!(source["decoding"]["amplification"].as_f64().unwrap() >= 1.0, "{source}");
-    assert_eq!(source["decoding"]["ranks"], 3);
+    assert_eq!((&source["decoding"]["ranks"], &source["decoding"]["sharing_ranks"]), (&3.into(), &3.into()));
     let part = |name: &str| memory[name].as_u64().unwrap();
     assert_eq!(
         part("batches_bytes") + part("held_blocks_bytes") + part("cache_bytes"),
@@ -279,7 +279,15 @@ fn plan_counts_what_a_run_will_come_to() {
 
     let table = run(&args);
     assert_eq!(table.status, 0, "{}", table.err);
-    for words in ["on every one of 3 ranks", "pad: ", "tokens decoded per token", "cache", "first batch", "expected"] {
+    for words in [
+        "on every one of 3 ranks",
+        "pad: ",
+        "tokens decoded per token",
+        "cache",
+        "first batch",
+        "expected",
+        "3 ranks draw",
+    ] {
         assert!(table.out.contains(words), "{words}: {}", table.out);
     }
 }

@@ -91,6 +91,8 @@ pub struct Decoding {
     pub warm_up_rows: u64,
     /// Whether these rows are the whole epoch of these ranks.
     pub whole_epoch: bool,
+    /// Ranks that draw from the same lanes and so decode the same blocks.
+    pub sharing_ranks: u64,
 }
 
 /// What one epoch delivers, all ranks together.
@@ -281,7 +283,7 @@ impl Source<'_> {
                 amplification: total.decoded_tokens as f64 / self.tokens.max(1) as f64,
                 ranks: grouping.world_size,
                 whole_epoch: true,
-                ..total.decoding(0)
+                ..self.counted(&total, 0)
             });
         }
 
@@ -292,7 +294,7 @@ impl Source<'_> {
                 amplification: self.share(&total),
                 ranks: 1,
                 whole_epoch: true,
-                ..total.decoding(0)
+                ..self.counted(&total, 0)
             });
         }
         // From the middle of the epoch, after as many rows as bring the cache to what it holds from then on.
@@ -312,7 +314,29 @@ impl Source<'_> {
         // Whole rounds of windows, where one fits: a part of a round decodes more at its start than at its end.
         let measured = if round <= half { half / round * round } else { half };
         self.simulate(&mut total, grouping, warm..(warm + measured).min(steps), positions)?;
-        Ok(Decoding { amplification: self.share(&total), ranks: 1, whole_epoch: false, ..total.decoding(warm_up_rows) })
+        Ok(Decoding {
+            amplification: self.share(&total),
+            ranks: 1,
+            whole_epoch: false,
+            ..self.counted(&total, warm_up_rows)
+        })
+    }
+
+    fn counted(&self, total: &Simulation, warm_up_rows: u64) -> Decoding {
+        let sharing_ranks = match self.arrangement {
+            Arrangement::Block { lanes, .. } => self.grouping.world_size * self.grouping.lanes(lanes) / lanes,
+            Arrangement::Sequential | Arrangement::Global => self.grouping.world_size,
+        };
+        Decoding {
+            amplification: 0.0,
+            blocks: total.decoded_blocks,
+            tokens: total.decoded_tokens,
+            ranks: 0,
+            rows: total.rows,
+            warm_up_rows,
+            whole_epoch: false,
+            sharing_ranks,
+        }
     }
 
     /// Decoded tokens per token of the files that the rows delivered.
@@ -412,18 +436,6 @@ impl Simulation {
 
     fn forget_counts(&mut self) {
         (self.rows, self.delivered_tokens, self.decoded_blocks, self.decoded_tokens) = (0, 0, 0, 0);
-    }
-
-    fn decoding(&self, warm_up_rows: u64) -> Decoding {
-        Decoding {
-            amplification: 0.0,
-            blocks: self.decoded_blocks,
-            tokens: self.decoded_tokens,
-            ranks: 0,
-            rows: self.rows,
-            warm_up_rows,
-            whole_epoch: false,
-        }
     }
 }
 
