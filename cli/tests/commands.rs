@@ -326,3 +326,70 @@ fn the_settings_are_printed_for_the_readme() {
     let ran = run(&["settings", "--markdown"]);
     assert_eq!((ran.status, ran.out), (0, forebay::settings::markdown()));
 }
+
+#[test]
+fn index_is_written_once_and_found_by_loaders() {
+    let (root, shards) = corpus(Container::ArrowFile(None), "arrow");
+    let cache = tempfile::tempdir().unwrap();
+    let args = ["index", text(root.path()), "--cache-dir", text(cache.path()), "--json"];
+    let first = run(&args).json();
+    assert_eq!(first["tokens"], stream(&shards, None, None).len());
+    assert_eq!((&first["shards"], &first["opened"]), (&2.into(), &2.into()));
+    let path = first["index"].as_str().unwrap();
+    assert_eq!(first["index_bytes"], std::fs::metadata(path).unwrap().len());
+    let second = run(&args).json();
+    assert_eq!((&second["opened"], &second["fingerprint"]), (&0.into(), &first["fingerprint"]));
+
+    let ran = run(&args[..4]);
+    assert_eq!((ran.status, ran.err.as_str()), (0, ""));
+    assert!(ran.out.contains(path) && ran.out.contains("0 in "), "{}", ran.out);
+
+    std::fs::write(path, "damaged").unwrap();
+    let ran = run(&args);
+    assert!(ran.err.starts_with("warning: saved index is damaged") && ran.err.contains(path), "{}", ran.err);
+    assert_eq!((ran.status, &ran.json()["opened"]), (0, &2.into()));
+}
+
+#[test]
+fn index_says_where_it_cannot_write_and_asks_for_a_folder() {
+    let (root, _) = corpus(Container::ArrowFile(None), "arrow");
+    let ran = run(&["index", text(root.path())]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.err.contains("--cache-dir"), "{}", ran.err);
+    let file = root.path().join("0.arrow");
+    let ran = run(&["index", text(root.path()), "--cache-dir", text(&file)]);
+    assert_eq!((ran.status, ran.out.as_str()), (1, ""));
+    assert!(ran.err.contains("cannot write saved index") && ran.err.contains(text(&file)), "{}", ran.err);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_corpus_may_have_more_shards_than_a_process_may_have_files() {
+    let root = tempfile::tempdir().unwrap();
+    let data = root.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    for shard in 0..200 {
+        let documents = documents(10, 20, 1000, shard);
+        write(
+            &data.join(format!("{shard:03}.arrow")),
+            Container::ArrowFile(None),
+            Dtype::I32,
+            Shape::List,
+            &documents,
+            9,
+        );
+    }
+    let bench = format!(
+        "ulimit -n 80; {} bench {} --seq-len 4 --shuffle --epochs 2 --threads 2 --json",
+        env!("CARGO_BIN_EXE_forebay"),
+        text(&data)
+    );
+    let cached = format!("{bench} --set cache_dir={}", text(&root.path().join("cache")));
+    for command in [&bench, &cached, &cached] {
+        let ran = std::process::Command::new("sh").args(["-c", command]).output().unwrap();
+        let errors = String::from_utf8_lossy(&ran.stderr);
+        assert!(ran.status.success(), "{errors}");
+        let found: Value = serde_json::from_slice(&ran.stdout).unwrap();
+        assert_eq!((&found["shards"], &found["epochs"]), (&200.into(), &2.into()), "{found}");
+    }
+}

@@ -207,7 +207,7 @@ fn resolve_on(explicit: &[(String, String)], env: &Environment, scope: Scope, cp
 
     // A faulty number is a fault already, and would only be found again.
     if !rank_is_faulty {
-        match rank(&[&arguments, &variables, &file], env, &mut warnings, &mut notes) {
+        match rank(&[&arguments, &variables, &file], env, config.replication, &mut warnings, &mut notes) {
             Ok(Ranks { rank, size, origin }) => {
                 (config.dp_rank, config.dp_world_size) = (Some(rank), Some(size));
                 origins.extend([("dp_rank", origin.clone()), ("dp_world_size", origin)]);
@@ -350,6 +350,7 @@ fn text_of(value: &toml::Value, setting: &Setting) -> Option<String> {
         toml::Value::String(text) => Some(text.clone()),
         toml::Value::Integer(number) => Some(number.to_string()),
         toml::Value::Boolean(on) => Some(on.to_string()),
+        toml::Value::Table(_) if setting.name == "mixture" => serde_json::to_string(value).ok(),
         toml::Value::Array(items) if setting.name == "data" => {
             let names: Option<Vec<&str>> = items.iter().map(toml::Value::as_str).collect();
             Some(settings::list_text(&names?))
@@ -366,7 +367,13 @@ struct Ranks {
     origin: String,
 }
 
-fn rank(own: &[&Values], env: &Environment, warnings: &mut Vec<String>, notes: &mut Vec<String>) -> Result<Ranks> {
+fn rank(
+    own: &[&Values],
+    env: &Environment,
+    replication: u64,
+    warnings: &mut Vec<String>,
+    notes: &mut Vec<String>,
+) -> Result<Ranks> {
     for source in own {
         if let Some(ranks) = own_ranks(source)? {
             return Ok(ranks);
@@ -397,10 +404,23 @@ fn rank(own: &[&Values], env: &Environment, warnings: &mut Vec<String>, notes: &
             continue;
         }
         check_rank(rank, size, &origin)?;
+        if replication > 1 {
+            if size % replication != 0 {
+                return Err(Error::config(format!(
+                    "`replication` must divide the launcher's {size} ranks (from {origin}), found {replication}"
+                )));
+            }
+            let (rank, size) = (rank / replication, size / replication);
+            return Ok(Ranks {
+                rank,
+                size,
+                origin: format!("{origin}, {replication} at a time reading the same rows"),
+            });
+        }
         if size > 1 {
             notes.push(format!(
                 "assuming pure data parallel over {size} ranks (from {origin}); where tensor-, context- or pipeline-parallel peers \
-                 should read the same rows, set `dp_rank` and `dp_world_size`"
+                 should read the same rows, set `replication`, or `dp_rank` and `dp_world_size`"
             ));
         }
         return Ok(Ranks { rank, size, origin });
@@ -672,6 +692,20 @@ mod tests {
         let resolved = all(&[("dp_rank", "6"), ("dp_world_size", "16")], &variables).unwrap();
         assert_eq!((resolved.config.dp_rank, resolved.config.dp_world_size), (Some(6), Some(16)));
         assert_eq!(origin(&resolved, "dp_rank"), "argument");
+    }
+
+    #[test]
+    fn replicated_ranks_read_the_same_rows() {
+        for rank in 0..8 {
+            let rank_text = rank.to_string();
+            let variables = [("RANK", rank_text.as_str()), ("WORLD_SIZE", "8"), ("FOREBAY_REPLICATION", "4")];
+            let config = all(&[], &variables).unwrap().config;
+            assert_eq!((config.dp_rank, config.dp_world_size), (Some(rank / 4), Some(2)));
+        }
+        let error = all(&[("replication", "3")], &[("RANK", "0"), ("WORLD_SIZE", "8")]).unwrap_err().to_string();
+        assert!(error.contains("must divide the launcher's 8 ranks"), "{error}");
+        let own = all(&[("dp_rank", "1"), ("dp_world_size", "2"), ("replication", "4")], &[]).unwrap().config;
+        assert_eq!((own.dp_rank, own.dp_world_size), (Some(1), Some(2)), "data-parallel ranks are data-parallel ranks");
     }
 
     #[test]

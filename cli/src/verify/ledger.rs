@@ -7,6 +7,7 @@ use std::path::Path;
 use forebay::config::Remainder;
 use forebay::coverage::Coverage;
 use forebay::ledger::{Conflict, GlobalBatch, Ledger, Span, Tiling};
+use forebay::order::course::Course;
 use forebay::state::State;
 use forebay::{Error, ErrorKind, Loader};
 use serde_json::{Value, json};
@@ -26,6 +27,7 @@ pub(super) struct Found<'a> {
 /// Epochs that are proved together: one, unless batches cross to the next.
 pub(super) struct Group {
     pub(super) epochs: Range<u64>,
+    course: Course,
     /// Indices of these epochs.
     pub(super) len: u64,
     from: u64,
@@ -80,14 +82,19 @@ impl<'a> Found<'a> {
             let text = format!("the ledger has no batch of epoch {epoch}");
             return Err(Error::new(ErrorKind::State, text).at(folder).into());
         }
-        let positions = |_| loader.num_positions();
+        let newest = ledger.passes().iter().filter(|pass| pass.content == content).max_by_key(|pass| pass.time_ms);
+        if let Some(pass) = newest {
+            loader.assume_growth(&pass.growth)?;
+        }
         let groups = epochs
             .into_iter()
             .map(|epochs| {
                 let may_drop = loader.config().remainder == Remainder::Drop;
-                let mut span = Span { epochs: epochs.clone(), positions: &positions, from: 0, may_drop };
+                let (course, _) = loader.course(epochs.clone());
+                let mut span = Span { epochs: epochs.clone(), course: &course, from: 0, may_drop };
                 span.from = state.map_or(0, |state| span.index((state.epoch(), state.position())));
-                Group { epochs, len: span.len(), from: span.from, tiling: ledger.tile(&content, &span) }
+                let (len, from, tiling) = (span.len(), span.from, ledger.tile(&content, &span));
+                Group { epochs, course, len, from, tiling }
             })
             .collect();
         Ok(Self { loader, ledger, content, groups })
@@ -95,27 +102,17 @@ impl<'a> Found<'a> {
 
     /// Epoch and position of an index of `group`.
     pub(super) fn at(&self, group: &Group, index: u64) -> (u64, u64) {
-        let positions = |_| self.loader.num_positions();
-        Span { epochs: group.epochs.clone(), positions: &positions, from: 0, may_drop: false }.at(index)
+        group.course.at(index)
     }
 
     /// Compares every group with the files.
     pub(super) fn prove(&self, options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
         let order = progress::bar(0, "{msg} {spinner}", context.env)?.with_message("order");
-        let mut wanted = Vec::new();
-        let mut owners = Vec::new();
-        for (number, group) in self.groups.iter().enumerate() {
-            let positions = self.loader.num_positions();
-            for (epoch, start) in group.epochs.clone().zip((0..).step_by(positions.max(1) as usize)) {
-                let of_epoch = group.covered().into_iter().map(|range| {
-                    let clip = |index: u64| index.clamp(start, start + positions) - start;
-                    clip(range.start)..clip(range.end)
-                });
-                let of_epoch: Vec<_> = of_epoch.filter(|range| !range.is_empty()).collect();
-                wanted.push(Wanted::new(self.loader, epoch, &of_epoch, &order)?);
-                owners.push(number);
-            }
-        }
+        let wanted: Vec<Wanted> = self
+            .groups
+            .iter()
+            .map(|group| Wanted::new(self.loader, group.epochs.clone(), &group.covered(), &order))
+            .collect::<forebay::Result<_>>()?;
         order.finish_and_clear();
         let sums = expected(self.loader, &wanted, context)?;
         drop(wanted);
@@ -123,8 +120,7 @@ impl<'a> Found<'a> {
         let last = self.groups.len() - 1;
         let mut judged = Vec::new();
         for (number, group) in self.groups.iter().enumerate() {
-            let parts = owners.iter().zip(&sums).filter(|(owner, _)| **owner == number);
-            let expected: Coverage = parts.map(|(_, sum)| *sum).sum();
+            let expected = sums[number];
             // A run may still be at its last epoch; whoever asks for one epoch wants it whole.
             let unfinished = number == last && options.epoch.is_none() && group.tiling.is_unfinished(group.len);
             let mut judged_group = Judged { group, expected, unfinished, altered: Vec::new() };
@@ -156,9 +152,11 @@ impl<'a> Found<'a> {
         self.loader.cover();
         let mut altered = Vec::new();
         for (step, batch) in group.tiling.chain.iter().enumerate() {
-            let (epoch, start) = self.at(group, batch.indices.start);
-            let here = (batch.indices.end - batch.indices.start).min(self.loader.num_positions() - start);
-            let found = self.loader.sequences_at(epoch, start, here)?.coverage.unwrap_or_default();
+            let mut found = Coverage::default();
+            for index in batch.indices.clone() {
+                let (epoch, position) = self.at(group, index);
+                found += self.loader.sequences_at(epoch, position, 1)?.coverage.unwrap_or_default();
+            }
             if found != batch.coverage {
                 altered.push(step as u64);
             }

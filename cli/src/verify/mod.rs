@@ -8,10 +8,14 @@ mod ledger;
 mod search;
 mod stream;
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use forebay::config::Epochs;
+use forebay::corpus::Corpus;
 use forebay::coverage::Coverage;
+use forebay::loader::Sample;
 use forebay::state::{State, StateValue};
 use forebay::{Error, ErrorKind, Loader};
 use indicatif::ProgressBar;
@@ -31,7 +35,8 @@ const BAR_EVERY: u64 = 1 << 16;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Exit status: 0 proven, 1 not proven, 2 usage or settings.\n\n\
     Cost: the files are read once in full; without --ledger, once more through the loader. --document looks at every position of the epochs in the \
-    ledger, because an order has no list to look in: an epoch of 10^9 sequences takes minutes. Memory: one bit per sequence where only a part of an epoch is proved.")]
+    ledger, because an order has no list to look in: an epoch of 10^9 sequences takes minutes. Memory: a byte \
+    and a bit per sequence where not one whole epoch is proved.")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
@@ -87,6 +92,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
     // Proving is no training: it must not add to a ledger.
     config.ledger = None;
+    (config.epochs, config.max_steps) = (Epochs::Count(1), None);
     let state = options.state.as_deref().map(read_state).transpose()?;
     if let (Some(state), Some(epoch)) = (&state, options.epoch)
         && state.epoch() != epoch
@@ -131,43 +137,68 @@ fn read_state(path: &Path) -> Result<State, Error> {
     State::from_entries(entries.collect::<Result<_, _>>()?).map_err(|error| error.at(path))
 }
 
-/// The sequences that a part of an epoch should deliver.
+/// How often sequences should be delivered.
 enum Wanted {
-    /// Those below a number.
+    /// Those of the one source below a number: once.
     Below(u64),
-    /// Those whose bit is set.
-    Some(Vec<u64>),
+    /// Of each source, by sequence.
+    Counts(Vec<Vec<u8>>),
 }
 
 impl Wanted {
-    /// The sequences at the `positions` of `epoch` for which `covered` holds; fails where the order names one of them twice.
-    fn new(loader: &Loader, epoch: u64, covered: &[Range<u64>], bar: &ProgressBar) -> forebay::Result<Self> {
-        let positions = loader.num_positions();
+    /// What stands at the indices `covered` of `epochs`; fails where the order names a sequence twice in an epoch of its source.
+    fn new(loader: &Loader, epochs: Range<u64>, covered: &[Range<u64>], bar: &ProgressBar) -> forebay::Result<Self> {
+        let config = loader.config();
+        let (course, mut sample) = loader.course(epochs.clone());
+        let is_whole = config.mixture.is_none() && config.holdout.is_none() && config.skip.is_empty();
+        let len = course.len().unwrap_or(u64::MAX);
         // Every sequence, and the tail where it has a position: their number alone says so.
-        if matches!(covered, [all] if *all == (0..positions)) && positions >= loader.num_sequences() {
-            return Ok(Self::Below(positions));
+        if is_whole
+            && epochs.end - epochs.start == 1
+            && matches!(covered, [all] if *all == (0..len))
+            && len >= loader.num_sequences()
+        {
+            return Ok(Self::Below(len));
         }
-        let mut bits = vec![0; (loader.num_sequences() / 64 + 1) as usize];
-        for range in covered {
-            for (sequence, at) in loader.sequences(epoch, range.clone()).zip(0u64..) {
-                let (word, bit) = ((sequence / 64) as usize, 1 << (sequence % 64));
-                if bits[word] & bit != 0 {
-                    let text = format!("the order of epoch {epoch} has sequence {sequence} twice");
-                    return Err(Error::new(ErrorKind::Internal, text));
-                }
-                bits[word] |= bit;
-                if at % BAR_EVERY == 0 {
-                    bar.tick();
-                }
+        let mut counts: Vec<Vec<u8>> = Vec::new();
+        let mut seen: HashMap<(usize, u64), Vec<u64>> = HashMap::new();
+        for (index, at) in covered.iter().cloned().flatten().zip(0u64..) {
+            let Sample { source, epoch, sequence } = sample(index);
+            let (word, bit) = ((sequence / 64) as usize, 1 << (sequence % 64));
+            let bits = seen.entry((source, epoch)).or_default();
+            if bits.len() <= word {
+                bits.resize(word + 1, 0);
+            }
+            if bits[word] & bit != 0 {
+                let text = format!("the order of epoch {epoch} of source {source} has sequence {sequence} twice");
+                return Err(Error::new(ErrorKind::Internal, text));
+            }
+            bits[word] |= bit;
+            if counts.len() <= source {
+                counts.resize(source + 1, Vec::new());
+            }
+            if counts[source].len() <= sequence as usize {
+                counts[source].resize(sequence as usize + 1, 0);
+            }
+            let count = &mut counts[source][sequence as usize];
+            *count = count.checked_add(1).ok_or_else(|| {
+                Error::config(format!(
+                    "sequence {sequence} of source {source} comes more than 255 times: prove fewer epochs at once"
+                ))
+            })?;
+            if at % BAR_EVERY == 0 {
+                bar.tick();
             }
         }
-        Ok(Self::Some(bits))
+        Ok(Self::Counts(counts))
     }
 
-    fn holds(&self, sequence: u64) -> bool {
+    fn count(&self, source: usize, sequence: u64) -> u8 {
         match self {
-            Self::Below(end) => sequence < *end,
-            Self::Some(bits) => bits[(sequence / 64) as usize] >> (sequence % 64) & 1 == 1,
+            Self::Below(end) => u8::from(sequence < *end),
+            Self::Counts(counts) => {
+                counts.get(source).and_then(|counts| counts.get(sequence as usize)).copied().unwrap_or(0)
+            }
         }
     }
 }
@@ -176,6 +207,7 @@ impl Wanted {
 struct Expected<'a> {
     wanted: &'a [Wanted],
     sums: Vec<Coverage>,
+    source: usize,
     bar: ProgressBar,
 }
 
@@ -183,10 +215,10 @@ impl Visitor for Expected<'_> {
     fn row(&mut self, sequence: u64, tokens: &[i64]) {
         let mut one = None;
         for (wanted, sum) in self.wanted.iter().zip(&mut self.sums) {
-            if wanted.holds(sequence) {
+            for _ in 0..wanted.count(self.source, sequence) {
                 *sum += *one.get_or_insert_with(|| {
                     let mut one = Coverage::default();
-                    one.add_row(0, sequence, tokens);
+                    one.add_row(self.source as u64, sequence, tokens);
                     one
                 });
             }
@@ -203,18 +235,22 @@ impl Visitor for Expected<'_> {
 /// What the files hold for each of `wanted`.
 fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result<Vec<Coverage>, Failure> {
     let bar = reading_bar(loader, context)?;
-    let mut expected = Expected { wanted, sums: vec![Coverage::default(); wanted.len()], bar };
-    sequential::read(loader.config(), &paths(loader), &mut expected)?;
+    let mut expected = Expected { wanted, sums: vec![Coverage::default(); wanted.len()], source: 0, bar };
+    for (source, (_, corpus)) in loader.corpora().enumerate() {
+        expected.source = source;
+        sequential::read(loader.config(), &paths(corpus), &mut expected)?;
+    }
     expected.bar.finish_and_clear();
     Ok(expected.sums)
 }
 
 fn reading_bar(loader: &Loader, context: &Context<'_>) -> forebay::Result<ProgressBar> {
-    Ok(progress::bar(loader.corpus().tokens(), TEMPLATE, context.env)?.with_message("reading files"))
+    let tokens = loader.corpora().map(|(_, corpus)| corpus.tokens()).sum();
+    Ok(progress::bar(tokens, TEMPLATE, context.env)?.with_message("reading files"))
 }
 
-fn paths(loader: &Loader) -> Vec<&Path> {
-    loader.corpus().shards().iter().map(|shard| shard.path()).collect()
+fn paths(corpus: &Corpus) -> Vec<&Path> {
+    corpus.files().iter().map(|file| file.path.as_path()).collect()
 }
 
 fn coverage_json(coverage: &Coverage) -> Value {

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
+use forebay::Error;
 use forebay::config::Config;
 use forebay::ledger::GlobalBatch;
-use forebay::{Error, Loader};
+use forebay::loader::Sample;
 use indicatif::ProgressBar;
 use serde_json::json;
 
@@ -15,6 +16,17 @@ use crate::sequential::{self, Visitor};
 use crate::{Context, Failure, progress};
 
 impl Found<'_> {
+    fn shards(&self) -> Vec<ShardName> {
+        let mut shards = Vec::new();
+        for (source, (prefix, corpus)) in self.loader.corpora().enumerate() {
+            for (number, file) in corpus.files().iter().enumerate() {
+                let name = if prefix.is_empty() { file.name.clone() } else { format!("{prefix}/{}", file.name) };
+                shards.push(ShardName { source, number, name });
+            }
+        }
+        shards
+    }
+
     /// The global batch number `step` of the first group.
     fn batch(&self, step: u64) -> Result<(&Group, &GlobalBatch), Failure> {
         let group = &self.groups[0];
@@ -28,22 +40,35 @@ impl Found<'_> {
     /// Prints which documents a global batch had.
     pub(super) fn documents_of(&self, step: u64, options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
         let (group, batch) = self.batch(step)?;
-        let mut rows: Vec<(u64, u64, u64)> = Vec::new();
+        let (_, mut sample) = self.loader.course(group.epochs.clone());
+        let mut rows: Vec<(usize, u64, u64)> = Vec::new();
         for index in batch.indices.clone() {
-            let (epoch, position) = self.at(group, index);
-            rows.extend(self.loader.sequences(epoch, position..position + 1).map(|row| (row, epoch, position)));
+            let (Sample { source, sequence, .. }, (_, position)) = (sample(index), self.at(group, index));
+            rows.push((source, sequence, position));
         }
         rows.sort_unstable();
-        let sequences = rows.iter().map(|row| row.0).collect();
+        let bar = reading_bar(self.loader, context)?;
         let mut documents =
-            Documents { loader: self.loader, sequences, found: Vec::new(), bar: reading_bar(self.loader, context)? };
-        sequential::read(self.loader.config(), &paths(self.loader), &mut documents)?;
+            Documents { config: self.loader.config(), source: 0, sequences: Vec::new(), found: Vec::new(), bar };
+        for (source, (_, corpus)) in self.loader.corpora().enumerate() {
+            documents.source = source;
+            documents.sequences = rows.iter().filter(|row| row.0 == source).map(|row| row.1).collect();
+            if !documents.sequences.is_empty() {
+                sequential::read(self.loader.config(), &paths(corpus), &mut documents)?;
+            }
+        }
         documents.bar.finish_and_clear();
+        let shards = self.shards();
+        let position_of =
+            |found: &FoundDocument| rows[rows.partition_point(|row| (row.0, row.1) < (found.source, found.sequence))].2;
+        let name_of = |found: &FoundDocument| {
+            let shard = shards.iter().find(|shard| (shard.source, shard.number) == (found.source, found.shard));
+            shard.map_or_else(String::new, |shard| shard.name.clone())
+        };
         if options.json {
-            let names = self.loader.corpus().names();
             let list = documents.found.iter().map(|found| {
-                json!({"shard": names[found.shard], "row": found.row, "sequence": found.sequence,
-                    "position": rows[rows.partition_point(|row| row.0 < found.sequence)].2})
+                json!({"shard": name_of(found), "row": found.row, "sequence": found.sequence,
+                    "position": position_of(found)})
             });
             let value = json!({
                 "step": step,
@@ -60,8 +85,7 @@ impl Found<'_> {
         let out = &mut *context.out;
         line(out, "step", &format!("{step} of epoch {}: {}", batch.epoch, of(batch)))?;
         for found in &documents.found {
-            let (_, _, position) = rows[rows.partition_point(|row| row.0 < found.sequence)];
-            let name = &self.loader.corpus().names()[found.shard];
+            let (name, position) = (name_of(found), position_of(found));
             line(out, "document", &format!("{name}:{} (sequence {}, position {position})", found.row, found.sequence))?;
         }
         Ok(0)
@@ -75,41 +99,39 @@ impl Found<'_> {
         options: &Options,
         context: &mut Context<'_>,
     ) -> Result<u8, Failure> {
-        let names = self.loader.corpus().names();
-        let matching: Vec<usize> = names
-            .iter()
-            .enumerate()
-            .filter(|(_, name)| *name == shard || name.ends_with(&format!("/{shard}")))
-            .map(|(index, _)| index)
-            .collect();
-        let [shard] = matching.as_slice() else {
+        let shards = self.shards();
+        let is_meant = |name: &str| name == shard || name.ends_with(&format!("/{shard}"));
+        let matching: Vec<&ShardName> = shards.iter().filter(|shard| is_meant(&shard.name)).collect();
+        let [meant] = matching.as_slice() else {
             let found = if matching.is_empty() { "no" } else { "more than one" };
             return Err(Error::config(format!("{found} shard of the corpus is called `{shard}`")).into());
         };
-        let mut place = Place { shard: *shard, row, place: None, bar: reading_bar(self.loader, context)? };
-        sequential::read(self.loader.config(), &paths(self.loader), &mut place)?;
+        let (_, corpus) = self.loader.corpora().nth(meant.source).expect("a shard is of one of the sources");
+        let mut place = Place { shard: meant.number, row, place: None, bar: reading_bar(self.loader, context)? };
+        sequential::read(self.loader.config(), &paths(corpus), &mut place)?;
         place.bar.finish_and_clear();
         let Some(place) = place.place else {
-            return Err(Error::config(format!("`{}` has no document with tokens in row {row}", names[*shard])).into());
+            return Err(Error::config(format!("`{}` has no document with tokens in row {row}", meant.name)).into());
         };
         let config = self.loader.config();
         let sequences = sequences_of(&place, config);
         let mut hits = Vec::new();
         for group in &self.groups {
-            let bar = progress::bar(group.len, TEMPLATE, context.env)?.with_message("searching");
-            let mut index = 0;
-            for epoch in group.epochs.clone() {
-                for sequence in self.loader.sequences(epoch, 0..self.loader.num_positions()) {
-                    if sequences.contains(&sequence) {
-                        let chain = &group.tiling.chain;
-                        let step = chain.partition_point(|batch| batch.indices.end <= index);
-                        let batch = chain.get(step).filter(|batch| batch.indices.contains(&index));
-                        hits.push((self.at(group, index), sequence, batch.map(|batch| (step, batch, index))));
-                    }
-                    index += 1;
-                    if index % BAR_EVERY == 0 {
-                        bar.set_position(index);
-                    }
+            // What has no end is looked at as far as it was delivered.
+            let end = group.tiling.chain.last().map_or(0, |batch| batch.indices.end);
+            let end = if config.mixture.is_some() { end } else { group.len };
+            let bar = progress::bar(end, TEMPLATE, context.env)?.with_message("searching");
+            let (_, mut sample) = self.loader.course(group.epochs.clone());
+            for index in 0..end {
+                let Sample { source, sequence, .. } = sample(index);
+                if source == meant.source && sequences.contains(&sequence) {
+                    let chain = &group.tiling.chain;
+                    let step = chain.partition_point(|batch| batch.indices.end <= index);
+                    let batch = chain.get(step).filter(|batch| batch.indices.contains(&index));
+                    hits.push((self.at(group, index), sequence, batch.map(|batch| (step, batch, index))));
+                }
+                if index % BAR_EVERY == 0 {
+                    bar.set_position(index);
                 }
             }
             bar.finish_and_clear();
@@ -125,14 +147,14 @@ impl Found<'_> {
                 }
                 hit
             });
-            let value = json!({"shard": names[*shard], "row": row, "sequences": [sequences.start, sequences.end],
+            let value = json!({"shard": meant.name, "row": row, "sequences": [sequences.start, sequences.end],
                 "deliveries": list.collect::<Vec<_>>()});
             write_json(&value, context)?;
             return Ok(0);
         }
         let out = &mut *context.out;
         let last = sequences.end - 1;
-        line(out, "document", &format!("{}:{row}: sequences {} to {last}", names[*shard], sequences.start))?;
+        line(out, "document", &format!("{}:{row}: sequences {} to {last}", meant.name, sequences.start))?;
         for ((epoch, position), sequence, batch) in hits {
             let place = match batch {
                 Some((step, batch, index)) => {
@@ -146,6 +168,14 @@ impl Found<'_> {
     }
 }
 
+/// A shard of one of the sources.
+struct ShardName {
+    source: usize,
+    number: usize,
+    /// With the source's name before it, where there are several.
+    name: String,
+}
+
 /// The sequences that read some of a stretch of the stream.
 fn sequences_of(place: &Range<u64>, config: &Config) -> Range<u64> {
     let first = place.start.saturating_sub(config.row_tokens() - 1).div_ceil(config.seq_len);
@@ -154,6 +184,7 @@ fn sequences_of(place: &Range<u64>, config: &Config) -> Range<u64> {
 
 /// A document in a sequence.
 struct FoundDocument {
+    source: usize,
     shard: usize,
     row: u64,
     sequence: u64,
@@ -161,7 +192,8 @@ struct FoundDocument {
 
 /// Finds the documents of some sequences.
 struct Documents<'a> {
-    loader: &'a Loader,
+    config: &'a Config,
+    source: usize,
     /// Sorted.
     sequences: Vec<u64>,
     found: Vec<FoundDocument>,
@@ -172,10 +204,10 @@ impl Visitor for Documents<'_> {
     fn row(&mut self, _: u64, _: &[i64]) {}
 
     fn document(&mut self, shard: usize, row: u64, place: Range<u64>) {
-        let of_document = sequences_of(&place, self.loader.config());
+        let of_document = sequences_of(&place, self.config);
         let first = self.sequences.partition_point(|sequence| *sequence < of_document.start);
         for sequence in self.sequences[first..].iter().take_while(|sequence| of_document.contains(sequence)) {
-            self.found.push(FoundDocument { shard, row, sequence: *sequence });
+            self.found.push(FoundDocument { source: self.source, shard, row, sequence: *sequence });
         }
     }
 

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use forebay::Loader;
 use forebay::config::{Config, Remainder};
 use forebay::coverage::Coverage;
 use forebay::loader::Next;
 use forebay::state::State;
+use forebay::{Error, Loader};
 use serde_json::json;
 
 use super::{Options, PROVEN, TEMPLATE, Wanted, coverage_json, coverage_text, expected, write_json};
@@ -24,8 +24,14 @@ pub(super) fn run(
     let open = |rank| Loader::open(Config { dp_rank: Some(rank), dp_world_size: Some(world_size), ..config.clone() });
     let mut loader = open(0)?;
     let epoch = state.map_or(options.epoch.unwrap_or(0), State::epoch);
-    let positions = loader.num_positions();
-    let from = state.map_or(0, State::position).min(positions);
+    if let Some(state) = state {
+        loader.load_state(state)?;
+    }
+    let (course, _) = loader.course(epoch..epoch + 1);
+    let Some(positions) = course.len() else {
+        return Err(Error::config("this mixture has no end: prove a run of it by its ledger").into());
+    };
+    let from = state.map_or(0, |state| course.index_of(state.epoch(), state.position())).min(positions);
     let global_batch = config.batch_size * world_size;
     let to = match config.remainder {
         Remainder::Drop => positions - (positions - from) % global_batch,
@@ -59,7 +65,7 @@ pub(super) fn run(
     bar.finish_and_clear();
 
     let order = progress::bar(0, "{msg} {spinner}", context.env)?.with_message("order");
-    let wanted = [Wanted::new(&loader, epoch, std::slice::from_ref(&(from..to)), &order)?];
+    let wanted = [Wanted::new(&loader, epoch..epoch + 1, std::slice::from_ref(&(from..to)), &order)?];
     order.finish_and_clear();
     let expected = expected(&loader, &wanted, context)?[0];
     let proven = found == expected && expected.rows == to - from;

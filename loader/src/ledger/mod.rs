@@ -49,6 +49,8 @@ pub struct Pass {
     pub content: String,
     /// Fingerprint of the corpus.
     pub fingerprint: String,
+    /// Shards of the corpus from each epoch on, as a state has them.
+    pub growth: String,
 }
 
 /// A batch that a rank was given.
@@ -96,6 +98,7 @@ impl Writer {
             "batch_size": pass.batch_size,
             "content": pass.content,
             "fingerprint": pass.fingerprint,
+            "growth": pass.growth,
         });
         // A line that was torn stays one of its own.
         let torn = is_torn(&mut file).map_err(failed)?;
@@ -234,6 +237,7 @@ impl Ledger {
                     batch_size: int("batch_size")?,
                     content: text("content")?,
                     fingerprint: text("fingerprint")?,
+                    growth: text("growth")?,
                 });
                 continue;
             }

@@ -4,6 +4,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::order::course::Course;
 
 const CONTENT: &str = "content";
 
@@ -29,6 +30,7 @@ fn pass(rank: u64, world_size: u64, batch_size: u64, position: u64) -> Pass {
         batch_size,
         content: CONTENT.to_owned(),
         fingerprint: "fingerprint".to_owned(),
+        growth: "0:1".to_owned(),
     }
 }
 
@@ -46,7 +48,8 @@ fn launch(folder: &Path, world_size: u64, batch_size: u64, positions: Range<u64>
 
 fn tile(folder: &Path, positions: u64, may_drop: bool) -> Tiling {
     let ledger = Ledger::read(folder).unwrap();
-    ledger.tile(CONTENT, &Span { epochs: 0..1, positions: &|_| positions, from: 0, may_drop })
+    let course = Course::new(0, Some(1), &[], [], |_| positions);
+    ledger.tile(CONTENT, &Span { epochs: 0..1, course: &course, from: 0, may_drop })
 }
 
 fn all(positions: u64) -> Coverage {
@@ -196,11 +199,11 @@ fn epochs_that_a_batch_crosses_are_proved_together() {
     let ledger = Ledger::read(folder.path()).unwrap();
     assert_eq!(ledger.epochs(CONTENT), [0..2, 2..3]);
     assert_eq!(ledger.epochs("other"), []);
-    let positions = |epoch: u64| if epoch == 2 { 4 } else { 6 };
-    let span = Span { epochs: 0..2, positions: &positions, from: 0, may_drop: false };
+    let course = Course::new(0, Some(2), &[], [], |_| 6);
+    let span = Span { epochs: 0..2, course: &course, from: 0, may_drop: false };
     let tiling = ledger.tile(CONTENT, &span);
     assert_eq!((tiling.chain.len(), tiling.holes.len(), span.len()), (3, 0, 12));
-    assert_eq!((span.at(7), span.index((1, 1)), span.at(12)), ((1, 1), 7, (2, 0)));
+    assert_eq!((course.at(7), span.index((1, 1)), course.state_at(12)), ((1, 1), 7, (1, 6)));
 }
 
 proptest! {

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::coverage::Coverage;
 use crate::ledger::{Entry, Ledger, Pass};
+use crate::order::course::{Course, ENDLESS};
 
 impl Ledger {
     /// Puts the batches of `content` together to a chain over `span`.
@@ -131,9 +132,9 @@ impl Gathered {
 pub struct Span<'a> {
     /// The epochs.
     pub epochs: Range<u64>,
-    /// Positions of an epoch.
-    pub positions: &'a dyn Fn(u64) -> u64,
-    /// Index to begin at, from the start of the first epoch.
+    /// What is delivered of them.
+    pub course: &'a Course,
+    /// Index to begin at.
     pub from: u64,
     /// Whether positions that fill no global batch at the end may be missing.
     pub may_drop: bool,
@@ -142,7 +143,7 @@ pub struct Span<'a> {
 impl Span<'_> {
     /// Indices of all epochs.
     pub fn len(&self) -> u64 {
-        self.epochs.clone().map(|epoch| (self.positions)(epoch)).sum()
+        self.course.len().unwrap_or(ENDLESS)
     }
 
     /// Whether the epochs have no positions.
@@ -150,23 +151,9 @@ impl Span<'_> {
         self.len() == 0
     }
 
-    /// Index of a position; padding after the last one counts as the end.
+    /// Index of a position.
     pub fn index(&self, (epoch, position): (u64, u64)) -> u64 {
-        let before: u64 = (self.epochs.start..epoch.min(self.epochs.end)).map(|epoch| (self.positions)(epoch)).sum();
-        if epoch >= self.epochs.end { before } else { before + position.min((self.positions)(epoch)) }
-    }
-
-    /// Epoch and position of an index.
-    pub fn at(&self, index: u64) -> (u64, u64) {
-        let mut left = index;
-        for epoch in self.epochs.clone() {
-            let positions = (self.positions)(epoch);
-            if left < positions {
-                return (epoch, left);
-            }
-            left -= positions;
-        }
-        (self.epochs.end, left)
+        self.course.index_of(epoch, position).min(self.len())
     }
 }
 
