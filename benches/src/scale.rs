@@ -155,8 +155,8 @@ fn first_batch(name: &str, table: &Table, arrangement: Arrangement, rank: u64, s
         let order = EpochOrder::new(table.sequences(), arrangement, 7, epoch);
         let mut shards = BTreeSet::new();
         for step in steps {
-            for row in grouping.rows(step * grouping.global_batch(), table.sequences()) {
-                let Row::Position(position) = row else { continue };
+            for row in grouping.rows(step * grouping.global_batch(), table.sequences(), 0) {
+                let Row::Index(position) = row else { continue };
                 let start = order.sequence_at(position) * SEQ_LEN;
                 shards.extend(table.shard(start)..=table.shard(start + SEQ_LEN - 1));
             }

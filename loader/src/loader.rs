@@ -821,10 +821,23 @@ impl Loader {
     pub fn content_digest(&self) -> String {
         self.core.content_digest()
     }
+
+    /// The content settings, which a ledger names too.
+    pub fn content_settings(&self) -> Vec<(String, String)> {
+        self.core.content_texts()
+    }
 }
 
 impl Core {
     /// Of all that decides what is trained on, but for what may change in the course of a run: shards and stages that were added, and skips.
+    fn content_texts(&self) -> Vec<(String, String)> {
+        let text = |value: &StateValue| match value {
+            StateValue::Int(number) => number.to_string(),
+            StateValue::Text(text) => text.clone(),
+        };
+        self.content.iter().map(|(key, value)| ((*key).to_owned(), text(value))).collect()
+    }
+
     fn content_digest(&self) -> String {
         let mut text: Vec<_> = self.content.iter().map(|(key, value)| format!("{key}={value}")).collect();
         text.push(match self.sources.mixture() {
@@ -848,6 +861,7 @@ impl Core {
             world_size: self.grouping.world_size,
             batch_size: self.grouping.batch_size,
             content: self.content_digest(),
+            settings: self.content_texts(),
             fingerprint: self.sources.list()[0].reader.corpus().fingerprint().to_owned(),
             growth: heading.growth.text(),
         };
