@@ -93,7 +93,7 @@ impl Sets {
         for note in &resolved.notes {
             writeln!(context.err, "note: {note}")?;
         }
-        if resolved.config.data.is_empty() {
+        if resolved.config.data.is_empty() && resolved.config.mixture.is_none() {
             return Err(Error::config("no data: name a file, folder or pattern, or set `FOREBAY_DATA`").into());
         }
         Ok(resolved)
