@@ -200,7 +200,17 @@ fn a_ledger_of_changing_world_sizes_is_proved() {
 
     let (status, _, err) = verify(&[&flags(&corpus, &ledger)[..], &["--set", "eos_id=5"]].concat());
     assert_eq!(status, 1);
-    assert!(err.contains("the ledger has no batch of this corpus under these settings"), "{err}");
+    assert!(err.contains("under these settings: `eos_id` was none in the run and is 5 here; give"), "{err}");
+    for (shard, message) in [
+        ("1.shard.parquet", "the run had another corpus: growth `0:2` is not one of this corpus of 1 shards"),
+        ("0.shard.parquet", "the corpus of the run had fingerprint"),
+    ] {
+        let aside = root.path().join("aside");
+        std::fs::rename(corpus.join(shard), &aside).unwrap();
+        let (status, _, err) = verify(&flags(&corpus, &ledger));
+        assert!(status == 1 && err.contains(message), "{err}");
+        std::fs::rename(aside, corpus.join(shard)).unwrap();
+    }
 }
 
 #[test]

@@ -263,7 +263,8 @@ def run_case(seed: int, pool: list[list[Path]]) -> int:
         with contextlib.ExitStack() as stack:
             try:
                 ranks = open_ranks(
-                    case, world_size, batch_size=batch_size, epochs=epochs, max_steps=max_steps, extend=case.stages is None,
+                    case, world_size, batch_size=batch_size, epochs=epochs, max_steps=max_steps,
+                    extend=case.stages is None,
                     num_threads=random.choice([1, 2, 3]), prefetch_batches=random.choice([1, 4]),
                     block_tokens=random.choice([1, 64, 1 << 17]), io=random.choice(["mmap", "pread"]),
                 )  # fmt: skip

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use forebay::config::Remainder;
 use forebay::coverage::Coverage;
-use forebay::ledger::{Conflict, GlobalBatch, Ledger, Span, Tiling};
+use forebay::ledger::{Conflict, GlobalBatch, Ledger, Pass, Span, Tiling};
 use forebay::order::course::Course;
 use forebay::state::State;
 use forebay::{Error, ErrorKind, Loader};
@@ -60,18 +60,12 @@ impl<'a> Found<'a> {
         let content = loader.content_digest();
         let mut epochs = ledger.epochs(&content);
         if epochs.is_empty() {
-            let mut known: Vec<String> = ledger
-                .passes()
-                .iter()
-                .map(|pass| format!("content {}, corpus {}", pass.content, pass.fingerprint))
-                .collect();
+            let mut known: Vec<String> = ledger.passes().iter().map(|pass| differences(loader, pass)).collect();
             known.sort();
             known.dedup();
             let text = format!(
-                "the ledger has no batch of this corpus under these settings: it has {}; here are content {content}, corpus {}; \
-                 give the corpus and the content settings of the run",
-                known.join(" and "),
-                loader.corpus().fingerprint()
+                "the ledger has no batch of this corpus under these settings: {}; give the corpus and the content settings of the run",
+                known.join(", or ")
             );
             return Err(Error::new(ErrorKind::State, text).at(folder).into());
         }
@@ -84,7 +78,7 @@ impl<'a> Found<'a> {
         }
         let newest = ledger.passes().iter().filter(|pass| pass.content == content).max_by_key(|pass| pass.time_ms);
         if let Some(pass) = newest {
-            loader.assume_growth(&pass.growth)?;
+            loader.assume_growth(&pass.growth).map_err(|error| error.context("the run had another corpus"))?;
         }
         let groups = epochs
             .into_iter()
@@ -188,6 +182,22 @@ impl<'a> Found<'a> {
         };
         line(out, "verdict", verdict)
     }
+}
+
+/// How the run differs from what is given here.
+fn differences(loader: &Loader, pass: &Pass) -> String {
+    let here = loader.content_settings();
+    let was = |name: &str| pass.settings.iter().find(|(other, _)| other == name).map_or("not set", |(_, value)| value);
+    let mut found: Vec<String> = here
+        .iter()
+        .filter(|(name, value)| was(name) != value)
+        .map(|(name, value)| format!("`{name}` was {} in the run and is {value} here", was(name)))
+        .collect();
+    if found.is_empty() {
+        let here = loader.corpus().fingerprint();
+        found.push(format!("the corpus of the run had fingerprint {}, this one has {here}", pass.fingerprint));
+    }
+    found.join(" and ")
 }
 
 /// A global batch in words.

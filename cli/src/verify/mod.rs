@@ -35,7 +35,8 @@ const BAR_EVERY: u64 = 1 << 16;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Exit status: 0 proven, 1 not proven, 2 usage or settings.\n\n\
     Cost: the files are read once in full; without --ledger, once more through the loader. --document looks at every position of the epochs in the \
-    ledger, some 20 to 300 ns each: an epoch of 10^9 sequences takes minutes. Memory: a byte and a bit per sequence where not one whole epoch is proved.")]
+    ledger, because an order has no list to look in: an epoch of 10^9 sequences takes minutes. Memory: a byte \
+    and a bit per sequence where not one whole epoch is proved.")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,

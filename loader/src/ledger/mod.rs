@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::coverage::Coverage;
@@ -47,6 +47,8 @@ pub struct Pass {
     pub batch_size: u64,
     /// Digest of the content settings and the corpus.
     pub content: String,
+    /// The content settings.
+    pub settings: Vec<(String, String)>,
     /// Fingerprint of the corpus.
     pub fingerprint: String,
     /// Shards of the corpus from each epoch on, as a state has them.
@@ -97,6 +99,7 @@ impl Writer {
             "world_size": pass.world_size,
             "batch_size": pass.batch_size,
             "content": pass.content,
+            "settings": pass.settings.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect::<Map<_, _>>(),
             "fingerprint": pass.fingerprint,
             "growth": pass.growth,
         });
@@ -139,6 +142,11 @@ impl Writer {
     pub(crate) fn check(&self) -> Result<()> {
         self.failure.clone().map_or(Ok(()), Err)
     }
+}
+
+fn settings_of(begin: &Value) -> Option<Vec<(String, String)>> {
+    let settings = begin.get("settings")?.as_object()?;
+    settings.iter().map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
 }
 
 fn is_torn(file: &mut File) -> std::io::Result<bool> {
@@ -236,6 +244,7 @@ impl Ledger {
                     world_size: int("world_size")?,
                     batch_size: int("batch_size")?,
                     content: text("content")?,
+                    settings: settings_of(&value).ok_or_else(|| at("`settings` is missing or no object of texts"))?,
                     fingerprint: text("fingerprint")?,
                     growth: text("growth")?,
                 });

@@ -29,6 +29,7 @@ fn pass(rank: u64, world_size: u64, batch_size: u64, position: u64) -> Pass {
         world_size,
         batch_size,
         content: CONTENT.to_owned(),
+        settings: vec![("seed".to_owned(), "7".to_owned())],
         fingerprint: "fingerprint".to_owned(),
         growth: "0:1".to_owned(),
     }
@@ -153,6 +154,8 @@ fn a_torn_line_is_passed_over_only_where_a_kill_leaves_one() {
     launch(folder.path(), 1, 4, 8..16);
     let ledger = Ledger::read(folder.path()).unwrap();
     assert_eq!((ledger.torn().len(), ledger.passes().len()), (1, 2));
+    let first = Pass { run: String::new(), time_ms: 0, ..ledger.passes()[0].clone() };
+    assert_eq!(first, pass(0, 1, 4, 0));
     assert_eq!(tile(folder.path(), 16, false).coverage(), all(16));
 
     let sound = std::fs::read_to_string(&path).unwrap();
