@@ -66,7 +66,7 @@ fn usage_errors_are_told_from_help() {
     assert!(ran.err.contains("expected NAME=VALUE"), "{}", ran.err);
     let help = run(&["--help"]);
     assert_eq!((help.status, help.err.as_str()), (0, ""));
-    for command in ["config", "check", "bench"] {
+    for command in ["config", "check", "plan", "bench"] {
         assert!(help.out.contains(command), "{}", help.out);
     }
     assert!(!help.out.contains("settings  "), "hidden: {}", help.out);
@@ -240,6 +240,72 @@ fn check_takes_the_column_that_is_named() {
     assert_eq!(ran.status, 1);
     assert!(ran.out.contains("token column `ids_of_mine` is missing"), "{}", ran.out);
     assert_eq!(run(&["check", text(root.path()), "--token-column", "input_ids"]).status, 0);
+}
+
+#[test]
+fn plan_counts_what_a_run_will_come_to() {
+    let (root, shards) = corpus(PARQUET, "parquet");
+    let tokens = stream(&shards, None, None).len() as u64;
+    let data = text(root.path());
+    let args =
+        ["plan", data, "--seq-len=32", "--batch-size", "4", "--shuffle", "--world-size=3", "--set", "remainder=pad"];
+    let ran = run(&[&args[..], &["--json"]].concat());
+    assert_eq!((ran.status, ran.err.as_str()), (0, ""), "{}", ran.out);
+    let json = ran.json();
+    let (source, epoch, memory, start) = (&json["sources"][0], &json["epoch"], &json["memory"], &json["start"]);
+    let (sequences, tail) = (tokens / 32, tokens % 32);
+    assert_eq!((&source["shards"], &source["tokens"]), (&2.into(), &tokens.into()));
+    assert_eq!((&source["sequences"], &source["tail_tokens"]), (&sequences.into(), &tail.into()));
+    let positions = sequences + u64::from(tail > 0);
+    let steps = positions.div_ceil(12);
+    assert_eq!((&epoch["steps"], &epoch["world_size"]), (&steps.into(), &3.into()));
+    assert_eq!(epoch["delivered_tokens"], tokens);
+    assert_eq!((&epoch["remainder"], &epoch["padded_rows"]), (&"pad".into(), &(steps * 12 - positions).into()));
+    assert_eq!(epoch["padded_tokens"], steps * 12 * 32 - tokens);
+    assert_eq!(source["arrangement"]["kind"], "block");
+    assert!(source["displacement"]["mean"].as_f64().unwrap() > 0.0, "{source}");
+    assert!(source["decoding"]["amplification"].as_f64().unwrap() >= 1.0, "{source}");
+    assert_eq!((&source["decoding"]["ranks"], &source["decoding"]["sharing_ranks"]), (&3.into(), &3.into()));
+    let part = |name: &str| memory[name].as_u64().unwrap();
+    assert_eq!(
+        part("batches_bytes") + part("held_blocks_bytes") + part("cache_bytes"),
+        part("budgeted_bytes"),
+        "{memory}"
+    );
+    assert!(part("budgeted_bytes") <= part("budget_bytes") && part("index_bytes") > 0, "{memory}");
+    assert_eq!(start["shards_opened"], 2);
+    assert!(start["open_seconds"].as_f64().unwrap() > 0.0 && start["first_batch_seconds"].as_f64().unwrap() > 0.0);
+    assert_eq!(json["settings"]["dp_world_size"], "3");
+
+    let table = run(&args);
+    assert_eq!(table.status, 0, "{}", table.err);
+    for words in [
+        "on every one of 3 ranks",
+        "pad: ",
+        "tokens decoded per token",
+        "cache",
+        "first batch",
+        "expected",
+        "3 ranks draw",
+    ] {
+        assert!(table.out.contains(words), "{words}: {}", table.out);
+    }
+}
+
+#[test]
+fn plan_says_where_an_epoch_has_no_batch_and_nothing_is_decoded() {
+    let (root, _) = corpus(Container::ArrowFile(None), "arrow");
+    let ran = run(&["plan", text(root.path()), "--batch-size=100", "--json"]);
+    assert_eq!((ran.status, ran.err.as_str()), (0, ""), "{}", ran.out);
+    let json = ran.json();
+    assert_eq!((&json["epoch"]["steps"], &json["start"]["first_batch_seconds"]), (&0.into(), &Value::Null));
+    assert_eq!(
+        (&json["source"]["decoding"], &json["source"]["arrangement"]["kind"]),
+        (&Value::Null, &"sequential".into())
+    );
+    assert_eq!(json["memory"]["cache_bytes"], 0);
+    assert!(run(&["plan", text(root.path()), "--batch-size=100"]).out.contains("an epoch has no batch"));
+    assert_eq!(run(&["plan"]).status, 2);
 }
 
 #[test]

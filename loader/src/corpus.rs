@@ -296,6 +296,16 @@ impl Corpus {
         self.facts().map(|facts| facts.largest_block_bytes).max().unwrap_or(0)
     }
 
+    /// Bytes of the tables of shards and blocks.
+    pub fn index_bytes(&self) -> u64 {
+        let names: usize = self.files.iter().map(|file| file.name.len() + file.path.as_os_str().len()).sum();
+        let opened = (0..self.len())
+            .filter_map(|index| self.opened(index))
+            .map(|shard| shard.shard().index_bytes() + size_of_val(shard.before()) as u64);
+        let per_shard = size_of::<ShardFile>() + size_of::<ShardFacts>();
+        (names + self.len() * per_shard) as u64 + opened.sum::<u64>()
+    }
+
     /// Digest of names, sizes, counts and types, but of no absolute path or time.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint

@@ -29,6 +29,7 @@ pub mod loader;
 pub mod opened;
 pub mod order;
 mod pipeline;
+pub mod plan;
 mod read;
 pub mod recipe;
 pub mod settings;

@@ -23,7 +23,8 @@ use crate::ledger::{self, Entry, Pass};
 use crate::order;
 use crate::order::course::{self, Course, ENDLESS};
 use crate::order::partition::{Grouping, Row};
-use crate::pipeline::{Pipeline, Plan, Taken};
+use crate::pipeline::{self, Pipeline, Taken};
+use crate::plan::{EpochPlan, MemoryPlan, Plan};
 use crate::read::{BlockCache, Reader, Scratch};
 use crate::recipe::Recipe;
 use crate::settings;
@@ -420,6 +421,41 @@ impl Loader {
     }
 }
 
+impl Loader {
+    /// What the present epoch of these settings comes to and costs. Reads no token; takes about a second for each source at most.
+    pub fn plan(&self) -> Result<Plan> {
+        let core = &self.core;
+        let config = &core.config;
+        let cursor = lock(&core.cursor).clone();
+        let (growth, epoch) = (&cursor.growth, cursor.epoch);
+        let (full, tokens) = (core.sources.full_rows(growth, epoch), core.sources.tokens(growth, epoch));
+        let course = Course::new(epoch, Some(1), &config.skip, growth.changes(), |epoch| core.positions(growth, epoch));
+        let tail = core.sources.has_tail(growth, epoch);
+        let epoch_plan = course.len().map(|delivered| {
+            let tail_tokens = if tail { tokens - full * config.seq_len } else { 0 };
+            let rows = delivered - u64::from(tail && config.remainder != Remainder::Drop);
+            EpochPlan::new(&core.grouping, rows, tail_tokens, tokens, config.seq_len)
+        });
+        let sources = core.sources.plan(growth, &core.grouping, core.cache.budget_bytes())?;
+        let corpora = || core.sources.list().iter().map(|source| source.reader.corpus());
+        let decoded_bytes: u64 = corpora().map(Corpus::decoded_bytes).sum();
+        let largest_block = corpora().map(Corpus::largest_block_bytes).max().unwrap_or(0);
+        let batch_bytes = BatchLayout::largest_bytes(config) as u64;
+        Ok(Plan {
+            sources,
+            epoch: epoch_plan,
+            memory: MemoryPlan {
+                batch_bytes,
+                batches_bytes: (config.prefetch_batches + 1) * batch_bytes,
+                held_blocks_bytes: config.num_threads.unwrap_or(1) * largest_block,
+                cache_bytes: core.cache.budget_bytes().min(decoded_bytes),
+                index_bytes: core.sources.list().iter().map(|source| source.reader.index_bytes()).sum(),
+                budget_bytes: config.memory_budget,
+            },
+        })
+    }
+}
+
 impl Core {
     fn open(mut config: Config, source: impl FnOnce(usize, usize) -> Arc<dyn Memory>) -> Result<Self> {
         config.validate()?;
@@ -443,7 +479,8 @@ impl Core {
         let largest = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
         let cache_bytes = cache_budget(&config, largest, threads, in_flight * batch_bytes as u64)?;
         let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
-        warnings.extend(window_warning(&config, &corpora, largest, cache_bytes));
+        let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };
+        warnings.extend(window_warning(&config, &corpora, &grouping, largest, cache_bytes));
         let cache = Arc::new(BlockCache::new(cache_bytes));
         let specials = Specials { bos: config.bos_id, eos: config.eos_id };
         let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
@@ -452,7 +489,6 @@ impl Core {
             Source::new(name, reader, config.seed)
         });
         let sources = Sources::new(&config, sources.collect())?;
-        let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };
         let core = Self {
             grouping,
             content: content_of(&config),
@@ -1004,17 +1040,25 @@ fn cache_budget(config: &Config, largest: u64, threads: u64, batches: u64) -> Re
 }
 
 /// Says so where the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
-fn window_warning(config: &Config, corpora: &[(String, Corpus)], largest: u64, cache_bytes: u64) -> Option<String> {
+fn window_warning(
+    config: &Config,
+    corpora: &[(String, Corpus)],
+    grouping: &Grouping,
+    largest: u64,
+    cache_bytes: u64,
+) -> Option<String> {
     let of_corpus = |corpus: &Corpus| {
         let total = corpus.decoded_bytes();
         match config.shuffle {
             _ if corpus.access() == Access::Random => 0,
             Shuffle::Off | Shuffle::On => 0,
             Shuffle::Global => total,
-            // Each lane draws from its window, and from the blocks at both ends of it.
+            // Each lane of this rank draws from its window, and from the blocks at both ends of it.
             Shuffle::Block => {
                 let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
-                (config.window_tokens.saturating_mul(bytes_per_token) + config.lanes * 2 * largest).min(total)
+                let lanes = grouping.lanes(config.lanes);
+                let window = config.window_tokens / config.lanes * lanes;
+                window.saturating_mul(bytes_per_token).saturating_add(lanes * 2 * largest).min(total)
             }
         }
     };
@@ -1228,7 +1272,7 @@ impl Run {
         let items = core.steps_from(start, &course);
         let heading = Arc::new(Heading { course, growth, start });
         let threads = core.config.num_threads.unwrap_or(1) as usize;
-        let plan = Plan {
+        let plan = pipeline::Plan {
             threads: threads.min(usize::try_from(items.max(1)).unwrap_or(usize::MAX)),
             window: core.config.prefetch_batches as usize,
             items,

@@ -27,6 +27,21 @@ pub(crate) struct Scratch {
     pub(crate) decode_nanos: u64,
 }
 
+/// Where a block lies in the stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// The block's number in the corpus.
+    pub block: u64,
+    /// Its first stream token.
+    pub start: u64,
+    /// Stream tokens it holds.
+    pub len: u64,
+    /// Tokens in the file.
+    pub tokens: u64,
+    /// Bytes when decoded.
+    pub bytes: u64,
+}
+
 /// The stream of a corpus.
 #[derive(Debug)]
 pub(crate) struct Reader {
@@ -178,6 +193,28 @@ impl Reader {
         })
     }
 
+    /// The block that holds stream token `at`.
+    pub(crate) fn place(&self, at: u64) -> Result<Place> {
+        let (index, within) = self.layout.locate(at);
+        let shard = self.corpus.shard(index)?;
+        let before = shard.before();
+        let block = self.specials.block_at(before, within);
+        let (start, end) = (self.specials.stream_len(before[block]), self.specials.stream_len(before[block + 1]));
+        let meta = &shard.shard().blocks()[block];
+        Ok(Place {
+            block: (index as u64) << 32 | block as u64,
+            start: at - within + start,
+            len: end - start,
+            tokens: meta.tokens,
+            bytes: meta.decoded_bytes,
+        })
+    }
+
+    /// Bytes of the tables that say where tokens are.
+    pub(crate) fn index_bytes(&self) -> u64 {
+        self.corpus.index_bytes() + self.layout.index_bytes()
+    }
+
     /// Whether reading ahead can help: windows are read from the file one by one.
     pub(crate) fn reads_ahead(&self) -> bool {
         self.corpus.access() == Access::Random
@@ -269,6 +306,11 @@ impl BlockCache {
             decoded_blocks: AtomicU64::new(0),
             decoded_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// Bytes that blocks may take.
+    pub(crate) fn budget_bytes(&self) -> u64 {
+        self.budget_bytes
     }
 
     /// Blocks decoded so far, and their bytes.

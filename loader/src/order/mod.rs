@@ -207,6 +207,24 @@ mod tests {
         }
     }
 
+    /// Chi-squared over epochs of which chunks stand at an epoch's first two positions, on two lanes, against its mean and five standard deviations.
+    #[test]
+    fn chunks_come_anywhere_alike() {
+        let (chunk, chunks, epochs) = (10, 30, 40_000);
+        let mut pairs = vec![0u64; (chunks * chunks) as usize];
+        for epoch in 0..epochs {
+            let order = EpochOrder::new(chunk * chunks, Arrangement::Block { chunk, lanes: 6, window: 20 }, 5, epoch);
+            let [first, second] = [0, 1].map(|position| order.sequence_at(position) / chunk);
+            pairs[(first * chunks + second) as usize] += 1;
+        }
+        // Lanes are five chunks long, so the two are of different chunks.
+        let freedom = (chunks * (chunks - 1) - 1) as f64;
+        let expected = epochs as f64 / (freedom + 1.0);
+        let apart = pairs.iter().zip(0..).filter(|(_, index)| index / chunks != index % chunks);
+        let chi: f64 = apart.map(|(count, _)| (*count as f64 - expected).powi(2) / expected).sum();
+        assert!(chi <= freedom + 5.0 * (2.0 * freedom).sqrt(), "chi2 {chi:.0} of {freedom}");
+    }
+
     #[test]
     fn known_orders_stay_as_they_are() {
         let order = EpochOrder::new(1000, Arrangement::Global, 0, 0);

@@ -37,6 +37,15 @@ impl Grouping {
         self.batch_size * self.world_size
     }
 
+    /// How many of `lanes` lanes a rank draws from: a position is on lane `position` modulo `lanes`.
+    pub fn lanes(&self, lanes: u64) -> u64 {
+        let (mut divisor, mut rest) = (lanes, self.world_size);
+        while rest > 0 {
+            (divisor, rest) = (rest, divisor % rest);
+        }
+        lanes / divisor
+    }
+
     /// Positions of an epoch with `full` full sequences and, if `tail`, tokens left over after them.
     pub fn positions(&self, full: u64, tail: bool) -> u64 {
         full + u64::from(tail && self.remainder != Remainder::Drop)
@@ -88,6 +97,21 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn ranks_draw_from_their_share_of_the_lanes_where_they_divide_them() {
+        for (lanes, world_size) in [(8, 1), (8, 2), (8, 8), (8, 3), (8, 6), (8, 64), (1, 5), (12, 8)] {
+            let grouping = Grouping { batch_size: 3, rank: world_size / 2, world_size, remainder: Remainder::Drop };
+            let positions = 3 * world_size * lanes;
+            let mut seen: Vec<u64> = (0..lanes)
+                .flat_map(|step| grouping.rows(step * grouping.global_batch(), positions, 0))
+                .filter_map(|row| if let Row::Index(position) = row { Some(position % lanes) } else { None })
+                .collect();
+            seen.sort_unstable();
+            seen.dedup();
+            assert_eq!(seen.len() as u64, grouping.lanes(lanes), "{lanes} {world_size}");
+        }
+    }
 
     proptest! {
         #[test]

@@ -277,6 +277,9 @@ pub trait Shard: Send + Sync + fmt::Debug {
     /// Negative ids, null tokens and counts that differ from the index are errors with path, block and row.
     fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock>;
 
+    /// Bytes of what it keeps in memory to find its tokens.
+    fn index_bytes(&self) -> u64;
+
     /// One line per thing that makes the file slow to read, with the remedy; for `forebay check`.
     fn advice(&self) -> Vec<String> {
         Vec::new()

@@ -268,6 +268,11 @@ impl Shard for CompressedArrow {
         Ok(decoded)
     }
 
+    fn index_bytes(&self) -> u64 {
+        let blocks = size_of_val(self.metas.as_slice()) + size_of_val(self.blocks.as_slice());
+        (size_of_val(self) + blocks + size_of_val(self.batches.as_slice())) as u64
+    }
+
     fn advice(&self) -> Vec<String> {
         let mut advice =
             vec!["compressed Arrow has to be decoded: uncompressed Arrow is read in place, Parquet is decoded in smaller parts".to_owned()];

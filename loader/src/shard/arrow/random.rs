@@ -166,6 +166,10 @@ impl Shard for MappedArrow {
             .at(self.path()))
     }
 
+    fn index_bytes(&self) -> u64 {
+        (size_of_val(self) + size_of_val(self.metas.as_slice()) + size_of_val(self.blocks.as_slice())) as u64
+    }
+
     fn advice(&self) -> Vec<String> {
         let mut advice = Vec::new();
         let tokens: u64 = self.metas.iter().map(|meta| meta.tokens).sum();

@@ -567,6 +567,14 @@ impl Shard for ParquetShard {
         Ok(out)
     }
 
+    fn index_bytes(&self) -> u64 {
+        let tables = size_of_val(self.pages.as_slice())
+            + size_of_val(self.blocks.as_slice())
+            + size_of_val(self.ranges.as_slice())
+            + size_of_val(self.row_groups.as_slice());
+        (size_of_val(self) + tables) as u64
+    }
+
     fn advice(&self) -> Vec<String> {
         let mut advice = Vec::new();
         let tokens: u64 = self.blocks.iter().map(|block| block.tokens).sum();
