@@ -7,7 +7,6 @@ processes.
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import threading
@@ -20,14 +19,13 @@ import torch
 import torch.distributed
 import torch.utils.dlpack
 from torch._C._autograd import _profiler_enabled
-from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler, _DatasetKind, _utils
-from torch.utils.data import dataloader as torch_dataloader
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler, _DatasetKind
 from torch.utils.data._utils import worker as torch_worker
 
 from forebay import _core
+from forebay._datasets import DatasetIterator, Position, State, _Order, checked, first_state, is_plain
 from forebay._errors import ConfigError
 from forebay._loader import Data, Loader, first_time, log_notes, settings_of
-from forebay._threads import Begin, Workers
 
 __all__ = ["DataLoader", "TokenDataset"]
 
@@ -154,6 +152,9 @@ def _pinned(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
+_resuming = threading.Lock()
+
+
 class DataLoader(torch.utils.data.DataLoader[Any]):
     """``torch.utils.data.DataLoader`` without worker processes; the same arguments, and forebay's settings by keyword.
 
@@ -182,9 +183,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         A setting is unusable, or the launcher's rank is not that of torch.distributed.
     """
 
-    #: The position after the batches handed over. On native loaders only.
-    state_dict: Callable[[], dict[str, int | str]]
-    #: The next pass continues there. On native loaders only.
+    #: The position after the batches handed over by the newest pass.
+    state_dict: Callable[[], dict[str, Any]]
+    #: The next pass continues there.
     load_state_dict: Callable[[Mapping[str, Any]], None]
 
     def __init__(
@@ -244,8 +245,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             io=io,
         )
         native = (
-            _is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
-            and (sampler is None or _is_plain(sampler, DistributedSampler, "__iter__", "__len__"))
+            is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
+            and (sampler is None or is_plain(sampler, DistributedSampler, "__iter__", "__len__"))
             and batch_sampler is None
             and collate_fn is None
             and batch_size is not None
@@ -278,6 +279,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                 pin_memory_device=pin_memory_device,
                 in_order=in_order,
             )
+            self._restored: State | None = None
+            self._position: Position | None = None
+            self._bind_state()
             return
 
         assert isinstance(dataset, TokenDataset)
@@ -342,10 +346,48 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self.use_stateful_dataloader = True
         self.end_of_dataloader = False
         self.remainder = -1
-        # In `__dict__`, which wrappers of Lightning Fabric and Ray copy; and absent from loaders that cannot resume.
+        # In `__dict__`, which wrappers of Lightning Fabric and Ray copy.
         self.state_dict = self._native.state_dict
         self.load_state_dict = self._native.load_state_dict
         self._DataLoader__initialized = True
+
+    def _bind_state(self) -> None:
+        # In `__dict__`, which wrappers of Lightning Fabric and Ray copy.
+        self.state_dict = self._dataset_state
+        self.load_state_dict = self._load_dataset_state
+
+    def _dataset_state(self) -> State:
+        if self._restored is not None:
+            return dict(self._restored)
+        return first_state(self) if self._position is None else self._position.snapshot()
+
+    def _load_dataset_state(self, state_dict: Mapping[str, Any]) -> None:
+        if isinstance(state_dict, Mapping) and not state_dict:
+            return
+        state = checked(self, state_dict)
+        if state["epoch"] != -1:
+            # The sampler is told where to go on; who tells it of another epoch later begins that one.
+            _Order(self).set_epoch(state["epoch"])
+        self._restored = state
+
+    def _take_restored(self) -> State | None:
+        """The state that the pass which begins now has to continue."""
+        with _resuming:
+            state, self._restored = self._restored, None
+            return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = self.__dict__.copy()
+        if self._native is None:
+            state = self._dataset_state()
+            kept.update(_restored=state if state["batches"] else None, _position=None)
+            del kept["state_dict"], kept["load_state_dict"]
+        return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update(kept)
+        if self._native is None:
+            self._bind_state()
 
     @property
     def _loader(self) -> Loader:
@@ -357,9 +399,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         """A new pass; it begins at its first ``next()``."""
         if self._native is not None:
             return _NativeIterator(self, self._native)
-        if self.num_workers > 0:
-            return _ThreadIterator(self)
-        return super().__iter__()
+        return DatasetIterator(self)
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -410,11 +450,6 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _is_plain(value: object, kind: type, *methods: str) -> bool:
-    """Whether `value` is of `kind` and does what `kind` does: a subclass may have changed it."""
-    return isinstance(value, kind) and all(getattr(type(value), name) is getattr(kind, name) for name in methods)
 
 
 def _with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -586,78 +621,3 @@ def _view(buffer: torch.Tensor, dtype: str, offset: int, shape: tuple[int, int],
     kind: torch.dtype = getattr(torch, dtype)
     nbytes = ((shape[0] - 1) * stride + shape[1]) * kind.itemsize
     return buffer[offset : offset + nbytes].view(kind).as_strided(shape, (stride, 1))
-
-
-class _ThreadIterator(torch_dataloader._BaseDataLoaderIter):
-    """A pass over a dataset on ``num_workers`` threads, started at the first ``next()``.
-
-    Threads share a map-style dataset; of an iterable one, each iterates a shallow copy of its own.
-    """
-
-    def __init__(self, loader: DataLoader) -> None:
-        super().__init__(loader)
-        _answer_worker_info_per_thread()
-        count, iterable = self._num_workers, self._dataset_kind == _DatasetKind.Iterable
-        self._workers = Workers(
-            [self._begin(loader, worker, iterable) for worker in range(count)],
-            own_data=iterable,
-            window=count * (loader.prefetch_factor or 2),
-            in_order=loader.in_order,
-            timeout_s=self._timeout,
-        )
-
-    def _begin(self, loader: DataLoader, worker: int, iterable: bool) -> Begin:
-        # Locals only: a thread that held the iterator would keep it alive.
-        source, count, seed = self._dataset, self._num_workers, int(self._base_seed) + worker
-        kind, auto_collation = self._dataset_kind, self._auto_collation
-        collate_fn, drop_last, init_fn = self._collate_fn, self._drop_last, loader.worker_init_fn
-        known = getattr(torch_worker.WorkerInfo, "__dataclass_fields__", ())
-        more: dict[str, Any] = {"worker_method": "thread"} if "worker_method" in known else {}
-
-        def begin() -> Callable[[Any], Any]:
-            dataset = copy.copy(source) if iterable else source
-            _here.info = torch_worker.WorkerInfo(id=worker, num_workers=count, seed=seed, dataset=dataset, **more)
-            if init_fn is not None:
-                init_fn(worker)
-            fetcher = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
-                kind, dataset, auto_collation, collate_fn, drop_last
-            )
-            fetch: Callable[[Any], Any] = fetcher.fetch
-            return fetch
-
-        return begin
-
-    def _next_data(self) -> Any:
-        data = self._workers.next(self._next_index)
-        if self._pin_memory:
-            data = _utils.pin_memory.pin_memory(data, self._pin_memory_device)  # type: ignore[no-untyped-call]
-        return data
-
-    def close(self) -> None:
-        """Ends the pass and waits for its threads to finish what they are at."""
-        self._workers.close()
-
-
-_here = threading.local()
-_patching = threading.Lock()
-
-
-def _answer_worker_info_per_thread() -> None:
-    """Makes ``get_worker_info`` answer for the calling thread.
-
-    It reads a module global, and others hold the function itself: its code is what can be replaced for all of them.
-    """
-    with _patching:
-        if hasattr(torch_worker, "_forebay_worker_info"):
-            return
-
-        def of_thread() -> Any:
-            info = getattr(_here, "info", None)
-            return torch_worker._worker_info if info is None else info
-
-        torch_worker._forebay_worker_info = of_thread  # type: ignore[attr-defined]
-
-        def get_worker_info():  # type: ignore[no-untyped-def]
-            return _forebay_worker_info()  # type: ignore[name-defined]  # noqa: F821
-
-        torch_worker.get_worker_info.__code__ = get_worker_info.__code__
