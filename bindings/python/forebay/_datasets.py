@@ -304,6 +304,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._taking = threading.RLock()
         self._position: Position | None = None
         self._workers: Workers | _Caller | None = None
+        self._ahead = loader._ahead(self._take_on_host)
         self._ended = False
         self._drawn = 0
         self._skipped: set[int] = set()
@@ -320,13 +321,26 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             answer_worker_info_per_thread()
 
     def _next_data(self) -> Any:
-        with self._taking:
-            return self._pinned(self._take())
+        found = self._take_on_host(None) if self._ahead is None else self._ahead.take(None)
+        if found is None:
+            raise StopIteration
+        return found[0]
 
-    def _pinned(self, data: Any) -> Any:
-        if self._pin_memory:
-            data = _utils.pin_memory.pin_memory(data, self._pin_memory_device)  # type: ignore[no-untyped-call]
-        return data
+    def _take_on_host(self, limit_s: float | None) -> tuple[Any] | None:
+        """The next batch, None at the end; raises TimeoutError if none is there and `limit_s` is 0."""
+        with self._taking:
+            if limit_s == 0 and not self._is_ready():
+                raise TimeoutError
+            try:
+                data = self._take()
+            except StopIteration:
+                return None
+            if self._pin_memory:
+                data = _utils.pin_memory.pin_memory(data, self._pin_memory_device)  # type: ignore[no-untyped-call]
+            return (data,)
+
+    def _is_ready(self) -> bool:
+        return self._ended or (isinstance(self._workers, Workers) and self._workers.ready())
 
     def _take(self) -> Any:
         if self._ended:
@@ -351,11 +365,6 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             raise outcome.error
         finally:
             del outcome  # it is in its own traceback
-
-    def ready(self) -> bool:
-        """Whether the next batch, or the end, is there."""
-        with self._taking:
-            return self._ended or (isinstance(self._workers, Workers) and self._workers.ready())
 
     def _start(self) -> None:
         loader = self._owner
@@ -484,6 +493,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._ended = True
         if isinstance(self._workers, Workers):
             self._workers.close()
+        if self._ahead is not None:
+            self._ahead.close()
 
 
 class _Caller:

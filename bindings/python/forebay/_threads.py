@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import weakref
@@ -27,6 +28,22 @@ class Outcome:
         self.worker = -1
 
 
+_starting = threading.Lock()
+_EXIT_LIMIT_S = 5.0
+
+
+@atexit.register
+def _end_all() -> None:
+    """Stops and awaits the threads: one that is still in C++ when the interpreter is taken down aborts the process."""
+    with _starting:
+        live = list(_live)
+    for shared in live:
+        shared.stop()
+    deadline = time.monotonic() + _EXIT_LIMIT_S
+    for thread in [thread for shared in live for thread in shared.threads]:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
 class _Shared:
     """What the consumer and the threads share. Threads hold nothing else, so that dropping `Workers` ends them."""
 
@@ -36,6 +53,9 @@ class _Shared:
         self.outcomes: dict[int, Outcome] = {}
         self.begun = 0
         self.stopped = False
+        self.threads: list[threading.Thread] = []
+        with _starting:
+            _live.add(self)
 
     def note_begun(self) -> None:
         with self.changed:
@@ -60,6 +80,9 @@ class _Shared:
             self.changed.notify_all()
         for tasks in self.queues:
             tasks.put(None)
+
+
+_live: weakref.WeakSet[_Shared] = weakref.WeakSet()
 
 
 class Workers:
@@ -141,6 +164,7 @@ class Workers:
                 daemon=True,
             )
             self._threads.append(thread)
+            self._shared.threads.append(thread)
             thread.start()
         if self._together:
             self._shared.wait_begun(len(self._begins), self._timeout_s)

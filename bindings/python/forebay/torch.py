@@ -7,6 +7,7 @@ processes.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -24,8 +25,10 @@ from torch.utils.data._utils import worker as torch_worker
 
 from forebay import _core
 from forebay._datasets import DatasetIterator, Position, State, _Order, checked, first_state, is_plain
+from forebay._device import Ahead, Cuda, Handed, Link
 from forebay._errors import ConfigError
-from forebay._loader import Data, Loader, first_time, log_notes, settings_of
+from forebay._loader import Data, Loader, WholeLoader, first_time, log_notes, settings_of
+from forebay._split import Consumer, Split, check
 
 __all__ = ["DataLoader", "TokenDataset"]
 
@@ -176,6 +179,11 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         Default: those of the sampler, of torch.distributed if it is initialised, of the launcher, else 0 of 1.
     remainder:
         Overrules ``drop_last``.
+    device:
+        A CUDA device: batches are copied there on a stream of their own, and are safe to use on the current one.
+        Implies ``pin_memory``. Default: host memory.
+    device_prefetch:
+        Batches copied ahead of the one handed over. Default: 2.
 
     Raises
     ------
@@ -221,7 +229,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        device: str | torch.device | None = None,
+        device_prefetch: int = 2,
         _allocator: Callable[[int], torch.Tensor] | None = None,
+        _link: Callable[[], Link] | None = None,
     ) -> None:
         if multiprocessing_context is not None:
             raise ValueError(
@@ -229,6 +240,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             )
         if num_workers < 0 or timeout < 0:
             raise ValueError("`num_workers` and `timeout` must not be negative")
+        link = _link_to(device) if _link is None else _link
+        pin_memory = pin_memory or (link is not None and _link is None)
+        if device_prefetch < 0:
+            raise ValueError("`device_prefetch` must not be negative")
         settings: dict[str, Any] = dict(
             seed=seed,
             dp_rank=dp_rank,
@@ -281,7 +296,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             )
             self._restored: State | None = None
             self._position: Position | None = None
-            self._bind_state()
+            self._bind_state(link, device_prefetch)
             return
 
         assert isinstance(dataset, TokenDataset)
@@ -346,15 +361,41 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self.use_stateful_dataloader = True
         self.end_of_dataloader = False
         self.remainder = -1
-        # In `__dict__`, which wrappers of Lightning Fabric and Ray copy.
-        self.state_dict = self._native.state_dict
-        self.load_state_dict = self._native.load_state_dict
+        self._bind_state(link, device_prefetch)
         self._DataLoader__initialized = True
 
-    def _bind_state(self) -> None:
+    def _bind_state(self, link: Callable[[], Link] | None, device_prefetch: int) -> None:
+        self._link = link
+        self.device_prefetch = device_prefetch
+        self._handed: Handed | None = None
         # In `__dict__`, which wrappers of Lightning Fabric and Ray copy.
-        self.state_dict = self._dataset_state
-        self.load_state_dict = self._load_dataset_state
+        self.state_dict = self._state_handed_over
+        self.load_state_dict = self._load_state
+
+    def _state_handed_over(self) -> State:
+        return self._state_taken() if self._handed is None else dict(self._handed.state)
+
+    def _state_taken(self) -> State:
+        """The position after what was taken, which on the way to a device is ahead of what was handed over."""
+        return self._dataset_state() if self._native is None else self._native.state_dict()
+
+    def _load_state(self, state_dict: Mapping[str, Any]) -> None:
+        if isinstance(state_dict, Mapping) and not state_dict:
+            return
+        if self._native is None:
+            self._load_dataset_state(state_dict)
+        else:
+            self._native.load_state_dict(state_dict)
+        self._handed = None
+
+    def _begun_ahead(self, handed: Handed) -> None:
+        self._handed = handed
+
+    def _ahead(self, take: Callable[[float | None], Any]) -> Ahead | None:
+        """What brings the batches of a new pass to the device."""
+        if self._link is None:
+            return None
+        return Ahead(self._link(), take, self._state_taken, self._begun_ahead, self.device_prefetch)
 
     def _dataset_state(self) -> State:
         if self._restored is not None:
@@ -362,8 +403,6 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         return first_state(self) if self._position is None else self._position.snapshot()
 
     def _load_dataset_state(self, state_dict: Mapping[str, Any]) -> None:
-        if isinstance(state_dict, Mapping) and not state_dict:
-            return
         state = checked(self, state_dict)
         if state["epoch"] != -1:
             # The sampler is told where to go on; who tells it of another epoch later begins that one.
@@ -379,15 +418,17 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     def __getstate__(self) -> dict[str, Any]:
         kept = self.__dict__.copy()
         if self._native is None:
-            state = self._dataset_state()
+            state = self._state_handed_over()
             kept.update(_restored=state if state["batches"] else None, _position=None)
-            del kept["state_dict"], kept["load_state_dict"]
+        del kept["state_dict"], kept["load_state_dict"]
         return kept
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         self.__dict__.update(kept)
-        if self._native is None:
-            self._bind_state()
+        handed = self._handed
+        self._bind_state(self._link, self.device_prefetch)
+        if self._native is not None and handed is not None:
+            self._native.load_state_dict(handed.state)
 
     @property
     def _loader(self) -> Loader:
@@ -422,6 +463,32 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                 set_epoch(epoch)
                 return
 
+    def _follow_sampler(self) -> None:
+        epoch = getattr(self.sampler, "epoch", None)
+        # Only a change is an order to go there: a sampler never told of the epoch must not undo a restored one.
+        if epoch is not None and epoch != self._sampler_epoch:
+            self._sampler_epoch = epoch
+            self._loader.set_epoch(epoch)
+
+    def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Tensors]]:
+        """Consumers for `count` threads, that share this loader's threads, mapping and windows. Native loaders only.
+
+        Each is a rank of its own: consumer `i` gets every `count`-th row of each batch from the `i`-th on, as rank
+        ``dp_rank + i * dp_world_size`` of ``dp_world_size * count`` ranks gets with a `count`-th of the batch size. A
+        consumer may be `ahead` batches before the slowest one, and waits for it then (default: ``prefetch_batches``).
+        ``state_dict`` then gives the position after the last batch that all consumers have.
+
+        Raises
+        ------
+        ConfigError
+            Rows cannot be dealt out evenly: `batch_size` is no multiple of `count`, or a last batch may be short.
+        """
+        loader = self._loader
+        if self._link is not None:
+            raise ConfigError("`device` is one device: leave it out, and copy in the thread of each consumer")
+        loader._split = Split(_Whole(self), count, check(count, ahead, loader.config), self._limit_s)
+        return loader._split.consumers
+
     @property
     def config(self) -> dict[str, Any]:
         """Every setting in force. Native loaders only."""
@@ -450,6 +517,20 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _link_to(device: str | torch.device | None) -> Callable[[], Link] | None:
+    """Makes the way to `device` for a pass; None for host memory."""
+    place = torch.device("cpu" if device is None else device)
+    if place.type == "cpu":
+        return None
+    if place.type != "cuda":
+        raise ConfigError(f"`device` must be a CUDA device or cpu, found {place}")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"`device` is {place}, but torch finds no CUDA device")
+    if place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return functools.partial(Cuda, place)
 
 
 def _with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -485,6 +566,7 @@ class _NativeIterator:
         self._core = core.iter() if owner._allocator is None else core.iter_external()
         self._steps = core.len
         self._memory = None if owner._allocator is None else _Memory(self._core, owner._allocator)
+        self._ahead = owner._ahead(self._take_on_host)
         self._lock = threading.Lock()
         self._begun = False
         self._gradient_state: Any = None
@@ -500,11 +582,7 @@ class _NativeIterator:
             if self._begun:
                 return
             owner = self._owner
-            epoch = getattr(owner.sampler, "epoch", None)
-            # Only a change is an order to go there: a sampler never told of the epoch must not undo a restored one.
-            if epoch is not None and epoch != owner._sampler_epoch:
-                owner._sampler_epoch = epoch
-                owner._loader.set_epoch(epoch)
+            owner._follow_sampler()
             # Accelerate counts gradient accumulation by the loaders that are being iterated.
             accelerate = sys.modules.get("accelerate.state")
             if accelerate is not None:
@@ -540,6 +618,11 @@ class _NativeIterator:
         return tensors
 
     def _take(self, limit_s: float | None) -> tuple[int, Tensors] | None:
+        found: tuple[int, Tensors] | None
+        found = self._take_on_host(limit_s) if self._ahead is None else self._ahead.take(limit_s)
+        return found
+
+    def _take_on_host(self, limit_s: float | None) -> tuple[int, Tensors] | None:
         if self._memory is not None:
             return self._memory.take(limit_s)
         batch = self._core.next(limit_s)
@@ -555,12 +638,52 @@ class _NativeIterator:
         """Ends the pass and its threads."""
         self._leave()
         self._core.close()
+        if self._ahead is not None:
+            self._ahead.close()
         if self._memory is not None:
             self._memory.end()
 
     def __del__(self) -> None:
         if getattr(self, "_gradient_state", None) is not None:
             self._leave()
+
+
+class _Source:
+    """A pass as consumers share it."""
+
+    def __init__(self, owner: DataLoader) -> None:
+        self._owner = owner
+        self._iterator = _NativeIterator(owner, owner._loader)
+
+    def take(self, limit_s: float | None) -> Tensors | None:
+        found = self._iterator._take_on_host(limit_s)
+        return None if found is None else found[1]
+
+    def close(self) -> None:
+        self._iterator.close()
+
+
+class _Whole(WholeLoader[Tensors]):
+    """A native loader as its consumers see it."""
+
+    def __init__(self, owner: DataLoader) -> None:
+        super().__init__(owner._loader)
+        self._owner = owner
+
+    def begin(self) -> _Source:
+        self._owner._follow_sampler()
+        return _Source(self._owner)
+
+    def cut(self, batch: Tensors, consumer: int, count: int) -> Tensors:
+        return {name: self._rows(tensor, consumer, count) for name, tensor in batch.items()}
+
+    def _rows(self, tensor: torch.Tensor, consumer: int, count: int) -> torch.Tensor:
+        rows = tensor[consumer::count]
+        if rows.is_contiguous() or not tensor.is_contiguous():
+            return rows
+        # Where the whole is one piece of memory, users rely on the part being one.
+        pinned = self._owner.pin_memory and torch.cuda.is_available()
+        return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=pinned).copy_(rows)
 
 
 class _Memory:
