@@ -475,6 +475,7 @@ def test_a_worker_init_fn_that_hangs_runs_into_the_timeout() -> None:
     with pytest.raises(RuntimeError, match="timed out"):
         next(iterator)
     go_on.set()
+    iterator.close()
 
 
 def test_a_thread_has_generators_of_its_own_where_torch_has_a_place_for_them() -> None:
