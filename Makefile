@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft test-trainers hostile stress check fmt demo bench doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft test-gpu test-trainers hostile stress check fmt demo bench doc clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -36,6 +36,11 @@ test-python: ## Python tests on .venv
 
 test-ft: ## Python tests on free-threaded CPython (python3.14t)
 	@$(PYTHON) scripts/test.py ft
+
+test-gpu: ## What needs a CUDA device: pinned memory, copies, step time
+	@$(SETUP) venv .venv build test
+	@$(SETUP) wheel .venv
+	@.venv/bin/python -m pytest -s tests/python/test_gpu.py
 
 test-trainers: ## Accelerate, Hugging Face Trainer and Lightning
 	@$(SETUP) venv .venv build test trainers
