@@ -24,6 +24,7 @@ from typing import Any
 
 import corpus
 import report
+import workers
 from contestants import SHAPES, contestants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,7 +295,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
         sys.exit("bench: measures through /proc, which only Linux has")
     if options.write_results:
         records = load(OUT / "results.jsonl")
-        (ROOT / "benches" / "RESULTS.md").write_text(report.markdown(records))
+        path = ROOT / "benches" / "RESULTS.md"
+        # What workers.py wrote below its mark stays.
+        kept = path.read_text().partition(workers.MARK) if path.exists() else ("", "", "")
+        path.write_text(report.markdown(records) + (f"\n{kept[1]}{kept[2]}" if kept[1] else ""))
         print("bench: wrote benches/RESULTS.md", file=sys.stderr)
         return
     out = OUT / "quick" if options.quick else OUT

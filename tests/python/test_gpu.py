@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="tests of forebay.torch")
+pytest.importorskip("torch", reason="tests of forebay.torch")
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
+import torch
 
 from forebay.torch import DataLoader, TokenDataset
 
