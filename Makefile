@@ -42,10 +42,10 @@ test-gpu: ## What needs a CUDA device: pinned memory, copies, step time
 	@$(SETUP) wheel .venv
 	@.venv/bin/python -m pytest -s tests/python/test_gpu.py
 
-test-trainers: ## Accelerate, Hugging Face Trainer and Lightning
-	@$(SETUP) venv .venv build test trainers
-	@$(SETUP) wheel .venv
-	@.venv/bin/python -m pytest tests/python/test_trainers.py
+test-trainers: ## Accelerate, Hugging Face Trainer, Lightning, Ray Train, DeepSpeed and JAX, in .venv-trainers
+	@$(SETUP) venv .venv-trainers trainers
+	@$(SETUP) wheel .venv-trainers
+	@.venv-trainers/bin/python -m pytest tests/python/test_trainers.py tests/python/test_adapters.py
 
 hostile: ## Corrupted shards, killed processes, forks
 	@$(PYTHON) scripts/test.py hostile
@@ -88,5 +88,5 @@ doc: ## Rust documentation
 	@echo "open $(CARGO_TARGET_DIR)/doc/forebay/index.html"
 
 clean: ## Remove environments, outputs and caches of this clone; compiled dependencies stay
-	rm -rf .venv .venv-ft .venv-uv out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-ft .venv-trainers .venv-uv out .pytest_cache .mypy_cache .ruff_cache
 	@echo "kept $(CARGO_TARGET_DIR), which clones share: \`cargo clean\` there frees it"

@@ -229,8 +229,8 @@ def main() -> None:
         "",
         f"{os.cpu_count()} cores, torch {', '.join(sorted(versions))}, {date}, commit {commit}, `{command}`; load of "
         f"the machine {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after; windows of {window_s} s, one run each, "
-        f"batches of 16; the array in memory takes {size_mb} MB. Memory: of all processes, once (PSS), over "
-        "what one process with the dataset had before. Shutdown: until the last thread or "
+        f"batches of 16; the array in memory takes {size_mb} MB. Memory: of all processes, each "
+        "page once (PSS), over what one process with the dataset had before. Shutdown: until the last thread or "
         "process is gone. torch's workers are forked, which is its best case. **Bold**: torch with as many workers is "
         "ahead by more than 5 %.",
         "",

@@ -1,4 +1,4 @@
-"""Tensors, and a stand-in for ``torch.utils.data.DataLoader``. The only module of forebay that imports torch.
+"""Tensors, and a stand-in for ``torch.utils.data.DataLoader``. Only this module, and what belongs to it, imports torch.
 
 A ``TokenDataset`` in this ``DataLoader`` goes the native way: batches are computed by forebay's threads, and no Python
 runs for them. Everything else goes the Python way: the dataset's own code, on threads of this process instead of worker
@@ -165,11 +165,12 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     no ``collate_fn``. Batches are dicts of tensors of shape ``(batch_size, seq_len)``. There, ``num_workers=0`` means
     the default number of threads; ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have nothing to act on;
     ``drop_last=False`` delivers the tail in a short batch on one rank, and padded on several; ``pin_memory=True`` fills
-    torch's page-locked memory directly. These loaders have ``state_dict`` and ``load_state_dict``, as instance
-    attributes. Their ``dataset`` goes through the same rows one by one; its ``tokens`` is the TokenDataset.
+    torch's page-locked memory directly. Their ``dataset`` goes through the same rows one by one; its ``tokens`` is
+    the TokenDataset.
 
     On the Python way, ``num_workers`` counts threads: batches come in order, exceptions keep their type and their
-    traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread.
+    traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread. Map-style datasets resume with any
+    ``num_workers``, iterable ones with the same. docs/torch.md has all that differs from torch.
 
     Parameters
     ----------
