@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import pickle
@@ -332,6 +333,40 @@ def test_iterables_resume_where_each_worker_was(kind: Any, workers: int, at: int
     fresh.load_state_dict(state)
     assert values(fresh) == rest
     assert values(DataLoader(kind(), batch_size=batch_size, num_workers=workers)) == values(fresh), "and the next epoch"
+
+
+class Aliased(Stateful):
+    """Its plain copies share their attributes, as those of Hugging Face's IterableDataset do."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+
+
+@pytest.mark.parametrize("source", ["own", "hugging face"])
+def test_each_thread_has_attributes_of_its_own(source: str) -> None:
+    def make() -> Any:
+        if source == "own":
+            return Aliased()
+        datasets = pytest.importorskip("datasets", reason="Hugging Face's iterable datasets")
+        rows = datasets.IterableDataset.from_generator(
+            lambda shards: ({"value": shard * 100 + row} for shard in shards for row in range(10)),
+            gen_kwargs={"shards": list(range(6))},
+        )
+        return rows
+
+    def run(state: dict[str, Any] | None, count: int | None) -> tuple[list[Any], dict[str, Any]]:
+        loader = DataLoader(make(), batch_size=4, num_workers=3)
+        if state is not None:
+            loader.load_state_dict(state)
+        found = [
+            batch if isinstance(batch, torch.Tensor) else batch["value"] for batch in itertools.islice(loader, count)
+        ]
+        return values(found), through_json(loader.state_dict())
+
+    whole, _ = run(None, None)
+    first, state = run(None, 5)
+    rest, _ = run(state, None)
+    assert first + rest == whole
 
 
 def test_an_iterable_with_a_state_replays_nothing() -> None:

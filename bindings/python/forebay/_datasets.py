@@ -457,7 +457,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
                 if isinstance(source, (IterDataPipe, MapDataPipe)):
                     dataset = copy.deepcopy(source)  # sharding is written into the pipes of the graph
                 elif iterable:
-                    dataset = copy.copy(source)
+                    dataset = _copied(source)
                 _here.info = _worker_info(worker, count, base_seed, dataset)
             if isinstance(dataset, (IterDataPipe, MapDataPipe)):
                 shards = (world[0] * max(count, 1), (worker or 0) * world[0] + world[1])
@@ -523,6 +523,16 @@ class _Caller:
             outcome = Outcome(index, error=error)
         outcome.worker = 0
         return outcome
+
+
+def _copied(source: Any) -> Any:
+    """A shallow copy with attributes of its own, which not every ``__setstate__`` gives it."""
+    copied = copy.copy(source)
+    if copied is not source and getattr(copied, "__dict__", None) is not getattr(source, "__dict__", copied):
+        return copied
+    copied = object.__new__(type(source))
+    copied.__dict__.update(source.__dict__)
+    return copied
 
 
 def _drawn_seed(generator: torch.Generator | None) -> int:
