@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import corpus
+import measure
 import report
+import resume
 import workers
 from contestants import SHAPES, contestants
 
@@ -94,19 +96,19 @@ def output(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout.strip()
 
 
-def limits_binary() -> Path:
-    """`forebay-limits`, built if it is missing or older than its source."""
+def binary(name: str, source: str) -> Path:
+    """A program of `benches/src`, built if it is missing or older than its source."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = Path(os.environ.get("CARGO_TARGET_DIR") or cache / "forebay" / "target")
-    binary = target / "release" / "forebay-limits"
-    source = ROOT / "benches" / "src" / "main.rs"
-    if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
-        print("bench: building forebay-limits", file=sys.stderr, flush=True)
+    built = target / "release" / name
+    written = ROOT / "benches" / "src" / source
+    if not built.exists() or built.stat().st_mtime < written.stat().st_mtime:
+        print(f"bench: building {name}", file=sys.stderr, flush=True)
         environment = {**os.environ, "CARGO_TARGET_DIR": str(target)}
-        command = ["cargo", "build", "--release", "--quiet", "-p", "forebay-benches"]
+        command = ["cargo", "build", "--release", "--quiet", "-p", "forebay-benches", "--bin", name]
         subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, check=True)
-        os.utime(binary)
-    return binary
+        os.utime(built)
+    return built
 
 
 def machine() -> dict[str, Any]:
@@ -133,11 +135,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def header(plan: Plan, quick: bool, seed: int) -> dict[str, Any]:
+def header(kind: str, quick: bool, seed: int) -> dict[str, Any]:
     commit = output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
     changed = bool(output("git", "status", "--porcelain", "--untracked-files=no"))
     return {
-        "kind": "benchmark",
+        "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit + (" with changes" if changed else ""),
         "command": "make bench" + (f" ARGS='{' '.join(sys.argv[1:])}'" if sys.argv[1:] else ""),
@@ -145,15 +147,14 @@ def header(plan: Plan, quick: bool, seed: int) -> dict[str, Any]:
         "seed": seed,
         "machine": machine(),
         "versions": versions(),
-        "plan": plan.__dict__,
     }
 
 
 def jobs(plan: Plan, quick: bool, data: Path) -> list[Job]:
     """What one repeat consists of."""
     found = []
-    binary = str(limits_binary())
-    measure = [sys.executable, str(HERE / "measure.py")]
+    gather = str(binary("forebay-limits", "main.rs"))
+    one_loader = [sys.executable, str(HERE / "measure.py")]
     chosen = [one for one in contestants() if one.quick or not quick]
     groups = {one.group for one in chosen}
     for number, shape in enumerate(SHAPES[: plan.shapes]):
@@ -165,14 +166,14 @@ def jobs(plan: Plan, quick: bool, data: Path) -> list[Job]:
             asked |= {"warm_up_s": plan.warm_up_s, "window_s": plan.window_s}
             labels = {"kind": "loader", "name": one.name, "group": one.group, **sizes}
             seconds = 3.5 + plan.warm_up_s + plan.window_s
-            found.append(Job(labels, [*measure, json.dumps(asked)], data / one.reads, seconds))
+            found.append(Job(labels, [*one_loader, json.dumps(asked)], data / one.reads, seconds))
         for dtype in sorted(groups & set(corpus.DTYPES)):
             path = data / f"tokens-{dtype}.bin"
             for threads in (1, 2):
                 arguments = [str(path), dtype, shape.seq_len, shape.batch_size, threads, plan.limit_s]
                 labels = {"kind": "limit", "name": "gather", "group": dtype, "threads": threads, **sizes}
                 # Three kernels, and copying.
-                found.append(Job(labels, [binary, *map(str, arguments)], path, 0.5 + 4 * plan.limit_s))
+                found.append(Job(labels, [gather, *map(str, arguments)], path, 0.5 + 4 * plan.limit_s))
     for codec in sorted(groups & set(corpus.CODECS)):
         for name in ("decompress", "decode"):
             for threads in (1, 2):
@@ -180,7 +181,7 @@ def jobs(plan: Plan, quick: bool, data: Path) -> list[Job]:
                 asked |= {"corpus": str(data), "window_s": 2 * plan.limit_s}
                 labels = {"kind": "limit", "name": name, "group": codec, "threads": threads}
                 path = data / f"parquet-{codec}"
-                found.append(Job(labels, [*measure, json.dumps(asked)], path, 1 + 2 * plan.limit_s))
+                found.append(Job(labels, [*one_loader, json.dumps(asked)], path, 1 + 2 * plan.limit_s))
     return found
 
 
@@ -246,7 +247,7 @@ def benchmark(quick: bool, out: Path, minutes: float | None) -> list[dict[str, A
     turn = jobs(plan, quick, data)
     one_turn_s = sum(job.seconds for job in turn)
     progress = Progress(plan.repeats * one_turn_s)
-    records = [header(plan, quick, seed)]
+    records = [{**header("benchmark", quick, seed), "plan": plan.__dict__}]
     lost: set[str] = set()
     measuring = time.monotonic()
     with (out / "results.jsonl").open("w") as file:
@@ -276,34 +277,79 @@ def benchmark(quick: bool, out: Path, minutes: float | None) -> list[dict[str, A
     return records
 
 
+def resuming(seed: int) -> list[dict[str, Any]]:
+    def tell(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\rbench: resuming, round {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+    return resume.measure(OUT, seed, resume.REPEATS, tell)
+
+
+def at_scale(_seed: int) -> list[dict[str, Any]]:
+    command = [str(binary("forebay-scale", "scale.rs"))]
+    told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in told.splitlines()]
+
+
+#: What is measured of forebay alone, in under a minute each: one process at a time, all else as in the tables.
+ALONE: dict[str, Callable[[int], list[dict[str, Any]]]] = {"resume": resuming, "scale": at_scale}
+
+
+def alone(name: str) -> str:
+    """Runs a part of its own; its section of the results."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    seed = random.SystemRandom().randrange(1 << 32)
+    taken, cpu, began = measure.machine_cpu_seconds(), cpu_seconds(), time.monotonic()
+    found = ALONE[name](seed)
+    elapsed = time.monotonic() - began
+    others = (measure.machine_cpu_seconds() - taken - (cpu_seconds() - cpu)) / elapsed
+    records = [{**header(name, False, seed), "other_cores": max(0.0, others)}, *found]
+    (OUT / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return report.section(records)
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it waited for."""
+    return sum(os.times()[:4])
+
+
 def load(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except FileNotFoundError:
-        sys.exit("bench: there are no results yet: run `make bench` first")
+        sys.exit(f"bench: {path.name} is not there yet: run `make bench` first")
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under two minutes, one repeat: shows that it works")
     parser.add_argument(
-        "--write-results", action="store_true", help="measure nothing: write benches/RESULTS.md from results.jsonl"
+        "--write-results", action="store_true", help="measure nothing: write benches/RESULTS.md from the last results"
     )
+    parser.add_argument("--resume", action="store_true", help="only what resuming costs, wherever in the epoch")
+    parser.add_argument("--scale", action="store_true", help="only the order, and 10^6 shards on 4096 ranks")
     parser.add_argument("--minutes", type=float, help="no further repeat that would pass this (default: 19)")
     options = parser.parse_args(arguments)
     if not sys.platform.startswith("linux"):
         sys.exit("bench: measures through /proc, which only Linux has")
     if options.write_results:
-        records = load(OUT / "results.jsonl")
-        path = ROOT / "benches" / "RESULTS.md"
+        results = ROOT / "benches" / "RESULTS.md"
         # What workers.py wrote below its mark stays.
-        kept = path.read_text().partition(workers.MARK) if path.exists() else ("", "", "")
-        path.write_text(report.markdown(records) + (f"\n{kept[1]}{kept[2]}" if kept[1] else ""))
+        kept = results.read_text().partition(workers.MARK) if results.exists() else ("", "", "")
+        parts = [report.markdown(load(OUT / "results.jsonl"))]
+        parts += [report.section(load(path)) for name in ALONE if (path := OUT / f"{name}.jsonl").exists()]
+        parts += ["".join(kept[1:])] if kept[1] else []
+        results.write_text("\n".join(parts))
         print("bench: wrote benches/RESULTS.md", file=sys.stderr)
+        return
+    chosen = [name for name in ALONE if getattr(options, name)]
+    if chosen:
+        print("\n".join(alone(name) for name in chosen))
         return
     out = OUT / "quick" if options.quick else OUT
     records = benchmark(options.quick, out, options.minutes)
-    text = report.markdown(records)
+    text = "\n".join([report.markdown(records), *([] if options.quick else map(alone, ALONE))])
     (out / "results.md").write_text(text)
     (out / "index.html").write_text(report.page(records))
     print(text)

@@ -219,6 +219,128 @@ def markdown(records: list[Record]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads), *("| " + " | ".join(row) + " |" for row in rows)
+    ]  # fmt: skip
+
+
+def circumstances(head: Record) -> list[str]:
+    busy = head["other_cores"]
+    machine = head["machine"]
+    return [
+        f"- {machine['cpu']}, {machine['cores']} cores; {head['date']}; commit {head['commit']}; `{head['command']}`",
+        f"- Meanwhile other processes took {busy:.2f} cores"
+        + ("; **this machine was not quiet: the times are to be measured again**" if busy > 0.1 else ""),
+    ]
+
+
+def section(records: list[Record]) -> str:
+    """The part of the results that a run of forebay alone gave."""
+    parts = {"resume": resume_parts, "scale": scale_parts}[records[0]["kind"]](records)
+    return "\n".join(parts) + "\n"
+
+
+def resume_parts(records: list[Record]) -> list[str]:
+    runs: dict[tuple[str, float], list[Record]] = {}
+    for record in records[1:]:
+        runs.setdefault((record["name"], record["share"]), []).append(record)
+    shares = sorted({share for _, share in runs})
+
+    def shown(values: list[float]) -> str:
+        low, _, high = quantiles(values)
+        return f"{number(median(values))} ({number(low)} to {number(high)})"
+
+    rows, verdicts = [], []
+    for name in sorted({name for name, _ in runs}):
+        of = {share: [run["resume_ms"] for run in runs[name, share]] for share in shares}
+        opening = [run["open_ms"] for share in shares for run in runs[name, share]]
+        blocks = runs[name, shares[0]][0]["blocks"]
+        rows.append([name, f"{blocks:,}", shown(opening), *(shown(of[share]) for share in shares)])
+        middles = {share: median(values) for share, values in of.items()}
+        first, last = min(middles, key=middles.__getitem__), max(middles, key=middles.__getitem__)
+        spread = max(quantiles(values)[2] - quantiles(values)[0] for values in of.values())
+        apart = middles[last] - middles[first]
+        verdicts.append(
+            f"- {name}: the medians differ by {number(apart)} ms, {'less' if apart <= spread else '**more**'} than the"
+            f" middle half of the runs at one place ({number(spread)} ms)"
+        )
+    repeats = max(record["repeat"] for record in records[1:]) + 1
+    heads = ["", "blocks", "opening ms", *(f"at {share:.0%}: ms" for share in shares)]
+    return [
+        "## Resuming, wherever in the epoch", "",
+        f"From `load_state_dict` to the first batch, on a loader opened for it: median of {repeats}, and the middle"
+        " half of them; places and formats took turns in random order. Every first batch was the one that stands"
+        " there.", "",
+        *circumstances(records[0]), *verdicts, "", *table(heads, rows),
+    ]  # fmt: skip
+
+
+def scale_parts(records: list[Record]) -> list[str]:
+    of: dict[str, list[Record]] = {}
+    for record in records[1:]:
+        of.setdefault(record["kind"], []).append(record)
+    tables, memory, state = of["scale-table"][0], of["scale-memory"][0], of["scale-state"][0]
+    plans = {record["name"]: record for record in of["scale-plan"]}
+    rows = []
+    for order in of["scale-order"]:
+        name = order["name"]
+        first = [record for record in of["scale-first"] if record["name"] == name]
+        places, plan = [record["us"] for record in first], plans[name]
+        rows.append([
+            name, f"{number(order['new_us'])}", f"{number(order['ns_per_position'])}",
+            f"{number(min(places))} to {number(max(places))}",
+            f"{min(r['shards'] for r in first)} to {max(r['shards'] for r in first)}",
+            f"{min(r['shards_in_100_steps'] for r in first)} to {max(r['shards_in_100_steps'] for r in first)}",
+            f"{plan['distances_seconds'] + plan['decoding_seconds']:.2f}", f"{plan['amplification']:.2f}",
+        ])  # fmt: skip
+    order = of["scale-order"][0]
+    heads = [
+        "order", "new epoch µs", "ns per position", "first batch found in µs", "shards in it", "shards in 100 steps",
+        "plan s", "decoded per token",
+    ]  # fmt: skip
+
+    def power(n: int) -> str:
+        for bits in range(9, 64):
+            for beside in (-1, 0, 1):
+                if n == 2**bits + beside:
+                    return f"2^{bits}" + ("", f" {'+' if beside > 0 else '-'} 1")[beside != 0]
+        return f"{n:,}"
+
+    drawn = [
+        [
+            power(record["n"]), number(record["ns"]), number(record["ns_once"]), f"{record['pairs_z']:+.1f}",
+            "" if record["moved_z"] is None else f"{record['moved_z']:+.1f}",
+        ]
+        for record in of["permutation"]
+    ]  # fmt: skip
+    built = "" if tables["profile"] == "release" else f"; **a {tables['profile']} build: slower than what is shipped**"
+    return [
+        "## 15 T tokens in 10^6 shards on 4096 ranks, simulated", "",
+        f"{tables['tokens']:,} tokens in {tables['shards']:,} shards of uneven length, sequences of 4096, 4 to a rank"
+        " and step: the loader's own order, partition and plan over a table of token counts. What each structure grows"
+        " with is in ARCHITECTURE.md.", "",
+        *circumstances(records[0]),
+        f"- The table of shards takes {tables['bytes'] / 1e6:.1f} MB and {tables['seconds'] * 1e3:.1f} ms to add up;"
+        f" the order of an epoch {order['bytes']} bytes; a state at most {state['most_json_bytes']} bytes as JSON;"
+        f" all of this and the plans {memory['anonymous_bytes'] / 1e6:.1f} MB at the end{built}", "",
+        *table(heads, rows), "",
+        "First batch: of ranks 0 and 4095, at 0, 50 and 99.9 % of an epoch. Decoded per token: as planned for Parquet,"
+        " blocks of 128 Ki tokens and 512 MiB of cache on each rank; a rank's whole epoch simulated.", "",
+        "## The permutation: cost and uniformity", "",
+        "`kept` is drawn once and applied often, `once` is drawn anew for each index, as in windows. Pairs: where two"
+        " neighbours go over 10^5 keys, in 16 x 16 classes. Moved: by how much 2^18 places are moved under one key, in"
+        " 64 classes. Both as standard deviations of chi-squared from its mean; above 4 would be no random permutation."
+        + built.lstrip(";"), "",
+        *table(["n", "kept ns", "once ns", "pairs", "moved"], drawn),
+    ]  # fmt: skip
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    ordered = sorted(values)
+    return tuple(ordered[round((len(ordered) - 1) * share)] for share in (0.25, 0.5, 0.75))  # type: ignore[return-value]
+
+
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2733; --soft: #5d6b7a; --line: #d8dee6; --back: #fff; --ours: #1769aa;
   --peer: #a9b4c0; --limit: #c2571a; }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
-use crate::corpus::Corpus;
+use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::{Error, Result};
 use crate::fill::{Id, Piece, pieces, widen};
 use crate::layout::concat::{Concat, Specials};
@@ -27,28 +27,41 @@ pub(crate) struct Scratch {
     pub(crate) decode_nanos: u64,
 }
 
+/// Where a block lies in the stream.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// The block's number in the corpus.
+    pub block: u64,
+    /// Its first stream token.
+    pub start: u64,
+    /// Stream tokens it holds.
+    pub len: u64,
+    /// Tokens in the file.
+    pub tokens: u64,
+    /// Bytes when decoded.
+    pub bytes: u64,
+}
+
 /// The stream of a corpus.
 #[derive(Debug)]
 pub(crate) struct Reader {
     corpus: Arc<Corpus>,
     layout: Concat,
     specials: Specials,
-    /// Whether each block's first token continues a document of the block before.
-    continues: Vec<bool>,
-    cache: BlockCache,
+    /// Shared with the readers of other sources, among which this one's blocks go by `source`.
+    cache: Arc<BlockCache>,
+    source: usize,
 }
 
 impl Reader {
-    pub(crate) fn new(corpus: Arc<Corpus>, layout: Concat, specials: Specials, cache_bytes: u64) -> Self {
-        let mut continues = Vec::with_capacity(corpus.blocks().len());
-        for shard in corpus.shards() {
-            let mut open = 0i64;
-            for block in shard.blocks() {
-                continues.push(open > 0);
-                open += block.starts as i64 - block.ends as i64;
-            }
-        }
-        Self { corpus, layout, specials, continues, cache: BlockCache::new(cache_bytes) }
+    pub(crate) fn new(
+        corpus: Arc<Corpus>,
+        layout: Concat,
+        specials: Specials,
+        cache: Arc<BlockCache>,
+        source: usize,
+    ) -> Self {
+        Self { corpus, layout, specials, cache, source }
     }
 
     pub(crate) fn corpus(&self) -> &Corpus {
@@ -57,10 +70,6 @@ impl Reader {
 
     pub(crate) fn layout(&self) -> &Concat {
         &self.layout
-    }
-
-    pub(crate) fn cache(&self) -> &BlockCache {
-        &self.cache
     }
 
     /// Writes stream tokens `range` over `row`. With `ends_chunk`, blocks that begin inside the row are read no further than needed.
@@ -72,34 +81,51 @@ impl Reader {
         scratch: &mut Scratch,
     ) -> Result<()> {
         debug_assert_eq!(range.end - range.start, row.len() as u64);
-        if range.is_empty() {
-            return Ok(());
-        }
-        let (mut block, mut from) = self.layout.locate(range.start);
+        let mut at = range.start;
         while !row.is_empty() {
-            let to = self.layout.block_len(block).min(from + row.len() as u64);
-            let (part, rest) = row.split_at_mut((to - from) as usize);
-            let prefix_only = ends_chunk && self.layout.block_start(block) > range.start;
-            self.fill_from_block(block, from..to, prefix_only, part, scratch).map_err(|error| {
-                let (shard, index, _) = self.corpus.block(block);
-                error.at(shard.path()).in_block(index as u64)
-            })?;
-            row = rest;
-            block += 1;
-            from = 0;
+            let (index, within) = self.layout.locate(at);
+            let shard = self.corpus.shard(index)?;
+            for (block, part) in self.stretches(&shard, within, row.len() as u64) {
+                let (filled, rest) = row.split_at_mut((part.end - part.start) as usize);
+                let prefix_only = ends_chunk && at > range.start;
+                let block = BlockRef { shard: index as u32, block: block as u32 };
+                self.fill_from_block(&shard, block, part, prefix_only, filled, scratch)
+                    .map_err(|error| error.at(shard.shard().path()).in_block(u64::from(block.block)))?;
+                at += filled.len() as u64;
+                row = rest;
+            }
         }
         Ok(())
     }
 
+    /// The blocks that hold the up to `len` tokens from `within` of a shard's stream, each with its stretch of its own stream.
+    fn stretches<'a>(
+        &self,
+        shard: &'a OpenShard,
+        within: u64,
+        len: u64,
+    ) -> impl Iterator<Item = (usize, Range<u64>)> + use<'a> {
+        let (specials, before) = (self.specials, shard.before());
+        let first = specials.block_at(before, within);
+        let end = within + len;
+        let place = move |block: usize| specials.stream_len(before[block]);
+        (first..before.len() - 1).take_while(move |block| place(*block) < end).map(move |block| {
+            let start = place(block);
+            (block, within.saturating_sub(start)..end.min(place(block + 1)) - start)
+        })
+    }
+
     fn fill_from_block<T: Id>(
         &self,
-        block: usize,
+        opened: &OpenShard,
+        block: BlockRef,
         range: Range<u64>,
         prefix_only: bool,
         row: &mut [T],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let (shard, index, meta) = self.corpus.block(block);
+        let (shard, index) = (opened.shard(), block.block as usize);
+        let meta = &shard.blocks()[index];
         let dtype = shard.dtype();
         match shard.access() {
             Access::Random if self.specials.none() => {
@@ -109,7 +135,7 @@ impl Reader {
             Access::Random => {
                 let ends = shard.ends(index, &mut scratch.ends)?;
                 let buffer = &mut scratch.tokens;
-                self.fill_pieces(&ends, meta.tokens, self.continues[block], range, row, |part, tokens| {
+                self.fill_pieces(&ends, meta.tokens, opened.continues(index), range, row, |part, tokens| {
                     widen_checked(part, &shard.tokens(index, tokens, buffer)?)
                 })
             }
@@ -120,7 +146,12 @@ impl Reader {
                     decoded_here = true;
                     shard.decode(index, limit)
                 };
-                let decoded = self.cache.get(block, meta.decoded_bytes, prefix_only.then_some(range.end), decode)?;
+                let decoded = self.cache.get(
+                    (self.source, block),
+                    meta.decoded_bytes,
+                    prefix_only.then_some(range.end),
+                    decode,
+                )?;
                 if decoded_here {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
                 }
@@ -132,7 +163,7 @@ impl Reader {
                 let ends = Ends::List(&decoded.ends);
                 // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
-                self.fill_pieces(&ends, tokens, self.continues[block], range, row, |part, tokens| {
+                self.fill_pieces(&ends, tokens, opened.continues(index), range, row, |part, tokens| {
                     widen_fitting(part, &slice(tokens))
                 })
             }
@@ -162,6 +193,28 @@ impl Reader {
         })
     }
 
+    /// The block that holds stream token `at`.
+    pub(crate) fn place(&self, at: u64) -> Result<Place> {
+        let (index, within) = self.layout.locate(at);
+        let shard = self.corpus.shard(index)?;
+        let before = shard.before();
+        let block = self.specials.block_at(before, within);
+        let (start, end) = (self.specials.stream_len(before[block]), self.specials.stream_len(before[block + 1]));
+        let meta = &shard.shard().blocks()[block];
+        Ok(Place {
+            block: (index as u64) << 32 | block as u64,
+            start: at - within + start,
+            len: end - start,
+            tokens: meta.tokens,
+            bytes: meta.decoded_bytes,
+        })
+    }
+
+    /// Bytes of the tables that say where tokens are.
+    pub(crate) fn index_bytes(&self) -> u64 {
+        self.corpus.index_bytes() + self.layout.index_bytes()
+    }
+
     /// Whether reading ahead can help: windows are read from the file one by one.
     pub(crate) fn reads_ahead(&self) -> bool {
         self.corpus.access() == Access::Random
@@ -169,24 +222,23 @@ impl Reader {
 
     /// Asks for the windows of stream tokens `range` that are not in memory to be read ahead. Returns whether there were any.
     pub(crate) fn read_ahead(&self, range: Range<u64>) -> bool {
-        if range.is_empty() {
-            return false;
-        }
-        let (mut block, mut from) = self.layout.locate(range.start);
-        let mut left = range.end - range.start;
+        let mut at = range.start;
         let mut asked = false;
-        while left > 0 {
-            let to = self.layout.block_len(block).min(from + left);
-            let (shard, index, meta) = self.corpus.block(block);
-            // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
-            let tokens = from.min(meta.tokens)..to.min(meta.tokens);
-            if !shard.is_resident(index, tokens.clone()) {
-                shard.will_need(index, tokens);
-                asked = true;
+        while at < range.end {
+            let (index, within) = self.layout.locate(at);
+            // Opening a shard is left to whoever reads it: the first batch must not wait for those of all windows ahead.
+            let Some(opened) = self.corpus.opened(index) else { return true };
+            let shard = opened.shard();
+            for (block, part) in self.stretches(&opened, within, range.end - at) {
+                at += part.end - part.start;
+                let tokens = shard.blocks()[block].tokens;
+                // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
+                let wanted = part.start.min(tokens)..part.end.min(tokens);
+                if !shard.is_resident(block, wanted.clone()) {
+                    shard.will_need(block, wanted);
+                    asked = true;
+                }
             }
-            left -= to - from;
-            block += 1;
-            from = 0;
         }
         asked
     }
@@ -224,9 +276,12 @@ pub(crate) struct BlockCache {
     decoded_bytes: AtomicU64,
 }
 
+/// Source, and block of it.
+type BlockKey = (usize, BlockRef);
+
 #[derive(Debug, Default)]
 struct CacheInner {
-    entries: HashMap<usize, Entry>,
+    entries: HashMap<BlockKey, Entry>,
     used_bytes: u64,
     clock: u64,
 }
@@ -243,7 +298,7 @@ enum Entry {
 }
 
 impl BlockCache {
-    fn new(budget_bytes: u64) -> Self {
+    pub(crate) fn new(budget_bytes: u64) -> Self {
         Self {
             budget_bytes,
             inner: Mutex::default(),
@@ -251,6 +306,11 @@ impl BlockCache {
             decoded_blocks: AtomicU64::new(0),
             decoded_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// Bytes that blocks may take.
+    pub(crate) fn budget_bytes(&self) -> u64 {
+        self.budget_bytes
     }
 
     /// Blocks decoded so far, and their bytes.
@@ -269,7 +329,7 @@ impl BlockCache {
     /// With `prefix`, a block that is not there is decoded just that far, and not kept.
     fn get(
         &self,
-        key: usize,
+        key: BlockKey,
         bytes: u64,
         prefix: Option<u64>,
         mut decode: impl FnMut(Option<u64>) -> Result<DecodedBlock>,
@@ -327,7 +387,7 @@ impl CacheInner {
                     Entry::Ready { used_at, bytes, .. } => Some((*used_at, *key, *bytes)),
                     Entry::Loading => None,
                 })
-                .min();
+                .min_by_key(|(used_at, ..)| *used_at);
             let Some((_, key, freed)) = oldest else { return };
             self.entries.remove(&key);
             self.used_bytes -= freed;
@@ -337,7 +397,7 @@ impl CacheInner {
 
 struct Loading<'a> {
     cache: &'a BlockCache,
-    key: usize,
+    key: BlockKey,
     bytes: u64,
 }
 
@@ -362,10 +422,10 @@ mod tests {
     #[test]
     fn stays_within_its_budget_and_drops_what_was_not_used_for_longest() {
         let cache = BlockCache::new(100);
-        let get = |key: usize| {
+        let get = |index: u32| {
             let mut decoded = false;
             cache
-                .get(key, 40, None, |_| {
+                .get((0, BlockRef { shard: 0, block: index }), 40, None, |_| {
                     decoded = true;
                     Ok(block(40))
                 })
@@ -384,14 +444,15 @@ mod tests {
     #[test]
     fn a_block_wanted_by_many_is_decoded_once_and_a_failure_is_not_kept() {
         let cache = BlockCache::new(1000);
-        assert!(cache.get(7, 10, None, |_| Err(Error::data("broken"))).is_err());
+        let key = (0, BlockRef { shard: 1, block: 7 });
+        assert!(cache.get(key, 10, None, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 0);
         let decoded = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
                     cache
-                        .get(7, 10, None, |_| {
+                        .get(key, 10, None, |_| {
                             decoded.fetch_add(1, Ordering::Relaxed);
                             std::thread::sleep(std::time::Duration::from_millis(20));
                             Ok(block(10))

@@ -10,6 +10,9 @@
 //!
 //! The algorithm is named by [`VERSION`] and pinned by golden tests: changing it is a new version.
 
+pub mod course;
+pub mod holdout;
+pub mod mixture;
 pub mod partition;
 pub mod permutation;
 
@@ -202,6 +205,24 @@ mod tests {
             assert_ne!(list(0, 0), list(0, 1), "{arrangement:?}");
             assert_ne!(list(0, 0), list(1, 0), "{arrangement:?}");
         }
+    }
+
+    /// Chi-squared over epochs of which chunks stand at an epoch's first two positions, on two lanes, against its mean and five standard deviations.
+    #[test]
+    fn chunks_come_anywhere_alike() {
+        let (chunk, chunks, epochs) = (10, 30, 40_000);
+        let mut pairs = vec![0u64; (chunks * chunks) as usize];
+        for epoch in 0..epochs {
+            let order = EpochOrder::new(chunk * chunks, Arrangement::Block { chunk, lanes: 6, window: 20 }, 5, epoch);
+            let [first, second] = [0, 1].map(|position| order.sequence_at(position) / chunk);
+            pairs[(first * chunks + second) as usize] += 1;
+        }
+        // Lanes are five chunks long, so the two are of different chunks.
+        let freedom = (chunks * (chunks - 1) - 1) as f64;
+        let expected = epochs as f64 / (freedom + 1.0);
+        let apart = pairs.iter().zip(0..).filter(|(_, index)| index / chunks != index % chunks);
+        let chi: f64 = apart.map(|(count, _)| (*count as f64 - expected).powi(2) / expected).sum();
+        assert!(chi <= freedom + 5.0 * (2.0 * freedom).sqrt(), "chi2 {chi:.0} of {freedom}");
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub fn derive_key(key: u64, words: &[u64]) -> u64 {
 }
 
 /// `hash` scaled to `0..m`.
-fn reduce(hash: u64, m: u64) -> u64 {
+pub(super) fn reduce(hash: u64, m: u64) -> u64 {
     ((u128::from(hash) * u128::from(m)) >> 64) as u64
 }
 
@@ -218,6 +218,50 @@ mod tests {
             {
                 let freedom = freedom as f64;
                 assert!(value <= freedom + 5.0 * (2.0 * freedom).sqrt() + 5.0, "n={n} {what}: chi2 {value:.0}");
+            }
+        }
+    }
+
+    /// Standard deviations by which chi-squared exceeds its mean.
+    fn excess(counts: impl Iterator<Item = (u64, f64)>) -> f64 {
+        let (mut sum, mut classes) = (0.0, 0.0);
+        for (count, expected) in counts {
+            sum += (count as f64 - expected).powi(2) / expected;
+            classes += 1.0;
+        }
+        let freedom: f64 = classes - 1.0;
+        (sum - freedom) / (2.0 * freedom).sqrt()
+    }
+
+    #[test]
+    fn pairs_go_everywhere_alike_in_domains_too_small_for_rounds() {
+        for n in [3u64, 5, 8, 16] {
+            let keys = 50_000;
+            let mut pairs = vec![0u64; (n * n) as usize];
+            for key in 0..keys {
+                let permutation = Permutation::new(n, derive_key(123, &[key]));
+                pairs[(permutation.apply(0) * n + permutation.apply(n - 1)) as usize] += 1;
+            }
+            let apart = pairs.iter().zip(0..).filter(|(_, index)| index / n != index % n);
+            let found = excess(apart.map(|(count, _)| (*count, keys as f64 / (n * (n - 1)) as f64)));
+            assert!(found < 4.0, "n={n}: {found:.1}");
+        }
+    }
+
+    #[test]
+    fn displacements_are_those_of_a_random_permutation_beside_powers_of_two() {
+        for bits in [16u32, 24, 40, 62] {
+            for n in [(1u64 << bits) - 1, 1 << bits, (1 << bits) + 1] {
+                let permutation = Permutation::new(n, 11);
+                let (places, mut classes) = (1u64 << 16, [0u64; 32]);
+                for place in 0..places {
+                    let from = (u128::from(place) * u128::from(n) / u128::from(places)) as u64;
+                    // The share of pairs of places that are nearer to each other: even in 0..1 for a random permutation.
+                    let left = 1.0 - permutation.apply(from).abs_diff(from) as f64 / n as f64;
+                    classes[((1.0 - left * left) * 32.0).min(31.0) as usize] += 1;
+                }
+                let found = excess(classes.iter().map(|count| (*count, places as f64 / 32.0)));
+                assert!(found < 4.0, "n={n}: {found:.1}");
             }
         }
     }

@@ -1,0 +1,219 @@
+//! Protects: what `plan` announces is what happens - steps, remainder, displacement, decoding, memory.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use forebay::config::{Config, Remainder, Shuffle};
+use forebay::loader::IGNORED_LABEL;
+use forebay::plan::Plan;
+use forebay::tokens::Dtype;
+use forebay::{Loader, Next};
+use forebay_tests::{Container, Shape, documents, write};
+use parquet::basic::Compression;
+
+const SEQ_LEN: u64 = 64;
+const LANES: u64 = 8;
+/// Compressed pages, so that the larger part of a block's cost is real, and small ones, so that blocks can be.
+const PARQUET: Container = Container::Parquet { codec: Compression::SNAPPY, encoding: None, pages: 1 };
+
+/// About 400,000 tokens in a folder, written once.
+fn folder(container: Container, suffix: &str) -> PathBuf {
+    static FOLDERS: OnceLock<HashMap<&'static str, PathBuf>> = OnceLock::new();
+    let folders = FOLDERS.get_or_init(|| {
+        let root = tempfile::tempdir().unwrap().keep();
+        [("parquet", PARQUET), ("arrow", Container::ArrowFile(None))]
+            .into_iter()
+            .map(|(suffix, container)| {
+                let folder = root.join(suffix);
+                std::fs::create_dir(&folder).unwrap();
+                for shard in 0..3 {
+                    let path = folder.join(format!("{shard}.{suffix}"));
+                    write(&path, container, Dtype::I32, Shape::List, &documents(1000, 120, 50_000, shard), 300);
+                }
+                (suffix, folder)
+            })
+            .collect()
+    });
+    assert!(matches!(container, Container::Parquet { .. }) == (suffix == "parquet"));
+    folders[suffix].clone()
+}
+
+fn parquet() -> Config {
+    Config {
+        data: vec![folder(PARQUET, "parquet").to_str().unwrap().to_owned()],
+        seq_len: SEQ_LEN,
+        shuffle: Shuffle::Block,
+        lanes: LANES,
+        block_tokens: 256,
+        chunk_tokens: 8192,
+        window_tokens: 32_768,
+        num_threads: Some(1),
+        dp_rank: Some(0),
+        dp_world_size: Some(1),
+        ..Config::default()
+    }
+}
+
+/// What all ranks' epoch came to.
+#[derive(Debug, Default)]
+struct Ran {
+    steps: Vec<u64>,
+    targets: u64,
+    decoded_tokens: u64,
+    most_cache_bytes: u64,
+    most_buffer_bytes: u64,
+}
+
+fn run(config: &Config, world_size: u64) -> Ran {
+    let mut ran = Ran::default();
+    for rank in 0..world_size {
+        let config = Config { dp_rank: Some(rank), dp_world_size: Some(world_size), ..config.clone() };
+        let loader = Loader::open(config).unwrap();
+        let batches = loader.iter();
+        let mut steps = 0;
+        while let Next::Batch(batch) = batches.next_timeout(Duration::from_secs(60)).unwrap() {
+            steps += 1;
+            for row in 0..batch.rows {
+                ran.targets += batch.row("labels", row).iter().filter(|id| **id != IGNORED_LABEL).count() as u64;
+            }
+            let stats = loader.stats();
+            ran.most_cache_bytes = ran.most_cache_bytes.max(stats.cache_bytes);
+            ran.most_buffer_bytes = ran.most_buffer_bytes.max(stats.buffer_bytes);
+        }
+        ran.steps.push(steps);
+        ran.decoded_tokens += loader.stats().decoded_bytes / 4;
+    }
+    ran
+}
+
+fn plan(config: &Config, world_size: u64) -> Plan {
+    let config = Config { dp_rank: Some(0), dp_world_size: Some(world_size), ..config.clone() };
+    Loader::open(config).unwrap().plan().unwrap()
+}
+
+#[test]
+fn blocks_are_decoded_as_often_as_planned_and_about_once_where_ranks_divide_the_lanes() {
+    // The cache holds the windows and not much more, so that the order and not the memory keeps decoding low.
+    let base = Config { memory_budget: 256 << 10, batch_size: 2, prefetch_batches: 2, ..parquet() };
+    for world_size in [1, 2, 4, 8] {
+        let planned = plan(&base, world_size);
+        let decoding = planned.sources[0].decoding.unwrap();
+        let ran = run(&base, world_size);
+        let measured = ran.decoded_tokens as f64 / planned.sources[0].tokens as f64;
+        eprintln!("W={world_size}: planned {:.3}, measured {measured:.3}", decoding.amplification);
+        assert!(decoding.whole_epoch && decoding.ranks == world_size, "{decoding:?}");
+        assert!(
+            (measured / decoding.amplification - 1.0).abs() < 0.02,
+            "W={world_size}: {measured} as against {decoding:?}"
+        );
+        assert!(measured <= 1.1, "W={world_size}: {measured}");
+        // It is the order that does it, not room for everything.
+        assert!(planned.memory.cache_bytes < planned.sources[0].tokens * 4 / 4, "{:?}", planned.memory);
+    }
+}
+
+#[test]
+fn wasteful_settings_are_announced_as_such() {
+    let tight = Config { memory_budget: 64 << 10, prefetch_batches: 1, ..parquet() };
+    for (what, config, world_size, least) in [
+        ("ranks that do not divide the lanes", tight.clone(), 3, 1.5),
+        (
+            "corpus order, in which every rank needs every block",
+            Config { shuffle: Shuffle::Off, ..tight.clone() },
+            4,
+            2.0,
+        ),
+        ("one permutation over blocks", Config { shuffle: Shuffle::Global, ..tight }, 2, 3.0),
+    ] {
+        let decoding = plan(&config, world_size).sources[0].decoding.unwrap();
+        let planned = plan(&config, world_size);
+        let measured = run(&config, world_size).decoded_tokens as f64 / planned.sources[0].tokens as f64;
+        eprintln!("{what}: planned {:.3}, measured {measured:.3}", decoding.amplification);
+        assert!(decoding.amplification > least, "{what}: {decoding:?}");
+        assert!((measured / decoding.amplification - 1.0).abs() < 0.05, "{what}: {measured} as against {decoding:?}");
+    }
+}
+
+#[test]
+fn memory_stays_inside_the_plan() {
+    for threads in [1, 4] {
+        let config = Config { num_threads: Some(threads), memory_budget: 256 << 10, prefetch_batches: 3, ..parquet() };
+        let memory = plan(&config, 1).memory;
+        let ran = run(&config, 1);
+        assert!(memory.budgeted_bytes() <= memory.budget_bytes, "{memory:?}");
+        assert!(ran.most_cache_bytes <= memory.cache_bytes, "{ran:?} {memory:?}");
+        assert!(ran.most_buffer_bytes <= memory.batches_bytes, "{ran:?} {memory:?}");
+        // And the plan is no mere upper bound: the cache comes close to its part.
+        assert!(ran.most_cache_bytes * 10 >= memory.cache_bytes * 9, "{ran:?} {memory:?}");
+    }
+}
+
+#[test]
+fn steps_and_remainder_are_as_planned() {
+    for shuffle in [Shuffle::Off, Shuffle::Block] {
+        for remainder in [Remainder::Drop, Remainder::Pad, Remainder::Wrap, Remainder::Short] {
+            for (world_size, batch_size) in [(1, 1), (3, 7), (4, 16)] {
+                let config = Config { shuffle, remainder, batch_size, ..parquet() };
+                let Plan { epoch, sources, .. } = plan(&config, world_size);
+                let (epoch, source) = (epoch.unwrap(), &sources[0]);
+                let ran = run(&config, world_size);
+                let what = format!("{remainder:?} W={world_size} B={batch_size}: {epoch:?} {ran:?}");
+                assert!(ran.steps.iter().all(|steps| *steps == epoch.steps), "{what}");
+                assert_eq!(ran.targets, epoch.delivered_tokens + epoch.repeated_tokens, "{what}");
+                assert_eq!(epoch.delivered_tokens + epoch.dropped_tokens, source.stream_tokens, "{what}");
+                let places = epoch.steps * epoch.global_batch * SEQ_LEN;
+                let short_rows =
+                    if remainder == Remainder::Short { epoch.global_batch - epoch.last_batch_rows } else { 0 };
+                assert_eq!(
+                    epoch.delivered_tokens + epoch.padded_tokens + epoch.repeated_tokens + short_rows * SEQ_LEN,
+                    places,
+                    "{what}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn sequences_move_as_far_as_planned() {
+    let folder = folder(Container::ArrowFile(None), "arrow");
+    let base = Config { data: vec![folder.to_str().unwrap().to_owned()], ..parquet() };
+    let source = Loader::open(Config { shuffle: Shuffle::Off, ..base.clone() }).unwrap();
+    // Rows of the corpus by content, for telling which sequence a delivered row is.
+    let n = source.num_sequences();
+    let rows = source.sequences_at(0, 0, n).unwrap();
+    let mut places: HashMap<Vec<i64>, u64> = HashMap::new();
+    for row in 0..n {
+        assert!(places.insert(rows.row("input_ids", row as usize), row).is_none(), "two equal rows");
+    }
+    for shuffle in [Shuffle::Off, Shuffle::Global, Shuffle::Block] {
+        let loader = Loader::open(Config { shuffle, ..base.clone() }).unwrap();
+        let source = loader.plan().unwrap().sources.remove(0);
+        let delivered = loader.sequences_at(0, 0, n).unwrap();
+        let order: Vec<u64> = (0..n).map(|row| places[&delivered.row("input_ids", row as usize)]).collect();
+        let mut moved: Vec<u64> = order.iter().zip(0..).map(|(place, position)| place.abs_diff(position)).collect();
+        moved.sort_unstable();
+        let mean = moved.iter().sum::<u64>() as f64 / n as f64;
+        let planned = source.displacement;
+        assert_eq!(planned.sampled, n, "{shuffle:?}: small corpora are looked at whole");
+        assert!((planned.mean - mean).abs() < 1e-6, "{shuffle:?}: {mean} as against {planned:?}");
+        assert_eq!((planned.p50, planned.p95), (moved[n as usize / 2], moved[n as usize * 95 / 100]), "{shuffle:?}");
+        // Three standard deviations of the mean over permutations of that many things (Spearman's footrule).
+        let permuted = if shuffle == Shuffle::Block { n * SEQ_LEN / base.chunk_tokens } else { n };
+        let spread = 3.0 * (2.0 / 45.0_f64).sqrt() * 3.0 / (permuted as f64).sqrt();
+        let off = (planned.mean - planned.expected_mean).abs();
+        assert!(off <= spread * planned.expected_mean, "{shuffle:?}: {planned:?}");
+
+        let mut position_of = vec![0u64; n as usize];
+        order.iter().zip(0..).for_each(|(place, position)| position_of[*place as usize] = position);
+        let window = if shuffle == Shuffle::Block { base.window_tokens / SEQ_LEN } else { n };
+        let apart: Vec<u64> =
+            position_of.windows(2).map(|pair| pair[0].abs_diff(pair[1])).filter(|apart| *apart <= window).collect();
+        let mean = apart.iter().sum::<u64>() as f64 / apart.len() as f64;
+        let planned = source.neighbours;
+        assert!((mean / planned.expected_mean - 1.0).abs() < 0.1, "{shuffle:?}: {mean} as against {planned:?}");
+        assert!((planned.mean / planned.expected_mean - 1.0).abs() < 0.1, "{shuffle:?}: {planned:?}");
+    }
+}
