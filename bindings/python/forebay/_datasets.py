@@ -7,7 +7,9 @@ import contextlib
 import copy
 import inspect
 import itertools
+import os
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -306,6 +308,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._workers: Workers | _Caller | None = None
         self._ahead = loader._ahead(self._take_on_host)
         self._ended = False
+        # Where there is one processor, or no lock, threads wait for nothing that could be had otherwise.
+        self._hints = _has_gil() and len(os.sched_getaffinity(0)) > 1 if hasattr(os, "sched_getaffinity") else False
         self._drawn = 0
         self._skipped: set[int] = set()
         self._order = None if loader._dataset_kind == _DatasetKind.Iterable else _Order(loader)
@@ -339,6 +343,20 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
                 data = _utils.pin_memory.pin_memory(data, self._pin_memory_device)  # type: ignore[no-untyped-call]
             return (data,)
 
+    def _hint(self) -> None:
+        found = self._workers.contention() if isinstance(self._workers, Workers) else None
+        if found is None:
+            return
+        self._hints = False
+        name = type(self._dataset).__name__
+        if first_time(f"{name} holds the interpreter"):
+            text = (
+                f"{self._num_workers} threads did {found[0]:.1f} s of work of {name} in {found[1]:.1f} s: its Python "
+                "holds the interpreter, so that threads gain nothing; python3.14t runs them in parallel, and torch's own "
+                "DataLoader runs processes"
+            )
+            log_notes([text], [], None)
+
     def _is_ready(self) -> bool:
         return self._ended or (isinstance(self._workers, Workers) and self._workers.ready())
 
@@ -353,6 +371,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             self._ended = True
             self._position.finish()
             raise StopIteration
+        if self._hints:
+            self._hint()
         if self._order is not None:
             # A batch that failed counts: it fails again wherever it is asked for.
             self._position.handed(outcome.index[0], self._whole)
@@ -523,6 +543,10 @@ class _Caller:
             outcome = Outcome(index, error=error)
         outcome.worker = 0
         return outcome
+
+
+def _has_gil() -> bool:
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
 
 
 def _copied(source: Any) -> Any:

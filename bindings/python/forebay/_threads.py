@@ -53,6 +53,8 @@ class _Shared:
         self.outcomes: dict[int, Outcome] = {}
         self.begun = 0
         self.stopped = False
+        #: Seconds that threads spent on tasks, and of these the seconds on a processor.
+        self.busy_s = self.cpu_s = 0.0
         self.threads: list[threading.Thread] = []
         with _starting:
             _live.add(self)
@@ -67,8 +69,10 @@ class _Shared:
             if not self.changed.wait_for(lambda: self.begun >= count or self.stopped, timeout_s or None):
                 raise RuntimeError(f"DataLoader timed out after {timeout_s} seconds")
 
-    def put(self, number: int, outcome: Outcome) -> None:
+    def put(self, number: int, outcome: Outcome, busy_s: float = 0.0, cpu_s: float = 0.0) -> None:
         with self.changed:
+            self.busy_s += busy_s
+            self.cpu_s += cpu_s
             if not self.stopped:
                 self.outcomes[number] = outcome
                 self.changed.notify_all()
@@ -122,6 +126,7 @@ class Workers:
         self._ended: set[int] = set(ended)
         self._front = 0
         self._together = together
+        self._started_s = self._waited_s = 0.0
         self._stop = weakref.finalize(self, self._shared.stop)
 
     @property
@@ -155,7 +160,20 @@ class Workers:
             if thread is not threading.current_thread():
                 thread.join()
 
+    def contention(self) -> tuple[float, float] | None:
+        """Seconds of work and seconds gone by, if threads waited for the interpreter and the consumer for them.
+
+        Then together they keep one processor busy, and take longer over their tasks than that.
+        """
+        gone_s = time.monotonic() - self._started_s
+        with self._shared.changed:
+            busy_s, cpu_s = self._shared.busy_s, self._shared.cpu_s
+        if gone_s < 1 or len(self._begins) < 2 or self._waited_s < 0.5 * gone_s:
+            return None
+        return (cpu_s, gone_s) if 0.7 * gone_s < cpu_s < 1.2 * gone_s and busy_s > 1.6 * cpu_s else None
+
     def _start(self, next_index: Callable[[], Any]) -> None:
+        self._started_s = time.monotonic()
         for worker, begin in enumerate(self._begins):
             thread = threading.Thread(
                 target=_work,
@@ -197,7 +215,8 @@ class Workers:
 
     def _take(self, next_index: Callable[[], Any]) -> Outcome:
         count, shared = len(self._begins), self._shared
-        deadline = time.monotonic() + self._timeout_s if self._timeout_s > 0 else None
+        start = time.monotonic()
+        deadline = start + self._timeout_s if self._timeout_s > 0 else None
         with shared.changed:
             while (number := self._ready()) is None:
                 if shared.stopped:
@@ -207,6 +226,7 @@ class Workers:
                     raise RuntimeError(f"DataLoader timed out after {self._timeout_s} seconds")
                 shared.changed.wait(left)
             outcome = shared.outcomes.pop(number)
+        self._waited_s += time.monotonic() - start
         if self._own_data:
             outcome.worker = number % count
         self._pending.discard(number)
@@ -230,6 +250,7 @@ def _work(shared: _Shared, tasks: Tasks, begin: Begin, own_data: bool) -> None:
     shared.note_begun()
     while (task := tasks.get()) is not None and not shared.stopped:
         number, index = task
+        start, start_cpu = time.perf_counter(), time.thread_time()
         try:
             if work is None:
                 assert failed is not None
@@ -243,7 +264,7 @@ def _work(shared: _Shared, tasks: Tasks, begin: Begin, own_data: bool) -> None:
         except BaseException as error:
             error.add_note(f"raised in thread {threading.current_thread().name}")
             outcome = Outcome(index, error=error)
-        shared.put(number, outcome)
+        shared.put(number, outcome, time.perf_counter() - start, time.thread_time() - start_cpu)
         del outcome, task, index
 
 
