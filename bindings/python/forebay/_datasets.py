@@ -352,8 +352,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         if first_time(f"{name} holds the interpreter"):
             text = (
                 f"{self._num_workers} threads did {found[0]:.1f} s of work of {name} in {found[1]:.1f} s: its Python "
-                "holds the interpreter, so that threads gain nothing; python3.14t runs them in parallel, and torch's own "
-                "DataLoader runs processes"
+                "holds the interpreter, so that threads gain nothing; python3.14t runs them in parallel, and torch's "
+                "own DataLoader runs processes"
             )
             log_notes([text], [], None)
 
