@@ -26,6 +26,7 @@ import corpus
 import measure
 import report
 import resume
+import workers
 from contestants import SHAPES, contestants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -333,9 +334,13 @@ def main(arguments: Iterable[str] | None = None) -> None:
     if not sys.platform.startswith("linux"):
         sys.exit("bench: measures through /proc, which only Linux has")
     if options.write_results:
+        results = ROOT / "benches" / "RESULTS.md"
+        # What workers.py wrote below its mark stays.
+        kept = results.read_text().partition(workers.MARK) if results.exists() else ("", "", "")
         parts = [report.markdown(load(OUT / "results.jsonl"))]
         parts += [report.section(load(path)) for name in ALONE if (path := OUT / f"{name}.jsonl").exists()]
-        (ROOT / "benches" / "RESULTS.md").write_text("\n".join(parts))
+        parts += ["".join(kept[1:])] if kept[1] else []
+        results.write_text("\n".join(parts))
         print("bench: wrote benches/RESULTS.md", file=sys.stderr)
         return
     chosen = [name for name in ALONE if getattr(options, name)]

@@ -212,6 +212,38 @@ def test_the_order_of_arrival_is_torchs_other_choice() -> None:
     assert sorted(int(batch) for batch in loader) == list(range(60))
 
 
+@pytest.mark.parametrize(
+    ("busy_s", "cpu_s", "waited_s", "told"),
+    [
+        (4.0, 2.0, 1.9, True), (4.0, 3.9, 1.9, False), (4.0, 0.2, 1.9, False), (2.1, 2.0, 1.9, False),
+        (4.0, 2.0, 0.1, False),
+    ],
+)  # fmt: skip
+def test_threads_that_wait_for_the_interpreter_are_noticed(
+    busy_s: float, cpu_s: float, waited_s: float, told: bool
+) -> None:
+    """In two seconds: held, in parallel, asleep, one at a time, and a consumer that is slower anyway."""
+    from forebay._threads import Workers
+
+    workers = Workers([lambda: abs] * 2, own_data=False, window=4, in_order=True, timeout_s=0)
+    workers._shared.busy_s, workers._shared.cpu_s, workers._waited_s = busy_s, cpu_s, waited_s
+    workers._started_s = time.monotonic() - 2
+    assert (workers.contention() is not None) == told
+
+
+def test_the_hint_is_given_once_with_its_measurement(monkeypatch: Any, caplog: Any) -> None:
+    from forebay import _datasets, _threads
+
+    monkeypatch.setattr(_datasets, "_has_gil", lambda: True)
+    monkeypatch.setattr(_threads.Workers, "contention", lambda self: (2.1, 2.0))
+    monkeypatch.setattr(_datasets.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    with caplog.at_level("WARNING", "forebay"):
+        for _ in range(2):
+            list(DataLoader(Plain(), num_workers=2))
+    told = [record.getMessage() for record in caplog.records if "holds the interpreter" in record.getMessage()]
+    assert len(told) == 1 and "2 threads did 2.1 s of work of Plain in 2.0 s" in told[0]
+
+
 def test_processes_are_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="thread"):
         DataLoader(Numbers(), num_workers=2, multiprocessing_context="spawn")
@@ -407,7 +439,7 @@ def test_a_native_loader_looks_as_trainers_expect(corpus: Path) -> None:
     with pytest.raises(ValueError):
         loader.batch_size = 8
     python = DataLoader(Numbers(), num_workers=3)
-    assert not hasattr(python, "state_dict"), "a loader without a position must not claim one"
+    assert {"state_dict", "load_state_dict"} <= set(python.__dict__)
     assert python.num_workers == 3
 
 

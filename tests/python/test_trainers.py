@@ -5,6 +5,8 @@ Each test skips itself where its trainer is not installed: requirements/trainers
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
 import torch
-from support import first_ids
+from support import clean_environment, first_ids, json_from
 
 from forebay.torch import DataLoader, TokenDataset
 
@@ -36,6 +38,26 @@ def loader_of(corpus: Path) -> Any:
     loader = DataLoader(dataset, batch_size=ROWS, shuffle=True, seed=5, chunk_tokens=64, drop_last=True)
     assert len(loader) == STEPS
     return loader
+
+
+def dataset_loader_of(corpus: Path) -> Any:
+    """The same rows as a dataset that knows nothing of forebay, on threads."""
+    rows = [{name: tensor for name, tensor in row.items()} for row in iter_rows(corpus)]
+    generator = torch.Generator().manual_seed(3)
+    return DataLoader(rows, batch_size=ROWS, shuffle=True, generator=generator, num_workers=2, drop_last=True)
+
+
+def iter_rows(corpus: Path) -> Any:
+    dataset = TokenDataset(corpus, seq_len=SEQ_LEN)
+    return (dataset[index] for index in range(len(dataset)))
+
+
+MAKERS = [loader_of, dataset_loader_of]
+
+
+def epochs_of(make: Any, corpus: Path, count: int) -> list[list[list[int]]]:
+    loader = make(corpus)
+    return [[first_ids(batch) for batch in loader] for _ in range(count)]
 
 
 def epochs(corpus: Path, count: int) -> list[list[list[int]]]:
@@ -240,27 +262,261 @@ def lightning(folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_resumes_in_the_middle_of_an_epoch(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", MAKERS)
+def test_lightning_resumes_in_the_middle_of_an_epoch(corpus: Path, tmp_path: Path, make: Any) -> None:
     whole, trainer = lightning(tmp_path)
-    trainer.fit(whole, loader_of(corpus))
-    wanted = flat(epochs(corpus, 2))
+    trainer.fit(whole, make(corpus))
+    wanted = flat(epochs_of(make, corpus, 2))
     assert whole.tiny.seen == wanted
     for steps in (4, STEPS + 4):
         resumed, trainer = lightning(tmp_path / "again")
-        trainer.fit(resumed, loader_of(corpus), ckpt_path=str(tmp_path / f"step={steps}.ckpt"))
+        trainer.fit(resumed, make(corpus), ckpt_path=str(tmp_path / f"step={steps}.ckpt"))
         assert resumed.tiny.seen == wanted[steps:]
         assert_equal(weights(resumed), weights(whole))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_fabric_keeps_the_state(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", MAKERS)
+def test_fabric_keeps_the_state(corpus: Path, tmp_path: Path, make: Any) -> None:
     module = pytest.importorskip("lightning")
     fabric = module.Fabric(accelerator="cpu", devices=1)
-    loader = fabric.setup_dataloaders(loader_of(corpus))
+    loader = fabric.setup_dataloaders(make(corpus))
     iterator = iter(loader)
     for _ in range(4):
         next(iterator)
     fabric.save(tmp_path / "state.ckpt", {"loader": loader})
-    fresh = fabric.setup_dataloaders(loader_of(corpus))
+    fresh = fabric.setup_dataloaders(make(corpus))
     fabric.load(tmp_path / "state.ckpt", {"loader": fresh})
-    assert [first_ids(batch) for batch in fresh] == epochs(corpus, 1)[0][4:]
+    assert [first_ids(batch) for batch in fresh] == epochs_of(make, corpus, 1)[0][4:]
+
+
+# Two ranks, and what wants processes of its own. Each program trains two epochs, stores in the middle of the second,
+# and trains the rest again; it prints the first ids of both.
+
+PROGRAM = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed as dist
+from forebay.torch import DataLoader, TokenDataset
+
+CORPUS, FOLDER = sys.argv[1:3]
+SEQ_LEN, ROWS, AT = 8, 4, 2
+
+def loader_of():
+    return DataLoader(TokenDataset(CORPUS, seq_len=SEQ_LEN), batch_size=ROWS, shuffle=True, seed=5, chunk_tokens=64,
+                      drop_last=True)
+
+def ids(batch):
+    return batch["input_ids"][:, 0].tolist()
+"""
+
+GLOO = (
+    PROGRAM
+    + """
+import torch.distributed.checkpoint as dcp
+
+dist.init_process_group("gloo", init_method=f"file://{FOLDER}/store", rank=int(sys.argv[3]), world_size=2)
+loader, seen, rest = loader_of(), [], []
+for epoch in range(2):
+    loader.set_epoch(epoch)
+    for step, batch in enumerate(loader):
+        seen.append(ids(batch))
+        if (epoch, step) == (1, AT):
+            dcp.save({"loader": loader}, checkpoint_id=f"{FOLDER}/checkpoint")
+fresh = loader_of()
+dcp.load({"loader": fresh}, checkpoint_id=f"{FOLDER}/checkpoint")
+fresh.set_epoch(1)
+rest = [ids(batch) for batch in fresh]
+print(json.dumps([seen, rest, len(loader)]))
+dist.destroy_process_group()
+"""
+)
+
+ACCELERATE = (
+    PROGRAM
+    + """
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+os.environ.update(RANK=sys.argv[3], LOCAL_RANK=sys.argv[3], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                  MASTER_PORT=sys.argv[4], ACCELERATE_USE_CPU="true")
+dist.init_process_group("gloo", init_method=f"file://{FOLDER}/store", rank=int(sys.argv[3]), world_size=2)
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+loader, seen, rest = accelerator.prepare(loader_of()), [], []
+for epoch in range(2):
+    loader.set_epoch(epoch)
+    for step, batch in enumerate(loader):
+        seen.append(ids(batch))
+        if (epoch, step) == (1, AT):
+            accelerator.save_state(f"{FOLDER}/state")
+accelerator.load_state(f"{FOLDER}/state")
+rest = [ids(batch) for batch in loader]
+print(json.dumps([seen, rest, len(loader)]))
+dist.destroy_process_group()
+"""
+)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def two_ranks(program: str, corpus: Path, folder: Path) -> list[Any]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(json_from, program, corpus, folder, rank, port, timeout=240) for rank in range(2)]
+        return [run.result() for run in runs]
+
+
+def assert_resumed(found: Any) -> None:
+    seen, rest, steps = found
+    assert len(seen) == 2 * steps
+    assert rest == seen[steps + 3 :]
+
+
+@pytest.mark.parametrize("program", ["gloo", "accelerate"])
+def test_two_ranks_share_every_epoch_and_resume(corpus: Path, tmp_path: Path, program: str) -> None:
+    if program == "accelerate":
+        pytest.importorskip("accelerate")
+    found = two_ranks(GLOO if program == "gloo" else ACCELERATE, corpus, tmp_path)
+    whole = DataLoader(
+        TokenDataset(corpus, seq_len=SEQ_LEN),
+        batch_size=2 * ROWS,
+        shuffle=True,
+        seed=5,
+        chunk_tokens=64,
+        drop_last=True,
+    )
+    wanted = [first_ids(batch) for _ in range(2) for batch in whole]
+    for rank, run in enumerate(found):
+        assert_resumed(run)
+        assert run[0] == [batch[rank::2] for batch in wanted]
+
+
+RAY = (
+    PROGRAM
+    + """
+import ray, ray.train, ray.train.torch
+
+def train(config):
+    assert "RANK" in os.environ
+    loader, seen = loader_of(), []
+    if config.get("state"):
+        loader.load_state_dict(config["state"])
+        seen = [ids(batch) for batch in loader]
+        state = None
+    else:
+        for epoch in range(2):
+            for step, batch in enumerate(loader):
+                seen.append(ids(batch))
+                if (epoch, step) == (1, AT):
+                    state = loader.state_dict()
+    with open(f"{FOLDER}/ray-{ray.train.get_context().get_world_rank()}.json", "w") as file:
+        json.dump([seen, state, len(loader)], file)
+
+ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+scaling = ray.train.ScalingConfig(num_workers=2, use_gpu=False)
+runs = []
+for state in (None, 1):
+    config = {} if state is None else {"state": runs[0][0][1]}
+    ray.train.torch.TorchTrainer(
+        train, train_loop_config=config, scaling_config=scaling, torch_config=ray.train.torch.TorchConfig("gloo"),
+        run_config=ray.train.RunConfig(storage_path=FOLDER),
+    ).fit()
+    runs.append([json.load(open(f"{FOLDER}/ray-{rank}.json")) for rank in range(2)])
+print(json.dumps([[runs[0][rank][0], runs[1][rank][0], runs[0][rank][2]] for rank in range(2)]))
+"""
+)
+
+
+def test_ray_train_resumes(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    for run in json_from(RAY, corpus, tmp_path, timeout=280):
+        assert_resumed(run)
+
+
+DEEPSPEED = (
+    PROGRAM
+    + """
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3],
+                  DS_ACCELERATOR="cpu")
+import deepspeed
+from deepspeed.runtime.dataloader import RepeatingLoader
+
+def engine_of():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(SEQ_LEN, 1)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-6), dist_init_required=True,
+        config={"train_micro_batch_size_per_gpu": ROWS, "gradient_accumulation_steps": 1},
+    )
+    return engine
+
+def train(engine, loader, steps, seen, at=None):
+    batches = iter(RepeatingLoader(loader))
+    for step in range(steps):
+        batch = next(batches)
+        seen.append(ids(batch))
+        engine.backward(engine(batch["input_ids"].float()).mean())
+        engine.step()
+        if step == at:
+            engine.save_checkpoint(f"{FOLDER}/deepspeed", client_state={"loader": loader.state_dict()})
+
+loader, seen, rest = loader_of(), [], []
+train(engine_of(), loader, 2 * len(loader), seen, len(loader) + AT)
+engine, fresh = engine_of(), loader_of()
+_, client = engine.load_checkpoint(f"{FOLDER}/deepspeed")
+fresh.load_state_dict(client["loader"])
+train(engine, fresh, len(loader) - AT - 1, rest)
+print(json.dumps([seen, rest, len(loader)]))
+"""
+)
+
+
+def test_deepspeed_resumes(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    # It compiles a part of itself, with the ninja that stands beside this interpreter.
+    env = clean_environment(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert_resumed(json_from(DEEPSPEED, corpus, tmp_path, free_port(), timeout=280, env=env))
+
+
+JAX = """
+import json, os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, numpy as np
+import forebay
+
+def loader_of():
+    return forebay.Loader(sys.argv[1], seq_len=8, batch_size=4, shuffle=True, seed=5, chunk_tokens=64,
+                          dp_rank=jax.process_index(), dp_world_size=jax.process_count())
+
+sharding = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec("data"))
+loader, seen, rest = loader_of(), [], []
+arrays = []
+for epoch in range(2):
+    for step, batch in enumerate(loader):
+        whole = jax.make_array_from_process_local_data(sharding, batch["input_ids"].astype(np.int32))
+        assert len(whole.addressable_shards) == 2
+        arrays.append(whole)
+        seen.append(batch["input_ids"][:, 0].tolist())
+        if (epoch, step) == (1, 2):
+            state = loader.state_dict()
+assert [np.asarray(array)[:, 0].tolist() for array in arrays] == seen, "an array changed after it was handed over"
+fresh = loader_of()
+fresh.load_state_dict(json.loads(json.dumps(state)))
+rest = [batch["input_ids"][:, 0].tolist() for batch in fresh]
+print(json.dumps([seen, rest, len(loader)]))
+"""
+
+
+def test_jax_arrays_are_sharded_and_keep_their_values(corpus: Path) -> None:
+    pytest.importorskip("jax")
+    assert_resumed(json_from(JAX, corpus, timeout=240))

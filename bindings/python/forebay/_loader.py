@@ -10,13 +10,14 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, SupportsIndex
+from typing import Any, Generic, Literal, Self, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from forebay import _core
 from forebay._errors import ClosedError, ConfigError
+from forebay._split import Batch, Consumer, Split, check
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 #: Ranges of positions: ``(start, end)`` in epoch 0, or ``(epoch, start, end)``.
@@ -125,6 +126,53 @@ class Batches:
 
 def _arrays(batch: _core.Batch) -> Arrays:
     return {name: np.asarray(array) for name, array in batch.fields()}
+
+
+class _Source:
+    """A pass as consumers share it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._core = loader._open_core().iter()
+
+    def take(self, limit_s: float | None) -> Arrays | None:
+        batch = self._core.next(limit_s)
+        return None if batch is None else _arrays(batch)
+
+    def close(self) -> None:
+        self._core.close()
+
+
+class WholeLoader(Generic[Batch]):
+    """What consumers of a split loader need of it, whatever its batches are made of."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def steps(self) -> int:
+        return len(self._loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._loader.set_epoch(epoch)
+
+    def epoch(self) -> int:
+        return self._loader.epoch
+
+    def state(self) -> dict[str, int | str]:
+        return dict(self._loader._core.state())
+
+
+class _Whole(WholeLoader[Arrays]):
+    """A loader as its consumers see it."""
+
+    def begin(self) -> _Source:
+        return _Source(self._loader)
+
+    def cut(self, batch: Arrays, consumer: int, count: int) -> Arrays:
+        # Where the whole is one piece of memory, users rely on the part being one.
+        return {
+            name: np.ascontiguousarray(array[consumer::count]) if array.flags.c_contiguous else array[consumer::count]
+            for name, array in batch.items()
+        }
 
 
 class Loader:
@@ -293,6 +341,7 @@ class Loader:
     def _open(self, pairs: list[tuple[str, str]], from_env: bool) -> None:
         self._arguments = pairs, from_env
         self._closed = False
+        self._split: Split[Any] | None = None
         config, self._origins, warnings, notes = _core.resolve(pairs, from_env)
         log_notes(warnings, notes, config["dp_rank"])
         self._core: _core.Loader = _core.Loader.open(pairs, from_env)
@@ -332,6 +381,8 @@ class Loader:
     def seek(self, position: int, epoch: int | None = None) -> None:
         """The next pass begins at `position` of `epoch` (default: the present one), or the next one not skipped."""
         self._core.seek(self.epoch if epoch is None else epoch, position)
+        if self._split is not None:
+            self._split.restored()
 
     @property
     def epoch(self) -> int:
@@ -340,7 +391,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, int | str]:
         """The position after the batches handed over by the newest pass: flat, ints and strings, equal on all ranks."""
-        return dict(self._core.state())
+        return dict(self._core.state()) if self._split is None else self._split.state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The next pass continues there, for any world size, batch size and thread count; ``{}`` changes nothing.
@@ -356,6 +407,8 @@ class Loader:
             raise TypeError(f"a state is a dict, as `state_dict()` gives it; found {type(state_dict).__name__}")
         if state_dict:
             self._core.load_state(list(state_dict.items()))
+            if self._split is not None:
+                self._split.restored()
 
     @property
     def num_sequences(self) -> int:
@@ -400,6 +453,22 @@ class Loader:
                 config["dp_world_size"] if world_size is None else world_size,
             )
         )
+
+    def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Arrays]]:
+        """Consumers for `count` threads, that share this loader's threads, mapping and windows.
+
+        Each is a rank of its own: consumer `i` gets every `count`-th row of each batch from the `i`-th on, as rank
+        ``dp_rank + i * dp_world_size`` of ``dp_world_size * count`` ranks gets with a `count`-th of the batch size. A
+        consumer may be `ahead` batches before the slowest one, and waits for it then (default: ``prefetch_batches``).
+        ``state_dict`` then gives the position after the last batch that all consumers have.
+
+        Raises
+        ------
+        ConfigError
+            Rows cannot be dealt out evenly: `batch_size` is no multiple of `count`, or a last batch may be short.
+        """
+        self._split = Split(_Whole(self), count, check(count, ahead, self.config), None)
+        return self._split.consumers
 
     def stats(self) -> dict[str, Any]:
         """What happened so far; times in seconds."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -14,13 +15,33 @@ Begin = Callable[[], Callable[[Any], Any]]
 Tasks = SimpleQueue[tuple[int, Any] | None]
 
 
-class _Outcome:
+class Outcome:
     """What a task came to: a result, an exception, or the end of its worker's data."""
 
-    __slots__ = ("error", "result", "worker_ended")
+    __slots__ = ("error", "index", "result", "worker", "worker_ended")
 
-    def __init__(self, result: Any = None, error: BaseException | None = None, worker_ended: bool = False) -> None:
-        self.result, self.error, self.worker_ended = result, error, worker_ended
+    def __init__(
+        self, index: Any, result: Any = None, error: BaseException | None = None, worker_ended: bool = False
+    ) -> None:
+        self.index, self.result, self.error, self.worker_ended = index, result, error, worker_ended
+        #: Whose data it is of, where workers have data of their own.
+        self.worker = -1
+
+
+_starting = threading.Lock()
+_EXIT_LIMIT_S = 5.0
+
+
+@atexit.register
+def _end_all() -> None:
+    """Stops and awaits the threads: one that is still in C++ when the interpreter is taken down aborts the process."""
+    with _starting:
+        live = list(_live)
+    for shared in live:
+        shared.stop()
+    deadline = time.monotonic() + _EXIT_LIMIT_S
+    for thread in [thread for shared in live for thread in shared.threads]:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _Shared:
@@ -29,11 +50,29 @@ class _Shared:
     def __init__(self, queues: list[Tasks]) -> None:
         self.queues = queues
         self.changed = threading.Condition()
-        self.outcomes: dict[int, _Outcome] = {}
+        self.outcomes: dict[int, Outcome] = {}
+        self.begun = 0
         self.stopped = False
+        #: Seconds that threads spent on tasks, and of these the seconds on a processor.
+        self.busy_s = self.cpu_s = 0.0
+        self.threads: list[threading.Thread] = []
+        with _starting:
+            _live.add(self)
 
-    def put(self, number: int, outcome: _Outcome) -> None:
+    def note_begun(self) -> None:
         with self.changed:
+            self.begun += 1
+            self.changed.notify_all()
+
+    def wait_begun(self, count: int, timeout_s: float) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.begun >= count or self.stopped, timeout_s or None):
+                raise RuntimeError(f"DataLoader timed out after {timeout_s} seconds")
+
+    def put(self, number: int, outcome: Outcome, busy_s: float = 0.0, cpu_s: float = 0.0) -> None:
+        with self.changed:
+            self.busy_s += busy_s
+            self.cpu_s += cpu_s
             if not self.stopped:
                 self.outcomes[number] = outcome
                 self.changed.notify_all()
@@ -47,15 +86,31 @@ class _Shared:
             tasks.put(None)
 
 
+_live: weakref.WeakSet[_Shared] = weakref.WeakSet()
+
+
 class Workers:
     """Threads over numbered tasks.
 
     `own_data`: each thread goes through data of its own and gets every `len(begins)`-th number, until its data raises
     ``StopIteration``; results come from them in turn. Otherwise the next task goes to whichever thread is free.
-    At most `window` tasks are given and not delivered.
+    At most `window` tasks are given and not delivered. `done` and `ended` continue an earlier pass over own data: how
+    many results each worker delivered there, and which of them came to their end. `together`: nothing is delivered
+    before every thread is set up.
     """
 
-    def __init__(self, begins: list[Begin], *, own_data: bool, window: int, in_order: bool, timeout_s: float) -> None:
+    def __init__(
+        self,
+        begins: list[Begin],
+        *,
+        own_data: bool,
+        window: int,
+        in_order: bool,
+        timeout_s: float,
+        done: Sequence[int] = (),
+        ended: Iterable[int] = (),
+        together: bool = False,
+    ) -> None:
         self._begins = begins
         self._own_data = own_data
         self._window = window
@@ -65,14 +120,22 @@ class Workers:
         self._shared = _Shared([SimpleQueue() if own_data else shared_queue for _ in begins])
         self._threads: list[threading.Thread] = []
         self._given = 0
-        self._given_to = [0] * len(begins)
+        self._given_to = list(done) or [0] * len(begins)
+        self._first = list(self._given_to)
         self._pending: set[int] = set()
-        self._ended: set[int] = set()
+        self._ended: set[int] = set(ended)
         self._front = 0
+        self._together = together
+        self._started_s = self._waited_s = 0.0
         self._stop = weakref.finalize(self, self._shared.stop)
 
-    def next(self, next_index: Callable[[], Any]) -> Any:
-        """The next result; raises ``StopIteration`` after the last, and what the task raised at the task's place.
+    @property
+    def ended(self) -> list[int]:
+        """Workers whose data came to its end."""
+        return sorted(self._ended)
+
+    def next(self, next_index: Callable[[], Any]) -> Outcome | None:
+        """What the next task came to, None after the last.
 
         `next_index` is called here, in the consumer's thread, until it raises ``StopIteration``.
         """
@@ -80,16 +143,15 @@ class Workers:
             self._start(next_index)
         while self._pending:
             outcome = self._take(next_index)
-            if outcome.worker_ended:
-                continue
-            if outcome.error is None:
-                return outcome.result
-            try:
-                raise outcome.error
-            finally:
-                del outcome  # it is in its own traceback
+            if not outcome.worker_ended:
+                return outcome
         self._stop()
-        raise StopIteration
+        return None
+
+    def ready(self) -> bool:
+        """Whether `next` would not wait."""
+        with self._shared.changed:
+            return not self._pending or (bool(self._threads) and self._ready() is not None)
 
     def close(self) -> None:
         """Ends the threads and waits for what they are at."""
@@ -98,7 +160,20 @@ class Workers:
             if thread is not threading.current_thread():
                 thread.join()
 
+    def contention(self) -> tuple[float, float] | None:
+        """Seconds of work and seconds gone by, if threads waited for the interpreter and the consumer for them.
+
+        Then together they keep one processor busy, and take longer over their tasks than that.
+        """
+        gone_s = time.monotonic() - self._started_s
+        with self._shared.changed:
+            busy_s, cpu_s = self._shared.busy_s, self._shared.cpu_s
+        if gone_s < 1 or len(self._begins) < 2 or self._waited_s < 0.5 * gone_s:
+            return None
+        return (cpu_s, gone_s) if 0.7 * gone_s < cpu_s < 1.2 * gone_s and busy_s > 1.6 * cpu_s else None
+
     def _start(self, next_index: Callable[[], Any]) -> None:
+        self._started_s = time.monotonic()
         for worker, begin in enumerate(self._begins):
             thread = threading.Thread(
                 target=_work,
@@ -107,11 +182,16 @@ class Workers:
                 daemon=True,
             )
             self._threads.append(thread)
+            self._shared.threads.append(thread)
             thread.start()
+        if self._together:
+            self._shared.wait_begun(len(self._begins), self._timeout_s)
         for turn in range(self._window):
             self._give(turn % len(self._begins), next_index)
 
     def _give(self, worker: int, next_index: Callable[[], Any]) -> None:
+        if worker in self._ended:
+            return
         try:
             index = next_index()
         except StopIteration:
@@ -124,16 +204,19 @@ class Workers:
 
     def _ready(self) -> int | None:
         """Number of an outcome that can be delivered now."""
-        outcomes = self._shared.outcomes
+        outcomes, count = self._shared.outcomes, len(self._begins)
         if not self._in_order:
             return next(iter(outcomes), None)
+        while self._own_data and (
+            self._front % count in self._ended or self._front // count < self._first[self._front % count]
+        ):
+            self._front += 1
         return self._front if self._front in outcomes else None
 
-    def _take(self, next_index: Callable[[], Any]) -> _Outcome:
+    def _take(self, next_index: Callable[[], Any]) -> Outcome:
         count, shared = len(self._begins), self._shared
-        while self._in_order and self._front % count in self._ended:
-            self._front += 1
-        deadline = time.monotonic() + self._timeout_s if self._timeout_s > 0 else None
+        start = time.monotonic()
+        deadline = start + self._timeout_s if self._timeout_s > 0 else None
         with shared.changed:
             while (number := self._ready()) is None:
                 if shared.stopped:
@@ -143,6 +226,9 @@ class Workers:
                     raise RuntimeError(f"DataLoader timed out after {self._timeout_s} seconds")
                 shared.changed.wait(left)
             outcome = shared.outcomes.pop(number)
+        self._waited_s += time.monotonic() - start
+        if self._own_data:
+            outcome.worker = number % count
         self._pending.discard(number)
         self._front = max(self._front, number + 1)
         if outcome.worker_ended:
@@ -161,23 +247,29 @@ def _work(shared: _Shared, tasks: Tasks, begin: Begin, own_data: bool) -> None:
         work = begin()
     except BaseException as error:
         failed = error
+    shared.note_begun()
     while (task := tasks.get()) is not None and not shared.stopped:
         number, index = task
+        start, start_cpu = time.perf_counter(), time.thread_time()
         try:
             if work is None:
                 assert failed is not None
                 raise failed
-            outcome = _Outcome(work(index))
+            outcome = Outcome(index, work(index))
         except StopIteration as error:
             if own_data and failed is None:
-                shared.put(number, _Outcome(worker_ended=True))
+                shared.put(number, Outcome(index, worker_ended=True))
                 return
-            # Raised as it is, it would end the epoch without a word.
-            told = RuntimeError("the dataset raised StopIteration")
-            told.__cause__ = error
-            outcome = _Outcome(error=told)
+            outcome = Outcome(index, error=told_of_stop(error))
         except BaseException as error:
             error.add_note(f"raised in thread {threading.current_thread().name}")
-            outcome = _Outcome(error=error)
-        shared.put(number, outcome)
+            outcome = Outcome(index, error=error)
+        shared.put(number, outcome, time.perf_counter() - start, time.thread_time() - start_cpu)
         del outcome, task, index
+
+
+def told_of_stop(error: StopIteration) -> RuntimeError:
+    """Raised as it is, a StopIteration of the dataset would end the epoch without a word."""
+    told = RuntimeError("the dataset raised StopIteration")
+    told.__cause__ = error
+    return told

@@ -1,4 +1,4 @@
-"""Tensors, and a stand-in for ``torch.utils.data.DataLoader``. The only module of forebay that imports torch.
+"""Tensors, and a stand-in for ``torch.utils.data.DataLoader``. Only this module, and what belongs to it, imports torch.
 
 A ``TokenDataset`` in this ``DataLoader`` goes the native way: batches are computed by forebay's threads, and no Python
 runs for them. Everything else goes the Python way: the dataset's own code, on threads of this process instead of worker
@@ -7,7 +7,7 @@ processes.
 
 from __future__ import annotations
 
-import copy
+import functools
 import os
 import sys
 import threading
@@ -20,14 +20,15 @@ import torch
 import torch.distributed
 import torch.utils.dlpack
 from torch._C._autograd import _profiler_enabled
-from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler, _DatasetKind, _utils
-from torch.utils.data import dataloader as torch_dataloader
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Sampler, _DatasetKind
 from torch.utils.data._utils import worker as torch_worker
 
 from forebay import _core
+from forebay._datasets import DatasetIterator, Position, State, _Order, checked, first_state, is_plain
+from forebay._device import Ahead, Cuda, Handed, Link
 from forebay._errors import ConfigError
-from forebay._loader import Data, Loader, Skip, finite, first_time, log_notes, settings_of
-from forebay._threads import Begin, Workers
+from forebay._loader import Data, Loader, Skip, WholeLoader, finite, first_time, log_notes, settings_of
+from forebay._split import Consumer, Split, check
 
 __all__ = ["DataLoader", "TokenDataset"]
 
@@ -162,6 +163,9 @@ def _pinned(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
+_resuming = threading.Lock()
+
+
 class DataLoader(torch.utils.data.DataLoader[Any]):
     """``torch.utils.data.DataLoader`` without worker processes; the same arguments, and forebay's settings by keyword.
 
@@ -169,11 +173,12 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     no ``collate_fn``. Batches are dicts of tensors of shape ``(batch_size, seq_len)``. There, ``num_workers=0`` means
     the default number of threads; ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have nothing to act on;
     ``drop_last=False`` delivers the tail in a short batch on one rank, and padded on several; ``pin_memory=True`` fills
-    torch's page-locked memory directly. These loaders have ``state_dict`` and ``load_state_dict``, as instance
-    attributes. Their ``dataset`` goes through the same rows one by one; its ``tokens`` is the TokenDataset.
+    torch's page-locked memory directly. Their ``dataset`` goes through the same rows one by one; its ``tokens`` is
+    the TokenDataset.
 
     On the Python way, ``num_workers`` counts threads: batches come in order, exceptions keep their type and their
-    traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread.
+    traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread. Map-style datasets resume with any
+    ``num_workers``, iterable ones with the same. docs/torch.md has all that differs from torch.
 
     Parameters
     ----------
@@ -186,6 +191,11 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         ``dp``, ``dp_replicate``, ``dp_shard``, ``fsdp``, ``ddp`` or ``data``, or its only one) read different rows.
     remainder:
         Overrules ``drop_last``.
+    device:
+        A CUDA device: batches are copied there on a stream of their own, and are safe to use on the current one.
+        Implies ``pin_memory``. Default: host memory.
+    device_prefetch:
+        Batches copied ahead of the one handed over. Default: 2.
 
     Raises
     ------
@@ -193,9 +203,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         A setting is unusable, or the launcher's rank is not that of torch.distributed.
     """
 
-    #: The position after the batches handed over. On native loaders only.
-    state_dict: Callable[[], dict[str, int | str]]
-    #: The next pass continues there. On native loaders only.
+    #: The position after the batches handed over by the newest pass.
+    state_dict: Callable[[], dict[str, Any]]
+    #: The next pass continues there.
     load_state_dict: Callable[[Mapping[str, Any]], None]
 
     def __init__(
@@ -240,7 +250,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         io: Literal["auto", "mmap", "pread"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         ledger: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        device_prefetch: int = 2,
         _allocator: Callable[[int], torch.Tensor] | None = None,
+        _link: Callable[[], Link] | None = None,
     ) -> None:
         if multiprocessing_context is not None:
             raise ValueError(
@@ -248,6 +261,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             )
         if num_workers < 0 or timeout < 0:
             raise ValueError("`num_workers` and `timeout` must not be negative")
+        link = _link_to(device) if _link is None else _link
+        pin_memory = pin_memory or (link is not None and _link is None)
+        if device_prefetch < 0:
+            raise ValueError("`device_prefetch` must not be negative")
         if mesh is not None:
             if dp_rank is not None or dp_world_size is not None:
                 raise ConfigError("`mesh` says the data-parallel rank: leave `dp_rank` and `dp_world_size` out")
@@ -276,8 +293,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             ledger=None if ledger is None else os.fspath(ledger),
         )
         native = (
-            _is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
-            and (sampler is None or _is_plain(sampler, DistributedSampler, "__iter__", "__len__"))
+            is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
+            and (sampler is None or is_plain(sampler, DistributedSampler, "__iter__", "__len__"))
             and batch_sampler is None
             and collate_fn is None
             and batch_size is not None
@@ -310,6 +327,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                 pin_memory_device=pin_memory_device,
                 in_order=in_order,
             )
+            self._restored: State | None = None
+            self._position: Position | None = None
+            self._bind_state(link, device_prefetch)
             return
 
         assert isinstance(dataset, TokenDataset)
@@ -374,10 +394,74 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self.use_stateful_dataloader = True
         self.end_of_dataloader = False
         self.remainder = -1
-        # In `__dict__`, which wrappers of Lightning Fabric and Ray copy; and absent from loaders that cannot resume.
-        self.state_dict = self._native.state_dict
-        self.load_state_dict = self._native.load_state_dict
+        self._bind_state(link, device_prefetch)
         self._DataLoader__initialized = True
+
+    def _bind_state(self, link: Callable[[], Link] | None, device_prefetch: int) -> None:
+        self._link = link
+        self.device_prefetch = device_prefetch
+        self._handed: Handed | None = None
+        # In `__dict__`, which wrappers of Lightning Fabric and Ray copy.
+        self.state_dict = self._state_handed_over
+        self.load_state_dict = self._load_state
+
+    def _state_handed_over(self) -> State:
+        return self._state_taken() if self._handed is None else dict(self._handed.state)
+
+    def _state_taken(self) -> State:
+        """The position after what was taken, which on the way to a device is ahead of what was handed over."""
+        return self._dataset_state() if self._native is None else self._native.state_dict()
+
+    def _load_state(self, state_dict: Mapping[str, Any]) -> None:
+        if isinstance(state_dict, Mapping) and not state_dict:
+            return
+        if self._native is None:
+            self._load_dataset_state(state_dict)
+        else:
+            self._native.load_state_dict(state_dict)
+        self._handed = None
+
+    def _begun_ahead(self, handed: Handed) -> None:
+        self._handed = handed
+
+    def _ahead(self, take: Callable[[float | None], Any]) -> Ahead | None:
+        """What brings the batches of a new pass to the device."""
+        if self._link is None:
+            return None
+        return Ahead(self._link(), take, self._state_taken, self._begun_ahead, self.device_prefetch)
+
+    def _dataset_state(self) -> State:
+        if self._restored is not None:
+            return dict(self._restored)
+        return first_state(self) if self._position is None else self._position.snapshot()
+
+    def _load_dataset_state(self, state_dict: Mapping[str, Any]) -> None:
+        state = checked(self, state_dict)
+        if state["epoch"] != -1:
+            # The sampler is told where to go on; who tells it of another epoch later begins that one.
+            _Order(self).set_epoch(state["epoch"])
+        self._restored = state
+
+    def _take_restored(self) -> State | None:
+        """The state that the pass which begins now has to continue."""
+        with _resuming:
+            state, self._restored = self._restored, None
+            return state
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = self.__dict__.copy()
+        if self._native is None:
+            state = self._state_handed_over()
+            kept.update(_restored=state if state["batches"] else None, _position=None)
+        del kept["state_dict"], kept["load_state_dict"]
+        return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update(kept)
+        handed = self._handed
+        self._bind_state(self._link, self.device_prefetch)
+        if self._native is not None and handed is not None:
+            self._native.load_state_dict(handed.state)
 
     @property
     def _loader(self) -> Loader:
@@ -389,9 +473,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         """A new pass; it begins at its first ``next()``."""
         if self._native is not None:
             return _NativeIterator(self, self._native)
-        if self.num_workers > 0:
-            return _ThreadIterator(self)
-        return super().__iter__()
+        return DatasetIterator(self)
 
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
@@ -414,9 +496,36 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                 set_epoch(epoch)
                 return
 
+    def _follow_sampler(self) -> None:
+        epoch = getattr(self.sampler, "epoch", None)
+        # Only a change is an order to go there: a sampler never told of the epoch must not undo a restored one.
+        if epoch is not None and epoch != self._sampler_epoch:
+            self._sampler_epoch = epoch
+            self._loader.set_epoch(epoch)
+
+    def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Tensors]]:
+        """Consumers for `count` threads, that share this loader's threads, mapping and windows. Native loaders only.
+
+        Each is a rank of its own: consumer `i` gets every `count`-th row of each batch from the `i`-th on, as rank
+        ``dp_rank + i * dp_world_size`` of ``dp_world_size * count`` ranks gets with a `count`-th of the batch size. A
+        consumer may be `ahead` batches before the slowest one, and waits for it then (default: ``prefetch_batches``).
+        ``state_dict`` then gives the position after the last batch that all consumers have.
+
+        Raises
+        ------
+        ConfigError
+            Rows cannot be dealt out evenly: `batch_size` is no multiple of `count`, or a last batch may be short.
+        """
+        loader = self._loader
+        if self._link is not None:
+            raise ConfigError("`device` is one device: leave it out, and copy in the thread of each consumer")
+        loader._split = Split(_Whole(self), count, check(count, ahead, loader.config), self._limit_s)
+        return loader._split.consumers
+
     def seek(self, position: int, epoch: int | None = None) -> None:
         """The next pass begins at `position` of `epoch` (default: the present one). Native loaders only."""
         self._loader.seek(position, epoch)
+        self._handed = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -448,9 +557,18 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self.close()
 
 
-def _is_plain(value: object, kind: type, *methods: str) -> bool:
-    """Whether `value` is of `kind` and does what `kind` does: a subclass may have changed it."""
-    return isinstance(value, kind) and all(getattr(type(value), name) is getattr(kind, name) for name in methods)
+def _link_to(device: str | torch.device | None) -> Callable[[], Link] | None:
+    """Makes the way to `device` for a pass; None for host memory."""
+    place = torch.device("cpu" if device is None else device)
+    if place.type == "cpu":
+        return None
+    if place.type != "cuda":
+        raise ConfigError(f"`device` must be a CUDA device or cpu, found {place}")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"`device` is {place}, but torch finds no CUDA device")
+    if place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return functools.partial(Cuda, place)
 
 
 def _with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -510,6 +628,7 @@ class _NativeIterator:
         self._core = core.iter() if owner._allocator is None else core.iter_external()
         self._steps = core.len
         self._memory = None if owner._allocator is None else _Memory(self._core, owner._allocator)
+        self._ahead = owner._ahead(self._take_on_host)
         self._lock = threading.Lock()
         self._begun = False
         self._gradient_state: Any = None
@@ -525,11 +644,7 @@ class _NativeIterator:
             if self._begun:
                 return
             owner = self._owner
-            epoch = getattr(owner.sampler, "epoch", None)
-            # Only a change is an order to go there: a sampler never told of the epoch must not undo a restored one.
-            if epoch is not None and epoch != owner._sampler_epoch:
-                owner._sampler_epoch = epoch
-                owner._loader.set_epoch(epoch)
+            owner._follow_sampler()
             # Accelerate counts gradient accumulation by the loaders that are being iterated.
             accelerate = sys.modules.get("accelerate.state")
             if accelerate is not None:
@@ -565,6 +680,11 @@ class _NativeIterator:
         return tensors
 
     def _take(self, limit_s: float | None) -> tuple[int, Tensors] | None:
+        found: tuple[int, Tensors] | None
+        found = self._take_on_host(limit_s) if self._ahead is None else self._ahead.take(limit_s)
+        return found
+
+    def _take_on_host(self, limit_s: float | None) -> tuple[int, Tensors] | None:
         if self._memory is not None:
             return self._memory.take(limit_s)
         batch = self._core.next(limit_s)
@@ -580,12 +700,52 @@ class _NativeIterator:
         """Ends the pass and its threads."""
         self._leave()
         self._core.close()
+        if self._ahead is not None:
+            self._ahead.close()
         if self._memory is not None:
             self._memory.end()
 
     def __del__(self) -> None:
         if getattr(self, "_gradient_state", None) is not None:
             self._leave()
+
+
+class _Source:
+    """A pass as consumers share it."""
+
+    def __init__(self, owner: DataLoader) -> None:
+        self._owner = owner
+        self._iterator = _NativeIterator(owner, owner._loader)
+
+    def take(self, limit_s: float | None) -> Tensors | None:
+        found = self._iterator._take_on_host(limit_s)
+        return None if found is None else found[1]
+
+    def close(self) -> None:
+        self._iterator.close()
+
+
+class _Whole(WholeLoader[Tensors]):
+    """A native loader as its consumers see it."""
+
+    def __init__(self, owner: DataLoader) -> None:
+        super().__init__(owner._loader)
+        self._owner = owner
+
+    def begin(self) -> _Source:
+        self._owner._follow_sampler()
+        return _Source(self._owner)
+
+    def cut(self, batch: Tensors, consumer: int, count: int) -> Tensors:
+        return {name: self._rows(tensor, consumer, count) for name, tensor in batch.items()}
+
+    def _rows(self, tensor: torch.Tensor, consumer: int, count: int) -> torch.Tensor:
+        rows = tensor[consumer::count]
+        if rows.is_contiguous() or not tensor.is_contiguous():
+            return rows
+        # Where the whole is one piece of memory, users rely on the part being one.
+        pinned = self._owner.pin_memory and torch.cuda.is_available()
+        return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=pinned).copy_(rows)
 
 
 class _Memory:
@@ -647,78 +807,3 @@ def _view(buffer: torch.Tensor, dtype: str, offset: int, shape: list[int], strid
     columns = shape[1] if len(shape) == 2 else 1
     nbytes = ((shape[0] - 1) * stride + columns) * kind.itemsize
     return buffer[offset : offset + nbytes].view(kind).as_strided(shape, (stride, 1)[: len(shape)])
-
-
-class _ThreadIterator(torch_dataloader._BaseDataLoaderIter):
-    """A pass over a dataset on ``num_workers`` threads, started at the first ``next()``.
-
-    Threads share a map-style dataset; of an iterable one, each iterates a shallow copy of its own.
-    """
-
-    def __init__(self, loader: DataLoader) -> None:
-        super().__init__(loader)
-        _answer_worker_info_per_thread()
-        count, iterable = self._num_workers, self._dataset_kind == _DatasetKind.Iterable
-        self._workers = Workers(
-            [self._begin(loader, worker, iterable) for worker in range(count)],
-            own_data=iterable,
-            window=count * (loader.prefetch_factor or 2),
-            in_order=loader.in_order,
-            timeout_s=self._timeout,
-        )
-
-    def _begin(self, loader: DataLoader, worker: int, iterable: bool) -> Begin:
-        # Locals only: a thread that held the iterator would keep it alive.
-        source, count, seed = self._dataset, self._num_workers, int(self._base_seed) + worker
-        kind, auto_collation = self._dataset_kind, self._auto_collation
-        collate_fn, drop_last, init_fn = self._collate_fn, self._drop_last, loader.worker_init_fn
-        known = getattr(torch_worker.WorkerInfo, "__dataclass_fields__", ())
-        more: dict[str, Any] = {"worker_method": "thread"} if "worker_method" in known else {}
-
-        def begin() -> Callable[[Any], Any]:
-            dataset = copy.copy(source) if iterable else source
-            _here.info = torch_worker.WorkerInfo(id=worker, num_workers=count, seed=seed, dataset=dataset, **more)
-            if init_fn is not None:
-                init_fn(worker)
-            fetcher = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
-                kind, dataset, auto_collation, collate_fn, drop_last
-            )
-            fetch: Callable[[Any], Any] = fetcher.fetch
-            return fetch
-
-        return begin
-
-    def _next_data(self) -> Any:
-        data = self._workers.next(self._next_index)
-        if self._pin_memory:
-            data = _utils.pin_memory.pin_memory(data, self._pin_memory_device)  # type: ignore[no-untyped-call]
-        return data
-
-    def close(self) -> None:
-        """Ends the pass and waits for its threads to finish what they are at."""
-        self._workers.close()
-
-
-_here = threading.local()
-_patching = threading.Lock()
-
-
-def _answer_worker_info_per_thread() -> None:
-    """Makes ``get_worker_info`` answer for the calling thread.
-
-    It reads a module global, and others hold the function itself: its code is what can be replaced for all of them.
-    """
-    with _patching:
-        if hasattr(torch_worker, "_forebay_worker_info"):
-            return
-
-        def of_thread() -> Any:
-            info = getattr(_here, "info", None)
-            return torch_worker._worker_info if info is None else info
-
-        torch_worker._forebay_worker_info = of_thread  # type: ignore[attr-defined]
-
-        def get_worker_info():  # type: ignore[no-untyped-def]
-            return _forebay_worker_info()  # type: ignore[name-defined]  # noqa: F821
-
-        torch_worker.get_worker_info.__code__ = get_worker_info.__code__

@@ -1,0 +1,253 @@
+"""Threads against worker processes, for datasets written in Python: speed, memory of all processes, start and end.
+
+    workers.py [--quick] [--python NAME ...] [--write-results]
+
+Every cell is a fresh process: one class of loader, one number of workers, one dataset. torch's workers are forked,
+which shares the dataset with them until they touch it: their best case. Results go to out/bench/workers.md, and with
+--write-results into benches/RESULTS.md as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "<!-- workers -->"
+DATASETS = {
+    "releasing": "inflating 100 kB and hashing it, which releases the interpreter",
+    "python": "20,000 additions in pure Python, which does not",
+    "memory": "a row of an array in memory, 8 kB",
+}
+#: A process takes about this much that it shares with nobody, even if it was forked.
+WORKER_MB = 60
+
+
+# One cell.
+
+
+def dataset_of(name: str, size_mb: int) -> Any:
+    import numpy as np
+    import torch
+
+    class Releasing(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            noise = np.random.default_rng(1).integers(0, 16, 100_000, dtype=np.uint8)
+            self.packed = zlib.compress(noise.tobytes(), 6)
+
+        def __len__(self) -> int:
+            return 10**7
+
+        def __getitem__(self, index: int) -> int:
+            return hashlib.sha256(zlib.decompress(self.packed)).digest()[0]
+
+    class Python(Releasing):
+        def __getitem__(self, index: int) -> int:
+            total = 0
+            for number in range(20_000):
+                total += number
+            return total
+
+    class Memory(Releasing):
+        def __init__(self) -> None:
+            self.rows = np.ones((size_mb << 20) // 8192 * 1024, dtype=np.int64).reshape(-1, 1024)
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.from_numpy(self.rows[index % len(self.rows)].copy())
+
+    return {"releasing": Releasing, "python": Python, "memory": Memory}[name]()
+
+
+def processes() -> list[int]:
+    found, at = [os.getpid()], 0
+    while at < len(found):
+        for tasks in Path(f"/proc/{found[at]}/task").glob("*/children"):
+            try:
+                found.extend(int(pid) for pid in tasks.read_text().split())
+            except OSError:
+                continue
+        at += 1
+    return found
+
+
+def pss_mb() -> float:
+    """Memory of all processes, each page once."""
+    total = 0
+    for pid in processes():
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+    return total / 1024
+
+
+def wait_for(threads: int, children: int) -> None:
+    end = time.monotonic() + 60
+    while (threading.active_count() > threads or len(processes()) > children) and time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def cell(asked: dict[str, Any]) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    import torch
+
+    import forebay.torch
+
+    torch.set_num_threads(1)
+    dataset = dataset_of(asked["dataset"], asked["size_mb"])
+    threads, children = threading.active_count(), len(processes())
+    ours = asked["loader"] == "forebay"
+    cls: Any = forebay.torch.DataLoader if ours else torch.utils.data.DataLoader
+    workers = asked["workers"]
+    more = {} if ours or not workers else {"multiprocessing_context": "fork"}
+    before = pss_mb()
+    start = time.perf_counter()
+    loader = cls(dataset, batch_size=16, num_workers=workers, **more)
+    batches = iter(loader)
+    next(batches)
+    first_s = time.perf_counter() - start
+    warm = time.perf_counter() + asked["window_s"] / 3
+    while time.perf_counter() < warm:
+        next(batches)
+    start, taken = time.perf_counter(), 0
+    while (now := time.perf_counter()) < start + asked["window_s"]:
+        next(batches)
+        taken += 16
+    memory = pss_mb() - before
+    # A full collection would take longer than what is measured.
+    gc.freeze()
+    end = time.perf_counter()
+    del batches, loader
+    wait_for(threads, children)
+    return {
+        "rate": taken / (now - start),
+        "memory_mb": max(memory, 0.0),
+        "first_ms": first_s * 1e3,
+        "shutdown_ms": (time.perf_counter() - end) * 1e3,
+        "python": platform.python_version() + ("t" if not getattr(sys, "_is_gil_enabled", lambda: True)() else ""),
+        "torch": torch.__version__,
+    }
+
+
+# All of them.
+
+
+def free_mb() -> float:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 1024
+
+
+def measure(python: str, asked: dict[str, Any]) -> dict[str, Any]:
+    needed = 2 * WORKER_MB * asked["workers"]
+    if asked["loader"] == "torch" and free_mb() < needed:
+        return {"failed": f"not run: {asked['workers']} processes may need {needed} MB, {free_mb():.0f} MB are free"}
+    command = [python, __file__, "--cell", json.dumps(asked)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": "did not end within 180 s"}
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:120]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def table(rows: list[tuple[str, str, int, dict[str, Any]]], dataset: str) -> list[str]:
+    """Of one dataset; bold where torch's loader with as many workers is ahead of ours."""
+    lines = [
+        f"### {dataset}: {DATASETS[dataset]}",
+        "",
+        "| Python | loader | workers | samples/s | memory MB | first batch ms | shutdown ms |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    by = {(python, loader, workers): found for python, loader, workers, found in rows}
+    for python, loader, workers, found in rows:
+        what = "threads" if loader == "forebay" else "processes"
+        if "failed" in found:
+            lines.append(f"| {python} | {loader} | {workers} {what} | {found['failed']} | | | |")
+            continue
+        peer = by.get((python, "torch", workers), {})
+        cells = []
+        for name, more_is_better in (("rate", True), ("memory_mb", False), ("first_ms", False), ("shutdown_ms", False)):
+            value, other = found[name], peer.get(name)
+            noise = 5.0 if name == "memory_mb" else 0.0 if name == "rate" else 2.0
+            lost = loader == "forebay" and other is not None and (
+                other > 1.05 * value if more_is_better else value > 1.05 * other + noise
+            )  # fmt: skip
+            text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+            cells.append(f"**{text}**" if lost else text)
+        lines.append(f"| {python} | {loader} | {workers} {what} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="short windows, and no 72 workers: does it all work")
+    parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters with forebay and torch")
+    parser.add_argument("--write-results", action="store_true", help="put the tables into benches/RESULTS.md as well")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        print(json.dumps(cell(json.loads(options.cell))))
+        return
+    counts = (0, 2, 8) if options.quick else (0, 2, 8, 72)
+    window_s, size_mb = (0.6, 16) if options.quick else (3.0, 256)
+    sections: list[str] = []
+    load = os.getloadavg()
+    versions: set[str] = set()
+    for dataset in DATASETS:
+        rows = []
+        for python in options.python:
+            for workers in counts:
+                for loader in ("torch", "forebay"):
+                    asked = dict(dataset=dataset, loader=loader, workers=workers, window_s=window_s, size_mb=size_mb)
+                    found = measure(python, asked)
+                    print(f"workers: {dataset}, {loader}, {workers}: {found}", file=sys.stderr)
+                    versions |= {found["torch"]} if "torch" in found else set()
+                    rows.append((found.get("python", Path(python).name), loader, workers, found))
+        sections += table(rows, dataset)
+    command = "make bench-workers" + (" ARGS=--quick" if options.quick else "")
+    date = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    text = "\n".join([
+        "## Threads against worker processes",
+        "",
+        f"{os.cpu_count()} cores, torch {', '.join(sorted(versions))}, {date}, commit {commit}, `{command}`; load of "
+        f"the machine {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after; windows of {window_s} s, one run each, "
+        f"batches of 16; the array in memory takes {size_mb} MB. Memory: of all processes, each "
+        "page once (PSS), over what one process with the dataset had before. Shutdown: until the last thread or "
+        "process is gone. torch's workers are forked, which is its best case. **Bold**: torch with as many workers is "
+        "ahead by more than 5 %.",
+        "",
+        *sections,
+    ])  # fmt: skip
+    if options.quick:
+        text = text.replace(
+            "\n\n###", "\n\n**A --quick run: it shows that everything works; it is no measurement.**\n\n###", 1
+        )
+    out = ROOT / "out" / "bench" / "workers.md"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    print(text)
+    if options.write_results:
+        results = ROOT / "benches" / "RESULTS.md"
+        results.write_text(results.read_text().split(MARK)[0].rstrip() + f"\n\n{MARK}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Loaders in the shapes that trainers ask for which take neither torch's DataLoader nor any iterable.
+
+None of these projects is imported. Each adapter keeps a loader of ``forebay.torch``, and its state is the loader's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from forebay._errors import ConfigError
+from forebay.torch import DataLoader, Tensors
+
+__all__ = ["megatron", "olmo", "torchtitan"]
+
+
+def _shifted(loader: DataLoader, what: str) -> DataLoader:
+    if loader.config["targets"] != "shifted":
+        raise ConfigError(f'{what} takes labels that are one token ahead: open the TokenDataset with targets="shifted"')
+    return loader
+
+
+class _Titan:
+    """What torchtitan's trainer takes of a data loader. Endless: its trainer counts steps."""
+
+    def __init__(self, loader: DataLoader, flat: bool) -> None:
+        self._loader, self._flat = loader, flat
+
+    def __iter__(self) -> Iterator[tuple[Tensors, torch.Tensor]]:
+        while True:
+            for batch in self._loader:
+                inputs, labels = {"input": batch["x"]}, batch["y"]
+                if self._flat:
+                    rows, length = labels.shape
+                    inputs["input"], labels = inputs["input"].flatten(), labels.flatten()
+                    inputs["positions"] = torch.arange(length).repeat(rows)
+                yield inputs, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._loader.load_state_dict(state_dict)
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def torchtitan(loader: DataLoader, base: type | None = None, *, flat: bool = True) -> Any:
+    """A ``BaseDataLoader`` of torchtitan.
+
+    Parameters
+    ----------
+    base:
+        ``torchtitan.components.dataloader.BaseDataLoader``, of which the adapter is an instance then.
+    flat:
+        Batches of one axis of tokens, with ``positions``, as torchtitan has them since August 2026; else of rows.
+
+    Raises
+    ------
+    ConfigError
+        The loader has not ``targets="shifted"``.
+    """
+    _shifted(loader, "torchtitan")
+    kind = _Titan if base is None else type("ForebayDataLoader", (_Titan, base), {})
+    return kind(loader, flat)
+
+
+class _Megatron:
+    """An iterator, as Megatron-LM wants ``--dataloader-type external`` to be. Endless: its trainer counts steps."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+        self._batches: Any = None
+
+    def __iter__(self) -> Iterator[Tensors]:
+        return self
+
+    def __next__(self) -> Tensors:
+        batch = None if self._batches is None else next(self._batches, None)
+        if batch is None:
+            self._batches = iter(self._loader)
+            batch = next(self._batches)
+        tokens, labels = batch["x"], batch["y"]
+        padding = labels < 0
+        return {
+            "tokens": tokens.contiguous(),
+            "labels": labels.masked_fill(padding, 0),
+            "loss_mask": (~padding).float(),
+            "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens).contiguous(),
+        }
+
+    def save_state(self) -> dict[str, Any]:
+        """What Megatron-LM stores for each data-parallel rank; the same for all of them."""
+        return self._loader.state_dict()
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """For the code that builds the loader: Megatron-LM itself restores nothing of an external one."""
+        self._loader.load_state_dict(state)
+        self._batches = None
+
+
+def megatron(loader: DataLoader) -> Any:
+    """An external data iterator of Megatron-LM.
+
+    Raises
+    ------
+    ConfigError
+        The loader has not ``targets="shifted"``.
+    """
+    return _Megatron(_shifted(loader, "Megatron-LM"))
+
+
+class _Olmo:
+    """What OLMo-core's trainer and its callbacks read of a data loader; its epochs are counted from 1."""
+
+    def __init__(self, loader: DataLoader, fs_local_rank: int) -> None:
+        config = loader.config
+        self._loader = loader
+        self._epoch: int | None = None
+        self.fs_local_rank = fs_local_rank
+        self.dp_rank: int = config["dp_rank"] or 0
+        self.dp_world_size: int = config["dp_world_size"] or 1
+        self.rank_batch_size: int = config["batch_size"] * config["seq_len"]
+        self.global_batch_size: int = self.rank_batch_size * self.dp_world_size
+        self.batches_processed = 0
+        self.tokens_processed = 0
+
+    @property
+    def epoch(self) -> int:
+        if self._epoch is None:
+            raise RuntimeError("the epoch is not set yet: call `reshuffle()` first")
+        return self._epoch
+
+    @property
+    def total_batches(self) -> int:
+        return len(self._loader)
+
+    def __len__(self) -> int:
+        return self.total_batches
+
+    def batches_in_epoch(self, epoch: int) -> int:
+        return self.total_batches
+
+    def reshuffle(self, epoch: int | None = None, **_: Any) -> None:
+        """Goes to an epoch; what was restored of it stays."""
+        if epoch is None:
+            epoch = 1 if self._epoch is None else self._epoch + 1
+        if epoch < 1:
+            raise ValueError(f"`epoch` must be 1 or more, found {epoch}")
+        self._epoch = epoch
+        self._loader.set_epoch(epoch - 1)
+
+    def reset(self) -> None:
+        self.batches_processed = self.tokens_processed = 0
+
+    def __iter__(self) -> Iterator[Tensors]:
+        for batch in self._loader:
+            self.batches_processed += 1
+            self.tokens_processed += self.global_batch_size
+            yield {"input_ids": batch["input_ids"], "label_mask": batch["labels"] >= 0}
+
+    def global_num_tokens_in_batch(self, batch: Mapping[str, Any]) -> int:
+        return self.global_batch_size
+
+    def get_mock_batch(self) -> Tensors:
+        """Any tokens of the right shape."""
+        config = self._loader.config
+        return {"input_ids": torch.zeros(config["batch_size"], config["seq_len"], dtype=torch.int64)}
+
+    get_test_batch = get_mock_batch
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("batches_processed", "tokens_processed")
+        return {
+            "loader": self._loader.state_dict(),
+            "epoch": self._epoch,
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._loader.load_state_dict(state_dict["loader"])
+        self._epoch = state_dict["epoch"]
+        self.batches_processed = state_dict["batches_processed"]
+        self.tokens_processed = state_dict["tokens_processed"]
+
+
+def olmo(loader: DataLoader, *, fs_local_rank: int = 0) -> Any:
+    """A data loader for OLMo-core's trainer.
+
+    Raises
+    ------
+    ConfigError
+        The loader has not ``targets="labels"``, or a last batch of another size.
+    """
+    config = loader.config
+    if config["targets"] != "labels" or config["remainder"] == "short":
+        raise ConfigError('OLMo-core takes `targets="labels"`, and batches of one size: set `drop_last=True`')
+    return _Olmo(loader, fs_local_rank)
