@@ -8,6 +8,7 @@ use forebay::tokens::Dtype;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 /// A batch handed to Python.
 #[pyclass(frozen, module = "forebay._core")]
@@ -48,9 +49,9 @@ impl Batch {
     }
 
     /// Name, type, offset in bytes, shape and stride in values of each array, for those who gave the buffer.
-    fn layout(&self) -> Vec<(&'static str, &'static str, usize, [usize; 2], usize)> {
+    fn layout(&self) -> Vec<(&'static str, &'static str, usize, Vec<usize>, usize)> {
         let fields = self.inner.fields.iter();
-        fields.map(|f| (f.name, f.dtype.name(), f.offset_bytes, f.shape, f.row_stride)).collect()
+        fields.map(|f| (f.name, f.dtype.name(), f.offset_bytes, f.shape[..f.ndim].to_vec(), f.row_stride)).collect()
     }
 }
 
@@ -104,8 +105,8 @@ fn format_of(dtype: Dtype) -> &'static CStr {
 #[pymethods]
 impl Array {
     #[getter]
-    fn shape(&self) -> (usize, usize) {
-        (self.field.shape[0], self.field.shape[1])
+    fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, &self.field.shape[..self.field.ndim])
     }
 
     #[getter]
@@ -136,7 +137,7 @@ impl Array {
             (*view).len = (array.field.shape[0] * array.field.shape[1] * size) as ffi::Py_ssize_t;
             (*view).itemsize = size as ffi::Py_ssize_t;
             (*view).readonly = 0;
-            (*view).ndim = 2;
+            (*view).ndim = array.field.ndim as c_int;
             (*view).format = if asks(ffi::PyBUF_FORMAT) {
                 format_of(array.field.dtype).as_ptr().cast_mut()
             } else {
@@ -239,7 +240,7 @@ mod dlpack {
         let tensor = Tensor {
             data: array.start().cast(),
             device: Device { kind: DEVICE.0, id: DEVICE.1 },
-            ndim: 2,
+            ndim: array.field.ndim as c_int,
             dtype,
             shape: ptr::null_mut(),
             strides: ptr::null_mut(),

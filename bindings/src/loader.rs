@@ -4,7 +4,7 @@ use std::any::Any;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use forebay::config::{Config, DataFormat, Io, Remainder, Shuffle, Targets};
+use forebay::config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Split, Targets};
 use forebay::environment::{self, Environment, Resolved, Scope};
 use forebay::state::{State, StateValue};
 use forebay::{Error, ErrorKind, Next};
@@ -43,6 +43,7 @@ fn resolved(settings: &[(String, String)], from_env: bool) -> forebay::Result<Re
 fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("data", &config.data)?;
+    dict.set_item("mixture", &config.mixture)?;
     dict.set_item(
         "format",
         match config.format {
@@ -66,9 +67,19 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
     dict.set_item("chunk_tokens", config.chunk_tokens)?;
     dict.set_item("window_tokens", config.window_tokens)?;
     dict.set_item("lanes", config.lanes)?;
+    dict.set_item("holdout", config.holdout)?;
+    dict.set_item("split", if config.split == Split::Holdout { "holdout" } else { "train" })?;
+    dict.set_item("skip", config.skip.iter().map(|skip| (skip.epoch, skip.start, skip.end)).collect::<Vec<_>>())?;
+    dict.set_item("extend", config.extend)?;
     dict.set_item("batch_size", config.batch_size)?;
     dict.set_item("dp_rank", config.dp_rank)?;
     dict.set_item("dp_world_size", config.dp_world_size)?;
+    dict.set_item("replication", config.replication)?;
+    match config.epochs {
+        Epochs::Count(count) => dict.set_item("epochs", count)?,
+        Epochs::Endless => dict.set_item("epochs", "endless")?,
+    }
+    dict.set_item("max_steps", config.max_steps)?;
     dict.set_item(
         "remainder",
         match config.remainder {
@@ -80,6 +91,7 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
     )?;
     dict.set_item("pad_id", config.pad_id)?;
     dict.set_item("input_dtype", config.input_dtype.name())?;
+    dict.set_item("sample_ids", config.sample_ids)?;
     dict.set_item("num_threads", config.num_threads)?;
     dict.set_item("prefetch_batches", config.prefetch_batches)?;
     dict.set_item("memory_budget", config.memory_budget)?;
@@ -92,7 +104,9 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
             Io::Pread => "pread",
         },
     )?;
+    dict.set_item("cache_dir", &config.cache_dir)?;
     dict.set_item("pin_memory", config.pin_memory)?;
+    dict.set_item("ledger", &config.ledger)?;
     Ok(dict)
 }
 
@@ -120,19 +134,20 @@ impl Loader {
         Batches::new(self.inner.iter_external())
     }
 
+    /// Batches of a pass, or None where it has no end.
     #[getter]
-    fn len(&self) -> u64 {
-        self.inner.len()
+    fn len(&self) -> Option<u64> {
+        finite(self.inner.len())
     }
 
     #[getter]
-    fn num_sequences(&self) -> u64 {
-        self.inner.num_sequences()
+    fn num_sequences(&self) -> Option<u64> {
+        finite(self.inner.num_sequences())
     }
 
     #[getter]
-    fn num_tokens(&self) -> u64 {
-        self.inner.num_tokens()
+    fn num_tokens(&self) -> Option<u64> {
+        finite(self.inner.num_tokens())
     }
 
     #[getter]
@@ -145,8 +160,15 @@ impl Loader {
         self.inner.epoch()
     }
 
-    fn set_epoch(&self, epoch: u64) {
-        self.inner.set_epoch(epoch);
+    fn set_epoch(&self, py: Python<'_>, epoch: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.inner.set_epoch(counted(py, "epoch", epoch, MAX_EPOCH)?);
+        Ok(())
+    }
+
+    fn seek(&self, py: Python<'_>, epoch: &Bound<'_, PyAny>, position: &Bound<'_, PyAny>) -> PyResult<()> {
+        let epoch = counted(py, "epoch", epoch, MAX_EPOCH)?;
+        let position = counted(py, "position", position, u64::MAX)?;
+        detached(py, || self.inner.seek(epoch, position))
     }
 
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Vec<(String, Bound<'py, PyAny>)>> {
@@ -179,11 +201,29 @@ impl Loader {
         detached(py, || self.inner.load_state(&State::from_entries(entries)?))
     }
 
-    fn sequences_at(&self, py: Python<'_>, epoch: u64, position: u64, n: u64) -> PyResult<Batch> {
+    fn sequences_at(
+        &self,
+        py: Python<'_>,
+        epoch: &Bound<'_, PyAny>,
+        position: &Bound<'_, PyAny>,
+        n: &Bound<'_, PyAny>,
+    ) -> PyResult<Batch> {
+        let epoch = counted(py, "epoch", epoch, MAX_EPOCH)?;
+        let (position, n) = (counted(py, "position", position, u64::MAX)?, counted(py, "n", n, u64::MAX)?);
         detached(py, || self.inner.sequences_at(epoch, position, n)).map(Batch::new)
     }
 
-    fn batch_at(&self, py: Python<'_>, epoch: u64, step: u64, rank: u64, world_size: u64) -> PyResult<Batch> {
+    fn batch_at(
+        &self,
+        py: Python<'_>,
+        epoch: &Bound<'_, PyAny>,
+        step: &Bound<'_, PyAny>,
+        rank: &Bound<'_, PyAny>,
+        world_size: &Bound<'_, PyAny>,
+    ) -> PyResult<Batch> {
+        let epoch = counted(py, "epoch", epoch, MAX_EPOCH)?;
+        let step = counted(py, "step", step, u64::MAX)?;
+        let (rank, world_size) = (counted(py, "rank", rank, 1 << 32)?, counted(py, "world_size", world_size, 1 << 32)?);
         detached(py, || self.inner.batch_at(epoch, step, rank, world_size)).map(Batch::new)
     }
 
@@ -207,6 +247,16 @@ impl Loader {
         dict.set_item("decoded_bytes", stats.decoded_bytes)?;
         dict.set_item("cache_bytes", stats.cache_bytes)?;
         dict.set_item("buffer_bytes", stats.buffer_bytes)?;
+        let sources = stats.sources.iter().map(|source| {
+            let dict = PyDict::new(py);
+            dict.set_item("name", &source.name)?;
+            dict.set_item("sequences", source.sequences)?;
+            dict.set_item("tokens", source.tokens)?;
+            dict.set_item("epochs", source.epochs)?;
+            dict.set_item("share", source.share)?;
+            Ok(dict)
+        });
+        dict.set_item("sources", sources.collect::<PyResult<Vec<_>>>()?)?;
         Ok(dict)
     }
 
@@ -234,6 +284,22 @@ impl Loader {
             Ok(())
         })
     }
+}
+
+/// Epochs that can be named.
+const MAX_EPOCH: u64 = 1 << 32;
+
+/// `count`, or None where there is no end.
+fn finite(count: u64) -> Option<u64> {
+    Some(count).filter(|count| *count < u64::MAX)
+}
+
+/// A whole number from 0 to `most`, from whatever Python object has an index.
+fn counted(py: Python<'_>, name: &str, value: &Bound<'_, PyAny>, most: u64) -> PyResult<u64> {
+    value.extract::<u64>().ok().filter(|number| *number <= most).ok_or_else(|| {
+        let limit = if most == u64::MAX { "2^64 - 1".to_owned() } else { most.to_string() };
+        to_python(py, &Error::config(format!("`{name}` must be a whole number from 0 to {limit}, found {value}")))
+    })
 }
 
 /// A pass over one epoch. Several threads may ask it for batches at once.

@@ -144,8 +144,8 @@ fn measure(
     let corpus = loader.corpus();
     Ok(Measured {
         config: loader.config().clone(),
-        format: corpus.shards().first().map_or("-", |shard| shard.format().name()),
-        shards: corpus.shards().len() as u64,
+        format: corpus.facts().next().map_or("-", |facts| facts.format.name()),
+        shards: corpus.len() as u64,
         corpus_tokens: corpus.tokens(),
         epochs: passes,
         batches: stats.batches,

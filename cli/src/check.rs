@@ -56,8 +56,7 @@ struct Findings {
 
 fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
     let files = discover::find(&config.data, config.format)?;
-    let options =
-        OpenOptions { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens };
+    let options = OpenOptions::of(config);
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(config.num_threads.unwrap_or(1) as usize)
         .thread_name(|index| format!("forebay-check-{index}"))
@@ -72,7 +71,7 @@ fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
             Err(error) => broken.push(error),
         }
     }
-    broken.extend(mixed_shards(&shards));
+    broken.extend(mixed_shards(shards.iter().map(|shard| (shard.path(), shard.facts()))));
 
     // By blocks, not shards, so that a large shard is not left to one thread at the end.
     let blocks: Vec<(&dyn Shard, usize)> =

@@ -1,4 +1,4 @@
-//! The command line: `forebay config`, `check`, `plan` and `bench`.
+//! The command line: `forebay config`, `check`, `index`, `plan`, `bench` and `verify`.
 //!
 //! [`run`] takes arguments, environment and outputs, so that the binary, the Python package and the tests share it. Results go to the output,
 //! warnings and errors to the error output. It returns 0, 1 where the data is at fault, and 2 where the command or a setting is.
@@ -6,9 +6,12 @@
 mod bench;
 mod check;
 mod config;
+mod index;
 mod plan;
 mod progress;
 mod report;
+mod sequential;
+mod verify;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -36,10 +39,14 @@ enum Command {
     Config(config::Options),
     /// Opens and reads every shard: format, rows, tokens, block sizes, what is slow, what is broken
     Check(check::Options),
+    /// Saves what opening the shards finds, so that later starts need not open them
+    Index(index::Options),
     /// Says what a run comes to and costs: steps, remainder, memory, shuffle distance, decoding, start
     Plan(plan::Options),
     /// Measures throughput without a trainer
     Bench(bench::Options),
+    /// Proves that every token was delivered once: an epoch of a loader, or the ledger of a run
+    Verify(verify::Options),
     /// Prints the settings there are
     #[command(hide = true)]
     Settings {
@@ -140,8 +147,10 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
     let result = match &cli.command {
         Command::Config(options) => config::run(options, &mut context),
         Command::Check(options) => check::run(options, &mut context),
+        Command::Index(options) => index::run(options, &mut context),
         Command::Plan(options) => plan::run(options, &mut context),
         Command::Bench(options) => bench::run(options, &mut context),
+        Command::Verify(options) => verify::run(options, &mut context),
         Command::Settings { markdown } => print_settings(*markdown, &mut context),
     };
     match result {

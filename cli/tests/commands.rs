@@ -252,20 +252,20 @@ fn plan_counts_what_a_run_will_come_to() {
     let ran = run(&[&args[..], &["--json"]].concat());
     assert_eq!((ran.status, ran.err.as_str()), (0, ""), "{}", ran.out);
     let json = ran.json();
-    let (source, epoch, memory, start) = (&json["source"], &json["epoch"], &json["memory"], &json["start"]);
+    let (source, pass, memory, start) = (&json["sources"][0], &json["pass"], &json["memory"], &json["start"]);
     let (sequences, tail) = (tokens / 32, tokens % 32);
     assert_eq!((&source["shards"], &source["tokens"]), (&2.into(), &tokens.into()));
     assert_eq!((&source["sequences"], &source["tail_tokens"]), (&sequences.into(), &tail.into()));
     let positions = sequences + u64::from(tail > 0);
     let steps = positions.div_ceil(12);
-    assert_eq!((&epoch["steps"], &epoch["world_size"]), (&steps.into(), &3.into()));
-    assert_eq!(epoch["delivered_tokens"], tokens);
-    assert_eq!((&epoch["remainder"], &epoch["padded_rows"]), (&"pad".into(), &(steps * 12 - positions).into()));
-    assert_eq!(epoch["padded_tokens"], steps * 12 * 32 - tokens);
+    assert_eq!((&pass["steps"], &pass["world_size"]), (&steps.into(), &3.into()));
+    assert_eq!(pass["delivered_tokens"], tokens);
+    assert_eq!((&pass["remainder"], &pass["padded_rows"]), (&"pad".into(), &(steps * 12 - positions).into()));
+    assert_eq!(pass["padded_tokens"], steps * 12 * 32 - tokens);
     assert_eq!(source["arrangement"]["kind"], "block");
     assert!(source["displacement"]["mean"].as_f64().unwrap() > 0.0, "{source}");
-    assert!(source["decoding"]["amplification"].as_f64().unwrap() >= 1.0, "{source}");
-    assert_eq!((&source["decoding"]["ranks"], &source["decoding"]["sharing_ranks"]), (&3.into(), &3.into()));
+    assert!(json["decoding"]["amplification"].as_f64().unwrap() >= 1.0, "{source}");
+    assert_eq!((&json["decoding"]["ranks"], &pass["sharing_ranks"]), (&3.into(), &3.into()));
     let part = |name: &str| memory[name].as_u64().unwrap();
     assert_eq!(
         part("batches_bytes") + part("held_blocks_bytes") + part("cache_bytes"),
@@ -273,7 +273,7 @@ fn plan_counts_what_a_run_will_come_to() {
         "{memory}"
     );
     assert!(part("budgeted_bytes") <= part("budget_bytes") && part("index_bytes") > 0, "{memory}");
-    assert_eq!(start["shards_opened"], 2);
+    assert_eq!(start["open_shards"], 2);
     assert!(start["open_seconds"].as_f64().unwrap() > 0.0 && start["first_batch_seconds"].as_f64().unwrap() > 0.0);
     assert_eq!(json["settings"]["dp_world_size"], "3");
 
@@ -298,13 +298,10 @@ fn plan_says_where_an_epoch_has_no_batch_and_nothing_is_decoded() {
     let ran = run(&["plan", text(root.path()), "--batch-size=100", "--json"]);
     assert_eq!((ran.status, ran.err.as_str()), (0, ""), "{}", ran.out);
     let json = ran.json();
-    assert_eq!((&json["epoch"]["steps"], &json["start"]["first_batch_seconds"]), (&0.into(), &Value::Null));
-    assert_eq!(
-        (&json["source"]["decoding"], &json["source"]["arrangement"]["kind"]),
-        (&Value::Null, &"sequential".into())
-    );
+    assert_eq!((&json["pass"]["steps"], &json["start"]["first_batch_seconds"]), (&0.into(), &Value::Null));
+    assert_eq!((&json["decoding"], &json["sources"][0]["arrangement"]["kind"]), (&Value::Null, &"sequential".into()));
     assert_eq!(json["memory"]["cache_bytes"], 0);
-    assert!(run(&["plan", text(root.path()), "--batch-size=100"]).out.contains("an epoch has no batch"));
+    assert!(run(&["plan", text(root.path()), "--batch-size=100"]).out.contains("a pass has no batch"));
     assert_eq!(run(&["plan"]).status, 2);
 }
 
@@ -391,4 +388,71 @@ fn bench_does_not_run_without_a_batch() {
 fn the_settings_are_printed_for_the_readme() {
     let ran = run(&["settings", "--markdown"]);
     assert_eq!((ran.status, ran.out), (0, forebay::settings::markdown()));
+}
+
+#[test]
+fn index_is_written_once_and_found_by_loaders() {
+    let (root, shards) = corpus(Container::ArrowFile(None), "arrow");
+    let cache = tempfile::tempdir().unwrap();
+    let args = ["index", text(root.path()), "--cache-dir", text(cache.path()), "--json"];
+    let first = run(&args).json();
+    assert_eq!(first["tokens"], stream(&shards, None, None).len());
+    assert_eq!((&first["shards"], &first["opened"]), (&2.into(), &2.into()));
+    let path = first["index"].as_str().unwrap();
+    assert_eq!(first["index_bytes"], std::fs::metadata(path).unwrap().len());
+    let second = run(&args).json();
+    assert_eq!((&second["opened"], &second["fingerprint"]), (&0.into(), &first["fingerprint"]));
+
+    let ran = run(&args[..4]);
+    assert_eq!((ran.status, ran.err.as_str()), (0, ""));
+    assert!(ran.out.contains(path) && ran.out.contains("0 in "), "{}", ran.out);
+
+    std::fs::write(path, "damaged").unwrap();
+    let ran = run(&args);
+    assert!(ran.err.starts_with("warning: saved index is damaged") && ran.err.contains(path), "{}", ran.err);
+    assert_eq!((ran.status, &ran.json()["opened"]), (0, &2.into()));
+}
+
+#[test]
+fn index_says_where_it_cannot_write_and_asks_for_a_folder() {
+    let (root, _) = corpus(Container::ArrowFile(None), "arrow");
+    let ran = run(&["index", text(root.path())]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.err.contains("--cache-dir"), "{}", ran.err);
+    let file = root.path().join("0.arrow");
+    let ran = run(&["index", text(root.path()), "--cache-dir", text(&file)]);
+    assert_eq!((ran.status, ran.out.as_str()), (1, ""));
+    assert!(ran.err.contains("cannot write saved index") && ran.err.contains(text(&file)), "{}", ran.err);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_corpus_may_have_more_shards_than_a_process_may_have_files() {
+    let root = tempfile::tempdir().unwrap();
+    let data = root.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    for shard in 0..200 {
+        let documents = documents(10, 20, 1000, shard);
+        write(
+            &data.join(format!("{shard:03}.arrow")),
+            Container::ArrowFile(None),
+            Dtype::I32,
+            Shape::List,
+            &documents,
+            9,
+        );
+    }
+    let bench = format!(
+        "ulimit -n 80; {} bench {} --seq-len 4 --shuffle --epochs 2 --threads 2 --json",
+        env!("CARGO_BIN_EXE_forebay"),
+        text(&data)
+    );
+    let cached = format!("{bench} --set cache_dir={}", text(&root.path().join("cache")));
+    for command in [&bench, &cached, &cached] {
+        let ran = std::process::Command::new("sh").args(["-c", command]).output().unwrap();
+        let errors = String::from_utf8_lossy(&ran.stderr);
+        assert!(ran.status.success(), "{errors}");
+        let found: Value = serde_json::from_slice(&ran.stdout).unwrap();
+        assert_eq!((&found["shards"], &found["epochs"]), (&200.into(), &2.into()), "{found}");
+    }
 }

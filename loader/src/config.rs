@@ -4,6 +4,9 @@
 //! grouped into batches; operational settings touch neither. `settings.rs` describes each of them by name.
 
 use crate::error::{Error, Result};
+use crate::order::course::Skip;
+use crate::order::holdout::Side;
+use crate::recipe::Recipe;
 use crate::tokens::Dtype;
 
 /// How the order of an epoch is drawn.
@@ -56,6 +59,31 @@ pub enum Io {
     Pread,
 }
 
+/// Side of a corpus of which `holdout` keeps sequences out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Split {
+    /// All but those held out.
+    #[default]
+    Train,
+    /// Those held out.
+    Holdout,
+}
+
+/// Epochs of one pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epochs {
+    /// So many, one after the other.
+    Count(u64),
+    /// One after the other without end.
+    Endless,
+}
+
+impl Default for Epochs {
+    fn default() -> Self {
+        Self::Count(1)
+    }
+}
+
 /// Container format that `data` is expected to hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DataFormat {
@@ -74,6 +102,8 @@ pub struct Config {
     // Content.
     /// Files, folders and glob patterns, in order.
     pub data: Vec<String>,
+    /// Several corpora with weights, as JSON ([`crate::recipe`]), in place of `data`. Default: none.
+    pub mixture: Option<String>,
     /// Expected format. Default: recognised by content.
     pub format: DataFormat,
     /// Token column. Default: the first of `input_ids`, `tokens`, `token_ids`, `ids`.
@@ -96,6 +126,14 @@ pub struct Config {
     pub window_tokens: u64,
     /// Virtual shards that block shuffling interleaves; world sizes that divide it decode each block about once. Default: 8.
     pub lanes: u64,
+    /// One sequence of so many is kept out of training. Default: none.
+    pub holdout: Option<u64>,
+    /// Which side of the holdout is delivered. Default: train.
+    pub split: Split,
+    /// Positions that are left out. Default: none.
+    pub skip: Vec<Skip>,
+    /// Whether a state of the first shards of this corpus can be continued; the others join at the next epoch. Default: false.
+    pub extend: bool,
 
     // Grouping.
     /// Sequences per rank and step. Default: 1.
@@ -104,12 +142,21 @@ pub struct Config {
     pub dp_rank: Option<u64>,
     /// Data-parallel size. Default: found in the environment, else 1.
     pub dp_world_size: Option<u64>,
+    /// Ranks that read the same rows: tensor-, context- and pipeline-parallel peers, next to each other. Default: 1.
+    pub replication: u64,
+    /// Epochs of one pass; with more than one, batches run on across their borders. Default: 1.
+    pub epochs: Epochs,
+    /// Steps after which a pass ends, counted from the start of its first epoch. Default: none.
+    pub max_steps: Option<u64>,
     /// What happens at an epoch's end. Default: drop.
     pub remainder: Remainder,
     /// Id that fills padded rows. Default: 0.
     pub pad_id: u32,
     /// Type of delivered input ids, `I64` or `I32`; labels are always `I64`. Default: `I64`.
     pub input_dtype: Dtype,
+
+    /// Whether batches say where each row is from: `source` and `sample_index`. Default: false.
+    pub sample_ids: bool,
 
     // Operational.
     /// Worker threads. Default: CPUs of this rank less one, 1 to 8.
@@ -122,14 +169,19 @@ pub struct Config {
     pub block_tokens: u64,
     /// How file bytes are reached. Default: auto.
     pub io: Io,
+    /// Folder for the saved index, with which shards are opened when they are first read. Default: none, all are opened at the start.
+    pub cache_dir: Option<String>,
     /// Batches in page-locked memory, where torch with CUDA is there. Default: false.
     pub pin_memory: bool,
+    /// Folder for the ledger: a line for every batch handed over. Default: none.
+    pub ledger: Option<String>,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
             data: Vec::new(),
+            mixture: None,
             format: DataFormat::Auto,
             token_column: None,
             seq_len: 2048,
@@ -141,18 +193,28 @@ impl Default for Config {
             chunk_tokens: 4 << 20,
             window_tokens: 16 << 20,
             lanes: 8,
+            holdout: None,
+            split: Split::Train,
+            skip: Vec::new(),
+            extend: false,
             batch_size: 1,
             dp_rank: None,
             dp_world_size: None,
+            replication: 1,
+            epochs: Epochs::default(),
+            max_steps: None,
             remainder: Remainder::Drop,
             pad_id: 0,
             input_dtype: Dtype::I64,
+            sample_ids: false,
             num_threads: None,
             prefetch_batches: 4,
             memory_budget: 512 << 20,
             block_tokens: 128 << 10,
             io: Io::Auto,
+            cache_dir: None,
             pin_memory: false,
+            ledger: None,
         }
     }
 }
@@ -166,7 +228,42 @@ impl Config {
                 faults.push(Error::config(text));
             }
         };
-        check(!self.data.is_empty(), "`data` is empty: expected at least one file, folder or glob pattern".to_owned());
+        match &self.mixture {
+            None => {
+                let text = "`data` is empty: expected at least one file, folder or glob pattern";
+                check(!self.data.is_empty(), text.to_owned());
+            }
+            Some(text) => {
+                check(
+                    self.data.is_empty(),
+                    "`data` and `mixture` are both set: the mixture names its sources' data".to_owned(),
+                );
+                check(
+                    !self.extend,
+                    "`extend` is for one corpus: add to a mixture by a new source and a new stage".to_owned(),
+                );
+                match Recipe::parse(text).and_then(|recipe| recipe.stages(self.seq_len)) {
+                    Ok(_) => {}
+                    Err(error) => check(false, error.to_string()),
+                }
+            }
+        }
+        check(
+            self.split == Split::Train || self.holdout.is_some(),
+            "`split` = holdout needs `holdout`: nothing is held out".to_owned(),
+        );
+        if let Epochs::Count(count) = self.epochs {
+            check(
+                (1..=1 << 32).contains(&count),
+                format!("`epochs` must be between 1 and {}, found {count}", 1u64 << 32),
+            );
+        }
+        for skip in &self.skip {
+            check(
+                skip.start < skip.end && skip.end <= 1 << 62,
+                format!("`skip` holds {}-{}, which is no range of positions", skip.start, skip.end),
+            );
+        }
         for (name, value, low, high) in [
             ("seq_len", self.seq_len, 1, 1 << 32),
             ("batch_size", self.batch_size, 1, 1 << 32),
@@ -177,6 +274,9 @@ impl Config {
             ("block_tokens", self.block_tokens, 1, 1 << 31),
             ("num_threads", self.num_threads.unwrap_or(1), 1, 1024),
             ("dp_world_size", self.dp_world_size.unwrap_or(1), 1, 1 << 32),
+            ("replication", self.replication, 1, 1 << 32),
+            ("holdout", self.holdout.unwrap_or(2), 2, 1 << 32),
+            ("max_steps", self.max_steps.unwrap_or(1), 1, 1 << 62),
         ] {
             check((low..=high).contains(&value), format!("`{name}` must be between {low} and {high}, found {value}"));
         }
@@ -196,6 +296,15 @@ impl Config {
             check(fits, format!("`{name}` must be below 2147483648, found {}", id.unwrap_or_default()));
         }
         if faults.is_empty() { Ok(()) } else { Err(Error::all(faults)) }
+    }
+
+    /// Side of each corpus that is delivered.
+    pub fn side(&self) -> Side {
+        match (self.holdout, self.split) {
+            (None, _) => Side::All,
+            (Some(every), Split::Train) => Side::Train(every),
+            (Some(every), Split::Holdout) => Side::Holdout(every),
+        }
     }
 
     /// Tokens one row reads from the stream: `seq_len`, and one more where targets are shifted.

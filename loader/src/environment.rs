@@ -21,7 +21,7 @@ const OTHER_VARIABLES: [&str; 6] = [
 ];
 
 /// Variables of others that are looked at, beside those of the launchers.
-const FOREIGN_VARIABLES: [&str; 8] = [
+const FOREIGN_VARIABLES: [&str; 11] = [
     "NO_COLOR",
     "LOCAL_WORLD_SIZE",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -30,6 +30,9 @@ const FOREIGN_VARIABLES: [&str; 8] = [
     "SLURM_STEP_ID",
     "SLURM_STEPID",
     "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
 ];
 
 /// Rank and world size as launchers name them, in order of preference.
@@ -127,6 +130,21 @@ pub fn default_threads() -> u64 {
     threads(&Environment::current(), available_cpus(), &mut warnings).0
 }
 
+/// What the launcher calls this start of the job: an id of torchrun or SLURM, and how often it was started again.
+pub fn launch() -> Option<String> {
+    launch_in(&Environment::current())
+}
+
+fn launch_in(env: &Environment) -> Option<String> {
+    // torchrun's id is `none` where neither it nor the user made one up.
+    let torchrun = env.get("TORCHELASTIC_RUN_ID").filter(|id| !matches!(*id, "" | "none"));
+    let found = match torchrun {
+        Some(id) => Some(("torchrun", id, "TORCHELASTIC_RESTART_COUNT")),
+        None => env.get("SLURM_JOB_ID").map(|id| ("slurm", id, "SLURM_RESTART_COUNT")),
+    };
+    found.map(|(launcher, id, restarts)| format!("{launcher} {id}.{}", env.get(restarts).unwrap_or("0")))
+}
+
 /// CPUs that affinity and cgroup limits leave to this process.
 fn available_cpus() -> u64 {
     std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
@@ -189,7 +207,7 @@ fn resolve_on(explicit: &[(String, String)], env: &Environment, scope: Scope, cp
 
     // A faulty number is a fault already, and would only be found again.
     if !rank_is_faulty {
-        match rank(&[&arguments, &variables, &file], env, &mut warnings, &mut notes) {
+        match rank(&[&arguments, &variables, &file], env, config.replication, &mut warnings, &mut notes) {
             Ok(Ranks { rank, size, origin }) => {
                 (config.dp_rank, config.dp_world_size) = (Some(rank), Some(size));
                 origins.extend([("dp_rank", origin.clone()), ("dp_world_size", origin)]);
@@ -332,6 +350,7 @@ fn text_of(value: &toml::Value, setting: &Setting) -> Option<String> {
         toml::Value::String(text) => Some(text.clone()),
         toml::Value::Integer(number) => Some(number.to_string()),
         toml::Value::Boolean(on) => Some(on.to_string()),
+        toml::Value::Table(_) if setting.name == "mixture" => serde_json::to_string(value).ok(),
         toml::Value::Array(items) if setting.name == "data" => {
             let names: Option<Vec<&str>> = items.iter().map(toml::Value::as_str).collect();
             Some(settings::list_text(&names?))
@@ -348,7 +367,13 @@ struct Ranks {
     origin: String,
 }
 
-fn rank(own: &[&Values], env: &Environment, warnings: &mut Vec<String>, notes: &mut Vec<String>) -> Result<Ranks> {
+fn rank(
+    own: &[&Values],
+    env: &Environment,
+    replication: u64,
+    warnings: &mut Vec<String>,
+    notes: &mut Vec<String>,
+) -> Result<Ranks> {
     for source in own {
         if let Some(ranks) = own_ranks(source)? {
             return Ok(ranks);
@@ -379,10 +404,23 @@ fn rank(own: &[&Values], env: &Environment, warnings: &mut Vec<String>, notes: &
             continue;
         }
         check_rank(rank, size, &origin)?;
+        if replication > 1 {
+            if size % replication != 0 {
+                return Err(Error::config(format!(
+                    "`replication` must divide the launcher's {size} ranks (from {origin}), found {replication}"
+                )));
+            }
+            let (rank, size) = (rank / replication, size / replication);
+            return Ok(Ranks {
+                rank,
+                size,
+                origin: format!("{origin}, {replication} at a time reading the same rows"),
+            });
+        }
         if size > 1 {
             notes.push(format!(
                 "assuming pure data parallel over {size} ranks (from {origin}); where tensor-, context- or pipeline-parallel peers \
-                 should read the same rows, set `dp_rank` and `dp_world_size`"
+                 should read the same rows, set `replication`, or `dp_rank` and `dp_world_size`"
             ));
         }
         return Ok(Ranks { rank, size, origin });
@@ -657,6 +695,20 @@ mod tests {
     }
 
     #[test]
+    fn replicated_ranks_read_the_same_rows() {
+        for rank in 0..8 {
+            let rank_text = rank.to_string();
+            let variables = [("RANK", rank_text.as_str()), ("WORLD_SIZE", "8"), ("FOREBAY_REPLICATION", "4")];
+            let config = all(&[], &variables).unwrap().config;
+            assert_eq!((config.dp_rank, config.dp_world_size), (Some(rank / 4), Some(2)));
+        }
+        let error = all(&[("replication", "3")], &[("RANK", "0"), ("WORLD_SIZE", "8")]).unwrap_err().to_string();
+        assert!(error.contains("must divide the launcher's 8 ranks"), "{error}");
+        let own = all(&[("dp_rank", "1"), ("dp_world_size", "2"), ("replication", "4")], &[]).unwrap().config;
+        assert_eq!((own.dp_rank, own.dp_world_size), (Some(1), Some(2)), "data-parallel ranks are data-parallel ranks");
+    }
+
+    #[test]
     fn arguments_given_twice() {
         let arguments = [("data", r"a\,b"), ("seed", "1"), ("data", "c,d"), ("seed", "2")];
         let config = all(&arguments, &[("FOREBAY_DATA", "e")]).unwrap().config;
@@ -764,6 +816,19 @@ mod tests {
         let resolved = all(&[("num_threads", "3")], &variables).unwrap();
         assert_eq!((resolved.config.num_threads, origin(&resolved, "num_threads")), (Some(3), "argument"));
         assert!((1..=8).contains(&default_threads()));
+    }
+
+    #[test]
+    fn a_start_of_a_job_has_the_launchers_name() {
+        for (variables, name) in [
+            (&[][..], None),
+            (&[("TORCHELASTIC_RUN_ID", "none")], None),
+            (&[("TORCHELASTIC_RUN_ID", "ab"), ("TORCHELASTIC_RESTART_COUNT", "2")], Some("torchrun ab.2")),
+            (&[("TORCHELASTIC_RUN_ID", "none"), ("SLURM_JOB_ID", "77")], Some("slurm 77.0")),
+            (&[("SLURM_JOB_ID", "77"), ("SLURM_RESTART_COUNT", "1")], Some("slurm 77.1")),
+        ] {
+            assert_eq!(launch_in(&env(variables)).as_deref(), name);
+        }
     }
 
     #[test]

@@ -3,25 +3,36 @@
 //! A batch is computed from its position alone (`Core::compute`), by whichever thread takes its number; iteration, `batch_at` and
 //! `sequences_at` share that one function.
 
+mod planned;
+
+use std::ops::Range;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use xxhash_rust::xxh3::xxh3_128;
+
 use crate::buffer::pool::Pool;
-use crate::buffer::{ALIGNMENT, Lease, Source};
-use crate::config::{Config, Remainder, Shuffle, Targets};
+use crate::buffer::{ALIGNMENT, Lease, Source as Memory};
+use crate::config::{Config, Epochs, Remainder, Shuffle, Split, Targets};
 use crate::corpus::Corpus;
+use crate::coverage::Coverage;
 use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::concat::{Concat, Specials};
+use crate::ledger::{self, Entry, Pass};
+use crate::order;
+use crate::order::course::{self, Course, ENDLESS};
 use crate::order::partition::{Grouping, Row};
-use crate::order::{self, Arrangement, EpochOrder};
-use crate::pipeline::{self, Pipeline, Taken};
-use crate::plan::{self, EpochPlan, MemoryPlan, Plan, SourcePlan};
-use crate::read::{Reader, Scratch};
+use crate::pipeline::{Pipeline, Plan, Taken};
+use crate::read::{BlockCache, Reader, Scratch};
+use crate::recipe::Recipe;
+use crate::settings;
 use crate::shard::{Access, OpenOptions};
-use crate::state::{State, StateValue};
-use crate::stats::{Counters, Stats};
+use crate::sources::{Growth, Orders, Place, Source, Sources};
+use crate::state::{State, StateValue, refused};
+use crate::stats::{Counters, SourceStats, Stats};
 use crate::sync::lock;
 use crate::tokens::Dtype;
 
@@ -44,23 +55,27 @@ pub struct Loader {
 #[derive(Debug)]
 struct Core {
     config: Config,
-    reader: Reader,
+    sources: Sources,
+    cache: Arc<BlockCache>,
     grouping: Grouping,
-    arrangement: Arrangement,
+    /// What a state belongs to, but for what depends on the position.
     content: Vec<(&'static str, StateValue)>,
     warnings: Vec<String>,
-    pool: Arc<dyn Source>,
+    pool: Arc<dyn Memory>,
     counters: Counters,
     cursor: Mutex<Cursor>,
     next_run: AtomicU64,
     /// Whether windows were found out of memory lately, so that all are read ahead. Written and read by workers; a stale value costs little.
     cold: AtomicBool,
+    /// Whether batches are hashed. Written by callers, read by workers; a batch that is begun before may have none.
+    covers: AtomicBool,
     process: u32,
 }
 
 /// Where the loader stands.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Cursor {
+    growth: Growth,
     epoch: u64,
     position: u64,
     /// Whether the next pass continues here; else it begins the epoch after this one.
@@ -69,6 +84,30 @@ struct Cursor {
     named: bool,
     /// The pass whose progress this is.
     run: u64,
+}
+
+impl Cursor {
+    /// Of a loader of which nothing was asked yet, whose corpus has so many shards.
+    fn new(shards: u64) -> Self {
+        Self { growth: Growth::none(shards), epoch: 0, position: 0, continues: true, named: false, run: u64::MAX }
+    }
+
+    /// Sends the next pass elsewhere.
+    fn go(&mut self, epoch: u64, position: u64, named: bool) {
+        *self = Self { growth: self.growth.clone(), epoch, position, continues: true, named, run: u64::MAX };
+    }
+}
+
+/// A row of a batch.
+#[derive(Clone, Copy, Debug)]
+enum Slot {
+    Position {
+        epoch: u64,
+        position: u64,
+        /// Whether it was delivered before, and only fills the last batch.
+        repeated: bool,
+    },
+    Padding,
 }
 
 /// One array of a batch, inside the batch's buffer.
@@ -80,8 +119,10 @@ pub struct Field {
     pub dtype: Dtype,
     /// Offset of its first byte in the buffer.
     pub offset_bytes: usize,
-    /// Rows and columns.
+    /// Rows and columns; arrays of one column have one axis, the rows.
     pub shape: [usize; 2],
+    /// Axes, 1 or 2.
+    pub ndim: usize,
     /// Values from one row to the next; more than the columns where fields overlap.
     pub row_stride: usize,
 }
@@ -93,10 +134,14 @@ pub struct Batch {
     pub epoch: u64,
     /// Step in the epoch, counted from 0.
     pub step: u64,
+    /// First position of its global batch.
+    pub position: u64,
     /// Rows, `batch_size` but for a short last batch.
     pub rows: usize,
     /// Arrays in the buffer.
     pub fields: Vec<Field>,
+    /// Its rows, hashed; only where [`Loader::cover`] or the setting `ledger` asks for it.
+    pub coverage: Option<Coverage>,
     lease: Lease,
 }
 
@@ -145,7 +190,7 @@ impl Loader {
     }
 
     /// As [`Loader::open`], with batches in memory from `source`, made for buffers of so many bytes, of which so many may lie idle.
-    pub fn open_with(config: Config, source: impl FnOnce(usize, usize) -> Arc<dyn Source>) -> Result<Self> {
+    pub fn open_with(config: Config, source: impl FnOnce(usize, usize) -> Arc<dyn Memory>) -> Result<Self> {
         Ok(Self { core: Arc::new(Core::open(config, source)?), runs: Mutex::default() })
     }
 
@@ -154,39 +199,55 @@ impl Loader {
         &self.core.config
     }
 
-    /// The opened corpus.
+    /// The opened corpus; of a mixture, its first.
     pub fn corpus(&self) -> &Corpus {
-        self.core.reader.corpus()
+        self.core.sources.list()[0].reader.corpus()
     }
 
-    /// Batches this rank gets in an epoch, the same on every rank.
+    /// Every opened corpus with its name; one without a name where there is no mixture.
+    pub fn corpora(&self) -> impl Iterator<Item = (&str, &Corpus)> {
+        self.core.sources.list().iter().map(|source| (source.name.as_str(), source.reader.corpus()))
+    }
+
+    /// Batches this rank gets in a pass, the same on every rank; `u64::MAX` where it has no end.
+    ///
+    /// Counted for the pass that the present epoch belongs to: others differ where positions are skipped or the corpus grew.
     pub fn len(&self) -> u64 {
-        self.core.grouping.steps(self.core.positions())
+        let cursor = lock(&self.core.cursor).clone();
+        self.core.steps(&self.core.course(&cursor.growth, cursor.epoch))
     }
 
-    /// Whether an epoch has no batch.
+    /// Whether a pass has no batch.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Full sequences of an epoch, over all ranks.
+    /// Full sequences of the present epoch, over all ranks; `u64::MAX` where it has no end.
     pub fn num_sequences(&self) -> u64 {
-        self.core.reader.layout().num_sequences()
+        let cursor = lock(&self.core.cursor).clone();
+        Some(self.core.sources.full_rows(&cursor.growth, cursor.epoch))
+            .filter(|rows| *rows < ENDLESS)
+            .unwrap_or(u64::MAX)
     }
 
-    /// Tokens of an epoch, specials included, whether delivered or in the remainder.
+    /// Tokens of the present epoch, specials included, whether delivered or in the remainder; `u64::MAX` where it has no end.
     pub fn num_tokens(&self) -> u64 {
-        self.core.reader.layout().stream_len()
+        let cursor = lock(&self.core.cursor).clone();
+        Some(self.core.sources.tokens(&cursor.growth, cursor.epoch))
+            .filter(|tokens| *tokens < ENDLESS)
+            .unwrap_or(u64::MAX)
     }
 
-    /// Tokens of an epoch that the remainder rule leaves out, over all ranks.
+    /// Tokens of the present epoch that the remainder rule leaves out, over all ranks, where passes are of one epoch.
     pub fn dropped_tokens(&self) -> u64 {
         let core = &self.core;
-        if core.grouping.remainder != Remainder::Drop {
-            return 0;
-        }
-        let delivered = self.len() * core.grouping.global_batch() * core.config.seq_len;
-        core.reader.layout().stream_len().saturating_sub(delivered)
+        let cursor = lock(&core.cursor).clone();
+        let course = core.course(&cursor.growth, cursor.epoch);
+        let (Remainder::Drop, Some(end)) = (core.grouping.remainder, course.len()) else { return 0 };
+        let delivered = core.grouping.steps(end) * core.grouping.global_batch();
+        let tail = core.sources.tokens(&cursor.growth, cursor.epoch)
+            - core.sources.full_rows(&cursor.growth, cursor.epoch) * core.config.seq_len;
+        (end - delivered) * core.config.seq_len + tail
     }
 
     /// A new pass. It continues a restored position, or begins the first epoch, or the epoch after the last one begun; that is decided
@@ -222,8 +283,21 @@ impl Loader {
         if cursor.continues && cursor.epoch == epoch {
             cursor.named = true;
         } else {
-            *cursor = Cursor { epoch, position: 0, continues: true, named: true, run: u64::MAX };
+            cursor.go(epoch, 0, true);
         }
+    }
+
+    /// The next pass begins at `position` of `epoch`, or at the first one after it that is not skipped.
+    pub fn seek(&self, epoch: u64, position: u64) -> Result<()> {
+        let mut cursor = lock(&self.core.cursor);
+        let positions = self.core.positions(&cursor.growth, epoch);
+        if position > positions {
+            return Err(Error::config(format!(
+                "position {position} of epoch {epoch} is sought, which has {positions}"
+            )));
+        }
+        cursor.go(epoch, position, true);
+        Ok(())
     }
 
     /// The epoch of the newest pass, or of the next one if that was set or restored.
@@ -233,69 +307,105 @@ impl Loader {
 
     /// The position after the batches handed to the caller by the newest pass.
     pub fn state(&self) -> State {
-        let cursor = *lock(&self.core.cursor);
-        State::new(cursor.epoch, cursor.position, &self.core.content)
+        let cursor = lock(&self.core.cursor).clone();
+        let content = self.core.content(&cursor.growth, cursor.epoch, cursor.position);
+        State::new(cursor.epoch, cursor.position, &content)
     }
 
     /// The next pass continues from `state`. Refused, naming both values, where it belongs to another corpus or other content settings.
     pub fn load_state(&self, state: &State) -> Result<()> {
-        state.check(&self.core.content)?;
-        let most = self.core.most_positions();
-        if state.position() > most {
-            return Err(Error::new(
-                ErrorKind::State,
-                format!("state is damaged: position {} is past the {most} of an epoch", state.position()),
-            ));
+        let core = &self.core;
+        let (epoch, position) = (state.epoch(), state.position());
+        let (saved, growth) = core.growth(state)?;
+        state.check(&core.content(&saved, epoch, position))?;
+        // A run that ended its epochs with another remainder rule may have delivered the tail as well.
+        let most = core.sources.full_rows(&saved, epoch) + 1;
+        if position > most {
+            let text = format!("state is damaged: position {position} is past the {most} of epoch {epoch}");
+            return Err(refused(text));
         }
-        *lock(&self.core.cursor) =
-            Cursor { epoch: state.epoch(), position: state.position(), continues: true, named: false, run: u64::MAX };
+        let mut cursor = lock(&core.cursor);
+        *cursor = Cursor { growth, ..Cursor::new(0) };
+        cursor.go(epoch, position, false);
         Ok(())
     }
 
-    /// Rows at positions `position..position + n` of `epoch`, over all ranks, as one batch.
+    /// Rows at positions `position..position + n` of `epoch`, over all ranks, as one batch. Skipped positions have theirs, too.
     pub fn sequences_at(&self, epoch: u64, position: u64, n: u64) -> Result<Arc<Batch>> {
         let core = &self.core;
         core.check_process()?;
-        let positions = core.positions();
+        let growth = lock(&core.cursor).growth.clone();
+        let positions = core.positions(&growth, epoch);
         if n == 0 || position.checked_add(n).is_none_or(|end| end > positions) {
             return Err(Error::config(format!(
                 "positions {position}..{} are asked for, an epoch has 0..{positions}",
                 position.saturating_add(n)
             )));
         }
-        let rows: Vec<Row> = (position..position + n).map(Row::Position).collect();
-        core.compute_alone(epoch, position / core.grouping.global_batch(), &rows)
+        core.check_epoch(epoch)?;
+        let slot = |position| Slot::Position { epoch, position, repeated: false };
+        let slots: Vec<Slot> = (position..position + n).map(slot).collect();
+        core.compute_alone(&growth, (epoch, position), position / core.grouping.global_batch(), &slots)
     }
 
-    /// What rank `rank` of `world_size` gets at `step` of `epoch`, under this loader's batch size and remainder rule.
+    /// What rank `rank` of `world_size` gets at `step` of the pass that begins with `epoch`, under this loader's batch size and remainder rule.
     pub fn batch_at(&self, epoch: u64, step: u64, rank: u64, world_size: u64) -> Result<Arc<Batch>> {
         let core = &self.core;
         core.check_process()?;
         if rank >= world_size {
             return Err(Error::config(format!("`rank` must be below `world_size`: found rank {rank} of {world_size}")));
         }
+        core.check_epoch(epoch)?;
+        let growth = lock(&core.cursor).growth.clone();
+        let course = core.course(&growth, epoch);
         let grouping = Grouping { rank, world_size, ..core.grouping };
-        let steps = grouping.steps(core.positions());
+        let steps = course.len().map_or(u64::MAX, |end| grouping.steps(end));
         if step >= steps {
             return Err(Error::config(format!(
                 "step {step} is asked for, an epoch has {steps} for {world_size} ranks"
             )));
         }
-        let rows = grouping.rows(step * grouping.global_batch(), core.positions());
-        core.compute_alone(epoch, step, &rows)
+        let (start, slots) = slots(grouping, &course, step * grouping.global_batch());
+        core.compute_alone(&growth, start, step, &slots)
     }
 
     /// What happened so far.
     pub fn stats(&self) -> Stats {
         let core = &self.core;
-        let (decoded_blocks, decoded_bytes) = core.reader.cache().decoded();
+        let (decoded_blocks, decoded_bytes) = core.cache.decoded();
         Stats {
             decoded_blocks,
             decoded_bytes,
-            cache_bytes: core.reader.cache().used_bytes(),
+            sources: self.source_stats(),
+            cache_bytes: core.cache.used_bytes(),
             buffer_bytes: core.pool.held_bytes() as u64,
             ..core.counters.snapshot()
         }
+    }
+
+    /// What each source of a mixture has given to all ranks together before the present position; empty where there is no mixture.
+    fn source_stats(&self) -> Vec<SourceStats> {
+        let core = &self.core;
+        let (epoch, position) = {
+            let cursor = lock(&core.cursor);
+            (cursor.epoch, cursor.position)
+        };
+        let Some(mixture) = core.sources.mixture() else { return Vec::new() };
+        let mut counts = mixture.counts(position);
+        if epoch > 0 {
+            for (count, whole) in counts.iter_mut().zip(mixture.counts(mixture.positions())) {
+                *count += epoch * whole;
+            }
+        }
+        let total: u64 = counts.iter().sum();
+        let of_source = |(source, sequences): (&Source, u64)| SourceStats {
+            name: source.name.clone(),
+            sequences,
+            tokens: sequences * core.config.seq_len,
+            epochs: sequences as f64 / core.sources.sequences_of(source) as f64,
+            share: if total == 0 { 0.0 } else { sequences as f64 / total as f64 },
+        };
+        core.sources.list().iter().zip(counts).map(of_source).collect()
     }
 
     /// What makes these settings slow on this corpus, a line each, with the remedy.
@@ -312,118 +422,58 @@ impl Loader {
     }
 }
 
-impl Loader {
-    /// What an epoch of these settings comes to and costs. Reads no token; takes about a second at most.
-    pub fn plan(&self) -> Result<Plan> {
-        let core = &self.core;
-        let (config, reader) = (&core.config, &core.reader);
-        let (layout, corpus) = (reader.layout(), reader.corpus());
-        let source = plan::Source {
-            sequences: layout.num_sequences(),
-            tail_tokens: layout.tail_tokens(),
-            arrangement: core.arrangement,
-            order: core.order(0),
-            grouping: core.grouping,
-            row: &|sequence| layout.row(sequence),
-            place: &|at| reader.place(at),
-            cache_bytes: reader.cache().budget_bytes(),
-            tokens: corpus.tokens(),
-            stream_tokens: layout.stream_len(),
-            most_rows: plan::MOST_ROWS,
-        };
-        let (mut decoded_bytes, mut largest_block) = (0, 0);
-        for block in corpus.block_metas() {
-            decoded_bytes += block.decoded_bytes;
-            largest_block = block.decoded_bytes.max(largest_block);
-        }
-        let batch_bytes = BatchLayout::largest_bytes(config) as u64;
-        Ok(Plan {
-            epoch: EpochPlan::new(
-                &core.grouping,
-                source.sequences,
-                source.tail_tokens,
-                source.stream_tokens,
-                config.seq_len,
-            ),
-            memory: MemoryPlan {
-                batch_bytes,
-                batches_bytes: (config.prefetch_batches + 1) * batch_bytes,
-                held_blocks_bytes: config.num_threads.unwrap_or(1) * largest_block,
-                cache_bytes: source.cache_bytes.min(decoded_bytes),
-                index_bytes: reader.index_bytes(),
-                budget_bytes: config.memory_budget,
-            },
-            source: SourcePlan {
-                shards: corpus.shards().len() as u64,
-                blocks: corpus.blocks().len() as u64,
-                documents: corpus.documents(),
-                tokens: source.tokens,
-                stream_tokens: source.stream_tokens,
-                sequences: source.sequences,
-                tail_tokens: source.tail_tokens,
-                arrangement: source.arrangement,
-                displacement: source.displacement(),
-                neighbours: source.neighbours(),
-                decoding: if corpus.access() == Access::Block { Some(source.decoding()?) } else { None },
-            },
-        })
-    }
-}
-
 impl Core {
-    fn open(mut config: Config, source: impl FnOnce(usize, usize) -> Arc<dyn Source>) -> Result<Self> {
+    fn open(mut config: Config, source: impl FnOnce(usize, usize) -> Arc<dyn Memory>) -> Result<Self> {
         config.validate()?;
         let threads = *config.num_threads.get_or_insert_with(environment::default_threads);
         let rank = *config.dp_rank.get_or_insert(0);
         let world_size = *config.dp_world_size.get_or_insert(1);
 
-        let options =
-            OpenOptions { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens };
-        // Scoped, so that its threads have ended when opening has.
-        let corpus = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads as usize)
-            .thread_name(|index| format!("forebay-open-{index}"))
-            .build_scoped(|thread| thread.run(), |pool| Corpus::open(&config.data, config.format, &options, pool))
-            .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads for opening shards").with_source(error))?;
-        let corpus = Arc::new(corpus?);
-
-        config.shuffle = match (config.shuffle, corpus.access()) {
+        let corpora = open_corpora(&config, threads)?;
+        let access = if corpora.iter().any(|(_, corpus)| corpus.access() == Access::Block) {
+            Access::Block
+        } else {
+            Access::Random
+        };
+        config.shuffle = match (config.shuffle, access) {
             (Shuffle::On, Access::Random) => Shuffle::Global,
             (Shuffle::On, Access::Block) => Shuffle::Block,
             (other, _) => other,
         };
-        let specials = Specials { bos: config.bos_id, eos: config.eos_id };
-        let layout = Concat::new(corpus.block_metas(), specials, config.seq_len, config.row_tokens());
-        let sequences = layout.num_sequences();
-        let arrangement = match config.shuffle {
-            Shuffle::Off | Shuffle::On => Arrangement::Sequential,
-            Shuffle::Global => Arrangement::Global,
-            Shuffle::Block => {
-                Arrangement::block(sequences, config.seq_len, config.chunk_tokens, config.window_tokens, config.lanes)
-            }
-        };
         let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };
-        grouping.check(grouping.positions(sequences, layout.tail_tokens() > 0))?;
-
         let batch_bytes = BatchLayout::largest_bytes(&config);
         let in_flight = config.prefetch_batches + 1;
-        let cache_bytes = cache_budget(&config, &corpus, threads, in_flight * batch_bytes as u64)?;
-        let warnings = window_warning(&config, &corpus, &grouping, cache_bytes).into_iter().collect();
-        let content = content_of(&config, corpus.fingerprint(), sequences);
-        Ok(Self {
-            reader: Reader::new(corpus, layout, specials, cache_bytes),
+        let largest = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
+        let cache_bytes = cache_budget(&config, largest, threads, in_flight * batch_bytes as u64)?;
+        let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
+        warnings.extend(window_warning(&config, &corpora, &grouping, largest, cache_bytes));
+        let cache = Arc::new(BlockCache::new(cache_bytes));
+        let specials = Specials { bos: config.bos_id, eos: config.eos_id };
+        let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
+            let layout = Concat::new(corpus.counts(), specials, config.seq_len, config.row_tokens());
+            let reader = Reader::new(Arc::new(corpus), layout, specials, Arc::clone(&cache), index);
+            Source::new(name, reader, config.seed)
+        });
+        let sources = Sources::new(&config, sources.collect())?;
+        let core = Self {
             grouping,
-            arrangement,
-            content,
+            content: content_of(&config),
             warnings,
             pool: source(batch_bytes, in_flight as usize + 1),
             counters: Counters::new(threads as usize),
-            cursor: Mutex::new(Cursor { epoch: 0, position: 0, continues: true, named: false, run: u64::MAX }),
+            cursor: Mutex::new(Cursor::new(sources.shards())),
             next_run: AtomicU64::new(0),
             cold: AtomicBool::new(true),
+            covers: AtomicBool::new(config.ledger.is_some()),
             process: std::process::id(),
+            sources,
+            cache,
             config,
-        })
+        };
+        if let Some(end) = core.course(&Growth::none(core.sources.shards()), 0).len() {
+            grouping.check(end)?;
+        }
+        Ok(core)
     }
 
     fn check_process(&self) -> Result<()> {
@@ -442,45 +492,121 @@ impl Core {
     }
 
     /// Positions of an epoch under the remainder rule.
-    fn positions(&self) -> u64 {
-        let layout = self.reader.layout();
-        self.grouping.positions(layout.num_sequences(), layout.tail_tokens() > 0)
+    fn positions(&self, growth: &Growth, epoch: u64) -> u64 {
+        self.grouping.positions(self.sources.full_rows(growth, epoch), self.sources.has_tail(growth, epoch))
     }
 
-    /// Positions that a state of any remainder rule may have reached, padding included.
-    fn most_positions(&self) -> u64 {
-        // The last global batch of the run that saved it may have been padded; how far is not known here.
-        self.reader.layout().num_sequences().saturating_add(1 << 32)
+    /// The course of the pass that `epoch` belongs to.
+    fn course(&self, growth: &Growth, epoch: u64) -> Course {
+        let (first, count) = match self.config.epochs {
+            Epochs::Count(count) => (epoch - epoch % count, Some(count)),
+            Epochs::Endless => (0, None),
+        };
+        // A mixture without end is one epoch.
+        let count = if self.sources.full_rows(growth, epoch) == ENDLESS { Some(1) } else { count };
+        Course::new(first, count, &self.config.skip, growth.changes(), |epoch| self.positions(growth, epoch))
     }
 
-    /// The batch of `rows`, in memory of its own.
-    fn compute_alone(&self, epoch: u64, step: u64, rows: &[Row]) -> Result<Arc<Batch>> {
-        let order = self.order(epoch);
-        let layout = BatchLayout::new(&self.config, rows.len(), self.has_padding(rows));
-        let source: Arc<dyn Source> = Arc::new(Pool::new(layout.bytes, 0));
-        let lease = Lease::new(&source, layout.bytes);
-        let batch = self.compute(&order, epoch, step, rows, layout, lease, &mut Worker::default())?;
-        Ok(Arc::new(batch))
+    /// Steps of a course, up to the limit.
+    fn steps(&self, course: &Course) -> u64 {
+        let steps = course.len().map_or(u64::MAX, |end| self.grouping.steps(end));
+        steps.min(self.config.max_steps.unwrap_or(u64::MAX))
     }
 
-    fn order(&self, epoch: u64) -> EpochOrder {
-        EpochOrder::new(self.reader.layout().num_sequences(), self.arrangement, self.config.seed, epoch)
+    /// Steps of a pass that begins at index `start`.
+    fn steps_from(&self, start: u64, course: &Course) -> u64 {
+        let steps = course.len().map_or(u64::MAX, |end| self.grouping.steps(end.saturating_sub(start)));
+        let limit = self.config.max_steps.unwrap_or(u64::MAX);
+        steps.min(limit.saturating_sub(start / self.grouping.global_batch()))
+    }
+
+    fn check_epoch(&self, epoch: u64) -> Result<()> {
+        if epoch > 0 && self.sources.mixture().is_some_and(|mixture| mixture.positions() == ENDLESS) {
+            return Err(Error::config(format!(
+                "epoch {epoch} is asked for, and this mixture's first epoch has no end"
+            )));
+        }
+        Ok(())
+    }
+
+    /// What a state at `position` of `epoch` belongs to: a fixed list of keys.
+    fn content(&self, growth: &Growth, epoch: u64, position: u64) -> Vec<(&'static str, StateValue)> {
+        let mut content = self.content.clone();
+        let shards = growth.latest();
+        let fingerprint = match self.sources.mixture() {
+            Some(_) => "mixture".to_owned(),
+            None => self.sources.list()[0].reader.corpus().fingerprint_of(shards as usize),
+        };
+        let begun: Vec<_> = course::merged(&self.config.skip)
+            .into_iter()
+            .filter(|skip| (skip.epoch, skip.start) < (epoch, position))
+            .collect();
+        content.extend([
+            ("fingerprint", StateValue::Text(fingerprint)),
+            ("shards", shards.into()),
+            ("sequences", self.sources.all_sequences(growth).into()),
+            ("growth", StateValue::Text(growth.text())),
+            ("skipped", StateValue::Text(short(settings::skips_text(&begun)))),
+            ("mixture", self.sources.mixture_digest(if epoch == 0 { position } else { u64::MAX })),
+        ]);
+        content
+    }
+
+    /// The growth under which `state` was saved, and the one that continues it.
+    fn growth(&self, state: &State) -> Result<(Growth, Growth)> {
+        let saved = Growth::parse(state.text("growth")?)
+            .ok_or_else(|| refused("state is damaged: `growth` must hold `EPOCH:SHARDS` pairs, in order".to_owned()))?;
+        let (before, now) = (saved.latest(), self.sources.shards());
+        if self.sources.mixture().is_some() || before >= now {
+            // What is not so is found by comparing.
+            return Ok(if before == now { (saved.clone(), saved) } else { (Growth::none(now), Growth::none(now)) });
+        }
+        let corpus = self.sources.list()[0].reader.corpus();
+        if state.text("fingerprint")? != corpus.fingerprint_of(before as usize) {
+            return Ok((Growth::none(now), Growth::none(now)));
+        }
+        if !self.config.extend {
+            return Err(refused(format!(
+                "the corpus has grown: it had {before} shards when the state was saved, and {now} now; set `extend` to let the new ones join at the next epoch, or resume with the old ones"
+            )));
+        }
+        let joins = state.epoch() + u64::from(state.position() > 0);
+        Ok((saved.clone(), saved.with(joins, now)))
+    }
+
+    /// The batch of `slots`, in memory of its own.
+    fn compute_alone(&self, growth: &Growth, start: (u64, u64), step: u64, slots: &[Slot]) -> Result<Arc<Batch>> {
+        let mut worker = Worker::default();
+        let places = self.places(growth, slots, &mut worker.orders);
+        let layout = BatchLayout::new(&self.config, slots.len(), self.has_padding(&places));
+        let memory: Arc<dyn Memory> = Arc::new(Pool::new(layout.bytes, 0));
+        let lease = Lease::new(&memory, layout.bytes);
+        Ok(Arc::new(self.compute(start, step, &places, layout, lease, &mut worker)?))
+    }
+
+    /// What the rows read; none where they are padding.
+    fn places(&self, growth: &Growth, slots: &[Slot], orders: &mut Orders) -> Vec<Option<Place>> {
+        let place = |slot: &Slot| match *slot {
+            Slot::Position { epoch, position, repeated } => {
+                Some(Place { repeated, ..self.sources.place(growth, orders, epoch, position) })
+            }
+            Slot::Padding => None,
+        };
+        slots.iter().map(place).collect()
     }
 
     /// Whether a row holds fewer tokens than it has places.
-    fn has_padding(&self, rows: &[Row]) -> bool {
-        let full = self.reader.layout().num_sequences();
-        self.grouping.remainder != Remainder::Wrap
-            && rows.iter().any(|row| !matches!(row, Row::Position(position) if *position < full))
+    fn has_padding(&self, places: &[Option<Place>]) -> bool {
+        let full = |place: &Place| place.tokens.end - place.tokens.start == self.config.row_tokens();
+        self.grouping.remainder != Remainder::Wrap && !places.iter().all(|place| place.as_ref().is_some_and(full))
     }
 
     #[allow(clippy::too_many_arguments)] // each is a different fact about the one batch
     fn compute(
         &self,
-        order: &EpochOrder,
-        epoch: u64,
+        start: (u64, u64),
         step: u64,
-        rows: &[Row],
+        rows: &[Option<Place>],
         layout: BatchLayout,
         mut lease: Lease,
         worker: &mut Worker,
@@ -491,7 +617,7 @@ impl Core {
             match layout.kind {
                 Kind::Overlapping => {
                     let ids = lease.i64s(index * row_tokens * 8, row_tokens);
-                    self.fill_row(order, *row, ids, worker)?;
+                    self.fill_row(row.as_ref(), ids, worker)?;
                 }
                 Kind::InPlace => {
                     let places = rows.len() * seq_len;
@@ -500,14 +626,14 @@ impl Core {
                     let (ids, labels) = lease.i64s(0, labels_at + places).split_at_mut(labels_at);
                     let at = index * seq_len..(index + 1) * seq_len;
                     let (ids, labels) = (&mut ids[at.clone()], &mut labels[at]);
-                    let filled = self.fill_row(order, *row, ids, worker)?;
+                    let filled = self.fill_row(row.as_ref(), ids, worker)?;
                     labels[..filled].copy_from_slice(&ids[..filled]);
                     labels[filled..].fill(IGNORED_LABEL);
                 }
                 Kind::Apart => {
                     let mut ids = std::mem::take(&mut worker.row);
                     ids.resize(row_tokens, 0);
-                    let filled = self.fill_row(order, *row, &mut ids, worker)?;
+                    let filled = self.fill_row(row.as_ref(), &mut ids, worker)?;
                     let shift = row_tokens - seq_len;
                     if layout.input_dtype == Dtype::I32 {
                         let out = lease.i32s(index * seq_len * 4, seq_len);
@@ -527,24 +653,46 @@ impl Core {
                 }
             }
         }
-        Ok(Batch { epoch, step, rows: rows.len(), fields: layout.fields, lease })
+        if let Some([sources_at, indices_at]) = layout.ids_at {
+            let ids =
+                |of: fn(&Place) -> u64| rows.iter().map(move |row| row.as_ref().map_or(-1, |place| of(place) as i64));
+            for (out, id) in lease.i64s(sources_at, rows.len()).iter_mut().zip(ids(|place| place.source as u64)) {
+                *out = id;
+            }
+            for (out, id) in lease.i64s(indices_at, rows.len()).iter_mut().zip(ids(|place| place.sequence)) {
+                *out = id;
+            }
+        }
+        let (epoch, position) = start;
+        let fields = layout.fields;
+        let mut batch = Batch { epoch, step, position, rows: rows.len(), fields, coverage: None, lease };
+        if self.covers.load(Ordering::Relaxed) {
+            let mut coverage = Coverage::default();
+            for (index, place) in rows.iter().enumerate() {
+                if let Some(place) = place.as_ref().filter(|place| !place.repeated) {
+                    let tokens = batch.tokens(index, (place.tokens.end - place.tokens.start) as usize)?;
+                    coverage.add_row(place.source as u64, place.sequence, &tokens);
+                }
+            }
+            batch.coverage = Some(coverage);
+        }
+        Ok(batch)
     }
 
-    /// Asks for what batch `number` of a pass, at position `start`, will read: always while files are cold, and else now and then, to notice
+    /// Asks for what batch `number` of a pass, at index `start`, will read: always while files are cold, and else now and then, to notice
     /// that they have become so.
-    fn read_ahead(&self, order: &EpochOrder, number: u64, start: u64) {
+    fn read_ahead(&self, run: &Heading, number: u64, start: u64, orders: &mut Orders) {
         let cold = self.cold.load(Ordering::Relaxed);
         if !cold && !number.is_multiple_of(LOOK_EVERY) {
             return;
         }
-        let full = self.reader.layout().num_sequences();
+        if run.course.len().is_some_and(|end| start >= end) {
+            return;
+        }
         let mut asked = false;
-        for row in self.grouping.rows(start, self.positions()) {
-            if let Row::Position(position) = row
-                && position < full
-            {
-                asked |= self.reader.read_ahead(self.reader.layout().row(order.sequence_at(position)));
-            }
+        let (_, slots) = slots(self.grouping, &run.course, start);
+        for place in self.places(&run.growth, &slots, orders).into_iter().flatten() {
+            asked |= self.sources.list()[place.source].reader.read_ahead(place.tokens);
         }
         if asked != cold {
             self.cold.store(asked, Ordering::Relaxed);
@@ -552,24 +700,21 @@ impl Core {
     }
 
     /// Writes the tokens of one row; the places after them hold `pad_id`. Returns how many are tokens.
-    fn fill_row(&self, order: &EpochOrder, row: Row, ids: &mut [i64], worker: &mut Worker) -> Result<usize> {
-        let layout = self.reader.layout();
-        let full = layout.num_sequences();
-        let Row::Position(position) = row else {
+    fn fill_row(&self, place: Option<&Place>, ids: &mut [i64], worker: &mut Worker) -> Result<usize> {
+        let Some(place) = place else {
             ids.fill(i64::from(self.config.pad_id));
             return Ok(0);
         };
-        let sequence = if position < full { order.sequence_at(position) } else { full };
-        let range = layout.row(sequence);
-        let filled = (range.end - range.start) as usize;
+        let reader = &self.sources.list()[place.source].reader;
+        let filled = (place.tokens.end - place.tokens.start) as usize;
         let (tokens, mut rest) = ids.split_at_mut(filled);
-        let ends_chunk = position < full && order.ends_chunk(sequence);
-        self.reader.fill(range, ends_chunk, tokens, &mut worker.scratch)?;
-        if self.grouping.remainder == Remainder::Wrap {
+        reader.fill(place.tokens.clone(), place.ends_chunk, tokens, &mut worker.scratch)?;
+        if self.grouping.remainder == Remainder::Wrap && !rest.is_empty() {
+            let stream_len = place.tokens.end;
             while !rest.is_empty() {
-                let take = (rest.len() as u64).min(layout.stream_len()) as usize;
+                let take = (rest.len() as u64).min(stream_len) as usize;
                 let (part, after) = rest.split_at_mut(take);
-                self.reader.fill(0..take as u64, false, part, &mut worker.scratch)?;
+                reader.fill(0..take as u64, false, part, &mut worker.scratch)?;
                 rest = after;
             }
             return Ok(ids.len());
@@ -579,11 +724,127 @@ impl Core {
     }
 }
 
+/// Rows of one rank in the global batch at index `start` of `course`, and the epoch and position of the batch's first row.
+fn slots(grouping: Grouping, course: &Course, start: u64) -> ((u64, u64), Vec<Slot>) {
+    let end = course.len().unwrap_or(u64::MAX);
+    let at = |index, repeated| {
+        let (epoch, position) = course.at(index);
+        Slot::Position { epoch, position, repeated }
+    };
+    let slot = |row: &Row| match *row {
+        Row::Index(index) => at(index, false),
+        Row::Repeated(index) => at(index, true),
+        Row::Padding => Slot::Padding,
+    };
+    (course.at(start), grouping.rows(start, end, course.last_epoch()).iter().map(slot).collect())
+}
+
+/// What proving a run takes.
+impl Loader {
+    /// Hashes the rows of every batch that is begun from now on, so that [`Batch::coverage`] is there.
+    pub fn cover(&self) {
+        self.core.covers.store(true, Ordering::Relaxed);
+    }
+
+    /// Positions of the present epoch under the remainder rule, over all ranks.
+    pub fn num_positions(&self) -> u64 {
+        let cursor = lock(&self.core.cursor).clone();
+        self.core.positions(&cursor.growth, cursor.epoch)
+    }
+
+    /// The sequence at each of `positions` of `epoch`; [`Loader::num_sequences`] is the tail.
+    pub fn sequences(&self, epoch: u64, positions: Range<u64>) -> impl Iterator<Item = u64> + use<> {
+        let core = Arc::clone(&self.core);
+        let growth = lock(&core.cursor).growth.clone();
+        let mut orders = Orders::default();
+        positions.map(move |position| core.sources.place(&growth, &mut orders, epoch, position).sequence)
+    }
+
+    /// What passes over `epochs` go through, one after the other, and which source and sequence stand at each of its indices. A sequence of a source that
+    /// has fewer is its tail.
+    pub fn course(&self, epochs: Range<u64>) -> (Course, impl FnMut(u64) -> (usize, u64) + use<>) {
+        let core = Arc::clone(&self.core);
+        let growth = lock(&core.cursor).growth.clone();
+        let positions = |epoch| core.positions(&growth, epoch);
+        let count = epochs.end.saturating_sub(epochs.start);
+        let course = Course::new(epochs.start, Some(count), &core.config.skip, growth.changes(), positions);
+        let (at, mut orders) = (course.clone(), Orders::default());
+        let row = move |index| {
+            let (epoch, position) = at.at(index);
+            let place = core.sources.place(&growth, &mut orders, epoch, position);
+            (place.source, place.sequence)
+        };
+        (course, row)
+    }
+
+    /// Digest of the corpus and the content settings, which a ledger names.
+    pub fn content_digest(&self) -> String {
+        self.core.content_digest()
+    }
+}
+
+impl Core {
+    /// Of all that decides what is trained on, but for what may change in the course of a run: shards and stages that were added, and skips.
+    fn content_digest(&self) -> String {
+        let mut text: Vec<_> = self.content.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        text.push(match self.sources.mixture() {
+            None => self.sources.list()[0].reader.corpus().fingerprint_of(1.min(self.sources.shards() as usize)),
+            Some(_) => self.sources.mixture_digest(1).to_string(),
+        });
+        format!("{:032x}", xxh3_128(text.join("\n").as_bytes()))
+    }
+
+    /// Begins the ledger of a pass, where there is one.
+    fn begin_ledger(&self, heading: &Heading) -> Result<Option<ledger::Writer>> {
+        let Some(folder) = &self.config.ledger else { return Ok(None) };
+        let (epoch, position) = heading.course.state_at(heading.start);
+        let pass = Pass {
+            run: String::new(),
+            time_ms: 0,
+            launch: environment::launch(),
+            epoch,
+            position,
+            rank: self.grouping.rank,
+            world_size: self.grouping.world_size,
+            batch_size: self.grouping.batch_size,
+            content: self.content_digest(),
+            fingerprint: self.sources.list()[0].reader.corpus().fingerprint().to_owned(),
+        };
+        ledger::Writer::begin(Path::new(folder), pass).map(Some)
+    }
+}
+
+impl Started {
+    /// Writes the line of a batch that is about to be handed over.
+    fn write_ledger(&self, batch: &Batch, end: (u64, u64)) -> Result<()> {
+        let Some(ledger) = &self.ledger else { return Ok(()) };
+        let coverage = batch.coverage.ok_or_else(|| Error::new(ErrorKind::Internal, "a batch was not hashed"))?;
+        lock(ledger).write(&Entry { start: (batch.epoch, batch.position), end, coverage })
+    }
+}
+
+impl Batch {
+    /// The first `count` tokens that row `row` was made of, as they lie in the delivered arrays.
+    fn tokens(&self, row: usize, count: usize) -> Result<Vec<i64>> {
+        let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row(field.name, row));
+        let shift = usize::from(self.fields[1].name == "y");
+        let mut tokens = inputs;
+        tokens.extend(targets.last().filter(|_| shift == 1));
+        tokens.truncate(count);
+        let fitting = tokens.get(shift..).unwrap_or_default();
+        if targets.get(..fitting.len()) != Some(fitting) {
+            return Err(Error::new(ErrorKind::Internal, format!("targets of row {row} do not belong to its inputs")));
+        }
+        Ok(tokens)
+    }
+}
+
 /// Memory and times of one worker.
 #[derive(Debug, Default)]
 struct Worker {
     index: usize,
     scratch: Scratch,
+    orders: Orders,
     /// A row of ids on its way to two arrays of different types.
     row: Vec<i64>,
 }
@@ -596,6 +857,8 @@ struct BatchLayout {
     input_dtype: Dtype,
     /// Offset of labels or `y`, where they are apart from the inputs.
     targets_at: usize,
+    /// Offsets of each row's source and sequence, where they are asked for.
+    ids_at: Option<[usize; 2]>,
     bytes: usize,
 }
 
@@ -626,15 +889,38 @@ impl BatchLayout {
             dtype,
             offset_bytes,
             shape: [rows, columns],
+            ndim: 2,
             row_stride,
         };
         if kind == Kind::Overlapping {
             let fields = vec![field(inputs, Dtype::I64, 0, columns + 1), field(targets, Dtype::I64, 8, columns + 1)];
-            return Self { kind, fields, input_dtype, targets_at: 8, bytes: rows * (columns + 1) * 8 };
+            let this = Self { kind, fields, input_dtype, targets_at: 8, ids_at: None, bytes: rows * (columns + 1) * 8 };
+            return this.with_ids(config, rows);
         }
         let targets_at = (rows * columns * input_dtype.size()).next_multiple_of(ALIGNMENT);
         let fields = vec![field(inputs, input_dtype, 0, columns), field(targets, Dtype::I64, targets_at, columns)];
-        Self { kind, fields, input_dtype, targets_at, bytes: targets_at + rows * columns * 8 }
+        let bytes = targets_at + rows * columns * 8;
+        Self { kind, fields, input_dtype, targets_at, ids_at: None, bytes }.with_ids(config, rows)
+    }
+
+    /// Adds what `sample_ids` asks for.
+    fn with_ids(mut self, config: &Config, rows: usize) -> Self {
+        if config.sample_ids {
+            let at = [self.bytes, self.bytes + rows * 8];
+            for (name, offset_bytes) in ["source", "sample_index"].into_iter().zip(at) {
+                self.fields.push(Field {
+                    name,
+                    dtype: Dtype::I64,
+                    offset_bytes,
+                    shape: [rows, 1],
+                    ndim: 1,
+                    row_stride: 1,
+                });
+            }
+            self.bytes += rows * 16;
+            self.ids_at = Some(at);
+        }
+        self
     }
 
     /// Bytes that hold any batch of `config`.
@@ -646,9 +932,45 @@ impl BatchLayout {
     }
 }
 
+/// Opens the corpora of `config`, side by side; all faults of all of them are reported.
+fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String, Corpus)>> {
+    let options = OpenOptions::of(config);
+    let cache = config.cache_dir.as_deref().map(Path::new);
+    let wanted: Vec<(String, Vec<String>)> = match &config.mixture {
+        None => vec![(String::new(), config.data.clone())],
+        Some(text) => Recipe::parse(text)?.sources.into_iter().map(|source| (source.name, source.data)).collect(),
+    };
+    // Scoped, so that its threads have ended when opening has.
+    let opened: Vec<(String, Result<Corpus>)> = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads as usize)
+        .thread_name(|index| format!("forebay-open-{index}"))
+        .build_scoped(
+            |thread| thread.run(),
+            |pool| {
+                let open = |(name, data): (String, Vec<String>)| {
+                    (name, Corpus::open(&data, config.format, &options, cache, pool))
+                };
+                wanted.into_iter().map(open).collect()
+            },
+        )
+        .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads for opening shards").with_source(error))?;
+    let mut faults = Vec::new();
+    let mut corpora = Vec::new();
+    for (name, corpus) in opened {
+        match corpus {
+            Ok(corpus) => corpora.push((name, corpus)),
+            Err(error) => faults.push(error),
+        }
+    }
+    match faults.len() {
+        0 => Ok(corpora),
+        1 => Err(faults.remove(0)),
+        _ => Err(Error::all(faults)),
+    }
+}
+
 /// Bytes for the block cache: the budget less batches in flight and the blocks that workers hold while they fill from them.
-fn cache_budget(config: &Config, corpus: &Corpus, threads: u64, batches: u64) -> Result<u64> {
-    let largest = corpus.block_metas().map(|block| block.decoded_bytes).max().unwrap_or(0);
+fn cache_budget(config: &Config, largest: u64, threads: u64, batches: u64) -> Result<u64> {
     let held = threads.saturating_mul(largest);
     let needed = batches.saturating_add(held).saturating_add(largest);
     config.memory_budget.checked_sub(batches.saturating_add(held)).filter(|cache| *cache >= largest).ok_or_else(|| {
@@ -663,21 +985,29 @@ fn cache_budget(config: &Config, corpus: &Corpus, threads: u64, batches: u64) ->
 }
 
 /// Says so where the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
-fn window_warning(config: &Config, corpus: &Corpus, grouping: &Grouping, cache_bytes: u64) -> Option<String> {
-    let total: u64 = corpus.block_metas().map(|block| block.decoded_bytes).sum();
-    let largest = corpus.block_metas().map(|block| block.decoded_bytes).max().unwrap_or(0);
-    let windows = match config.shuffle {
-        _ if corpus.access() == Access::Random => 0,
-        Shuffle::Off | Shuffle::On => 0,
-        Shuffle::Global => total,
-        // Each lane of this rank draws from its window, and from the blocks at both ends of it.
-        Shuffle::Block => {
-            let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
-            let lanes = grouping.lanes(config.lanes);
-            let window = config.window_tokens / config.lanes * lanes;
-            window.saturating_mul(bytes_per_token).saturating_add(lanes * 2 * largest).min(total)
+fn window_warning(
+    config: &Config,
+    corpora: &[(String, Corpus)],
+    grouping: &Grouping,
+    largest: u64,
+    cache_bytes: u64,
+) -> Option<String> {
+    let of_corpus = |corpus: &Corpus| {
+        let total = corpus.decoded_bytes();
+        match config.shuffle {
+            _ if corpus.access() == Access::Random => 0,
+            Shuffle::Off | Shuffle::On => 0,
+            Shuffle::Global => total,
+            // Each lane of this rank draws from its window, and from the blocks at both ends of it.
+            Shuffle::Block => {
+                let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
+                let lanes = grouping.lanes(config.lanes);
+                let window = config.window_tokens / config.lanes * lanes;
+                window.saturating_mul(bytes_per_token).saturating_add(lanes * 2 * largest).min(total)
+            }
         }
     };
+    let windows: u64 = corpora.iter().map(|(_, corpus)| of_corpus(corpus)).sum();
     (windows > cache_bytes).then(|| {
         format!(
             "blocks will be decoded several times: shuffling draws from about {} MiB of them and `memory_budget` leaves {} MiB; raise it, or lower \
@@ -688,15 +1018,13 @@ fn window_warning(config: &Config, corpus: &Corpus, grouping: &Grouping, cache_b
     })
 }
 
-/// What a state belongs to. Settings that do not take part in an order are not compared, so they read 0.
-fn content_of(config: &Config, fingerprint: &str, sequences: u64) -> Vec<(&'static str, StateValue)> {
+/// What every state of these settings belongs to. Settings that do not take part in an order are not compared, so they read 0.
+fn content_of(config: &Config) -> Vec<(&'static str, StateValue)> {
     let special = |id: Option<u32>| id.map_or(StateValue::from("none"), |id| u64::from(id).into());
-    let block = config.shuffle == Shuffle::Block;
-    let in_block = |value: u64| StateValue::from(if block { value } else { 0 });
+    let lanes = config.shuffle == Shuffle::Block || config.mixture.is_some();
+    let where_in = |used: bool, value: u64| StateValue::from(if used { value } else { 0 });
     vec![
         ("order", order::VERSION.into()),
-        ("fingerprint", fingerprint.into()),
-        ("sequences", sequences.into()),
         ("layout", "concat".into()),
         ("seq_len", config.seq_len.into()),
         ("targets", if config.targets == Targets::Shifted { "shifted" } else { "labels" }.into()),
@@ -712,10 +1040,17 @@ fn content_of(config: &Config, fingerprint: &str, sequences: u64) -> Vec<(&'stat
             .into(),
         ),
         ("seed", config.seed.into()),
-        ("chunk_tokens", in_block(config.chunk_tokens)),
-        ("window_tokens", in_block(config.window_tokens)),
-        ("lanes", in_block(config.lanes)),
+        ("chunk_tokens", where_in(config.shuffle == Shuffle::Block, config.chunk_tokens)),
+        ("window_tokens", where_in(config.shuffle == Shuffle::Block, config.window_tokens)),
+        ("lanes", where_in(lanes, config.lanes)),
+        ("holdout", config.holdout.unwrap_or(0).into()),
+        ("split", if config.split == Split::Holdout { "holdout" } else { "train" }.into()),
     ]
+}
+
+/// A text that a state can hold: long ones by their digest.
+fn short(text: String) -> String {
+    if text.len() <= 120 { text } else { format!("xxh3:{:032x}", xxhash_rust::xxh3::xxh3_128(text.as_bytes())) }
 }
 
 /// A pass over one epoch. Cheap to clone; clones share the pass, so that several threads can consume it.
@@ -737,9 +1072,18 @@ struct Run {
 #[derive(Debug)]
 struct Started {
     pipeline: Pipeline<Arc<Batch>>,
-    /// Position of the first batch.
-    position: u64,
+    heading: Arc<Heading>,
     delivered: AtomicU64,
+    ledger: Option<Mutex<ledger::Writer>>,
+}
+
+/// Where a pass goes.
+#[derive(Debug)]
+struct Heading {
+    course: Course,
+    growth: Growth,
+    /// Index of its first row.
+    start: u64,
 }
 
 impl Batches {
@@ -757,13 +1101,26 @@ impl Batches {
         let asked = Instant::now();
         core.counters.asked(asked);
         let depth = started.pipeline.depth();
-        let taken = started.pipeline.take(timeout, |_| {
-            let delivered = started.delivered.fetch_add(1, Ordering::Relaxed) + 1;
+        if let Some(ledger) = &started.ledger {
+            lock(ledger).check()?;
+        }
+        let mut written = Ok(());
+        let taken = started.pipeline.take(timeout, |batch| {
+            // Takers come here one at a time.
+            let delivered = started.delivered.load(Ordering::Relaxed) + 1;
+            let index = started.heading.start.saturating_add(delivered * core.grouping.global_batch());
+            let end = started.heading.course.state_at(index);
+            written = started.write_ledger(batch, end);
+            if written.is_err() {
+                return;
+            }
+            started.delivered.store(delivered, Ordering::Relaxed);
             let mut cursor = lock(&core.cursor);
             if cursor.run == run.id {
-                cursor.position = started.position + delivered * core.grouping.global_batch();
+                (cursor.epoch, cursor.position) = end;
             }
         })?;
+        written?;
         match taken {
             Taken::Item(batch) => {
                 let tokens = batch.rows as u64 * core.config.seq_len;
@@ -832,51 +1189,70 @@ impl Run {
 
     fn start(&self) -> Result<Started> {
         let core = &self.core;
-        let positions = core.positions();
-        let (epoch, position) = {
+        let (course, growth, start) = {
             let mut cursor = lock(&core.cursor);
-            let continued = cursor.continues && core.grouping.steps(positions.saturating_sub(cursor.position)) > 0;
-            let stays = cursor.continues && (cursor.named || cursor.position == 0);
-            let (epoch, position) =
-                if continued || stays { (cursor.epoch, cursor.position) } else { (cursor.epoch + 1, 0) };
-            *cursor = Cursor { epoch, position, continues: false, named: false, run: self.id };
-            (epoch, position)
+            let mut course = core.course(&cursor.growth, cursor.epoch);
+            let mut start = course.index_of(cursor.epoch, cursor.position);
+            let left = |start: u64, course: &Course| core.steps_from(start, course) > 0;
+            let continued = cursor.continues && left(start, &course);
+            let stays = cursor.continues && (cursor.named || (cursor.position == 0 && start == 0));
+            let endless = course.len().is_none();
+            if !(continued || stays || endless) {
+                let next = match core.config.epochs {
+                    Epochs::Count(count) => cursor.epoch - cursor.epoch % count + count,
+                    Epochs::Endless => cursor.epoch + 1,
+                };
+                course = core.course(&cursor.growth, next);
+                start = 0;
+            }
+            core.check_epoch(cursor.epoch)?;
+            if let Some(end) = course.len() {
+                core.grouping.check(end.saturating_sub(start))?;
+            }
+            let (epoch, position) = course.state_at(start);
+            let growth = cursor.growth.clone();
+            *cursor = Cursor { growth: growth.clone(), epoch, position, continues: false, named: false, run: self.id };
+            (course, growth, start)
         };
-        let order = core.order(epoch);
-        let items = core.grouping.steps(positions.saturating_sub(position));
+        let items = core.steps_from(start, &course);
+        let heading = Arc::new(Heading { course, growth, start });
         let threads = core.config.num_threads.unwrap_or(1) as usize;
-        let plan = pipeline::Plan {
-            threads: threads.min(items.max(1) as usize),
+        let plan = Plan {
+            threads: threads.min(usize::try_from(items.max(1)).unwrap_or(usize::MAX)),
             window: core.config.prefetch_batches as usize,
             items,
             leased: self.external,
         };
-        let ahead = if core.reader.reads_ahead() { WINDOWS_AHEAD.div_ceil(core.config.batch_size) } else { 0 };
+        let reads_ahead = core.sources.list().iter().any(|source| source.reader.reads_ahead());
+        let ahead = if reads_ahead { WINDOWS_AHEAD.div_ceil(core.config.batch_size) } else { 0 };
         let workers = AtomicUsize::new(0);
         let begin = move || Worker { index: workers.fetch_add(1, Ordering::Relaxed), ..Worker::default() };
         let compute = {
-            let core = Arc::clone(core);
+            let (core, heading) = (Arc::clone(core), Arc::clone(&heading));
             move |worker: &mut Worker, number: u64, lease: Option<Lease>| {
                 let began = Instant::now();
-                let start = position + number * core.grouping.global_batch();
+                let global_batch = core.grouping.global_batch();
+                let index = heading.start + number * global_batch;
                 if ahead > 0 {
                     let first = if number == 0 { 1 } else { ahead };
                     for distance in first..=ahead {
-                        let start = start + distance * core.grouping.global_batch();
-                        core.read_ahead(&order, number + distance, start);
+                        let index = index + distance * global_batch;
+                        core.read_ahead(&heading, number + distance, index, &mut worker.orders);
                     }
                 }
-                let rows = core.grouping.rows(start, positions);
+                let (start, slots) = slots(core.grouping, &heading.course, index);
+                let rows = core.places(&heading.growth, &slots, &mut worker.orders);
                 let layout = BatchLayout::new(&core.config, rows.len(), core.has_padding(&rows));
                 let lease = lease.unwrap_or_else(|| Lease::new(&core.pool, BatchLayout::largest_bytes(&core.config)));
-                let step = start / core.grouping.global_batch();
-                let batch = core.compute(&order, epoch, step, &rows, layout, lease, worker)?;
+                let step = index / global_batch;
+                let batch = core.compute(start, step, &rows, layout, lease, worker)?;
                 let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
                 core.counters.worked(worker.index, decode, began.elapsed().saturating_sub(decode));
                 Ok(Arc::new(batch))
             }
         };
         let pipeline = Pipeline::start(plan, begin, compute)?;
-        Ok(Started { pipeline, position, delivered: AtomicU64::new(0) })
+        let ledger = core.begin_ledger(&heading)?.map(Mutex::new);
+        Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), ledger })
     }
 }

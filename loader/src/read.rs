@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
-use crate::corpus::Corpus;
+use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::{Error, Result};
 use crate::fill::{Id, Piece, pieces, widen};
 use crate::layout::concat::{Concat, Specials};
@@ -29,7 +29,7 @@ pub(crate) struct Scratch {
 
 /// Where a block lies in the stream.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct BlockPlace {
     /// The block's number in the corpus.
     pub block: u64,
     /// Its first stream token.
@@ -48,22 +48,20 @@ pub(crate) struct Reader {
     corpus: Arc<Corpus>,
     layout: Concat,
     specials: Specials,
-    /// Whether each block's first token continues a document of the block before.
-    continues: Vec<bool>,
-    cache: BlockCache,
+    /// Shared with the readers of other sources, among which this one's blocks go by `source`.
+    cache: Arc<BlockCache>,
+    source: usize,
 }
 
 impl Reader {
-    pub(crate) fn new(corpus: Arc<Corpus>, layout: Concat, specials: Specials, cache_bytes: u64) -> Self {
-        let mut continues = Vec::with_capacity(corpus.blocks().len());
-        for shard in corpus.shards() {
-            let mut open = 0i64;
-            for block in shard.blocks() {
-                continues.push(open > 0);
-                open += block.starts as i64 - block.ends as i64;
-            }
-        }
-        Self { corpus, layout, specials, continues, cache: BlockCache::new(cache_bytes) }
+    pub(crate) fn new(
+        corpus: Arc<Corpus>,
+        layout: Concat,
+        specials: Specials,
+        cache: Arc<BlockCache>,
+        source: usize,
+    ) -> Self {
+        Self { corpus, layout, specials, cache, source }
     }
 
     pub(crate) fn corpus(&self) -> &Corpus {
@@ -72,10 +70,6 @@ impl Reader {
 
     pub(crate) fn layout(&self) -> &Concat {
         &self.layout
-    }
-
-    pub(crate) fn cache(&self) -> &BlockCache {
-        &self.cache
     }
 
     /// Writes stream tokens `range` over `row`. With `ends_chunk`, blocks that begin inside the row are read no further than needed.
@@ -87,34 +81,51 @@ impl Reader {
         scratch: &mut Scratch,
     ) -> Result<()> {
         debug_assert_eq!(range.end - range.start, row.len() as u64);
-        if range.is_empty() {
-            return Ok(());
-        }
-        let (mut block, mut from) = self.layout.locate(range.start);
+        let mut at = range.start;
         while !row.is_empty() {
-            let to = self.layout.block_len(block).min(from + row.len() as u64);
-            let (part, rest) = row.split_at_mut((to - from) as usize);
-            let prefix_only = ends_chunk && self.layout.block_start(block) > range.start;
-            self.fill_from_block(block, from..to, prefix_only, part, scratch).map_err(|error| {
-                let (shard, index, _) = self.corpus.block(block);
-                error.at(shard.path()).in_block(index as u64)
-            })?;
-            row = rest;
-            block += 1;
-            from = 0;
+            let (index, within) = self.layout.locate(at);
+            let shard = self.corpus.shard(index)?;
+            for (block, part) in self.stretches(&shard, within, row.len() as u64) {
+                let (filled, rest) = row.split_at_mut((part.end - part.start) as usize);
+                let prefix_only = ends_chunk && at > range.start;
+                let block = BlockRef { shard: index as u32, block: block as u32 };
+                self.fill_from_block(&shard, block, part, prefix_only, filled, scratch)
+                    .map_err(|error| error.at(shard.shard().path()).in_block(u64::from(block.block)))?;
+                at += filled.len() as u64;
+                row = rest;
+            }
         }
         Ok(())
     }
 
+    /// The blocks that hold the up to `len` tokens from `within` of a shard's stream, each with its stretch of its own stream.
+    fn stretches<'a>(
+        &self,
+        shard: &'a OpenShard,
+        within: u64,
+        len: u64,
+    ) -> impl Iterator<Item = (usize, Range<u64>)> + use<'a> {
+        let (specials, before) = (self.specials, shard.before());
+        let first = specials.block_at(before, within);
+        let end = within + len;
+        let place = move |block: usize| specials.stream_len(before[block]);
+        (first..before.len() - 1).take_while(move |block| place(*block) < end).map(move |block| {
+            let start = place(block);
+            (block, within.saturating_sub(start)..end.min(place(block + 1)) - start)
+        })
+    }
+
     fn fill_from_block<T: Id>(
         &self,
-        block: usize,
+        opened: &OpenShard,
+        block: BlockRef,
         range: Range<u64>,
         prefix_only: bool,
         row: &mut [T],
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let (shard, index, meta) = self.corpus.block(block);
+        let (shard, index) = (opened.shard(), block.block as usize);
+        let meta = &shard.blocks()[index];
         let dtype = shard.dtype();
         match shard.access() {
             Access::Random if self.specials.none() => {
@@ -124,7 +135,7 @@ impl Reader {
             Access::Random => {
                 let ends = shard.ends(index, &mut scratch.ends)?;
                 let buffer = &mut scratch.tokens;
-                self.fill_pieces(&ends, meta.tokens, self.continues[block], range, row, |part, tokens| {
+                self.fill_pieces(&ends, meta.tokens, opened.continues(index), range, row, |part, tokens| {
                     widen_checked(part, &shard.tokens(index, tokens, buffer)?)
                 })
             }
@@ -135,7 +146,12 @@ impl Reader {
                     decoded_here = true;
                     shard.decode(index, limit)
                 };
-                let decoded = self.cache.get(block, meta.decoded_bytes, prefix_only.then_some(range.end), decode)?;
+                let decoded = self.cache.get(
+                    (self.source, block),
+                    meta.decoded_bytes,
+                    prefix_only.then_some(range.end),
+                    decode,
+                )?;
                 if decoded_here {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
                 }
@@ -147,7 +163,7 @@ impl Reader {
                 let ends = Ends::List(&decoded.ends);
                 // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
-                self.fill_pieces(&ends, tokens, self.continues[block], range, row, |part, tokens| {
+                self.fill_pieces(&ends, tokens, opened.continues(index), range, row, |part, tokens| {
                     widen_fitting(part, &slice(tokens))
                 })
             }
@@ -177,23 +193,38 @@ impl Reader {
         })
     }
 
-    /// The block that holds stream token `at`.
-    pub(crate) fn place(&self, at: u64) -> Result<Place> {
-        let (block, _) = self.layout.locate(at);
-        let (_, _, meta) = self.corpus.block(block);
-        Ok(Place {
-            block: block as u64,
-            start: self.layout.block_start(block),
-            len: self.layout.block_len(block),
-            tokens: meta.tokens,
-            bytes: meta.decoded_bytes,
-        })
-    }
-
-    /// Bytes of the tables that find shards, blocks and what is in them.
-    pub(crate) fn index_bytes(&self) -> u64 {
-        let blocks = self.corpus.blocks().len() as u64;
-        self.corpus.index_bytes() + blocks * (size_of::<u64>() + size_of::<bool>()) as u64
+    /// The block that holds stream token `at`; in a shard that is not open, blocks are taken to be equal.
+    pub(crate) fn block_at(&self, at: u64) -> BlockPlace {
+        let (index, within) = self.layout.locate(at);
+        let shard_start = at - within;
+        let number = |block: u64| ((index as u64) << 32) + block;
+        if let Some(opened) = self.corpus.opened(index) {
+            let before = opened.before();
+            let block = self.specials.block_at(before, within);
+            let [start, end] = [block, block + 1].map(|block| self.specials.stream_len(before[block]));
+            let meta = &opened.shard().blocks()[block];
+            let (tokens, bytes) = (meta.tokens, meta.decoded_bytes);
+            return BlockPlace {
+                block: number(block as u64),
+                start: shard_start + start,
+                len: end - start,
+                tokens,
+                bytes,
+            };
+        }
+        let facts = self.corpus.facts_of(index);
+        let (blocks, stream_len) = (facts.blocks.max(1), self.specials.stream_len(facts.counts).max(1));
+        let scaled =
+            |value: u64, by: u64, of: u64| (u128::from(value) * u128::from(by)).div_ceil(u128::from(of)) as u64;
+        let block = (u128::from(within) * u128::from(blocks) / u128::from(stream_len)) as u64;
+        let [start, end] = [block, block + 1].map(|block| scaled(block, stream_len, blocks));
+        BlockPlace {
+            block: number(block),
+            start: shard_start + start,
+            len: end - start,
+            tokens: (end - start).min(scaled(end - start, facts.counts.tokens, stream_len)),
+            bytes: facts.decoded_bytes / blocks,
+        }
     }
 
     /// Whether reading ahead can help: windows are read from the file one by one.
@@ -203,24 +234,23 @@ impl Reader {
 
     /// Asks for the windows of stream tokens `range` that are not in memory to be read ahead. Returns whether there were any.
     pub(crate) fn read_ahead(&self, range: Range<u64>) -> bool {
-        if range.is_empty() {
-            return false;
-        }
-        let (mut block, mut from) = self.layout.locate(range.start);
-        let mut left = range.end - range.start;
+        let mut at = range.start;
         let mut asked = false;
-        while left > 0 {
-            let to = self.layout.block_len(block).min(from + left);
-            let (shard, index, meta) = self.corpus.block(block);
-            // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
-            let tokens = from.min(meta.tokens)..to.min(meta.tokens);
-            if !shard.is_resident(index, tokens.clone()) {
-                shard.will_need(index, tokens);
-                asked = true;
+        while at < range.end {
+            let (index, within) = self.layout.locate(at);
+            // Opening a shard is left to whoever reads it: the first batch must not wait for those of all windows ahead.
+            let Some(opened) = self.corpus.opened(index) else { return true };
+            let shard = opened.shard();
+            for (block, part) in self.stretches(&opened, within, range.end - at) {
+                at += part.end - part.start;
+                let tokens = shard.blocks()[block].tokens;
+                // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
+                let wanted = part.start.min(tokens)..part.end.min(tokens);
+                if !shard.is_resident(block, wanted.clone()) {
+                    shard.will_need(block, wanted);
+                    asked = true;
+                }
             }
-            left -= to - from;
-            block += 1;
-            from = 0;
         }
         asked
     }
@@ -258,9 +288,12 @@ pub(crate) struct BlockCache {
     decoded_bytes: AtomicU64,
 }
 
+/// Source, and block of it.
+type BlockKey = (usize, BlockRef);
+
 #[derive(Debug, Default)]
 struct CacheInner {
-    entries: HashMap<usize, Entry>,
+    entries: HashMap<BlockKey, Entry>,
     used_bytes: u64,
     clock: u64,
 }
@@ -277,7 +310,7 @@ enum Entry {
 }
 
 impl BlockCache {
-    fn new(budget_bytes: u64) -> Self {
+    pub(crate) fn new(budget_bytes: u64) -> Self {
         Self {
             budget_bytes,
             inner: Mutex::default(),
@@ -308,7 +341,7 @@ impl BlockCache {
     /// With `prefix`, a block that is not there is decoded just that far, and not kept.
     fn get(
         &self,
-        key: usize,
+        key: BlockKey,
         bytes: u64,
         prefix: Option<u64>,
         mut decode: impl FnMut(Option<u64>) -> Result<DecodedBlock>,
@@ -366,7 +399,7 @@ impl CacheInner {
                     Entry::Ready { used_at, bytes, .. } => Some((*used_at, *key, *bytes)),
                     Entry::Loading => None,
                 })
-                .min();
+                .min_by_key(|(used_at, ..)| *used_at);
             let Some((_, key, freed)) = oldest else { return };
             self.entries.remove(&key);
             self.used_bytes -= freed;
@@ -376,7 +409,7 @@ impl CacheInner {
 
 struct Loading<'a> {
     cache: &'a BlockCache,
-    key: usize,
+    key: BlockKey,
     bytes: u64,
 }
 
@@ -401,10 +434,10 @@ mod tests {
     #[test]
     fn stays_within_its_budget_and_drops_what_was_not_used_for_longest() {
         let cache = BlockCache::new(100);
-        let get = |key: usize| {
+        let get = |index: u32| {
             let mut decoded = false;
             cache
-                .get(key, 40, None, |_| {
+                .get((0, BlockRef { shard: 0, block: index }), 40, None, |_| {
                     decoded = true;
                     Ok(block(40))
                 })
@@ -423,14 +456,15 @@ mod tests {
     #[test]
     fn a_block_wanted_by_many_is_decoded_once_and_a_failure_is_not_kept() {
         let cache = BlockCache::new(1000);
-        assert!(cache.get(7, 10, None, |_| Err(Error::data("broken"))).is_err());
+        let key = (0, BlockRef { shard: 1, block: 7 });
+        assert!(cache.get(key, 10, None, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 0);
         let decoded = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
                     cache
-                        .get(7, 10, None, |_| {
+                        .get(key, 10, None, |_| {
                             decoded.fetch_add(1, Ordering::Relaxed);
                             std::thread::sleep(std::time::Duration::from_millis(20));
                             Ok(block(10))

@@ -3,8 +3,9 @@
 //! [`crate::config`] holds the values, their types and their defaults; this table adds names and text. A setting is read from and written as
 //! one line of text everywhere.
 
-use crate::config::{Config, DataFormat, Io, Remainder, Shuffle, Targets};
+use crate::config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Split, Targets};
 use crate::error::{Error, Result};
+use crate::order::course::Skip;
 use crate::tokens::Dtype;
 
 /// What a setting has an influence on.
@@ -75,7 +76,17 @@ impl Setting {
         if probe.dp_rank.is_none() || probe.dp_world_size.is_none() {
             (probe.dp_rank, probe.dp_world_size) = (None, None);
         }
-        probe.validate().map_err(|_| fault())?;
+        if probe.mixture.is_some() {
+            probe.data.clear();
+        }
+        if probe.split == Split::Holdout {
+            probe.holdout = Some(2);
+        }
+        // What is wrong with a text of many parts, only its own reader can say.
+        let own = |error: Error| {
+            if self.name == "mixture" { Error::config(format!("{error} (from `{place}`)")) } else { fault() }
+        };
+        probe.validate().map_err(own)?;
         (self.parse)(config, text.trim()).ok_or_else(fault)
     }
 }
@@ -156,6 +167,14 @@ const SETTINGS: &[Setting] = &[
         doc: "the corpus, in order",
         get: |config| list_text(&config.data),
         parse: |config, text| parsed(&mut config.data, list(text)),
+    },
+    Setting {
+        name: "mixture",
+        kind: Kind::Content,
+        accepts: "sources, weights and stages as JSON, or `none`",
+        doc: "several corpora with weights, in place of `data`",
+        get: |config| optional_text(config.mixture.as_ref()),
+        parse: |config, text| parsed(&mut config.mixture, optional(text, |text| Some(text.to_owned()))),
     },
     Setting {
         name: "format",
@@ -249,6 +268,38 @@ const SETTINGS: &[Setting] = &[
         parse: |config, text| parsed(&mut config.lanes, integer(text)),
     },
     Setting {
+        name: "holdout",
+        kind: Kind::Content,
+        accepts: "an integer from 2 to 2^32, or `none`",
+        doc: "one sequence in so many is kept out of training, whatever the seed",
+        get: |config| optional_text(config.holdout),
+        parse: |config, text| parsed(&mut config.holdout, optional(text, integer)),
+    },
+    Setting {
+        name: "split",
+        kind: Kind::Content,
+        accepts: "`train` or `holdout`",
+        doc: "which side of the holdout is delivered",
+        get: |config| choice_text(SPLITS, config.split),
+        parse: |config, text| parsed(&mut config.split, choice(SPLITS, text)),
+    },
+    Setting {
+        name: "skip",
+        kind: Kind::Content,
+        accepts: "ranges of positions such as `100-200,3:0-50` (of epoch 0 and of epoch 3), or `none`",
+        doc: "positions that are never delivered; all others keep their numbers",
+        get: |config| skips_text(&config.skip),
+        parse: |config, text| parsed(&mut config.skip, skips(text)),
+    },
+    Setting {
+        name: "extend",
+        kind: Kind::Content,
+        accepts: "`true` or `false`",
+        doc: "continue a state of the first shards of this corpus; the new ones join at the next epoch",
+        get: |config| config.extend.to_string(),
+        parse: |config, text| parsed(&mut config.extend, boolean(text)),
+    },
+    Setting {
         name: "batch_size",
         kind: Kind::Grouping,
         accepts: "an integer from 1 to 2^32",
@@ -273,6 +324,30 @@ const SETTINGS: &[Setting] = &[
         parse: |config, text| parsed(&mut config.dp_world_size, optional(text, integer)),
     },
     Setting {
+        name: "replication",
+        kind: Kind::Grouping,
+        accepts: "an integer from 1 to 2^32",
+        doc: "neighbouring ranks of the launcher that read the same rows (tensor-, context-, pipeline-parallel peers)",
+        get: |config| config.replication.to_string(),
+        parse: |config, text| parsed(&mut config.replication, integer(text)),
+    },
+    Setting {
+        name: "epochs",
+        kind: Kind::Grouping,
+        accepts: "an integer from 1 to 2^32, or `endless`",
+        doc: "epochs of one pass; with more than one, batches run on across their borders",
+        get: |config| epochs_text(config.epochs),
+        parse: |config, text| parsed(&mut config.epochs, epochs(text)),
+    },
+    Setting {
+        name: "max_steps",
+        kind: Kind::Grouping,
+        accepts: "an integer from 1, or `none`",
+        doc: "steps after which a pass ends, counted from the start of its first epoch",
+        get: |config| optional_text(config.max_steps),
+        parse: |config, text| parsed(&mut config.max_steps, optional(text, integer)),
+    },
+    Setting {
         name: "remainder",
         kind: Kind::Grouping,
         accepts: "`drop`, `pad`, `wrap` or `short`",
@@ -295,6 +370,14 @@ const SETTINGS: &[Setting] = &[
         doc: "type of delivered input ids; labels are always int64",
         get: |config| config.input_dtype.name().to_owned(),
         parse: |config, text| parsed(&mut config.input_dtype, choice(DTYPES, text)),
+    },
+    Setting {
+        name: "sample_ids",
+        kind: Kind::Grouping,
+        accepts: "`true` or `false`",
+        doc: "batches say where each row is from: `source` and `sample_index`",
+        get: |config| config.sample_ids.to_string(),
+        parse: |config, text| parsed(&mut config.sample_ids, boolean(text)),
     },
     Setting {
         name: "num_threads",
@@ -337,12 +420,28 @@ const SETTINGS: &[Setting] = &[
         parse: |config, text| parsed(&mut config.io, choice(IOS, text)),
     },
     Setting {
+        name: "cache_dir",
+        kind: Kind::Operational,
+        accepts: "a folder, or `none`",
+        doc: "where the index of the corpus is saved, with which shards are opened when first read; `none` opens all at the start",
+        get: |config| optional_text(config.cache_dir.as_ref()),
+        parse: |config, text| parsed(&mut config.cache_dir, optional(text, |text| Some(text.to_owned()))),
+    },
+    Setting {
         name: "pin_memory",
         kind: Kind::Operational,
         accepts: "`true` or `false`",
         doc: "batches in page-locked memory, where torch with CUDA is there",
         get: |config| config.pin_memory.to_string(),
         parse: |config, text| parsed(&mut config.pin_memory, boolean(text)),
+    },
+    Setting {
+        name: "ledger",
+        kind: Kind::Operational,
+        accepts: "a folder, or `none`",
+        doc: "folder where every rank writes a line for each batch it hands over, which `forebay verify` proves",
+        get: |config| optional_text(config.ledger.as_ref()),
+        parse: |config, text| parsed(&mut config.ledger, optional(text, |text| Some(text.to_owned()))),
     },
 ];
 
@@ -351,6 +450,7 @@ const FORMATS: &[(&str, DataFormat)] =
 const TARGETS: &[(&str, Targets)] = &[("labels", Targets::Labels), ("shifted", Targets::Shifted)];
 const SHUFFLES: &[(&str, Shuffle)] =
     &[("false", Shuffle::Off), ("true", Shuffle::On), ("global", Shuffle::Global), ("block", Shuffle::Block)];
+const SPLITS: &[(&str, Split)] = &[("train", Split::Train), ("holdout", Split::Holdout)];
 const REMAINDERS: &[(&str, Remainder)] =
     &[("drop", Remainder::Drop), ("pad", Remainder::Pad), ("wrap", Remainder::Wrap), ("short", Remainder::Short)];
 const DTYPES: &[(&str, Dtype)] = &[("int64", Dtype::I64), ("int32", Dtype::I32)];
@@ -448,6 +548,44 @@ pub fn list_text<T: AsRef<str>>(names: &[T]) -> String {
     escaped.join(",")
 }
 
+/// Ranges `start-end`, each of epoch 0 or of the one before its colon.
+pub(crate) fn skips(text: &str) -> Option<Vec<Skip>> {
+    if text.is_empty() || text.eq_ignore_ascii_case("none") {
+        return Some(Vec::new());
+    }
+    text.split(',')
+        .map(|part| {
+            let (epoch, range) = part.trim().split_once(':').unwrap_or(("0", part.trim()));
+            let (start, end) = range.split_once('-')?;
+            Some(Skip { epoch: integer(epoch)?, start: integer(start)?, end: integer(end)? })
+        })
+        .collect()
+}
+
+/// The text by which the setting `skip` means `skips`.
+pub(crate) fn skips_text(skips: &[Skip]) -> String {
+    let ranges: Vec<String> = skips
+        .iter()
+        .map(
+            |Skip { epoch, start, end }| {
+                if *epoch == 0 { format!("{start}-{end}") } else { format!("{epoch}:{start}-{end}") }
+            },
+        )
+        .collect();
+    if ranges.is_empty() { "none".to_owned() } else { ranges.join(",") }
+}
+
+fn epochs(text: &str) -> Option<Epochs> {
+    if text.eq_ignore_ascii_case("endless") { Some(Epochs::Endless) } else { integer(text).map(Epochs::Count) }
+}
+
+fn epochs_text(epochs: Epochs) -> String {
+    match epochs {
+        Epochs::Count(count) => count.to_string(),
+        Epochs::Endless => "endless".to_owned(),
+    }
+}
+
 fn optional<T>(text: &str, parse: fn(&str) -> Option<T>) -> Option<Option<T>> {
     if text.is_empty() || text.eq_ignore_ascii_case("none") { Some(None) } else { parse(text).map(Some) }
 }
@@ -470,6 +608,7 @@ mod tests {
         }
         list!(
             data,
+            mixture,
             format,
             token_column,
             seq_len,
@@ -481,24 +620,35 @@ mod tests {
             chunk_tokens,
             window_tokens,
             lanes,
+            holdout,
+            split,
+            skip,
+            extend,
             batch_size,
             dp_rank,
             dp_world_size,
+            replication,
+            epochs,
+            max_steps,
             remainder,
             pad_id,
             input_dtype,
+            sample_ids,
             num_threads,
             prefetch_batches,
             memory_budget,
             block_tokens,
             io,
-            pin_memory
+            cache_dir,
+            pin_memory,
+            ledger
         )
     }
 
     /// A value other than the default for each setting.
     const OTHER: &[(&str, &str)] = &[
         ("data", "a,b\\,c"),
+        ("mixture", r#"{"sources": [{"name": "a", "data": "a", "weight": 1}]}"#),
         ("format", "arrow"),
         ("token_column", "text ids"),
         ("seq_len", "512"),
@@ -510,18 +660,28 @@ mod tests {
         ("chunk_tokens", "3Ki"),
         ("window_tokens", "5"),
         ("lanes", "16"),
+        ("holdout", "100"),
+        ("split", "holdout"),
+        ("skip", "10-20,3:0-5"),
+        ("extend", "true"),
         ("batch_size", "7"),
         ("dp_rank", "3"),
         ("dp_world_size", "4"),
+        ("replication", "4"),
+        ("epochs", "endless"),
+        ("max_steps", "1000"),
         ("remainder", "wrap"),
         ("pad_id", "9"),
         ("input_dtype", "int32"),
+        ("sample_ids", "true"),
         ("num_threads", "6"),
         ("prefetch_batches", "2"),
         ("memory_budget", "3GiB"),
         ("block_tokens", "1Mi"),
         ("io", "pread"),
+        ("cache_dir", "a cache/here"),
         ("pin_memory", "true"),
+        ("ledger", "out/the ledger"),
     ];
 
     #[test]
@@ -599,6 +759,15 @@ mod tests {
             ("num_threads", "2000"),
             ("memory_budget", "99999999Ti"),
             ("pin_memory", "2"),
+            ("skip", "5"),
+            ("skip", "9-3"),
+            ("skip", "1:2:3-4"),
+            ("epochs", "0"),
+            ("epochs", "forever"),
+            ("holdout", "1"),
+            ("split", "validation"),
+            ("replication", "0"),
+            ("max_steps", "0"),
         ] {
             let setting = find(name).unwrap();
             let mut config = Config::default();

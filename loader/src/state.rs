@@ -93,10 +93,18 @@ impl State {
         self.entries.iter().find(|(name, _)| name == key).map(|(_, value)| value)
     }
 
-    fn int(&self, key: &str) -> Result<u64> {
+    pub(crate) fn int(&self, key: &str) -> Result<u64> {
         match self.get(key) {
             Some(StateValue::Int(value)) => Ok(*value),
             Some(value) => Err(refused(format!("state key `{key}` must be a number, found {value}"))),
+            None => Err(refused(format!("state has no key `{key}`: it was not made by forebay, or is incomplete"))),
+        }
+    }
+
+    pub(crate) fn text(&self, key: &str) -> Result<&str> {
+        match self.get(key) {
+            Some(StateValue::Text(text)) => Ok(text),
+            Some(value) => Err(refused(format!("state key `{key}` must be a word, found {value}"))),
             None => Err(refused(format!("state has no key `{key}`: it was not made by forebay, or is incomplete"))),
         }
     }
@@ -121,6 +129,6 @@ impl State {
     }
 }
 
-fn refused(message: String) -> Error {
+pub(crate) fn refused(message: String) -> Error {
     Error::new(ErrorKind::State, message)
 }

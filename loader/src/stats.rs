@@ -38,9 +38,26 @@ struct Consumer {
     depth_sum: u64,
 }
 
+/// What a source of a mixture has given.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SourceStats {
+    /// Its name.
+    pub name: String,
+    /// Sequences, to all ranks together, since the start of the run.
+    pub sequences: u64,
+    /// Their tokens.
+    pub tokens: u64,
+    /// Epochs of the source, whole and begun ones.
+    pub epochs: f64,
+    /// Share of all sources' sequences.
+    pub share: f64,
+}
+
 /// A snapshot; times are in seconds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stats {
+    /// Sources of a mixture.
+    pub sources: Vec<SourceStats>,
     /// Batches handed over.
     pub batches: u64,
     /// Tokens handed over as inputs.

@@ -90,7 +90,7 @@ fn run(config: &Config, world_size: u64) -> Ran {
 
 fn plan(config: &Config, world_size: u64) -> Plan {
     let config = Config { dp_rank: Some(0), dp_world_size: Some(world_size), ..config.clone() };
-    Loader::open(config).unwrap().plan().unwrap()
+    Loader::open(config).unwrap().plan()
 }
 
 #[test]
@@ -99,18 +99,18 @@ fn blocks_are_decoded_as_often_as_planned_and_about_once_where_ranks_divide_the_
     let base = Config { memory_budget: 256 << 10, batch_size: 2, prefetch_batches: 2, ..parquet() };
     for world_size in [1, 2, 4, 8] {
         let planned = plan(&base, world_size);
-        let decoding = planned.source.decoding.unwrap();
+        let decoding = planned.decoding.unwrap();
         let ran = run(&base, world_size);
-        let measured = ran.decoded_tokens as f64 / planned.source.tokens as f64;
+        let measured = ran.decoded_tokens as f64 / planned.pass.delivered_tokens as f64;
         eprintln!("W={world_size}: planned {:.3}, measured {measured:.3}", decoding.amplification);
-        assert!(decoding.whole_epoch && decoding.ranks == world_size, "{decoding:?}");
+        assert!(decoding.whole_pass && decoding.ranks == world_size, "{decoding:?}");
         assert!(
             (measured / decoding.amplification - 1.0).abs() < 0.02,
             "W={world_size}: {measured} as against {decoding:?}"
         );
         assert!(measured <= 1.1, "W={world_size}: {measured}");
         // It is the order that does it, not room for everything.
-        assert!(planned.memory.cache_bytes < planned.source.tokens * 4 / 4, "{:?}", planned.memory);
+        assert!(planned.memory.cache_bytes < planned.sources[0].tokens * 4 / 4, "{:?}", planned.memory);
     }
 }
 
@@ -127,9 +127,9 @@ fn wasteful_settings_are_announced_as_such() {
         ),
         ("one permutation over blocks", Config { shuffle: Shuffle::Global, ..tight }, 2, 3.0),
     ] {
-        let decoding = plan(&config, world_size).source.decoding.unwrap();
+        let decoding = plan(&config, world_size).decoding.unwrap();
         let planned = plan(&config, world_size);
-        let measured = run(&config, world_size).decoded_tokens as f64 / planned.source.tokens as f64;
+        let measured = run(&config, world_size).decoded_tokens as f64 / planned.pass.delivered_tokens as f64;
         eprintln!("{what}: planned {:.3}, measured {measured:.3}", decoding.amplification);
         assert!(decoding.amplification > least, "{what}: {decoding:?}");
         assert!((measured / decoding.amplification - 1.0).abs() < 0.05, "{what}: {measured} as against {decoding:?}");
@@ -156,17 +156,17 @@ fn steps_and_remainder_are_as_planned() {
         for remainder in [Remainder::Drop, Remainder::Pad, Remainder::Wrap, Remainder::Short] {
             for (world_size, batch_size) in [(1, 1), (3, 7), (4, 16)] {
                 let config = Config { shuffle, remainder, batch_size, ..parquet() };
-                let Plan { epoch, source, .. } = plan(&config, world_size);
+                let Plan { pass, sources, .. } = plan(&config, world_size);
                 let ran = run(&config, world_size);
-                let what = format!("{remainder:?} W={world_size} B={batch_size}: {epoch:?} {ran:?}");
-                assert!(ran.steps.iter().all(|steps| *steps == epoch.steps), "{what}");
-                assert_eq!(ran.targets, epoch.delivered_tokens + epoch.repeated_tokens, "{what}");
-                assert_eq!(epoch.delivered_tokens + epoch.dropped_tokens, source.stream_tokens, "{what}");
-                let places = epoch.steps * epoch.global_batch * SEQ_LEN;
+                let what = format!("{remainder:?} W={world_size} B={batch_size}: {pass:?} {ran:?}");
+                assert!(ran.steps.iter().all(|steps| Some(*steps) == pass.steps), "{what}");
+                assert_eq!(ran.targets, pass.delivered_tokens + pass.repeated_tokens, "{what}");
+                assert_eq!(pass.delivered_tokens + pass.dropped_tokens, sources[0].stream_tokens, "{what}");
+                let places = pass.steps.unwrap() * pass.global_batch * SEQ_LEN;
                 let short_rows =
-                    if remainder == Remainder::Short { epoch.global_batch - epoch.last_batch_rows } else { 0 };
+                    if remainder == Remainder::Short { pass.global_batch - pass.last_batch_rows } else { 0 };
                 assert_eq!(
-                    epoch.delivered_tokens + epoch.padded_tokens + epoch.repeated_tokens + short_rows * SEQ_LEN,
+                    pass.delivered_tokens + pass.padded_tokens + pass.repeated_tokens + short_rows * SEQ_LEN,
                     places,
                     "{what}"
                 );
@@ -189,7 +189,7 @@ fn sequences_move_as_far_as_planned() {
     }
     for shuffle in [Shuffle::Off, Shuffle::Global, Shuffle::Block] {
         let loader = Loader::open(Config { shuffle, ..base.clone() }).unwrap();
-        let source = loader.plan().unwrap().source;
+        let source = loader.plan().sources.remove(0);
         let delivered = loader.sequences_at(0, 0, n).unwrap();
         let order: Vec<u64> = (0..n).map(|row| places[&delivered.row("input_ids", row as usize)]).collect();
         let mut moved: Vec<u64> = order.iter().zip(0..).map(|(place, position)| place.abs_diff(position)).collect();

@@ -40,22 +40,24 @@ class Loader:
     def iter_external(self) -> Batches:
         """A new pass, in memory that is submitted by the caller."""
     @property
-    def len(self) -> int:
-        """Batches of this rank in an epoch."""
+    def len(self) -> int | None:
+        """Batches of this rank in a pass; None where it has no end."""
     @property
-    def num_sequences(self) -> int:
-        """Full sequences of an epoch, over all ranks."""
+    def num_sequences(self) -> int | None:
+        """Full sequences of the present epoch, over all ranks; None where it has no end."""
     @property
-    def num_tokens(self) -> int:
-        """Tokens of an epoch, specials included."""
+    def num_tokens(self) -> int | None:
+        """Tokens of the present epoch, specials included; None where it has no end."""
     @property
     def dropped_tokens(self) -> int:
-        """Tokens of an epoch that the remainder rule leaves out, over all ranks."""
+        """Tokens of the present epoch that the remainder rule leaves out, over all ranks."""
     @property
     def epoch(self) -> int:
         """Epoch of the newest pass, or of the next one if that was set or restored."""
     def set_epoch(self, epoch: int) -> None:
         """The next pass begins this epoch, unless a position of it was restored and not continued yet."""
+    def seek(self, epoch: int, position: int) -> None:
+        """The next pass begins at `position` of `epoch`. Raises ConfigError past the epoch's end."""
     def state(self) -> list[tuple[str, int | str]]:
         """Keys and values of the position, in a fixed order."""
     def load_state(self, pairs: Sequence[tuple[str, int | str]]) -> None:
@@ -117,18 +119,18 @@ class Batch:
         """First byte of its buffer: for a submitted one, the `ptr` it was submitted with."""
     def fields(self) -> list[tuple[str, Array]]:
         """Its arrays by name."""
-    def layout(self) -> list[tuple[str, str, int, tuple[int, int], int]]:
+    def layout(self) -> list[tuple[str, str, int, list[int], int]]:
         """Name, dtype, offset in bytes, shape and row stride in values of each array in the batch's buffer."""
 
 @final
 class Array:
-    """A writable view of shape (rows, seq_len), int64 or int32, of a batch's memory, which lives as long as any view.
+    """A writable view of shape (rows, seq_len) or (rows,), int64 or int32; its batch's memory lives as long.
 
     `x` and `y` of shifted targets share memory: writing to one writes to the other.
     """
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> str: ...
     if sys.version_info >= (3, 12):

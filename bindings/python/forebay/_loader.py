@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import operator
 import os
@@ -18,6 +19,8 @@ from forebay import _core
 from forebay._errors import ClosedError, ConfigError
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+#: Ranges of positions: ``(start, end)`` in epoch 0, or ``(epoch, start, end)``.
+Skip = str | Sequence[tuple[int, int] | tuple[int, int, int]]
 Arrays = dict[str, npt.NDArray[Any]]
 
 _logger = logging.getLogger("forebay")
@@ -75,15 +78,28 @@ def settings_of(data: Data | None, settings: Mapping[str, object]) -> list[tuple
 
 
 def _text(name: str, value: object) -> str:
-    if isinstance(value, str):
-        return value
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
+    if name == "mixture" and isinstance(value, Mapping):
+        return json.dumps(value, default=os.fspath)
+    if name == "skip" and isinstance(value, Sequence):
+        return ",".join(_range(part) for part in value) or "none"
     if name == "input_dtype":
+        if str(value).startswith("torch."):
+            return str(value).removeprefix("torch.")
         return np.dtype(value).name  # type: ignore[call-overload, no-any-return]
     if isinstance(value, SupportsIndex):
         return str(operator.index(value))
     raise TypeError(f"`{name}` must be an int, a bool or a str, found {type(value).__name__}")
+
+
+def _range(part: object) -> str:
+    numbers = [operator.index(number) for number in part] if isinstance(part, Sequence) else []
+    if len(numbers) not in (2, 3):
+        raise TypeError(f"`skip` must be a list of (start, end) or (epoch, start, end), found {part!r}")
+    return f"{numbers[-3] if len(numbers) == 3 else 0}:{numbers[-2]}-{numbers[-1]}"
 
 
 class Batches:
@@ -123,6 +139,9 @@ class Loader:
     ----------
     data:
         A file, a folder, a glob pattern, or a list of these, in order.
+    mixture:
+        In place of `data`: a dict of ``sources`` (each a ``name``, ``data``, ``weight``, and how many ``epochs`` at
+        most), ``stages`` that change the weights, and what happens when a source is ``exhausted``. Default: none.
     format:
         ``"auto"`` (by content), ``"parquet"`` or ``"arrow"``. Default: auto.
     token_column:
@@ -140,17 +159,35 @@ class Loader:
         Key of the order, with the epoch. Default: 0.
     chunk_tokens, window_tokens, lanes:
         Shape of block shuffling: tokens that stay together, tokens mixed at once, virtual shards.
-        Default: 1 Mi, 16 Mi, 8.
+        Default: 4 Mi, 16 Mi, 8.
+    holdout, split:
+        One sequence of every `holdout` is kept out of ``split="train"`` and delivered by ``split="holdout"``, whatever
+        the seed. Default: none, train.
+    skip:
+        Positions that are never delivered: a list of ``(start, end)`` in epoch 0 or ``(epoch, start, end)``. All others
+        keep their numbers. Default: none.
+    extend:
+        Whether a state of this corpus' first shards is continued; new shards join at the next epoch. Default: false.
     batch_size:
         Sequences per rank and step. Default: 1.
     dp_rank, dp_world_size:
         Default: what the launcher says, else 0 of 1.
+    replication:
+        Neighbouring ranks of the launcher that read the same rows: tensor-, context- and pipeline-parallel peers.
+        Default: 1.
+    epochs:
+        Epochs of one pass, or ``"endless"``. With more than one, batches run on across their borders. Default: 1.
+    max_steps:
+        Steps after which a pass ends, counted from the start of its first epoch. Default: none.
     remainder:
         What fills no global batch at the epoch's end: ``"drop"``, ``"pad"``, ``"wrap"`` or ``"short"``. Default: drop.
     pad_id:
         Fills padded places; their labels are -100. Default: 0.
     input_dtype:
         ``"int64"`` or ``"int32"``, of the inputs; labels are always int64. Default: int64.
+    sample_ids:
+        Whether batches say where each row is from: ``source`` and ``sample_index``, int64 of shape ``(batch_size,)``,
+        -1 for padding. Default: false.
     num_threads:
         Default: CPUs of this rank less one, 1 to 8.
     prefetch_batches:
@@ -161,8 +198,12 @@ class Loader:
         Tokens near which blocks are cut for decoding; never changes a batch. Default: 128 Ki.
     io:
         ``"auto"``, ``"mmap"`` or ``"pread"``. Default: auto.
+    cache_dir:
+        Folder for the saved index, with which shards are opened when they are first read. Default: none.
     pin_memory:
         For ``forebay.torch.DataLoader``; here it must be false. Default: false.
+    ledger:
+        A folder where every rank writes a line for each batch it hands over, for ``forebay verify``. Default: none.
 
     Raises
     ------
@@ -174,6 +215,7 @@ class Loader:
         self,
         data: Data | None = None,
         *,
+        mixture: Mapping[str, Any] | str | None = None,
         format: Literal["auto", "parquet", "arrow"] | None = None,
         token_column: str | None = None,
         seq_len: int | None = None,
@@ -185,20 +227,31 @@ class Loader:
         chunk_tokens: int | None = None,
         window_tokens: int | None = None,
         lanes: int | None = None,
+        holdout: int | None = None,
+        split: Literal["train", "holdout"] | None = None,
+        skip: Skip | None = None,
+        extend: bool | None = None,
         batch_size: int | None = None,
         dp_rank: int | None = None,
         dp_world_size: int | None = None,
+        replication: int | None = None,
+        epochs: int | Literal["endless"] | None = None,
+        max_steps: int | None = None,
         remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
         pad_id: int | None = None,
         input_dtype: npt.DTypeLike | None = None,
+        sample_ids: bool | None = None,
         num_threads: int | None = None,
         prefetch_batches: int | None = None,
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         pin_memory: bool | None = None,
+        ledger: str | os.PathLike[str] | None = None,
     ) -> None:
         settings = dict(
+            mixture=mixture,
             format=format,
             token_column=token_column,
             seq_len=seq_len,
@@ -210,18 +263,28 @@ class Loader:
             chunk_tokens=chunk_tokens,
             window_tokens=window_tokens,
             lanes=lanes,
+            holdout=holdout,
+            split=split,
+            skip=skip,
+            extend=extend,
             batch_size=batch_size,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
+            replication=replication,
+            epochs=epochs,
+            max_steps=max_steps,
             remainder=remainder,
             pad_id=pad_id,
             input_dtype=input_dtype,
+            sample_ids=sample_ids,
             num_threads=num_threads,
             prefetch_batches=prefetch_batches,
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            cache_dir=cache_dir,
             pin_memory=pin_memory,
+            ledger=None if ledger is None else os.fspath(ledger),
         )
         if pin_memory:
             raise ConfigError("`pin_memory` needs forebay.torch.DataLoader: this loader does not import torch")
@@ -259,12 +322,16 @@ class Loader:
         return Batches(self)
 
     def __len__(self) -> int:
-        """Batches this rank gets in an epoch, the same on every rank."""
-        return self._core.len
+        """Batches this rank gets in a pass, the same on every rank. TypeError where it has no end."""
+        return finite(self._core.len)
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass begins this epoch, unless a position of it was restored and not continued yet."""
         self._core.set_epoch(epoch)
+
+    def seek(self, position: int, epoch: int | None = None) -> None:
+        """The next pass begins at `position` of `epoch` (default: the present one), or the next one not skipped."""
+        self._core.seek(self.epoch if epoch is None else epoch, position)
 
     @property
     def epoch(self) -> int:
@@ -292,17 +359,17 @@ class Loader:
 
     @property
     def num_sequences(self) -> int:
-        """Full sequences of an epoch, over all ranks."""
-        return self._core.num_sequences
+        """Full sequences of the present epoch, over all ranks. TypeError where it has no end."""
+        return finite(self._core.num_sequences)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an epoch, specials included."""
-        return self._core.num_tokens
+        """Tokens of the present epoch, specials included. TypeError where it has no end."""
+        return finite(self._core.num_tokens)
 
     @property
     def dropped_tokens(self) -> int:
-        """Tokens of an epoch that the remainder rule leaves out, over all ranks."""
+        """Tokens of the present epoch that the remainder rule leaves out, over all ranks."""
         return self._core.dropped_tokens
 
     @property
@@ -322,7 +389,7 @@ class Loader:
     def batch_at(
         self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
     ) -> Arrays:
-        """What a rank gets at a step. Default: this loader's epoch, rank and world size."""
+        """What a rank gets at a step of the pass that begins with `epoch`. Default: this loader's epoch and ranks."""
         core = self._open_core()
         config = core.config()
         return _arrays(
@@ -363,10 +430,19 @@ class Loader:
         if not hasattr(self, "_core"):
             return f"<{type(self).__name__} that was not opened>"
         config = self._core.config()
+        sequences, batches = self._core.num_sequences, self._core.len
         return (
-            f"<{type(self).__name__} of {config['data']}: {self.num_sequences} sequences of {config['seq_len']}, "
-            f"rank {config['dp_rank']} of {config['dp_world_size']}, {len(self)} batches of {config['batch_size']}>"
+            f"<{type(self).__name__} of {config['data'] or 'a mixture'}: "
+            f"{'endless' if sequences is None else sequences} sequences of {config['seq_len']}, "
+            f"rank {config['dp_rank']} of {config['dp_world_size']}, "
+            f"{'endless' if batches is None else batches} batches of {config['batch_size']}>"
         )
+
+
+def finite(count: int | None) -> int:
+    if count is None:
+        raise TypeError("this loader has no end, so it has no length")
+    return count
 
 
 def _reopen(kind: type[Loader], pairs: list[tuple[str, str]], from_env: bool, state: Mapping[str, Any]) -> Loader:

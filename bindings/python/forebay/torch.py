@@ -26,7 +26,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from forebay import _core
 from forebay._errors import ConfigError
-from forebay._loader import Data, Loader, first_time, log_notes, settings_of
+from forebay._loader import Data, Loader, Skip, finite, first_time, log_notes, settings_of
 from forebay._threads import Begin, Workers
 
 __all__ = ["DataLoader", "TokenDataset"]
@@ -45,28 +45,36 @@ class TokenDataset(Dataset[Tensors]):
         self,
         data: Data | None = None,
         *,
+        mixture: Mapping[str, Any] | str | None = None,
         format: Literal["auto", "parquet", "arrow"] | None = None,
         token_column: str | None = None,
         seq_len: int | None = None,
         targets: Literal["labels", "shifted"] | None = None,
         bos_id: int | None = None,
         eos_id: int | None = None,
+        holdout: int | None = None,
+        split: Literal["train", "holdout"] | None = None,
         input_dtype: npt.DTypeLike | None = None,
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         settings = dict(
+            mixture=mixture,
             format=format,
             token_column=token_column,
             seq_len=seq_len,
             targets=targets,
             bos_id=bos_id,
             eos_id=eos_id,
+            holdout=holdout,
+            split=split,
             input_dtype=input_dtype,
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            cache_dir=cache_dir,
         )
         self._pairs = settings_of(data, settings)
         self._opened: tuple[int, _core.Loader] | None = None
@@ -80,7 +88,7 @@ class TokenDataset(Dataset[Tensors]):
 
     def __len__(self) -> int:
         """Full sequences of the corpus."""
-        return self._core().num_sequences
+        return finite(self._core().num_sequences)
 
     def __getitem__(self, index: int) -> Tensors:
         """Sequence ``index``: ``input_ids`` and ``labels``, or ``x`` and ``y``."""
@@ -173,6 +181,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         Default: ``generator.initial_seed()`` if there is a generator, else 0.
     dp_rank, dp_world_size:
         Default: those of the sampler, of torch.distributed if it is initialised, of the launcher, else 0 of 1.
+    mesh:
+        A ``torch.distributed.device_mesh.DeviceMesh``: only ranks that differ in its data-parallel dimensions (named
+        ``dp``, ``dp_replicate``, ``dp_shard``, ``fsdp``, ``ddp`` or ``data``, or its only one) read different rows.
     remainder:
         Overrules ``drop_last``.
 
@@ -210,16 +221,25 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         seed: int | None = None,
         dp_rank: int | None = None,
         dp_world_size: int | None = None,
+        mesh: Any = None,
+        replication: int | None = None,
+        epochs: int | Literal["endless"] | None = None,
+        max_steps: int | None = None,
         remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
         pad_id: int | None = None,
+        sample_ids: bool | None = None,
         chunk_tokens: int | None = None,
         window_tokens: int | None = None,
         lanes: int | None = None,
+        skip: Skip | None = None,
+        extend: bool | None = None,
         num_threads: int | None = None,
         prefetch_batches: int | None = None,
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        ledger: str | os.PathLike[str] | None = None,
         _allocator: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         if multiprocessing_context is not None:
@@ -228,20 +248,32 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             )
         if num_workers < 0 or timeout < 0:
             raise ValueError("`num_workers` and `timeout` must not be negative")
+        if mesh is not None:
+            if dp_rank is not None or dp_world_size is not None:
+                raise ConfigError("`mesh` says the data-parallel rank: leave `dp_rank` and `dp_world_size` out")
+            dp_rank, dp_world_size = _rank_in(mesh)
         settings: dict[str, Any] = dict(
             seed=seed,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
+            replication=replication,
+            epochs=epochs,
+            max_steps=max_steps,
             remainder=remainder,
             pad_id=pad_id,
+            sample_ids=sample_ids,
             chunk_tokens=chunk_tokens,
             window_tokens=window_tokens,
             lanes=lanes,
+            skip=skip,
+            extend=extend,
             num_threads=num_threads,
             prefetch_batches=prefetch_batches,
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            cache_dir=cache_dir,
+            ledger=None if ledger is None else os.fspath(ledger),
         )
         native = (
             _is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
@@ -382,6 +414,10 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
                 set_epoch(epoch)
                 return
 
+    def seek(self, position: int, epoch: int | None = None) -> None:
+        """The next pass begins at `position` of `epoch` (default: the present one). Native loaders only."""
+        self._loader.seek(position, epoch)
+
     @property
     def config(self) -> dict[str, Any]:
         """Every setting in force. Native loaders only."""
@@ -424,7 +460,11 @@ def _with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     if names & {"dp_rank", "dp_world_size"} or not (dist.is_available() and dist.is_initialized()):
         return pairs
     config, origins, *_ = _core.resolve(pairs, False)
-    found, here = (config["dp_rank"], config["dp_world_size"]), (dist.get_rank(), dist.get_world_size())
+    peers = config["replication"]
+    if dist.get_world_size() % peers:
+        raise ConfigError(f"`replication` must divide the {dist.get_world_size()} ranks, found {peers}")
+    found = config["dp_rank"], config["dp_world_size"]
+    here = dist.get_rank() // peers, dist.get_world_size() // peers
     origin = origins["dp_rank"]
     if origin.startswith("FOREBAY_") or found == here:
         return pairs  # the former said on purpose, where peers of another kind of parallelism read the same rows
@@ -435,10 +475,30 @@ def _with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
         )
     assumed = (
         f"assuming pure data parallel over {here[1]} ranks (from torch.distributed); where tensor-, context- or "
-        "pipeline-parallel peers should read the same rows, set `dp_rank` and `dp_world_size`"
+        "pipeline-parallel peers should read the same rows, set `mesh`, `replication`, or `dp_rank` and `dp_world_size`"
     )
-    log_notes([], [assumed], here[0])
+    log_notes([], [assumed] if peers == 1 else [], here[0])
     return [*pairs, ("dp_rank", str(here[0])), ("dp_world_size", str(here[1]))]
+
+
+_DATA_PARALLEL = ("dp_replicate", "dp_shard", "dp", "ddp", "fsdp", "data")
+
+
+def _rank_in(mesh: Any) -> tuple[int, int]:
+    """Data-parallel rank and size of this process in `mesh`; of several such dimensions the first varies slowest."""
+    names = tuple(mesh.mesh_dim_names or ())
+    dims = [dim for dim, name in enumerate(names) if name in _DATA_PARALLEL]
+    if not dims and mesh.ndim == 1:
+        dims = [0]
+    if not dims:
+        raise ConfigError(
+            f"`mesh` needs a data-parallel dimension, named {', '.join(_DATA_PARALLEL)}; found {names or 'no names'}: "
+            "pass the part of the mesh that is data-parallel, such as mesh['my_dp']"
+        )
+    rank, size = 0, 1
+    for dim in dims:
+        rank, size = rank * mesh.size(dim) + mesh.get_local_rank(dim), size * mesh.size(dim)
+    return rank, size
 
 
 class _NativeIterator:
@@ -458,7 +518,7 @@ class _NativeIterator:
         return self
 
     def __len__(self) -> int:
-        return self._steps
+        return finite(self._steps)
 
     def _begin(self) -> None:
         with self._lock:
@@ -582,10 +642,11 @@ class _Memory:
             self._buffers.clear()
 
 
-def _view(buffer: torch.Tensor, dtype: str, offset: int, shape: tuple[int, int], stride: int) -> torch.Tensor:
+def _view(buffer: torch.Tensor, dtype: str, offset: int, shape: list[int], stride: int) -> torch.Tensor:
     kind: torch.dtype = getattr(torch, dtype)
-    nbytes = ((shape[0] - 1) * stride + shape[1]) * kind.itemsize
-    return buffer[offset : offset + nbytes].view(kind).as_strided(shape, (stride, 1))
+    columns = shape[1] if len(shape) == 2 else 1
+    nbytes = ((shape[0] - 1) * stride + columns) * kind.itemsize
+    return buffer[offset : offset + nbytes].view(kind).as_strided(shape, (stride, 1)[: len(shape)])
 
 
 class _ThreadIterator(torch_dataloader._BaseDataLoaderIter):

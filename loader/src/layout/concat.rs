@@ -1,11 +1,12 @@
 //! The `concat` layout: all documents as one stream, cut into sequences.
 //!
 //! Every non-empty document contributes its tokens, with `bos_id` before and `eos_id` after them where these are set.
-//! A function of counts alone; the tokens stay where they are.
+//! A function of counts alone; the tokens stay where they are. The layout knows where shards stand and so is small for any corpus; where a
+//! block stands in its shard is found from the shard's own table, [`Specials::block_at`].
 
 use std::ops::Range;
 
-use crate::shard::BlockMeta;
+use crate::shard::Counts;
 
 /// Ids put around documents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,79 +23,117 @@ impl Specials {
         self.bos.is_none() && self.eos.is_none()
     }
 
-    /// Length of the stream that a block contributes.
-    pub fn stream_len(&self, block: &BlockMeta) -> u64 {
-        block.tokens + u64::from(self.bos.is_some()) * block.starts + u64::from(self.eos.is_some()) * block.ends
+    /// Length of the stream that a block or a shard contributes.
+    pub fn stream_len(&self, counts: Counts) -> u64 {
+        counts.tokens + u64::from(self.bos.is_some()) * counts.starts + u64::from(self.eos.is_some()) * counts.ends
+    }
+
+    /// The block that holds token `at` of its shard's stream. `before` counts what is before each block and, last, in all of them.
+    pub fn block_at(&self, before: &[Counts], at: u64) -> usize {
+        before.partition_point(|before| self.stream_len(*before) <= at).saturating_sub(1)
     }
 }
 
-/// Where each block and each sequence stands in the stream.
-#[derive(Debug)]
-pub struct Concat {
-    /// Start of each block in the stream, and the stream's length last.
-    starts: Vec<u64>,
+/// How much stream there is, and the sequences that makes: of a whole corpus, or of its first shards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    stream_len: u64,
     seq_len: u64,
     /// Tokens a row reads: one more than `seq_len` where targets are shifted.
     row_tokens: u64,
 }
 
-impl Concat {
-    /// The layout of `blocks` in corpus order.
-    pub fn new<'a>(
-        blocks: impl Iterator<Item = &'a BlockMeta>,
-        specials: Specials,
-        seq_len: u64,
-        row_tokens: u64,
-    ) -> Self {
-        let mut starts = vec![0];
-        let mut at = 0;
-        for block in blocks {
-            at += specials.stream_len(block);
-            starts.push(at);
-        }
-        Self { starts, seq_len, row_tokens }
-    }
-
+impl Extent {
     /// Tokens of the stream, specials included.
     pub fn stream_len(&self) -> u64 {
-        *self.starts.last().expect("holds at least the end")
+        self.stream_len
     }
 
     /// Sequences whose row is full.
     pub fn num_sequences(&self) -> u64 {
-        self.stream_len().saturating_sub(self.row_tokens - self.seq_len) / self.seq_len
+        self.stream_len.saturating_sub(self.row_tokens - self.seq_len) / self.seq_len
     }
 
     /// Stream tokens after the last full sequence that some row still has to deliver as targets.
     pub fn tail_tokens(&self) -> u64 {
         let overlap = self.row_tokens - self.seq_len;
-        (self.stream_len() - self.num_sequences() * self.seq_len).saturating_sub(overlap)
+        (self.stream_len - self.num_sequences() * self.seq_len).saturating_sub(overlap)
     }
 
-    /// The stream tokens that the row of `sequence` reads; the tail, at [`Concat::num_sequences`], is cut short.
+    /// The stream tokens that the row of `sequence` reads; the tail, at [`Extent::num_sequences`], is cut short.
     pub fn row(&self, sequence: u64) -> Range<u64> {
         let start = sequence * self.seq_len;
-        start..(start + self.row_tokens).min(self.stream_len())
+        start..(start + self.row_tokens).min(self.stream_len)
+    }
+}
+
+/// Where each shard and each sequence stands in the stream.
+#[derive(Debug)]
+pub struct Concat {
+    /// Start of each shard in the stream, and the stream's length last.
+    starts: Vec<u64>,
+    whole: Extent,
+}
+
+impl Concat {
+    /// The layout of shards with `counts`, in corpus order.
+    pub fn new(counts: impl Iterator<Item = Counts>, specials: Specials, seq_len: u64, row_tokens: u64) -> Self {
+        let mut starts = Vec::with_capacity(counts.size_hint().0 + 1);
+        let mut stream_len = 0;
+        starts.push(0);
+        for counts in counts {
+            stream_len += specials.stream_len(counts);
+            starts.push(stream_len);
+        }
+        Self { starts, whole: Extent { stream_len, seq_len, row_tokens } }
     }
 
-    /// The block that holds stream token `at`, and the token's place in it.
+    /// The layout's extent over the first `shards` shards, which is that of a corpus of these alone: what follows moves nothing before it.
+    ///
+    /// # Panics
+    /// When there are fewer shards.
+    pub fn prefix(&self, shards: usize) -> Extent {
+        Extent { stream_len: self.starts[shards], ..self.whole }
+    }
+
+    /// Its extent over all shards.
+    pub fn whole(&self) -> Extent {
+        self.whole
+    }
+
+    /// Bytes of its table.
+    pub fn bytes(&self) -> u64 {
+        size_of_val(self.starts.as_slice()) as u64
+    }
+
+    /// [`Extent::stream_len`] of the whole.
+    pub fn stream_len(&self) -> u64 {
+        self.whole.stream_len()
+    }
+
+    /// [`Extent::num_sequences`] of the whole.
+    pub fn num_sequences(&self) -> u64 {
+        self.whole.num_sequences()
+    }
+
+    /// [`Extent::tail_tokens`] of the whole.
+    pub fn tail_tokens(&self) -> u64 {
+        self.whole.tail_tokens()
+    }
+
+    /// [`Extent::row`] of the whole.
+    pub fn row(&self, sequence: u64) -> Range<u64> {
+        self.whole.row(sequence)
+    }
+
+    /// The shard that holds stream token `at`, and the token's place in the shard's stream.
     ///
     /// # Panics
     /// When `at` is not below [`Concat::stream_len`].
     pub fn locate(&self, at: u64) -> (usize, u64) {
         assert!(at < self.stream_len(), "stream token {at} of {}", self.stream_len());
-        let block = self.starts.partition_point(|start| *start <= at) - 1;
-        (block, at - self.starts[block])
-    }
-
-    /// Stream tokens of block `block`.
-    pub fn block_len(&self, block: usize) -> u64 {
-        self.starts[block + 1] - self.starts[block]
-    }
-
-    /// Start of block `block` in the stream.
-    pub fn block_start(&self, block: usize) -> u64 {
-        self.starts[block]
+        let shard = self.starts.partition_point(|start| *start <= at) - 1;
+        (shard, at - self.starts[shard])
     }
 }
 
@@ -103,11 +142,8 @@ mod tests {
     use super::*;
 
     fn layout(tokens: &[u64], seq_len: u64, row_tokens: u64, specials: Specials) -> Concat {
-        let blocks: Vec<_> = tokens
-            .iter()
-            .map(|tokens| BlockMeta { tokens: *tokens, starts: 1, ends: 1, ..BlockMeta::default() })
-            .collect();
-        Concat::new(blocks.iter(), specials, seq_len, row_tokens)
+        let shards = tokens.iter().map(|tokens| Counts { tokens: *tokens, starts: 1, ends: 1 });
+        Concat::new(shards, specials, seq_len, row_tokens)
     }
 
     #[test]
@@ -137,5 +173,32 @@ mod tests {
         assert_eq!(layout.locate(6), (0, 6));
         assert_eq!(layout.locate(7), (1, 0));
         assert_eq!(layout.row(2), 8..12);
+    }
+
+    #[test]
+    fn the_first_shards_are_laid_out_as_if_they_were_all() {
+        let tokens = [5, 0, 7, 12, 1];
+        for shifted in [0, 1] {
+            let grown = layout(&tokens, 4, 4 + shifted, Specials::default());
+            for shards in 0..=tokens.len() {
+                assert_eq!(
+                    grown.prefix(shards),
+                    layout(&tokens[..shards], 4, 4 + shifted, Specials::default()).whole()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_is_found_where_a_document_runs_over_several() {
+        // Blocks of 3, 4 and 2 tokens: one document over the first two, one in the last.
+        let counts = |tokens, starts, ends| Counts { tokens, starts, ends };
+        let before = [counts(0, 0, 0), counts(3, 1, 0), counts(7, 1, 1), counts(9, 2, 2)];
+        let found = |specials: Specials| -> Vec<usize> {
+            (0..specials.stream_len(before[3])).map(|at| specials.block_at(&before, at)).collect()
+        };
+        assert_eq!(found(Specials::default()), [0, 0, 0, 1, 1, 1, 1, 2, 2]);
+        let both = Specials { bos: Some(1), eos: Some(2) };
+        assert_eq!(found(both), [0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2]);
     }
 }

@@ -10,6 +10,9 @@
 //!
 //! The algorithm is named by [`VERSION`] and pinned by golden tests: changing it is a new version.
 
+pub mod course;
+pub mod holdout;
+pub mod mixture;
 pub mod partition;
 pub mod permutation;
 

@@ -1,6 +1,7 @@
 //! Partition: which positions a rank gets at which step.
 //!
-//! A global batch is a run of consecutive positions; row `j` of rank `r` of `W` is position `step * batch_size * W + j * W + r`.
+//! A global batch is a run of consecutive positions, by their index in a course; row `j` of rank `r` of `W` is index
+//! `step * batch_size * W + j * W + r`.
 //! Every rank has the same number of steps, whatever the remainder rule.
 
 use crate::config::Remainder;
@@ -22,8 +23,10 @@ pub struct Grouping {
 /// What stands in one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Row {
-    /// A position of the epoch.
-    Position(u64),
+    /// Index of a position in the course.
+    Index(u64),
+    /// The same, for the second time: it fills the last batch.
+    Repeated(u64),
     /// Nothing: padding.
     Padding,
 }
@@ -71,17 +74,17 @@ impl Grouping {
         Ok(())
     }
 
-    /// Rows of this rank in the global batch that starts at position `start`.
-    pub fn rows(&self, start: u64, positions: u64) -> Vec<Row> {
+    /// Rows of this rank in the global batch that starts at index `start`, of a course of `end` indices whose last epoch begins at `last_epoch`.
+    pub fn rows(&self, start: u64, end: u64, last_epoch: u64) -> Vec<Row> {
         (0..self.batch_size)
             .map(|row| start + row * self.world_size + self.rank)
-            .filter_map(|position| {
-                if position < positions {
-                    return Some(Row::Position(position));
+            .filter_map(|index| {
+                if index < end {
+                    return Some(Row::Index(index));
                 }
                 match self.remainder {
                     Remainder::Pad => Some(Row::Padding),
-                    Remainder::Wrap => Some(Row::Position(position % positions)),
+                    Remainder::Wrap => Some(Row::Repeated(last_epoch + (index - end) % (end - last_epoch))),
                     Remainder::Drop | Remainder::Short => None,
                 }
             })
@@ -101,8 +104,8 @@ mod tests {
             let grouping = Grouping { batch_size: 3, rank: world_size / 2, world_size, remainder: Remainder::Drop };
             let positions = 3 * world_size * lanes;
             let mut seen: Vec<u64> = (0..lanes)
-                .flat_map(|step| grouping.rows(step * grouping.global_batch(), positions))
-                .filter_map(|row| if let Row::Position(position) = row { Some(position % lanes) } else { None })
+                .flat_map(|step| grouping.rows(step * grouping.global_batch(), positions, 0))
+                .filter_map(|row| if let Row::Index(position) = row { Some(position % lanes) } else { None })
                 .collect();
             seen.sort_unstable();
             seen.dedup();
@@ -122,11 +125,11 @@ mod tests {
             let mut seen = vec![0u32; positions as usize];
             for step in 0..steps {
                 for rank in 0..world_size {
-                    let rows = of(rank).rows(step * of(rank).global_batch(), positions);
+                    let rows = of(rank).rows(step * of(rank).global_batch(), positions, 0);
                     prop_assert!(!rows.is_empty());
                     prop_assert!(remainder == Remainder::Short || rows.len() as u64 == batch_size);
                     for row in rows {
-                        if let Row::Position(position) = row { seen[position as usize] += 1; }
+                        if let Row::Index(position) | Row::Repeated(position) = row { seen[position as usize] += 1; }
                     }
                 }
             }

@@ -25,7 +25,7 @@ pub fn derive_key(key: u64, words: &[u64]) -> u64 {
 }
 
 /// `hash` scaled to `0..m`.
-fn reduce(hash: u64, m: u64) -> u64 {
+pub(super) fn reduce(hash: u64, m: u64) -> u64 {
     ((u128::from(hash) * u128::from(m)) >> 64) as u64
 }
 

@@ -31,9 +31,10 @@ pub fn find(data: &[String], format: DataFormat) -> Result<Vec<ShardFile>> {
             Err(error) => faults.push(error),
         }
     }
-    let mut seen = HashMap::new();
+    let mut seen = HashMap::with_capacity(shards.len());
+    let mut folders = HashMap::new();
     for shard in &shards {
-        let real = named_place(&shard.path);
+        let real = named_place(&shard.path, &mut folders);
         if let Some(first) = seen.insert(real, &shard.path) {
             faults.push(Error::config(format!(
                 "a shard is listed twice: `{}` and `{}`; each token must be there once",
@@ -112,10 +113,12 @@ fn find_in_folder(folder: &Path, format: DataFormat) -> Result<Vec<ShardFile>> {
 
 /// `path` with the links in its folders resolved, but not one at its end: the cache of a hub links several names to one
 /// file where their content is the same.
-fn named_place(path: &Path) -> PathBuf {
+fn named_place<'a>(path: &'a Path, folders: &mut HashMap<&'a Path, Option<PathBuf>>) -> PathBuf {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match (folder.canonicalize(), path.file_name()) {
-        (Ok(folder), Some(name)) => folder.join(name),
+    // Shards by the thousand share a folder, and resolving links asks the system for each of its parts.
+    let real = folders.entry(folder).or_insert_with(|| folder.canonicalize().ok());
+    match (real, path.file_name()) {
+        (Some(folder), Some(name)) => folder.join(name),
         _ => path.to_owned(),
     }
 }
@@ -203,7 +206,9 @@ impl Search<'_> {
                 continue;
             }
             let path = entry.path();
-            if path.is_dir() {
+            // Only a link's kind has to be asked for.
+            let kind = entry.file_type().map_err(failed)?;
+            if if kind.is_symlink() { path.is_dir() } else { kind.is_dir() } {
                 self.walk(&path)?;
             } else if path.extension().is_some_and(|suffix| {
                 suffixes(self.format).contains(&suffix.to_string_lossy().to_ascii_lowercase().as_str())

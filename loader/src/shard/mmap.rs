@@ -251,6 +251,21 @@ impl AsRef<[u8]> for MappedBytes {
     }
 }
 
+/// Files that may stay open and mapped: a part of what the process may have open, as others open files too, and of what Linux lets it map.
+pub fn most_files() -> usize {
+    const MOST: u64 = 16 << 10;
+    #[cfg(unix)]
+    {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: `getrlimit` writes one `rlimit`, to one.
+        if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0 {
+            #[allow(clippy::unnecessary_cast, clippy::cast_lossless)] // the field's type differs between targets
+            return (limit.rlim_cur as u64 / 4).min(MOST) as usize;
+        }
+    }
+    MOST as usize
+}
+
 /// Whether a mapping is safe and fast on the file system of `file`.
 #[cfg(target_os = "linux")]
 fn is_local(file: &File) -> bool {

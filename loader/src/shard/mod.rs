@@ -12,7 +12,9 @@ pub mod parquet;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
+use std::time::SystemTime;
 
+use crate::config::{Config, Io};
 use crate::error::{Error, Result};
 use crate::tokens::{Dtype, Tokens};
 
@@ -70,6 +72,63 @@ pub struct BlockMeta {
     pub decoded_bytes: u64,
     /// Shard row of the first document that starts in the block, where known; for error messages.
     pub first_row: u64,
+}
+
+impl BlockMeta {
+    /// Its part of the counts of its shard.
+    pub fn counts(&self) -> Counts {
+        Counts { tokens: self.tokens, starts: self.starts, ends: self.ends }
+    }
+}
+
+/// Tokens, and the non-empty documents that start and end among them. A shard has as many starts as ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Tokens.
+    pub tokens: u64,
+    /// Non-empty documents whose first token is among them.
+    pub starts: u64,
+    /// Non-empty documents whose last token is among them.
+    pub ends: u64,
+}
+
+impl std::ops::Add for Counts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { tokens: self.tokens + other.tokens, starts: self.starts + other.starts, ends: self.ends + other.ends }
+    }
+}
+
+impl std::iter::Sum for Counts {
+    fn sum<I: Iterator<Item = Self>>(counts: I) -> Self {
+        counts.fold(Self::default(), std::ops::Add::add)
+    }
+}
+
+/// What is known of a shard without its blocks: enough to place it in a corpus before it is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShardFacts {
+    /// Bytes of the file.
+    pub size_bytes: u64,
+    /// When it was last modified.
+    pub modified: Option<SystemTime>,
+    /// Its container format.
+    pub format: Format,
+    /// Type of its token ids.
+    pub dtype: Dtype,
+    /// How its tokens are reached.
+    pub access: Access,
+    /// Rows, empty and null ones included.
+    pub rows: u64,
+    /// Blocks that hold tokens.
+    pub blocks: u64,
+    /// Tokens and documents.
+    pub counts: Counts,
+    /// Bytes that all its blocks take when decoded; 0 where nothing is decoded.
+    pub decoded_bytes: u64,
+    /// Bytes that the largest of them takes.
+    pub largest_block_bytes: u64,
 }
 
 /// Where the non-empty documents of a block end: strictly increasing token offsets from the block's start.
@@ -148,8 +207,8 @@ pub struct DecodedBlock {
 
 /// One opened file. Implementations are immutable after opening and shared by all threads.
 pub trait Shard: Send + Sync + fmt::Debug {
-    /// The path it was opened by.
-    fn path(&self) -> &Path;
+    /// The opened file.
+    fn file(&self) -> &mmap::SourceFile;
 
     /// Its container format.
     fn format(&self) -> Format;
@@ -160,17 +219,43 @@ pub trait Shard: Send + Sync + fmt::Debug {
     /// How its tokens are reached. The same for every block, and decided by content alone, never by location.
     fn access(&self) -> Access;
 
-    /// Bytes of the file.
-    fn size_bytes(&self) -> u64;
-
     /// Rows of the file, empty and null ones included.
     fn rows(&self) -> u64;
 
     /// Its blocks in file order. Blocks without tokens are left out.
     fn blocks(&self) -> &[BlockMeta];
 
+    /// The path it was opened by.
+    fn path(&self) -> &Path {
+        self.file().path()
+    }
+
+    /// Bytes of the file.
+    fn size_bytes(&self) -> u64 {
+        self.file().len()
+    }
+
     /// Fails if the file is no longer the one that was opened (size or modification time).
-    fn check_unchanged(&self) -> Result<()>;
+    fn check_unchanged(&self) -> Result<()> {
+        self.file().check_unchanged()
+    }
+
+    /// What is known of it without its blocks.
+    fn facts(&self) -> ShardFacts {
+        let blocks = self.blocks();
+        ShardFacts {
+            size_bytes: self.size_bytes(),
+            modified: self.file().modified(),
+            format: self.format(),
+            dtype: self.dtype(),
+            access: self.access(),
+            rows: self.rows(),
+            blocks: blocks.len() as u64,
+            counts: blocks.iter().map(BlockMeta::counts).sum(),
+            decoded_bytes: blocks.iter().map(|block| block.decoded_bytes).sum(),
+            largest_block_bytes: blocks.iter().map(|block| block.decoded_bytes).max().unwrap_or(0),
+        }
+    }
 
     /// Random access: the ids of `range` (token offsets in block `block`), borrowed from the mapping, or read into `scratch`.
     fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>>;
@@ -221,9 +306,16 @@ pub struct OpenOptions {
     /// Token column; `None` takes the first of [`TOKEN_COLUMNS`] that is there.
     pub token_column: Option<String>,
     /// How file bytes are reached.
-    pub io: crate::config::Io,
+    pub io: Io,
     /// Tokens near which blocks are cut.
     pub block_tokens: u64,
+}
+
+impl OpenOptions {
+    /// What `config` says of it.
+    pub fn of(config: &Config) -> Self {
+        Self { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens }
+    }
 }
 
 /// Columns taken for the tokens when none is named, in order of preference.

@@ -2,7 +2,6 @@
 
 use std::io::Read;
 use std::ops::Range;
-use std::path::Path;
 
 use arrow_ipc::CompressionType;
 
@@ -205,8 +204,8 @@ impl CompressedArrow {
 }
 
 impl Shard for CompressedArrow {
-    fn path(&self) -> &Path {
-        self.file.path()
+    fn file(&self) -> &SourceFile {
+        &self.file
     }
 
     fn format(&self) -> Format {
@@ -221,20 +220,12 @@ impl Shard for CompressedArrow {
         Access::Block
     }
 
-    fn size_bytes(&self) -> u64 {
-        self.file.len()
-    }
-
     fn rows(&self) -> u64 {
         self.rows
     }
 
     fn blocks(&self) -> &[BlockMeta] {
         &self.metas
-    }
-
-    fn check_unchanged(&self) -> Result<()> {
-        self.file.check_unchanged()
     }
 
     fn tokens<'a>(&'a self, _block: usize, _range: Range<u64>, _scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {

@@ -1,7 +1,6 @@
 //! Uncompressed batches, read in place.
 
 use std::ops::Range;
-use std::path::Path;
 
 use super::messages::{Messages, Part};
 use super::{Column, Kind, runs};
@@ -88,8 +87,8 @@ pub(super) fn as_one_document(metas: &mut [BlockMeta]) {
 }
 
 impl Shard for MappedArrow {
-    fn path(&self) -> &Path {
-        self.file.path()
+    fn file(&self) -> &SourceFile {
+        &self.file
     }
 
     fn format(&self) -> Format {
@@ -104,20 +103,12 @@ impl Shard for MappedArrow {
         Access::Random
     }
 
-    fn size_bytes(&self) -> u64 {
-        self.file.len()
-    }
-
     fn rows(&self) -> u64 {
         self.rows
     }
 
     fn blocks(&self) -> &[BlockMeta] {
         &self.metas
-    }
-
-    fn check_unchanged(&self) -> Result<()> {
-        self.file.check_unchanged()
     }
 
     fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {

@@ -18,7 +18,6 @@ mod values;
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -509,8 +508,8 @@ fn max_id(metadata: &ParquetMetaData, column: &Column) -> Option<i64> {
 }
 
 impl Shard for ParquetShard {
-    fn path(&self) -> &Path {
-        self.file.path()
+    fn file(&self) -> &SourceFile {
+        &self.file
     }
 
     fn format(&self) -> Format {
@@ -525,20 +524,12 @@ impl Shard for ParquetShard {
         Access::Block
     }
 
-    fn size_bytes(&self) -> u64 {
-        self.file.len()
-    }
-
     fn rows(&self) -> u64 {
         self.rows
     }
 
     fn blocks(&self) -> &[BlockMeta] {
         &self.blocks
-    }
-
-    fn check_unchanged(&self) -> Result<()> {
-        self.file.check_unchanged()
     }
 
     fn tokens<'a>(&'a self, _block: usize, _range: Range<u64>, _scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {

@@ -1,0 +1,230 @@
+//! The corpus read in file order by arrow-rs, as the expectation that a loader is held to.
+//!
+//! Shares neither layout nor order, decoding or gathering with the loader: files come whole through arrow's and parquet's own readers, documents
+//! are put one after the other, and every `seq_len` tokens of that stream are a row.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::ops::Range;
+use std::path::Path;
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::{ArrowPrimitiveType, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
+use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_ipc::reader::{FileReader, StreamReader};
+use arrow_schema::{ArrowError, DataType, SchemaRef};
+use forebay::config::{Config, Targets};
+use forebay::shard::TOKEN_COLUMNS;
+use forebay::{Error, Result};
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+/// Rows that parquet decodes at once.
+const PARQUET_ROWS: usize = 4096;
+
+/// What is made of the stream while it is read.
+pub(crate) trait Visitor {
+    /// A sequence, or the shorter tail after the last one.
+    fn row(&mut self, sequence: u64, tokens: &[i64]);
+
+    /// A document that is not empty: shard, row in it, and its place in the stream with the specials around it.
+    fn document(&mut self, shard: usize, row: u64, place: Range<u64>);
+
+    /// So many tokens of the corpus were read.
+    fn read(&mut self, tokens: u64);
+}
+
+/// Reads `paths`, the shards of `config` in order.
+pub(crate) fn read(config: &Config, paths: &[&Path], visitor: &mut dyn Visitor) -> Result<()> {
+    let mut stream = Stream {
+        bos: config.bos_id.map(i64::from),
+        eos: config.eos_id.map(i64::from),
+        seq_len: config.seq_len as usize,
+        overlap: usize::from(config.targets == Targets::Shifted),
+        visitor,
+        shard: 0,
+        open: None,
+        pending: Vec::new(),
+        done: 0,
+        sequence: 0,
+    };
+    for (shard, path) in paths.iter().enumerate() {
+        stream.shard = shard;
+        read_file(path, config.token_column.as_deref(), &mut stream).map_err(|error| error.at(path))?;
+    }
+    stream.finish();
+    Ok(())
+}
+
+/// The stream of tokens, as far as it is not in rows yet.
+struct Stream<'a> {
+    bos: Option<i64>,
+    eos: Option<i64>,
+    seq_len: usize,
+    /// Tokens that a row shares with the next.
+    overlap: usize,
+    visitor: &'a mut dyn Visitor,
+    shard: usize,
+    /// Row and start of the document that is being read.
+    open: Option<(u64, u64)>,
+    pending: Vec<i64>,
+    /// Stream tokens before the pending ones.
+    done: u64,
+    sequence: u64,
+}
+
+impl Stream<'_> {
+    /// Tokens of the document in `row`, to which more may come.
+    fn tokens<T: Copy + Into<i64>>(&mut self, row: u64, tokens: &[T]) {
+        if tokens.is_empty() {
+            return;
+        }
+        if self.open.is_none() {
+            self.open = Some((row, self.done + self.pending.len() as u64));
+            self.pending.extend(self.bos);
+        }
+        self.pending.extend(tokens.iter().map(|token| (*token).into()));
+        self.cut();
+        self.visitor.read(tokens.len() as u64);
+    }
+
+    /// The end of the document, if it had a token.
+    fn end(&mut self) {
+        if let Some((row, start)) = self.open.take() {
+            self.pending.extend(self.eos);
+            self.visitor.document(self.shard, row, start..self.done + self.pending.len() as u64);
+            self.cut();
+        }
+    }
+
+    fn cut(&mut self) {
+        let mut start = 0;
+        while self.pending.len() - start >= self.seq_len + self.overlap {
+            self.visitor.row(self.sequence, &self.pending[start..start + self.seq_len + self.overlap]);
+            self.sequence += 1;
+            start += self.seq_len;
+        }
+        self.pending.drain(..start);
+        self.done += start as u64;
+    }
+
+    fn finish(&mut self) {
+        if self.pending.len() > self.overlap {
+            self.visitor.row(self.sequence, &self.pending);
+        }
+    }
+}
+
+fn read_file(path: &Path, column: Option<&str>, stream: &mut Stream<'_>) -> Result<()> {
+    let unreadable = |error: std::io::Error| Error::io("cannot read the shard", error);
+    let mut file = File::open(path).map_err(unreadable)?;
+    let mut magic = Vec::new();
+    (&mut file).take(6).read_to_end(&mut magic).map_err(unreadable)?;
+    file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+    let mut rows = 0;
+    let mut each = |batch: std::result::Result<RecordBatch, ArrowError>, column: usize| {
+        let batch = batch.map_err(unsound)?;
+        add(batch.column(column), rows, stream)?;
+        rows += batch.num_rows() as u64;
+        Ok::<_, Error>(())
+    };
+    if magic.starts_with(b"PAR1") {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(unsound)?;
+        let index = column_of(builder.schema(), column)?;
+        let mask = ProjectionMask::roots(builder.parquet_schema(), [index]);
+        let reader = builder.with_projection(mask).with_batch_size(PARQUET_ROWS).build().map_err(unsound)?;
+        for batch in reader {
+            each(batch, 0)?;
+        }
+    } else if magic == b"ARROW1" {
+        let reader = FileReader::try_new(BufReader::new(file), None).map_err(unsound)?;
+        let index = column_of(&reader.schema(), column)?;
+        for batch in reader {
+            each(batch, index)?;
+        }
+    } else {
+        let reader = StreamReader::try_new(BufReader::new(file), None).map_err(unsound)?;
+        let index = column_of(&reader.schema(), column)?;
+        for batch in reader {
+            each(batch, index)?;
+        }
+    }
+    // A plain column is one document.
+    stream.end();
+    Ok(())
+}
+
+fn unsound(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::data("arrow-rs cannot read the shard").with_source(error)
+}
+
+fn column_of(schema: &SchemaRef, wanted: Option<&str>) -> Result<usize> {
+    let found = match wanted {
+        Some(name) => schema.index_of(name).ok(),
+        None => TOKEN_COLUMNS.iter().find_map(|name| schema.index_of(name).ok()),
+    };
+    found.ok_or_else(|| Error::data("no token column: name it with `token_column`"))
+}
+
+/// Adds the rows of a token column, of which `before` came already.
+fn add(column: &ArrayRef, before: u64, stream: &mut Stream<'_>) -> Result<()> {
+    let values = match column.data_type() {
+        DataType::List(_) => column.as_list::<i32>().values(),
+        DataType::LargeList(_) => column.as_list::<i64>().values(),
+        DataType::FixedSizeList(..) => column.as_fixed_size_list().values(),
+        _ => column,
+    };
+    match values.data_type() {
+        DataType::UInt8 => add_typed::<UInt8Type>(column, values, before, stream),
+        DataType::UInt16 => add_typed::<UInt16Type>(column, values, before, stream),
+        DataType::UInt32 => add_typed::<UInt32Type>(column, values, before, stream),
+        DataType::Int32 => add_typed::<Int32Type>(column, values, before, stream),
+        DataType::Int64 => add_typed::<Int64Type>(column, values, before, stream),
+        other => Err(Error::data(format!("token column has type {other}"))),
+    }
+}
+
+fn add_typed<T: ArrowPrimitiveType>(
+    column: &ArrayRef,
+    values: &ArrayRef,
+    before: u64,
+    stream: &mut Stream<'_>,
+) -> Result<()>
+where
+    T::Native: Into<i64>,
+{
+    let values = values.as_primitive::<T>();
+    let range = |row: usize| match column.data_type() {
+        DataType::List(_) => {
+            let offsets = column.as_list::<i32>().value_offsets();
+            offsets[row] as usize..offsets[row + 1] as usize
+        }
+        DataType::LargeList(_) => {
+            let offsets = column.as_list::<i64>().value_offsets();
+            offsets[row] as usize..offsets[row + 1] as usize
+        }
+        _ => {
+            let list = column.as_fixed_size_list();
+            let start = list.value_offset_at(row);
+            start..start + list.value_length() as usize
+        }
+    };
+    let is_list =
+        matches!(column.data_type(), DataType::List(_) | DataType::LargeList(_) | DataType::FixedSizeList(..));
+    let documents: Vec<Range<usize>> = match is_list {
+        true => (0..column.len()).map(|row| if column.is_null(row) { 0..0 } else { range(row) }).collect(),
+        false => vec![0..values.len()],
+    };
+    for (row, document) in documents.into_iter().enumerate() {
+        if values.null_count() > 0 && document.clone().any(|at| values.is_null(at)) {
+            return Err(Error::data("a token is null").at_row(before + row as u64));
+        }
+        if is_list {
+            stream.tokens(before + row as u64, &values.values()[document]);
+            stream.end();
+        } else {
+            stream.tokens(0, &values.values()[document]);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,395 @@
+//! Mixture: which source stands at which position, and which of its sequences.
+//!
+//! Every lane runs the schedule by itself, at a phase of its own, and draws from its own lane of each source, so that the ranks that own a lane
+//! decode no other. In a lane, sources take turns in a cycle of as many places as the weights sum up to; how many turns each had after any number of
+//! places follows from one division per source (a tree of balanced two-letter words: one half of the sources against the other), so that after each
+//! cycle the shares are exact, and in between a source is off by no more turns than the tree is deep.
+//!
+//! Draw `k` of a source in a lane is place `k mod n` of its epoch `k / n`, `n` being the lane's share of that source: each source's epochs are
+//! complete, whatever the weights. Weights change at stages; a source that has had all its epochs either ends the lane or leaves the schedule.
+
+use crate::order::course::ENDLESS;
+
+/// Steps in which weights move from one stage's to the next one's.
+pub const RAMP_STEPS: u64 = 64;
+/// Largest sum of the weights of one stage.
+pub const MAX_CYCLE: u64 = 100_000_000;
+
+/// What happens when a source has had its epochs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Exhausted {
+    /// The epoch of the mixture ends with the first source that has.
+    #[default]
+    Stop,
+    /// The others go on by their weights, until all have.
+    Drop,
+}
+
+/// Weights from a position on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stage {
+    /// First position; rounded up to a whole number of places in every lane.
+    pub start: u64,
+    /// Positions over which the weights move there from those of the stage before.
+    pub ramp: u64,
+    /// One per source.
+    pub weights: Vec<u64>,
+}
+
+/// The schedule of a mixture.
+#[derive(Clone, Debug)]
+pub struct Mixture {
+    lanes: Vec<Lane>,
+    /// Positions of an epoch.
+    positions: u64,
+    /// Places that every lane has, and after them the rest, by place and lane.
+    even: u64,
+    rest: Vec<(u64, u64)>,
+}
+
+#[derive(Clone, Debug)]
+struct Lane {
+    /// Each source's sequences in this lane.
+    shares: Vec<u64>,
+    pieces: Vec<Piece>,
+    /// Places; [`ENDLESS`] if they do not end.
+    len: u64,
+}
+
+/// Places of a lane under the same weights.
+#[derive(Clone, Debug)]
+struct Piece {
+    start: u64,
+    weights: Vec<u64>,
+    /// Turns before `start`.
+    base: Vec<u64>,
+    /// Where in the cycle it begins.
+    phase: u64,
+}
+
+/// A row of the mixture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Draw {
+    /// Index of the source.
+    pub source: usize,
+    /// Epoch of that source.
+    pub epoch: u64,
+    /// Position in it.
+    pub position: u64,
+}
+
+impl Mixture {
+    /// The schedule for sources of so many sequences, each at least `lanes`, with at most so many epochs each.
+    ///
+    /// `stages` are sorted by their start, the first one begins at 0, and each has a positive weight.
+    pub fn new(lanes: u64, sequences: &[u64], epochs: &[Option<u64>], stages: &[Stage], exhausted: Exhausted) -> Self {
+        let steps = steps(stages);
+        let lanes: Vec<Lane> =
+            (0..lanes).map(|lane| Lane::new(lane, lanes, sequences, epochs, &steps, exhausted)).collect();
+        let even = lanes.iter().map(|lane| lane.len).min().unwrap_or(0);
+        let mut rest = Vec::new();
+        if exhausted == Exhausted::Drop && even < ENDLESS {
+            let longest = lanes.iter().map(|lane| lane.len).max().unwrap_or(0);
+            for place in even..longest {
+                rest.extend((0..).zip(&lanes).filter(|(_, lane)| place < lane.len).map(|(index, _)| (index, place)));
+            }
+        }
+        let positions = if even == ENDLESS { ENDLESS } else { even * lanes.len() as u64 + rest.len() as u64 };
+        Self { lanes, positions, even, rest }
+    }
+
+    /// Positions of an epoch; [`ENDLESS`] if it does not end.
+    pub fn positions(&self) -> u64 {
+        self.positions
+    }
+
+    /// What stands at `position` of `epoch`.
+    ///
+    /// # Panics
+    /// When `position` is not below [`Mixture::positions`].
+    pub fn draw(&self, epoch: u64, position: u64) -> Draw {
+        let (lane, place) = self.place(position);
+        let at = &self.lanes[lane as usize];
+        let piece = at.piece(place);
+        let (source, turns) = piece.turn(place);
+        let draws = if epoch == 0 { turns } else { epoch * at.counts(at.len)[source] + turns };
+        let share = at.shares[source];
+        Draw { source, epoch: draws / share, position: draws % share * self.lanes.len() as u64 + lane }
+    }
+
+    /// Sequences that each source has given before `position` of an epoch.
+    pub fn counts(&self, position: u64) -> Vec<u64> {
+        let count = self.lanes.len() as u64;
+        let mut counts = vec![0; self.lanes.first().map_or(0, |lane| lane.shares.len())];
+        for (index, lane) in (0..).zip(&self.lanes) {
+            let even = position.min(self.even.saturating_mul(count));
+            let mut places = even / count + u64::from(index < even % count);
+            let after = usize::try_from(position - even).unwrap_or(usize::MAX).min(self.rest.len());
+            places += self.rest[..after].iter().filter(|(of, _)| *of == index).count() as u64;
+            for (sum, turns) in counts.iter_mut().zip(lane.counts(places)) {
+                *sum += turns;
+            }
+        }
+        counts
+    }
+
+    fn place(&self, position: u64) -> (u64, u64) {
+        assert!(position < self.positions, "position {position} of {}", self.positions);
+        let count = self.lanes.len() as u64;
+        if position / count < self.even {
+            return (position % count, position / count);
+        }
+        self.rest[(position - self.even * count) as usize]
+    }
+}
+
+impl Lane {
+    fn new(
+        lane: u64,
+        lanes: u64,
+        sequences: &[u64],
+        epochs: &[Option<u64>],
+        steps: &[(u64, Vec<u64>)],
+        exhausted: Exhausted,
+    ) -> Self {
+        let shares: Vec<u64> = sequences.iter().map(|n| n / lanes + u64::from(lane < n % lanes)).collect();
+        let limits: Vec<Option<u64>> = epochs
+            .iter()
+            .zip(&shares)
+            .map(|(epochs, share)| epochs.map(|epochs| epochs.saturating_mul(*share)))
+            .collect();
+        let mut this = Self { shares, pieces: Vec::new(), len: ENDLESS };
+        let (mut start, mut base) = (0, vec![0; sequences.len()]);
+        let mut gone = vec![false; sequences.len()];
+        let mut step = 0;
+        loop {
+            while steps.get(step + 1).is_some_and(|(at, _)| at.div_ceil(lanes) <= start) {
+                step += 1;
+            }
+            let weights: Vec<u64> =
+                steps[step].1.iter().zip(&gone).map(|(weight, gone)| if *gone { 0 } else { *weight }).collect();
+            let next = steps.get(step + 1).map(|(at, _)| at.div_ceil(lanes));
+            let cycle: u64 = weights.iter().sum();
+            if cycle == 0 {
+                // All that this stage draws from is gone; a later stage may have more.
+                match next {
+                    Some(_) if exhausted == Exhausted::Drop && step + 1 < steps.len() => {
+                        step += 1;
+                        continue;
+                    }
+                    _ => {
+                        this.len = start;
+                        return this;
+                    }
+                }
+            }
+            let phase = (u128::from(cycle) * u128::from(lane) / u128::from(lanes)) as u64;
+            let piece = Piece { start, weights, base: base.clone(), phase };
+            let first_gone = (0..limits.len())
+                .filter(|source| piece.weights[*source] > 0)
+                .filter_map(|source| limits[source].map(|limit| piece.start_without(source, limit)))
+                .min();
+            let end = next.into_iter().chain(first_gone).min();
+            let Some(end) = end else {
+                this.pieces.push(piece);
+                return this;
+            };
+            base = piece.counts(end);
+            if end > start {
+                this.pieces.push(piece);
+            }
+            start = end;
+            for (source, limit) in limits.iter().enumerate() {
+                gone[source] |= limit.is_some_and(|limit| base[source] >= limit);
+            }
+            if exhausted == Exhausted::Stop && first_gone == Some(end) {
+                this.len = end;
+                return this;
+            }
+        }
+    }
+
+    fn piece(&self, place: u64) -> &Piece {
+        &self.pieces[self.pieces.partition_point(|piece| piece.start <= place) - 1]
+    }
+
+    /// Turns of each source before `place`.
+    fn counts(&self, place: u64) -> Vec<u64> {
+        match self.pieces.partition_point(|piece| piece.start <= place) {
+            0 => vec![0; self.shares.len()],
+            after => self.pieces[after - 1].counts(place),
+        }
+    }
+}
+
+impl Piece {
+    /// Turns of each source before `place`, which is not before the piece.
+    fn counts(&self, place: u64) -> Vec<u64> {
+        let before = turns(&self.weights, self.phase);
+        let until = turns(&self.weights, self.phase + (place - self.start));
+        (0..before.len()).map(|source| self.base[source] + (until[source] - before[source])).collect()
+    }
+
+    /// Whose turn is at `place`, and how many turns it had before.
+    fn turn(&self, place: u64) -> (usize, u64) {
+        let (now, after) = (self.counts(place), self.counts(place + 1));
+        let source = (0..now.len()).find(|source| after[*source] > now[*source]).expect("a place is somebody's turn");
+        (source, now[source])
+    }
+
+    /// First place at which `source` has had `limit` turns.
+    fn start_without(&self, source: usize, limit: u64) -> u64 {
+        let cycle: u64 = self.weights.iter().sum();
+        let left = limit.saturating_sub(self.base[source]);
+        // Whole cycles are exact; one more holds what is left of the shares.
+        let cycles = u128::from(left / self.weights[source]) + 2;
+        let (mut low, mut high) =
+            (self.start, self.start.saturating_add(u64::try_from(cycles * u128::from(cycle)).unwrap_or(ENDLESS)));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if self.counts(middle)[source] >= limit { high = middle } else { low = middle + 1 }
+        }
+        low
+    }
+}
+
+/// Turns of each source among the first `places` places of a schedule with these weights.
+fn turns(weights: &[u64], places: u64) -> Vec<u64> {
+    let mut turns = vec![0; weights.len()];
+    share_out(weights, places, &mut turns);
+    turns
+}
+
+/// Shares `places` out between both halves of the sources, and so on.
+fn share_out(weights: &[u64], places: u64, turns: &mut [u64]) {
+    if let [turns] = turns {
+        *turns = places;
+        return;
+    }
+    let (first, second) = weights.split_at(weights.len() / 2);
+    let (of_first, of_second) = turns.split_at_mut(first.len());
+    let (weight, total) = (first.iter().sum::<u64>(), weights.iter().sum::<u64>());
+    let part = if total == 0 { 0 } else { (u128::from(places) * u128::from(weight) / u128::from(total)) as u64 };
+    share_out(first, part, of_first);
+    share_out(second, places - part, of_second);
+}
+
+/// Stages with their ramps as stages of their own: start and weights in lowest terms.
+fn steps(stages: &[Stage]) -> Vec<(u64, Vec<u64>)> {
+    let mut steps: Vec<(u64, Vec<u64>)> = Vec::new();
+    for (index, stage) in stages.iter().enumerate() {
+        let from = if index == 0 || stage.ramp == 0 { None } else { Some(&stages[index - 1].weights) };
+        if let Some(from) = from {
+            let (old, new): (u64, u64) = (from.iter().sum(), stage.weights.iter().sum());
+            for step in 1..RAMP_STEPS {
+                let at = stage.start + (u128::from(stage.ramp) * u128::from(step - 1) / u128::from(RAMP_STEPS)) as u64;
+                let mixed = from.iter().zip(&stage.weights).map(|(from, to)| {
+                    u128::from(*from) * u128::from(new) * u128::from(RAMP_STEPS - step)
+                        + u128::from(*to) * u128::from(old) * u128::from(step)
+                });
+                steps.push((at, lowest(mixed.collect())));
+            }
+        }
+        let end = stage.start + if from.is_some() { stage.ramp - stage.ramp / RAMP_STEPS } else { 0 };
+        steps.push((end, lowest(stage.weights.iter().map(|weight| u128::from(*weight)).collect())));
+    }
+    // Of steps that begin together the last one counts.
+    let mut kept: Vec<(u64, Vec<u64>)> = Vec::with_capacity(steps.len());
+    for step in steps {
+        if kept.last().is_some_and(|last| last.0 == step.0) {
+            kept.pop();
+        }
+        kept.push(step);
+    }
+    kept
+}
+
+fn lowest(weights: Vec<u128>) -> Vec<u64> {
+    let divisor = weights.iter().copied().fold(0, gcd).max(1);
+    weights.into_iter().map(|weight| (weight / divisor) as u64).collect()
+}
+
+fn gcd(a: u128, b: u128) -> u128 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn stage(start: u64, ramp: u64, weights: &[u64]) -> Stage {
+        Stage { start, ramp, weights: weights.to_vec() }
+    }
+
+    proptest! {
+        #[test]
+        fn each_epoch_of_each_source_is_drawn_once(
+            lanes in 1u64..9,
+            sources in prop::collection::vec((0u64..60, 1u64..4, 0u64..7, 0u64..7), 1..5),
+            second in 0u64..200, ramp in 0u64..150, exhausted in prop::sample::select(vec![Exhausted::Stop, Exhausted::Drop]),
+        ) {
+            let sequences: Vec<u64> = sources.iter().map(|source| source.0 + lanes).collect();
+            let epochs: Vec<Option<u64>> = sources.iter().map(|source| Some(source.1)).collect();
+            let mut first: Vec<u64> = sources.iter().map(|source| source.2).collect();
+            let mut last: Vec<u64> = sources.iter().map(|source| source.3).collect();
+            first[0] += 1;
+            last[sources.len() - 1] += 1;
+            let stages = [stage(0, 0, &first), stage(second, ramp, &last)];
+            let mixture = Mixture::new(lanes, &sequences, &epochs, &stages, exhausted);
+            prop_assert!(mixture.positions() < ENDLESS);
+            for run in 0..2 {
+                let mut seen: HashMap<(usize, u64, u64), u32> = HashMap::new();
+                let mut counts = vec![0; sequences.len()];
+                for position in 0..mixture.positions() {
+                    prop_assert_eq!(&mixture.counts(position), &counts);
+                    let draw = mixture.draw(run, position);
+                    prop_assert!(draw.position < sequences[draw.source]);
+                    prop_assert!(run > 0 || draw.epoch < sources[draw.source].1);
+                    *seen.entry((draw.source, draw.epoch, draw.position)).or_default() += 1;
+                    counts[draw.source] += 1;
+                }
+                prop_assert!(seen.values().all(|count| *count == 1), "{:?}", seen);
+                prop_assert_eq!(&mixture.counts(mixture.positions()), &counts);
+                if exhausted == Exhausted::Drop && run == 0 {
+                    // What the last stage weighs is drawn to its last epoch.
+                    for (source, weight) in last.iter().enumerate() {
+                        prop_assert!(*weight == 0 || counts[source] == sequences[source] * sources[source].1);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn shares_never_drift(
+            lanes in 1u64..9, weights in prop::collection::vec(0u64..1000, 1..6), places in 0u64..1_000_000_000_000,
+        ) {
+            let mut weights = weights;
+            weights[0] += 1;
+            let none = vec![None; weights.len()];
+            let mixture = Mixture::new(lanes, &vec![lanes; weights.len()], &none, &[stage(0, 0, &weights)], Exhausted::Stop);
+            prop_assert_eq!(mixture.positions(), ENDLESS);
+            let total: u64 = weights.iter().sum();
+            for (weight, count) in weights.iter().zip(mixture.counts(places * lanes)) {
+                let share = u128::from(places) * u128::from(lanes) * u128::from(*weight);
+                let error = (u128::from(count) * u128::from(total)).abs_diff(share);
+                // The tree's depth, once for the place and once for the lane's phase.
+                let most = 2 * u128::from(weights.len().next_power_of_two().ilog2()) * u128::from(lanes);
+                prop_assert!(error <= u128::from(total) * most, "{} of {}", count, share / u128::from(total));
+            }
+        }
+    }
+
+    #[test]
+    fn a_ramp_moves_from_one_weight_to_the_other() {
+        let stages = [stage(0, 0, &[1, 0]), stage(1000, 6400, &[0, 1])];
+        let mixture = Mixture::new(1, &[10, 10], &[None, None], &stages, Exhausted::Stop);
+        assert_eq!(mixture.counts(1000), [1000, 0]);
+        let of_second = |from: u64, to: u64| mixture.counts(to)[1] - mixture.counts(from)[1];
+        assert!((45..=55).contains(&of_second(4150, 4250)), "half way: {}", of_second(4150, 4250));
+        assert_eq!(of_second(7400, 7500), 100);
+    }
+}

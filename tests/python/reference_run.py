@@ -1,0 +1,145 @@
+"""What a run delivers, as plain lists: the specification that `order/{course,holdout,mixture}.rs` have to equal.
+
+Nothing here is clever: every epoch is listed, every lane of a mixture is walked place by place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import gcd
+from typing import NamedTuple
+
+from reference_order import derive
+
+HOLDOUT_KEY = 0x686F6C646F757400
+RAMP_STEPS = 64
+
+Position = tuple[int, int]
+
+
+class Skip(NamedTuple):
+    epoch: int
+    start: int
+    end: int
+
+
+class Stage(NamedTuple):
+    start: int
+    ramp: int
+    weights: list[int]
+
+
+class Draw(NamedTuple):
+    source: int
+    epoch: int
+    position: int
+
+
+def side(sequences: int, every: int | None, split: str) -> list[int]:
+    """Sequences of one side of a corpus: of each run of `every`, one is held out."""
+    if every is None:
+        return list(range(sequences))
+    held = {run * every + ((derive(HOLDOUT_KEY, run) * every) >> 64) for run in range(-(-sequences // every))}
+    return [s for s in range(sequences) if (s in held) == (split == "holdout")]
+
+
+def course(epochs: Iterable[int], positions: Callable[[int], int], skips: list[Skip]) -> list[Position]:
+    """Epoch and position of all that a pass over `epochs` delivers, in order."""
+    return [
+        (epoch, position)
+        for epoch in epochs
+        for position in range(positions(epoch))
+        if not any(skip.epoch == epoch and skip.start <= position < skip.end for skip in skips)
+    ]
+
+
+def steps(stages: list[Stage]) -> list[tuple[int, list[int]]]:
+    """Stages with each ramp as stages of its own; of those that begin together the last one counts."""
+    found: dict[int, list[int]] = {}
+    for number, stage in enumerate(stages):
+        end = stage.start
+        if number and stage.ramp:
+            before = stages[number - 1].weights
+            for step in range(1, RAMP_STEPS):
+                mixed = [
+                    old * sum(stage.weights) * (RAMP_STEPS - step) + new * sum(before) * step
+                    for old, new in zip(before, stage.weights, strict=True)
+                ]
+                found[stage.start + stage.ramp * (step - 1) // RAMP_STEPS] = mixed
+            end = stage.start + stage.ramp - stage.ramp // RAMP_STEPS
+        found[end] = stage.weights
+    return [(start, [weight // gcd(*weights) for weight in weights]) for start, weights in sorted(found.items())]
+
+
+def turns(weights: list[int], places: int) -> list[int]:
+    """Turns that each source has among the first `places`: one half of the sources against the other, and so on."""
+    if len(weights) == 1:
+        return [places]
+    half = len(weights) // 2
+    part = places * sum(weights[:half]) // sum(weights) if sum(weights) else 0
+    return turns(weights[:half], part) + turns(weights[half:], places - part)
+
+
+def lane_draws(
+    lane: int, lanes: int, shares: list[int], epochs: list[int | None], stages: list[Stage], drop: bool, most: int
+) -> list[int]:
+    """Sources of a lane's first `most` places, or of all where it ends before."""
+    schedule = steps(stages)
+    limits = [None if count is None else count * share for count, share in zip(epochs, shares, strict=True)]
+    counts = [0] * len(shares)
+    drawn: list[int] = []
+    step, weights, place_in_piece = -1, [0] * len(shares), 0
+    while len(drawn) < most:
+        changed = step < 0
+        while step + 1 < len(schedule) and -(-schedule[step + 1][0] // lanes) <= len(drawn):
+            step, changed = step + 1, True
+        gone = [limit is not None and count >= limit for limit, count in zip(limits, counts, strict=True)]
+        now = [0 if over else weight for weight, over in zip(schedule[step][1], gone, strict=True)]
+        while sum(now) == 0 and drop and step + 1 < len(schedule):
+            step, changed = step + 1, True
+            now = [0 if over else weight for weight, over in zip(schedule[step][1], gone, strict=True)]
+        if sum(now) == 0:
+            break
+        if changed or now != weights:
+            weights, place_in_piece = now, 0
+        phase = sum(weights) * lane // lanes + place_in_piece
+        before, after = turns(weights, phase), turns(weights, phase + 1)
+        source = next(s for s in range(len(shares)) if after[s] > before[s])
+        drawn.append(source)
+        counts[source] += 1
+        place_in_piece += 1
+        if not drop and limits[source] is not None and counts[source] >= limits[source]:  # type: ignore[operator]
+            break
+    return drawn
+
+
+def mixture(
+    lanes: int,
+    sizes: list[int],
+    epochs: list[int | None],
+    stages: list[Stage],
+    drop: bool,
+    runs: int = 1,
+    most: int = 10**9,
+) -> list[list[Draw]]:
+    """What is drawn in each of `runs` epochs of the mixture; no more than about `most` of each."""
+    shares = [[size // lanes + (lane < size % lanes) for size in sizes] for lane in range(lanes)]
+    sources = [lane_draws(lane, lanes, shares[lane], epochs, stages, drop, -(-most // lanes)) for lane in range(lanes)]
+    even = min(len(drawn) for drawn in sources)
+    places = [(lane, place) for place in range(even) for lane in range(lanes)]
+    if drop:
+        longest = max(len(drawn) for drawn in sources)
+        places += [
+            (lane, place) for place in range(even, longest) for lane in range(lanes) if place < len(sources[lane])
+        ]
+    found = []
+    for run in range(runs):
+        counts = [[run * drawn.count(source) for source in range(len(sizes))] for drawn in sources]
+        draws = []
+        for lane, place in places:
+            source = sources[lane][place]
+            epoch, at = divmod(counts[lane][source], shares[lane][source])
+            counts[lane][source] += 1
+            draws.append(Draw(source, epoch, at * lanes + lane))
+        found.append(draws)
+    return found
