@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use forebay::config::{Config, Remainder, Shuffle};
+use forebay::config::{Config, Epochs, Remainder, Shuffle};
 use forebay::loader::IGNORED_LABEL;
 use forebay::plan::Plan;
 use forebay::tokens::Dtype;
@@ -171,6 +171,38 @@ fn steps_and_remainder_are_as_planned() {
                     "{what}"
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn passes_of_many_epochs_with_skips_holdouts_and_limits_are_as_planned() {
+    let skip = |epoch, start, end| Skip { epoch, start, end };
+    let n = Loader::open(parquet()).unwrap().num_sequences();
+    let tail = Config { remainder: Remainder::Pad, ..parquet() };
+    let cases = [
+        Config { epochs: Epochs::Count(3), ..parquet() },
+        Config { epochs: Epochs::Count(2), skip: vec![skip(0, 5, 40), skip(1, 0, 7), skip(2, 0, 9)], ..parquet() },
+        Config { epochs: Epochs::Count(2), ..tail.clone() },
+        // The first epoch's tail is skipped.
+        Config { epochs: Epochs::Count(2), skip: vec![skip(0, n, n + 1)], ..tail.clone() },
+        Config { epochs: Epochs::Count(2), max_steps: Some(n / 14 + 2), ..tail },
+        Config { max_steps: Some(3), ..parquet() },
+        Config { epochs: Epochs::Endless, max_steps: Some(n / 7), ..parquet() },
+        Config { holdout: Some(10), ..parquet() },
+    ];
+    for config in cases {
+        let config = Config { batch_size: 7, ..config };
+        for world_size in [1, 2] {
+            let planned = plan(&config, world_size);
+            let (pass, ran) = (planned.pass, run(&config, world_size));
+            let what = format!("W={world_size} {config:?}: {pass:?} {ran:?}");
+            assert!(ran.steps.iter().all(|steps| Some(*steps) == pass.steps), "{what}");
+            assert_eq!(ran.targets, pass.delivered_tokens + pass.repeated_tokens, "{what}");
+            assert_eq!(planned.sources[0].drawn_sequences, Some(pass.delivered_rows - pass.delivered_tails), "{what}");
+            let measured = ran.decoded_tokens as f64 / pass.delivered_tokens as f64;
+            let decoding = planned.decoding.unwrap();
+            assert!((measured / decoding.amplification - 1.0).abs() < 0.05, "{measured}: {what} {decoding:?}");
         }
     }
 }
