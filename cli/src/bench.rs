@@ -62,7 +62,9 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         ("shuffle", options.shuffle.clone()),
         ("num_threads", options.threads.clone()),
     ];
-    let config = options.sets.resolve(&options.paths, &flags, context)?.config;
+    let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
+    // No one trains on these batches: they belong in no ledger.
+    config.ledger = None;
     let limit = match (options.seconds, options.epochs) {
         (None, None) => Some(DEFAULT_SECONDS),
         (seconds, _) => seconds,

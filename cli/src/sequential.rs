@@ -209,22 +209,20 @@ where
             start..start + list.value_length() as usize
         }
     };
-    let is_list =
-        matches!(column.data_type(), DataType::List(_) | DataType::LargeList(_) | DataType::FixedSizeList(..));
-    let documents: Vec<Range<usize>> = match is_list {
-        true => (0..column.len()).map(|row| if column.is_null(row) { 0..0 } else { range(row) }).collect(),
-        false => vec![0..values.len()],
-    };
-    for (row, document) in documents.into_iter().enumerate() {
+    let without_nulls = |document: Range<usize>, row: u64| {
         if values.null_count() > 0 && document.clone().any(|at| values.is_null(at)) {
-            return Err(Error::data("a token is null").at_row(before + row as u64));
+            return Err(Error::data("a token is null").at_row(row));
         }
-        if is_list {
-            stream.tokens(before + row as u64, &values.values()[document]);
-            stream.end();
-        } else {
-            stream.tokens(0, &values.values()[document]);
-        }
+        Ok(&values.values()[document])
+    };
+    if !column.data_type().is_nested() {
+        stream.tokens(0, without_nulls(0..values.len(), 0)?);
+        return Ok(());
+    }
+    for index in (0..column.len()).filter(|index| column.is_valid(*index)) {
+        let row = before + index as u64;
+        stream.tokens(row, without_nulls(range(index), row)?);
+        stream.end();
     }
     Ok(())
 }

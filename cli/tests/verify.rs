@@ -151,7 +151,7 @@ fn an_epoch_is_proved_from_a_state_on() {
     let (status, json) = verify_json(&args);
     assert_eq!(status, 0, "{json}");
     assert_eq!((&json["epoch"], &json["position"]), (&1.into(), &20.into()));
-    assert_eq!(json["found"]["rows"].as_u64().unwrap(), (loader.num_positions() - 20) / 3 * 3);
+    assert_eq!(json["found"]["rows"].as_u64().unwrap(), (loader.course(0..1).0.len().unwrap() - 20) / 3 * 3);
     let (status, out, err) = verify(&[&args[..], &["--epoch=0"]].concat());
     assert_eq!((status, out.as_str()), (2, ""), "{err}");
     let (status, _, err) = verify(&[&args[..], &["--set", "eos_id=7"]].concat());
@@ -165,7 +165,7 @@ fn a_ledger_of_changing_world_sizes_is_proved() {
     let (corpus, _) = arrow_corpus(root.path());
     let ledger = root.path().join("ledger");
     let config = settings(&corpus, &ledger);
-    let positions = Loader::open(Config { ledger: None, ..config.clone() }).unwrap().num_positions();
+    let positions = Loader::open(Config { ledger: None, ..config.clone() }).unwrap().course(0..1).0.len().unwrap();
     let steps = positions / 12;
     assert!(steps > 12, "{positions}");
     launch(&config, 4, 3, 0, 7);
@@ -200,7 +200,17 @@ fn a_ledger_of_changing_world_sizes_is_proved() {
 
     let (status, _, err) = verify(&[&flags(&corpus, &ledger)[..], &["--set", "eos_id=5"]].concat());
     assert_eq!(status, 1);
-    assert!(err.contains("the ledger has no batch of this corpus under these settings"), "{err}");
+    assert!(err.contains("under these settings: `eos_id` was none in the run and is 5 here; give"), "{err}");
+    for (shard, message) in [
+        ("1.shard.parquet", "the run had another corpus: growth `0:2` is not one of this corpus of 1 shards"),
+        ("0.shard.parquet", "the corpus of the run had fingerprint"),
+    ] {
+        let aside = root.path().join("aside");
+        std::fs::rename(corpus.join(shard), &aside).unwrap();
+        let (status, _, err) = verify(&flags(&corpus, &ledger));
+        assert!(status == 1 && err.contains(message), "{err}");
+        std::fs::rename(aside, corpus.join(shard)).unwrap();
+    }
 }
 
 #[test]
@@ -329,11 +339,12 @@ fn steps_and_documents_are_found_from_each_other() {
             at += len;
         }
     }
-    let loader = Loader::open(Config { ledger: None, ..config.clone() }).unwrap();
+    let loader = Loader::open(Config { ledger: None, ..config }).unwrap();
     let (status, json) = with(&["--step=3"]);
     assert_eq!(status, 0);
     let mut expected = Vec::new();
-    for (position, sequence) in (12..16).zip(loader.sequences(0, 12..16)) {
+    let (_, mut sample) = loader.course(0..1);
+    for (position, sequence) in (12..16).map(|position| (position, sample(position).sequence)) {
         let tokens = sequence * SEQ_LEN..(sequence + 1) * SEQ_LEN;
         for (shard, row, place) in &places {
             if place.start < tokens.end && place.end > tokens.start && !place.is_empty() {

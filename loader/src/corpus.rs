@@ -166,12 +166,15 @@ impl Corpus {
         let mut indexed = Indexed { file, opened: 0, unsaved: None };
 
         let places = Place::of_all(&files);
-        let known = pool.install(|| known_facts(&files, &places, saved.as_ref()));
+        let known = pool.install(|| known_records(&files, &places, saved.as_ref()));
         let stale: Vec<usize> = (0..files.len()).filter(|index| known[*index].is_none()).collect();
-        let facts = match saved {
-            Some(saved) if stale.is_empty() && same_places(&saved, &places) => {
-                no_faults(Vec::new(), files.iter().map(|file| &*file.path).zip(known.into_iter().flatten()), format)?;
-                Facts::Saved(saved)
+        let known_facts = |index: usize| Some(saved.as_ref()?.get(known[index]?)?.1);
+        let facts = match &saved {
+            Some(saved) if known.len() == saved.len() && is_in_order(&known) => {
+                let facts = Facts::Saved(saved.clone());
+                let described = files.iter().enumerate().map(|(index, file)| (&*file.path, facts.get(index)));
+                no_faults(Vec::new(), described, format)?;
+                facts
             }
             _ => {
                 let done = AtomicU64::new(0);
@@ -183,7 +186,7 @@ impl Corpus {
                 };
                 let opened: Vec<_> = pool.install(|| stale.par_iter().map(open).collect());
                 indexed.opened = stale.len() as u64;
-                let mut known = known;
+                let mut known: Vec<_> = (0..files.len()).map(known_facts).collect();
                 let mut faults = Vec::new();
                 for (index, facts) in stale.iter().zip(opened) {
                     facts.map(|facts| known[*index] = Some(facts)).unwrap_or_else(|error| faults.push(error));
@@ -350,33 +353,29 @@ impl Corpus {
     }
 }
 
-/// What `saved` knows of each file, where that file has the size and the time it had then.
-fn known_facts(files: &[ShardFile], places: &[Place], saved: Option<&SavedIndex>) -> Vec<Option<ShardFacts>> {
+/// Which record of `saved` is that of each file, where the file has the size and the time it had then.
+fn known_records(files: &[ShardFile], places: &[Place], saved: Option<&SavedIndex>) -> Vec<Option<usize>> {
     let Some(saved) = saved else { return vec![None; files.len()] };
     // Shards stand where they stood, as a rule; the table of the others is made when one does not.
     let others: OnceLock<HashMap<Place, usize>> = OnceLock::new();
-    let find_other = |place: Place| -> Option<ShardFacts> {
+    let elsewhere = |place: Place| -> Option<usize> {
         let table = others.get_or_init(|| {
             let records = (0..saved.len()).filter_map(|index| Some((saved.get(index)?.0, index)));
             records.collect()
         });
-        Some(saved.get(*table.get(&place)?)?.1)
+        table.get(&place).copied()
     };
     let known = |(index, file): (usize, &ShardFile)| {
-        let here = (index < saved.len()).then(|| saved.get(index)).flatten();
-        let facts = match here {
-            Some((place, facts)) if place == places[index] => facts,
-            _ => find_other(places[index])?,
-        };
+        let is_here = index < saved.len() && saved.get(index).is_some_and(|(place, _)| place == places[index]);
+        let record = if is_here { index } else { elsewhere(places[index])? };
         // A file that cannot be looked at is opened, which tells why.
-        (Stamp::of(&file.path).ok()? == Stamp::from(facts)).then_some(facts)
+        (Stamp::of(&file.path).ok()? == Stamp::from(saved.get(record)?.1)).then_some(record)
     };
     files.par_iter().enumerate().map(known).collect()
 }
 
-fn same_places(saved: &SavedIndex, places: &[Place]) -> bool {
-    saved.len() == places.len()
-        && places.iter().enumerate().all(|(index, place)| saved.get(index).is_some_and(|(saved, _)| saved == *place))
+fn is_in_order(records: &[Option<usize>]) -> bool {
+    records.iter().enumerate().all(|(index, record)| *record == Some(index))
 }
 
 /// Fails where an opened shard is not what the index says. Sizes of blocks are left out: they are needed for budgets only.

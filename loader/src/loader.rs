@@ -739,6 +739,17 @@ fn slots(grouping: Grouping, course: &Course, start: u64) -> ((u64, u64), Vec<Sl
     (course.at(start), grouping.rows(start, end, course.last_epoch()).iter().map(slot).collect())
 }
 
+/// What stands in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Index of the source; 0 where there is no mixture.
+    pub source: usize,
+    /// Epoch of the source.
+    pub epoch: u64,
+    /// Sequence of it; the one after the last full one is its tail.
+    pub sequence: u64,
+}
+
 /// What proving a run takes.
 impl Loader {
     /// Hashes the rows of every batch that is begun from now on, so that [`Batch::coverage`] is there.
@@ -746,45 +757,53 @@ impl Loader {
         self.core.covers.store(true, Ordering::Relaxed);
     }
 
-    /// Positions of the present epoch under the remainder rule, over all ranks.
-    pub fn num_positions(&self) -> u64 {
-        let cursor = lock(&self.core.cursor).clone();
-        self.core.positions(&cursor.growth, cursor.epoch)
-    }
-
-    /// The sequence at each of `positions` of `epoch`; [`Loader::num_sequences`] is the tail.
-    pub fn sequences(&self, epoch: u64, positions: Range<u64>) -> impl Iterator<Item = u64> + use<> {
-        let core = Arc::clone(&self.core);
-        let growth = lock(&core.cursor).growth.clone();
-        let mut orders = Orders::default();
-        positions.map(move |position| core.sources.place(&growth, &mut orders, epoch, position).sequence)
-    }
-
-    /// What passes over `epochs` go through, one after the other, and which source and sequence stand at each of its indices. A sequence of a source that
-    /// has fewer is its tail.
-    pub fn course(&self, epochs: Range<u64>) -> (Course, impl FnMut(u64) -> (usize, u64) + use<>) {
+    /// What passes over `epochs` go through, one after the other, and what stands at each of its indices.
+    pub fn course(&self, epochs: Range<u64>) -> (Course, impl FnMut(u64) -> Sample + use<>) {
         let core = Arc::clone(&self.core);
         let growth = lock(&core.cursor).growth.clone();
         let positions = |epoch| core.positions(&growth, epoch);
         let count = epochs.end.saturating_sub(epochs.start);
         let course = Course::new(epochs.start, Some(count), &core.config.skip, growth.changes(), positions);
         let (at, mut orders) = (course.clone(), Orders::default());
-        let row = move |index| {
+        let sample = move |index| {
             let (epoch, position) = at.at(index);
-            let place = core.sources.place(&growth, &mut orders, epoch, position);
-            (place.source, place.sequence)
+            let Place { source, epoch, sequence, .. } = core.sources.place(&growth, &mut orders, epoch, position);
+            Sample { source, epoch, sequence }
         };
-        (course, row)
+        (course, sample)
+    }
+
+    /// Takes the history of a corpus that grew from the `growth` of a state or a ledger.
+    pub fn assume_growth(&self, text: &str) -> Result<()> {
+        let shards = self.core.sources.shards();
+        let growth = Growth::parse(text).filter(|growth| growth.latest() <= shards);
+        let growth =
+            growth.ok_or_else(|| refused(format!("growth `{text}` is not one of this corpus of {shards} shards")))?;
+        lock(&self.core.cursor).growth = growth;
+        Ok(())
     }
 
     /// Digest of the corpus and the content settings, which a ledger names.
     pub fn content_digest(&self) -> String {
         self.core.content_digest()
     }
+
+    /// The content settings, which a ledger names too.
+    pub fn content_settings(&self) -> Vec<(String, String)> {
+        self.core.content_texts()
+    }
 }
 
 impl Core {
     /// Of all that decides what is trained on, but for what may change in the course of a run: shards and stages that were added, and skips.
+    fn content_texts(&self) -> Vec<(String, String)> {
+        let text = |value: &StateValue| match value {
+            StateValue::Int(number) => number.to_string(),
+            StateValue::Text(text) => text.clone(),
+        };
+        self.content.iter().map(|(key, value)| ((*key).to_owned(), text(value))).collect()
+    }
+
     fn content_digest(&self) -> String {
         let mut text: Vec<_> = self.content.iter().map(|(key, value)| format!("{key}={value}")).collect();
         text.push(match self.sources.mixture() {
@@ -808,7 +827,9 @@ impl Core {
             world_size: self.grouping.world_size,
             batch_size: self.grouping.batch_size,
             content: self.content_digest(),
+            settings: self.content_texts(),
             fingerprint: self.sources.list()[0].reader.corpus().fingerprint().to_owned(),
+            growth: heading.growth.text(),
         };
         ledger::Writer::begin(Path::new(folder), pass).map(Some)
     }

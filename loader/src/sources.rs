@@ -68,6 +68,8 @@ struct Settings {
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub(crate) source: usize,
+    /// Epoch of the source.
+    pub(crate) epoch: u64,
     /// Sequence of the source, over both sides of a holdout.
     pub(crate) sequence: u64,
     pub(crate) tokens: Range<u64>,
@@ -247,6 +249,7 @@ impl Sources {
             let sequence = extent.layout.num_sequences();
             return Place {
                 source: index,
+                epoch,
                 sequence,
                 tokens: extent.layout.row(sequence),
                 ends_chunk: false,
@@ -260,7 +263,7 @@ impl Sources {
         let at = order.sequence_at(position);
         let sequence = self.settings.side.sequence(at);
         let ends_chunk = order.ends_chunk(at);
-        Place { source: index, sequence, tokens: extent.layout.row(sequence), ends_chunk, repeated: false }
+        Place { source: index, epoch, sequence, tokens: extent.layout.row(sequence), ends_chunk, repeated: false }
     }
 
     /// Digest of all that has decided an epoch's order before `position`: stages begun and the sources they draw from.

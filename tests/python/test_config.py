@@ -240,3 +240,17 @@ def test_the_log_level_is_that_of_the_variable(corpus: Path) -> None:
 def test_a_warning_is_logged_once_per_process(corpus: Path) -> None:
     lines = run_python(LOGGED, corpus, env=clean_environment(FOREBAY_SEQ_LEM="16")).stderr.splitlines()
     assert sum("FOREBAY_SEQ_LEM" in line for line in lines) == 1, lines
+
+
+def test_a_saved_index_is_kept_where_the_setting_or_the_variable_says(corpus: Path, tmp_path: Path) -> None:
+    import forebay
+
+    with forebay.Loader(corpus, seq_len=16, batch_size=4) as loader:
+        expected = [batch["input_ids"].tolist() for batch in loader]
+    for cache in (tmp_path / "argument", tmp_path / "argument"):
+        with forebay.Loader(corpus, seq_len=16, batch_size=4, cache_dir=cache) as loader:
+            assert loader.config["cache_dir"] == str(cache)
+            assert [batch["input_ids"].tolist() for batch in loader] == expected
+        assert len(list(cache.iterdir())) == 1
+    assert config(corpus, FOREBAY_CACHE_DIR=str(tmp_path / "variable"))["cache_dir"] == str(tmp_path / "variable")
+    assert len(list((tmp_path / "variable").iterdir())) == 1

@@ -32,7 +32,9 @@ GLOBAL_BATCH = 12
 WORLD_SIZES = (4, 2, 1, 3)
 STEPS_PER_KILL = 60
 LAUNCH_LIMIT_S = 240
-CONTENT: dict[str, Any] = {"seq_len": SEQ_LEN, "shuffle": "block", "seed": 11, "chunk_tokens": 320, "window_tokens": 3200}
+CONTENT: dict[str, Any] = {
+    "seq_len": SEQ_LEN, "shuffle": "block", "seed": 11, "chunk_tokens": 320, "window_tokens": 3200,
+}  # fmt: skip
 
 TRAINER = """
 import json, os, sys, time

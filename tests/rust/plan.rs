@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use forebay::config::{Config, Epochs, Remainder, Shuffle};
 use forebay::loader::IGNORED_LABEL;
+use forebay::order::course::Skip;
 use forebay::plan::Plan;
 use forebay::tokens::Dtype;
 use forebay::{Loader, Next};

@@ -96,14 +96,14 @@ impl Concat {
         Extent { stream_len: self.starts[shards], ..self.whole }
     }
 
+    /// Bytes of its table.
+    pub fn index_bytes(&self) -> u64 {
+        size_of_val(self.starts.as_slice()) as u64
+    }
+
     /// Its extent over all shards.
     pub fn whole(&self) -> Extent {
         self.whole
-    }
-
-    /// Bytes of its table.
-    pub fn bytes(&self) -> u64 {
-        size_of_val(self.starts.as_slice()) as u64
     }
 
     /// [`Extent::stream_len`] of the whole.

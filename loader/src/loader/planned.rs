@@ -144,7 +144,7 @@ impl Core {
             held_blocks_bytes: config.num_threads.unwrap_or(1) * largest_block,
             cache_bytes: self.cache.budget_bytes().min(decoded_bytes),
             index_bytes: corpora().map(|corpus| corpus.index_bytes()).sum::<u64>()
-                + self.sources.list().iter().map(|source| source.reader.layout().bytes()).sum::<u64>(),
+                + self.sources.list().iter().map(|source| source.reader.layout().index_bytes()).sum::<u64>(),
             budget_bytes: config.memory_budget,
         }
     }

@@ -31,11 +31,11 @@ pub fn find(data: &[String], format: DataFormat) -> Result<Vec<ShardFile>> {
             Err(error) => faults.push(error),
         }
     }
+    let mut folders = Folders::default();
     let mut seen = HashMap::with_capacity(shards.len());
-    let mut folders = HashMap::new();
     for shard in &shards {
-        let real = named_place(&shard.path, &mut folders);
-        if let Some(first) = seen.insert(real, &shard.path) {
+        let place = (folders.number(&shard.path), shard.path.file_name());
+        if let Some(first) = seen.insert(place, &shard.path) {
             faults.push(Error::config(format!(
                 "a shard is listed twice: `{}` and `{}`; each token must be there once",
                 first.display(),
@@ -111,15 +111,23 @@ fn find_in_folder(folder: &Path, format: DataFormat) -> Result<Vec<ShardFile>> {
     Ok(shards)
 }
 
-/// `path` with the links in its folders resolved, but not one at its end: the cache of a hub links several names to one
-/// file where their content is the same.
-fn named_place<'a>(path: &'a Path, folders: &mut HashMap<&'a Path, Option<PathBuf>>) -> PathBuf {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Shards by the thousand share a folder, and resolving links asks the system for each of its parts.
-    let real = folders.entry(folder).or_insert_with(|| folder.canonicalize().ok());
-    match (real, path.file_name()) {
-        (Some(folder), Some(name)) => folder.join(name),
-        _ => path.to_owned(),
+/// The folders that paths are in, by number: the same one for a folder and for links to it. A link at the end of a path is not looked at: the cache of
+/// a hub links several names to one file where their content is the same.
+#[derive(Default)]
+struct Folders<'a> {
+    /// Shards by the thousand share a folder, and resolving its links asks the system for each of its parts.
+    seen: HashMap<&'a Path, usize>,
+    real: HashMap<PathBuf, usize>,
+}
+
+impl<'a> Folders<'a> {
+    fn number(&mut self, path: &'a Path) -> usize {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        *self.seen.entry(folder).or_insert_with(|| {
+            let number = self.real.len();
+            let real = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+            *self.real.entry(real).or_insert(number)
+        })
     }
 }
 

@@ -1,0 +1,268 @@
+//! `forebay verify`: proves that every token was delivered once.
+//!
+//! What should have been delivered comes from reading the files in their own order with arrow-rs ([`crate::sequential`]); what was delivered comes
+//! from running the loader, or from the ledger that a training run wrote. Both are sums of row hashes that do not depend on the order. The loader's
+//! order is asked only which sequences belong to a part of an epoch, and then checked to name each of them once.
+
+mod ledger;
+mod search;
+mod stream;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use forebay::config::Epochs;
+use forebay::corpus::Corpus;
+use forebay::coverage::Coverage;
+use forebay::loader::Sample;
+use forebay::state::{State, StateValue};
+use forebay::{Error, ErrorKind, Loader};
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+
+use crate::report::grouped;
+use crate::sequential::{self, Visitor};
+use crate::{Context, Failure, Sets, progress};
+use ledger::Found;
+
+const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {eta} left";
+/// Faults of one kind that are shown; `--json` lists all.
+const SHOWN: usize = 10;
+/// Positions looked at between two steps of the progress bar.
+const BAR_EVERY: u64 = 1 << 16;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Exit status: 0 proven, 1 not proven, 2 usage or settings.\n\n\
+    Cost: the files are read once in full; without --ledger, once more through the loader. --document looks at every position of the epochs in the \
+    ledger, because an order has no list to look in: an epoch of 10^9 sequences takes minutes. Memory: a byte \
+    and a bit per sequence where not one whole epoch is proved.")]
+pub(crate) struct Options {
+    /// Files, folders and glob patterns
+    paths: Vec<String>,
+    /// Tokens per sequence
+    #[arg(long, value_name = "TOKENS")]
+    seq_len: Option<String>,
+    /// Sequences per rank and step
+    #[arg(long, value_name = "N")]
+    batch_size: Option<String>,
+    /// Order: true, false, global or block
+    #[arg(long, value_name = "ORDER", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    shuffle: Option<String>,
+    /// Key of the order
+    #[arg(long, value_name = "N")]
+    seed: Option<String>,
+    /// Ranks to run one after the other; that of the settings where it is not given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "ledger")]
+    world_size: Option<u64>,
+    /// Epoch; that of the state or 0 where it is not given, and with `--ledger` all
+    #[arg(long, value_name = "N")]
+    epoch: Option<u64>,
+    /// A state as JSON, as `state_dict()` gives it: proves from there to the epoch's end
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
+    /// Proves what the ranks of a run wrote to this folder
+    #[arg(long, value_name = "DIR")]
+    ledger: Option<PathBuf>,
+    /// Prints the documents of one global batch of the ledger, counted from 0 in its epoch
+    #[arg(long, value_name = "N", requires = "ledger", conflicts_with = "document")]
+    step: Option<u64>,
+    /// Prints where the ledger had the document in a row of a shard, named as its file or by its end
+    #[arg(long, value_name = "SHARD:ROW", requires = "ledger", value_parser = shard_and_row)]
+    document: Option<(String, u64)>,
+    /// Prints one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    sets: Sets,
+}
+
+fn shard_and_row(text: &str) -> Result<(String, u64), String> {
+    let found = text.rsplit_once(':').and_then(|(shard, row)| Some((shard.to_owned(), row.parse().ok()?)));
+    found.ok_or_else(|| "expected SHARD:ROW".to_owned())
+}
+
+pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
+    let flags = [
+        ("seq_len", options.seq_len.clone()),
+        ("batch_size", options.batch_size.clone()),
+        ("shuffle", options.shuffle.clone()),
+        ("seed", options.seed.clone()),
+    ];
+    let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
+    // Proving is no training: it must not add to a ledger.
+    config.ledger = None;
+    (config.epochs, config.max_steps) = (Epochs::Count(1), None);
+    let state = options.state.as_deref().map(read_state).transpose()?;
+    if let (Some(state), Some(epoch)) = (&state, options.epoch)
+        && state.epoch() != epoch
+    {
+        return Err(Error::config(format!("the state is in epoch {}, `--epoch` says {epoch}", state.epoch())).into());
+    }
+    match &options.ledger {
+        None => {
+            let world_size = options.world_size.or(config.dp_world_size).unwrap_or(1);
+            stream::run(config, world_size, options, state.as_ref(), context)
+        }
+        Some(folder) => {
+            // Ranks and batch sizes are those of the ledger.
+            config.batch_size = 1;
+            (config.dp_rank, config.dp_world_size) = (Some(0), Some(1));
+            let loader = Loader::open(config)?;
+            if let Some(state) = &state {
+                loader.load_state(state)?;
+            }
+            let found = Found::read(&loader, folder, options, state.as_ref())?;
+            match (options.step, &options.document) {
+                (Some(step), _) => found.documents_of(step, options, context),
+                (None, Some((shard, row))) => found.steps_of(shard, *row, options, context),
+                (None, None) => found.prove(options, context),
+            }
+        }
+    }
+}
+
+fn read_state(path: &Path) -> Result<State, Error> {
+    let text = std::fs::read(path).map_err(|error| Error::io("cannot read the state", error).at(path))?;
+    let damaged = |what: &str| Error::new(ErrorKind::State, format!("no state: {what}")).at(path);
+    let value: Value = serde_json::from_slice(&text).map_err(|error| damaged("not JSON").with_source(error))?;
+    let Value::Object(fields) = value else { return Err(damaged("expected a JSON object")) };
+    let entries = fields.into_iter().map(|(key, value)| match value {
+        Value::String(text) => Ok((key, StateValue::Text(text))),
+        value => match value.as_u64() {
+            Some(number) => Ok((key, StateValue::Int(number))),
+            None => Err(damaged(&format!("`{key}` must be a whole number or a word"))),
+        },
+    });
+    State::from_entries(entries.collect::<Result<_, _>>()?).map_err(|error| error.at(path))
+}
+
+/// How often sequences should be delivered.
+enum Wanted {
+    /// Those of the one source below a number: once.
+    Below(u64),
+    /// Of each source, by sequence.
+    Counts(Vec<Vec<u8>>),
+}
+
+impl Wanted {
+    /// What stands at the indices `covered` of `epochs`; fails where the order names a sequence twice in an epoch of its source.
+    fn new(loader: &Loader, epochs: Range<u64>, covered: &[Range<u64>], bar: &ProgressBar) -> forebay::Result<Self> {
+        let config = loader.config();
+        let (course, mut sample) = loader.course(epochs.clone());
+        let is_whole = config.mixture.is_none() && config.holdout.is_none() && config.skip.is_empty();
+        let len = course.len().unwrap_or(u64::MAX);
+        // Every sequence, and the tail where it has a position: their number alone says so.
+        if is_whole
+            && epochs.end - epochs.start == 1
+            && matches!(covered, [all] if *all == (0..len))
+            && len >= loader.num_sequences()
+        {
+            return Ok(Self::Below(len));
+        }
+        let mut counts: Vec<Vec<u8>> = Vec::new();
+        let mut seen: HashMap<(usize, u64), Vec<u64>> = HashMap::new();
+        for (index, at) in covered.iter().cloned().flatten().zip(0u64..) {
+            let Sample { source, epoch, sequence } = sample(index);
+            let (word, bit) = ((sequence / 64) as usize, 1 << (sequence % 64));
+            let bits = seen.entry((source, epoch)).or_default();
+            if bits.len() <= word {
+                bits.resize(word + 1, 0);
+            }
+            if bits[word] & bit != 0 {
+                let text = format!("the order of epoch {epoch} of source {source} has sequence {sequence} twice");
+                return Err(Error::new(ErrorKind::Internal, text));
+            }
+            bits[word] |= bit;
+            if counts.len() <= source {
+                counts.resize(source + 1, Vec::new());
+            }
+            if counts[source].len() <= sequence as usize {
+                counts[source].resize(sequence as usize + 1, 0);
+            }
+            let count = &mut counts[source][sequence as usize];
+            *count = count.checked_add(1).ok_or_else(|| {
+                Error::config(format!(
+                    "sequence {sequence} of source {source} comes more than 255 times: prove fewer epochs at once"
+                ))
+            })?;
+            if at % BAR_EVERY == 0 {
+                bar.tick();
+            }
+        }
+        Ok(Self::Counts(counts))
+    }
+
+    fn count(&self, source: usize, sequence: u64) -> u8 {
+        match self {
+            Self::Below(end) => u8::from(sequence < *end),
+            Self::Counts(counts) => {
+                counts.get(source).and_then(|counts| counts.get(sequence as usize)).copied().unwrap_or(0)
+            }
+        }
+    }
+}
+
+/// Adds up what the files hold for several expectations at once.
+struct Expected<'a> {
+    wanted: &'a [Wanted],
+    sums: Vec<Coverage>,
+    source: usize,
+    bar: ProgressBar,
+}
+
+impl Visitor for Expected<'_> {
+    fn row(&mut self, sequence: u64, tokens: &[i64]) {
+        let mut one = None;
+        for (wanted, sum) in self.wanted.iter().zip(&mut self.sums) {
+            for _ in 0..wanted.count(self.source, sequence) {
+                *sum += *one.get_or_insert_with(|| {
+                    let mut one = Coverage::default();
+                    one.add_row(self.source as u64, sequence, tokens);
+                    one
+                });
+            }
+        }
+    }
+
+    fn document(&mut self, _: usize, _: u64, _: Range<u64>) {}
+
+    fn read(&mut self, tokens: u64) {
+        self.bar.inc(tokens);
+    }
+}
+
+/// What the files hold for each of `wanted`.
+fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result<Vec<Coverage>, Failure> {
+    let bar = reading_bar(loader, context)?;
+    let mut expected = Expected { wanted, sums: vec![Coverage::default(); wanted.len()], source: 0, bar };
+    for (source, (_, corpus)) in loader.corpora().enumerate() {
+        expected.source = source;
+        sequential::read(loader.config(), &paths(corpus), &mut expected)?;
+    }
+    expected.bar.finish_and_clear();
+    Ok(expected.sums)
+}
+
+fn reading_bar(loader: &Loader, context: &Context<'_>) -> forebay::Result<ProgressBar> {
+    let tokens = loader.corpora().map(|(_, corpus)| corpus.tokens()).sum();
+    Ok(progress::bar(tokens, TEMPLATE, context.env)?.with_message("reading files"))
+}
+
+fn paths(corpus: &Corpus) -> Vec<&Path> {
+    corpus.files().iter().map(|file| file.path.as_path()).collect()
+}
+
+fn coverage_json(coverage: &Coverage) -> Value {
+    json!({"rows": coverage.rows, "tokens": coverage.tokens, "hash": coverage.hash_text()})
+}
+
+fn coverage_text(coverage: &Coverage) -> String {
+    format!("{} rows, {} tokens, hash {}", grouped(coverage.rows), grouped(coverage.tokens), coverage.hash_text())
+}
+
+fn write_json(value: &Value, context: &mut Context<'_>) -> Result<(), Failure> {
+    Ok(writeln!(context.out, "{value}")?)
+}
+
+const PROVEN: &str = "proven: every row once, and its tokens are those of the files";

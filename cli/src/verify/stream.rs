@@ -1,0 +1,102 @@
+//! An epoch, or the rest of one, streamed through a loader for each rank.
+
+use std::time::Duration;
+
+use forebay::config::{Config, Remainder};
+use forebay::coverage::Coverage;
+use forebay::loader::Next;
+use forebay::state::State;
+use forebay::{Error, Loader};
+use serde_json::json;
+
+use super::{Options, PROVEN, TEMPLATE, Wanted, coverage_json, coverage_text, expected, write_json};
+use crate::report::{grouped, line};
+use crate::{Context, FAILED, Failure, progress};
+
+/// Runs every rank of an epoch, and compares.
+pub(super) fn run(
+    config: Config,
+    world_size: u64,
+    options: &Options,
+    state: Option<&State>,
+    context: &mut Context<'_>,
+) -> Result<u8, Failure> {
+    let open = |rank| Loader::open(Config { dp_rank: Some(rank), dp_world_size: Some(world_size), ..config.clone() });
+    let mut loader = open(0)?;
+    let epoch = state.map_or(options.epoch.unwrap_or(0), State::epoch);
+    if let Some(state) = state {
+        loader.load_state(state)?;
+    }
+    let (course, _) = loader.course(epoch..epoch + 1);
+    let Some(positions) = course.len() else {
+        return Err(Error::config("this mixture has no end: prove a run of it by its ledger").into());
+    };
+    let from = state.map_or(0, |state| course.index_of(state.epoch(), state.position())).min(positions);
+    let global_batch = config.batch_size * world_size;
+    let to = match config.remainder {
+        Remainder::Drop => positions - (positions - from) % global_batch,
+        Remainder::Pad | Remainder::Wrap | Remainder::Short => positions,
+    };
+
+    let bar = progress::bar(to - from, TEMPLATE, context.env)?.with_message("streaming");
+    let mut found = Coverage::default();
+    for rank in 0..world_size {
+        if rank > 0 {
+            loader = open(rank)?;
+        }
+        loader.cover();
+        if let Some(state) = state {
+            loader.load_state(state)?;
+        }
+        loader.set_epoch(epoch);
+        let batches = loader.iter();
+        loop {
+            match batches.next_timeout(Duration::from_secs(1))? {
+                Next::Batch(batch) => {
+                    let coverage = batch.coverage.expect("asked for before the pass began");
+                    bar.inc(coverage.rows);
+                    found += coverage;
+                }
+                Next::End => break,
+                Next::Pending => {}
+            }
+        }
+    }
+    bar.finish_and_clear();
+
+    let order = progress::bar(0, "{msg} {spinner}", context.env)?.with_message("order");
+    let wanted = [Wanted::new(&loader, epoch..epoch + 1, std::slice::from_ref(&(from..to)), &order)?];
+    order.finish_and_clear();
+    let expected = expected(&loader, &wanted, context)?[0];
+    let proven = found == expected && expected.rows == to - from;
+    if options.json {
+        let value = json!({
+            "proven": proven,
+            "epoch": epoch,
+            "position": from,
+            "end": to,
+            "positions": positions,
+            "world_size": world_size,
+            "batch_size": config.batch_size,
+            "expected": coverage_json(&expected),
+            "found": coverage_json(&found),
+        });
+        write_json(&value, context)?;
+    } else {
+        let out = &mut *context.out;
+        line(
+            out,
+            "epoch",
+            &format!("{epoch}, positions {} to {} of {}", grouped(from), grouped(to), grouped(positions)),
+        )?;
+        line(out, "ranks", &format!("{world_size}, {} sequences each per step", config.batch_size))?;
+        line(out, "expected", &coverage_text(&expected))?;
+        line(out, "found", &coverage_text(&found))?;
+        line(
+            out,
+            "verdict",
+            if proven { PROVEN } else { "NOT PROVEN: what was delivered is not what the files hold" },
+        )?;
+    }
+    Ok(if proven { 0 } else { FAILED })
+}
