@@ -72,7 +72,7 @@ def blocks(path: Path) -> int:
     sets = [f"--set={name}={str(value).lower()}" for name, value in SETTINGS.items()]
     command = [sys.executable, "-m", "forebay", "plan", str(path), "--json", *sets]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
-    return json.loads(told.stdout)["source"]["blocks"]
+    return json.loads(told.stdout)["sources"][0]["blocks"]
 
 
 def once(path: Path, share: float) -> dict[str, float]:

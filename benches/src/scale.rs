@@ -8,14 +8,14 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::time::Instant;
 
+use forebay::Loader;
 use forebay::config::{Config, Remainder, Shuffle};
 use forebay::order::partition::{Grouping, Row};
 use forebay::order::permutation::{Permutation, derive_key};
 use forebay::order::{Arrangement, EpochOrder};
-use forebay::plan::{MOST_ROWS, Place, Source};
+use forebay::plan::{self, BlockPlace, MOST_ROWS, Reads, Simulated};
 use forebay::state::StateValue;
 use forebay::tokens::Dtype;
-use forebay::{Error, Loader};
 use forebay_tests::{Container, Shape, documents, write};
 use serde_json::{Value, json};
 
@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 print(first_batch(name, &table, arrangement, rank, share));
             }
         }
-        print(plan(name, &table, arrangement)?);
+        print(planned(name, &table, arrangement));
     }
     print(
         json!({"kind": "scale-memory", "anonymous_bytes": anonymous_bytes().saturating_sub(before), "peak_bytes": status_bytes("VmHWM:")}),
@@ -104,12 +104,12 @@ impl Table {
     }
 
     /// The block at a stream token, counted over the corpus as if every shard had as many blocks as the longest could have.
-    fn place(&self, at: u64) -> Place {
+    fn block_at(&self, at: u64) -> BlockPlace {
         let shard = self.shard(at);
         let block = (at - self.starts[shard]) / BLOCK_TOKENS;
         let start = self.starts[shard] + block * BLOCK_TOKENS;
         let len = BLOCK_TOKENS.min(self.starts[shard + 1] - start);
-        Place { block: ((shard as u64) << 32) + block, start, len, tokens: len, bytes: len * 4 }
+        BlockPlace { block: ((shard as u64) << 32) + block, start, len, tokens: len, bytes: len * 4 }
     }
 }
 
@@ -172,32 +172,42 @@ fn first_batch(name: &str, table: &Table, arrangement: Arrangement, rank: u64, s
     })
 }
 
-fn plan(name: &str, table: &Table, arrangement: Arrangement) -> Result<Value, Error> {
-    let source = Source {
-        sequences: table.sequences(),
-        tail_tokens: table.stream_len() % SEQ_LEN,
-        arrangement,
-        order: EpochOrder::new(table.sequences(), arrangement, 7, 0),
+fn planned(name: &str, table: &Table, arrangement: Arrangement) -> Value {
+    let order = EpochOrder::new(table.sequences(), arrangement, 7, 0);
+    let steps = grouping(0).steps(table.sequences());
+    let rows = |rank, step: u64| {
+        let grouping = grouping(rank);
+        let read = |row: &Row| {
+            let Row::Index(position) = *row else { return None };
+            let sequence = order.sequence_at(position);
+            let tokens = sequence * SEQ_LEN..(sequence + 1) * SEQ_LEN;
+            Some(Reads { source: 0, tokens, ends_chunk: order.ends_chunk(sequence) })
+        };
+        grouping.rows(step * grouping.global_batch(), table.sequences(), 0).iter().map(read).collect()
+    };
+    let round = if let Arrangement::Block { lanes, window, .. } = arrangement { lanes * window } else { 1 };
+    let simulated = Simulated {
         grouping: grouping(0),
-        row: &|sequence| sequence * SEQ_LEN..(sequence + 1) * SEQ_LEN,
-        place: &|at| Ok(table.place(at)),
+        steps,
+        rows: &rows,
+        block_at: &|_, at| table.block_at(at),
+        tokens_per_stream_token: &|_| 1.0,
+        round: round.div_ceil(grouping(0).global_batch()),
         cache_bytes: CACHE_BYTES,
-        tokens: table.stream_len(),
-        stream_tokens: table.stream_len(),
         most_rows: MOST_ROWS,
     };
     let began = Instant::now();
-    let (displacement, neighbours) = (source.displacement(), source.neighbours());
+    let (displacement, neighbours) = (plan::displacement(&order, arrangement), plan::neighbours(&order, arrangement));
     let distances_seconds = began.elapsed().as_secs_f64();
     let began = Instant::now();
-    let decoding = source.decoding()?;
-    Ok(json!({
+    let decoding = simulated.decoding();
+    json!({
         "kind": "scale-plan", "name": name,
         "distances_seconds": distances_seconds, "decoding_seconds": began.elapsed().as_secs_f64(),
         "displacement_mean": displacement.mean, "displacement_expected": displacement.expected_mean,
         "neighbours_expected": neighbours.expected_mean,
-        "amplification": decoding.amplification, "rows": decoding.rows, "whole_epoch": decoding.whole_epoch,
-    }))
+        "amplification": decoding.amplification, "rows": decoding.rows, "whole_pass": decoding.whole_pass,
+    })
 }
 
 /// The largest that a state gets: every number in it as long as numbers are.

@@ -6,10 +6,11 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use forebay::config::Remainder;
+use forebay::config::{Remainder, Shuffle};
+use forebay::corpus::Corpus;
 use forebay::loader::Next;
 use forebay::order::Arrangement;
-use forebay::plan::{Decoding, Distance, EpochPlan, MemoryPlan, Plan, SourcePlan};
+use forebay::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
 use forebay::{Config, Loader};
 use serde_json::{Value, json};
 
@@ -53,7 +54,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let open = opening.elapsed();
     let start = Start { open, first_batch: first_batch(&loader)? };
     let planning = Instant::now();
-    let plan = loader.plan()?;
+    let plan = loader.plan();
     let planned = Planned { loader, start, plan, took: planning.elapsed() };
     if options.json {
         writeln!(context.out, "{}", planned.json())?;
@@ -63,7 +64,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     Ok(0)
 }
 
-/// Time from the request for the first batch to its coming; `None` where an epoch has none.
+/// Time from the request for the first batch to its coming; `None` where a pass has none.
 fn first_batch(loader: &Loader) -> Result<Option<Duration>, Failure> {
     let asked = Instant::now();
     let batches = loader.iter();
@@ -92,35 +93,23 @@ struct Planned {
 }
 
 impl Planned {
+    fn open_shards(&self) -> u64 {
+        self.plan.sources.iter().map(|source| source.open_shards).sum()
+    }
+
     fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
         let config = self.loader.config();
-        for source in &self.plan.sources {
-            let name = if source.name.is_empty() { String::new() } else { format!("{}: ", source.name) };
-            line(
-                out,
-                "corpus",
-                &format!(
-                    "{name}{} shards, {} blocks, {} documents, {} tokens, {}",
-                    grouped(source.shards),
-                    grouped(source.blocks),
-                    grouped(source.documents),
-                    grouped(source.tokens),
-                    source.format
-                ),
-            )?;
-            write_source(out, source, config)?;
+        for (source, (_, corpus)) in self.plan.sources.iter().zip(self.loader.corpora()) {
+            write_source(out, source, format_of(corpus), config)?;
         }
-        match &self.plan.epoch {
-            Some(epoch) => write_epoch(out, epoch, config)?,
-            None => line(out, "steps", "without end: no source ever ends the mixture")?,
-        }
+        write_pass(out, &self.plan, config)?;
         write_memory(out, &self.plan.memory, config)?;
         let first = match self.start.first_batch {
             Some(time) => format!("{:.3} s to the first batch", time.as_secs_f64()),
-            None => "an epoch has no batch".to_owned(),
+            None => "a pass has no batch".to_owned(),
         };
-        let open = self.start.open.as_secs_f64();
-        line(out, "start", &format!("{open:.3} s to open {} shards, then {first}", grouped(self.shards())))?;
+        let (open, shards) = (self.start.open.as_secs_f64(), grouped(self.open_shards()));
+        line(out, "start", &format!("{open:.3} s to open, then {first}; {shards} shards are open"))?;
         line(out, "planned in", &format!("{:.2} s", self.took.as_secs_f64()))?;
         for warning in self.loader.warnings() {
             line(out, "warning", warning)?;
@@ -128,25 +117,29 @@ impl Planned {
         Ok(())
     }
 
-    fn shards(&self) -> u64 {
-        self.plan.sources.iter().map(|source| source.shards).sum()
-    }
-
     fn json(&self) -> Value {
         let settings: serde_json::Map<_, _> = forebay::settings::all()
             .iter()
             .map(|setting| (setting.name.to_owned(), (setting.get)(self.loader.config()).into()))
             .collect();
+        let sources: Vec<_> = self
+            .plan
+            .sources
+            .iter()
+            .zip(self.loader.corpora())
+            .map(|(source, (_, corpus))| source_json(source, format_of(corpus)))
+            .collect();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "settings": settings,
-            "sources": self.plan.sources.iter().map(source_json).collect::<Vec<_>>(),
-            "epoch": self.plan.epoch.as_ref().map(epoch_json),
+            "sources": sources,
+            "pass": pass_json(&self.plan.pass),
+            "decoding": self.plan.decoding.as_ref().map(decoding_json),
             "memory": memory_json(&self.plan.memory),
             "start": {
                 "open_seconds": self.start.open.as_secs_f64(),
-                "shards_opened": self.shards(),
                 "first_batch_seconds": self.start.first_batch.map(|time| time.as_secs_f64()),
+                "open_shards": self.open_shards(),
             },
             "plan_seconds": self.took.as_secs_f64(),
             "warnings": self.loader.warnings(),
@@ -154,26 +147,44 @@ impl Planned {
     }
 }
 
-fn write_source(out: &mut dyn Write, source: &SourcePlan, config: &Config) -> std::io::Result<()> {
+fn format_of(corpus: &Corpus) -> &'static str {
+    corpus.facts().next().map_or("-", |facts| facts.format.name())
+}
+
+fn write_source(out: &mut dyn Write, source: &SourcePlan, format: &str, config: &Config) -> std::io::Result<()> {
+    let name = if source.name.is_empty() { String::new() } else { format!("`{}`: ", source.name) };
+    line(
+        out,
+        "corpus",
+        &format!(
+            "{name}{} shards, {} blocks, {} documents, {} tokens, {format}",
+            grouped(source.shards),
+            grouped(source.blocks),
+            grouped(source.documents),
+            grouped(source.tokens),
+        ),
+    )?;
     let specials = source.stream_tokens - source.tokens;
     let specials = if specials > 0 { format!(" ({} of them specials)", grouped(specials)) } else { String::new() };
+    let held_out = match source.held_out_sequences {
+        0 => String::new(),
+        sequences => format!("; {} more on the other side of the holdout", grouped(sequences)),
+    };
     line(
         out,
         "sequences",
         &format!(
-            "{} of {} tokens and a tail of {}, from {} tokens{specials}",
+            "{} of {} tokens and a tail of {}, from {} tokens{specials}{held_out}",
             grouped(source.sequences),
             grouped(config.seq_len),
             grouped(source.tail_tokens),
             grouped(source.stream_tokens)
         ),
     )?;
-    if let Some(drawn) = source.drawn {
-        let much = match (drawn.sequences, drawn.epochs) {
-            (Some(sequences), Some(epochs)) => format!("{} sequences, {epochs:.3} epochs of it, ", grouped(sequences)),
-            _ => String::new(),
-        };
-        line(out, "drawn", &format!("{much}{:.3} % of the mixture", drawn.share * 100.0))?;
+    if let (Some(drawn), false) = (source.drawn_sequences, source.name.is_empty()) {
+        let epochs = drawn as f64 / source.sequences.max(1) as f64;
+        let tokens = grouped(drawn * config.seq_len);
+        line(out, "drawn", &format!("{} sequences, {tokens} tokens, {epochs:.2} epochs", grouped(drawn)))?;
     }
     let order = match source.arrangement {
         Arrangement::Sequential => "as in the corpus".to_owned(),
@@ -186,20 +197,7 @@ fn write_source(out: &mut dyn Write, source: &SourcePlan, config: &Config) -> st
     };
     line(out, "order", &order)?;
     line(out, "moved by", &distance_text(&source.displacement, "positions"))?;
-    line(out, "neighbours", &distance_text(&source.neighbours, "positions apart, those of one window"))?;
-    if let Some(decoding) = &source.decoding {
-        line(out, "decoding", &decoding_text(decoding))?;
-        if decoding.sharing_ranks > 1 {
-            let remedy = match source.arrangement {
-                Arrangement::Block { .. } => {
-                    "; a multiple of `dp_world_size` as `lanes`, set before the first run, avoids that"
-                }
-                Arrangement::Sequential | Arrangement::Global => "",
-            };
-            line(out, "", &format!("{} ranks draw from the same blocks{remedy}", grouped(decoding.sharing_ranks)))?;
-        }
-    }
-    Ok(())
+    line(out, "neighbours", &distance_text(&source.neighbours, "positions apart, those of one window"))
 }
 
 fn distance_text(distance: &Distance, unit: &str) -> String {
@@ -218,49 +216,63 @@ fn distance_text(distance: &Distance, unit: &str) -> String {
 
 fn decoding_text(decoding: &Decoding) -> String {
     let rows = grouped(decoding.rows);
-    let how = match (decoding.whole_epoch, decoding.ranks) {
-        (true, 1) => format!("one rank's epoch of {rows} rows simulated"),
-        (true, ranks) => format!("an epoch of all {ranks} ranks simulated"),
+    let how = match (decoding.whole_pass, decoding.ranks) {
+        (true, 1) => format!("one rank's pass of {rows} rows simulated"),
+        (true, ranks) => format!("a pass of all {ranks} ranks simulated"),
         (false, _) => {
             format!("{rows} rows of one rank simulated, after {} to warm up", grouped(decoding.warm_up_rows))
         }
     };
-    format!("{:.2} tokens decoded per token of the corpus ({how})", decoding.amplification)
+    format!("{:.2} tokens decoded per token delivered ({how})", decoding.amplification)
 }
 
-fn write_epoch(out: &mut dyn Write, epoch: &EpochPlan, config: &Config) -> std::io::Result<()> {
-    line(
-        out,
-        "steps",
-        &format!(
-            "{} on every one of {} ranks, {} rows each, {} over all ranks; {} tokens delivered",
-            grouped(epoch.steps),
-            grouped(epoch.world_size),
-            grouped(config.batch_size),
-            grouped(epoch.global_batch),
-            grouped(epoch.delivered_tokens)
-        ),
-    )?;
-    let text = match epoch.remainder {
+fn write_pass(out: &mut dyn Write, plan: &Plan, config: &Config) -> std::io::Result<()> {
+    let pass = &plan.pass;
+    if let Some(decoding) = &plan.decoding {
+        line(out, "decoding", &decoding_text(decoding))?;
+        if pass.sharing_ranks > 1 {
+            let remedy = match config.shuffle {
+                Shuffle::Block => "; a multiple of `dp_world_size` as `lanes`, set before the first run, avoids that",
+                _ => "",
+            };
+            line(out, "", &format!("{} ranks draw from the same blocks{remedy}", grouped(pass.sharing_ranks)))?;
+        }
+    }
+    let ranks = format!(
+        "on every one of {} ranks, {} rows each, {} over all ranks",
+        grouped(pass.world_size),
+        grouped(config.batch_size),
+        grouped(pass.global_batch)
+    );
+    let Some(steps) = pass.steps else {
+        return line(out, "steps", &format!("without end {ranks}"));
+    };
+    let delivered = grouped(pass.delivered_tokens);
+    line(out, "steps", &format!("{} {ranks}; {delivered} tokens delivered in a pass", grouped(steps)))?;
+    if pass.cut_rows > 0 {
+        line(out, "", &format!("`max_steps` leaves {} positions undelivered", grouped(pass.cut_rows)))?;
+        return Ok(());
+    }
+    let text = match pass.remainder {
         Remainder::Drop => format!(
             "drop: {} tokens are left out, {} whole sequences among them",
-            grouped(epoch.dropped_tokens),
-            grouped(epoch.dropped_sequences)
+            grouped(pass.dropped_tokens),
+            grouped(pass.dropped_sequences)
         ),
         Remainder::Pad => format!(
             "pad: {} places are filled with `pad_id`, {} whole rows among them",
-            grouped(epoch.padded_tokens),
-            grouped(epoch.padded_rows)
+            grouped(pass.padded_tokens),
+            grouped(pass.padded_rows)
         ),
         Remainder::Wrap => format!(
             "wrap: {} tokens are given a second time, {} whole rows among them",
-            grouped(epoch.repeated_tokens),
-            grouped(epoch.repeated_rows)
+            grouped(pass.repeated_tokens),
+            grouped(pass.repeated_rows)
         ),
         Remainder::Short => format!(
             "short: the last step has {} rows over all ranks, {} places are filled with `pad_id`",
-            grouped(epoch.last_batch_rows),
-            grouped(epoch.padded_tokens)
+            grouped(pass.last_batch_rows),
+            grouped(pass.padded_tokens)
         ),
     };
     line(out, "remainder", &text)
@@ -287,7 +299,7 @@ fn write_memory(out: &mut dyn Write, memory: &MemoryPlan, config: &Config) -> st
     Ok(())
 }
 
-fn source_json(source: &SourcePlan) -> Value {
+fn source_json(source: &SourcePlan, format: &str) -> Value {
     let arrangement = match source.arrangement {
         Arrangement::Sequential => json!({"kind": "sequential"}),
         Arrangement::Global => json!({"kind": "global"}),
@@ -297,32 +309,31 @@ fn source_json(source: &SourcePlan) -> Value {
     };
     json!({
         "name": source.name,
-        "format": source.format,
-        "drawn": source.drawn.map(|drawn| json!({
-            "sequences": drawn.sequences,
-            "epochs": drawn.epochs,
-            "share": drawn.share,
-        })),
+        "format": format,
         "shards": source.shards,
         "blocks": source.blocks,
         "documents": source.documents,
         "tokens": source.tokens,
         "stream_tokens": source.stream_tokens,
         "sequences": source.sequences,
+        "held_out_sequences": source.held_out_sequences,
+        "drawn_sequences": source.drawn_sequences,
         "tail_tokens": source.tail_tokens,
         "arrangement": arrangement,
         "displacement": distance_json(&source.displacement),
         "neighbours": distance_json(&source.neighbours),
-        "decoding": source.decoding.map(|decoding| json!({
-            "amplification": decoding.amplification,
-            "blocks": decoding.blocks,
-            "tokens": decoding.tokens,
-            "ranks": decoding.ranks,
-            "rows": decoding.rows,
-            "warm_up_rows": decoding.warm_up_rows,
-            "whole_epoch": decoding.whole_epoch,
-            "sharing_ranks": decoding.sharing_ranks,
-        })),
+    })
+}
+
+fn decoding_json(decoding: &Decoding) -> Value {
+    json!({
+        "amplification": decoding.amplification,
+        "blocks": decoding.blocks,
+        "tokens": decoding.tokens,
+        "ranks": decoding.ranks,
+        "rows": decoding.rows,
+        "warm_up_rows": decoding.warm_up_rows,
+        "whole_pass": decoding.whole_pass,
     })
 }
 
@@ -336,26 +347,29 @@ fn distance_json(distance: &Distance) -> Value {
     })
 }
 
-fn epoch_json(epoch: &EpochPlan) -> Value {
-    let remainder = match epoch.remainder {
+fn pass_json(pass: &PassPlan) -> Value {
+    let remainder = match pass.remainder {
         Remainder::Drop => "drop",
         Remainder::Pad => "pad",
         Remainder::Wrap => "wrap",
         Remainder::Short => "short",
     };
     json!({
-        "steps": epoch.steps,
-        "global_batch": epoch.global_batch,
-        "world_size": epoch.world_size,
+        "steps": pass.steps,
+        "sharing_ranks": pass.sharing_ranks,
+        "delivered_rows": pass.delivered_rows,
+        "cut_rows": pass.cut_rows,
+        "global_batch": pass.global_batch,
+        "world_size": pass.world_size,
         "remainder": remainder,
-        "delivered_tokens": epoch.delivered_tokens,
-        "dropped_sequences": epoch.dropped_sequences,
-        "dropped_tokens": epoch.dropped_tokens,
-        "padded_rows": epoch.padded_rows,
-        "padded_tokens": epoch.padded_tokens,
-        "repeated_rows": epoch.repeated_rows,
-        "repeated_tokens": epoch.repeated_tokens,
-        "last_batch_rows": epoch.last_batch_rows,
+        "delivered_tokens": pass.delivered_tokens,
+        "dropped_sequences": pass.dropped_sequences,
+        "dropped_tokens": pass.dropped_tokens,
+        "padded_rows": pass.padded_rows,
+        "padded_tokens": pass.padded_tokens,
+        "repeated_rows": pass.repeated_rows,
+        "repeated_tokens": pass.repeated_tokens,
+        "last_batch_rows": pass.last_batch_rows,
     })
 }
 

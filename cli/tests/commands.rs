@@ -252,20 +252,20 @@ fn plan_counts_what_a_run_will_come_to() {
     let ran = run(&[&args[..], &["--json"]].concat());
     assert_eq!((ran.status, ran.err.as_str()), (0, ""), "{}", ran.out);
     let json = ran.json();
-    let (source, epoch, memory, start) = (&json["sources"][0], &json["epoch"], &json["memory"], &json["start"]);
+    let (source, pass, memory, start) = (&json["sources"][0], &json["pass"], &json["memory"], &json["start"]);
     let (sequences, tail) = (tokens / 32, tokens % 32);
     assert_eq!((&source["shards"], &source["tokens"]), (&2.into(), &tokens.into()));
     assert_eq!((&source["sequences"], &source["tail_tokens"]), (&sequences.into(), &tail.into()));
     let positions = sequences + u64::from(tail > 0);
     let steps = positions.div_ceil(12);
-    assert_eq!((&epoch["steps"], &epoch["world_size"]), (&steps.into(), &3.into()));
-    assert_eq!(epoch["delivered_tokens"], tokens);
-    assert_eq!((&epoch["remainder"], &epoch["padded_rows"]), (&"pad".into(), &(steps * 12 - positions).into()));
-    assert_eq!(epoch["padded_tokens"], steps * 12 * 32 - tokens);
+    assert_eq!((&pass["steps"], &pass["world_size"]), (&steps.into(), &3.into()));
+    assert_eq!(pass["delivered_tokens"], tokens);
+    assert_eq!((&pass["remainder"], &pass["padded_rows"]), (&"pad".into(), &(steps * 12 - positions).into()));
+    assert_eq!(pass["padded_tokens"], steps * 12 * 32 - tokens);
     assert_eq!(source["arrangement"]["kind"], "block");
     assert!(source["displacement"]["mean"].as_f64().unwrap() > 0.0, "{source}");
-    assert!(source["decoding"]["amplification"].as_f64().unwrap() >= 1.0, "{source}");
-    assert_eq!((&source["decoding"]["ranks"], &source["decoding"]["sharing_ranks"]), (&3.into(), &3.into()));
+    assert!(json["decoding"]["amplification"].as_f64().unwrap() >= 1.0, "{source}");
+    assert_eq!((&json["decoding"]["ranks"], &pass["sharing_ranks"]), (&3.into(), &3.into()));
     let part = |name: &str| memory[name].as_u64().unwrap();
     assert_eq!(
         part("batches_bytes") + part("held_blocks_bytes") + part("cache_bytes"),
@@ -273,7 +273,7 @@ fn plan_counts_what_a_run_will_come_to() {
         "{memory}"
     );
     assert!(part("budgeted_bytes") <= part("budget_bytes") && part("index_bytes") > 0, "{memory}");
-    assert_eq!(start["shards_opened"], 2);
+    assert_eq!(start["open_shards"], 2);
     assert!(start["open_seconds"].as_f64().unwrap() > 0.0 && start["first_batch_seconds"].as_f64().unwrap() > 0.0);
     assert_eq!(json["settings"]["dp_world_size"], "3");
 
@@ -298,13 +298,10 @@ fn plan_says_where_an_epoch_has_no_batch_and_nothing_is_decoded() {
     let ran = run(&["plan", text(root.path()), "--batch-size=100", "--json"]);
     assert_eq!((ran.status, ran.err.as_str()), (0, ""), "{}", ran.out);
     let json = ran.json();
-    assert_eq!((&json["epoch"]["steps"], &json["start"]["first_batch_seconds"]), (&0.into(), &Value::Null));
-    assert_eq!(
-        (&json["source"]["decoding"], &json["source"]["arrangement"]["kind"]),
-        (&Value::Null, &"sequential".into())
-    );
+    assert_eq!((&json["pass"]["steps"], &json["start"]["first_batch_seconds"]), (&0.into(), &Value::Null));
+    assert_eq!((&json["decoding"], &json["sources"][0]["arrangement"]["kind"]), (&Value::Null, &"sequential".into()));
     assert_eq!(json["memory"]["cache_bytes"], 0);
-    assert!(run(&["plan", text(root.path()), "--batch-size=100"]).out.contains("an epoch has no batch"));
+    assert!(run(&["plan", text(root.path()), "--batch-size=100"]).out.contains("a pass has no batch"));
     assert_eq!(run(&["plan"]).status, 2);
 }
 

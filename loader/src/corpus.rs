@@ -59,6 +59,11 @@ impl OpenShard {
         &self.before
     }
 
+    /// Bytes of its tables.
+    pub fn index_bytes(&self) -> u64 {
+        self.shard.index_bytes() + size_of_val(self.before.as_slice()) as u64
+    }
+
     /// Whether the first token of block `block` continues a document of the block before.
     pub fn continues(&self, block: usize) -> bool {
         self.before[block].starts > self.before[block].ends
@@ -299,14 +304,27 @@ impl Corpus {
         self.facts().map(|facts| facts.largest_block_bytes).max().unwrap_or(0)
     }
 
-    /// Bytes of the tables of shards and blocks.
+    /// Blocks that hold tokens.
+    pub fn blocks(&self) -> u64 {
+        self.facts().map(|facts| facts.blocks).sum()
+    }
+
+    /// What is known of shard `index`.
+    pub fn facts_of(&self, index: usize) -> ShardFacts {
+        self.facts.get(index)
+    }
+
+    /// Bytes of the tables of shards, and of the blocks of those that are open. A saved index is mapped and not counted.
     pub fn index_bytes(&self) -> u64 {
-        let names: usize = self.files.iter().map(|file| file.name.len() + file.path.as_os_str().len()).sum();
-        let opened = (0..self.len())
-            .filter_map(|index| self.opened(index))
-            .map(|shard| shard.shard().index_bytes() + size_of_val(shard.before()) as u64);
-        let per_shard = size_of::<ShardFile>() + size_of::<ShardFacts>();
-        (names + self.len() * per_shard) as u64 + opened.sum::<u64>()
+        let path = |file: &ShardFile| size_of_val(file) + file.path.as_os_str().len() + file.name.len();
+        let files: usize = self.files.iter().map(path).sum();
+        let facts = if let Facts::Found(facts) = &self.facts { size_of_val(facts.as_slice()) } else { 0 };
+        (files + facts) as u64 + self.open_shards().map(|shard| shard.index_bytes()).sum::<u64>()
+    }
+
+    /// Shards that are open.
+    pub fn open_shards(&self) -> impl Iterator<Item = Held<'_, OpenShard>> {
+        (0..self.len()).filter_map(|index| self.opened(index))
     }
 
     /// Digest of names, sizes, counts and types, but of no absolute path or time.

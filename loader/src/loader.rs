@@ -3,6 +3,8 @@
 //! A batch is computed from its position alone (`Core::compute`), by whichever thread takes its number; iteration, `batch_at` and
 //! `sequences_at` share that one function.
 
+mod planned;
+
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -23,8 +25,7 @@ use crate::ledger::{self, Entry, Pass};
 use crate::order;
 use crate::order::course::{self, Course, ENDLESS};
 use crate::order::partition::{Grouping, Row};
-use crate::pipeline::{self, Pipeline, Taken};
-use crate::plan::{EpochPlan, MemoryPlan, Plan};
+use crate::pipeline::{Pipeline, Plan, Taken};
 use crate::read::{BlockCache, Reader, Scratch};
 use crate::recipe;
 use crate::settings;
@@ -421,41 +422,6 @@ impl Loader {
     }
 }
 
-impl Loader {
-    /// What the present epoch of these settings comes to and costs. Reads no token; takes about a second for each source at most.
-    pub fn plan(&self) -> Result<Plan> {
-        let core = &self.core;
-        let config = &core.config;
-        let cursor = lock(&core.cursor).clone();
-        let (growth, epoch) = (&cursor.growth, cursor.epoch);
-        let (full, tokens) = (core.sources.full_rows(growth, epoch), core.sources.tokens(growth, epoch));
-        let course = Course::new(epoch, Some(1), &config.skip, growth.changes(), |epoch| core.positions(growth, epoch));
-        let tail = core.sources.has_tail(growth, epoch);
-        let epoch_plan = course.len().map(|delivered| {
-            let tail_tokens = if tail { tokens - full * config.seq_len } else { 0 };
-            let rows = delivered - u64::from(tail && config.remainder != Remainder::Drop);
-            EpochPlan::new(&core.grouping, rows, tail_tokens, tokens, config.seq_len)
-        });
-        let sources = core.sources.plan(growth, &core.grouping, core.cache.budget_bytes())?;
-        let corpora = || core.sources.list().iter().map(|source| source.reader.corpus());
-        let decoded_bytes: u64 = corpora().map(Corpus::decoded_bytes).sum();
-        let largest_block = corpora().map(Corpus::largest_block_bytes).max().unwrap_or(0);
-        let batch_bytes = BatchLayout::largest_bytes(config) as u64;
-        Ok(Plan {
-            sources,
-            epoch: epoch_plan,
-            memory: MemoryPlan {
-                batch_bytes,
-                batches_bytes: (config.prefetch_batches + 1) * batch_bytes,
-                held_blocks_bytes: config.num_threads.unwrap_or(1) * largest_block,
-                cache_bytes: core.cache.budget_bytes().min(decoded_bytes),
-                index_bytes: core.sources.list().iter().map(|source| source.reader.index_bytes()).sum(),
-                budget_bytes: config.memory_budget,
-            },
-        })
-    }
-}
-
 impl Core {
     fn open(mut config: Config, source: impl FnOnce(usize, usize) -> Arc<dyn Memory>) -> Result<Self> {
         config.validate()?;
@@ -474,12 +440,12 @@ impl Core {
             (Shuffle::On, Access::Block) => Shuffle::Block,
             (other, _) => other,
         };
+        let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };
         let batch_bytes = BatchLayout::largest_bytes(&config);
         let in_flight = config.prefetch_batches + 1;
         let largest = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
         let cache_bytes = cache_budget(&config, largest, threads, in_flight * batch_bytes as u64)?;
         let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
-        let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };
         warnings.extend(window_warning(&config, &corpora, &grouping, largest, cache_bytes));
         let cache = Arc::new(BlockCache::new(cache_bytes));
         let specials = Specials { bos: config.bos_id, eos: config.eos_id };
@@ -1269,7 +1235,7 @@ impl Run {
         let items = core.steps_from(start, &course);
         let heading = Arc::new(Heading { course, growth, start });
         let threads = core.config.num_threads.unwrap_or(1) as usize;
-        let plan = pipeline::Plan {
+        let plan = Plan {
             threads: threads.min(usize::try_from(items.max(1)).unwrap_or(usize::MAX)),
             window: core.config.prefetch_batches as usize,
             items,

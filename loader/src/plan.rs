@@ -1,18 +1,17 @@
-//! Plan: what an epoch comes to and costs, before it is run.
+//! Plan: what a pass comes to and costs, before it is run.
 //!
-//! Takes counts, the arrangement, the grouping and a way to ask where blocks lie; gives the remainder in numbers, how far the order moves
-//! sequences, how often blocks are decoded, and the memory by part. Reads no token. The work is bounded whatever the corpus: what is not
-//! counted in closed form is sampled or simulated over at most [`MOST_ROWS`] rows, and says over how many.
+//! Takes counts, arrangements, the grouping and ways to ask what rows read and where blocks lie; gives the remainder in numbers, how far the order
+//! moves sequences, how often blocks are decoded, and the memory by part. Reads no token and opens no shard. The work is bounded whatever the corpus:
+//! what is not counted in closed form is sampled or simulated over at most [`MOST_ROWS`] rows, and says over how many.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use crate::config::Remainder;
-use crate::error::Result;
-use crate::order::partition::{Grouping, Row};
+use crate::order::partition::Grouping;
 use crate::order::permutation::Permutation;
 use crate::order::{Arrangement, EpochOrder};
-pub use crate::read::Place;
+pub use crate::read::BlockPlace;
 
 /// Rows simulated at most: about a second of work.
 pub const MOST_ROWS: u64 = 1 << 20;
@@ -24,10 +23,12 @@ const SAMPLE_KEY: u64 = 1;
 /// What a run with some settings comes to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// The corpora and their orders; one where there is no mixture.
+    /// The corpus and its order; those of a mixture.
     pub sources: Vec<SourcePlan>,
-    /// One epoch, over all ranks; none where it has no end.
-    pub epoch: Option<EpochPlan>,
+    /// One pass, over all ranks.
+    pub pass: PassPlan,
+    /// How often blocks are decoded; `None` where tokens are read in place.
+    pub decoding: Option<Decoding>,
     /// Memory of one rank.
     pub memory: MemoryPlan,
 }
@@ -35,14 +36,12 @@ pub struct Plan {
 /// What is known of one source.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SourcePlan {
-    /// Its name; empty where there is no mixture.
+    /// Its name in a mixture, else nothing.
     pub name: String,
-    /// Format of its first shard.
-    pub format: &'static str,
-    /// What a mixture draws from it.
-    pub drawn: Option<Drawn>,
     /// Files.
     pub shards: u64,
+    /// Of these, how many are open.
+    pub open_shards: u64,
     /// Blocks in them that hold tokens.
     pub blocks: u64,
     /// Documents that hold tokens.
@@ -51,29 +50,20 @@ pub struct SourcePlan {
     pub tokens: u64,
     /// Tokens of the stream, `bos_id` and `eos_id` included.
     pub stream_tokens: u64,
-    /// Full sequences.
+    /// Full sequences of one of its epochs, on the side of a holdout that is delivered.
     pub sequences: u64,
-    /// Tokens after them.
+    /// Full sequences on the other side.
+    pub held_out_sequences: u64,
+    /// Tokens after the full sequences.
     pub tail_tokens: u64,
+    /// Sequences drawn from it in the pass; `None` where the pass has no end.
+    pub drawn_sequences: Option<u64>,
     /// How the sequences are arranged.
     pub arrangement: Arrangement,
     /// How far sequences are moved from their places in the corpus.
     pub displacement: Distance,
     /// How far apart sequences come to stand that follow each other in the corpus.
     pub neighbours: Distance,
-    /// How often blocks are decoded; `None` where tokens are read in place.
-    pub decoding: Option<Decoding>,
-}
-
-/// A source's part in an epoch of a mixture.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Drawn {
-    /// Its sequences; none where the epoch has no end.
-    pub sequences: Option<u64>,
-    /// Epochs of the source that these are.
-    pub epochs: Option<f64>,
-    /// Part of all sequences, or of the first 2^32.
-    pub share: f64,
 }
 
 /// Distances in an epoch's order, in positions.
@@ -91,10 +81,10 @@ pub struct Distance {
     pub sampled: u64,
 }
 
-/// A simulated epoch's decoding, or a part of it.
+/// The decoding of a simulated pass, or of a part of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decoding {
-    /// Tokens decoded by all ranks together per token of the corpus.
+    /// Tokens decoded by all ranks together per token that they deliver.
     pub amplification: f64,
     /// Blocks decoded by the simulated ranks, prefixes included.
     pub blocks: u64,
@@ -106,39 +96,62 @@ pub struct Decoding {
     pub rows: u64,
     /// Rows that were simulated before these, to fill the cache.
     pub warm_up_rows: u64,
-    /// Whether these rows are the whole epoch of these ranks.
-    pub whole_epoch: bool,
-    /// Ranks that draw from the same lanes and so decode the same blocks.
-    pub sharing_ranks: u64,
+    /// Whether these rows are the whole pass of these ranks.
+    pub whole_pass: bool,
 }
 
-/// What one epoch delivers, all ranks together.
+/// What one pass delivers, all ranks together. A pass without end has no steps to count, and no remainder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EpochPlan {
+pub struct PassPlan {
     /// Steps, the same on every rank.
-    pub steps: u64,
+    pub steps: Option<u64>,
     /// Rows of a step over all ranks.
     pub global_batch: u64,
     /// Data-parallel ranks.
     pub world_size: u64,
+    /// Ranks that draw from the same lanes, and so from the same blocks.
+    pub sharing_ranks: u64,
     /// The rule for what follows.
     pub remainder: Remainder,
+    /// Positions delivered, each counted once.
+    pub delivered_rows: u64,
+    /// Of these, how many are tails, which fill no row.
+    pub delivered_tails: u64,
     /// Tokens delivered, each counted once.
     pub delivered_tokens: u64,
-    /// Full sequences left out.
+    /// Full sequences left out by the remainder rule.
     pub dropped_sequences: u64,
-    /// Tokens left out, those of dropped sequences included.
+    /// Tokens left out by it, those of dropped sequences included.
     pub dropped_tokens: u64,
     /// Rows of nothing but padding.
     pub padded_rows: u64,
-    /// Places filled with `pad_id`, in these rows and after the tail.
+    /// Places filled with `pad_id`, in these rows and after tails.
     pub padded_tokens: u64,
     /// Rows given a second time.
     pub repeated_rows: u64,
-    /// Tokens given a second time, in these rows and after the tail.
+    /// Tokens given a second time, in these rows and after tails.
     pub repeated_tokens: u64,
     /// Rows of the last step over all ranks.
     pub last_batch_rows: u64,
+    /// Positions after the last step that `max_steps` allows.
+    pub cut_rows: u64,
+}
+
+/// What a pass consists of, for [`PassPlan::new`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PassCounts {
+    /// Positions, without those that are skipped; none where there is no end.
+    pub rows: Option<u64>,
+    /// Of the delivered ones, how many are tails.
+    pub delivered_tails: u64,
+    /// Tokens of a tail that a row has to deliver.
+    pub tail_tokens: u64,
+    /// Tokens that stand in no position.
+    pub rowless_tokens: u64,
+    /// Tokens of a full row.
+    pub seq_len: u64,
+    /// Steps allowed.
+    pub max_steps: Option<u64>,
 }
 
 /// Bytes of one rank by what they are for.
@@ -165,225 +178,199 @@ impl MemoryPlan {
     }
 }
 
-impl EpochPlan {
-    /// An epoch of `sequences` full sequences and `tail_tokens` after them.
-    pub fn new(grouping: &Grouping, sequences: u64, tail_tokens: u64, stream_tokens: u64, seq_len: u64) -> Self {
+impl PassPlan {
+    /// Steps of a pass of so many rows, and how many rows they deliver.
+    pub fn steps(grouping: &Grouping, rows: Option<u64>, max_steps: Option<u64>) -> Option<(u64, u64)> {
+        let steps = rows.map(|rows| grouping.steps(rows)).into_iter().chain(max_steps).min()?;
+        let places = steps.saturating_mul(grouping.global_batch());
+        Some((steps, rows.map_or(places, |rows| rows.min(places))))
+    }
+
+    /// A pass of `counts`, `lanes` of which hold the blocks that ranks have in common; 1 where there are none.
+    pub fn new(grouping: &Grouping, lanes: u64, counts: PassCounts) -> Self {
+        let PassCounts { rows, delivered_tails: tails, tail_tokens, rowless_tokens, seq_len, max_steps } = counts;
         let global_batch = grouping.global_batch();
-        let tail = u64::from(tail_tokens > 0);
-        let positions = grouping.positions(sequences, tail > 0);
-        let steps = grouping.steps(positions);
         let mut plan = Self {
-            steps,
+            steps: None,
             global_batch,
             world_size: grouping.world_size,
+            sharing_ranks: grouping.world_size * grouping.lanes(lanes) / lanes,
             remainder: grouping.remainder,
-            delivered_tokens: sequences * seq_len + tail_tokens,
+            delivered_rows: 0,
+            delivered_tails: tails,
+            delivered_tokens: 0,
             dropped_sequences: 0,
             dropped_tokens: 0,
             padded_rows: 0,
             padded_tokens: 0,
             repeated_rows: 0,
             repeated_tokens: 0,
-            last_batch_rows: global_batch.min(positions),
+            last_batch_rows: 0,
+            cut_rows: 0,
         };
-        // Places of the tail's row, and of the last step, that hold no token of their own.
-        let after_tail = tail * seq_len.saturating_sub(tail_tokens);
-        let rows_short = steps * global_batch - positions.min(steps * global_batch);
+        let Some((steps, delivered)) = Self::steps(grouping, rows, max_steps) else { return plan };
+        let rows_short = steps * global_batch - delivered;
+        let after_tails = tails * seq_len.saturating_sub(tail_tokens);
+        plan.steps = Some(steps);
+        plan.delivered_rows = delivered;
+        plan.delivered_tokens = (delivered - tails) * seq_len + tails * tail_tokens;
+        plan.last_batch_rows = if steps == 0 { 0 } else { global_batch };
+        let left = rows.map_or(0, |rows| rows - delivered);
+        let cut = rows.is_some_and(|rows| steps < grouping.steps(rows));
+        if cut {
+            plan.cut_rows = left;
+        }
         match grouping.remainder {
-            Remainder::Drop => {
-                plan.dropped_sequences = sequences - steps * global_batch;
-                plan.delivered_tokens = steps * global_batch * seq_len;
-                plan.dropped_tokens = stream_tokens.saturating_sub(plan.delivered_tokens);
+            Remainder::Drop if !cut => {
+                plan.dropped_sequences = left;
+                plan.dropped_tokens = left * seq_len + rowless_tokens;
             }
+            Remainder::Drop => {}
             Remainder::Pad => {
                 plan.padded_rows = rows_short;
-                plan.padded_tokens = rows_short * seq_len + after_tail;
+                plan.padded_tokens = rows_short * seq_len + after_tails;
             }
             Remainder::Wrap => {
                 plan.repeated_rows = rows_short;
-                plan.repeated_tokens = rows_short * seq_len + after_tail;
+                plan.repeated_tokens = rows_short * seq_len + after_tails;
             }
             Remainder::Short => {
-                plan.padded_tokens = after_tail;
-                plan.last_batch_rows = global_batch - rows_short;
+                plan.padded_tokens = after_tails;
+                plan.last_batch_rows -= rows_short;
             }
         }
         plan
     }
 }
 
-/// One source, as far as its order and its decoding go. Nothing in it grows with the corpus.
+/// How far `order` moves sequences. Both shufflings spread a sequence over the whole corpus; they differ in [`neighbours`].
+pub fn displacement(order: &EpochOrder, arrangement: Arrangement) -> Distance {
+    let n = order.len();
+    let expected_mean = match arrangement {
+        Arrangement::Sequential => 0.0,
+        // Two independent places of n: (n^2 - 1) / 3n. Permuted chunks are as far away as permuted sequences.
+        Arrangement::Global | Arrangement::Block { .. } => (n as f64 - 1.0 / n.max(1) as f64) / 3.0,
+    };
+    let sample = Permutation::new(n.max(1), SAMPLE_KEY);
+    let distances = (0..n.min(SAMPLED_POSITIONS)).map(|index| {
+        let position = sample.apply(index);
+        order.sequence_at(position).abs_diff(position)
+    });
+    Distance::of(distances.collect(), expected_mean)
+}
+
+/// How far apart neighbours of the corpus come to stand, where they are in one window.
+pub fn neighbours(order: &EpochOrder, arrangement: Arrangement) -> Distance {
+    let n = order.len();
+    let (lanes, window) = match arrangement {
+        Arrangement::Sequential => return Distance { expected_mean: 1.0, mean: 1.0, p50: 1, p95: 1, sampled: 0 },
+        Arrangement::Global => (1, n),
+        Arrangement::Block { lanes, window, .. } => (lanes, window.min(n / lanes)),
+    };
+    let expected_mean = lanes as f64 * (window as f64 + 1.0) / 3.0;
+    if window > SAMPLED_POSITIONS {
+        // The closed form is all there is: too few neighbours would be among a sample.
+        return Distance { expected_mean, ..Distance::default() };
+    }
+    // Lane 0 has no phase: its windows are the multiples of `window`. It has at least n / lanes places.
+    let windows = (n / lanes / window.max(1)).clamp(1, (SAMPLED_POSITIONS / window.max(1)).max(1));
+    let mut distances = Vec::new();
+    for index in 0..windows {
+        let mut placed: Vec<(u64, u64)> =
+            (index * window..(index + 1) * window).map(|at| (order.sequence_at(at * lanes), at * lanes)).collect();
+        placed.sort_unstable();
+        let neighbours = placed.windows(2).filter(|pair| pair[0].0 + 1 == pair[1].0);
+        distances.extend(neighbours.map(|pair| pair[0].1.abs_diff(pair[1].1)));
+    }
+    Distance::of(distances, expected_mean)
+}
+
+/// What a row reads.
+#[derive(Clone, Debug)]
+pub struct Reads {
+    /// The source.
+    pub source: usize,
+    /// Tokens of its stream.
+    pub tokens: Range<u64>,
+    /// Whether the tokens after it belong to another time of the epoch.
+    pub ends_chunk: bool,
+}
+
+/// A pass, as far as its decoding goes. Nothing in it grows with the corpus.
 #[allow(missing_debug_implementations)] // holds functions
-pub struct Source<'a> {
-    /// Full sequences.
-    pub sequences: u64,
-    /// Tokens after them.
-    pub tail_tokens: u64,
-    /// How the sequences are arranged.
-    pub arrangement: Arrangement,
-    /// The order that this gives in one epoch.
-    pub order: EpochOrder,
-    /// How positions are grouped.
+pub struct Simulated<'a> {
+    /// How rows are grouped.
     pub grouping: Grouping,
-    /// Stream tokens that the row of a sequence reads.
-    pub row: &'a dyn Fn(u64) -> Range<u64>,
-    /// The block that holds a stream token.
-    pub place: &'a dyn Fn(u64) -> Result<Place>,
+    /// Steps of the pass.
+    pub steps: u64,
+    /// What a rank's rows of a step read; nothing for padding.
+    pub rows: &'a dyn Fn(u64, u64) -> Vec<Option<Reads>>,
+    /// The block of a source that holds a stream token.
+    pub block_at: &'a dyn Fn(usize, u64) -> BlockPlace,
+    /// Tokens of its files per token of a source's stream.
+    pub tokens_per_stream_token: &'a dyn Fn(usize) -> f64,
+    /// Steps after which all windows have been through.
+    pub round: u64,
     /// Room for decoded blocks.
     pub cache_bytes: u64,
-    /// Tokens in the files.
-    pub tokens: u64,
-    /// Tokens of the stream.
-    pub stream_tokens: u64,
     /// Rows to simulate at most, such as [`MOST_ROWS`].
     pub most_rows: u64,
 }
 
-impl Source<'_> {
-    /// How far sequences are moved. Both shufflings spread a sequence over the whole corpus; they differ in [`Source::neighbours`].
-    pub fn displacement(&self) -> Distance {
-        let n = self.sequences;
-        let expected_mean = match self.arrangement {
-            Arrangement::Sequential => 0.0,
-            // Two independent places of n: (n^2 - 1) / 3n. Permuted chunks are as far away as permuted sequences.
-            Arrangement::Global | Arrangement::Block { .. } => (n as f64 - 1.0 / n.max(1) as f64) / 3.0,
-        };
-        let sample = Permutation::new(n.max(1), SAMPLE_KEY);
-        let distances = (0..n.min(SAMPLED_POSITIONS)).map(|index| {
-            let position = sample.apply(index);
-            self.order.sequence_at(position).abs_diff(position)
-        });
-        Distance::of(distances.collect(), expected_mean)
-    }
-
-    /// How far apart neighbours of the corpus come to stand, where they are in one window.
-    pub fn neighbours(&self) -> Distance {
-        let n = self.sequences;
-        let (lanes, window) = match self.arrangement {
-            Arrangement::Sequential => return Distance { expected_mean: 1.0, mean: 1.0, p50: 1, p95: 1, sampled: 0 },
-            Arrangement::Global => (1, n),
-            Arrangement::Block { lanes, window, .. } => (lanes, window.min(n / lanes)),
-        };
-        let expected_mean = lanes as f64 * (window as f64 + 1.0) / 3.0;
-        if window > SAMPLED_POSITIONS {
-            // The closed form is all there is: too few neighbours would be among a sample.
-            return Distance { expected_mean, ..Distance::default() };
-        }
-        // Lane 0 has no phase: its windows are the multiples of `window`. It has at least n / lanes places.
-        let windows = (n / lanes / window.max(1)).clamp(1, (SAMPLED_POSITIONS / window.max(1)).max(1));
-        let mut distances = Vec::new();
-        for index in 0..windows {
-            let mut placed: Vec<(u64, u64)> = (index * window..(index + 1) * window)
-                .map(|at| (self.order.sequence_at(at * lanes), at * lanes))
-                .collect();
-            placed.sort_unstable();
-            let neighbours = placed.windows(2).filter(|pair| pair[0].0 + 1 == pair[1].0);
-            distances.extend(neighbours.map(|pair| pair[0].1.abs_diff(pair[1].1)));
-        }
-        Distance::of(distances, expected_mean)
-    }
-
+impl Simulated<'_> {
     /// Decodes in thought what the ranks would decode.
-    pub fn decoding(&self) -> Result<Decoding> {
-        let grouping = self.grouping;
-        let positions = grouping.positions(self.sequences, self.tail_tokens > 0);
-        let steps = grouping.steps(positions);
-        let rank_rows = steps * grouping.batch_size;
-        let mut total = Simulation::default();
-        if rank_rows * grouping.world_size <= self.most_rows {
-            for rank in 0..grouping.world_size {
-                let mut one = Simulation::default();
-                self.simulate(&mut one, Grouping { rank, ..grouping }, 0..steps, positions)?;
+    pub fn decoding(&self) -> Decoding {
+        let Grouping { rank, world_size, batch_size, .. } = self.grouping;
+        let rank_rows = self.steps.saturating_mul(batch_size);
+        let mut total = Cache::default();
+        if rank_rows.saturating_mul(world_size) <= self.most_rows {
+            for rank in 0..world_size {
+                let mut one = Cache::default();
+                self.simulate(&mut one, rank, 0..self.steps);
                 total.add(&one);
             }
-            return Ok(Decoding {
-                amplification: total.decoded_tokens as f64 / self.tokens.max(1) as f64,
-                ranks: grouping.world_size,
-                whole_epoch: true,
-                ..self.counted(&total, 0)
-            });
+            return Decoding { ranks: world_size, whole_pass: true, ..total.decoding(0) };
+        }
+        if rank_rows <= self.most_rows {
+            self.simulate(&mut total, rank, 0..self.steps);
+            return Decoding { ranks: 1, whole_pass: true, ..total.decoding(0) };
         }
 
-        let half = (self.most_rows / 2 / grouping.batch_size).max(1);
-        if rank_rows <= self.most_rows {
-            self.simulate(&mut total, grouping, 0..steps, positions)?;
-            return Ok(Decoding {
-                amplification: self.share(&total),
-                ranks: 1,
-                whole_epoch: true,
-                ..self.counted(&total, 0)
-            });
-        }
-        // From the middle of the epoch, after as many rows as bring the cache to what it holds from then on.
-        let round = match self.arrangement {
-            Arrangement::Block { lanes, window, .. } => (lanes * window).div_ceil(grouping.global_batch()).max(1),
-            Arrangement::Sequential | Arrangement::Global => 1,
-        };
-        let begin = (steps / 2).min(steps.saturating_sub(2 * half));
+        // From the middle of the pass, after as many rows as bring the cache to what it holds from then on.
+        let half = (self.most_rows / 2 / batch_size).max(1);
+        let round = self.round.max(1);
+        let begin = (self.steps / 2).min(self.steps.saturating_sub(2 * half));
         let mut warm = begin;
         while warm < begin + half && (warm < begin + round || !total.evicted) {
             let end = (warm + round.min(64)).min(begin + half);
-            self.simulate(&mut total, grouping, warm..end, positions)?;
+            self.simulate(&mut total, rank, warm..end);
             warm = end;
         }
         let warm_up_rows = total.rows;
         total.forget_counts();
         // Whole rounds of windows, where one fits: a part of a round decodes more at its start than at its end.
         let measured = if round <= half { half / round * round } else { half };
-        self.simulate(&mut total, grouping, warm..(warm + measured).min(steps), positions)?;
-        Ok(Decoding {
-            amplification: self.share(&total),
-            ranks: 1,
-            whole_epoch: false,
-            ..self.counted(&total, warm_up_rows)
-        })
+        self.simulate(&mut total, rank, warm..(warm + measured).min(self.steps));
+        Decoding { ranks: 1, whole_pass: false, ..total.decoding(warm_up_rows) }
     }
 
-    fn counted(&self, total: &Simulation, warm_up_rows: u64) -> Decoding {
-        let sharing_ranks = match self.arrangement {
-            Arrangement::Block { lanes, .. } => self.grouping.world_size * self.grouping.lanes(lanes) / lanes,
-            Arrangement::Sequential | Arrangement::Global => self.grouping.world_size,
-        };
-        Decoding {
-            amplification: 0.0,
-            blocks: total.decoded_blocks,
-            tokens: total.decoded_tokens,
-            ranks: 0,
-            rows: total.rows,
-            warm_up_rows,
-            whole_epoch: false,
-            sharing_ranks,
-        }
-    }
-
-    /// Decoded tokens per token of the files that the rows delivered.
-    fn share(&self, total: &Simulation) -> f64 {
-        let delivered = total.delivered_tokens as f64 * self.tokens as f64 / self.stream_tokens.max(1) as f64;
-        total.decoded_tokens as f64 / delivered.max(1.0)
-    }
-
-    fn simulate(&self, cache: &mut Simulation, grouping: Grouping, steps: Range<u64>, positions: u64) -> Result<()> {
+    fn simulate(&self, cache: &mut Cache, rank: u64, steps: Range<u64>) {
         for step in steps {
-            for row in grouping.rows(step * grouping.global_batch(), positions, 0) {
+            for row in (self.rows)(rank, step) {
                 cache.rows += 1;
-                let (Row::Index(position) | Row::Repeated(position)) = row else { continue };
-                let full = position < self.sequences;
-                let sequence = if full { self.order.sequence_at(position) } else { self.sequences };
-                let range = (self.row)(sequence);
-                cache.delivered_tokens += range.end - range.start;
-                let ends_chunk = full && self.order.ends_chunk(sequence);
-                let mut at = range.start;
-                while at < range.end {
-                    let place = (self.place)(at)?;
+                let Some(Reads { source, tokens, ends_chunk }) = row else { continue };
+                cache.delivered_tokens += (tokens.end - tokens.start) as f64 * (self.tokens_per_stream_token)(source);
+                let mut at = tokens.start;
+                while at < tokens.end {
+                    let place = (self.block_at)(source, at);
                     // As `Reader::fill`: a block that a chunk's last row only runs on into is read no further than that.
-                    let prefix =
-                        (ends_chunk && place.start > range.start).then(|| range.end.min(place.start + place.len));
-                    cache.read(place, prefix.map(|end| (end - place.start).min(place.tokens)), self.cache_bytes);
+                    let prefix = (ends_chunk && place.start > tokens.start)
+                        .then(|| (tokens.end.min(place.start + place.len) - place.start).min(place.tokens));
+                    cache.read(source, place, prefix, self.cache_bytes);
                     at = place.start + place.len;
                 }
             }
         }
-        Ok(())
     }
 }
 
@@ -407,25 +394,26 @@ impl Distance {
 
 /// A block cache without blocks: what [`crate::read`] does, counted.
 #[derive(Debug, Default)]
-struct Simulation {
+struct Cache {
     /// Block to its bytes and the time of its last use.
-    held: HashMap<u64, (u64, u64)>,
-    by_use: BTreeMap<u64, u64>,
+    held: HashMap<(usize, u64), (u64, u64)>,
+    by_use: BTreeMap<u64, (usize, u64)>,
     used_bytes: u64,
     clock: u64,
     evicted: bool,
     rows: u64,
-    delivered_tokens: u64,
+    delivered_tokens: f64,
     decoded_blocks: u64,
     decoded_tokens: u64,
 }
 
-impl Simulation {
-    fn read(&mut self, place: Place, prefix: Option<u64>, budget_bytes: u64) {
+impl Cache {
+    fn read(&mut self, source: usize, place: BlockPlace, prefix: Option<u64>, budget_bytes: u64) {
         self.clock += 1;
-        if let Some((_, used_at)) = self.held.get_mut(&place.block) {
+        let key = (source, place.block);
+        if let Some((_, used_at)) = self.held.get_mut(&key) {
             self.by_use.remove(&std::mem::replace(used_at, self.clock));
-            self.by_use.insert(self.clock, place.block);
+            self.by_use.insert(self.clock, key);
             return;
         }
         self.decoded_blocks += 1;
@@ -439,8 +427,8 @@ impl Simulation {
             self.used_bytes -= bytes;
             self.evicted = true;
         }
-        self.held.insert(place.block, (place.bytes, self.clock));
-        self.by_use.insert(self.clock, place.block);
+        self.held.insert(key, (place.bytes, self.clock));
+        self.by_use.insert(self.clock, key);
         self.used_bytes += place.bytes;
     }
 
@@ -452,7 +440,19 @@ impl Simulation {
     }
 
     fn forget_counts(&mut self) {
-        (self.rows, self.delivered_tokens, self.decoded_blocks, self.decoded_tokens) = (0, 0, 0, 0);
+        (self.rows, self.delivered_tokens, self.decoded_blocks, self.decoded_tokens) = (0, 0.0, 0, 0);
+    }
+
+    fn decoding(&self, warm_up_rows: u64) -> Decoding {
+        Decoding {
+            amplification: self.decoded_tokens as f64 / self.delivered_tokens.max(1.0),
+            blocks: self.decoded_blocks,
+            tokens: self.decoded_tokens,
+            ranks: 0,
+            rows: self.rows,
+            warm_up_rows,
+            whole_pass: false,
+        }
     }
 }
 
@@ -465,28 +465,35 @@ mod tests {
         const BLOCK: u64 = 200;
         let sequences = 200_000;
         let grouping = Grouping { batch_size: 4, rank: 0, world_size, remainder: Remainder::Drop };
-        let place = |at: u64| {
-            let block = at / BLOCK;
-            Ok(Place { block, start: block * BLOCK, len: BLOCK, tokens: BLOCK, bytes: BLOCK * 4 })
+        let order = EpochOrder::new(sequences, arrangement, 7, 0);
+        let rows = |rank: u64, step: u64| {
+            let read = |row: u64| {
+                let sequence = order.sequence_at(step * 4 * world_size + row * world_size + rank);
+                let tokens = sequence * 16..(sequence + 1) * 16;
+                Some(Reads { source: 0, tokens, ends_chunk: order.ends_chunk(sequence) })
+            };
+            (0..4).map(read).collect()
         };
-        let source = Source {
-            sequences,
-            tail_tokens: 0,
-            arrangement,
-            order: EpochOrder::new(sequences, arrangement, 7, 0),
+        let block_at = |_, at: u64| {
+            let block = at / BLOCK;
+            BlockPlace { block, start: block * BLOCK, len: BLOCK, tokens: BLOCK, bytes: BLOCK * 4 }
+        };
+        let round = if let Arrangement::Block { lanes, window, .. } = arrangement { lanes * window } else { 1 };
+        let simulated = Simulated {
             grouping,
-            row: &|sequence| sequence * 16..(sequence + 1) * 16,
-            place: &place,
+            steps: grouping.steps(sequences),
+            rows: &rows,
+            block_at: &block_at,
+            tokens_per_stream_token: &|_| 1.0,
+            round: round.div_ceil(grouping.global_batch()),
             cache_bytes: cache_blocks * BLOCK * 4,
-            tokens: sequences * 16,
-            stream_tokens: sequences * 16,
             most_rows,
         };
-        source.decoding().unwrap()
+        simulated.decoding()
     }
 
     #[test]
-    fn a_part_of_an_epoch_stands_for_the_whole() {
+    fn a_part_of_a_pass_stands_for_the_whole() {
         let block = |lanes| Arrangement::block(200_000, 16, 6400, 25_600, lanes);
         for (arrangement, world_size, cache_blocks) in [
             (Arrangement::Sequential, 1, 10),
@@ -499,9 +506,9 @@ mod tests {
             (block(8), 3, 100),
         ] {
             let whole = decoding(arrangement, world_size, cache_blocks, 1 << 30);
-            assert!(whole.whole_epoch && whole.ranks == world_size && whole.amplification >= 1.0);
+            assert!(whole.whole_pass && whole.ranks == world_size && whole.amplification >= 1.0);
             let part = decoding(arrangement, world_size, cache_blocks, 40_000);
-            assert!(!part.whole_epoch && part.rows + part.warm_up_rows <= 40_000, "{part:?}");
+            assert!(!part.whole_pass && part.rows + part.warm_up_rows <= 40_000, "{part:?}");
             assert!(part.rows >= 10_000, "{part:?}");
             let ratio = part.amplification / whole.amplification;
             assert!(

@@ -29,7 +29,7 @@ pub(crate) struct Scratch {
 
 /// Where a block lies in the stream.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct BlockPlace {
     /// The block's number in the corpus.
     pub block: u64,
     /// Its first stream token.
@@ -193,26 +193,38 @@ impl Reader {
         })
     }
 
-    /// The block that holds stream token `at`.
-    pub(crate) fn place(&self, at: u64) -> Result<Place> {
+    /// The block that holds stream token `at`; in a shard that is not open, blocks are taken to be equal.
+    pub(crate) fn block_at(&self, at: u64) -> BlockPlace {
         let (index, within) = self.layout.locate(at);
-        let shard = self.corpus.shard(index)?;
-        let before = shard.before();
-        let block = self.specials.block_at(before, within);
-        let (start, end) = (self.specials.stream_len(before[block]), self.specials.stream_len(before[block + 1]));
-        let meta = &shard.shard().blocks()[block];
-        Ok(Place {
-            block: (index as u64) << 32 | block as u64,
-            start: at - within + start,
+        let shard_start = at - within;
+        let number = |block: u64| ((index as u64) << 32) + block;
+        if let Some(opened) = self.corpus.opened(index) {
+            let before = opened.before();
+            let block = self.specials.block_at(before, within);
+            let [start, end] = [block, block + 1].map(|block| self.specials.stream_len(before[block]));
+            let meta = &opened.shard().blocks()[block];
+            let (tokens, bytes) = (meta.tokens, meta.decoded_bytes);
+            return BlockPlace {
+                block: number(block as u64),
+                start: shard_start + start,
+                len: end - start,
+                tokens,
+                bytes,
+            };
+        }
+        let facts = self.corpus.facts_of(index);
+        let (blocks, stream_len) = (facts.blocks.max(1), self.specials.stream_len(facts.counts).max(1));
+        let scaled =
+            |value: u64, by: u64, of: u64| (u128::from(value) * u128::from(by)).div_ceil(u128::from(of)) as u64;
+        let block = (u128::from(within) * u128::from(blocks) / u128::from(stream_len)) as u64;
+        let [start, end] = [block, block + 1].map(|block| scaled(block, stream_len, blocks));
+        BlockPlace {
+            block: number(block),
+            start: shard_start + start,
             len: end - start,
-            tokens: meta.tokens,
-            bytes: meta.decoded_bytes,
-        })
-    }
-
-    /// Bytes of the tables that say where tokens are.
-    pub(crate) fn index_bytes(&self) -> u64 {
-        self.corpus.index_bytes() + self.layout.index_bytes()
+            tokens: (end - start).min(scaled(end - start, facts.counts.tokens, stream_len)),
+            bytes: facts.decoded_bytes / blocks,
+        }
     }
 
     /// Whether reading ahead can help: windows are read from the file one by one.

@@ -12,13 +12,10 @@ use crate::error::{Error, Result};
 use crate::layout::concat;
 use crate::order::holdout::Side;
 use crate::order::mixture::{Draw, Mixture};
-use crate::order::partition::Grouping;
 use crate::order::permutation::derive_key;
 use crate::order::{Arrangement, EpochOrder};
-use crate::plan::{self, Drawn, SourcePlan};
 use crate::read::Reader;
 use crate::recipe::Recipe;
-use crate::shard::Access;
 use crate::state::StateValue;
 
 /// Separates the seeds of a mixture's sources.
@@ -222,59 +219,12 @@ impl Sources {
         self.settings.extent(source, source.shards()).sequences
     }
 
-    /// What each source comes to in an epoch of the run, for one of its own epochs where sources are mixed.
-    pub(crate) fn plan(&self, growth: &Growth, grouping: &Grouping, cache_bytes: u64) -> Result<Vec<SourcePlan>> {
-        let drawn = self.mixture().map(|mixture| {
-            // Of what has no end, as much as shows the shares.
-            let positions = mixture.positions().min(1 << 32);
-            (positions, mixture.counts(positions))
-        });
-        let decoded = self.list.iter().filter(|source| source.reader.corpus().access() == Access::Block).count() as u64;
-        let of_source = |(index, source): (usize, &Source)| {
-            let corpus = source.reader.corpus();
-            let shards = if self.mixture.is_some() { source.shards() } else { growth.latest() };
-            let extent = self.settings.extent(source, shards);
-            let arrangement = self.settings.arrangement(extent.sequences);
-            let planned = plan::Source {
-                sequences: extent.sequences,
-                tail_tokens: if extent.tail { extent.layout.tail_tokens() } else { 0 },
-                arrangement,
-                order: EpochOrder::new(extent.sequences, arrangement, source.seed, 0),
-                grouping: *grouping,
-                row: &|index| {
-                    let is_full = index < extent.sequences;
-                    let tail = extent.layout.num_sequences();
-                    extent.layout.row(if is_full { self.settings.side.sequence(index) } else { tail })
-                },
-                place: &|at| source.reader.place(at),
-                cache_bytes: cache_bytes / decoded.max(1),
-                tokens: corpus.tokens(),
-                stream_tokens: extent.layout.stream_len(),
-                most_rows: plan::MOST_ROWS,
-            };
-            let drawn = drawn.as_ref().map(|(positions, counts)| Drawn {
-                sequences: if *positions < 1 << 32 { Some(counts[index]) } else { None },
-                epochs: if *positions < 1 << 32 { Some(counts[index] as f64 / extent.sequences as f64) } else { None },
-                share: counts[index] as f64 / (*positions).max(1) as f64,
-            });
-            Ok(SourcePlan {
-                name: source.name.clone(),
-                format: corpus.facts().next().map_or("-", |facts| facts.format.name()),
-                drawn,
-                shards,
-                blocks: corpus.facts().map(|facts| facts.blocks).sum(),
-                documents: corpus.documents(),
-                tokens: planned.tokens,
-                stream_tokens: planned.stream_tokens,
-                sequences: planned.sequences,
-                tail_tokens: planned.tail_tokens,
-                arrangement,
-                displacement: planned.displacement(),
-                neighbours: planned.neighbours(),
-                decoding: if corpus.access() == Access::Block { Some(planned.decoding()?) } else { None },
-            })
-        };
-        self.list.iter().enumerate().map(of_source).collect()
+    /// An epoch of source `index` under its newest shards: what stands in the corpus, its full sequences that are delivered, and their order.
+    pub(crate) fn order_of(&self, index: usize, epoch: u64) -> (concat::Extent, Arrangement, EpochOrder) {
+        let source = &self.list[index];
+        let Extent { layout, sequences, .. } = self.settings.extent(source, source.shards());
+        let arrangement = self.settings.arrangement(sequences);
+        (layout, arrangement, EpochOrder::new(sequences, arrangement, source.seed, epoch))
     }
 
     fn extent_at(&self, growth: &Growth, epoch: u64) -> Extent {

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use forebay::config::{Config, Remainder, Shuffle};
+use forebay::config::{Config, Epochs, Remainder, Shuffle};
 use forebay::loader::IGNORED_LABEL;
+use forebay::order::course::Skip;
 use forebay::plan::Plan;
 use forebay::tokens::Dtype;
 use forebay::{Loader, Next};
@@ -90,7 +91,7 @@ fn run(config: &Config, world_size: u64) -> Ran {
 
 fn plan(config: &Config, world_size: u64) -> Plan {
     let config = Config { dp_rank: Some(0), dp_world_size: Some(world_size), ..config.clone() };
-    Loader::open(config).unwrap().plan().unwrap()
+    Loader::open(config).unwrap().plan()
 }
 
 #[test]
@@ -99,11 +100,11 @@ fn blocks_are_decoded_as_often_as_planned_and_about_once_where_ranks_divide_the_
     let base = Config { memory_budget: 256 << 10, batch_size: 2, prefetch_batches: 2, ..parquet() };
     for world_size in [1, 2, 4, 8] {
         let planned = plan(&base, world_size);
-        let decoding = planned.sources[0].decoding.unwrap();
+        let decoding = planned.decoding.unwrap();
         let ran = run(&base, world_size);
-        let measured = ran.decoded_tokens as f64 / planned.sources[0].tokens as f64;
+        let measured = ran.decoded_tokens as f64 / planned.pass.delivered_tokens as f64;
         eprintln!("W={world_size}: planned {:.3}, measured {measured:.3}", decoding.amplification);
-        assert!(decoding.whole_epoch && decoding.ranks == world_size, "{decoding:?}");
+        assert!(decoding.whole_pass && decoding.ranks == world_size, "{decoding:?}");
         assert!(
             (measured / decoding.amplification - 1.0).abs() < 0.02,
             "W={world_size}: {measured} as against {decoding:?}"
@@ -127,9 +128,9 @@ fn wasteful_settings_are_announced_as_such() {
         ),
         ("one permutation over blocks", Config { shuffle: Shuffle::Global, ..tight }, 2, 3.0),
     ] {
-        let decoding = plan(&config, world_size).sources[0].decoding.unwrap();
+        let decoding = plan(&config, world_size).decoding.unwrap();
         let planned = plan(&config, world_size);
-        let measured = run(&config, world_size).decoded_tokens as f64 / planned.sources[0].tokens as f64;
+        let measured = run(&config, world_size).decoded_tokens as f64 / planned.pass.delivered_tokens as f64;
         eprintln!("{what}: planned {:.3}, measured {measured:.3}", decoding.amplification);
         assert!(decoding.amplification > least, "{what}: {decoding:?}");
         assert!((measured / decoding.amplification - 1.0).abs() < 0.05, "{what}: {measured} as against {decoding:?}");
@@ -156,22 +157,53 @@ fn steps_and_remainder_are_as_planned() {
         for remainder in [Remainder::Drop, Remainder::Pad, Remainder::Wrap, Remainder::Short] {
             for (world_size, batch_size) in [(1, 1), (3, 7), (4, 16)] {
                 let config = Config { shuffle, remainder, batch_size, ..parquet() };
-                let Plan { epoch, sources, .. } = plan(&config, world_size);
-                let (epoch, source) = (epoch.unwrap(), &sources[0]);
+                let Plan { pass, sources, .. } = plan(&config, world_size);
                 let ran = run(&config, world_size);
-                let what = format!("{remainder:?} W={world_size} B={batch_size}: {epoch:?} {ran:?}");
-                assert!(ran.steps.iter().all(|steps| *steps == epoch.steps), "{what}");
-                assert_eq!(ran.targets, epoch.delivered_tokens + epoch.repeated_tokens, "{what}");
-                assert_eq!(epoch.delivered_tokens + epoch.dropped_tokens, source.stream_tokens, "{what}");
-                let places = epoch.steps * epoch.global_batch * SEQ_LEN;
+                let what = format!("{remainder:?} W={world_size} B={batch_size}: {pass:?} {ran:?}");
+                assert!(ran.steps.iter().all(|steps| Some(*steps) == pass.steps), "{what}");
+                assert_eq!(ran.targets, pass.delivered_tokens + pass.repeated_tokens, "{what}");
+                assert_eq!(pass.delivered_tokens + pass.dropped_tokens, sources[0].stream_tokens, "{what}");
+                let places = pass.steps.unwrap() * pass.global_batch * SEQ_LEN;
                 let short_rows =
-                    if remainder == Remainder::Short { epoch.global_batch - epoch.last_batch_rows } else { 0 };
+                    if remainder == Remainder::Short { pass.global_batch - pass.last_batch_rows } else { 0 };
                 assert_eq!(
-                    epoch.delivered_tokens + epoch.padded_tokens + epoch.repeated_tokens + short_rows * SEQ_LEN,
+                    pass.delivered_tokens + pass.padded_tokens + pass.repeated_tokens + short_rows * SEQ_LEN,
                     places,
                     "{what}"
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn passes_of_many_epochs_with_skips_holdouts_and_limits_are_as_planned() {
+    let skip = |epoch, start, end| Skip { epoch, start, end };
+    let n = Loader::open(parquet()).unwrap().num_sequences();
+    let tail = Config { remainder: Remainder::Pad, ..parquet() };
+    let cases = [
+        Config { epochs: Epochs::Count(3), ..parquet() },
+        Config { epochs: Epochs::Count(2), skip: vec![skip(0, 5, 40), skip(1, 0, 7), skip(2, 0, 9)], ..parquet() },
+        Config { epochs: Epochs::Count(2), ..tail.clone() },
+        // The first epoch's tail is skipped.
+        Config { epochs: Epochs::Count(2), skip: vec![skip(0, n, n + 1)], ..tail.clone() },
+        Config { epochs: Epochs::Count(2), max_steps: Some(n / 14 + 2), ..tail },
+        Config { max_steps: Some(3), ..parquet() },
+        Config { epochs: Epochs::Endless, max_steps: Some(n / 7), ..parquet() },
+        Config { holdout: Some(10), ..parquet() },
+    ];
+    for config in cases {
+        let config = Config { batch_size: 7, ..config };
+        for world_size in [1, 2] {
+            let planned = plan(&config, world_size);
+            let (pass, ran) = (planned.pass, run(&config, world_size));
+            let what = format!("W={world_size} {config:?}: {pass:?} {ran:?}");
+            assert!(ran.steps.iter().all(|steps| Some(*steps) == pass.steps), "{what}");
+            assert_eq!(ran.targets, pass.delivered_tokens + pass.repeated_tokens, "{what}");
+            assert_eq!(planned.sources[0].drawn_sequences, Some(pass.delivered_rows - pass.delivered_tails), "{what}");
+            let measured = ran.decoded_tokens as f64 / pass.delivered_tokens as f64;
+            let decoding = planned.decoding.unwrap();
+            assert!((measured / decoding.amplification - 1.0).abs() < 0.05, "{measured}: {what} {decoding:?}");
         }
     }
 }
@@ -190,7 +222,7 @@ fn sequences_move_as_far_as_planned() {
     }
     for shuffle in [Shuffle::Off, Shuffle::Global, Shuffle::Block] {
         let loader = Loader::open(Config { shuffle, ..base.clone() }).unwrap();
-        let source = loader.plan().unwrap().sources.remove(0);
+        let source = loader.plan().sources.remove(0);
         let delivered = loader.sequences_at(0, 0, n).unwrap();
         let order: Vec<u64> = (0..n).map(|row| places[&delivered.row("input_ids", row as usize)]).collect();
         let mut moved: Vec<u64> = order.iter().zip(0..).map(|(place, position)| place.abs_diff(position)).collect();

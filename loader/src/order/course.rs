@@ -94,6 +94,11 @@ impl Course {
         self.start_of(epoch)
     }
 
+    /// Epochs that begin before `index`.
+    pub fn epochs_before(&self, index: u64) -> u64 {
+        if index == 0 { 0 } else { self.at(index - 1).0 + 1 - self.pieces[0].first_epoch }
+    }
+
     /// Epoch and position of `index`.
     ///
     /// # Panics
