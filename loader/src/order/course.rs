@@ -73,6 +73,11 @@ impl Course {
         Some(self.start_of(end)).filter(|len| *len < ENDLESS / 2)
     }
 
+    /// Whether nothing is delivered.
+    pub fn is_empty(&self) -> bool {
+        self.len() == Some(0)
+    }
+
     /// Index of the first position of `epoch`.
     pub fn start_of(&self, epoch: u64) -> u64 {
         self.piece_of(epoch).start_of(epoch)
