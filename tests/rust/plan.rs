@@ -209,6 +209,55 @@ fn passes_of_many_epochs_with_skips_holdouts_and_limits_are_as_planned() {
 }
 
 #[test]
+fn mixtures_are_drawn_and_decoded_as_planned() {
+    let folder = folder(PARQUET, "parquet");
+    let mixture = format!(
+        r#"{{"sources": [{{"name": "a", "data": ["{}"], "weight": 3, "epochs": 2}}, {{"name": "b", "data": ["{}"], "weight": 1}}], "exhausted": "stop"}}"#,
+        folder.join("0.parquet").display(),
+        folder.join("1.parquet").display()
+    );
+    let config = Config {
+        data: Vec::new(),
+        mixture: Some(mixture),
+        memory_budget: 256 << 10,
+        chunk_tokens: 4096,
+        batch_size: 4,
+        ..parquet()
+    };
+    for world_size in [1, 2] {
+        let planned = plan(&config, world_size);
+        let ran = run(&config, world_size);
+        let what = format!("W={world_size}: {planned:?} {ran:?}");
+        assert!(ran.steps.iter().all(|steps| Some(*steps) == planned.pass.steps), "{what}");
+        assert_eq!(ran.targets, planned.pass.delivered_tokens, "{what}");
+        let drawn: Vec<u64> = planned.sources.iter().map(|source| source.drawn_sequences.unwrap()).collect();
+        assert_eq!(drawn.iter().sum::<u64>(), planned.pass.delivered_rows, "{what}");
+        let share = drawn[0] as f64 / planned.pass.delivered_rows as f64;
+        assert!((share - 0.75).abs() < 0.01, "{share}: {what}");
+        let measured = ran.decoded_tokens as f64 / planned.pass.delivered_tokens as f64;
+        let amplification = planned.decoding.unwrap().amplification;
+        assert!((measured / amplification - 1.0).abs() < 0.05, "{measured}: {what}");
+    }
+}
+
+#[test]
+fn shards_that_are_not_open_are_planned_without_opening_them() {
+    let cache = tempfile::tempdir().unwrap();
+    let config = Config { memory_budget: 256 << 10, prefetch_batches: 2, batch_size: 2, ..parquet() };
+    let opened = plan(&config, 2);
+    let indexed = Config { cache_dir: Some(cache.path().to_str().unwrap().into()), ..config };
+    for _ in 0..2 {
+        let closed = plan(&indexed, 2);
+        let (all, none) = (&opened.sources[0], &closed.sources[0]);
+        assert_eq!((all.open_shards, none.open_shards), (3, 0));
+        assert_eq!((all.blocks, all.tokens, all.sequences), (none.blocks, none.tokens, none.sequences));
+        assert_eq!(opened.pass, closed.pass);
+        let ratio = closed.decoding.unwrap().amplification / opened.decoding.unwrap().amplification;
+        assert!((ratio - 1.0).abs() < 0.03, "{closed:?} {opened:?}");
+    }
+}
+
+#[test]
 fn sequences_move_as_far_as_planned() {
     let folder = folder(Container::ArrowFile(None), "arrow");
     let base = Config { data: vec![folder.to_str().unwrap().to_owned()], ..parquet() };
