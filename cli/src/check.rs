@@ -6,7 +6,7 @@ use std::io::Write;
 
 use forebay::corpus::mixed_shards;
 use forebay::shard::{self, Access, EndsScratch, OpenOptions, Shard, discover};
-use forebay::{Config, Error, ErrorKind, recipe};
+use forebay::{Config, Error, ErrorKind};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -56,7 +56,7 @@ struct Findings {
 
 fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
     let mut files = Vec::new();
-    for (_, data) in recipe::corpora(config)? {
+    for (_, data) in config.corpora()? {
         files.push(discover::find(&data, config.format)?);
     }
     let options = OpenOptions::of(config);

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use forebay::corpus::{Corpus, Indexed};
 use forebay::shard::OpenOptions;
-use forebay::{Error, ErrorKind, recipe};
+use forebay::{Error, ErrorKind};
 use serde_json::json;
 
 use crate::report::{bytes, grouped, line};
@@ -45,7 +45,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let bar = progress::bar(0, TEMPLATE, context.env)?.with_message("indexing");
     let mut entries = Vec::new();
     let mut saved = true;
-    for (name, data) in recipe::corpora(&config)? {
+    for (name, data) in config.corpora()? {
         let began = Instant::now();
         let shown = |opened, of| {
             bar.set_length(of);

@@ -307,6 +307,12 @@ impl Config {
         }
     }
 
+    /// The corpora that these settings name, each by its name and its `data`: those of the mixture, or the only one, which has no name.
+    pub fn corpora(&self) -> Result<Vec<(String, Vec<String>)>> {
+        let Some(text) = &self.mixture else { return Ok(vec![(String::new(), self.data.clone())]) };
+        Ok(Recipe::parse(text)?.sources.into_iter().map(|source| (source.name, source.data)).collect())
+    }
+
     /// Tokens one row reads from the stream: `seq_len`, and one more where targets are shifted.
     pub fn row_tokens(&self) -> u64 {
         self.seq_len + u64::from(self.targets == Targets::Shifted)

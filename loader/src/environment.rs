@@ -8,6 +8,7 @@ use std::path::Path;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::nearest::nearest_of;
 use crate::settings::{self, Kind, Setting};
 
 /// Variables that are no settings.
@@ -274,7 +275,7 @@ fn variables(env: &Environment, faults: &mut Vec<Error>, warnings: &mut Vec<Stri
         {
             let known = names.keys().map(String::as_str).chain(OTHER_VARIABLES);
             // Without the prefix, which all have in common and which would make all of them near.
-            let nearest = settings::nearest_of(
+            let nearest = nearest_of(
                 variable.trim_start_matches("FOREBAY_"),
                 known.map(|name| name.trim_start_matches("FOREBAY_")),
             );

@@ -26,6 +26,7 @@ pub mod index;
 pub mod layout;
 pub mod ledger;
 pub mod loader;
+mod nearest;
 pub mod opened;
 pub mod order;
 mod pipeline;

@@ -11,10 +11,9 @@
 
 use serde_json::{Map, Value};
 
-use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::nearest::nearest_of;
 use crate::order::mixture::{Exhausted, MAX_CYCLE, Stage};
-use crate::settings::nearest_of;
 
 /// Digits after the point that a weight may have.
 const DIGITS: usize = 9;
@@ -60,14 +59,6 @@ impl Length {
             Self::Sequences(sequences) => sequences,
         }
     }
-}
-
-/// The corpora that `config` names, each by its name and its `data`: those of the mixture, or the only one, which has no name.
-pub fn corpora(config: &Config) -> Result<Vec<(String, Vec<String>)>> {
-    Ok(match &config.mixture {
-        None => vec![(String::new(), config.data.clone())],
-        Some(text) => Recipe::parse(text)?.sources.into_iter().map(|source| (source.name, source.data)).collect(),
-    })
 }
 
 impl Recipe {

@@ -5,6 +5,7 @@
 
 use crate::config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Split, Targets};
 use crate::error::{Error, Result};
+use crate::nearest::nearest_of;
 use crate::order::course::Skip;
 use crate::tokens::Dtype;
 
@@ -104,37 +105,6 @@ pub fn find(name: &str) -> Option<&'static Setting> {
 /// The setting that a mistyped `name` most likely means.
 pub fn nearest(name: &str) -> Option<&'static str> {
     nearest_of(name, SETTINGS.iter().map(|setting| setting.name))
-}
-
-/// The one of `names` that a mistyped `name` most likely means.
-pub(crate) fn nearest_of<T: AsRef<str>>(name: &str, names: impl IntoIterator<Item = T>) -> Option<T> {
-    let name = name.to_lowercase();
-    let furthest = (name.len() / 3).max(2);
-    names
-        .into_iter()
-        .filter_map(|candidate| {
-            let text = candidate.as_ref().to_lowercase();
-            let part = name.len().min(text.len()) > 3 && (text.contains(&name) || name.contains(&text));
-            let distance = edit_distance(&name, &text);
-            (part || distance <= furthest).then_some((distance, candidate))
-        })
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, candidate)| candidate)
-}
-
-/// Insertions, deletions and replacements of bytes from `a` to `b`.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let replaced = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// The settings as the table of the README.
@@ -790,6 +760,5 @@ mod tests {
         ] {
             assert_eq!(nearest(name), meant, "{name}");
         }
-        assert_eq!(edit_distance("kitten", "sitting"), 3);
     }
 }

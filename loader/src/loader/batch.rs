@@ -1,0 +1,171 @@
+//! Batch: the arrays of some rows in one buffer.
+
+use crate::buffer::{ALIGNMENT, Lease};
+use crate::config::{Config, Remainder, Targets};
+use crate::coverage::Coverage;
+use crate::error::{Error, ErrorKind, Result};
+use crate::tokens::Dtype;
+
+/// Label of places that hold no target.
+pub const IGNORED_LABEL: i64 = -100;
+
+/// One array of a batch, inside the batch's buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// Key in the batch.
+    pub name: &'static str,
+    /// Type of its values.
+    pub dtype: Dtype,
+    /// Offset of its first byte in the buffer.
+    pub offset_bytes: usize,
+    /// Rows and columns; arrays of one column have one axis, the rows.
+    pub shape: [usize; 2],
+    /// Axes, 1 or 2.
+    pub ndim: usize,
+    /// Values from one row to the next; more than the columns where fields overlap.
+    pub row_stride: usize,
+}
+
+/// A delivered batch; its memory belongs to its holders until the last one drops it.
+#[derive(Debug)]
+pub struct Batch {
+    /// Epoch it belongs to.
+    pub epoch: u64,
+    /// Step in the epoch, counted from 0.
+    pub step: u64,
+    /// First position of its global batch.
+    pub position: u64,
+    /// Rows, `batch_size` but for a short last batch.
+    pub rows: usize,
+    /// Arrays in the buffer.
+    pub fields: Vec<Field>,
+    /// Its rows, hashed; only where [`Loader::cover`] or the setting `ledger` asks for it.
+    pub coverage: Option<Coverage>,
+    pub(super) lease: Lease,
+}
+
+impl Batch {
+    /// First byte of the buffer. Writing through it is the holder's business: nothing of the loader reads it again.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.lease.as_ptr()
+    }
+
+    /// Bytes of the buffer.
+    pub fn len_bytes(&self) -> usize {
+        self.lease.len()
+    }
+
+    /// Values of row `row` of field `name`, widened.
+    ///
+    /// # Panics
+    /// When there is no such field or row.
+    pub fn row(&self, name: &str, row: usize) -> Vec<i64> {
+        let field = self.fields.iter().find(|field| field.name == name).expect("a field of the batch");
+        assert!(row < field.shape[0], "row {row} of {}", field.shape[0]);
+        let start = field.offset_bytes + row * field.row_stride * field.dtype.size();
+        // SAFETY: the lease's bytes are initialised and, once a batch is delivered, written by its holder alone; the field lies inside.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(self.as_ptr().add(start), field.shape[1] * field.dtype.size()) };
+        let values = crate::tokens::Tokens::new(field.dtype, bytes);
+        (0..values.len()).map(|index| values.get(index)).collect()
+    }
+}
+
+impl Batch {
+    /// The first `count` tokens that row `row` was made of, as they lie in the delivered arrays.
+    pub(super) fn tokens(&self, row: usize, count: usize) -> Result<Vec<i64>> {
+        let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row(field.name, row));
+        let shift = usize::from(self.fields[1].name == "y");
+        let mut tokens = inputs;
+        tokens.extend(targets.last().filter(|_| shift == 1));
+        tokens.truncate(count);
+        let fitting = tokens.get(shift..).unwrap_or_default();
+        if targets.get(..fitting.len()) != Some(fitting) {
+            return Err(Error::new(ErrorKind::Internal, format!("targets of row {row} do not belong to its inputs")));
+        }
+        Ok(tokens)
+    }
+}
+
+/// How the fields of a batch share its buffer.
+#[derive(Clone, Debug)]
+pub(super) struct BatchLayout {
+    pub(super) kind: Kind,
+    pub(super) fields: Vec<Field>,
+    pub(super) input_dtype: Dtype,
+    /// Offset of labels or `y`, where they are apart from the inputs.
+    pub(super) targets_at: usize,
+    /// Offsets of each row's source and sequence, where they are asked for.
+    pub(super) ids_at: Option<[usize; 2]>,
+    pub(super) bytes: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// `x` and `y` are views, one token apart, of rows of `seq_len + 1` tokens.
+    Overlapping,
+    /// Inputs and labels of 64 bits, at the same places of two arrays.
+    InPlace,
+    /// Two arrays, filled by way of a row of its own.
+    Apart,
+}
+
+impl BatchLayout {
+    pub(super) fn new(config: &Config, rows: usize, padded: bool) -> Self {
+        let columns = config.seq_len as usize;
+        let shifted = config.targets == Targets::Shifted;
+        let input_dtype = config.input_dtype;
+        let kind = match (shifted, input_dtype) {
+            // A padded place is `pad_id` in `x` and -100 in `y`: they cannot share it.
+            (true, Dtype::I64) if !padded => Kind::Overlapping,
+            (false, Dtype::I64) => Kind::InPlace,
+            _ => Kind::Apart,
+        };
+        let (inputs, targets) = if shifted { ("x", "y") } else { ("input_ids", "labels") };
+        let field = |name, dtype, offset_bytes, row_stride| Field {
+            name,
+            dtype,
+            offset_bytes,
+            shape: [rows, columns],
+            ndim: 2,
+            row_stride,
+        };
+        if kind == Kind::Overlapping {
+            let fields = vec![field(inputs, Dtype::I64, 0, columns + 1), field(targets, Dtype::I64, 8, columns + 1)];
+            let this = Self { kind, fields, input_dtype, targets_at: 8, ids_at: None, bytes: rows * (columns + 1) * 8 };
+            return this.with_ids(config, rows);
+        }
+        let targets_at = (rows * columns * input_dtype.size()).next_multiple_of(ALIGNMENT);
+        let fields = vec![field(inputs, input_dtype, 0, columns), field(targets, Dtype::I64, targets_at, columns)];
+        let bytes = targets_at + rows * columns * 8;
+        Self { kind, fields, input_dtype, targets_at, ids_at: None, bytes }.with_ids(config, rows)
+    }
+
+    /// Adds what `sample_ids` asks for.
+    fn with_ids(mut self, config: &Config, rows: usize) -> Self {
+        if config.sample_ids {
+            let at = [self.bytes, self.bytes + rows * 8];
+            for (name, offset_bytes) in ["source", "sample_index"].into_iter().zip(at) {
+                self.fields.push(Field {
+                    name,
+                    dtype: Dtype::I64,
+                    offset_bytes,
+                    shape: [rows, 1],
+                    ndim: 1,
+                    row_stride: 1,
+                });
+            }
+            self.bytes += rows * 16;
+            self.ids_at = Some(at);
+        }
+        self
+    }
+
+    /// Bytes that hold any batch of `config`.
+    pub(super) fn largest_bytes(config: &Config) -> usize {
+        let rows = config.batch_size as usize;
+        let may_pad = matches!(config.remainder, Remainder::Pad | Remainder::Short);
+        let padded = if may_pad { Self::new(config, rows, true).bytes } else { 0 };
+        Self::new(config, rows, false).bytes.max(padded)
+    }
+}

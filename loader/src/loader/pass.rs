@@ -1,0 +1,240 @@
+//! A pass: the course of some epochs on its way through the threads to whoever asks for batches.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use super::batch::{Batch, BatchLayout};
+use super::{Core, Cursor, WINDOWS_AHEAD, Worker, slots};
+use crate::buffer::Lease;
+use crate::config::Epochs;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ledger::{self, Entry};
+use crate::order::course::Course;
+use crate::pipeline::{Pipeline, Plan, Taken};
+use crate::sources::Growth;
+use crate::sync::lock;
+
+/// What waiting for a batch came to.
+#[derive(Debug)]
+pub enum Next {
+    /// The next batch in order.
+    Batch(Arc<Batch>),
+    /// The epoch is over.
+    End,
+    /// Nothing within the time given; ask again.
+    Pending,
+}
+
+/// A pass over one epoch. Cheap to clone; clones share the pass, so that several threads can consume it.
+#[derive(Clone, Debug)]
+pub struct Batches {
+    pub(super) run: Arc<Run>,
+}
+
+impl Batches {
+    /// Waits at most `timeout` for the next batch. Callable from several threads; each batch is given once.
+    pub fn next_timeout(&self, timeout: Duration) -> Result<Next> {
+        let run = &self.run;
+        let core = &run.core;
+        core.check_process()?;
+        let started = run.started.get_or_init(|| run.start()).as_ref().map_err(Clone::clone)?;
+        if run.external {
+            for lease in lock(&run.submitted).drain(..) {
+                started.pipeline.submit(lease);
+            }
+        }
+        let asked = Instant::now();
+        core.counters.asked(asked);
+        let depth = started.pipeline.depth();
+        if let Some(ledger) = &started.ledger {
+            lock(ledger).check()?;
+        }
+        let mut written = Ok(());
+        let taken = started.pipeline.take(timeout, |batch| {
+            // Takers come here one at a time.
+            let delivered = started.delivered.load(Ordering::Relaxed) + 1;
+            let index = started.heading.start.saturating_add(delivered * core.grouping.global_batch());
+            let end = started.heading.course.state_at(index);
+            written = started.write_ledger(batch, end);
+            if written.is_err() {
+                return;
+            }
+            started.delivered.store(delivered, Ordering::Relaxed);
+            let mut cursor = lock(&core.cursor);
+            if cursor.run == run.id {
+                (cursor.epoch, cursor.position) = end;
+            }
+        })?;
+        written?;
+        match taken {
+            Taken::Item(batch) => {
+                let tokens = batch.rows as u64 * core.config.seq_len;
+                core.counters.delivered(tokens, batch.len_bytes() as u64, asked.elapsed(), depth);
+                Ok(Next::Batch(batch))
+            }
+            Taken::End => Ok(Next::End),
+            Taken::Pending => {
+                core.counters.waited(asked.elapsed());
+                Ok(Next::Pending)
+            }
+        }
+    }
+
+    /// Bytes that a submitted buffer must have.
+    pub fn batch_bytes(&self) -> usize {
+        BatchLayout::largest_bytes(&self.run.core.config)
+    }
+
+    /// Buffers to keep submitted and not yet delivered, so that workers never wait for one.
+    pub fn buffers_wanted(&self) -> usize {
+        self.run.core.config.prefetch_batches as usize
+    }
+
+    /// Gives the buffer of the next batch that has none yet, for a pass made by [`Loader::iter_external`].
+    ///
+    /// # Safety
+    /// As for [`Lease::from_caller`]: `start` is aligned to 8 bytes, valid for `len` initialised bytes while `owner` lives, and no one else
+    /// writes there before the batch is delivered.
+    pub unsafe fn submit(
+        &self,
+        start: std::ptr::NonNull<u8>,
+        len: usize,
+        owner: Box<dyn std::any::Any + Send + Sync>,
+    ) -> Result<()> {
+        if len < self.batch_bytes() {
+            return Err(Error::config(format!("a batch needs a buffer of {} bytes, found {len}", self.batch_bytes())));
+        }
+        // SAFETY: passed on from the caller.
+        let lease = unsafe { Lease::from_caller(start, len, owner) };
+        // Under the lock, so that buffers submitted around the start keep their order.
+        let mut submitted = lock(&self.run.submitted);
+        match self.run.started.get() {
+            Some(Ok(started)) if submitted.is_empty() => started.pipeline.submit(lease),
+            Some(Err(_)) => {}
+            Some(Ok(_)) | None => submitted.push(lease),
+        }
+        Ok(())
+    }
+
+    /// Ends the pass; its threads stop after what they are at.
+    pub fn close(&self) {
+        self.run.close();
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) core: Arc<Core>,
+    pub(super) id: u64,
+    pub(super) external: bool,
+    pub(super) started: OnceLock<Result<Started>>,
+    /// Buffers submitted before the start, in order.
+    pub(super) submitted: Mutex<Vec<Lease>>,
+}
+
+#[derive(Debug)]
+pub(super) struct Started {
+    pipeline: Pipeline<Arc<Batch>>,
+    heading: Arc<Heading>,
+    delivered: AtomicU64,
+    ledger: Option<Mutex<ledger::Writer>>,
+}
+
+/// Where a pass goes.
+#[derive(Debug)]
+pub(super) struct Heading {
+    pub(super) course: Course,
+    pub(super) growth: Growth,
+    /// Index of its first row.
+    pub(super) start: u64,
+}
+
+impl Run {
+    pub(super) fn close(&self) {
+        let closed = || Err(Error::new(ErrorKind::Closed, "the loader was closed"));
+        if let Ok(started) = self.started.get_or_init(closed) {
+            started.pipeline.close();
+            started.pipeline.join();
+        }
+        lock(&self.submitted).clear();
+    }
+
+    fn start(&self) -> Result<Started> {
+        let core = &self.core;
+        let (course, growth, start) = {
+            let mut cursor = lock(&core.cursor);
+            let mut course = core.course(&cursor.growth, cursor.epoch);
+            let mut start = course.index_of(cursor.epoch, cursor.position);
+            let left = |start: u64, course: &Course| core.steps_from(start, course) > 0;
+            let continued = cursor.continues && left(start, &course);
+            let stays = cursor.continues && (cursor.named || (cursor.position == 0 && start == 0));
+            let endless = course.len().is_none();
+            if !(continued || stays || endless) {
+                let next = match core.config.epochs {
+                    Epochs::Count(count) => cursor.epoch - cursor.epoch % count + count,
+                    Epochs::Endless => cursor.epoch + 1,
+                };
+                course = core.course(&cursor.growth, next);
+                start = 0;
+            }
+            core.check_epoch(cursor.epoch)?;
+            if let Some(end) = course.len() {
+                core.grouping.check(end.saturating_sub(start))?;
+            }
+            let (epoch, position) = course.state_at(start);
+            let growth = cursor.growth.clone();
+            *cursor = Cursor { growth: growth.clone(), epoch, position, continues: false, named: false, run: self.id };
+            (course, growth, start)
+        };
+        let items = core.steps_from(start, &course);
+        let heading = Arc::new(Heading { course, growth, start });
+        let threads = core.config.num_threads.unwrap_or(1) as usize;
+        let plan = Plan {
+            threads: threads.min(usize::try_from(items.max(1)).unwrap_or(usize::MAX)),
+            window: core.config.prefetch_batches as usize,
+            items,
+            leased: self.external,
+        };
+        let reads_ahead = core.sources.list().iter().any(|source| source.reader.reads_ahead());
+        let ahead = if reads_ahead { WINDOWS_AHEAD.div_ceil(core.config.batch_size) } else { 0 };
+        let workers = AtomicUsize::new(0);
+        let begin = move || Worker { index: workers.fetch_add(1, Ordering::Relaxed), ..Worker::default() };
+        let compute = {
+            let (core, heading) = (Arc::clone(core), Arc::clone(&heading));
+            move |worker: &mut Worker, number: u64, lease: Option<Lease>| {
+                let began = Instant::now();
+                let global_batch = core.grouping.global_batch();
+                let index = heading.start + number * global_batch;
+                if ahead > 0 {
+                    let first = if number == 0 { 1 } else { ahead };
+                    for distance in first..=ahead {
+                        let index = index + distance * global_batch;
+                        core.read_ahead(&heading, number + distance, index, &mut worker.orders);
+                    }
+                }
+                let (start, slots) = slots(core.grouping, &heading.course, index);
+                let rows = core.places(&heading.growth, &slots, &mut worker.orders);
+                let layout = BatchLayout::new(&core.config, rows.len(), core.has_padding(&rows));
+                let lease = lease.unwrap_or_else(|| Lease::new(&core.pool, BatchLayout::largest_bytes(&core.config)));
+                let step = index / global_batch;
+                let batch = core.compute(start, step, &rows, layout, lease, worker)?;
+                let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
+                core.counters.worked(worker.index, decode, began.elapsed().saturating_sub(decode));
+                Ok(Arc::new(batch))
+            }
+        };
+        let pipeline = Pipeline::start(plan, begin, compute)?;
+        let ledger = core.begin_ledger(&heading)?.map(Mutex::new);
+        Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), ledger })
+    }
+}
+
+impl Started {
+    /// Writes the line of a batch that is about to be handed over.
+    fn write_ledger(&self, batch: &Batch, end: (u64, u64)) -> Result<()> {
+        let Some(ledger) = &self.ledger else { return Ok(()) };
+        let coverage = batch.coverage.ok_or_else(|| Error::new(ErrorKind::Internal, "a batch was not hashed"))?;
+        lock(ledger).write(&Entry { start: (batch.epoch, batch.position), end, coverage })
+    }
+}
