@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::nearest::nearest_of;
-use crate::order::mixture::{Exhausted, MAX_CYCLE, Stage};
+use crate::order::mixture::{Exhausted, MAX_CYCLE, Stage, apportioned};
 
 /// Digits after the point that a weight may have.
 const DIGITS: usize = 9;
@@ -25,6 +25,8 @@ pub struct Recipe {
     pub sources: Vec<Source>,
     /// What happens when a source has had its epochs.
     pub exhausted: Exhausted,
+    /// Sequences of the global batches that have exact counts of each source, where that is asked for.
+    pub exact_per: Option<u64>,
     stages: Vec<Written>,
 }
 
@@ -66,7 +68,14 @@ impl Recipe {
     pub fn parse(text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text)
             .map_err(|error| Error::config(format!("`mixture` is not valid JSON: {error}")))?;
-        let table = Table::new("", &value, &["sources", "stages", "exhausted"])?;
+        let table = Table::new("", &value, &["sources", "stages", "exhausted", "exact_per"])?;
+        let exact_per = match table.get("exact_per") {
+            None | Some(Value::Null) => None,
+            Some(value) => {
+                let count = value.as_u64().filter(|count| (1..=MAX_CYCLE).contains(count));
+                Some(count.ok_or_else(|| table.fault("exact_per", "the sequences of a global batch, from 1"))?)
+            }
+        };
         let exhausted = match table.get("exhausted") {
             None => "stop",
             Some(value) => value.as_str().unwrap_or_default(),
@@ -126,7 +135,25 @@ impl Recipe {
         for (index, value) in written.iter().enumerate() {
             stages.push(stage(&format!("stages[{index}]"), value, &sources)?);
         }
-        Ok(Self { sources, exhausted, stages })
+        let recipe = Self { sources, exhausted, exact_per, stages };
+        recipe.check_exact()?;
+        Ok(recipe)
+    }
+
+    /// Fails where a source has a weight, and no place in an exact global batch.
+    fn check_exact(&self) -> Result<()> {
+        let Some(count) = self.exact_per else { return Ok(()) };
+        for (index, stage) in self.stages.iter().enumerate() {
+            let places = apportioned(&stage.weights, count);
+            if let Some(none) = (0..places.len()).find(|source| stage.weights[*source] > 0 && places[*source] == 0) {
+                let stage = if index == 0 { String::new() } else { format!(" in stages[{}]", index - 1) };
+                return Err(Error::config(format!(
+                    "`mixture`: the weight of `{}`{stage} is less than one of the {count} sequences of `exact_per`: raise it, or leave `exact_per` out",
+                    self.sources[none].name
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The stages for sequences of `seq_len` tokens, in order; fails where they overlap.
@@ -297,6 +324,11 @@ mod tests {
             (r#"{"sources": [{"name": "a", "data": "a", "weight": 1, "epochs": 0}]}"#, "`sources[0].epochs`"),
             (&format!(r#"{{"sources": [{source}, {source}]}}"#), "a name of its own"),
             (&format!(r#"{{"sources": [{source}], "exhausted": "wrap"}}"#), "`exhausted` must be"),
+            (&format!(r#"{{"sources": [{source}], "exact_per": 0}}"#), "`exact_per` must be"),
+            (
+                r#"{"sources": [{"name": "a", "data": "a", "weight": 999}, {"name": "b", "data": "b", "weight": 1}], "exact_per": 8}"#,
+                "the weight of `b` is less than one of the 8 sequences",
+            ),
             (
                 &format!(r#"{{"sources": [{source}], "stages": [{{"at_step": 3, "weights": {{"a": 1}}}}]}}"#),
                 "with its `global_batch`",

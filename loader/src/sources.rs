@@ -162,7 +162,13 @@ impl Sources {
         }
         let epochs: Vec<Option<u64>> = recipe.sources.iter().map(|source| source.epochs).collect();
         let stages = recipe.stages(config.seq_len)?;
-        let mixture = Mixture::new(config.lanes, &sequences, &epochs, &stages, recipe.exhausted);
+        if let Some(count) = recipe.exact_per.filter(|count| !count.is_multiple_of(config.lanes)) {
+            return Err(Error::config(format!(
+                "`mixture`: `exact_per` must be a multiple of `lanes` = {}, found {count}",
+                config.lanes
+            )));
+        }
+        let mixture = Mixture::new(config.lanes, &sequences, &epochs, &stages, recipe.exhausted, recipe.exact_per);
         Ok(Self { list, mixture: Some((recipe, mixture)), settings })
     }
 
@@ -270,7 +276,7 @@ impl Sources {
     pub(crate) fn mixture_digest(&self, position: u64) -> StateValue {
         let Some((recipe, _)) = &self.mixture else { return "none".into() };
         let stages = recipe.stages(self.settings.seq_len).expect("checked when opened");
-        let mut text = format!("{:?}", recipe.exhausted);
+        let mut text = format!("{:?} {:?}", recipe.exhausted, recipe.exact_per);
         let mut drawn = vec![false; self.list.len()];
         for stage in stages.iter().filter(|stage| stage.start < position.max(1)) {
             text.push_str(&format!("\n{} {}", stage.start, stage.ramp));

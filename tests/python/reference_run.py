@@ -71,6 +71,16 @@ def steps(stages: list[Stage]) -> list[tuple[int, list[int]]]:
     return [(start, [weight // gcd(*weights) for weight in weights]) for start, weights in sorted(found.items())]
 
 
+def apportioned(weights: list[int], cycle: int) -> list[int]:
+    """Weights scaled to the sum `cycle`; what rounding leaves goes to the largest remainders."""
+    total = sum(weights)
+    counts = [weight * cycle // total for weight in weights]
+    largest = sorted(range(len(weights)), key=lambda s: (-(weights[s] * cycle % total), s))
+    for source in largest[: cycle - sum(counts)]:
+        counts[source] += 1
+    return counts
+
+
 def turns(weights: list[int], places: int) -> list[int]:
     """Turns that each source has among the first `places`: one half of the sources against the other, and so on."""
     if len(weights) == 1:
@@ -81,10 +91,20 @@ def turns(weights: list[int], places: int) -> list[int]:
 
 
 def lane_draws(
-    lane: int, lanes: int, shares: list[int], epochs: list[int | None], stages: list[Stage], drop: bool, most: int
+    lane: int,
+    lanes: int,
+    shares: list[int],
+    epochs: list[int | None],
+    stages: list[Stage],
+    drop: bool,
+    most: int,
+    exact_per: int | None,
 ) -> list[int]:
     """Sources of a lane's first `most` places, or of all where it ends before."""
     schedule = steps(stages)
+    if exact_per:
+        # Weights change between two global batches.
+        schedule = [(-(-start // exact_per) * exact_per, weights) for start, weights in schedule]
     limits = [None if count is None else count * share for count, share in zip(epochs, shares, strict=True)]
     counts = [0] * len(shares)
     drawn: list[int] = []
@@ -100,6 +120,8 @@ def lane_draws(
             now = [0 if over else weight for weight, over in zip(schedule[step][1], gone, strict=True)]
         if sum(now) == 0:
             break
+        if exact_per:
+            now = apportioned(now, exact_per)
         if changed or now != weights:
             weights, place_in_piece = now, 0
         phase = sum(weights) * lane // lanes + place_in_piece
@@ -121,10 +143,14 @@ def mixture(
     drop: bool,
     runs: int = 1,
     most: int = 10**9,
+    exact_per: int | None = None,
 ) -> list[list[Draw]]:
     """What is drawn in each of `runs` epochs of the mixture; no more than about `most` of each."""
     shares = [[size // lanes + (lane < size % lanes) for size in sizes] for lane in range(lanes)]
-    sources = [lane_draws(lane, lanes, shares[lane], epochs, stages, drop, -(-most // lanes)) for lane in range(lanes)]
+    sources = [
+        lane_draws(lane, lanes, shares[lane], epochs, stages, drop, -(-most // lanes), exact_per)
+        for lane in range(lanes)
+    ]
     even = min(len(drawn) for drawn in sources)
     places = [(lane, place) for place in range(even) for lane in range(lanes)]
     if drop:

@@ -25,7 +25,7 @@ pa = pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 ipc = pytest.importorskip("pyarrow.ipc")
 pq = pytest.importorskip("pyarrow.parquet")
 
-CASES = 150
+CASES = 220
 IGNORE = -100
 SOURCE_KEY = 5
 #: More places of an endless mixture than any case asks for.
@@ -79,6 +79,7 @@ class Case:
     stages: list[Stage] | None = None
     epochs: list[int | None] = field(default_factory=list)
     drop: bool = False
+    exact_per: int | None = None
     growth: list[tuple[int, int]] = field(default_factory=lambda: [(0, 10**6)])
     skips: list[Skip] = field(default_factory=list)
     _known: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -116,7 +117,14 @@ class Case:
         if "draws" not in self._known:
             sizes = [len(self.sequences(source, 0)[1]) for source in range(len(self.corpora))]
             self._known["draws"] = mixture(
-                self.given["lanes"], sizes, self.epochs, self.stages, self.drop, runs=4, most=MOST
+                self.given["lanes"],
+                sizes,
+                self.epochs,
+                self.stages,
+                self.drop,
+                runs=4,
+                most=MOST,
+                exact_per=self.exact_per,
             )
         return self._known["draws"][epoch]  # type: ignore[no-any-return]
 
@@ -192,6 +200,8 @@ def random_case(random: Random, pool: list[list[Path]]) -> Case:
         case.stages.append(Stage(random.choice([0, 10, 77]), random.choice([0, 50]), later))
     case.epochs = [random.choice([1, 2, None]) for _ in fits]
     case.drop = random.random() < 0.5
+    # Every weight has a place in so many sequences.
+    case.exact_per = random.choice([None, given["lanes"] * 24])
     return case
 
 
@@ -210,7 +220,15 @@ def settings_of(case: Case) -> dict[str, Any]:
          "weights": {f"s{index}": weight for index, weight in enumerate(stage.weights)}}
         for stage in later
     ]  # fmt: skip
-    return {**given, "mixture": {"sources": sources, "stages": stages, "exhausted": "drop" if case.drop else "stop"}}
+    return {
+        **given,
+        "mixture": {
+            "sources": sources,
+            "stages": stages,
+            "exhausted": "drop" if case.drop else "stop",
+            "exact_per": case.exact_per,
+        },
+    }
 
 
 def open_ranks(case: Case, world_size: int, **more: Any) -> list[Loader]:

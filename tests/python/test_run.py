@@ -179,6 +179,27 @@ def test_a_later_stage_may_change_and_one_that_has_begun_may_not(corpus: Path) -
         loader.load_state_dict(state)
 
 
+def test_global_batches_have_exact_counts_where_that_is_asked_for(corpus: Path) -> None:
+    recipe = mixture(corpus, exact_per=24)
+    with Loader(mixture=recipe, seq_len=SEQ_LEN, shuffle=True, batch_size=24, sample_ids=True) as loader:
+        assert {int(batch["source"].sum()) for batch in loader} == {6}
+    with pytest.raises(ConfigError, match="`exact_per` must be a multiple of `lanes` = 7"):
+        Loader(mixture=recipe, seq_len=SEQ_LEN, lanes=7)
+
+
+@pytest.mark.parametrize("shuffle", ["global", "block"])
+def test_every_world_size_has_the_same_global_batches(corpus: Path, shuffle: str) -> None:
+    together = 192
+    content = {"shuffle": shuffle, "chunk_tokens": 500, "window_tokens": 3000}
+    with open_run(corpus, batch_size=together, **content) as loader:
+        wanted = [first_ids(loader.batch_at(step, epoch=2)) for step in range(len(loader))]
+    for world_size in (2, 3, 4, 6, 8, 64):
+        with open_run(corpus, batch_size=together // world_size, **content) as loader:
+            for step, ids in enumerate(wanted):
+                ranks = [first_ids(loader.batch_at(step, 2, rank, world_size)) for rank in range(world_size)]
+                assert [value for row in zip(*ranks, strict=True) for value in row] == ids
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [

@@ -5,6 +5,9 @@
 //! places follows from one division per source (a tree of balanced two-letter words: one half of the sources against the other), so that after each
 //! cycle the shares are exact, and in between a source is off by no more turns than the tree is deep.
 //!
+//! Where exact counts are asked for in every global batch of so many sequences, the cycle has that length: the lanes' phases then make each
+//! global batch one whole cycle.
+//!
 //! Draw `k` of a source in a lane is place `k mod n` of its epoch `k / n`, `n` being the lane's share of that source: each source's epochs are
 //! complete, whatever the weights. Weights change at stages; a source that has had all its epochs either ends the lane or leaves the schedule.
 
@@ -56,6 +59,15 @@ struct Lane {
     len: u64,
 }
 
+/// Weights from a position on.
+#[derive(Clone, Debug)]
+struct Step {
+    start: u64,
+    weights: Vec<u64>,
+    /// Sum that the weights are scaled to, where counts are to be exact.
+    cycle: Option<u64>,
+}
+
 /// Places of a lane under the same weights.
 #[derive(Clone, Debug)]
 struct Piece {
@@ -81,9 +93,22 @@ pub struct Draw {
 impl Mixture {
     /// The schedule for sources of so many sequences, each at least `lanes`, with at most so many epochs each.
     ///
-    /// `stages` are sorted by their start, the first one begins at 0, and each has a positive weight.
-    pub fn new(lanes: u64, sequences: &[u64], epochs: &[Option<u64>], stages: &[Stage], exhausted: Exhausted) -> Self {
-        let steps = steps(stages);
+    /// `stages` are sorted by their start, the first one begins at 0, and each has a positive weight. `exact_per` is a multiple of `lanes`.
+    pub fn new(
+        lanes: u64,
+        sequences: &[u64],
+        epochs: &[Option<u64>],
+        stages: &[Stage],
+        exhausted: Exhausted,
+        exact_per: Option<u64>,
+    ) -> Self {
+        let mut steps = steps(stages);
+        if let Some(cycle) = exact_per {
+            for step in &mut steps {
+                step.start = step.start.next_multiple_of(cycle);
+                step.cycle = Some(cycle);
+            }
+        }
         let lanes: Vec<Lane> =
             (0..lanes).map(|lane| Lane::new(lane, lanes, sequences, epochs, &steps, exhausted)).collect();
         let even = lanes.iter().map(|lane| lane.len).min().unwrap_or(0);
@@ -149,7 +174,7 @@ impl Lane {
         lanes: u64,
         sequences: &[u64],
         epochs: &[Option<u64>],
-        steps: &[(u64, Vec<u64>)],
+        steps: &[Step],
         exhausted: Exhausted,
     ) -> Self {
         let shares: Vec<u64> = sequences.iter().map(|n| n / lanes + u64::from(lane < n % lanes)).collect();
@@ -163,12 +188,15 @@ impl Lane {
         let mut gone = vec![false; sequences.len()];
         let mut step = 0;
         loop {
-            while steps.get(step + 1).is_some_and(|(at, _)| at.div_ceil(lanes) <= start) {
+            while steps.get(step + 1).is_some_and(|next| next.start.div_ceil(lanes) <= start) {
                 step += 1;
             }
-            let weights: Vec<u64> =
-                steps[step].1.iter().zip(&gone).map(|(weight, gone)| if *gone { 0 } else { *weight }).collect();
-            let next = steps.get(step + 1).map(|(at, _)| at.div_ceil(lanes));
+            let mut weights: Vec<u64> =
+                steps[step].weights.iter().zip(&gone).map(|(weight, gone)| if *gone { 0 } else { *weight }).collect();
+            if let Some(cycle) = steps[step].cycle {
+                weights = apportioned(&weights, cycle);
+            }
+            let next = steps.get(step + 1).map(|next| next.start.div_ceil(lanes));
             let cycle: u64 = weights.iter().sum();
             if cycle == 0 {
                 // All that this stage draws from is gone; a later stage may have more.
@@ -274,9 +302,26 @@ fn share_out(weights: &[u64], places: u64, turns: &mut [u64]) {
     share_out(second, places - part, of_second);
 }
 
-/// Stages with their ramps as stages of their own: start and weights in lowest terms.
-fn steps(stages: &[Stage]) -> Vec<(u64, Vec<u64>)> {
-    let mut steps: Vec<(u64, Vec<u64>)> = Vec::new();
+/// `weights` scaled to the sum `cycle`; what rounding leaves goes to the largest remainders, of equal ones to the first.
+pub fn apportioned(weights: &[u64], cycle: u64) -> Vec<u64> {
+    let total: u128 = weights.iter().map(|weight| u128::from(*weight)).sum();
+    if total == 0 {
+        return weights.to_vec();
+    }
+    let scaled = |weight: u64| u128::from(weight) * u128::from(cycle);
+    let mut counts: Vec<u64> = weights.iter().map(|weight| (scaled(*weight) / total) as u64).collect();
+    let left = (cycle - counts.iter().sum::<u64>()) as usize;
+    let mut by_remainder: Vec<usize> = (0..weights.len()).collect();
+    by_remainder.sort_by_key(|index| (std::cmp::Reverse(scaled(weights[*index]) % total), *index));
+    for index in by_remainder.into_iter().take(left) {
+        counts[index] += 1;
+    }
+    counts
+}
+
+/// Stages with their ramps as stages of their own, with weights in lowest terms.
+fn steps(stages: &[Stage]) -> Vec<Step> {
+    let mut steps: Vec<Step> = Vec::new();
     for (index, stage) in stages.iter().enumerate() {
         let from = if index == 0 || stage.ramp == 0 { None } else { Some(&stages[index - 1].weights) };
         if let Some(from) = from {
@@ -287,16 +332,17 @@ fn steps(stages: &[Stage]) -> Vec<(u64, Vec<u64>)> {
                     u128::from(*from) * u128::from(new) * u128::from(RAMP_STEPS - step)
                         + u128::from(*to) * u128::from(old) * u128::from(step)
                 });
-                steps.push((at, lowest(mixed.collect())));
+                steps.push(Step { start: at, weights: lowest(mixed.collect()), cycle: None });
             }
         }
         let end = stage.start + if from.is_some() { stage.ramp - stage.ramp / RAMP_STEPS } else { 0 };
-        steps.push((end, lowest(stage.weights.iter().map(|weight| u128::from(*weight)).collect())));
+        let weights = lowest(stage.weights.iter().map(|weight| u128::from(*weight)).collect());
+        steps.push(Step { start: end, weights, cycle: None });
     }
     // Of steps that begin together the last one counts.
-    let mut kept: Vec<(u64, Vec<u64>)> = Vec::with_capacity(steps.len());
+    let mut kept: Vec<Step> = Vec::with_capacity(steps.len());
     for step in steps {
-        if kept.last().is_some_and(|last| last.0 == step.0) {
+        if kept.last().is_some_and(|last| last.start == step.start) {
             kept.pop();
         }
         kept.push(step);
@@ -330,7 +376,7 @@ mod tests {
         fn each_epoch_of_each_source_is_drawn_once(
             lanes in 1u64..9,
             sources in prop::collection::vec((0u64..60, 1u64..4, 0u64..7, 0u64..7), 1..5),
-            second in 0u64..200, ramp in 0u64..150, exhausted in prop::sample::select(vec![Exhausted::Stop, Exhausted::Drop]),
+            second in 0u64..200, ramp in 0u64..150, exact: bool, exhausted in prop::sample::select(vec![Exhausted::Stop, Exhausted::Drop]),
         ) {
             let sequences: Vec<u64> = sources.iter().map(|source| source.0 + lanes).collect();
             let epochs: Vec<Option<u64>> = sources.iter().map(|source| Some(source.1)).collect();
@@ -339,7 +385,8 @@ mod tests {
             first[0] += 1;
             last[sources.len() - 1] += 1;
             let stages = [stage(0, 0, &first), stage(second, ramp, &last)];
-            let mixture = Mixture::new(lanes, &sequences, &epochs, &stages, exhausted);
+            let exact_per = exact.then_some(lanes * 12);
+            let mixture = Mixture::new(lanes, &sequences, &epochs, &stages, exhausted, exact_per);
             prop_assert!(mixture.positions() < ENDLESS);
             for run in 0..2 {
                 let mut seen: HashMap<(usize, u64, u64), u32> = HashMap::new();
@@ -370,7 +417,7 @@ mod tests {
             let mut weights = weights;
             weights[0] += 1;
             let none = vec![None; weights.len()];
-            let mixture = Mixture::new(lanes, &vec![lanes; weights.len()], &none, &[stage(0, 0, &weights)], Exhausted::Stop);
+            let mixture = Mixture::new(lanes, &vec![lanes; weights.len()], &none, &[stage(0, 0, &weights)], Exhausted::Stop, None);
             prop_assert_eq!(mixture.positions(), ENDLESS);
             let total: u64 = weights.iter().sum();
             for (weight, count) in weights.iter().zip(mixture.counts(places * lanes)) {
@@ -384,9 +431,20 @@ mod tests {
     }
 
     #[test]
+    fn every_global_batch_has_exact_counts_where_that_is_asked_for() {
+        let stages = [stage(0, 0, &[70, 20, 10]), stage(5000, 0, &[1, 1, 1])];
+        let mixture = Mixture::new(8, &[8, 9, 10], &[None; 3], &stages, Exhausted::Stop, Some(512));
+        for batch in 0..20 {
+            let (before, after) = (mixture.counts(batch * 512), mixture.counts((batch + 1) * 512));
+            let counts: Vec<u64> = before.iter().zip(after).map(|(before, after)| after - before).collect();
+            assert_eq!(counts, if batch < 10 { [359, 102, 51] } else { [171, 171, 170] }, "batch {batch}");
+        }
+    }
+
+    #[test]
     fn a_ramp_moves_from_one_weight_to_the_other() {
         let stages = [stage(0, 0, &[1, 0]), stage(1000, 6400, &[0, 1])];
-        let mixture = Mixture::new(1, &[10, 10], &[None, None], &stages, Exhausted::Stop);
+        let mixture = Mixture::new(1, &[10, 10], &[None, None], &stages, Exhausted::Stop, None);
         assert_eq!(mixture.counts(1000), [1000, 0]);
         let of_second = |from: u64, to: u64| mixture.counts(to)[1] - mixture.counts(from)[1];
         assert!((45..=55).contains(&of_second(4150, 4250)), "half way: {}", of_second(4150, 4250));
