@@ -38,6 +38,8 @@ use crate::stats::{Counters, SourceStats, Stats};
 use crate::sync::lock;
 use crate::tokens::Dtype;
 
+/// Epochs that can be named; numbers beyond are mistakes.
+const MAX_EPOCH: u64 = 1 << 32;
 /// Windows read ahead of their use where files are not in memory: about what keeps a disk's queue full.
 const WINDOWS_AHEAD: u64 = 64;
 /// While everything is found in memory, one batch in so many is looked at.
@@ -242,6 +244,9 @@ impl Loader {
     pub fn load_state(&self, state: &State) -> Result<()> {
         let core = &self.core;
         let (epoch, position) = (state.epoch(), state.position());
+        if epoch > MAX_EPOCH {
+            return Err(refused(format!("state is damaged: epoch {epoch} is past {MAX_EPOCH}")));
+        }
         let (saved, growth) = core.growth(state)?;
         state.check(&core.content(&saved, epoch, position))?;
         // A run that ended its epochs with another remainder rule may have delivered the tail as well.
@@ -269,6 +274,13 @@ impl Loader {
             )));
         }
         core.check_epoch(epoch)?;
+        let bytes = n.saturating_mul(core.config.row_tokens() * 16);
+        if bytes > core.config.memory_budget {
+            return Err(Error::config(format!(
+                "{n} rows at once take {bytes} bytes, more than the {} of `memory_budget`: ask for fewer",
+                core.config.memory_budget
+            )));
+        }
         let slot = |position| Slot::Position { epoch, position, repeated: false };
         let slots: Vec<Slot> = (position..position + n).map(slot).collect();
         core.compute_alone(&growth, (epoch, position), position / core.grouping.global_batch(), &slots)
@@ -447,6 +459,9 @@ impl Core {
     }
 
     fn check_epoch(&self, epoch: u64) -> Result<()> {
+        if epoch > MAX_EPOCH {
+            return Err(Error::config(format!("epoch {epoch} is asked for, the last one is {MAX_EPOCH}")));
+        }
         if epoch > 0 && self.sources.mixture().is_some_and(|mixture| mixture.positions() == ENDLESS) {
             return Err(Error::config(format!(
                 "epoch {epoch} is asked for, and this mixture's first epoch has no end"

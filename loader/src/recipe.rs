@@ -117,7 +117,7 @@ impl Recipe {
                 }
             };
             weights.push(match table.get("weight") {
-                None => "0".to_owned(),
+                None => return Err(table.fault("weight", "given; 0 for a source that only a later stage draws from")),
                 Some(value) => decimal(value).ok_or_else(|| table.fault("weight", "a number from 0"))?,
             });
             sources.push(Source { name, data, epochs });
@@ -320,7 +320,8 @@ mod tests {
                 r#"{"sources": [{"name": "a", "data": "a", "weight": -1}]}"#,
                 "`sources[0].weight` must be a number from 0, found -1",
             ),
-            (r#"{"sources": [{"name": "a", "data": "a"}]}"#, "are all 0"),
+            (r#"{"sources": [{"name": "a", "data": "a"}]}"#, "`sources[0].weight` must be given"),
+            (r#"{"sources": [{"name": "a", "data": "a", "weight": 0}]}"#, "are all 0"),
             (r#"{"sources": [{"name": "a", "data": "a", "weight": 1, "epochs": 0}]}"#, "`sources[0].epochs`"),
             (&format!(r#"{{"sources": [{source}, {source}]}}"#), "a name of its own"),
             (&format!(r#"{{"sources": [{source}], "exhausted": "wrap"}}"#), "`exhausted` must be"),

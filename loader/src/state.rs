@@ -115,6 +115,10 @@ impl State {
             .iter()
             .filter_map(|(key, present)| match self.get(key) {
                 Some(saved) if saved == present => None,
+                Some(saved) if *key == "mixture" => Some(format!(
+                    "`mixture` has another digest, {saved} when saved and {present} now: a source, weight, stage or rule that had begun by then was \
+                     changed; a change is a new stage at the end of the list"
+                )),
                 Some(saved) => Some(format!("`{key}` was {saved} when saved and is {present} now")),
                 None => Some(format!("`{key}` is missing in the state and is {present} now")),
             })

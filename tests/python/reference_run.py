@@ -153,11 +153,9 @@ def mixture(
     ]
     even = min(len(drawn) for drawn in sources)
     places = [(lane, place) for place in range(even) for lane in range(lanes)]
-    if drop:
-        longest = max(len(drawn) for drawn in sources)
-        places += [
-            (lane, place) for place in range(even, longest) for lane in range(lanes) if place < len(sources[lane])
-        ]
+    # What only some lanes have comes at the end.
+    longest = max(len(drawn) for drawn in sources)
+    places += [(lane, place) for place in range(even, longest) for lane in range(lanes) if place < len(sources[lane])]
     found = []
     for run in range(runs):
         counts = [[run * drawn.count(source) for source in range(len(sizes))] for drawn in sources]

@@ -158,6 +158,30 @@ def test_a_mixture_has_its_shares_and_says_so(corpus: Path) -> None:
     assert a["tokens"] == a["sequences"] * SEQ_LEN
 
 
+@pytest.mark.parametrize("exhausted", ["stop", "drop"])
+def test_one_source_is_delivered_whole_whatever_the_lanes(corpus: Path, exhausted: str) -> None:
+    for lanes in (1, 7, 8, 253):
+        recipe = {"sources": [{"name": "all", "data": corpus, "weight": np.float32(1)}], "exhausted": exhausted}
+        with Loader(mixture=recipe, seq_len=SEQ_LEN, shuffle=True, lanes=lanes) as loader:
+            assert sorted(sequences(loader)) == list(range(1000))
+
+
+def test_what_cannot_be_is_an_error_with_its_name(corpus: Path) -> None:
+    with open_run(corpus) as loader:
+        with pytest.raises(ConfigError, match="rows at once take"):
+            Loader(mixture={"sources": [{"name": "a", "data": corpus, "weight": 1, "epochs": None}]},
+                   seq_len=SEQ_LEN).sequences_at(0, 5, 2**50)  # fmt: skip
+        state = loader.state_dict()
+        with pytest.raises(StateMismatchError, match="is past 4294967296"):
+            loader.load_state_dict({**state, "epoch": 2**64 - 1})
+    with pytest.raises(TypeError, match="`skip` must be a list of"):
+        open_run(corpus, skip=[(1.5, 3)])
+    with open_run(corpus, skip=np.array([[10, 20]])) as loader:
+        assert loader.config["skip"] == [(0, 10, 20)]
+    with pytest.raises(ConfigError, match=r"`sources\[0\].weight` must be given"):
+        Loader(mixture={"sources": [{"name": "a", "data": corpus}]})
+
+
 def test_a_later_stage_may_change_and_one_that_has_begun_may_not(corpus: Path) -> None:
     first = {"at_sequences": 16, "weights": {"a": 1, "b": 1}}
 

@@ -8,9 +8,9 @@ import logging
 import operator
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, SupportsIndex
+from typing import Any, Generic, Literal, Self, SupportsFloat, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -84,8 +84,8 @@ def _text(name: str, value: object) -> str:
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if name == "mixture" and isinstance(value, Mapping):
-        return json.dumps(value, default=os.fspath)
-    if name == "skip" and isinstance(value, Sequence):
+        return json.dumps(value, default=_plain)
+    if name == "skip" and not isinstance(value, str) and isinstance(value, Iterable):
         return ",".join(_range(part) for part in value) or "none"
     if name == "input_dtype":
         if str(value).startswith("torch."):
@@ -96,8 +96,22 @@ def _text(name: str, value: object) -> str:
     raise TypeError(f"`{name}` must be an int, a bool or a str, found {type(value).__name__}")
 
 
-def _range(part: object) -> str:
-    numbers = [operator.index(number) for number in part] if isinstance(part, Sequence) else []
+def _plain(value: Any) -> Any:
+    """A path, or a number of NumPy's or another library's, as JSON has it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, SupportsIndex):
+        return operator.index(value)
+    if isinstance(value, SupportsFloat):
+        return float(value)
+    raise TypeError(f"`mixture` cannot hold a {type(value).__name__}: {value!r}")
+
+
+def _range(part: Any) -> str:
+    try:
+        numbers = [operator.index(number) for number in part]
+    except TypeError:
+        numbers = []
     if len(numbers) not in (2, 3):
         raise TypeError(f"`skip` must be a list of (start, end) or (epoch, start, end), found {part!r}")
     return f"{numbers[-3] if len(numbers) == 3 else 0}:{numbers[-2]}-{numbers[-1]}"

@@ -68,6 +68,12 @@ pub(super) fn run(
     let wanted = [Wanted::new(&loader, epoch..epoch + 1, std::slice::from_ref(&(from..to)), &order)?];
     order.finish_and_clear();
     let expected = expected(&loader, &wanted, context)?[0];
+    if from >= to {
+        let text = format!(
+            "no position is delivered: epoch {epoch} has {positions} positions in global batches of {global_batch}"
+        );
+        return Err(Error::config(text).into());
+    }
     let proven = found == expected && expected.rows == to - from;
     if options.json {
         let value = json!({
