@@ -153,8 +153,10 @@ def mixture(
     ]
     even = min(len(drawn) for drawn in sources)
     places = [(lane, place) for place in range(even) for lane in range(lanes)]
-    # What only some lanes have comes at the end.
+    # What only some lanes have comes at the end; where one of them has no end, nothing does.
     longest = max(len(drawn) for drawn in sources)
+    if longest >= -(-most // lanes):
+        longest = even
     places += [(lane, place) for place in range(even, longest) for lane in range(lanes) if place < len(sources[lane])]
     found = []
     for run in range(runs):
