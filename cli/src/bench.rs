@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::report::{bytes, grouped, line};
-use crate::{Context, Failure, Sets, progress};
+use crate::{Context, Failure, Sets, Shape, progress};
 
 /// Time to run where neither time nor epochs are given.
 const DEFAULT_SECONDS: f64 = 10.0;
@@ -23,15 +23,8 @@ const TEMPLATE: &str = "{msg} {wide_bar} {percent}%";
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
-    /// Tokens per sequence
-    #[arg(long, value_name = "TOKENS")]
-    seq_len: Option<String>,
-    /// Sequences per batch
-    #[arg(long, value_name = "N")]
-    batch_size: Option<String>,
-    /// Order: true, false, global or block
-    #[arg(long, value_name = "ORDER", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    shuffle: Option<String>,
+    #[command(flatten)]
+    shape: Shape,
     /// Worker threads
     #[arg(long, value_name = "N")]
     threads: Option<String>,
@@ -56,12 +49,8 @@ fn positive_seconds(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
-    let flags = [
-        ("seq_len", options.seq_len.clone()),
-        ("batch_size", options.batch_size.clone()),
-        ("shuffle", options.shuffle.clone()),
-        ("num_threads", options.threads.clone()),
-    ];
+    let own = [("num_threads", options.threads.clone())];
+    let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
     // No one trains on these batches: they belong in no ledger.
     config.ledger = None;

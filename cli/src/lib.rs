@@ -56,6 +56,26 @@ enum Command {
     },
 }
 
+/// Settings that have options of their own in every command that runs a loader.
+#[derive(Debug, Default, Args)]
+struct Shape {
+    /// Tokens per sequence
+    #[arg(long, value_name = "TOKENS")]
+    seq_len: Option<String>,
+    /// Sequences per rank and step
+    #[arg(long, value_name = "N")]
+    batch_size: Option<String>,
+    /// Order: true, false, global or block
+    #[arg(long, value_name = "ORDER", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    shuffle: Option<String>,
+}
+
+impl Shape {
+    fn flags(&self) -> [(&'static str, Option<String>); 3] {
+        [("seq_len", self.seq_len.clone()), ("batch_size", self.batch_size.clone()), ("shuffle", self.shuffle.clone())]
+    }
+}
+
 /// Settings by name, which every command takes.
 #[derive(Debug, Default, Args)]
 struct Sets {

@@ -15,21 +15,14 @@ use forebay::{Config, Loader};
 use serde_json::{Value, json};
 
 use crate::report::{bytes, grouped, line};
-use crate::{Context, Failure, Sets};
+use crate::{Context, Failure, Sets, Shape};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
-    /// Tokens per sequence
-    #[arg(long, value_name = "TOKENS")]
-    seq_len: Option<String>,
-    /// Sequences per rank and step
-    #[arg(long, value_name = "N")]
-    batch_size: Option<String>,
-    /// Order: true, false, global or block
-    #[arg(long, value_name = "ORDER", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    shuffle: Option<String>,
+    #[command(flatten)]
+    shape: Shape,
     /// Plans for the first of so many ranks
     #[arg(long, value_name = "N")]
     world_size: Option<String>,
@@ -41,13 +34,11 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
-    let flags = [
-        ("seq_len", options.seq_len.clone()),
-        ("batch_size", options.batch_size.clone()),
-        ("shuffle", options.shuffle.clone()),
+    let own = [
         ("dp_world_size", options.world_size.clone()),
         ("dp_rank", options.world_size.as_ref().map(|_| "0".to_owned())),
     ];
+    let flags = [options.shape.flags().as_slice(), &own].concat();
     let config = options.sets.resolve(&options.paths, &flags, context)?.config;
     let opening = Instant::now();
     let loader = Loader::open(config)?;

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use crate::report::grouped;
 use crate::sequential::{self, Visitor};
-use crate::{Context, Failure, Sets, progress};
+use crate::{Context, Failure, Sets, Shape, progress};
 use ledger::Found;
 
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {eta} left";
@@ -40,15 +40,8 @@ const BAR_EVERY: u64 = 1 << 16;
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
-    /// Tokens per sequence
-    #[arg(long, value_name = "TOKENS")]
-    seq_len: Option<String>,
-    /// Sequences per rank and step
-    #[arg(long, value_name = "N")]
-    batch_size: Option<String>,
-    /// Order: true, false, global or block
-    #[arg(long, value_name = "ORDER", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    shuffle: Option<String>,
+    #[command(flatten)]
+    shape: Shape,
     /// Key of the order
     #[arg(long, value_name = "N")]
     seed: Option<String>,
@@ -83,12 +76,8 @@ fn shard_and_row(text: &str) -> Result<(String, u64), String> {
 }
 
 pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
-    let flags = [
-        ("seq_len", options.seq_len.clone()),
-        ("batch_size", options.batch_size.clone()),
-        ("shuffle", options.shuffle.clone()),
-        ("seed", options.seed.clone()),
-    ];
+    let own = [("seed", options.seed.clone())];
+    let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
     // Proving is no training: it must not add to a ledger.
     config.ledger = None;
