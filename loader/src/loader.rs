@@ -142,7 +142,7 @@ impl Loader {
     /// Counted for the pass that the present epoch belongs to: others differ where positions are skipped or the corpus grew.
     pub fn len(&self) -> u64 {
         let cursor = lock(&self.core.cursor).clone();
-        self.core.steps(&self.core.course(&cursor.growth, cursor.epoch))
+        self.core.steps_from(0, &self.core.course(&cursor.growth, cursor.epoch))
     }
 
     /// Whether a pass has no batch.
@@ -443,12 +443,6 @@ impl Core {
         // A mixture without end is one epoch.
         let count = if self.sources.full_rows(growth, epoch) == ENDLESS { Some(1) } else { count };
         Course::new(first, count, &self.config.skip, growth.changes(), |epoch| self.positions(growth, epoch))
-    }
-
-    /// Steps of a course, up to the limit.
-    fn steps(&self, course: &Course) -> u64 {
-        let steps = course.len().map_or(u64::MAX, |end| self.grouping.steps(end));
-        steps.min(self.config.max_steps.unwrap_or(u64::MAX))
     }
 
     /// Steps of a pass that begins at index `start`.
