@@ -22,21 +22,10 @@ from typing import Any
 import numpy as np
 
 from contestants import Batch, Contestant, RowGroups, Shape, contestants, map_rows
+from processes import descendants
 
 CHECKED_BATCHES = 48
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-
-
-def descendants() -> list[int]:
-    found, at = [os.getpid()], 0
-    while at < len(found):
-        for tasks in Path(f"/proc/{found[at]}/task").glob("*/children"):
-            try:
-                found.extend(int(pid) for pid in tasks.read_text().split())
-            except OSError:
-                continue
-        at += 1
-    return found
 
 
 def cpu_seconds() -> float:

@@ -24,6 +24,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from processes import descendants
+
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "<!-- workers -->"
 DATASETS = {
@@ -70,22 +72,10 @@ def dataset_of(name: str, size_mb: int) -> Any:
     return {"releasing": Releasing, "python": Python, "memory": Memory}[name]()
 
 
-def processes() -> list[int]:
-    found, at = [os.getpid()], 0
-    while at < len(found):
-        for tasks in Path(f"/proc/{found[at]}/task").glob("*/children"):
-            try:
-                found.extend(int(pid) for pid in tasks.read_text().split())
-            except OSError:
-                continue
-        at += 1
-    return found
-
-
 def pss_mb() -> float:
     """Memory of all processes, each page once."""
     total = 0
-    for pid in processes():
+    for pid in descendants():
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
         except OSError:
@@ -96,7 +86,7 @@ def pss_mb() -> float:
 
 def wait_for(threads: int, children: int) -> None:
     end = time.monotonic() + 60
-    while (threading.active_count() > threads or len(processes()) > children) and time.monotonic() < end:
+    while (threading.active_count() > threads or len(descendants()) > children) and time.monotonic() < end:
         time.sleep(0.001)
 
 
@@ -108,7 +98,7 @@ def cell(asked: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     dataset = dataset_of(asked["dataset"], asked["size_mb"])
-    threads, children = threading.active_count(), len(processes())
+    threads, children = threading.active_count(), len(descendants())
     ours = asked["loader"] == "forebay"
     cls: Any = forebay.torch.DataLoader if ours else torch.utils.data.DataLoader
     workers = asked["workers"]
