@@ -31,7 +31,7 @@ use crate::fill::{Ahead, Id, Row};
 use crate::layout::concat::{Concat, Specials};
 use crate::order::course::{self, Course, ENDLESS};
 use crate::order::partition::{self, Grouping};
-use crate::read::{BlockCache, Reader, Scratch};
+use crate::read::{BlockCache, Reader, Scratch, Spot};
 use crate::settings;
 use crate::shard::Access;
 use crate::sources::{Growth, Orders, Place, Source, Sources};
@@ -574,8 +574,11 @@ impl Core {
         let row_tokens = self.config.row_tokens() as usize;
         let layout = self.layout(rows);
         let targets_at = |index| layout.targets_at + index * seq_len * 8;
+        let mut next = rows.first().and_then(|row| self.find(row));
         for (index, row) in rows.iter().enumerate() {
-            let row = row.as_ref().map(|place| (place, self.ahead(rows.get(index + 1))));
+            let spot = std::mem::replace(&mut next, rows.get(index + 1).and_then(|row| self.find(row)));
+            let ahead = next.map_or(Ahead::NONE, |spot| spot.ahead);
+            let row = row.as_ref().map(|place| (place, spot, ahead));
             match (layout.kind, layout.input_dtype) {
                 (Kind::Overlapping, _) => {
                     let ids = lease.i64s(index * row_tokens * 8, row_tokens);
@@ -660,31 +663,32 @@ impl Core {
         }
     }
 
-    /// Where the tokens of the row after this one lie.
-    fn ahead(&self, next: Option<&Option<Place>>) -> Ahead {
-        match next {
-            Some(Some(place)) if !place.tokens.is_empty() => {
-                self.sources.list()[place.source].reader.ahead(place.tokens.start)
-            }
-            _ => Ahead::NONE,
-        }
+    /// Where a row begins, if that is to be known without reading or decoding anything.
+    fn find(&self, row: &Option<Place>) -> Option<Spot> {
+        let place = row.as_ref().filter(|place| !place.tokens.is_empty())?;
+        self.sources.list()[place.source].reader.find(place.tokens.start)
     }
 
     /// Writes the tokens of one row; the places after them hold `pad_id`, and their labels [`IGNORED_LABEL`]. Returns how many are tokens.
-    fn fill_row<T: Id>(&self, place: Option<(&Place, Ahead)>, row: Row<'_, T>, worker: &mut Worker) -> Result<usize> {
-        let Some((place, ahead)) = place else {
+    fn fill_row<T: Id>(
+        &self,
+        place: Option<(&Place, Option<Spot>, Ahead)>,
+        row: Row<'_, T>,
+        worker: &mut Worker,
+    ) -> Result<usize> {
+        let Some((place, spot, ahead)) = place else {
             row.pad(self.config.pad_id, IGNORED_LABEL);
             return Ok(0);
         };
         let reader = &self.sources.list()[place.source].reader;
         let (len, filled) = (row.len(), (place.tokens.end - place.tokens.start) as usize);
         let (tokens, mut rest) = row.split_at(filled);
-        reader.fill(place.tokens.clone(), place.ends_chunk, tokens, ahead, &mut worker.scratch)?;
+        reader.fill(place.tokens.clone(), place.ends_chunk, tokens, spot, ahead, &mut worker.scratch)?;
         if self.grouping.remainder == Remainder::Wrap && filled < len {
             let stream_len = place.tokens.end;
             while rest.len() > 0 {
                 let take = (rest.len() as u64).min(stream_len);
-                reader.fill(0..take, false, rest.take(take as usize), Ahead::NONE, &mut worker.scratch)?;
+                reader.fill(0..take, false, rest.take(take as usize), None, Ahead::NONE, &mut worker.scratch)?;
             }
             return Ok(len);
         }

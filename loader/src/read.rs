@@ -27,6 +27,19 @@ pub(crate) struct Scratch {
     pub(crate) decode_nanos: u64,
 }
 
+/// Where a stretch of the stream begins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spot {
+    /// Place in the stream.
+    at: u64,
+    shard: usize,
+    /// Place in the shard's stream.
+    within: u64,
+    block: usize,
+    /// Its bytes, where they are mapped.
+    pub(crate) ahead: Ahead,
+}
+
 /// Where a block lies in the stream.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockPlace {
@@ -72,32 +85,36 @@ impl Reader {
         &self.layout
     }
 
-    /// Where the tokens from `at` on lie in memory, if that is known without opening or reading anything.
-    pub(crate) fn ahead(&self, at: u64) -> Ahead {
-        let (index, within) = self.layout.locate(at);
-        let Some(opened) = self.corpus.opened(index) else { return Ahead::NONE };
+    /// Finds stream token `at`, where that takes no opening of its shard.
+    pub(crate) fn find(&self, at: u64) -> Option<Spot> {
+        let (shard, within) = self.layout.locate(at);
+        let opened = self.corpus.opened(shard)?;
         let block = self.specials.block_at(opened.before(), within);
         // With specials, places in the stream run ahead of tokens: too far by some lines at most.
         let token = within - self.specials.stream_len(opened.before()[block]);
-        opened.shard().mapped(block, token).map_or(Ahead::NONE, Ahead::of)
+        let ahead = opened.shard().mapped(block, token).map_or(Ahead::NONE, Ahead::of);
+        Some(Spot { at, shard, within, block, ahead })
     }
 
     /// Writes stream tokens `range` over `row`. With `ends_chunk`, blocks that begin inside the row are read no further than needed.
-    /// What is read next lies `ahead`.
+    /// `spot` is where the range begins, if that was found before, and what is read next lies `ahead`.
     pub(crate) fn fill<T: Id>(
         &self,
         range: Range<u64>,
         ends_chunk: bool,
         mut row: Row<'_, T>,
+        spot: Option<Spot>,
         ahead: Ahead,
         scratch: &mut Scratch,
     ) -> Result<()> {
         debug_assert_eq!(range.end - range.start, row.len() as u64);
         let mut at = range.start;
         while at < range.end {
-            let (index, within) = self.layout.locate(at);
+            let found = spot.filter(|spot| spot.at == at);
+            let (index, within) = found.map_or_else(|| self.layout.locate(at), |spot| (spot.shard, spot.within));
             let shard = self.corpus.shard(index)?;
-            for (block, part) in self.stretches(&shard, within, range.end - at) {
+            let first = found.map(|spot| spot.block);
+            for (block, part) in self.stretches(&shard, first, within, range.end - at) {
                 let filled = row.take((part.end - part.start) as usize);
                 let next = at + filled.len() as u64;
                 let prefix_only = ends_chunk && at > range.start;
@@ -110,15 +127,17 @@ impl Reader {
         Ok(())
     }
 
-    /// The blocks that hold the up to `len` tokens from `within` of a shard's stream, each with its stretch of its own stream.
+    /// The blocks that hold the up to `len` tokens from `within` of a shard's stream, each with its stretch of its own stream; the first one is
+    /// searched for if it is not known.
     fn stretches<'a>(
         &self,
         shard: &'a OpenShard,
+        first: Option<usize>,
         within: u64,
         len: u64,
     ) -> impl Iterator<Item = (usize, Range<u64>)> + use<'a> {
         let (specials, before) = (self.specials, shard.before());
-        let first = specials.block_at(before, within);
+        let first = first.unwrap_or_else(|| specials.block_at(before, within));
         let end = within + len;
         let place = move |block: usize| specials.stream_len(before[block]);
         (first..before.len() - 1).take_while(move |block| place(*block) < end).map(move |block| {
@@ -258,7 +277,7 @@ impl Reader {
             // Opening a shard is left to whoever reads it: the first batch must not wait for those of all windows ahead.
             let Some(opened) = self.corpus.opened(index) else { return true };
             let shard = opened.shard();
-            for (block, part) in self.stretches(&opened, within, range.end - at) {
+            for (block, part) in self.stretches(&opened, None, within, range.end - at) {
                 at += part.end - part.start;
                 let tokens = shard.blocks()[block].tokens;
                 // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
