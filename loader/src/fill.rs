@@ -98,7 +98,7 @@ impl Ahead {
         for line in 0..LINES {
             let at = self.0.wrapping_add(offset_bytes + line * 64);
             // SAFETY: prefetching is a hint that reads nothing and never faults, whatever the address.
-            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast()) };
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast()) };
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = offset_bytes;
