@@ -469,7 +469,7 @@ fn id(text: &str) -> Option<u32> {
 }
 
 /// An integer with a decimal (`k`, `M`, `G`, `T`) or binary (`Ki`, `Mi`, `Gi`, `Ti`) unit, and `B` after it where `bytes` are meant.
-fn size(text: &str, bytes: bool) -> Option<u64> {
+pub fn size(text: &str, bytes: bool) -> Option<u64> {
     let unit_at = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
     let (number, unit) = text.split_at(unit_at);
     let unit = unit.to_ascii_lowercase();
