@@ -40,6 +40,7 @@ pub mod state;
 pub mod stats;
 mod sync;
 pub mod tokens;
+mod trace;
 
 pub use config::Config;
 pub use error::{Error, ErrorKind, Result};
