@@ -30,6 +30,7 @@ mod nearest;
 pub mod opened;
 pub mod order;
 mod pipeline;
+mod placement;
 pub mod plan;
 mod read;
 pub mod recipe;

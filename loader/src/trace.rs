@@ -22,12 +22,16 @@ const KEPT: usize = 512;
 const CLOSER: &str = "\n]\n";
 
 /// The traces of this process by what was asked for. Loaders that ask for the same one share its file, which stays open.
-static OPEN: Mutex<Option<HashMap<(String, u32), Arc<Trace>>>> = Mutex::new(None);
+static OPEN: Mutex<Option<Traces>> = Mutex::new(None);
+
+/// By path and process.
+type Traces = HashMap<(String, u32), Arc<Trace>>;
 
 /// A file of events.
 #[derive(Debug)]
 pub(crate) struct Trace {
     path: PathBuf,
+    elsewhere: bool,
     pid: u32,
     /// An instant, and its time on the clock that all processes share.
     origin: (Instant, Duration),
@@ -85,7 +89,14 @@ impl Trace {
             .map_err(|error| failed(&place, error))?;
         let sink = Sink { file, end: head.len() as u64, named: Vec::new(), failed: false };
         let origin = (Instant::now(), since_boot());
-        let trace = Arc::new(Self { path: place, pid, origin, sink: Mutex::new(sink), consumers: Mutex::default() });
+        let trace = Arc::new(Self {
+            path: place,
+            elsewhere: !free,
+            pid,
+            origin,
+            sink: Mutex::new(sink),
+            consumers: Mutex::default(),
+        });
         open.insert((path, pid), Arc::clone(&trace));
         Ok(trace)
     }
@@ -164,9 +175,13 @@ impl Trace {
     }
 
     /// Where it is written.
-    #[cfg(test)]
-    fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether that is not the file that was asked for, since another process writes it.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.elsewhere
     }
 }
 
@@ -252,15 +267,22 @@ impl Tracer {
     #[inline]
     pub(crate) fn end(&mut self, name: &'static str, began: Option<Instant>, number: Option<u64>) {
         if let (Some(lane), Some(began)) = (&mut self.0, began) {
-            lane.end(name, began, number);
+            lane.add(name, began, Instant::now(), number);
+        }
+    }
+
+    /// A span from `began` to `ended`, of no batch.
+    pub(crate) fn add(&mut self, name: &'static str, began: Instant, ended: Instant) {
+        if let Some(lane) = &mut self.0 {
+            lane.add(name, began, ended, None);
         }
     }
 }
 
 impl Lane {
     #[cold]
-    fn end(&mut self, name: &'static str, began: Instant, number: Option<u64>) {
-        self.spans.push(Span { name, thread: self.trace.thread(), began, ended: Instant::now(), number });
+    fn add(&mut self, name: &'static str, began: Instant, ended: Instant, number: Option<u64>) {
+        self.spans.push(Span { name, thread: self.trace.thread(), began, ended, number });
         if self.spans.len() >= KEPT {
             self.trace.write(&self.spans);
             self.spans.clear();
@@ -334,7 +356,7 @@ mod tests {
         let asked = asked.to_str().unwrap();
         let first = Trace::open(asked, 0, 1).unwrap();
         assert!(Arc::ptr_eq(&first, &Trace::open(asked, 0, 1).unwrap()));
-        assert_eq!(events(first.path()).len(), 1);
+        assert_eq!((events(first.path()).len(), first.is_elsewhere()), (1, false));
 
         // `flock` tells open files apart as it does processes.
         let other = folder.path().join("other.json");
@@ -342,6 +364,7 @@ mod tests {
         assert!(free);
         let trace = Trace::open(other.to_str().unwrap(), 0, 1).unwrap();
         assert_eq!(trace.path(), folder.path().join(format!("other.{}.json", std::process::id())));
+        assert!(trace.is_elsewhere());
         let error = Trace::open(folder.path().join("no/folder.json").to_str().unwrap(), 0, 1).unwrap_err();
         assert!(error.to_string().contains("FOREBAY_TRACE"), "{error}");
     }
