@@ -11,7 +11,7 @@ use crate::config::Epochs;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ledger::{self, Entry};
 use crate::order::course::Course;
-use crate::pipeline::{Pipeline, Plan, Taken, Work};
+use crate::pipeline::{Patience, Pipeline, Plan, Taken, Work};
 use crate::sources::Growth;
 use crate::sync::lock;
 use crate::trace::Tracer;
@@ -38,16 +38,24 @@ impl Batches {
     ///
     /// Without worker threads (`num_threads` = 0) the caller computes it, however long that takes.
     pub fn next_timeout(&self, timeout: Duration) -> Result<Next> {
-        self.take(timeout, false)
+        self.take(Patience::Wait(timeout))
     }
 
     /// As [`Batches::next_timeout`], but while the batch is not ready the caller computes one itself where that is quicker than waiting;
     /// that may take as long as a batch takes.
     pub fn next_or_help(&self, timeout: Duration) -> Result<Next> {
-        self.take(timeout, true)
+        self.take(Patience::Help(timeout))
     }
 
-    fn take(&self, timeout: Duration, may_help: bool) -> Result<Next> {
+    /// The next batch if it is ready, and [`Next::Pending`] if it is not, or if handing it over would read or write a file.
+    pub fn try_next(&self) -> Result<Next> {
+        match self.run.started.get() {
+            Some(Ok(started)) if started.ledger.is_none() => self.take(Patience::None),
+            _ => Ok(Next::Pending),
+        }
+    }
+
+    fn take(&self, patience: Patience) -> Result<Next> {
         let run = &self.run;
         let core = &run.core;
         core.check_process()?;
@@ -62,7 +70,7 @@ impl Batches {
             lock(ledger).check()?;
         }
         let mut written = Ok(());
-        let taken = started.pipeline.take(timeout, may_help, |batch| {
+        let taken = started.pipeline.take(patience, |batch| {
             // Takers come here one at a time.
             let delivered = started.delivered.load(Ordering::Relaxed) + 1;
             let index = started.heading.start.saturating_add(delivered * core.grouping.global_batch());

@@ -132,6 +132,17 @@ pub(crate) enum Taken<T> {
     Pending,
 }
 
+/// What a consumer does while its item is not ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// Goes away at once.
+    None,
+    /// Sleeps, at most so long. Without workers it computes the item all the same.
+    Wait(Duration),
+    /// Computes items where that is quicker, and sleeps else. May take longer by as much as one item takes.
+    Help(Duration),
+}
+
 /// How a pipeline runs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
@@ -187,15 +198,8 @@ impl<W: Work> Pipeline<W> {
         self.shared.wake_worker(ring);
     }
 
-    /// The next item in order; waits at most `timeout` for it. `delivered` runs before any other consumer can take the one after it.
-    ///
-    /// One that `may_help` computes items meanwhile, and may then take longer by as much as one item takes.
-    pub(crate) fn take(
-        &self,
-        timeout: Duration,
-        may_help: bool,
-        delivered: impl FnOnce(&W::Item),
-    ) -> Result<Taken<W::Item>> {
+    /// The next item in order. `delivered` runs before any other consumer can take the one after it.
+    pub(crate) fn take(&self, patience: Patience, delivered: impl FnOnce(&W::Item)) -> Result<Taken<W::Item>> {
         let shared = &*self.shared;
         let mut deadline = None;
         let mut ring = lock(&shared.ring);
@@ -226,7 +230,11 @@ impl<W: Work> Pipeline<W> {
                     return Ok(Taken::Item(item, depth));
                 }
                 Some(None) | None => {
-                    if ring.wants_consumer(may_help)
+                    let timeout = match patience {
+                        Patience::None => return Ok(Taken::Pending),
+                        Patience::Wait(timeout) | Patience::Help(timeout) => timeout,
+                    };
+                    if ring.wants_consumer(matches!(patience, Patience::Help(_)))
                         && let Some((number, lease)) = ring.take()
                     {
                         shared.begun(ring, number);
@@ -401,7 +409,8 @@ impl<W: Work> Shared<W> {
 mod tests {
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(60);
+    const LONG: Patience = Patience::Wait(Duration::from_secs(60));
+    const HELP: Patience = Patience::Help(Duration::from_secs(60));
 
     /// Items are their numbers, computed by a function.
     struct By<F>(F);
@@ -427,13 +436,13 @@ mod tests {
     #[test]
     fn items_come_in_order_for_any_number_of_threads_and_helping_or_not() {
         for threads in [0, 1, 2, 8] {
-            for helps in [false, true] {
+            for patience in [LONG, HELP] {
                 let pipeline = pipeline(threads, 3, 1000, Ok);
                 for expected in 0..1000 {
-                    let taken = pipeline.take(LONG, helps, |_| ()).unwrap();
+                    let taken = pipeline.take(patience, |_| ()).unwrap();
                     assert!(matches!(taken, Taken::Item(number, _) if number == expected));
                 }
-                assert!(matches!(pipeline.take(LONG, helps, |_| ()).unwrap(), Taken::End));
+                assert!(matches!(pipeline.take(patience, |_| ()).unwrap(), Taken::End));
                 pipeline.join();
             }
         }
@@ -441,14 +450,14 @@ mod tests {
 
     #[test]
     fn many_consumers_share_the_items_and_all_see_the_end() {
-        for (threads, helps) in [(4, false), (4, true), (0, false), (1, true)] {
+        for (threads, patience) in [(4, LONG), (4, HELP), (0, LONG), (1, HELP)] {
             let pipeline = pipeline(threads, 8, 5000, Ok);
             let mut seen: Vec<u64> = std::thread::scope(|scope| {
                 let consumers: Vec<_> = (0..6)
                     .map(|_| {
                         scope.spawn(|| {
                             let mut mine = Vec::new();
-                            while let Taken::Item(number, _) = pipeline.take(LONG, helps, |_| ()).unwrap() {
+                            while let Taken::Item(number, _) = pipeline.take(patience, |_| ()).unwrap() {
                                 mine.push(number);
                             }
                             mine
@@ -464,14 +473,14 @@ mod tests {
 
     #[test]
     fn an_error_or_a_panic_stands_at_its_place_and_stays_there() {
-        for (threads, helps) in [(3, false), (3, true), (0, false)] {
+        for (threads, patience) in [(3, LONG), (3, HELP), (0, LONG)] {
             let five = |number| if number == 5 { panic!("five") } else { Ok(number) };
             let pipeline = pipeline(threads, 4, 10, five);
             for _ in 0..5 {
-                assert!(matches!(pipeline.take(LONG, helps, |_| ()), Ok(Taken::Item(..))));
+                assert!(matches!(pipeline.take(patience, |_| ()), Ok(Taken::Item(..))));
             }
             for _ in 0..2 {
-                let error = pipeline.take(LONG, helps, |_| ()).err().unwrap();
+                let error = pipeline.take(patience, |_| ()).err().unwrap();
                 assert_eq!(error.kind(), ErrorKind::Internal);
                 assert!(error.to_string().contains("five"));
             }
@@ -483,7 +492,7 @@ mod tests {
         let plan = Plan { threads: 2, window: 4, items: 10, leased: true };
         let pipeline = Pipeline::start(plan, By(Ok)).unwrap();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| pipeline.take(LONG, true, |_| ()).err().map(|error| error.kind()));
+            let waiting = scope.spawn(|| pipeline.take(HELP, |_| ()).err().map(|error| error.kind()));
             std::thread::sleep(Duration::from_millis(20));
             pipeline.close();
             assert_eq!(waiting.join().unwrap(), Some(ErrorKind::Closed));
@@ -503,7 +512,7 @@ mod tests {
         };
         let pipeline = pipeline(0, 4, 10, slow);
         std::thread::scope(|scope| {
-            let helping = scope.spawn(|| pipeline.take(LONG, true, |_| ()).err().map(|error| error.kind()));
+            let helping = scope.spawn(|| pipeline.take(HELP, |_| ()).err().map(|error| error.kind()));
             let mut begun = lock(&entered.0);
             while !*begun {
                 begun = wait(&entered.1, begun);
@@ -517,7 +526,7 @@ mod tests {
     fn no_more_than_the_window_is_begun() {
         let pipeline = pipeline(4, 3, 100, Ok);
         std::thread::sleep(Duration::from_millis(50));
-        assert!(matches!(pipeline.take(Duration::ZERO, false, |_| ()).unwrap(), Taken::Item(0, 3)));
+        assert!(matches!(pipeline.take(Patience::None, |_| ()).unwrap(), Taken::Item(0, 3)));
     }
 
     #[test]
@@ -544,7 +553,7 @@ mod tests {
         let pipeline = Pipeline::start(plan, Prepared(Mutex::default())).unwrap();
         for _ in 0..9 {
             std::thread::sleep(Duration::from_millis(5));
-            assert!(matches!(pipeline.take(LONG, false, |_| ()).unwrap(), Taken::Item(..)));
+            assert!(matches!(pipeline.take(LONG, |_| ()).unwrap(), Taken::Item(..)));
         }
         let prepared = lock(&pipeline.shared.work.0);
         assert!(prepared.contains(&2) && prepared.contains(&8) && prepared.is_sorted(), "{prepared:?}");
