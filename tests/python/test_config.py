@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +269,7 @@ def test_workers_run_where_they_are_sent_and_give_way(corpus: Path) -> None:
         found = {}
         for task in Path("/proc/self/task").iterdir():
             name = (task / "comm").read_text().strip()
-            if name.startswith("forebay-"):
+            if re.fullmatch(r"forebay-\d+", name):
                 allowed = re.search(r"^Cpus_allowed_list:\s*(\S+)", (task / "status").read_text(), re.MULTILINE)
                 nice = int((task / "stat").read_text().rsplit(")", 1)[1].split()[16])
                 found[name] = (allowed.group(1) if allowed else "", nice)
@@ -281,7 +282,11 @@ def test_workers_run_where_they_are_sent_and_give_way(corpus: Path) -> None:
         batches = iter(loader)
         next(batches)
         expected = (str(cpu), min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5))
-        assert workers() == {"forebay-0": expected, "forebay-1": expected}
+        # The first batch may be there before a worker has begun.
+        deadline = time.monotonic() + 30
+        while workers() != {"forebay-0": expected, "forebay-1": expected}:
+            assert time.monotonic() < deadline, workers()
+            time.sleep(0.01)
     allowed = ",".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)))
     for asked in ("0,4000", [4000]):
         with pytest.raises(forebay.ConfigError, match=r"cpu_affinity.*may not run on: 4000; it may run on"):
