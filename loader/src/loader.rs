@@ -27,7 +27,7 @@ use crate::corpus::Corpus;
 use crate::coverage::Coverage;
 use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
-use crate::fill::{Id, Row};
+use crate::fill::{Ahead, Id, Row};
 use crate::layout::concat::{Concat, Specials};
 use crate::order::course::{self, Course, ENDLESS};
 use crate::order::partition::{self, Grouping};
@@ -591,7 +591,7 @@ impl Core {
         let layout = self.layout(rows);
         let targets_at = |index| layout.targets_at + index * seq_len * 8;
         for (index, row) in rows.iter().enumerate() {
-            let row = row.as_ref();
+            let row = row.as_ref().map(|place| (place, self.ahead(rows.get(index + 1))));
             match (layout.kind, layout.input_dtype) {
                 (Kind::Overlapping, _) => {
                     let ids = lease.i64s(index * row_tokens * 8, row_tokens);
@@ -676,21 +676,31 @@ impl Core {
         }
     }
 
+    /// Where the tokens of the row after this one lie.
+    fn ahead(&self, next: Option<&Option<Place>>) -> Ahead {
+        match next {
+            Some(Some(place)) if !place.tokens.is_empty() => {
+                self.sources.list()[place.source].reader.ahead(place.tokens.start)
+            }
+            _ => Ahead::NONE,
+        }
+    }
+
     /// Writes the tokens of one row; the places after them hold `pad_id`, and their labels [`IGNORED_LABEL`]. Returns how many are tokens.
-    fn fill_row<T: Id>(&self, place: Option<&Place>, row: Row<'_, T>, worker: &mut Worker) -> Result<usize> {
-        let Some(place) = place else {
+    fn fill_row<T: Id>(&self, place: Option<(&Place, Ahead)>, row: Row<'_, T>, worker: &mut Worker) -> Result<usize> {
+        let Some((place, ahead)) = place else {
             row.pad(self.config.pad_id, IGNORED_LABEL);
             return Ok(0);
         };
         let reader = &self.sources.list()[place.source].reader;
         let (len, filled) = (row.len(), (place.tokens.end - place.tokens.start) as usize);
         let (tokens, mut rest) = row.split_at(filled);
-        reader.fill(place.tokens.clone(), place.ends_chunk, tokens, &mut worker.scratch)?;
+        reader.fill(place.tokens.clone(), place.ends_chunk, tokens, ahead, &mut worker.scratch)?;
         if self.grouping.remainder == Remainder::Wrap && filled < len {
             let stream_len = place.tokens.end;
             while rest.len() > 0 {
                 let take = (rest.len() as u64).min(stream_len);
-                reader.fill(0..take, false, rest.take(take as usize), &mut worker.scratch)?;
+                reader.fill(0..take, false, rest.take(take as usize), Ahead::NONE, &mut worker.scratch)?;
             }
             return Ok(len);
         }

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::Result;
-use crate::fill::{Id, Piece, Row, pieces, widen};
+use crate::fill::{Ahead, Id, Piece, Row, pieces, widen};
 use crate::layout::concat::{Concat, Specials};
 use crate::shard::{Access, DecodedBlock, Ends, EndsScratch};
 use crate::sync::{lock, wait};
@@ -74,12 +74,24 @@ impl Reader {
         &self.layout
     }
 
+    /// Where the tokens from `at` on lie in memory, if that is known without opening or reading anything.
+    pub(crate) fn ahead(&self, at: u64) -> Ahead {
+        let (index, within) = self.layout.locate(at);
+        let Some(opened) = self.corpus.opened(index) else { return Ahead::NONE };
+        let block = self.specials.block_at(opened.before(), within);
+        // With specials, places in the stream run ahead of tokens: too far by some lines at most.
+        let token = within - self.specials.stream_len(opened.before()[block]);
+        opened.shard().mapped(block, token).map_or(Ahead::NONE, Ahead::of)
+    }
+
     /// Writes stream tokens `range` over `row`. With `ends_chunk`, blocks that begin inside the row are read no further than needed.
+    /// What is read next lies `ahead`.
     pub(crate) fn fill<T: Id>(
         &self,
         range: Range<u64>,
         ends_chunk: bool,
         mut row: Row<'_, T>,
+        ahead: Ahead,
         scratch: &mut Scratch,
     ) -> Result<()> {
         debug_assert_eq!(range.end - range.start, row.len() as u64);
@@ -92,7 +104,7 @@ impl Reader {
                 let next = at + filled.len() as u64;
                 let prefix_only = ends_chunk && at > range.start;
                 let block = BlockRef { shard: index as u32, block: block as u32 };
-                self.fill_from_block(&shard, block, part, prefix_only, filled, scratch)
+                self.fill_from_block(&shard, block, part, prefix_only, filled, ahead, scratch)
                     .map_err(|error| error.at(shard.shard().path()).in_block(u64::from(block.block)))?;
                 at = next;
             }
@@ -117,6 +129,7 @@ impl Reader {
         })
     }
 
+    #[allow(clippy::too_many_arguments)] // each is a different fact about the one stretch
     fn fill_from_block<T: Id>(
         &self,
         opened: &OpenShard,
@@ -124,6 +137,7 @@ impl Reader {
         range: Range<u64>,
         prefix_only: bool,
         row: Row<'_, T>,
+        ahead: Ahead,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (shard, index) = (opened.shard(), block.block as usize);
@@ -132,13 +146,13 @@ impl Reader {
         match shard.access() {
             Access::Random if self.specials.none() => {
                 let tokens = shard.tokens(index, range, &mut scratch.tokens)?;
-                widen(row, &tokens)
+                widen(row, &tokens, ahead)
             }
             Access::Random => {
                 let ends = shard.ends(index, &mut scratch.ends)?;
                 let buffer = &mut scratch.tokens;
                 self.fill_pieces(&ends, meta.tokens, opened.continues(index), range, row, |part, tokens| {
-                    widen(part, &shard.tokens(index, tokens, buffer)?)
+                    widen(part, &shard.tokens(index, tokens, buffer)?, ahead)
                 })
             }
             Access::Block => {
@@ -161,13 +175,13 @@ impl Reader {
                 let all = Tokens::new(dtype, &decoded.bytes);
                 let slice = |tokens: Range<u64>| all.slice(tokens.start as usize..tokens.end as usize);
                 if self.specials.none() {
-                    return widen(row, &slice(range));
+                    return widen(row, &slice(range), ahead);
                 }
                 let ends = Ends::List(&decoded.ends);
                 // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
                 self.fill_pieces(&ends, tokens, opened.continues(index), range, row, |part, tokens| {
-                    widen(part, &slice(tokens))
+                    widen(part, &slice(tokens), ahead)
                 })
             }
         }

@@ -260,6 +260,12 @@ pub trait Shard: Send + Sync + fmt::Debug {
     /// Random access: the ids of `range` (token offsets in block `block`), borrowed from the mapping, or read into `scratch`.
     fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>>;
 
+    /// Random access: the bytes from token `token` of block `block` on, if they are mapped.
+    fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
+        let _ = (block, token);
+        None
+    }
+
     /// Random access: document ends of block `block`, borrowed from the mapping where possible, or built in `scratch`.
     fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>>;
 

@@ -120,6 +120,12 @@ impl Shard for MappedArrow {
         Ok(Tokens::new(self.column.dtype, bytes))
     }
 
+    fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
+        let all = self.blocks[block].tokens;
+        let from = all.start + token * self.column.dtype.size() as u64;
+        self.file.mapped()?.get(from as usize..(all.start + all.len) as usize)
+    }
+
     fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
         let meta = &self.metas[block];
         let width = match self.column.kind {
