@@ -94,6 +94,8 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
     dict.set_item("input_dtype", config.input_dtype.name())?;
     dict.set_item("sample_ids", config.sample_ids)?;
     dict.set_item("num_threads", config.num_threads)?;
+    dict.set_item("cpu_affinity", &config.cpu_affinity)?;
+    dict.set_item("thread_priority", config.thread_priority)?;
     dict.set_item("prefetch_batches", config.prefetch_batches)?;
     dict.set_item("memory_budget", config.memory_budget)?;
     dict.set_item("block_tokens", config.block_tokens)?;

@@ -31,6 +31,7 @@ use crate::fill::{Ahead, Id, Row};
 use crate::layout::concat::{Concat, Specials};
 use crate::order::course::{self, Course, ENDLESS};
 use crate::order::partition::{self, Grouping};
+use crate::placement::Placement;
 use crate::read::{BlockCache, Reader, Scratch, Spot};
 use crate::settings;
 use crate::shard::Access;
@@ -39,6 +40,7 @@ use crate::state::{State, StateValue, refused};
 use crate::stats::{Counters, SourceStats, Stats};
 use crate::sync::{Home, lock};
 use crate::tokens::Dtype;
+use crate::trace::Trace;
 
 /// Epochs that can be named; numbers beyond are mistakes.
 const MAX_EPOCH: u64 = 1 << 32;
@@ -76,6 +78,9 @@ struct Core {
     cold: AtomicBool,
     /// Whether batches are hashed. Written by callers, read by workers; a batch that is begun before may have none.
     covers: AtomicBool,
+    /// Where spans go, if `FOREBAY_TRACE` names a file.
+    trace: Option<Arc<Trace>>,
+    placement: Placement,
     home: Home,
 }
 
@@ -373,6 +378,8 @@ impl Core {
         let rank = *config.dp_rank.get_or_insert(0);
         let world_size = *config.dp_world_size.get_or_insert(1);
 
+        let placement = Placement::of(&config)?;
+        let trace = environment::trace().map(|asked| Trace::open(&asked, rank, world_size)).transpose()?;
         let corpora = open_corpora(&config, threads)?;
         let access = if corpora.iter().any(|(_, corpus)| corpus.access() == Access::Block) {
             Access::Block
@@ -391,6 +398,13 @@ impl Core {
         let largest = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
         let cache_bytes = cache_budget(&config, largest, threads, in_flight * batch_bytes as u64)?;
         let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
+        let elsewhere = trace.as_ref().filter(|trace| trace.is_elsewhere());
+        warnings.extend(elsewhere.map(|trace| {
+            format!(
+                "another process writes the trace that `FOREBAY_TRACE` names: that of this one is `{}`",
+                trace.path().display()
+            )
+        }));
         warnings.extend(window_warning(&config, &corpora, &grouping, largest, cache_bytes));
         let cache = Arc::new(BlockCache::new(cache_bytes));
         let specials = Specials { bos: config.bos_id, eos: config.eos_id };
@@ -412,6 +426,8 @@ impl Core {
             next_run: AtomicU64::new(0),
             cold: AtomicBool::new(true),
             covers: AtomicBool::new(config.ledger.is_some()),
+            trace,
+            placement,
             home: Home::here(),
             sources,
             cache,

@@ -17,6 +17,7 @@ use crate::layout::concat::{Concat, Specials};
 use crate::shard::{Access, DecodedBlock, Ends, EndsScratch};
 use crate::sync::{lock, wait};
 use crate::tokens::Tokens;
+use crate::trace::Tracer;
 
 /// Memory of one worker, reused from row to row.
 #[derive(Debug, Default)]
@@ -25,6 +26,7 @@ pub(crate) struct Scratch {
     ends: EndsScratch,
     /// Time this worker spent decoding since it was last asked.
     pub(crate) decode_nanos: u64,
+    pub(crate) tracer: Tracer,
 }
 
 /// Where a stretch of the stream begins.
@@ -187,6 +189,7 @@ impl Reader {
                 )?;
                 if decoded_here {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
+                    scratch.tracer.end("decode", Some(started), None);
                 }
                 let all = Tokens::new(dtype, &decoded.bytes);
                 let slice = |tokens: Range<u64>| all.slice(tokens.start as usize..tokens.end as usize);

@@ -14,6 +14,7 @@ use crate::order::course::Course;
 use crate::pipeline::{Patience, Pipeline, Plan, Taken, Work};
 use crate::sources::Growth;
 use crate::sync::lock;
+use crate::trace::Tracer;
 
 /// What waiting for a batch came to.
 #[derive(Debug)]
@@ -85,6 +86,17 @@ impl Batches {
             }
         })?;
         written?;
+        if let Some(trace) = &core.trace {
+            let (name, batch) = match &taken {
+                Taken::Item(batch, 0) => ("wait", Some(batch.step)),
+                Taken::Item(batch, _) => ("hand over", Some(batch.step)),
+                Taken::End | Taken::Pending => ("wait", None),
+            };
+            trace.span(name, asked, batch);
+            if matches!(taken, Taken::End) {
+                trace.flush();
+            }
+        }
         match taken {
             Taken::Item(batch, depth) => {
                 let tokens = batch.rows as u64 * core.config.seq_len;
@@ -176,6 +188,9 @@ impl Run {
             started.pipeline.join();
         }
         lock(&self.submitted).clear();
+        if let Some(trace) = &self.core.trace {
+            trace.flush();
+        }
     }
 
     fn start(&self) -> Result<Started> {
@@ -236,7 +251,12 @@ impl Work for Job {
     type Item = Arc<Batch>;
 
     fn begin(&self, worker: Option<usize>) -> Worker {
-        Worker { index: worker.unwrap_or(self.core.threads()), ..Worker::default() }
+        if worker.is_some() {
+            self.core.placement.apply();
+        }
+        let mut state = Worker { index: worker.unwrap_or(self.core.threads()), ..Worker::default() };
+        state.scratch.tracer = Tracer::new(self.core.trace.as_ref());
+        state
     }
 
     fn compute(&self, worker: &mut Worker, number: u64, lease: Option<Lease>) -> Result<Arc<Batch>> {
@@ -244,21 +264,30 @@ impl Work for Job {
         let began = Instant::now();
         let global_batch = core.grouping.global_batch();
         let index = heading.start + number * global_batch;
+        let traced = worker.scratch.tracer.begin();
         if self.ahead > 0 {
             let first = if number == 0 { 1 } else { self.ahead };
             for distance in first..=self.ahead {
                 core.read_ahead(heading, number + distance, index + distance * global_batch, worker);
             }
+            worker.scratch.tracer.end("read ahead", traced, None);
         }
         let start = slots_into(core.grouping, &heading.course, index, &mut worker.slots);
         let mut rows = std::mem::take(&mut worker.places);
         core.places(&heading.growth, &worker.slots, &mut worker.orders, &mut rows);
         let lease = lease.unwrap_or_else(|| Lease::new(&core.pool, core.batch_bytes));
+        let filling = worker.scratch.tracer.begin();
         let batch = core.compute(start, index / global_batch, &rows, lease, worker);
+        worker.scratch.tracer.end("fill", filling, None);
+        worker.scratch.tracer.end("batch", traced, Some(index / global_batch));
         worker.places = rows;
         let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
         core.counters.worked(worker.index, decode, began.elapsed().saturating_sub(decode));
         batch.map(Arc::new)
+    }
+
+    fn waited(&self, worker: &mut Worker, began: Instant, ended: Instant) {
+        worker.scratch.tracer.add("idle", began, ended);
     }
 }
 

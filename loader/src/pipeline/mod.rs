@@ -34,6 +34,11 @@ pub(crate) trait Work: Send + Sync + 'static {
     /// Item `number`, in the memory that the caller gave for it, if it did.
     fn compute(&self, state: &mut Self::State, number: u64, lease: Option<Lease>) -> Result<Self::Item>;
 
+    /// The worker has waited for something to begin, from `began` to `ended`.
+    fn waited(&self, state: &mut Self::State, began: Instant, ended: Instant) {
+        let _ = (state, began, ended);
+    }
+
     /// Something useful for items from `next` on, while none of them may be begun. Returns whether there was anything.
     fn prepare(&self, state: &mut Self::State, next: u64) -> bool {
         let _ = (state, next);
@@ -342,6 +347,7 @@ impl<W: Work> Shared<W> {
         let mut state = self.work.begin(Some(worker));
         let mut ring = lock(&self.ring);
         loop {
+            let mut waited = None;
             let (number, lease) = loop {
                 if ring.closed {
                     return;
@@ -359,11 +365,16 @@ impl<W: Work> Shared<W> {
                 // What fails ahead of its time fails again in its place, and is reported there.
                 if !prepared.unwrap_or(false) && !ring.closed && !ring.may_begin() {
                     ring.idle += 1;
+                    let began = Instant::now();
                     ring = wait(&self.room, ring);
+                    waited = Some((waited.map_or(began, |(earlier, _)| earlier), Instant::now()));
                     ring.idle -= 1;
                 }
             };
             self.begun(ring, number);
+            if let Some((began, ended)) = waited {
+                self.work.waited(&mut state, began, ended);
+            }
             let (result, took) = self.compute(&mut state, number, lease);
             ring = lock(&self.ring);
             let left = ring.put(number, result, took);
