@@ -360,7 +360,11 @@ def benchmark(
                         records.append({**job.labels, "repeat": repeat, **result})
                         keep(records[-1])
                     progress.done_s += job.seconds if job.failed is None else 0
-                report_so_far(records)
+                try:
+                    report_so_far(records)
+                except Exception as error:
+                    # The records are what counts; the report at the end tells all of the error.
+                    print(f"\nbench: no report yet: {type(error).__name__}: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             records.append({"kind": "interrupted", "repeat": 0, "name": "", "group": ""})
             keep(records[-1])
@@ -468,6 +472,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
         (out / "index.html").write_text(page.page(records))
         return text
 
+    # Ended from outside, it writes what it has, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     records = benchmark(replace(plan, minutes=minutes), taking_part, options.quick, out, write_report)
     interrupted = records[-1]["kind"] == "interrupted"
     more = not (options.quick or options.only or interrupted)

@@ -18,7 +18,7 @@ body { font: 15px/1.55 system-ui, sans-serif; color: var(--text); background: va
 h1, h2, h3 { line-height: 1.2; } h1 { margin-bottom: .3rem; } h2 { margin-top: 3rem; border-top: 1px solid var(--line);
   padding-top: 1.5rem; }
 p, ul { max-width: 60rem; } .soft, .facts { color: var(--soft); } .facts { padding-left: 1.2rem; font-size: 13px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; margin: 1.2rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin: 1.2rem 0; }
 .card { background: var(--card); border-radius: 8px; padding: .9rem 1.1rem; }
 .card b { display: block; font-size: 1.7rem; line-height: 1.2; }
 .card small { color: var(--soft); } .card.lost { border-left: 4px solid var(--limit); }
@@ -219,7 +219,7 @@ def dots(group: Group, title: str, note: str, fields: list[tuple[str, str]], uni
 def plots(group: Group) -> str:
     shown = [
         speeds(group),
-        dots(group, "CPU seconds per billion tokens", "of all threads and processes", [("cpu_s_per_gtok", "")], "CPU s"),
+        dots(group, "CPU seconds per billion tokens", "of everything it runs", [("cpu_s_per_gtok", "")], "CPU s"),
         dots(
             group, "Memory, MB", "of all processes, above what the imports take, mapped files not counted",
             [("own_memory_mb", "")], "MB",
@@ -264,7 +264,7 @@ def verdict(group: Group) -> str:
         f" second{of_limit}, and {ratio} the fastest other loader ({html.escape(named(peer[0]))},"
         f" {number(other / 1e6)})."
     )
-    lost = "; ".join(cell(found.partition(", ")[2].partition(", ")[2]) for found in group.lost())
+    lost = "; ".join(cell(found.removeprefix(f"{group.title}, ")) for found in group.lost())
     return f"<p>{text} {f'<b>Others are ahead</b> in {lost}.' if lost else 'No other is ahead.'}</p>"
 
 
@@ -288,6 +288,8 @@ def cards(found: list[Group]) -> str:
             f"<small>forebay {number(mine / scale)}, best other {number(theirs / scale)} {unit}"
             f" ({html.escape(named(peer[0]))})</small></div>"
         )
+    if not parts:
+        return ""
     return (
         f"<h3>At a glance: {html.escape(group.title)}</h3>"
         f'<p class="soft">The best of forebay against the best of all others, each measure on its own.</p>'
