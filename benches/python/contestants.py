@@ -175,7 +175,10 @@ def torch_batched(path: Path, shape: Shape, workers: int):
 
     dataset = Rows(path, shape)
     sampler = IndexBatches(len(dataset), shape.batch_size)
-    return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=as_it_is, num_workers=workers)
+    return DataLoader(
+        dataset, batch_size=None, sampler=sampler, collate_fn=as_it_is, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
 
 
 def torch_rows(path: Path, shape: Shape, workers: int):
@@ -188,7 +191,10 @@ def torch_rows(path: Path, shape: Shape, workers: int):
 def stateful_rows(path: Path, shape: Shape, workers: int):
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    return StatefulDataLoader(Rows(path, shape), shape.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    return StatefulDataLoader(
+        Rows(path, shape), shape.batch_size, shuffle=True, drop_last=True, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
 
 
 def nodes_batched(path: Path, shape: Shape, workers: int):

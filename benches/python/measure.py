@@ -247,6 +247,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "version": version_of(contestant),
         "first_batch_ms": first_batch_ms,
         **dict(zip(("p50_us", "p99_us", "p999_us"), map(float, percentiles), strict=True)),
+        "longest_us": max(waits) * 1e6,
         "batches": len(waits),
         **checked,
     }

@@ -20,7 +20,7 @@ h1, h2, h3 { line-height: 1.2; } h1 { margin-bottom: .3rem; } h2 { margin-top: 3
 p, ul { max-width: 60rem; } .soft, .facts { color: var(--soft); } .facts { padding-left: 1.2rem; font-size: 13px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin: 1.2rem 0; }
 .card { background: var(--card); border-radius: 8px; padding: .9rem 1.1rem; }
-.card b { display: block; font-size: 1.7rem; line-height: 1.2; }
+.card b { display: block; font-size: 1.35rem; line-height: 1.2; }
 .card small { color: var(--soft); } .card.lost { border-left: 4px solid var(--limit); }
 .warn { border-left: 4px solid var(--warn); background: var(--card); padding: .6rem 1rem; max-width: 58rem; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .8em; }
@@ -134,13 +134,15 @@ def speeds(group: Group) -> str:
     parts = []
     begin = TOP + 14 * (len(limits) - 1)
     end = begin + STEP * len(found) + 4
+    # The greatest on top, so that no line crosses another's text.
+    limits.sort(key=lambda pair: -pair[1]["tokens_per_s"])
     for place, (threads, line) in enumerate(limits):
         at = x(line["tokens_per_s"])
         shown = number(line["tokens_per_s"] / 1e6)
         y = 12 + 15 * place
         plural = "s" if threads > 1 else ""
-        parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{y + 4}" y2="{end}"/>')
-        side = ("start", 4) if at < WIDTH - 190 else ("end", 0)
+        parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{y - 9}" y2="{end}"/>')
+        side = ("end", -4) if at > NAMES + 150 else ("start", 4)
         parts.append(
             f'<text class="limit" x="{at + side[1]:.1f}" y="{y}" text-anchor="{side[0]}">'
             f"limit, {threads} thread{plural}: {shown}</text>"
@@ -331,12 +333,13 @@ def numbers_of(group: Group) -> str:
 def page(records: list[Record]) -> str:
     found = groups(records)
     told = facts(records)
+    date = next(fact for fact in told if fact.startswith("Date"))
     keys = "".join(f".{kind}-key {{ background: var(--{kind}); }} " for kind in ("ours", "peer", "limit"))
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Forebay benchmark</title><style>{STYLE}{keys}</style>",
         "<h1>Loading tokens: forebay, other loaders, and the limit of the machine</h1>",
-        f'<p class="soft">{cell(told[0])}; {cell(told[2])}</p>',
+        f'<p class="soft">{cell(told[0])}; {cell(date)}</p>',
         *(f'<p class="warn">{cell(fact)}</p>' for fact in told if "**" in fact),
         INTRODUCTION,
     ]

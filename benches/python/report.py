@@ -194,10 +194,14 @@ def facts(records: list[Record]) -> list[str]:
     machine, plan = head["machine"], head["plan"]
     loaders = [record for record in records[1:] if "other_cores" in record]
     others = [record["other_cores"] for record in loaders]
+    measured = sorted(
+        {f"{run['version']} (Python {run['python']})" for run in loaders if "version" in run}, key=str.lower
+    )
     repeats = max((record["repeat"] for record in records[1:]), default=0) + 1
     found = [
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['kernel']}",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in head["versions"].items()),
+        *([f"Measured: {', '.join(measured)}"] if measured else []),
         f"Date: {head['date']}; commit: {head['commit']}; command: `{head['command']}`",
         f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {repeats} repeat{'s' * (repeats > 1)}, in random order"
         f" (seed {head['seed']}), a fresh process each; {plan['warm_up_s']} s warm-up, {plan['window_s']} s window;"
