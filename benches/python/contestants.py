@@ -36,8 +36,9 @@ HOW = {
     "StatefulDataLoader, per row": "as torch DataLoader, per row, with torchdata's stateful loader",
     "torchdata.nodes": "Mapper (ParallelMapper with threads) over a sampler of whole batches of a mapped flat file",
     "dataloader-rs": "PyDataloader, __getitems__ gives views of a mapped flat file, collate_fn gathers and widens",
-    "Hugging Face datasets, map-style, per row": "rows in Arrow, with_format('torch'), DataLoader(shuffle=True), which"
-    " fetches by __getitems__",
+    "Hugging Face datasets, map-style": "rows in Arrow, with_format('torch'), DataLoader(shuffle=True), fetched by"
+    " __getitems__",
+    "Hugging Face datasets, map-style, per row": "the same, but without __getitems__",
     "Hugging Face datasets, map-style, batched": "rows in Arrow, with_format('numpy'), one index is a whole batch",
     "Hugging Face datasets, iterable": "to_iterable_dataset(num_shards=16), shuffle(buffer_size=1000), batch(B)",
     "MosaicML Streaming": "MDS shards of 64 MB read in place, StreamingDataset(shuffle=True), StreamingDataLoader",
@@ -360,8 +361,9 @@ def every_peer() -> list[Contestant]:
         )  # fmt: skip
     more = {"reads": "datasets-{seq_len}", "write": peers.write_datasets, "environment": "datasets"}
     more |= {"package": "datasets", "imports": ("torch.utils.data", "datasets")}
+    add("datasets-rows", "Hugging Face datasets, map-style, per row", 0, peers.datasets_rows, **more)
     for workers in (0, 2):
-        add(f"datasets-map-{workers}", "Hugging Face datasets, map-style, per row", workers, peers.datasets_map, **more)
+        add(f"datasets-map-{workers}", "Hugging Face datasets, map-style", workers, peers.datasets_map, **more)
     add("datasets-map-batched", "Hugging Face datasets, map-style, batched", 0, peers.datasets_map_batched, **more)
     for workers in (0, 2):
         add(

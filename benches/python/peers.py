@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,24 @@ def write_datasets(corpus: Path, target: Path, shape: Shape) -> None:
     Dataset(table).save_to_disk(str(target), max_shard_size=SHARD_BYTES)
 
 
-def datasets_map(path: Path, shape: Shape, workers: int):
+class RowByRow:
+    """Hides `__getitems__`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.dataset[index]
+
+
+def datasets_rows(path: Path, shape: Shape, workers: int):
+    return datasets_map(path, shape, workers, RowByRow)
+
+
+def datasets_map(path: Path, shape: Shape, workers: int, wrap: Callable[[Any], Any] = as_it_is):
     """As documented: format torch, and a DataLoader, which fetches by `__getitems__`."""
     from datasets import load_from_disk
     from torch.utils.data import DataLoader, default_collate
@@ -71,7 +88,7 @@ def datasets_map(path: Path, shape: Shape, workers: int):
         batch = default_collate(rows)
         return {**batch, "labels": batch["input_ids"].clone()}
 
-    dataset = load_from_disk(str(path)).with_format("torch")
+    dataset = wrap(load_from_disk(str(path)).with_format("torch"))
     return DataLoader(
         dataset, shape.batch_size, shuffle=True, drop_last=True, collate_fn=collate, num_workers=workers,
         persistent_workers=workers > 0,
