@@ -36,11 +36,10 @@ HOW = {
     "StatefulDataLoader, per row": "as torch DataLoader, per row, with torchdata's stateful loader",
     "torchdata.nodes": "Mapper (ParallelMapper with threads) over a sampler of whole batches of a mapped flat file",
     "dataloader-rs": "PyDataloader, __getitems__ gives views of a mapped flat file, collate_fn gathers and widens",
-    "Hugging Face datasets, map-style": "rows in Arrow, with_format('torch'), DataLoader(shuffle=True), fetched by"
-    " __getitems__",
-    "Hugging Face datasets, map-style, per row": "the same, but without __getitems__",
-    "Hugging Face datasets, map-style, batched": "rows in Arrow, with_format('numpy'), one index is a whole batch",
-    "Hugging Face datasets, iterable": "to_iterable_dataset(num_shards=16), shuffle(buffer_size=1000), batch(B)",
+    "HF datasets, map-style": "rows in Arrow, with_format('torch'), DataLoader(shuffle=True), fetched by __getitems__",
+    "HF datasets, map-style, per row": "the same, but without __getitems__",
+    "HF datasets, map-style, batched": "rows in Arrow, with_format('numpy'), one index is a whole batch",
+    "HF datasets, iterable": "Hugging Face: to_iterable_dataset(num_shards=16), shuffle(buffer_size=1000), batch(B)",
     "MosaicML Streaming": "MDS shards of 64 MB read in place, StreamingDataset(shuffle=True), StreamingDataLoader",
     "LitData": "chunks of 64 MB by optimize, StreamingDataset(TokensLoader(block_size=S), shuffle=True)",
     "Grain": "MapDataset over a mapped flat file: shuffle, repeat, batch, to_iter_dataset; mp_prefetch for processes",
@@ -361,13 +360,13 @@ def every_peer() -> list[Contestant]:
         )  # fmt: skip
     more = {"reads": "datasets-{seq_len}", "write": peers.write_datasets, "environment": "datasets"}
     more |= {"package": "datasets", "imports": ("torch.utils.data", "datasets")}
-    add("datasets-rows", "Hugging Face datasets, map-style, per row", 0, peers.datasets_rows, **more)
+    add("datasets-rows", "HF datasets, map-style, per row", 0, peers.datasets_rows, **more)
     for workers in (0, 2):
-        add(f"datasets-map-{workers}", "Hugging Face datasets, map-style", workers, peers.datasets_map, **more)
-    add("datasets-map-batched", "Hugging Face datasets, map-style, batched", 0, peers.datasets_map_batched, **more)
+        add(f"datasets-map-{workers}", "HF datasets, map-style", workers, peers.datasets_map, **more)
+    add("datasets-map-batched", "HF datasets, map-style, batched", 0, peers.datasets_map_batched, **more)
     for workers in (0, 2):
         add(
-            f"datasets-iterable-{workers}", "Hugging Face datasets, iterable", workers, peers.DatasetsIterable, **more,
+            f"datasets-iterable-{workers}", "HF datasets, iterable", workers, peers.DatasetsIterable, **more,
             resumes=workers == 0,
         )  # fmt: skip
     more = {"reads": "streaming-{seq_len}", "write": peers.write_streaming, "environment": "streaming"}

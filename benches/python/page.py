@@ -102,7 +102,7 @@ def values(line: Line, field: str) -> tuple[float, float, float]:
     return min(numbers), median(numbers), max(numbers)
 
 
-WIDTH, NAMES, STEP, TOP = 620, 262, 22, 30
+WIDTH, NAMES, STEP, TOP = 640, 282, 22, 30
 
 
 def figure(title: str, note: str, rows: int, body: str, more_top: int = 0) -> str:
@@ -283,10 +283,12 @@ def cards(found: list[Group]) -> str:
         ratio = max(mine, theirs) / max(min(mine, theirs), 1e-9)
         scale, unit = UNITS[field]
         better = ("faster", "slower") if title in ("speed", "first batch", "p99") else ("less", "more")
+        # Of a megabyte more or less, a ratio would tell too much.
+        amount = f"{number(abs(mine - theirs))} MB" if title == "memory" else f"{ratio:.1f} times"
         heading = {"speed": "throughput", "p99": "99 % of batches within"}.get(title, title)
         parts.append(
             f'<div class="card{"" if ahead else " lost"}"><small>{heading}</small>'
-            f"<b>{ratio:.1f} times {better[0] if ahead else better[1]}</b>"
+            f"<b>{amount} {better[0] if ahead else better[1]}</b>"
             f"<small>forebay {number(mine / scale)}, best other {number(theirs / scale)} {unit}"
             f" ({html.escape(named(peer[0]))})</small></div>"
         )
