@@ -21,9 +21,8 @@ build: ## Build the wheel and install it into .venv
 	@$(SETUP) venv .venv build
 	@$(SETUP) wheel .venv
 
-wheels: build ## Build the wheels (abi3, and cp314t where python3.14t is found) into out/wheels
-	@if [ -n "$$($(SETUP) python-ft)" ]; then $(SETUP) venv .venv-ft ft && $(SETUP) wheel .venv-ft; fi
-	@ls -l out/wheels/*/*.whl
+wheels: ## Build the wheels (manylinux_2_28: cp311-abi3, cp314t), prove their tags, try each in an empty environment
+	@$(PYTHON) scripts/wheels.py $(ARGS)
 
 test: ## All tests: Rust, Python, free-threaded Python
 	@$(PYTHON) scripts/test.py rust python ft
