@@ -73,7 +73,7 @@ demo: ## Train a small GPT on Python's own sources, kill and resume it, compare 
 	@$(SETUP) wheel .venv
 	@.venv/bin/python examples/demo.py
 
-bench: build ## Limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick in 2, --resume, --scale, --write-results
+bench: build ## Limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick in 2, --targets, --resume, --scale, --write-results
 	@$(SETUP) venv .venv bench
 	@.venv/bin/python benches/python/bench.py $(ARGS)
 

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,12 +25,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import cold
 import corpus
 import environments
+import latency
 import measure
+import memory
 import page
 import report
 import resume
+import startup
+import trainer
 import workers
 from contestants import SHAPES, Contestant, Shape, contestants
 
@@ -390,18 +396,52 @@ def at_scale(_seed: int) -> list[dict[str, Any]]:
 #: What is measured of forebay alone, in under a minute each: one process at a time, all else as in the tables.
 ALONE: dict[str, Callable[[int], list[dict[str, Any]]]] = {"resume": resuming, "scale": at_scale}
 
+#: What is measured against a target of its own; all of them in 12 minutes.
+TARGETS: dict[str, Any] = {
+    "latency": latency, "trainer": trainer, "memory": memory, "startup": startup, "cold": cold,
+}  # fmt: skip
+
+
+def against_target(name: str) -> Callable[[int], list[dict[str, Any]]]:
+    def measured(seed: int) -> list[dict[str, Any]]:
+        def tell(done: int, total: int) -> None:
+            if sys.stderr.isatty():
+                end = "\n" if done == total else ""
+                print(f"\rbench: {name}, {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+        return TARGETS[name].measure(OUT, seed, tell)
+
+    return measured
+
+
+def section(records: list[dict[str, Any]]) -> str:
+    """The part of the results that a run of forebay alone gave."""
+    kind = records[0]["kind"]
+    if kind not in TARGETS:
+        return report.section(records)
+    lines = [f"## {TARGETS[kind].LEAD}", "", *report.circumstances(records[0]), ""]
+    lines += [f"**failed**: {records[0]['failed']}"] if "failed" in records[0] else TARGETS[kind].section(records[1:])
+    return "\n".join(lines) + "\n"
+
 
 def alone(name: str) -> str:
     """Runs a part of its own; its section of the results."""
     OUT.mkdir(parents=True, exist_ok=True)
     seed = random.SystemRandom().randrange(1 << 32)
     taken, cpu, began = measure.machine_cpu_seconds(), cpu_seconds(), time.monotonic()
-    found = ALONE[name](seed)
+    try:
+        found, failed = (ALONE.get(name) or against_target(name))(seed), {}
+    except Exception as error:
+        # Of several parts, the others are still wanted.
+        if name not in TARGETS:
+            raise
+        traceback.print_exc()
+        found, failed = [], {"failed": f"{type(error).__name__}: {error}"}
     elapsed = time.monotonic() - began
     others = (measure.machine_cpu_seconds() - taken - (cpu_seconds() - cpu)) / elapsed
-    records = [{**header(name, False, seed), "other_cores": max(0.0, others)}, *found]
+    records = [{**header(name, False, seed), "other_cores": max(0.0, others), **failed}, *found]
     (OUT / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return report.section(records)
+    return section(records)
 
 
 def alone_if_possible(name: str) -> str | None:
@@ -437,6 +477,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="only what resuming costs, wherever in the epoch")
     parser.add_argument("--scale", action="store_true", help="only the order, and 10^6 shards on 4096 ranks")
+    parser.add_argument("--targets", action="store_true", help="only these, in turn, each against its target:")
+    for name, module in TARGETS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=module.__doc__.partition(":")[0])
     parser.add_argument(
         "--minutes",
         type=float,
@@ -451,14 +494,15 @@ def main(arguments: Iterable[str] | None = None) -> None:
         # What workers.py wrote below its mark stays.
         kept = results.read_text().partition(workers.MARK) if results.exists() else ("", "", "")
         parts = [report.markdown(load(out / "results.jsonl"))]
-        parts += [report.section(load(path)) for name in ALONE if (path := OUT / f"{name}.jsonl").exists()]
+        parts += [section(load(path)) for name in [*TARGETS, *ALONE] if (path := OUT / f"{name}.jsonl").exists()]
         parts += ["".join(kept[1:])] if kept[1] else []
         results.write_text("\n".join(parts))
         print("bench: wrote benches/RESULTS.md", file=sys.stderr)
         return
-    chosen = [name for name in ALONE if getattr(options, name)]
+    chosen = [name for name in [*TARGETS, *ALONE] if getattr(options, name) or (options.targets and name in TARGETS)]
     if chosen:
-        print("\n".join(alone(name) for name in chosen))
+        for name in chosen:
+            print(alone(name), flush=True)
         return
     taking_part = selected(options.quick, options.all, options.only)
     if not taking_part:
