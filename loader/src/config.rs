@@ -272,7 +272,7 @@ impl Config {
             ("lanes", self.lanes, 1, 1 << 20),
             ("prefetch_batches", self.prefetch_batches, 1, 1 << 16),
             ("block_tokens", self.block_tokens, 1, 1 << 31),
-            ("num_threads", self.num_threads.unwrap_or(1), 1, 1024),
+            ("num_threads", self.num_threads.unwrap_or(1), 0, 1024),
             ("dp_world_size", self.dp_world_size.unwrap_or(1), 1, 1 << 32),
             ("replication", self.replication, 1, 1 << 32),
             ("holdout", self.holdout.unwrap_or(2), 2, 1 << 32),

@@ -11,12 +11,12 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use crate::corpus::{BlockRef, Corpus, OpenShard};
-use crate::error::{Error, Result};
-use crate::fill::{Id, Piece, pieces, widen};
+use crate::error::Result;
+use crate::fill::{Id, Piece, Row, pieces, widen};
 use crate::layout::concat::{Concat, Specials};
 use crate::shard::{Access, DecodedBlock, DecodedPages, Ends, EndsScratch};
 use crate::sync::{lock, wait};
-use crate::tokens::{Dtype, Tokens};
+use crate::tokens::Tokens;
 
 /// Memory of one worker, reused from row to row.
 #[derive(Debug, Default)]
@@ -79,22 +79,22 @@ impl Reader {
         &self,
         range: Range<u64>,
         ends_chunk: bool,
-        mut row: &mut [T],
+        mut row: Row<'_, T>,
         scratch: &mut Scratch,
     ) -> Result<()> {
         debug_assert_eq!(range.end - range.start, row.len() as u64);
         let mut at = range.start;
-        while !row.is_empty() {
+        while at < range.end {
             let (index, within) = self.layout.locate(at);
             let shard = self.corpus.shard(index)?;
-            for (block, part) in self.stretches(&shard, within, row.len() as u64) {
-                let (filled, rest) = row.split_at_mut((part.end - part.start) as usize);
+            for (block, part) in self.stretches(&shard, within, range.end - at) {
+                let filled = row.take((part.end - part.start) as usize);
+                let next = at + filled.len() as u64;
                 let prefix_only = ends_chunk && at > range.start;
                 let block = BlockRef { shard: index as u32, block: block as u32 };
                 self.fill_from_block(&shard, block, part, prefix_only, filled, scratch)
                     .map_err(|error| error.at(shard.shard().path()).in_block(u64::from(block.block)))?;
-                at += filled.len() as u64;
-                row = rest;
+                at = next;
             }
         }
         Ok(())
@@ -123,7 +123,7 @@ impl Reader {
         block: BlockRef,
         range: Range<u64>,
         prefix_only: bool,
-        row: &mut [T],
+        row: Row<'_, T>,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (shard, index) = (opened.shard(), block.block as usize);
@@ -132,13 +132,13 @@ impl Reader {
         match shard.access() {
             Access::Random if self.specials.none() => {
                 let tokens = shard.tokens(index, range, &mut scratch.tokens)?;
-                widen_checked(row, &tokens)
+                widen(row, &tokens)
             }
             Access::Random => {
                 let ends = shard.ends(index, &mut scratch.ends)?;
                 let buffer = &mut scratch.tokens;
                 self.fill_pieces(&ends, meta.tokens, opened.continues(index), range, row, |part, tokens| {
-                    widen_checked(part, &shard.tokens(index, tokens, buffer)?)
+                    widen(part, &shard.tokens(index, tokens, buffer)?)
                 })
             }
             Access::Block => {
@@ -168,13 +168,13 @@ impl Reader {
                 let all = Tokens::new(dtype, &decoded.bytes);
                 let slice = |tokens: Range<u64>| all.slice(tokens.start as usize..tokens.end as usize);
                 if self.specials.none() {
-                    return widen_fitting(row, &slice(range));
+                    return widen(row, &slice(range));
                 }
                 let ends = Ends::List(&decoded.ends);
                 // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
                 self.fill_pieces(&ends, tokens, opened.continues(index), range, row, |part, tokens| {
-                    widen_fitting(part, &slice(tokens))
+                    widen(part, &slice(tokens))
                 })
             }
         }
@@ -186,17 +186,20 @@ impl Reader {
         tokens: u64,
         continues: bool,
         range: Range<u64>,
-        mut row: &mut [T],
-        mut fill: impl FnMut(&mut [T], Range<u64>) -> Result<()>,
+        mut row: Row<'_, T>,
+        mut fill: impl FnMut(Row<'_, T>, Range<u64>) -> Result<()>,
     ) -> Result<()> {
         let Specials { bos, eos } = self.specials;
         pieces(ends, tokens, continues, (bos.is_some(), eos.is_some()), range.start, range.end, |piece| {
             let len = if let Piece::Tokens { len, .. } = piece { len as usize } else { 1 };
-            let (part, rest) = std::mem::take(&mut row).split_at_mut(len);
-            row = rest;
+            let part = row.take(len);
+            let special = |part: Row<'_, T>, id: Option<u32>| {
+                let id = id.expect("asked for only if set");
+                part.pad(id, i64::from(id));
+            };
             match piece {
-                Piece::Bos => part[0] = T::of_u32(bos.expect("asked for only if set")),
-                Piece::Eos => part[0] = T::of_u32(eos.expect("asked for only if set")),
+                Piece::Bos => special(part, bos),
+                Piece::Eos => special(part, eos),
                 Piece::Tokens { start, len } => fill(part, start..start + len)?,
             }
             Ok(())
@@ -264,28 +267,6 @@ impl Reader {
         }
         asked
     }
-}
-
-/// Ids of windows that were never decoded are checked here, while they are in the cache anyway.
-fn widen_checked<T: Id>(row: &mut [T], tokens: &Tokens<'_>) -> Result<()> {
-    tokens.check_ids()?;
-    widen_fitting(row, tokens)
-}
-
-/// Widens ids known not to be negative; those too large for `T` are refused.
-fn widen_fitting<T: Id>(row: &mut [T], tokens: &Tokens<'_>) -> Result<()> {
-    if size_of::<T>() == 4 && matches!(tokens.dtype(), Dtype::U32 | Dtype::I64) {
-        for index in 0..tokens.len() {
-            if tokens.get(index) > i64::from(i32::MAX) {
-                return Err(Error::data(format!(
-                    "token id {} does not fit `input_dtype` = int32: use int64",
-                    tokens.get(index)
-                )));
-            }
-        }
-    }
-    widen(row, tokens);
-    Ok(())
 }
 
 /// Decoded blocks, within a budget of bytes.
@@ -490,6 +471,7 @@ impl Drop for Loading<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     fn fill(block: &mut DecodedBlock, bytes: usize) {
         block.bytes.resize(bytes, 0);

@@ -352,8 +352,8 @@ const SETTINGS: &[Setting] = &[
     Setting {
         name: "num_threads",
         kind: Kind::Operational,
-        accepts: "an integer from 1 to 1024, or `none`",
-        doc: "worker threads; `none` takes the CPUs of this rank less one, 1 to 8",
+        accepts: "an integer from 0 to 1024, or `none`",
+        doc: "worker threads; with 0 the thread that asks for a batch computes it; `none` takes the CPUs of this rank less one, 1 to 8",
         get: |config| optional_text(config.num_threads),
         parse: |config, text| parsed(&mut config.num_threads, optional(text, integer)),
     },
