@@ -248,6 +248,13 @@ impl Loader {
         dict.set_item("fill_seconds", stats.fill_seconds)?;
         dict.set_item("decoded_blocks", stats.decoded_blocks)?;
         dict.set_item("decoded_bytes", stats.decoded_bytes)?;
+        let pages = PyDict::new(py);
+        pages.set_item("plain", stats.decoded_pages.plain)?;
+        pages.set_item("dictionary", stats.decoded_pages.dictionary)?;
+        pages.set_item("delta", stats.decoded_pages.delta)?;
+        pages.set_item("byte_stream_split", stats.decoded_pages.byte_stream_split)?;
+        pages.set_item("row_groups_by_arrow", stats.decoded_pages.row_groups_by_arrow)?;
+        dict.set_item("decoded_pages", pages)?;
         dict.set_item("cache_bytes", stats.cache_bytes)?;
         dict.set_item("buffer_bytes", stats.buffer_bytes)?;
         let sources = stats.sources.iter().map(|source| {

@@ -325,6 +325,7 @@ impl Loader {
         Stats {
             decoded_blocks,
             decoded_bytes,
+            decoded_pages: core.cache.decoded_pages(),
             sources: self.source_stats(),
             cache_bytes: core.cache.used_bytes(),
             buffer_bytes: core.pool.held_bytes() as u64,

@@ -14,7 +14,7 @@ use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::Result;
 use crate::fill::{Ahead, Id, Piece, Row, pieces, widen};
 use crate::layout::concat::{Concat, Specials};
-use crate::shard::{Access, DecodedBlock, Ends, EndsScratch};
+use crate::shard::{Access, DecodedBlock, DecodedPages, Ends, EndsScratch};
 use crate::sync::{lock, wait};
 use crate::tokens::Tokens;
 use crate::trace::Tracer;
@@ -24,6 +24,8 @@ use crate::trace::Tracer;
 pub(crate) struct Scratch {
     tokens: Vec<u8>,
     ends: EndsScratch,
+    /// The beginning of a block that is not kept.
+    prefix: DecodedBlock,
     /// Time this worker spent decoding since it was last asked.
     pub(crate) decode_nanos: u64,
     pub(crate) tracer: Tracer,
@@ -177,16 +179,24 @@ impl Reader {
             Access::Block => {
                 let started = Instant::now();
                 let mut decoded_here = false;
-                let decode = |limit| {
+                let key = (self.source, block);
+                let shared;
+                let held = if prefix_only { self.cache.held(key) } else { None };
+                let decoded = if prefix_only && held.is_none() {
                     decoded_here = true;
-                    shard.decode(index, limit)
+                    shard.decode_into(index, Some(range.end), &mut scratch.prefix)?;
+                    self.cache.count(&scratch.prefix);
+                    &scratch.prefix
+                } else {
+                    shared = match held {
+                        Some(block) => block,
+                        None => self.cache.get(key, meta.decoded_bytes, |block| {
+                            decoded_here = true;
+                            shard.decode_into(index, None, block)
+                        })?,
+                    };
+                    &*shared
                 };
-                let decoded = self.cache.get(
-                    (self.source, block),
-                    meta.decoded_bytes,
-                    prefix_only.then_some(range.end),
-                    decode,
-                )?;
                 if decoded_here {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
                     scratch.tracer.end("decode", Some(started), None);
@@ -303,6 +313,8 @@ pub(crate) struct BlockCache {
     loaded: Condvar,
     decoded_blocks: AtomicU64,
     decoded_bytes: AtomicU64,
+    /// Pages by decoder, in the order of the fields of [`DecodedPages`].
+    decoded_pages: [AtomicU64; 5],
 }
 
 /// Source, and block of it.
@@ -334,6 +346,7 @@ impl BlockCache {
             loaded: Condvar::new(),
             decoded_blocks: AtomicU64::new(0),
             decoded_bytes: AtomicU64::new(0),
+            decoded_pages: Default::default(),
         }
     }
 
@@ -348,48 +361,57 @@ impl BlockCache {
         (self.decoded_blocks.load(Ordering::Relaxed), self.decoded_bytes.load(Ordering::Relaxed))
     }
 
+    /// Pages decoded so far.
+    pub(crate) fn decoded_pages(&self) -> DecodedPages {
+        let [plain, dictionary, delta, byte_stream_split, row_groups_by_arrow] =
+            self.decoded_pages.each_ref().map(|pages| pages.load(Ordering::Relaxed));
+        DecodedPages { plain, dictionary, delta, byte_stream_split, row_groups_by_arrow }
+    }
+
     /// Bytes of the blocks held.
     pub(crate) fn used_bytes(&self) -> u64 {
         lock(&self.inner).used_bytes
     }
 
-    /// Block `key` of `bytes` bytes, decoded by `decode` if it is not there.
-    ///
-    /// With `prefix`, a block that is not there is decoded just that far, and not kept.
+    /// Block `key`, if it is there, or about to be.
+    fn held(&self, key: BlockKey) -> Option<Arc<DecodedBlock>> {
+        let mut inner = lock(&self.inner);
+        loop {
+            match inner.find(key) {
+                Found::Ready(block) => return Some(block),
+                Found::Loading => inner = wait(&self.loaded, inner),
+                Found::Nothing => return None,
+            }
+        }
+    }
+
+    /// Block `key` of `bytes` bytes, decoded by `decode` if it is not there, over memory of a block that made room for it.
     fn get(
         &self,
         key: BlockKey,
         bytes: u64,
-        prefix: Option<u64>,
-        mut decode: impl FnMut(Option<u64>) -> Result<DecodedBlock>,
+        decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
         let mut inner = lock(&self.inner);
         loop {
-            inner.clock += 1;
-            let now = inner.clock;
-            match inner.entries.get_mut(&key) {
-                Some(Entry::Ready { block, used_at, .. }) => {
-                    *used_at = now;
-                    return Ok(Arc::clone(block));
-                }
-                Some(Entry::Loading) => inner = wait(&self.loaded, inner),
-                None => break,
+            match inner.find(key) {
+                Found::Ready(block) => return Ok(block),
+                Found::Loading => inner = wait(&self.loaded, inner),
+                Found::Nothing => break,
             }
         }
-        if prefix.is_some() {
-            drop(inner);
-            let block = decode(prefix)?;
-            self.count(&block);
-            return Ok(Arc::new(block));
-        }
-        inner.make_room(bytes, self.budget_bytes);
+        let mut dropped = Vec::new();
+        let mut block = inner.make_room(bytes, self.budget_bytes, &mut dropped).unwrap_or_default();
+        let bytes = bytes.max(block.capacity_bytes());
         inner.entries.insert(key, Entry::Loading);
         inner.used_bytes += bytes;
         drop(inner);
+        drop(dropped);
 
         // Removes the entry if decoding fails or panics, so that no one waits for it for ever.
         let loading = Loading { cache: self, key, bytes };
-        let block = Arc::new(decode(None)?);
+        decode(&mut block)?;
+        let block = Arc::new(block);
         self.count(&block);
         std::mem::forget(loading);
         let mut inner = lock(&self.inner);
@@ -403,24 +425,66 @@ impl BlockCache {
     fn count(&self, block: &DecodedBlock) {
         self.decoded_blocks.fetch_add(1, Ordering::Relaxed);
         self.decoded_bytes.fetch_add(block.bytes.len() as u64, Ordering::Relaxed);
+        let DecodedPages { plain, dictionary, delta, byte_stream_split, row_groups_by_arrow } = block.pages;
+        let pages = [plain, dictionary, delta, byte_stream_split, row_groups_by_arrow];
+        for (counter, pages) in self.decoded_pages.iter().zip(pages) {
+            if pages > 0 {
+                counter.fetch_add(pages, Ordering::Relaxed);
+            }
+        }
     }
 }
 
+enum Found {
+    Ready(Arc<DecodedBlock>),
+    Loading,
+    Nothing,
+}
+
 impl CacheInner {
-    fn make_room(&mut self, bytes: u64, budget_bytes: u64) {
-        while self.used_bytes + bytes > budget_bytes {
+    fn find(&mut self, key: BlockKey) -> Found {
+        self.clock += 1;
+        match self.entries.get_mut(&key) {
+            Some(Entry::Ready { block, used_at, .. }) => {
+                *used_at = self.clock;
+                Found::Ready(Arc::clone(block))
+            }
+            Some(Entry::Loading) => Found::Loading,
+            None => Found::Nothing,
+        }
+    }
+
+    /// Lets go of the blocks that were not used for longest, until there is room for `bytes`. Returns one whose memory suits the new block: fresh
+    /// memory costs a page fault for every 4 kB of it. The others go to `dropped`, to be freed outside of the lock.
+    fn make_room(
+        &mut self,
+        bytes: u64,
+        budget_bytes: u64,
+        dropped: &mut Vec<Arc<DecodedBlock>>,
+    ) -> Option<DecodedBlock> {
+        let mut reused: Option<DecodedBlock> = None;
+        let needed =
+            |reused: &Option<DecodedBlock>| reused.as_ref().map_or(bytes, |block| bytes.max(block.capacity_bytes()));
+        while self.used_bytes + needed(&reused) > budget_bytes {
             let oldest = self
                 .entries
                 .iter()
                 .filter_map(|(key, entry)| match entry {
-                    Entry::Ready { used_at, bytes, .. } => Some((*used_at, *key, *bytes)),
+                    Entry::Ready { used_at, .. } => Some((*used_at, *key)),
                     Entry::Loading => None,
                 })
                 .min_by_key(|(used_at, ..)| *used_at);
-            let Some((_, key, freed)) = oldest else { return };
-            self.entries.remove(&key);
+            let Some((_, key)) = oldest else { break };
+            let Some(Entry::Ready { block, bytes: freed, .. }) = self.entries.remove(&key) else { break };
             self.used_bytes -= freed;
+            let suits = reused.is_none() && (bytes..=bytes + bytes / 4).contains(&block.capacity_bytes());
+            match if suits { Arc::try_unwrap(block) } else { Err(block) } {
+                Ok(block) => reused = Some(block),
+                // Whoever holds it frees it.
+                Err(block) => dropped.push(block),
+            }
         }
+        reused
     }
 }
 
@@ -445,8 +509,8 @@ mod tests {
     use super::*;
     use crate::error::Error;
 
-    fn block(bytes: usize) -> DecodedBlock {
-        DecodedBlock { bytes: vec![0; bytes], ends: Vec::new(), complete: true }
+    fn fill(block: &mut DecodedBlock, bytes: usize) {
+        block.bytes.resize(bytes, 0);
     }
 
     #[test]
@@ -455,9 +519,10 @@ mod tests {
         let get = |index: u32| {
             let mut decoded = false;
             cache
-                .get((0, BlockRef { shard: 0, block: index }), 40, None, |_| {
+                .get((0, BlockRef { shard: 0, block: index }), 40, |block| {
                     decoded = true;
-                    Ok(block(40))
+                    fill(block, 40);
+                    Ok(())
                 })
                 .unwrap();
             assert!(cache.used_bytes() <= 100);
@@ -472,20 +537,44 @@ mod tests {
     }
 
     #[test]
+    fn memory_of_a_block_that_made_room_is_used_again_unless_it_is_held() {
+        let cache = BlockCache::new(100_000);
+        let get = |index: u32| {
+            let mut fresh = true;
+            let block = cache
+                .get((0, BlockRef { shard: 0, block: index }), 40_000, |block| {
+                    fresh = block.bytes.capacity() == 0;
+                    fill(block, 40_000);
+                    Ok(())
+                })
+                .unwrap();
+            assert!(cache.used_bytes() <= 100_000);
+            (block, fresh)
+        };
+        let (held, _) = get(0);
+        assert!(get(1).1);
+        assert!(get(2).1, "makes room by dropping 0, which is held");
+        drop(held);
+        assert!(!get(3).1, "over the memory of 1");
+        assert!(!get(4).1, "over the memory of 2");
+    }
+
+    #[test]
     fn a_block_wanted_by_many_is_decoded_once_and_a_failure_is_not_kept() {
         let cache = BlockCache::new(1000);
         let key = (0, BlockRef { shard: 1, block: 7 });
-        assert!(cache.get(key, 10, None, |_| Err(Error::data("broken"))).is_err());
+        assert!(cache.get(key, 10, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 0);
         let decoded = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
                     cache
-                        .get(key, 10, None, |_| {
+                        .get(key, 10, |block| {
                             decoded.fetch_add(1, Ordering::Relaxed);
                             std::thread::sleep(std::time::Duration::from_millis(20));
-                            Ok(block(10))
+                            fill(block, 10);
+                            Ok(())
                         })
                         .unwrap();
                 });

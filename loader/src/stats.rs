@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::utils::CachePadded;
 
+use crate::shard::DecodedPages;
 use crate::sync::lock;
 
 /// Waits kept for percentiles: the most recent ones.
@@ -88,6 +89,8 @@ pub struct Stats {
     pub decoded_blocks: u64,
     /// Bytes they decoded to.
     pub decoded_bytes: u64,
+    /// Parquet pages by the decoder that took them.
+    pub decoded_pages: DecodedPages,
     /// Bytes of decoded blocks held now.
     pub cache_bytes: u64,
     /// Bytes of batches held now: in flight, handed over, and kept for reuse.

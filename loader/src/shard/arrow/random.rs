@@ -167,7 +167,7 @@ impl Shard for MappedArrow {
         self.file.is_resident(self.blocks[block].tokens.start + range.start * self.column.dtype.size() as u64)
     }
 
-    fn decode(&self, _block: usize, _limit: Option<u64>) -> Result<DecodedBlock> {
+    fn decode_into(&self, _block: usize, _limit: Option<u64>, _out: &mut DecodedBlock) -> Result<()> {
         Err(Error::new(ErrorKind::Internal, "an uncompressed Arrow shard is read in place, not decoded")
             .at(self.path()))
     }
