@@ -177,13 +177,13 @@ fn planned(name: &str, table: &Table, arrangement: Arrangement) -> Value {
     let steps = grouping(0).steps(table.sequences());
     let rows = |rank, step: u64| {
         let grouping = grouping(rank);
-        let read = |row: &Row| {
-            let Row::Index(position) = *row else { return None };
+        let read = |row| {
+            let Row::Index(position) = row else { return None };
             let sequence = order.sequence_at(position);
             let tokens = sequence * SEQ_LEN..(sequence + 1) * SEQ_LEN;
             Some(Reads { source: 0, tokens, ends_chunk: order.ends_chunk(sequence) })
         };
-        grouping.rows(step * grouping.global_batch(), table.sequences(), 0).iter().map(read).collect()
+        grouping.rows(step * grouping.global_batch(), table.sequences(), 0).map(read).collect()
     };
     let round = if let Arrangement::Block { lanes, window, .. } = arrangement { lanes * window } else { 1 };
     let simulated = Simulated {
