@@ -57,13 +57,12 @@ class Line:
     def resume(self) -> str:
         """At 1 % and 99 % of an epoch; nothing for what has no state."""
         failed = next((run["resume_failed"] for run in self.runs if "resume_failed" in run), None)
-        if failed is not None:
-            return f"failed: {failed[:60]}"
         shown = []
         for field in ("resume_1_ms", "resume_99_ms"):
             values = [run[field] for run in self.runs if field in run]
-            shown.append(number(median(values)) if values else "too slow to get there")
-        if not any("resume_1_ms" in run for run in self.runs):
+            missing = "too slow to get there" if failed is None else f"failed: {failed[:60]}"
+            shown.append(number(median(values)) if values else missing)
+        if failed is None and not any("resume_1_ms" in run for run in self.runs):
             return ""
         inexact = any(run.get("resume_exact") is False for run in self.runs)
         return " / ".join(shown) + (", another batch" if inexact else "")
