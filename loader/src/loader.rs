@@ -419,7 +419,7 @@ impl Core {
             grouping,
             content: content_of(&config),
             warnings,
-            pool: source(batch_bytes, in_flight as usize + 1),
+            pool: source(batch_bytes, in_flight as usize),
             layout,
             batch_bytes,
             counters: Counters::new(threads as usize),
