@@ -363,7 +363,9 @@ impl<W: Work> Shared<W> {
                 let prepared = catch_unwind(AssertUnwindSafe(|| self.work.prepare(&mut state, next)));
                 ring = lock(&self.ring);
                 // What fails ahead of its time fails again in its place, and is reported there.
-                if !prepared.unwrap_or(false) && !ring.closed && !ring.may_begin() {
+                // Meanwhile others may have begun the last item, and nobody wakes those who wait after that.
+                let more = !ring.closed && ring.next() < ring.end;
+                if !prepared.unwrap_or(false) && more && !ring.may_begin() {
                     ring.idle += 1;
                     let began = Instant::now();
                     ring = wait(&self.room, ring);
