@@ -1,7 +1,7 @@
 """Decoding of Parquet, alone: forebay, its limit and pyarrow over the same files, per encoding, codec and type.
 
 Prints a table, and JSON lines with `--out`. Files hold the corpus of the other benchmarks, written by pyarrow;
-`forebay-decode` measures the limit (decompress and widen), forebay's blocks and its loader in turns, and pyarrow decodes
+`forebay-decode` measures the limit (decompress, widen), forebay's blocks and its loader in turns, and pyarrow decodes
 the same row groups with one thread right before and after. All speeds are per second of CPU time.
 """
 
