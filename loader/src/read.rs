@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
 use crate::corpus::{BlockRef, Corpus, OpenShard};
@@ -276,6 +276,45 @@ impl Reader {
         }
     }
 
+    /// Whether its blocks can be decoded ahead.
+    pub(crate) fn decodes(&self) -> bool {
+        self.corpus.access() == Access::Block
+    }
+
+    /// Decodes the first block of stream tokens `range` that nobody has, if the blocks decoded ahead and not used yet stay below `most_bytes`.
+    pub(crate) fn decode_ahead(
+        &self,
+        range: Range<u64>,
+        ends_chunk: bool,
+        most_bytes: u64,
+        scratch: &mut Scratch,
+    ) -> Result<Prepared> {
+        let mut at = range.start;
+        while at < range.end {
+            let (index, within) = self.layout.locate(at);
+            let opened = self.corpus.shard(index)?;
+            let shard = opened.shard();
+            for (block, part) in self.stretches(&opened, within, range.end - at) {
+                if ends_chunk && at > range.start {
+                    // Just its beginning will be read.
+                    return Ok(Prepared::Nothing);
+                }
+                at += part.end - part.start;
+                let bytes = shard.blocks()[block].decoded_bytes;
+                let key = (self.source, BlockRef { shard: index as u32, block: block as u32 });
+                let started = Instant::now();
+                let prepared = self.cache.prepare(key, bytes, most_bytes, |out| shard.decode_into(block, None, out))?;
+                if prepared == Prepared::Decoded {
+                    scratch.decode_nanos += started.elapsed().as_nanos() as u64;
+                }
+                if prepared != Prepared::Nothing {
+                    return Ok(prepared);
+                }
+            }
+        }
+        Ok(Prepared::Nothing)
+    }
+
     /// Whether reading ahead can help: windows are read from the file one by one.
     pub(crate) fn reads_ahead(&self) -> bool {
         self.corpus.access() == Access::Random
@@ -305,6 +344,17 @@ impl Reader {
     }
 }
 
+/// What decoding ahead came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Prepared {
+    /// A block was decoded.
+    Decoded,
+    /// There are as many blocks ahead of their use as there may be.
+    Full,
+    /// All is there, or about to be.
+    Nothing,
+}
+
 /// Decoded blocks, within a budget of bytes.
 #[derive(Debug)]
 pub(crate) struct BlockCache {
@@ -324,6 +374,8 @@ type BlockKey = (usize, BlockRef);
 struct CacheInner {
     entries: HashMap<BlockKey, Entry>,
     used_bytes: u64,
+    /// Of these, bytes of blocks that were decoded ahead and not used yet.
+    ahead_bytes: u64,
     clock: u64,
 }
 
@@ -335,6 +387,8 @@ enum Entry {
         block: Arc<DecodedBlock>,
         bytes: u64,
         used_at: u64,
+        /// Whether it was decoded ahead, and not used yet.
+        ahead: bool,
     },
 }
 
@@ -400,23 +454,54 @@ impl BlockCache {
                 Found::Nothing => break,
             }
         }
+        self.load(inner, key, bytes, false, decode)
+    }
+
+    /// Decodes block `key` of `bytes` bytes ahead of its use, unless it is there or more than `most_bytes` are ahead of theirs then.
+    fn prepare(
+        &self,
+        key: BlockKey,
+        bytes: u64,
+        most_bytes: u64,
+        decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
+    ) -> Result<Prepared> {
+        let inner = lock(&self.inner);
+        if inner.entries.contains_key(&key) {
+            return Ok(Prepared::Nothing);
+        }
+        if inner.ahead_bytes + bytes > most_bytes {
+            return Ok(Prepared::Full);
+        }
+        self.load(inner, key, bytes, true, decode)?;
+        Ok(Prepared::Decoded)
+    }
+
+    fn load(
+        &self,
+        mut inner: MutexGuard<'_, CacheInner>,
+        key: BlockKey,
+        bytes: u64,
+        ahead: bool,
+        decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
+    ) -> Result<Arc<DecodedBlock>> {
         let mut dropped = Vec::new();
         let mut block = inner.make_room(bytes, self.budget_bytes, &mut dropped).unwrap_or_default();
         let bytes = bytes.max(block.capacity_bytes());
         inner.entries.insert(key, Entry::Loading);
         inner.used_bytes += bytes;
+        inner.ahead_bytes += if ahead { bytes } else { 0 };
         drop(inner);
         drop(dropped);
 
         // Removes the entry if decoding fails or panics, so that no one waits for it for ever.
-        let loading = Loading { cache: self, key, bytes };
+        let loading = Loading { cache: self, key, bytes, ahead };
         decode(&mut block)?;
         let block = Arc::new(block);
         self.count(&block);
         std::mem::forget(loading);
         let mut inner = lock(&self.inner);
         let used_at = inner.clock;
-        inner.entries.insert(key, Entry::Ready { block: Arc::clone(&block), bytes, used_at });
+        inner.entries.insert(key, Entry::Ready { block: Arc::clone(&block), bytes, used_at, ahead });
         drop(inner);
         self.loaded.notify_all();
         Ok(block)
@@ -445,8 +530,9 @@ impl CacheInner {
     fn find(&mut self, key: BlockKey) -> Found {
         self.clock += 1;
         match self.entries.get_mut(&key) {
-            Some(Entry::Ready { block, used_at, .. }) => {
+            Some(Entry::Ready { block, bytes, used_at, ahead }) => {
                 *used_at = self.clock;
+                self.ahead_bytes -= if std::mem::take(ahead) { *bytes } else { 0 };
                 Found::Ready(Arc::clone(block))
             }
             Some(Entry::Loading) => Found::Loading,
@@ -475,8 +561,9 @@ impl CacheInner {
                 })
                 .min_by_key(|(used_at, ..)| *used_at);
             let Some((_, key)) = oldest else { break };
-            let Some(Entry::Ready { block, bytes: freed, .. }) = self.entries.remove(&key) else { break };
+            let Some(Entry::Ready { block, bytes: freed, ahead, .. }) = self.entries.remove(&key) else { break };
             self.used_bytes -= freed;
+            self.ahead_bytes -= if ahead { freed } else { 0 };
             let suits = reused.is_none() && (bytes..=bytes + bytes / 4).contains(&block.capacity_bytes());
             match if suits { Arc::try_unwrap(block) } else { Err(block) } {
                 Ok(block) => reused = Some(block),
@@ -492,6 +579,7 @@ struct Loading<'a> {
     cache: &'a BlockCache,
     key: BlockKey,
     bytes: u64,
+    ahead: bool,
 }
 
 impl Drop for Loading<'_> {
@@ -499,6 +587,7 @@ impl Drop for Loading<'_> {
         let mut inner = lock(&self.cache.inner);
         inner.entries.remove(&self.key);
         inner.used_bytes -= self.bytes;
+        inner.ahead_bytes -= if self.ahead { self.bytes } else { 0 };
         drop(inner);
         self.cache.loaded.notify_all();
     }
@@ -557,6 +646,29 @@ mod tests {
         drop(held);
         assert!(!get(3).1, "over the memory of 1");
         assert!(!get(4).1, "over the memory of 2");
+    }
+
+    #[test]
+    fn no_more_is_decoded_ahead_than_there_may_be() {
+        let cache = BlockCache::new(1000);
+        let key = |index: u32| (0, BlockRef { shard: 0, block: index });
+        let prepare = |index: u32| {
+            cache
+                .prepare(key(index), 100, 250, |block| {
+                    fill(block, 100);
+                    Ok(())
+                })
+                .unwrap()
+        };
+        assert_eq!(
+            [0, 1, 1, 2].map(prepare),
+            [Prepared::Decoded, Prepared::Decoded, Prepared::Nothing, Prepared::Full]
+        );
+        cache.get(key(0), 100, |_| panic!("it is there")).unwrap();
+        assert_eq!(prepare(2), Prepared::Decoded, "one of the two was used");
+        assert!(cache.prepare(key(3), 10, 1000, |_| Err(Error::data("broken"))).is_err());
+        assert_eq!(lock(&cache.inner).ahead_bytes, 200);
+        assert_eq!(cache.used_bytes(), 300);
     }
 
     #[test]

@@ -59,14 +59,8 @@ pub(super) fn cache_budget(config: &Config, largest: u64, threads: u64, batches:
     })
 }
 
-/// Says so where the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
-pub(super) fn window_warning(
-    config: &Config,
-    corpora: &[(String, Corpus)],
-    grouping: &Grouping,
-    largest: u64,
-    cache_bytes: u64,
-) -> Option<String> {
+/// Bytes of the decoded blocks that a step may draw from.
+pub(super) fn windows_bytes(config: &Config, corpora: &[(String, Corpus)], grouping: &Grouping, largest: u64) -> u64 {
     let of_corpus = |corpus: &Corpus| {
         let total = corpus.decoded_bytes();
         match config.shuffle {
@@ -82,7 +76,11 @@ pub(super) fn window_warning(
             }
         }
     };
-    let windows: u64 = corpora.iter().map(|(_, corpus)| of_corpus(corpus)).sum();
+    corpora.iter().map(|(_, corpus)| of_corpus(corpus)).sum()
+}
+
+/// Says so where the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
+pub(super) fn window_warning(windows: u64, cache_bytes: u64) -> Option<String> {
     (windows > cache_bytes).then(|| {
         format!(
             "blocks will be decoded several times: shuffling draws from about {} MiB of them and `memory_budget` leaves {} MiB; raise it, or lower \

@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::ledger::{self, Entry};
 use crate::order::course::Course;
 use crate::pipeline::{Patience, Pipeline, Plan, Taken, Work};
+use crate::read::Prepared;
 use crate::sources::Growth;
 use crate::sync::lock;
 use crate::trace::Tracer;
@@ -231,7 +232,18 @@ impl Run {
         };
         let reads_ahead = core.sources.list().iter().any(|source| source.reader.reads_ahead());
         let ahead = if reads_ahead { WINDOWS_AHEAD.div_ceil(core.config.batch_size) } else { 0 };
-        let job = Job { core: Arc::clone(core), heading: Arc::clone(&heading), ahead };
+        let decodes = core.sources.list().iter().any(|source| source.reader.decodes());
+        // Beyond the next window of a lane, nothing is gained.
+        let window = core.config.window_tokens / core.config.seq_len / core.config.lanes;
+        let batches = (2 * window).div_ceil(core.grouping.global_batch()).clamp(8, 4096);
+        let job = Job {
+            core: Arc::clone(core),
+            heading: Arc::clone(&heading),
+            ahead,
+            items,
+            decoded_ahead: if decodes { batches } else { 0 },
+            looked_at: AtomicU64::new(0),
+        };
         let pipeline = Pipeline::start(plan, job)?;
         let ledger = core.begin_ledger(&heading)?.map(Mutex::new);
         Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), ledger })
@@ -244,7 +256,16 @@ struct Job {
     heading: Arc<Heading>,
     /// Batches whose windows are read ahead.
     ahead: u64,
+    /// How many there are.
+    items: u64,
+    /// Batches whose blocks are decoded ahead.
+    decoded_ahead: u64,
+    /// The first batch that some block may be missing of. Written and read by workers; a stale value costs a second look.
+    looked_at: AtomicU64,
 }
+
+/// Batches looked at before a worker asks again whether there is one to be computed.
+const LOOK_AT_ONCE: u64 = 32;
 
 impl Work for Job {
     type State = Worker;
@@ -288,6 +309,26 @@ impl Work for Job {
 
     fn waited(&self, worker: &mut Worker, began: Instant, ended: Instant) {
         worker.scratch.tracer.add("idle", began, ended);
+    }
+
+    fn prepare(&self, worker: &mut Worker, next: u64) -> bool {
+        let (core, heading) = (&*self.core, &*self.heading);
+        let end = next.saturating_add(self.decoded_ahead).min(self.items);
+        let start = self.looked_at.load(Ordering::Relaxed).max(next);
+        for number in start..end.min(start + LOOK_AT_ONCE) {
+            let index = heading.start + number * core.grouping.global_batch();
+            match core.decode_ahead(heading, index, worker) {
+                Ok(Prepared::Decoded) => {
+                    let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
+                    core.counters.worked(worker.index, decode, Duration::ZERO);
+                    return true;
+                }
+                Ok(Prepared::Full) => return false,
+                // What fails here fails again in its place.
+                Ok(Prepared::Nothing) | Err(_) => self.looked_at.fetch_max(number + 1, Ordering::Relaxed),
+            };
+        }
+        start < end
     }
 }
 
