@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft test-gpu test-trainers test-trainers-ci hostile stress check fmt demo bench bench-workers doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos fmt demo bench bench-workers doc clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -33,8 +33,11 @@ test-rust: ## Rust tests
 test-python: ## Python tests on .venv
 	@$(PYTHON) scripts/test.py python
 
-test-ft: ## Python tests on free-threaded CPython (python3.14t)
-	@$(PYTHON) scripts/test.py ft
+test-ft: ## Python tests on free-threaded CPython (python3.14t), one by one and each in several threads at once
+	@$(PYTHON) scripts/test.py ft parallel
+
+tsan: ## The threads of the Rust core under ThreadSanitizer (nightly Rust with rust-src)
+	@$(PYTHON) scripts/test.py tsan
 
 test-gpu: ## What needs a CUDA device: pinned memory, copies, step time
 	@$(SETUP) venv .venv build test
@@ -62,6 +65,11 @@ check: ## Formatting, lints and types, warnings as errors
 	@$(SETUP) wheel .venv
 	.venv/bin/mypy --strict bindings/python/forebay
 	.venv/bin/python -m mypy.stubtest forebay._core
+
+check-macos: ## Compile the core and the commands for macOS on ARM (needs `rustup target add aarch64-apple-darwin`)
+	@$(SETUP) venv .venv build wheels
+	CARGO_ZIGBUILD_PYTHON_PATH=$(CURDIR)/.venv/bin/python CC_aarch64_apple_darwin="$(CURDIR)/.venv/bin/maturin zig cc -- -target aarch64-macos" \
+	  cargo check --target aarch64-apple-darwin -p forebay -p forebay-cli
 
 fmt: ## Format Rust and Python
 	@$(SETUP) venv .venv lint
