@@ -66,10 +66,10 @@ check: ## Formatting, lints and types, warnings as errors
 	.venv/bin/mypy --strict bindings/python/forebay
 	.venv/bin/python -m mypy.stubtest forebay._core
 
-check-macos: ## Compile the core and the commands for macOS on ARM (needs `rustup target add aarch64-apple-darwin`)
+check-macos: ## Compile the core, the commands and the binding for macOS on ARM (needs `rustup target add aarch64-apple-darwin`)
 	@$(SETUP) venv .venv build wheels
 	CARGO_ZIGBUILD_PYTHON_PATH=$(CURDIR)/.venv/bin/python CC_aarch64_apple_darwin="$(CURDIR)/.venv/bin/maturin zig cc -- -target aarch64-macos" \
-	  cargo check --target aarch64-apple-darwin -p forebay -p forebay-cli
+	  PYO3_NO_PYTHON=1 cargo check --target aarch64-apple-darwin -p forebay -p forebay-cli -p forebay-python
 
 fmt: ## Format Rust and Python
 	@$(SETUP) venv .venv lint

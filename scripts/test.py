@@ -141,10 +141,20 @@ def free_threaded(lane: Lane, *arguments: str) -> None:
 
 
 #: What is one for the whole process, or runs in one of its own, where threads of this one would prove nothing.
-ALONE = (
-    "support.run_python support.json_from subprocess.run subprocess.Popen os.fork signal.signal sys.setswitchinterval "
-    "torch.manual_seed random.seed numpy.random.seed"
-)
+ALONE = """
+support.run_python
+support.json_from
+subprocess.run
+subprocess.Popen
+os.fork
+signal.signal
+sys.setswitchinterval
+torch.manual_seed
+torch.get_rng_state
+random.seed
+numpy.random.seed
+gc.collect
+"""
 
 
 def parallel(lane: Lane, *arguments: str) -> None:
