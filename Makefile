@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos fmt demo bench bench-workers doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos fmt demo bench bench-all bench-workers doc clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -82,9 +82,13 @@ demo: ## Train a small GPT on Python's own sources, kill and resume it, compare 
 	@$(SETUP) wheel .venv
 	@.venv/bin/python examples/demo.py
 
-bench: build ## Limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick in 2, --resume, --scale, --write-results
+bench: build ## Limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick in 2, --targets, --resume, --scale, --write-results
 	@$(SETUP) venv .venv bench
 	@.venv/bin/python benches/python/bench.py $(ARGS)
+
+bench-all: build ## The same with every peer, each installed into an environment of its own; 90 minutes; ARGS=--quick
+	@$(SETUP) venv .venv bench
+	@.venv/bin/python benches/python/bench.py --all $(ARGS)
 
 bench-workers: build ## Threads against worker processes for datasets in Python; ARGS=--quick, ARGS=--write-results
 	@$(SETUP) venv .venv bench
