@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft test-gpu test-trainers hostile stress check fmt demo bench bench-all bench-workers doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos fmt demo bench bench-all bench-workers doc clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -33,8 +33,11 @@ test-rust: ## Rust tests
 test-python: ## Python tests on .venv
 	@$(PYTHON) scripts/test.py python
 
-test-ft: ## Python tests on free-threaded CPython (python3.14t)
-	@$(PYTHON) scripts/test.py ft
+test-ft: ## Python tests on free-threaded CPython (python3.14t), one by one and each in several threads at once
+	@$(PYTHON) scripts/test.py ft parallel
+
+tsan: ## The threads of the Rust core under ThreadSanitizer (nightly Rust with rust-src)
+	@$(PYTHON) scripts/test.py tsan
 
 test-gpu: ## What needs a CUDA device: pinned memory, copies, step time
 	@$(SETUP) venv .venv build test
@@ -42,9 +45,10 @@ test-gpu: ## What needs a CUDA device: pinned memory, copies, step time
 	@.venv/bin/python -m pytest -s tests/python/test_gpu.py
 
 test-trainers: ## Accelerate, Hugging Face Trainer, Lightning, Ray Train, DeepSpeed and JAX, in .venv-trainers
-	@$(SETUP) venv .venv-trainers trainers
-	@$(SETUP) wheel .venv-trainers
-	@.venv-trainers/bin/python -m pytest tests/python/test_trainers.py tests/python/test_adapters.py
+	@$(PYTHON) scripts/test.py trainers-more
+
+test-trainers-ci: ## Of these, Accelerate, Hugging Face Trainer and Lightning only
+	@$(PYTHON) scripts/test.py trainers
 
 hostile: ## Corrupted shards, killed processes, forks
 	@$(PYTHON) scripts/test.py hostile
@@ -61,6 +65,11 @@ check: ## Formatting, lints and types, warnings as errors
 	@$(SETUP) wheel .venv
 	.venv/bin/mypy --strict bindings/python/forebay
 	.venv/bin/python -m mypy.stubtest forebay._core
+
+check-macos: ## Compile the core, the commands and the binding for macOS on ARM (needs `rustup target add aarch64-apple-darwin`)
+	@$(SETUP) venv .venv build wheels
+	CARGO_ZIGBUILD_PYTHON_PATH=$(CURDIR)/.venv/bin/python CC_aarch64_apple_darwin="$(CURDIR)/.venv/bin/maturin zig cc -- -target aarch64-macos" \
+	  PYO3_NO_PYTHON=1 cargo check --target aarch64-apple-darwin -p forebay -p forebay-cli -p forebay-python
 
 fmt: ## Format Rust and Python
 	@$(SETUP) venv .venv lint
@@ -83,13 +92,16 @@ bench-all: build ## The same with every peer, each installed into an environment
 
 bench-workers: build ## Threads against worker processes for datasets in Python; ARGS=--quick, ARGS=--write-results
 	@$(SETUP) venv .venv bench
+	@if [ -n "$$($(SETUP) python-312)" ]; then $(SETUP) venv .venv-312 bench && $(SETUP) wheel .venv-312; fi
 	@if [ -n "$$($(SETUP) python-ft)" ]; then $(SETUP) venv .venv-ft ft && $(SETUP) wheel .venv-ft; fi
-	@.venv/bin/python benches/python/workers.py --python $(CURDIR)/.venv/bin/python $(wildcard $(CURDIR)/.venv-ft/bin/python) $(ARGS)
+	@.venv/bin/python benches/python/workers.py --python \
+	  $(CURDIR)/$$([ -x .venv-312/bin/python ] && echo .venv-312 || echo .venv)/bin/python \
+	  $$([ -x .venv-ft/bin/python ] && echo $(CURDIR)/.venv-ft/bin/python) $(ARGS)
 
 doc: ## Rust documentation
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace --exclude forebay-python
 	@echo "open $(CARGO_TARGET_DIR)/doc/forebay/index.html"
 
 clean: ## Remove environments, outputs and caches of this clone; compiled dependencies stay
-	rm -rf .venv .venv-ft .venv-trainers .venv-uv out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-ft .venv-312 .venv-trainers .venv-uv out .pytest_cache .mypy_cache .ruff_cache
 	@echo "kept $(CARGO_TARGET_DIR), which clones share: \`cargo clean\` there frees it"

@@ -3,6 +3,7 @@
 #
 #   setup.sh python                 prints the interpreter that environments are made from
 #   setup.sh python-ft              prints the free-threaded one, or nothing
+#   setup.sh python-312             prints Python 3.12, or nothing
 #   setup.sh venv DIR GROUP...      makes DIR and installs requirements/GROUP.txt into it
 #   setup.sh install DIR ARGUMENT... installs into an environment, with uv where there is one
 #   setup.sh wheel DIR              builds the forebay wheel for DIR's interpreter and installs it, if sources changed
@@ -36,6 +37,16 @@ find_python_ft() {
   done
 }
 
+# Python 3.12, which the comparison of threads with worker processes is measured on.
+find_python_312() {
+  local name
+  for name in python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python3.12; do
+    runs "$name" 'sys.version_info[:2] == (3, 12)' || continue
+    "$name" -c 'import sys; print(sys.executable)'
+    return
+  done
+}
+
 # uv installs in seconds what pip takes minutes for; without it everything still works.
 find_uv() {
   command -v uv && return
@@ -58,6 +69,7 @@ make_venv() { # DIR GROUP...
   if [ ! -x "$dir/bin/python" ]; then
     case $dir in
       *-ft) python=$(find_python_ft) ;;
+      *-312) python=$(find_python_312) ;;
       *) python=$(find_python) ;;
     esac
     [ -n "$python" ] || die "no free-threaded Python found: put python3.14t on the PATH or name it in FOREBAY_PYTHON_FT"
@@ -109,8 +121,9 @@ shift || true
 case $command in
   python) find_python ;;
   python-ft) find_python_ft ;;
+  python-312) find_python_312 ;;
   venv) make_venv "$@" ;;
   install) install "$@" ;;
   wheel) make_wheel "$@" ;;
-  *) die "expected \`python\`, \`python-ft\`, \`venv DIR GROUP...\`, \`install DIR ARGUMENT...\` or \`wheel DIR\`, found \`$command\`" ;;
+  *) die "expected \`python\`, \`python-ft\`, \`python-312\`, \`venv DIR GROUP...\`, \`install DIR ARGUMENT...\` or \`wheel DIR\`, found \`$command\`" ;;
 esac

@@ -1,6 +1,6 @@
 """Runs test lanes one after the other and ends with one line that totals them.
 
-    test.py [--stress] LANE...      lanes: rust, python, ft, hostile
+    test.py [--stress] LANE...      lanes: rust, python, ft, parallel, tsan, trainers, trainers-more, hostile
 
 Counts come from the runners' own closing lines. A lane that breaks before it can count (a compile error, a crash)
 is one failure; a lane that cannot run here is named as skipped, and fails where `CI=true`.
@@ -121,12 +121,63 @@ def pytest(lane: Lane, venv: str, group: str, *arguments: str) -> None:
         run(lane, f"{venv}/bin/python", "-m", "pytest", "tests/python", "-q", "-ra", *arguments)
 
 
+def trainers(lane: Lane, *groups: str) -> None:
+    """Those that are asked for have to be there: a test that skips itself for want of a trainer fails the lane."""
+    everything = "trainers-more" in groups
+    files = ("tests/python/test_trainers.py", "tests/python/test_adapters.py")
+    chosen = () if everything else ("-k", "not ray and not deepspeed and not jax")
+    if set_up(lane, "venv", ".venv-trainers", *groups) and set_up(lane, "wheel", ".venv-trainers"):
+        run(lane, ".venv-trainers/bin/python", "-m", "pytest", *files, "-q", "-ra", *chosen)
+        if lane.counts["skipped"]:
+            lane.fail("a trainer is missing")
+
+
 def free_threaded(lane: Lane, *arguments: str) -> None:
     found = subprocess.run([SETUP, "python-ft"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     if found:
         pytest(lane, ".venv-ft", "ft", *arguments)
     else:
         lane.skip("no python3.14t found (on the PATH, or named in FOREBAY_PYTHON_FT; `uv python install 3.14t`)")
+
+
+#: What is one for the whole process, or runs in one of its own, where threads of this one would prove nothing.
+ALONE = """
+support.run_python
+support.json_from
+subprocess.run
+subprocess.Popen
+os.fork
+signal.signal
+sys.setswitchinterval
+torch.manual_seed
+torch.get_rng_state
+random.seed
+numpy.random.seed
+gc.collect
+"""
+
+
+def parallel(lane: Lane, *arguments: str) -> None:
+    """Every test body in several threads at once; those that cannot are skipped, with the reason."""
+    options = ("-o", f"thread_unsafe_functions={ALONE}", "--parallel-threads=3", "--skip-thread-unsafe=true")
+    free_threaded(lane, *options, *arguments)
+
+
+def tsan(lane: Lane) -> None:
+    """The threads of the core under ThreadSanitizer: its own std has to be instrumented, which only nightly builds."""
+    nightly = subprocess.run(["rustc", "+nightly", "--print", "sysroot"], capture_output=True, text=True).stdout.strip()
+    if not nightly or not Path(nightly, "lib/rustlib/src/rust/library/Cargo.lock").exists():
+        lane.skip("no nightly Rust with rust-src (`rustup toolchain install nightly --component rust-src`)")
+        return
+    os.environ.setdefault("TSAN_OPTIONS", "halt_on_error=1")
+    os.environ["RUSTFLAGS"] = "-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer"
+    host = subprocess.run(["rustc", "-vV"], capture_output=True, text=True, check=True).stdout
+    target = next(line.split()[1] for line in host.splitlines() if line.startswith("host:"))
+    target_dir = os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target")) + "-tsan"
+    run(
+        lane, "cargo", "+nightly", "test", "-Zbuild-std", "--target", target, "--target-dir", target_dir,
+        "-p", "forebay", "--lib", "--", *(f"{module}::" for module in ("pipeline", "buffer", "read", "opened")),
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -136,6 +187,10 @@ def main() -> int:
         "rust": rust,
         "python": lambda lane: pytest(lane, ".venv", "test", *options),
         "ft": lambda lane: free_threaded(lane, *options),
+        "parallel": lambda lane: parallel(lane, *options),
+        "tsan": tsan,
+        "trainers": lambda lane: trainers(lane, "trainers"),
+        "trainers-more": lambda lane: trainers(lane, "trainers", "trainers-more"),
         "hostile": lambda lane: pytest(lane, ".venv", "test", "-m", "hostile", *options),
     }
     lanes = []
@@ -149,7 +204,7 @@ def main() -> int:
     for lane in lanes:
         state = "FAILED" if lane.counts["failed"] else "skipped" if lane.why else "ok"
         numbers = ", ".join(f"{number} {word}" for word, number in lane.counts.items())
-        print(f"{lane.name:8} {state:7} {numbers} in {lane.seconds:.0f} s{'  ' + lane.why if lane.why else ''}")
+        print(f"{lane.name:13} {state:7} {numbers} in {lane.seconds:.0f} s{'  ' + lane.why if lane.why else ''}")
     total = {word: sum(lane.counts[word] for lane in lanes) for word in ("passed", "failed", "skipped")}
     print(", ".join(f"{number} {word}" for word, number in total.items()))
     return 1 if total["failed"] else 0

@@ -3,8 +3,9 @@
     workers.py [--quick] [--python NAME ...] [--write-results]
 
 Every cell is a fresh process: one class of loader, one number of workers, one dataset. torch's workers are forked,
-which shares the dataset with them until they touch it: their best case. Results go to out/bench/workers.md, and with
---write-results into benches/RESULTS.md as well.
+which shares the dataset with them until they touch it: their best case. "bare" is the control: as many plain threads
+call the dataset and hand nothing over, which is what the interpreter itself allows. Results go to
+out/bench/workers.md, and with --write-results into benches/RESULTS.md as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ import time
 import warnings
 import zlib
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from processes import descendants
@@ -33,6 +36,7 @@ DATASETS = {
     "python": "20,000 additions in pure Python, which does not",
     "memory": "a row of an array in memory, 8 kB",
 }
+BATCH = 16
 #: A process takes about this much that it shares with nobody, even if it was forked.
 WORKER_MB = 60
 
@@ -90,6 +94,48 @@ def wait_for(threads: int, children: int) -> None:
         time.sleep(0.001)
 
 
+class Bare:
+    """Items of the dataset on plain threads, 16 at a turn; only their number is handed over."""
+
+    def __init__(self, dataset: Any, workers: int) -> None:
+        self._dataset, self._stopped = dataset, False
+        self._indices = itertools.count()
+        self._done: SimpleQueue[None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def _turn(self) -> None:
+        for _ in range(BATCH):
+            self._dataset[next(self._indices)]
+
+    def _work(self) -> None:
+        while not self._stopped:
+            self._turn()
+            self._done.put(None)
+
+    def __next__(self) -> None:
+        if self._threads:
+            self._done.get()
+        else:
+            self._turn()
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+def cpu_s() -> float:
+    """Of this process and all below it, also those that live."""
+    ticks = 0
+    for pid in descendants():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def cell(asked: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     import torch
@@ -99,31 +145,41 @@ def cell(asked: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     dataset = dataset_of(asked["dataset"], asked["size_mb"])
     threads, children = threading.active_count(), len(descendants())
-    ours = asked["loader"] == "forebay"
-    cls: Any = forebay.torch.DataLoader if ours else torch.utils.data.DataLoader
     workers = asked["workers"]
-    more = {} if ours or not workers else {"multiprocessing_context": "fork"}
     before = pss_mb()
     start = time.perf_counter()
-    loader = cls(dataset, batch_size=16, num_workers=workers, **more)
-    batches = iter(loader)
+    loader: Any = None
+    batches: Any
+    if asked["loader"] == "bare":
+        batches = Bare(dataset, workers)
+    elif asked["loader"] == "forebay":
+        loader = forebay.torch.DataLoader(dataset, batch_size=BATCH, num_workers=workers)
+    else:
+        more: dict[str, Any] = {"multiprocessing_context": "fork"} if workers else {}
+        loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH, num_workers=workers, **more)
+    if loader is not None:
+        batches = iter(loader)
     next(batches)
     first_s = time.perf_counter() - start
     warm = time.perf_counter() + asked["window_s"] / 3
     while time.perf_counter() < warm:
         next(batches)
-    start, taken = time.perf_counter(), 0
+    start, taken, start_cpu_s = time.perf_counter(), 0, cpu_s()
     while (now := time.perf_counter()) < start + asked["window_s"]:
         next(batches)
-        taken += 16
+        taken += BATCH
+    cpu = cpu_s() - start_cpu_s
     memory = pss_mb() - before
     # A full collection would take longer than what is measured.
     gc.freeze()
     end = time.perf_counter()
+    if asked["loader"] == "bare":
+        batches.stop()
     del batches, loader
     wait_for(threads, children)
     return {
         "rate": taken / (now - start),
+        "cpu_us": cpu / taken * 1e6,
         "memory_mb": max(memory, 0.0),
         "first_ms": first_s * 1e3,
         "shutdown_ms": (time.perf_counter() - end) * 1e3,
@@ -160,20 +216,28 @@ def table(rows: list[tuple[str, str, int, dict[str, Any]]], dataset: str) -> lis
     lines = [
         f"### {dataset}: {DATASETS[dataset]}",
         "",
-        "| Python | loader | workers | samples/s | memory MB | first batch ms | shutdown ms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| Python | loader | workers | samples/s | CPU us/sample | memory MB | first batch ms | shutdown ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     by = {(python, loader, workers): found for python, loader, workers, found in rows}
     for python, loader, workers, found in rows:
-        what = "threads" if loader == "forebay" else "processes"
+        what = "processes" if loader == "torch" else "threads"
         if "failed" in found:
-            lines.append(f"| {python} | {loader} | {workers} {what} | {found['failed']} | | | |")
+            lines.append(f"| {python} | {loader} | {workers} {what} | {found['failed']} | | | | |")
             continue
         peer = by.get((python, "torch", workers), {})
         cells = []
-        for name, more_is_better in (("rate", True), ("memory_mb", False), ("first_ms", False), ("shutdown_ms", False)):
-            value, other = found[name], peer.get(name)
-            noise = 5.0 if name == "memory_mb" else 0.0 if name == "rate" else 2.0
+        for name, noise in (
+            ("rate", 0.0),
+            ("cpu_us", 0.0),
+            ("memory_mb", 5.0),
+            ("first_ms", 2.0),
+            ("shutdown_ms", 2.0),
+        ):
+            value, other, more_is_better = found[name], peer.get(name), name == "rate"
+            if loader == "bare" and name not in ("rate", "cpu_us"):
+                cells.append("")
+                continue
             lost = loader == "forebay" and other is not None and (
                 other > 1.05 * value if more_is_better else value > 1.05 * other + noise
             )  # fmt: skip
@@ -202,7 +266,7 @@ def main() -> None:
         rows = []
         for python in options.python:
             for workers in counts:
-                for loader in ("torch", "forebay"):
+                for loader in ("torch", "forebay", "bare"):
                     asked = dict(dataset=dataset, loader=loader, workers=workers, window_s=window_s, size_mb=size_mb)
                     found = measure(python, asked)
                     print(f"workers: {dataset}, {loader}, {workers}: {found}", file=sys.stderr)
@@ -219,7 +283,8 @@ def main() -> None:
         "",
         f"{os.cpu_count()} cores, torch {', '.join(sorted(versions))}, {date}, commit {commit}, `{command}`; load of "
         f"the machine {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after; windows of {window_s} s, one run each, "
-        f"batches of 16; the array in memory takes {size_mb} MB. Memory: of all processes, each "
+        f"batches of {BATCH}; *bare* is the control, plain threads that call the dataset and hand nothing "
+        f"over; the array in memory takes {size_mb} MB. Memory: of all processes, each "
         "page once (PSS), over what one process with the dataset had before. Shutdown: until the last thread or "
         "process is gone. torch's workers are forked, which is its best case. **Bold**: torch with as many workers is "
         "ahead by more than 5 %.",

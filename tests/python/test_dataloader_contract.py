@@ -7,6 +7,8 @@ differs on purpose stands in docs/torch.md, and under "Differences" below.
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
@@ -420,7 +422,104 @@ def test_batches_of_pinned_memory_are_asked_for_without_an_accelerator(kind: Any
         assert flat(make(kind, Squares(3), pin_memory=True)) == [0, 1, 4]
 
 
+# Kinds of tensors, arrival, and what a worker does to itself.
+
+
+@both
+def test_tensors_of_every_layout_come_through(kind: Any) -> None:
+    sparse = torch.eye(3).to_sparse()
+    (batch,) = make(kind, [sparse], batch_size=1, collate_fn=lambda items: items[0])
+    assert batch.is_sparse and torch.equal(batch.to_dense(), torch.eye(3))
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    (batch,) = make(kind, [ragged], batch_size=1, collate_fn=lambda items: items[0])
+    assert batch.is_nested and [len(row) for row in batch.unbind()] == [2, 3]
+
+
+@both
+def test_large_indices_of_a_sampler_stay_what_they_are(kind: Any) -> None:
+    class Echo(Squares):
+        def __getitem__(self, index: int) -> int:
+            return index
+
+    large = [2**62, 2**53 + 1, 0]
+    assert flat(make(kind, Echo(), sampler=large)) == large
+
+
+@both
+@pytest.mark.parametrize("in_order", [True, False])
+def test_slow_items_hold_up_the_order_only_where_it_is_asked_for(kind: Any, in_order: bool) -> None:
+    late = threading.Event()
+
+    class Slow(Squares):
+        def __getitem__(self, index: int) -> int:
+            if index == 0 and kind[1] > 1 and not in_order:
+                assert late.wait(60)
+            if index == 5:
+                late.set()
+            return index
+
+    found = flat(make(kind, Slow(6), batch_size=1, in_order=in_order))
+    assert sorted(found) == list(range(6))
+    assert found == list(range(6)) or not in_order
+    assert found[0] != 0 or in_order or kind[1] < 2
+
+
+@both
+def test_a_dataset_without_a_method_it_needs_says_so(kind: Any) -> None:
+    class Nothing(Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 2
+
+    with pytest.raises(NotImplementedError):
+        next(iter(make(kind, Nothing())))
+
+
+@both
+def test_a_random_sampler_may_draw_more_than_there_is(kind: Any) -> None:
+    sampler = RandomSampler(range(4), num_samples=10, generator=torch.Generator().manual_seed(1))
+    found = flat(make(kind, Squares(4), sampler=sampler, batch_size=3))
+    assert len(found) == 10 and set(found[:4]) == set(found[4:8]) == {0, 1, 4, 9}
+
+
+@both
+def test_numpy_scalars_and_text_keep_their_type_without_batching(kind: Any) -> None:
+    items = list(make(kind, [np.int16(3), b"bytes", None, {"k": np.float64(1)}], batch_size=None))
+    assert items[0].dtype == torch.int16 and items[1] == b"bytes" and items[2] is None
+    assert items[3]["k"].dtype == torch.float64
+
+
 # Differences.
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity to set")
+def test_a_worker_may_bind_its_own_thread_to_a_processor() -> None:
+    before = os.sched_getaffinity(0)
+    one = min(before)
+
+    class Where(Squares):
+        def __getitem__(self, index: int) -> int:
+            return len(os.sched_getaffinity(0))
+
+    loader = forebay.torch.DataLoader(
+        Where(4), num_workers=2, worker_init_fn=lambda worker: os.sched_setaffinity(0, {one})
+    )
+    assert flat(loader) == [1] * 4 and os.sched_getaffinity(0) == before
+
+
+def test_batches_are_handed_over_without_shared_memory() -> None:
+    items = [torch.ones(2)]
+    (ours,) = forebay.torch.DataLoader(items, batch_size=None, num_workers=1)  # type: ignore[arg-type]
+    assert ours is items[0] and not ours.is_shared()
+
+
+def test_every_iterator_is_a_new_one_and_no_warning_counts_processors() -> None:
+    """torch hands the same iterator out again with `persistent_workers`, and warns of more workers than processors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = forebay.torch.DataLoader(Squares(4), num_workers=64, persistent_workers=True)
+        one, other = iter(loader), iter(loader)
+    assert one is not other
+    assert flat(one) == flat(other) == [0, 1, 4, 9]
 
 
 class Mutable(Dataset):  # type: ignore[type-arg]
