@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft test-gpu test-trainers hostile stress check fmt demo bench bench-workers doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft test-gpu test-trainers hostile stress check fmt demo bench bench-workers bench-regression doc clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -82,6 +82,10 @@ bench-workers: build ## Threads against worker processes for datasets in Python;
 	@$(SETUP) venv .venv bench
 	@if [ -n "$$($(SETUP) python-ft)" ]; then $(SETUP) venv .venv-ft ft && $(SETUP) wheel .venv-ft; fi
 	@.venv/bin/python benches/python/workers.py --python $(CURDIR)/.venv/bin/python $(wildcard $(CURDIR)/.venv-ft/bin/python) $(ARGS)
+
+bench-regression: build ## Instructions of the hot paths against benches/baseline.json; ARGS=--record writes it anew
+	@$(SETUP) venv .venv bench
+	@.venv/bin/python benches/python/regression.py $(ARGS)
 
 doc: ## Rust documentation
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace --exclude forebay-python
