@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft test-gpu test-trainers hostile stress check fmt demo bench bench-workers bench-regression doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft test-gpu test-trainers hostile stress check fmt demo bench bench-all bench-workers bench-regression doc clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -21,9 +21,8 @@ build: ## Build the wheel and install it into .venv
 	@$(SETUP) venv .venv build
 	@$(SETUP) wheel .venv
 
-wheels: build ## Build the wheels (abi3, and cp314t where python3.14t is found) into out/wheels
-	@if [ -n "$$($(SETUP) python-ft)" ]; then $(SETUP) venv .venv-ft ft && $(SETUP) wheel .venv-ft; fi
-	@ls -l out/wheels/*/*.whl
+wheels: ## Build the wheels (manylinux_2_28: cp311-abi3, cp314t), prove their tags, try each in an empty environment
+	@$(PYTHON) scripts/wheels.py $(ARGS)
 
 test: ## All tests: Rust, Python, free-threaded Python
 	@$(PYTHON) scripts/test.py rust python ft
@@ -77,6 +76,10 @@ demo: ## Train a small GPT on Python's own sources, kill and resume it, compare 
 bench: build ## Limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick in 2, --targets, --resume, --scale, --write-results
 	@$(SETUP) venv .venv bench
 	@.venv/bin/python benches/python/bench.py $(ARGS)
+
+bench-all: build ## The same with every peer, each installed into an environment of its own; 90 minutes; ARGS=--quick
+	@$(SETUP) venv .venv bench
+	@.venv/bin/python benches/python/bench.py --all $(ARGS)
 
 bench-workers: build ## Threads against worker processes for datasets in Python; ARGS=--quick, ARGS=--write-results
 	@$(SETUP) venv .venv bench

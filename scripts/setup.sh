@@ -4,6 +4,7 @@
 #   setup.sh python                 prints the interpreter that environments are made from
 #   setup.sh python-ft              prints the free-threaded one, or nothing
 #   setup.sh venv DIR GROUP...      makes DIR and installs requirements/GROUP.txt into it
+#   setup.sh install DIR ARGUMENT... installs into an environment, with uv where there is one
 #   setup.sh wheel DIR              builds the forebay wheel for DIR's interpreter and installs it, if sources changed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -109,6 +110,7 @@ case $command in
   python) find_python ;;
   python-ft) find_python_ft ;;
   venv) make_venv "$@" ;;
+  install) install "$@" ;;
   wheel) make_wheel "$@" ;;
-  *) die "expected \`python\`, \`python-ft\`, \`venv DIR GROUP...\` or \`wheel DIR\`, found \`$command\`" ;;
+  *) die "expected \`python\`, \`python-ft\`, \`venv DIR GROUP...\`, \`install DIR ARGUMENT...\` or \`wheel DIR\`, found \`$command\`" ;;
 esac

@@ -2,7 +2,8 @@
 
 Every measurement is a fresh process, and they take turns in random order. Everything written is in `out/bench`:
 `results.md` (also printed), `results.jsonl` with every run, `index.html` with plots, and the corpus. A quick run's
-results are in `out/bench/quick`.
+results are in `out/bench/quick`, those of every peer (`make bench-all`) in `out/bench/all`. What there is so far is
+written after every turn, and when a run is interrupted.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,21 +27,27 @@ from typing import Any
 
 import cold
 import corpus
+import environments
 import latency
 import measure
 import memory
+import page
 import report
 import resume
 import startup
 import trainer
 import workers
-from contestants import SHAPES, contestants
+from contestants import SHAPES, Contestant, Shape, contestants
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 OUT = ROOT / "out" / "bench"
 PACKAGES = ("forebay", "torch", "torchdata", "numpy", "pyarrow")
 LIMIT_S = 180
+#: For writing a peer's own form of the corpus.
+WRITE_LIMIT_S = 600
+#: How Python shows an exception.
+ERROR = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)\b")
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,12 @@ class Plan:
     shapes: int
 
 
-DEFAULT = Plan(tokens=100_000_000, copies=16, repeats=3, warm_up_s=1, window_s=3, limit_s=0.7, minutes=19, shapes=2)
+DEFAULT = Plan(tokens=100_000_000, copies=16, repeats=3, warm_up_s=0.7, window_s=2.5, limit_s=0.7, minutes=18, shapes=2)
 QUICK = Plan(tokens=20_000_000, copies=32, repeats=1, warm_up_s=0.3, window_s=1, limit_s=0.3, minutes=1.8, shapes=1)
+
+
+#: With every peer.
+ALL_MINUTES = 90
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,8 @@ class Job:
     reads: Path
     #: A first guess, which the progress bar corrects.
     seconds: float
+    #: Why it cannot be run.
+    failed: str | None = None
 
 
 @dataclass
@@ -141,6 +155,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def command_line(arguments: list[str]) -> str:
+    """What a person types."""
+    rest = [argument for argument in arguments if argument != "--all"]
+    return ("make bench-all" if "--all" in arguments else "make bench") + (f" ARGS='{' '.join(rest)}'" if rest else "")
+
+
 def header(kind: str, quick: bool, seed: int) -> dict[str, Any]:
     commit = output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
     changed = bool(output("git", "status", "--porcelain", "--untracked-files=no"))
@@ -148,7 +168,7 @@ def header(kind: str, quick: bool, seed: int) -> dict[str, Any]:
         "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit + (" with changes" if changed else ""),
-        "command": "make bench" + (f" ARGS='{' '.join(sys.argv[1:])}'" if sys.argv[1:] else ""),
+        "command": command_line(sys.argv[1:]),
         "quick": quick,
         "seed": seed,
         "machine": machine(),
@@ -156,12 +176,52 @@ def header(kind: str, quick: bool, seed: int) -> dict[str, Any]:
     }
 
 
-def jobs(plan: Plan, quick: bool, data: Path) -> list[Job]:
+@dataclass
+class Ready:
+    """What contestants need before they can run: where, or why not."""
+
+    pythons: dict[str, Path] = field(default_factory=dict)
+    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def prepare(chosen: list[Contestant], shapes: tuple[Shape, ...], data: Path, tell: Callable[[str], None]) -> Ready:
+    """Environments of the peers, and their own forms of the corpus, outside of what is timed."""
+    ready = Ready()
+    for name in dict.fromkeys(one.environment for one in chosen):
+        try:
+            ready.pythons[name] = environments.prepare(name, lambda text, name=name: tell(f"{name}: {text}"))
+        except (environments.Unavailable, OSError) as error:
+            ready.failed[name] = f"could not be installed: {error}"
+    for one in chosen:
+        for shape in shapes if one.write else ():
+            path = one.path(data, shape)
+            if one.environment in ready.failed or str(path) in ready.written or path.exists():
+                continue
+            tell(f"{one.environment}: writing {path.name}")
+            asked = {"write": one.name, "corpus": str(data), **shape.__dict__}
+            command = [str(ready.pythons[one.environment]), str(HERE / "measure.py"), json.dumps(asked)]
+            ready.written[str(path)] = result = start(command, WRITE_LIMIT_S)
+            if "failed" in result:
+                ready.failed[str(path)] = f"its form of the corpus could not be written: {result['failed']}"
+    return ready
+
+
+def selected(quick: bool, every: bool, only: list[str]) -> list[Contestant]:
+    known = contestants()
+    if only:
+        return [one for one in known if any(text in one.name for text in only)]
+    return [one for one in known if every or (one.quick if quick else not one.every)]
+
+
+def jobs(plan: Plan, chosen: list[Contestant], ready: Ready, data: Path) -> list[Job]:
     """What one repeat consists of."""
     found = []
-    gather = str(binary("forebay-limits", "main.rs"))
-    one_loader = [sys.executable, str(HERE / "measure.py")]
-    chosen = [one for one in contestants() if one.quick or not quick]
+    gather, unbuilt = "", None
+    try:
+        gather = str(binary("forebay-limits", "main.rs"))
+    except (subprocess.CalledProcessError, OSError) as error:
+        unbuilt = f"could not be built: {error}"
     groups = {one.group for one in chosen}
     for number, shape in enumerate(SHAPES[: plan.shapes]):
         sizes = {"batch_size": shape.batch_size, "seq_len": shape.seq_len}
@@ -172,14 +232,18 @@ def jobs(plan: Plan, quick: bool, data: Path) -> list[Job]:
             asked |= {"warm_up_s": plan.warm_up_s, "window_s": plan.window_s}
             labels = {"kind": "loader", "name": one.name, "group": one.group, **sizes}
             seconds = 3.5 + plan.warm_up_s + plan.window_s
-            found.append(Job(labels, [*one_loader, json.dumps(asked)], data / one.reads, seconds))
+            path = one.path(data, shape)
+            failed = ready.failed.get(one.environment) or ready.failed.get(str(path))
+            python = ready.pythons.get(one.environment, Path(sys.executable))
+            command = [str(python), str(HERE / "measure.py"), json.dumps(asked)]
+            found.append(Job(labels, command, path, seconds, failed))
         for dtype in sorted(groups & set(corpus.DTYPES)):
             path = data / f"tokens-{dtype}.bin"
             for threads in (1, 2):
                 arguments = [str(path), dtype, shape.seq_len, shape.batch_size, threads, plan.limit_s]
                 labels = {"kind": "limit", "name": "gather", "group": dtype, "threads": threads, **sizes}
                 # Three kernels, and copying.
-                found.append(Job(labels, [gather, *map(str, arguments)], path, 0.5 + 4 * plan.limit_s))
+                found.append(Job(labels, [gather, *map(str, arguments)], path, 0.5 + 4 * plan.limit_s, unbuilt))
     for codec in sorted(groups & set(corpus.CODECS)):
         for name in ("decompress", "decode"):
             for threads in (1, 2):
@@ -187,31 +251,33 @@ def jobs(plan: Plan, quick: bool, data: Path) -> list[Job]:
                 asked |= {"corpus": str(data), "window_s": 2 * plan.limit_s}
                 labels = {"kind": "limit", "name": name, "group": codec, "threads": threads}
                 path = data / f"parquet-{codec}"
-                found.append(Job(labels, [*one_loader, json.dumps(asked)], path, 1 + 2 * plan.limit_s))
+                command = [sys.executable, str(HERE / "measure.py"), json.dumps(asked)]
+                found.append(Job(labels, command, path, 1 + 2 * plan.limit_s))
     return found
 
 
 def read_once(path: Path) -> None:
     """So that the page cache holds it."""
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
         with file.open("rb", buffering=0) as opened:
             while opened.read(8 << 20):
                 pass
 
 
-def run(job: Job) -> dict[str, Any]:
-    """The result of a job, or `failed` and why."""
-    read_once(job.reads)
+def start(command: list[str], limit_s: float) -> dict[str, Any]:
+    """What a process of its own found, or `failed` and why."""
     # Settings of the caller's shell would change what is measured.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
     child = subprocess.Popen(
-        job.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
-        told, complaints = child.communicate(timeout=LIMIT_S)
+        told, complaints = child.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return {"failed": f"did not end within {LIMIT_S} s"}
+        return {"failed": f"did not end within {limit_s} s"}
     finally:
         # Workers of a contestant that crashed must not disturb the next one.
         with contextlib.suppress(ProcessLookupError):
@@ -219,8 +285,24 @@ def run(job: Job) -> dict[str, Any]:
         child.wait()
     if child.returncode != 0:
         lines = complaints.strip().splitlines()
-        return {"failed": lines[-1] if lines else f"ended with status {child.returncode}"}
-    result = json.loads(told.strip().splitlines()[-1])
+        # What a library says of its own end comes after the error.
+        error = next((line for line in reversed(lines) if ERROR.match(line)), lines[-1] if lines else "")
+        return {"failed": error[:300] or f"ended with status {child.returncode}"}
+    try:
+        return json.loads(told.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"failed": f"told no result, but {told.strip()[-100:]!r}"}
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The result of a job, or `failed` and why."""
+    if job.failed is not None:
+        return {"failed": job.failed}
+    try:
+        read_once(job.reads)
+        result = start(job.command, LIMIT_S)
+    except OSError as error:
+        return {"failed": str(error)}
     if "kernels" in result:
         speed = result["tokens_per_second"]
         threads = job.labels["threads"]
@@ -235,10 +317,10 @@ def run(job: Job) -> dict[str, Any]:
     return result
 
 
-def benchmark(quick: bool, out: Path, minutes: float | None) -> list[dict[str, Any]]:
-    plan = QUICK if quick else DEFAULT
-    if minutes is not None:
-        plan = replace(plan, minutes=minutes)
+def benchmark(
+    plan: Plan, chosen: list[Contestant], quick: bool, out: Path, report_so_far: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """All runs' records; an interrupted one has those until then."""
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
@@ -248,12 +330,16 @@ def benchmark(quick: bool, out: Path, minutes: float | None) -> list[dict[str, A
             print(f"\rbench: writing the corpus, shard {done} of {total}", end=end, file=sys.stderr, flush=True)
 
     data = corpus.prepare(OUT, plan.tokens, plan.copies, tell)
+    ready = prepare(
+        chosen, SHAPES[: plan.shapes], data, lambda text: print(f"bench: {text}", file=sys.stderr, flush=True)
+    )
     seed = random.SystemRandom().randrange(1 << 32)
     shuffler = random.Random(seed)
-    turn = jobs(plan, quick, data)
-    one_turn_s = sum(job.seconds for job in turn)
+    turn = jobs(plan, chosen, ready, data)
+    one_turn_s = sum(job.seconds for job in turn if job.failed is None)
     progress = Progress(plan.repeats * one_turn_s)
-    records = [{**header("benchmark", quick, seed), "plan": plan.__dict__}]
+    written = {Path(path).name: result for path, result in ready.written.items()}
+    records = [{**header("benchmark", quick, seed), "plan": plan.__dict__, "written": written}]
     lost: set[str] = set()
     measuring = time.monotonic()
     with (out / "results.jsonl").open("w") as file:
@@ -263,22 +349,31 @@ def benchmark(quick: bool, out: Path, minutes: float | None) -> list[dict[str, A
             file.flush()
 
         keep(records[0])
-        for repeat in range(plan.repeats):
-            now = time.monotonic()
-            if repeat > 0 and (now - started) + (now - measuring) / repeat > plan.minutes * 60:
-                print(f"\nbench: stopped after {repeat} repeats, as the time is up", file=sys.stderr)
-                break
-            shuffler.shuffle(turn)
-            for job in turn:
-                key = json.dumps(job.labels)
-                progress.show(f"{job.labels['group']}: {job.labels['name']}")
-                if key not in lost:
-                    result = run(job)
-                    if "failed" in result:
-                        lost.add(key)
-                    records.append({**job.labels, "repeat": repeat, **result})
-                    keep(records[-1])
-                progress.done_s += job.seconds
+        try:
+            for repeat in range(plan.repeats):
+                now = time.monotonic()
+                if repeat > 0 and (now - started) + (now - measuring) / repeat > plan.minutes * 60:
+                    print(f"\nbench: stopped after {repeat} repeats, as the time is up", file=sys.stderr)
+                    break
+                shuffler.shuffle(turn)
+                for job in turn:
+                    key = json.dumps(job.labels)
+                    progress.show(f"{job.labels['group']}: {job.labels['name']}")
+                    if key not in lost:
+                        result = run(job)
+                        if "failed" in result:
+                            lost.add(key)
+                        records.append({**job.labels, "repeat": repeat, **result})
+                        keep(records[-1])
+                    progress.done_s += job.seconds if job.failed is None else 0
+                try:
+                    report_so_far(records)
+                except Exception as error:
+                    # The records are what counts; the report at the end tells all of the error.
+                    print(f"\nbench: no report yet: {type(error).__name__}: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            records.append({"kind": "interrupted", "repeat": 0, "name": "", "group": ""})
+            keep(records[-1])
     progress.finish()
     return records
 
@@ -349,6 +444,15 @@ def alone(name: str) -> str:
     return section(records)
 
 
+def alone_if_possible(name: str) -> str | None:
+    """The section, or nothing but a complaint: what was measured before must not be lost."""
+    try:
+        return alone(name)
+    except Exception as error:
+        print(f"bench: {name} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
 def cpu_seconds() -> float:
     """Of this process and of those it waited for."""
     return sum(os.times()[:4])
@@ -363,6 +467,10 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every peer, each in an environment of its own")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="only contestants named like one of these"
+    )
     parser.add_argument("--quick", action="store_true", help="under two minutes, one repeat: shows that it works")
     parser.add_argument(
         "--write-results", action="store_true", help="measure nothing: write benches/RESULTS.md from the last results"
@@ -372,15 +480,20 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--targets", action="store_true", help="only these, in turn, each against its target:")
     for name, module in TARGETS.items():
         parser.add_argument(f"--{name}", action="store_true", help=module.__doc__.partition(":")[0])
-    parser.add_argument("--minutes", type=float, help="no further repeat that would pass this (default: 19)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"no further repeat past this (default: {DEFAULT.minutes}; with --all {ALL_MINUTES})",
+    )
     options = parser.parse_args(arguments)
     if not sys.platform.startswith("linux"):
         sys.exit("bench: measures through /proc, which only Linux has")
+    out = OUT / ("all" if options.all else "only" if options.only else "") / ("quick" if options.quick else "")
     if options.write_results:
         results = ROOT / "benches" / "RESULTS.md"
         # What workers.py wrote below its mark stays.
         kept = results.read_text().partition(workers.MARK) if results.exists() else ("", "", "")
-        parts = [report.markdown(load(OUT / "results.jsonl"))]
+        parts = [report.markdown(load(out / "results.jsonl"))]
         parts += [section(load(path)) for name in [*TARGETS, *ALONE] if (path := OUT / f"{name}.jsonl").exists()]
         parts += ["".join(kept[1:])] if kept[1] else []
         results.write_text("\n".join(parts))
@@ -391,13 +504,29 @@ def main(arguments: Iterable[str] | None = None) -> None:
         for name in chosen:
             print(alone(name), flush=True)
         return
-    out = OUT / "quick" if options.quick else OUT
-    records = benchmark(options.quick, out, options.minutes)
-    text = "\n".join([report.markdown(records), *([] if options.quick else map(alone, ALONE))])
-    (out / "results.md").write_text(text)
-    (out / "index.html").write_text(report.page(records))
-    print(text)
-    print(f"bench: results.md, results.jsonl and index.html are in {out.relative_to(ROOT)}", file=sys.stderr)
+    taking_part = selected(options.quick, options.all, options.only)
+    if not taking_part:
+        sys.exit(f"bench: no contestant is named like {' or '.join(options.only)}")
+    plan = QUICK if options.quick else DEFAULT
+    minutes = options.minutes or (ALL_MINUTES if options.all else plan.minutes)
+
+    def write_report(records: list[dict[str, Any]], sections: Iterable[str] = ()) -> str:
+        text = "\n".join([report.markdown(records), *sections])
+        (out / "results.md").write_text(text)
+        (out / "index.html").write_text(page.page(records))
+        return text
+
+    # Ended from outside, it writes what it has, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    records = benchmark(replace(plan, minutes=minutes), taking_part, options.quick, out, write_report)
+    interrupted = records[-1]["kind"] == "interrupted"
+    more = not (options.quick or options.only or interrupted)
+    sections = [finished for name in ALONE if (finished := alone_if_possible(name))] if more else []
+    print(write_report(records, sections))
+    print(f"bench: results.md and results.jsonl are in {out.relative_to(ROOT)}", file=sys.stderr)
+    print(f"bench: the page with plots is file://{out / 'index.html'}", file=sys.stderr)
+    if interrupted:
+        sys.exit("bench: interrupted; the results are those until then")
     if all("failed" in record for record in records[1:]):
         sys.exit("bench: every measurement failed")
     if any("failed" in record and record["name"].startswith("forebay") for record in records[1:]):

@@ -2,7 +2,8 @@
 [batch_size, seq_len], in memory of their own.
 
 Peers get the fastest form known to us: permutations are drawn as one array, collation is skipped where there is nothing
-to collate, and gathered rows are widened by NumPy, once for the inputs and once for the labels.
+to collate, and gathered rows are widened by NumPy, once for the inputs and once for the labels. Those with a format or
+an environment of their own are in `peers.py`.
 """
 
 import threading
@@ -26,6 +27,30 @@ GROUPS = {
     "snappy": "Parquet, snappy",
 }
 
+#: How each is used, by what its label begins with; the longest that fits.
+HOW = {
+    "forebay": "Loader's defaults; documents joined to one stream, rows shuffled over the whole epoch",
+    "torch DataLoader, batched": "a flat file mapped by NumPy; one index is a whole batch (batch_size=None)",
+    "torch DataLoader, per row": "a flat file mapped by NumPy; shuffle=True, default collation, persistent workers",
+    "StatefulDataLoader, batched": "as torch DataLoader, batched, with torchdata's stateful loader",
+    "StatefulDataLoader, per row": "as torch DataLoader, per row, with torchdata's stateful loader",
+    "torchdata.nodes": "Mapper (ParallelMapper with threads) over a sampler of whole batches of a mapped flat file",
+    "dataloader-rs": "PyDataloader, __getitems__ gives views of a mapped flat file, collate_fn gathers and widens",
+    "HF datasets, map-style": "rows in Arrow, with_format('torch'), DataLoader(shuffle=True), fetched by __getitems__",
+    "HF datasets, map-style, per row": "the same, but without __getitems__",
+    "HF datasets, map-style, batched": "rows in Arrow, with_format('numpy'), one index is a whole batch",
+    "HF datasets, iterable": "Hugging Face: to_iterable_dataset(num_shards=16), shuffle(buffer_size=1000), batch(B)",
+    "MosaicML Streaming": "MDS shards of 64 MB read in place, StreamingDataset(shuffle=True), StreamingDataLoader",
+    "LitData": "chunks of 64 MB by optimize, StreamingDataset(TokensLoader(block_size=S), shuffle=True)",
+    "Grain": "MapDataset over a mapped flat file: shuffle, repeat, batch, to_iter_dataset; mp_prefetch for processes",
+    "SPDL": "PipelineBuilder over whole batches of a mapped flat file, queue.Queue as output",
+    "Megatron-core": "indexed dataset of documents, GPTDataset with cached indices, no attention mask; labels shifted",
+    "Lance, rows by index": "rows as fixed-size lists, dataset.take of a batch of indices",
+    "Lance, whole batches": "rows as fixed-size lists, LanceDataset with ShardedBatchSampler(randomize=True): rows of a"
+    " batch are neighbours, which is less of a shuffle",
+    "pyarrow": "row groups in random order, decoded, cut into rows and shuffled within the group: less of a shuffle",
+}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -36,7 +61,7 @@ class Shape:
         return f"B={self.batch_size} S={self.seq_len}"
 
 
-#: The second one is measured for those who are near the front, so that all fits into the time.
+#: In the order of measuring.
 SHAPES = (Shape(8, 2048), Shape(32, 4096))
 
 
@@ -47,7 +72,7 @@ class Contestant:
     group: str
     #: Helper threads or processes that were asked for.
     helpers: int
-    #: File or folder below the corpus.
+    #: File or folder below the corpus; may name the `{seq_len}` of the rows it holds.
     reads: str
     make: Callable[[Path, Shape, int], Any]
     #: What it reads in the window, if not the same.
@@ -55,6 +80,8 @@ class Contestant:
     ours: bool = False
     tensors: bool = True
     quick: bool = False
+    #: Measured by `make bench-all` only.
+    every: bool = False
     both_shapes: bool = True
     #: Beside the comparison: neither a peer nor held against them.
     reference: bool = False
@@ -62,6 +89,25 @@ class Contestant:
     imports: tuple[str, ...] = ("torch.utils.data",)
     #: Where its rows begin, if not at the multiples of `seq_len`.
     starts: Callable[[Path, Shape], np.ndarray] | None = None
+    #: Its rows are documents in an order of its own, joined and cut; labels are shifted by one.
+    joins: bool = False
+    #: What share of the rows may be followed by their neighbour of the corpus.
+    neighbours: float = 0.1
+    #: Has a state that resumes it.
+    resumes: bool = False
+    #: One of `environments.REQUIREMENTS`, or of what the benchmark itself runs in.
+    environment: str = ""
+    #: The distribution whose version is shown.
+    package: str = "torch"
+    #: Makes what it reads: of the corpus, at the path, for the shape.
+    write: Callable[[Path, Path, Shape], None] | None = None
+
+    @property
+    def how(self) -> str:
+        return HOW[max((text for text in HOW if self.label.startswith(text)), key=len)]
+
+    def path(self, corpus: Path, shape: Shape) -> Path:
+        return corpus / self.reads.format(seq_len=shape.seq_len)
 
 
 def forebay_tensors(path: Path, shape: Shape, threads: int):
@@ -129,7 +175,10 @@ def torch_batched(path: Path, shape: Shape, workers: int):
 
     dataset = Rows(path, shape)
     sampler = IndexBatches(len(dataset), shape.batch_size)
-    return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=as_it_is, num_workers=workers)
+    return DataLoader(
+        dataset, batch_size=None, sampler=sampler, collate_fn=as_it_is, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
 
 
 def torch_rows(path: Path, shape: Shape, workers: int):
@@ -142,7 +191,10 @@ def torch_rows(path: Path, shape: Shape, workers: int):
 def stateful_rows(path: Path, shape: Shape, workers: int):
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    return StatefulDataLoader(Rows(path, shape), shape.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    return StatefulDataLoader(
+        Rows(path, shape), shape.batch_size, shuffle=True, drop_last=True, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
 
 
 def nodes_batched(path: Path, shape: Shape, workers: int):
@@ -256,31 +308,89 @@ def contestants() -> list[Contestant]:
             add(
                 f"forebay-parquet-{codec}-{threads}", "forebay, Parquet", codec, threads, f"parquet-{codec}",
                 forebay_tensors, reads_long=f"parquet-{codec}{COPIES}", ours=True, quick=codec == "zstd",
-                both_shapes=codec == "zstd", imports=("forebay.torch",),
+                imports=("forebay.torch",),
             )  # fmt: skip
     add(
         "forebay-numpy", "forebay, Arrow, NumPy arrays", "uint16", 1, "arrow-uint16",
-        forebay_arrays, ours=True, tensors=False, reference=True, imports=("forebay",),
+        forebay_arrays, ours=True, tensors=False, reference=True, both_shapes=False, imports=("forebay",),
     )  # fmt: skip
     for dtype in ("uint16", "int32"):
         flat, first = f"tokens-{dtype}.bin", dtype == "uint16"
         add(f"torch-batched-{dtype}", "torch DataLoader, batched", dtype, 0, flat, torch_batched, quick=first)
         add(
             f"nodes-batched-{dtype}", "torchdata.nodes, batched", dtype, 0, flat, nodes_batched,
-            quick=first, imports=("torchdata.nodes",),
+            quick=first, imports=("torchdata.nodes",), package="torchdata", resumes=True,
         )  # fmt: skip
     flat = "tokens-uint16.bin"
     add("torch-rows-0", "torch DataLoader, per row", "uint16", 0, flat, torch_rows, quick=True)
     add("torch-rows-2", "torch DataLoader, per row, processes", "uint16", 2, flat, torch_rows, both_shapes=False)
-    add(
-        "stateful-rows-0", "StatefulDataLoader, per row", "uint16", 0, flat, stateful_rows,
-        both_shapes=False, imports=("torchdata.stateful_dataloader",),
-    )  # fmt: skip
     for codec in ("zstd", "snappy"):
         for threads in (1, 2):
             add(
                 f"pyarrow-{codec}-{threads}", "pyarrow row groups, by hand", codec, threads, f"parquet-{codec}",
-                Chopped, quick=codec == "zstd", both_shapes=codec == "zstd", starts=chopped_starts,
-                imports=("torch", "pyarrow.parquet"),
+                Chopped, quick=codec == "zstd", starts=chopped_starts,
+                imports=("torch", "pyarrow.parquet"), package="pyarrow",
             )  # fmt: skip
+    return found + every_peer()
+
+
+def every_peer() -> list[Contestant]:
+    """What only `make bench-all` measures, and dataloader-rs, which is near the front."""
+    import peers
+
+    found = []
+    flat = "tokens-uint16.bin"
+
+    def add(name: str, label: str, helpers: int, make: Any, reads: str = flat, every: bool = True, **more: Any) -> None:
+        found.append(Contestant(name, label, "uint16", helpers, reads, make, every=every, **more))
+
+    add("torch-rows-4", "torch DataLoader, per row, processes", 4, torch_rows)
+    for workers in (2, 4):
+        add(f"torch-batched-{workers}", "torch DataLoader, batched, processes", workers, torch_batched)
+    more: dict[str, Any] = {"imports": ("torchdata.stateful_dataloader",), "package": "torchdata", "resumes": True}
+    add("stateful-rows-0", "StatefulDataLoader, per row", 0, stateful_rows, **more)
+    add("stateful-rows-2", "StatefulDataLoader, per row, processes", 2, stateful_rows, **more)
+    add("stateful-batched", "StatefulDataLoader, batched", 0, peers.stateful_batched, **more)
+    more["imports"] = ("torchdata.nodes",)
+    add("nodes-threads", "torchdata.nodes, batched, threads", 2, peers.nodes_threads, **more)
+    for threads in (0, 2):
+        add(
+            f"dataloader-rs-{threads}", "dataloader-rs", threads, peers.dataloader_rs, every=False,
+            imports=("torch", "dataloader_rs"), environment="dataloader-rs", package="dataloader-rs",
+        )  # fmt: skip
+    more = {"reads": "datasets-{seq_len}", "write": peers.write_datasets, "environment": "datasets"}
+    more |= {"package": "datasets", "imports": ("torch.utils.data", "datasets")}
+    add("datasets-rows", "HF datasets, map-style, per row", 0, peers.datasets_rows, **more)
+    for workers in (0, 2):
+        add(f"datasets-map-{workers}", "HF datasets, map-style", workers, peers.datasets_map, **more)
+    add("datasets-map-batched", "HF datasets, map-style, batched", 0, peers.datasets_map_batched, **more)
+    for workers in (0, 2):
+        add(
+            f"datasets-iterable-{workers}", "HF datasets, iterable", workers, peers.DatasetsIterable, **more,
+            resumes=workers == 0,
+        )  # fmt: skip
+    more = {"reads": "streaming-{seq_len}", "write": peers.write_streaming, "environment": "streaming"}
+    more |= {"package": "mosaicml-streaming", "imports": ("torch.utils.data", "streaming"), "resumes": True}
+    for workers in (0, 2):
+        add(f"streaming-{workers}", "MosaicML Streaming", workers, peers.streaming_loader, **more)
+    more = {"reads": "litdata", "write": peers.write_litdata, "environment": "litdata"}
+    more |= {"package": "litdata", "imports": ("torch.utils.data", "litdata"), "resumes": True}
+    for workers in (0, 2):
+        add(f"litdata-{workers}", "LitData, TokensLoader", workers, peers.litdata_loader, **more)
+    more = {"environment": "grain", "package": "grain", "imports": ("torch", "grain"), "resumes": True}
+    for threads in (0, 2):
+        add(f"grain-{threads}", "Grain, threads", threads, peers.GrainLoader, **more)
+    add("grain-processes", "Grain, processes", 2, peers.grain_processes, **more)
+    more = {"environment": "spdl", "package": "spdl", "imports": ("torch", "spdl.pipeline")}
+    for threads in (1, 2):
+        add(f"spdl-{threads}", "SPDL, threads", threads, peers.SpdlLoader, **more)
+    more = {"reads": "megatron-{seq_len}", "write": peers.write_megatron, "environment": "megatron", "joins": True}
+    more |= {"package": "megatron-core", "imports": ("torch.utils.data", "megatron.core.datasets.gpt_dataset")}
+    for workers in (0, 2):
+        add(f"megatron-{workers}", "Megatron-core GPTDataset", workers, peers.megatron_loader, **more)
+    more = {"reads": "lance-{seq_len}", "write": peers.write_lance, "environment": "lance", "package": "pylance"}
+    more |= {"imports": ("torch.utils.data", "lance.torch.data")}
+    add("lance-take", "Lance, rows by index", 0, peers.lance_take, **more)
+    # Whole batches are shuffled, so within a batch each row is followed by its neighbour.
+    add("lance-batches", "Lance, whole batches shuffled", 0, peers.lance_batches, **more, neighbours=1.0)
     return found

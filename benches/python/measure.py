@@ -1,30 +1,40 @@
 """One measurement in this process, printed as one JSON line: of a contestant, or of a limit that Python can measure.
 
     measure.py '{"contestant": NAME, "corpus": FOLDER, "batch_size": 8, "seq_len": 2048, "warm_up_s": 1, "window_s": 3}'
+    measure.py '{"write": NAME, "corpus": FOLDER, "batch_size": 8, "seq_len": 2048}'   what NAME reads
     measure.py '{"limit": "decode" | "decompress", "codec": "zstd", "threads": 1, "corpus": FOLDER, "window_s": 1}'
 
 A contestant's first batches are checked against the corpus before it is timed; one that fails ends with an error.
 """
 
+import copy
+import gc
 import importlib
 import itertools
 import json
 import os
+import pickle
+import platform
+import shutil
 import sys
 import threading
 import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from chains import Chains, four
 from contestants import Batch, Contestant, RowGroups, Shape, contestants, map_rows
 from processes import descendants
 
 CHECKED_BATCHES = 48
+#: A peer's state further into the epoch than it gets in this time is not taken.
+REACHED_S = 15
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -56,6 +66,11 @@ def memory_mb() -> float:
     return total / 1024
 
 
+def version_of(contestant: Contestant) -> str:
+    package = "forebay" if contestant.ours else contestant.package
+    return f"{package} {version(package)}"
+
+
 def endless(loader: Any) -> Iterator[Batch]:
     while True:
         yield from loader
@@ -67,12 +82,15 @@ class Checker:
     def __init__(self, corpus: Path, contestant: Contestant, shape: Shape) -> None:
         rows = map_rows(corpus / "tokens-uint16.bin", shape)
         self.flat, self.shape, self.contestant = rows.reshape(-1), shape, contestant
-        if contestant.starts is None:
+        if contestant.joins:
+            self.chains = Chains(corpus, self.flat)
+            starts = np.zeros(0, np.int64)
+        elif contestant.starts is None:
             starts = np.arange(len(rows)) * shape.seq_len
         else:
-            starts = contestant.starts(corpus / contestant.reads, shape)
+            starts = contestant.starts(contestant.path(corpus, shape), shape)
             starts = starts[starts + shape.seq_len <= len(self.flat)]
-        keys = self.key(self.flat[starts[:, None] + np.arange(4)])
+        keys = four(self.flat[starts[:, None] + np.arange(4)])
         order = np.argsort(keys)
         self.keys, self.starts = keys[order], starts[order]
         self.found: list[int] = []
@@ -80,10 +98,6 @@ class Checker:
         if contestant.reads_long:
             counts = [len(list((corpus / name).iterdir())) for name in (contestant.reads_long, contestant.reads)]
             self.copies = counts[0] // counts[1]
-
-    @staticmethod
-    def key(heads: np.ndarray) -> np.ndarray:
-        return heads.astype(np.uint64) @ (np.uint64(1) << np.arange(0, 64, 16, dtype=np.uint64))
 
     def check(self, batch: Batch) -> None:
         if set(batch) != {"input_ids", "labels"}:
@@ -101,9 +115,14 @@ class Checker:
                 raise AssertionError(f"expected int64 {expected}, found {field.dtype} {field.shape}")
         if np.shares_memory(inputs, labels):
             raise AssertionError("labels share memory with input_ids")
+        if self.contestant.joins:
+            if not np.array_equal(inputs[:, 1:], labels[:, :-1]):
+                raise AssertionError("labels are not the following input_ids")
+            self.found += [self.chains.find(row) for row in np.concatenate((inputs, labels[:, -1:]), axis=1)]
+            return
         if not np.array_equal(inputs, labels):
             raise AssertionError("labels differ from input_ids")
-        for row, key in zip(inputs, self.key(inputs[:, :4]), strict=True):
+        for row, key in zip(inputs, four(inputs[:, :4]), strict=True):
             first, last = (np.searchsorted(self.keys, key, side) for side in ("left", "right"))
             for start in self.starts[first:last]:
                 if np.array_equal(row, self.flat[start : start + self.shape.seq_len]):
@@ -117,7 +136,7 @@ class Checker:
         if most > self.copies:
             raise AssertionError(f"of the first {len(self.found)} rows, one was delivered {most} times")
         neighbours = float(np.mean(np.diff(self.found) == self.shape.seq_len))
-        if neighbours > 0.1:
+        if neighbours > self.contestant.neighbours:
             raise AssertionError(f"{neighbours:.0%} of the rows follow their neighbour of the corpus: not shuffled")
         return {"checked_rows": len(self.found), "neighbours": neighbours}
 
@@ -132,6 +151,34 @@ def resume_ms(contestant: Contestant, path: Path, shape: Shape, share: float, st
     took = time.perf_counter() - began
     loader.close()
     return took * 1e3
+
+
+def resume_peer(contestant: Contestant, path: Path, shape: Shape, steps: dict[int, int]) -> dict[str, Any]:
+    """The same of a peer, whose state is taken where it is after so many `steps`; and whether it went on exactly."""
+    result: dict[str, Any] = {}
+    exact = True
+    for percent, step in steps.items():
+        loader = contestant.make(path, shape, contestant.helpers)
+        batches = iter(loader)
+        for _ in range(step):
+            next(batches)
+        state = copy.deepcopy(loader.state_dict())
+        wanted = next(batches)
+        del batches, loader
+        gc.collect()
+        began = time.perf_counter()
+        loader = contestant.make(path, shape, contestant.helpers)
+        loader.load_state_dict(state)
+        found = next(iter(loader), None)
+        if found is None:
+            result["resume_failed"] = f"at {percent} % its epoch was over"
+            break
+        result[f"resume_{percent}_ms"] = (time.perf_counter() - began) * 1e3
+        exact = exact and all(np.array_equal(found[name], wanted[name]) for name in wanted)
+        result["resume_state_bytes"] = len(pickle.dumps(state))
+        del loader
+        gc.collect()
+    return {**result, "resume_exact": exact}
 
 
 def timed(batches: Iterator[Batch], seconds: float) -> array:
@@ -152,7 +199,7 @@ def timed(batches: Iterator[Batch], seconds: float) -> array:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     contestant = next(one for one in contestants() if one.name == job["contestant"])
     shape, corpus = Shape(job["batch_size"], job["seq_len"]), Path(job["corpus"])
-    path = corpus / contestant.reads
+    path = contestant.path(corpus, shape)
     for module in contestant.imports:
         importlib.import_module(module)
     bare_mb = memory_mb()
@@ -196,8 +243,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "memory_mb": used_mb,
         "own_memory_mb": used_mb - bare_mb,
         "processes": len(descendants()),
+        "python": platform.python_version() + ("" if getattr(sys, "_is_gil_enabled", lambda: True)() else "t"),
+        "version": version_of(contestant),
         "first_batch_ms": first_batch_ms,
         **dict(zip(("p50_us", "p99_us", "p999_us"), map(float, percentiles), strict=True)),
+        "longest_us": max(waits) * 1e6,
         "batches": len(waits),
         **checked,
     }
@@ -210,7 +260,37 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             state = fresh.state_dict()
         for percent in (1, 99):
             result[f"resume_{percent}_ms"] = resume_ms(contestant, path, shape, percent / 100, state)
+    elif contestant.resumes:
+        epoch = int(corpus_tokens(corpus) // shape.seq_len // shape.batch_size)
+        speed = result["tokens_per_s"] / shape.batch_size / shape.seq_len
+        steps = {percent: epoch * percent // 100 for percent in (1, 99)}
+        del batches, loader
+        gc.collect()
+        try:
+            possible = {percent: step for percent, step in steps.items() if step / speed <= REACHED_S}
+            result |= resume_peer(contestant, path, shape, possible)
+        except Exception as error:
+            result["resume_failed"] = f"{type(error).__name__}: {error}"[:200]
     return result
+
+
+def corpus_tokens(corpus: Path) -> int:
+    return (corpus / "tokens-uint16.bin").stat().st_size // 2
+
+
+def write(job: dict[str, Any]) -> dict[str, Any]:
+    """Makes what a contestant reads, complete or not at all."""
+    contestant = next(one for one in contestants() if one.name == job["write"])
+    shape, corpus = Shape(job["batch_size"], job["seq_len"]), Path(job["corpus"])
+    target = contestant.path(corpus, shape)
+    assert contestant.write is not None
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    began = time.perf_counter()
+    contestant.write(corpus, partial, shape)
+    partial.rename(target)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return {"write_s": time.perf_counter() - began, "bytes_per_token": size / corpus_tokens(corpus)}
 
 
 def decoder(corpus: Path, codec: str) -> Callable[[int], int]:
@@ -261,4 +341,4 @@ def limit(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    print(json.dumps(limit(asked) if "limit" in asked else measure(asked)))
+    print(json.dumps((limit if "limit" in asked else write if "write" in asked else measure)(asked)))

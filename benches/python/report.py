@@ -1,6 +1,5 @@
 """Turns the records of a run into Markdown, and into a page with plots. Numbers are medians over the repeats."""
 
-import html
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -45,6 +44,29 @@ class Line:
         self.threads = records[0].get("threads", 0)
         self.failed = next((record["failed"] for record in records if "failed" in record), None)
         self.runs = [record for record in records if "failed" not in record]
+
+    @property
+    def version(self) -> str:
+        return next((run["version"] for run in self.runs if "version" in run), "")
+
+    @property
+    def python(self) -> str:
+        return next((run["python"] for run in self.runs if "python" in run), "")
+
+    @property
+    def resume(self) -> str:
+        """At 1 % and 99 % of an epoch; nothing for what has no state."""
+        failed = next((run["resume_failed"] for run in self.runs if "resume_failed" in run), None)
+        if failed is not None:
+            return f"failed: {failed[:60]}"
+        shown = []
+        for field in ("resume_1_ms", "resume_99_ms"):
+            values = [run[field] for run in self.runs if field in run]
+            shown.append(number(median(values)) if values else "too slow to get there")
+        if not any("resume_1_ms" in run for run in self.runs):
+            return ""
+        inexact = any(run.get("resume_exact") is False for run in self.runs)
+        return " / ".join(shown) + (", another batch" if inexact else "")
 
     def __getitem__(self, field: str) -> float:
         return median(run[field] for run in self.runs)
@@ -121,7 +143,7 @@ class Group:
                 f"{number(line['own_memory_mb'])} ({line['memory_mb']:.0f})",
                 number(line["first_batch_ms"]),
                 " / ".join(number(line[field]) for field in ("p50_us", "p99_us", "p999_us")),
-                " / ".join(number(line[f"resume_{at}_ms"]) for at in (1, 99)) if one.ours else "",
+                line.resume,
                 self.behind(one, line),
             ])  # fmt: skip
         return rows
@@ -172,10 +194,14 @@ def facts(records: list[Record]) -> list[str]:
     machine, plan = head["machine"], head["plan"]
     loaders = [record for record in records[1:] if "other_cores" in record]
     others = [record["other_cores"] for record in loaders]
+    measured = sorted(
+        {f"{run['version']} (Python {run['python']})" for run in loaders if "version" in run}, key=str.lower
+    )
     repeats = max((record["repeat"] for record in records[1:]), default=0) + 1
     found = [
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['kernel']}",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in head["versions"].items()),
+        *([f"Measured: {', '.join(measured)}"] if measured else []),
         f"Date: {head['date']}; commit: {head['commit']}; command: `{head['command']}`",
         f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {repeats} repeat{'s' * (repeats > 1)}, in random order"
         f" (seed {head['seed']}), a fresh process each; {plan['warm_up_s']} s warm-up, {plan['window_s']} s window;"
@@ -192,6 +218,11 @@ def facts(records: list[Record]) -> list[str]:
             f"forebay's Parquet windows lie within the first epoch of {plan['copies']} copies of the corpus, and"
             f" decoded {median(decoded):.2f} tokens per token delivered ({min(decoded):.2f} to {max(decoded):.2f})"
         )
+    copied = [record["copy_bytes_per_s"] for record in records[1:] if "copy_bytes_per_s" in record]
+    if copied:
+        found.append(f"Copying memory, the limit of the machine: {median(copied) / 1e9:.1f} GB/s at the median")
+    if any(record["kind"] == "interrupted" for record in records[1:]):
+        found.append("**This run was interrupted: the numbers are of what was done until then**")
     if head["quick"]:
         found.append("**A --quick run: it shows that everything works; one short window is no measurement**")
     return found
@@ -339,100 +370,3 @@ def scale_parts(records: list[Record]) -> list[str]:
 def quantiles(values: list[float]) -> tuple[float, float, float]:
     ordered = sorted(values)
     return tuple(ordered[round((len(ordered) - 1) * share)] for share in (0.25, 0.5, 0.75))  # type: ignore[return-value]
-
-
-STYLE = """
-:root { color-scheme: light dark; --text: #1c2733; --soft: #5d6b7a; --line: #d8dee6; --back: #fff; --ours: #1769aa;
-  --peer: #a9b4c0; --limit: #c2571a; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e9ef; --soft: #9aa7b5; --line: #38434f; --back: #14191f;
-  --ours: #58a6e8; --peer: #5d6a78; --limit: #ec8c4c; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 2rem auto;
-  max-width: 76rem; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-ul { color: var(--soft); padding-left: 1.2rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 1.5rem; }
-@media (max-width: 34rem) { .plots { grid-template-columns: 1fr; } }
-svg { width: 100%; height: auto; } svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
-svg .soft { fill: var(--soft); }
-.ours { fill: var(--ours); } .peer { fill: var(--peer); } .limit { fill: var(--limit); }
-.whisker { stroke: var(--text); stroke-width: 1.2; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; } summary { cursor: pointer; color: var(--soft); margin-top: .8rem; }
-"""
-
-
-def bars(title: str, entries: list[tuple[str, str, list[float]]]) -> str:
-    """A bar per entry (label, class, values): its length the median, the whisker from the least to the most."""
-    label_width, width, step = 250, 560, 24
-    room = width - label_width - 60
-    top = max(max(values) for _, _, values in entries) or 1.0
-    height = len(entries) * step + 30
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
-    parts.append(f'<text x="0" y="14" font-weight="600">{html.escape(title)}</text>')
-    for row, (label, kind, values) in enumerate(entries):
-        y = 26 + row * step
-        middle, low, high = (label_width + room * value / top for value in (median(values), min(values), max(values)))
-        shown = number(median(values))
-        parts.append(
-            f"<g><title>{html.escape(label)}: {shown} ({number(min(values))} to {number(max(values))},"
-            f" {len(values)} runs)</title>"
-            f'<text x="{label_width - 8}" y="{y + 13}" text-anchor="end">{html.escape(label)}</text>'
-            f'<rect class="{kind}" x="{label_width}" y="{y}" width="{max(middle - label_width, 1):.1f}" height="17"/>'
-        )
-        if len(values) > 1:
-            parts.append(f'<line class="whisker" x1="{low:.1f}" x2="{high:.1f}" y1="{y + 8.5}" y2="{y + 8.5}"/>')
-        parts.append(f'<text class="soft" x="{max(middle, high) + 6:.1f}" y="{y + 13}">{shown}</text></g>')
-    return "".join(parts) + "</svg>"
-
-
-def plots(group: Group) -> str:
-    shown = []
-    for title, field, scale, with_limits in (
-        ("Million tokens per second: longer is better", "tokens_per_s", 1e6, True),
-        ("CPU seconds per billion tokens: shorter is better", "cpu_s_per_gtok", 1, True),
-        ("Milliseconds to the first batch: shorter is better", "first_batch_ms", 1, False),
-        ("Memory over the imports, MB: shorter is better", "own_memory_mb", 1, False),
-    ):
-        entries = []
-        kind = "gather" if group.name in ("uint16", "int32") else "decompress"
-        for (name, threads), line in sorted(group.limits.items()):
-            if with_limits and name == kind and line.failed is None:
-                entries.append((f"limit: {name}, {threads} threads", "limit", line, field))
-        for one, line in sorted(group.lines, key=lambda pair: not pair[0].ours):
-            if line.failed is None:
-                helpers = f", {one.helpers}" if one.helpers else ""
-                entries.append((one.label + helpers, "ours" if one.ours else "peer", line, field))
-        values = [(label, kind, [run[field] / scale for run in line.runs]) for label, kind, line, field in entries]
-        if values:
-            shown.append(bars(title, values))
-    return '<div class="plots">' + "".join(shown) + "</div>"
-
-
-def cell(text: str) -> str:
-    """Markdown's bold as HTML."""
-    parts = html.escape(text).split("**")
-    return "".join(f"<b>{part}</b>" if index % 2 else part for index, part in enumerate(parts)).replace("`", "")
-
-
-def page(records: list[Record]) -> str:
-    found = groups(records)
-    parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Forebay benchmark</title><style>{STYLE}</style>",
-        "<h1>Forebay beside its peers, and the machine's limit</h1>",
-        f"<p>{cell(HOW_TO_READ)} Bars are medians, lines reach from the slowest to the fastest run.</p>",
-        "<ul>" + "".join(f"<li>{cell(fact)}</li>" for fact in facts(records)) + "</ul>",
-    ]
-    for group in found:
-        heads = "".join(f"<th>{head}</th>" for head in HEADS)
-        rows = "".join("<tr>" + "".join(f"<td>{cell(text)}</td>" for text in row) + "</tr>" for row in group.rows())
-        parts.append(
-            f"<h2>{html.escape(group.title)}</h2>{plots(group)}<details><summary>All numbers</summary>"
-            f'<div class="scroll"><table><tr>{heads}</tr>{rows}</table></div></details>'
-        )
-    lost = [text for group in found for text in group.lost()]
-    parts.append("<h2>Where a peer is ahead of everything of forebay</h2>")
-    items = "".join(f"<li>{cell(text)}</li>" for text in lost)
-    parts.append(f"<ul>{items}</ul>" if lost else "<p>Nowhere in these tables.</p>")
-    return "\n".join(parts) + "</html>\n"

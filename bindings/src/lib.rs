@@ -25,7 +25,7 @@ fn run_command(py: Python<'_>, arguments: Vec<OsString>) -> PyResult<u8> {
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use crate::batch::{Array, Batch};
+    use crate::batch::{Array, Batch, Tensors};
     #[pymodule_export]
     use crate::loader::{Batches, Loader, resolve};
     use pyo3::prelude::*;

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use forebay::config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Split, Targets};
@@ -12,7 +13,7 @@ use pyo3::exceptions::PyTimeoutError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Tensors};
 use crate::error::{detached, to_python};
 
 /// Longest wait between two looks at pending signals.
@@ -93,6 +94,8 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
     dict.set_item("input_dtype", config.input_dtype.name())?;
     dict.set_item("sample_ids", config.sample_ids)?;
     dict.set_item("num_threads", config.num_threads)?;
+    dict.set_item("cpu_affinity", &config.cpu_affinity)?;
+    dict.set_item("thread_priority", config.thread_priority)?;
     dict.set_item("prefetch_batches", config.prefetch_batches)?;
     dict.set_item("memory_budget", config.memory_budget)?;
     dict.set_item("block_tokens", config.block_tokens)?;
@@ -245,6 +248,13 @@ impl Loader {
         dict.set_item("fill_seconds", stats.fill_seconds)?;
         dict.set_item("decoded_blocks", stats.decoded_blocks)?;
         dict.set_item("decoded_bytes", stats.decoded_bytes)?;
+        let pages = PyDict::new(py);
+        pages.set_item("plain", stats.decoded_pages.plain)?;
+        pages.set_item("dictionary", stats.decoded_pages.dictionary)?;
+        pages.set_item("delta", stats.decoded_pages.delta)?;
+        pages.set_item("byte_stream_split", stats.decoded_pages.byte_stream_split)?;
+        pages.set_item("row_groups_by_arrow", stats.decoded_pages.row_groups_by_arrow)?;
+        dict.set_item("decoded_pages", pages)?;
         dict.set_item("cache_bytes", stats.cache_bytes)?;
         dict.set_item("buffer_bytes", stats.buffer_bytes)?;
         let sources = stats.sources.iter().map(|source| {
@@ -317,6 +327,35 @@ impl Batches {
     fn get(&self) -> &forebay::Batches {
         self.inner.as_ref().expect("taken only when dropped")
     }
+
+    fn take(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Arc<forebay::Batch>>> {
+        let batches = self.get();
+        // A batch that is ready is taken without letting the interpreter go, which other threads may take long to give back.
+        match batches.try_next().map_err(|error| to_python(py, &error))? {
+            Next::Batch(batch) => return Ok(Some(batch)),
+            Next::End => return Ok(None),
+            Next::Pending => {}
+        }
+        // What is beyond the clock's range is no limit.
+        let limit = timeout_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let wait = || match left {
+                // Who has a limit must not be held by a computation of its own.
+                Some(left) => batches.next_timeout(left.min(SLICE)),
+                None => batches.next_or_help(SLICE),
+            };
+            match detached(py, wait)? {
+                Next::Batch(batch) => return Ok(Some(batch)),
+                Next::End => return Ok(None),
+                Next::Pending => py.check_signals()?,
+            }
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(PyTimeoutError::new_err("no batch was ready in time"));
+            }
+        }
+    }
 }
 
 impl Drop for Batches {
@@ -333,20 +372,19 @@ impl Batches {
     /// The next batch, or None at the epoch's end.
     #[pyo3(signature = (timeout_seconds=None))]
     fn next(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Batch>> {
-        // What is beyond the clock's range is no limit.
-        let limit = timeout_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-        loop {
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            match detached(py, || self.get().next_timeout(left.unwrap_or(SLICE).min(SLICE)))? {
-                Next::Batch(batch) => return Ok(Some(Batch::new(batch))),
-                Next::End => return Ok(None),
-                Next::Pending => py.check_signals()?,
-            }
-            if left.is_some_and(|left| left.is_zero()) {
-                return Err(PyTimeoutError::new_err("no batch was ready in time"));
-            }
-        }
+        Ok(self.take(py, timeout_seconds)?.map(Batch::new))
+    }
+
+    /// Step and tensors of the next batch, or None at the epoch's end.
+    #[pyo3(signature = (tensors, timeout_seconds=None))]
+    fn next_tensors<'py>(
+        &self,
+        py: Python<'py>,
+        tensors: &Tensors,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<Option<(u64, Bound<'py, PyDict>)>> {
+        let Some(batch) = self.take(py, timeout_seconds)? else { return Ok(None) };
+        Ok(Some((batch.step, tensors.of(py, &batch)?)))
     }
 
     /// Gives `nbytes` bytes at `ptr` to the next batch that has no memory yet; `owner` keeps them alive.

@@ -179,7 +179,7 @@ impl Run {
         loop {
             let asked = Instant::now();
             let batch = loop {
-                match batches.next_timeout(Duration::from_secs(1))? {
+                match batches.next_or_help(Duration::from_secs(1))? {
                     Next::Batch(batch) => break batch,
                     Next::End => return Ok(true),
                     Next::Pending => {}

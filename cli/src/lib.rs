@@ -1,4 +1,4 @@
-//! The command line: `forebay config`, `check`, `index`, `plan`, `bench` and `verify`.
+//! The command line: `forebay config`, `check`, `index`, `rewrite`, `plan`, `bench` and `verify`.
 //!
 //! [`run`] takes arguments, environment and outputs, so that the binary, the Python package and the tests share it. Results go to the output,
 //! warnings and errors to the error output. It returns 0, 1 where the data is at fault, and 2 where the command or a setting is.
@@ -10,6 +10,7 @@ mod index;
 mod plan;
 mod progress;
 mod report;
+mod rewrite;
 mod sequential;
 mod verify;
 
@@ -41,6 +42,8 @@ enum Command {
     Check(check::Options),
     /// Saves what opening the shards finds, so that later starts need not open them
     Index(index::Options),
+    /// Writes a corpus anew so that it loads fast: format, type, sizes; resumable, and compared with the source
+    Rewrite(rewrite::Options),
     /// Says what a run comes to and costs: steps, remainder, memory, shuffle distance, decoding, start
     Plan(plan::Options),
     /// Measures throughput without a trainer
@@ -168,6 +171,7 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
         Command::Config(options) => config::run(options, &mut context),
         Command::Check(options) => check::run(options, &mut context),
         Command::Index(options) => index::run(options, &mut context),
+        Command::Rewrite(options) => rewrite::run(options, &mut context),
         Command::Plan(options) => plan::run(options, &mut context),
         Command::Bench(options) => bench::run(options, &mut context),
         Command::Verify(options) => verify::run(options, &mut context),

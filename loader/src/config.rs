@@ -161,6 +161,10 @@ pub struct Config {
     // Operational.
     /// Worker threads. Default: CPUs of this rank less one, 1 to 8.
     pub num_threads: Option<u64>,
+    /// CPUs that worker threads may run on; Linux only. Default: none, wherever the process may.
+    pub cpu_affinity: Option<Vec<u64>>,
+    /// How much is added to the `nice` value of worker threads; Linux only. Default: 0.
+    pub thread_priority: u64,
     /// Batches computed ahead of the consumer. Default: 4.
     pub prefetch_batches: u64,
     /// Bytes for decoded blocks and batches in flight. Default: 512 MiB.
@@ -208,6 +212,8 @@ impl Default for Config {
             input_dtype: Dtype::I64,
             sample_ids: false,
             num_threads: None,
+            cpu_affinity: None,
+            thread_priority: 0,
             prefetch_batches: 4,
             memory_budget: 512 << 20,
             block_tokens: 128 << 10,
@@ -272,7 +278,8 @@ impl Config {
             ("lanes", self.lanes, 1, 1 << 20),
             ("prefetch_batches", self.prefetch_batches, 1, 1 << 16),
             ("block_tokens", self.block_tokens, 1, 1 << 31),
-            ("num_threads", self.num_threads.unwrap_or(1), 1, 1024),
+            ("num_threads", self.num_threads.unwrap_or(1), 0, 1024),
+            ("thread_priority", self.thread_priority, 0, 19),
             ("dp_world_size", self.dp_world_size.unwrap_or(1), 1, 1 << 32),
             ("replication", self.replication, 1, 1 << 32),
             ("holdout", self.holdout.unwrap_or(2), 2, 1 << 32),

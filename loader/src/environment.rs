@@ -12,10 +12,11 @@ use crate::nearest::nearest_of;
 use crate::settings::{self, Kind, Setting};
 
 /// Variables that are no settings.
-const OTHER_VARIABLES: [&str; 6] = [
+const OTHER_VARIABLES: [&str; 7] = [
     "FOREBAY_CONFIG",
     "FOREBAY_STRICT_ENV",
     "FOREBAY_LOG",
+    "FOREBAY_TRACE",
     "FOREBAY_PROGRESS",
     "FOREBAY_PYTHON_FT",
     "FOREBAY_DEMO_QUICK",
@@ -134,6 +135,11 @@ pub fn default_threads() -> u64 {
 /// What the launcher calls this start of the job: an id of torchrun or SLURM, and how often it was started again.
 pub fn launch() -> Option<String> {
     launch_in(&Environment::current())
+}
+
+/// Where a trace is to be written, if it is.
+pub(crate) fn trace() -> Option<String> {
+    Environment::current().get("FOREBAY_TRACE").filter(|path| !path.is_empty()).map(str::to_owned)
 }
 
 fn launch_in(env: &Environment) -> Option<String> {

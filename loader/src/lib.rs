@@ -30,6 +30,7 @@ mod nearest;
 pub mod opened;
 pub mod order;
 mod pipeline;
+mod placement;
 pub mod plan;
 mod read;
 pub mod recipe;
@@ -40,6 +41,7 @@ pub mod state;
 pub mod stats;
 mod sync;
 pub mod tokens;
+mod trace;
 
 pub use config::Config;
 pub use error::{Error, ErrorKind, Result};

@@ -9,6 +9,7 @@ mod pass;
 mod planned;
 mod proof;
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -26,17 +27,20 @@ use crate::corpus::Corpus;
 use crate::coverage::Coverage;
 use crate::environment;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fill::{Ahead, Id, Row};
 use crate::layout::concat::{Concat, Specials};
 use crate::order::course::{self, Course, ENDLESS};
-use crate::order::partition::{Grouping, Row};
-use crate::read::{BlockCache, Reader, Scratch};
+use crate::order::partition::{self, Grouping};
+use crate::placement::Placement;
+use crate::read::{BlockCache, Reader, Scratch, Spot};
 use crate::settings;
 use crate::shard::Access;
 use crate::sources::{Growth, Orders, Place, Source, Sources};
 use crate::state::{State, StateValue, refused};
 use crate::stats::{Counters, SourceStats, Stats};
-use crate::sync::lock;
+use crate::sync::{Home, lock};
 use crate::tokens::Dtype;
+use crate::trace::Trace;
 
 /// Epochs that can be named; numbers beyond are mistakes.
 const MAX_EPOCH: u64 = 1 << 32;
@@ -63,6 +67,10 @@ struct Core {
     content: Vec<(&'static str, StateValue)>,
     warnings: Vec<String>,
     pool: Arc<dyn Memory>,
+    /// Of a batch that is neither short nor padded.
+    layout: BatchLayout,
+    /// Bytes of every batch's memory.
+    batch_bytes: usize,
     counters: Counters,
     cursor: Mutex<Cursor>,
     next_run: AtomicU64,
@@ -70,7 +78,10 @@ struct Core {
     cold: AtomicBool,
     /// Whether batches are hashed. Written by callers, read by workers; a batch that is begun before may have none.
     covers: AtomicBool,
-    process: u32,
+    /// Where spans go, if `FOREBAY_TRACE` names a file.
+    trace: Option<Arc<Trace>>,
+    placement: Placement,
+    home: Home,
 }
 
 /// Where the loader stands.
@@ -314,6 +325,7 @@ impl Loader {
         Stats {
             decoded_blocks,
             decoded_bytes,
+            decoded_pages: core.cache.decoded_pages(),
             sources: self.source_stats(),
             cache_bytes: core.cache.used_bytes(),
             buffer_bytes: core.pool.held_bytes() as u64,
@@ -367,6 +379,8 @@ impl Core {
         let rank = *config.dp_rank.get_or_insert(0);
         let world_size = *config.dp_world_size.get_or_insert(1);
 
+        let placement = Placement::of(&config)?;
+        let trace = environment::trace().map(|asked| Trace::open(&asked, rank, world_size)).transpose()?;
         let corpora = open_corpora(&config, threads)?;
         let access = if corpora.iter().any(|(_, corpus)| corpus.access() == Access::Block) {
             Access::Block
@@ -380,10 +394,18 @@ impl Core {
         };
         let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };
         let batch_bytes = BatchLayout::largest_bytes(&config);
+        let layout = BatchLayout::new(&config, config.batch_size as usize, false);
         let in_flight = config.prefetch_batches + 1;
         let largest = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
         let cache_bytes = cache_budget(&config, largest, threads, in_flight * batch_bytes as u64)?;
         let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
+        let elsewhere = trace.as_ref().filter(|trace| trace.is_elsewhere());
+        warnings.extend(elsewhere.map(|trace| {
+            format!(
+                "another process writes the trace that `FOREBAY_TRACE` names: that of this one is `{}`",
+                trace.path().display()
+            )
+        }));
         warnings.extend(window_warning(&config, &corpora, &grouping, largest, cache_bytes));
         let cache = Arc::new(BlockCache::new(cache_bytes));
         let specials = Specials { bos: config.bos_id, eos: config.eos_id };
@@ -398,12 +420,16 @@ impl Core {
             content: content_of(&config),
             warnings,
             pool: source(batch_bytes, in_flight as usize + 1),
+            layout,
+            batch_bytes,
             counters: Counters::new(threads as usize),
             cursor: Mutex::new(Cursor::new(sources.shards())),
             next_run: AtomicU64::new(0),
             cold: AtomicBool::new(true),
             covers: AtomicBool::new(config.ledger.is_some()),
-            process: std::process::id(),
+            trace,
+            placement,
+            home: Home::here(),
             sources,
             cache,
             config,
@@ -414,17 +440,22 @@ impl Core {
         Ok(core)
     }
 
+    /// Worker threads of a pass.
+    fn threads(&self) -> usize {
+        self.config.num_threads.unwrap_or(1) as usize
+    }
+
     fn check_process(&self) -> Result<()> {
-        let now = std::process::id();
-        if now == self.process {
+        if !self.home.was_left() {
             return Ok(());
         }
+        let now = std::process::id();
         Err(Error::new(
             ErrorKind::Closed,
             format!(
                 "this loader was opened in process {} and does not work in its forked child {now}, which has none of its threads: \
                  open a new loader in the child",
-                self.process
+                self.home.process()
             ),
         ))
     }
@@ -512,22 +543,24 @@ impl Core {
     /// The batch of `slots`, in memory of its own.
     fn compute_alone(&self, growth: &Growth, start: (u64, u64), step: u64, slots: &[Slot]) -> Result<Arc<Batch>> {
         let mut worker = Worker::default();
-        let places = self.places(growth, slots, &mut worker.orders);
-        let layout = BatchLayout::new(&self.config, slots.len(), self.has_padding(&places));
-        let memory: Arc<dyn Memory> = Arc::new(Pool::new(layout.bytes, 0));
-        let lease = Lease::new(&memory, layout.bytes);
-        Ok(Arc::new(self.compute(start, step, &places, layout, lease, &mut worker)?))
+        let mut places = Vec::with_capacity(slots.len());
+        self.places(growth, slots, &mut worker.orders, &mut places);
+        let bytes = self.layout(&places).bytes;
+        let memory: Arc<dyn Memory> = Arc::new(Pool::new(bytes, 0));
+        let lease = Lease::new(&memory, bytes);
+        Ok(Arc::new(self.compute(start, step, &places, lease, &mut worker)?))
     }
 
-    /// What the rows read; none where they are padding.
-    fn places(&self, growth: &Growth, slots: &[Slot], orders: &mut Orders) -> Vec<Option<Place>> {
+    /// Writes over `places` what the rows read; none where they are padding.
+    fn places(&self, growth: &Growth, slots: &[Slot], orders: &mut Orders, places: &mut Vec<Option<Place>>) {
         let place = |slot: &Slot| match *slot {
             Slot::Position { epoch, position, repeated } => {
                 Some(Place { repeated, ..self.sources.place(growth, orders, epoch, position) })
             }
             Slot::Padding => None,
         };
-        slots.iter().map(place).collect()
+        places.clear();
+        places.extend(slots.iter().map(place));
     }
 
     /// Whether a row holds fewer tokens than it has places.
@@ -536,41 +569,51 @@ impl Core {
         self.grouping.remainder != Remainder::Wrap && !places.iter().all(|place| place.as_ref().is_some_and(full))
     }
 
-    #[allow(clippy::too_many_arguments)] // each is a different fact about the one batch
+    /// The layout of a batch of `rows`.
+    fn layout(&self, rows: &[Option<Place>]) -> Cow<'_, BatchLayout> {
+        let padded = self.has_padding(rows);
+        if !padded && rows.len() == self.layout.rows {
+            return Cow::Borrowed(&self.layout);
+        }
+        Cow::Owned(BatchLayout::new(&self.config, rows.len(), padded))
+    }
+
+    /// The batch of `rows`, the first of which stands at `start` of global batch `step`, in the memory of `lease`.
     fn compute(
         &self,
         start: (u64, u64),
         step: u64,
         rows: &[Option<Place>],
-        layout: BatchLayout,
         mut lease: Lease,
         worker: &mut Worker,
     ) -> Result<Batch> {
         let seq_len = self.config.seq_len as usize;
         let row_tokens = self.config.row_tokens() as usize;
+        let layout = self.layout(rows);
+        let targets_at = |index| layout.targets_at + index * seq_len * 8;
+        let mut next = rows.first().and_then(|row| self.find(row));
         for (index, row) in rows.iter().enumerate() {
-            match layout.kind {
-                Kind::Overlapping => {
+            let spot = std::mem::replace(&mut next, rows.get(index + 1).and_then(|row| self.find(row)));
+            let ahead = next.map_or(Ahead::NONE, |spot| spot.ahead);
+            let row = row.as_ref().map(|place| (place, spot, ahead));
+            match (layout.kind, layout.input_dtype) {
+                (Kind::Overlapping, _) => {
                     let ids = lease.i64s(index * row_tokens * 8, row_tokens);
-                    self.fill_row(row.as_ref(), ids, worker)?;
+                    self.fill_row(row, Row::of_ids(ids), worker)?;
                 }
-                Kind::InPlace => {
-                    let places = rows.len() * seq_len;
-                    // Labels begin at a multiple of the alignment, in the same buffer of 64-bit integers.
-                    let labels_at = layout.targets_at / 8;
-                    let (ids, labels) = lease.i64s(0, labels_at + places).split_at_mut(labels_at);
-                    let at = index * seq_len..(index + 1) * seq_len;
-                    let (ids, labels) = (&mut ids[at.clone()], &mut labels[at]);
-                    let filled = self.fill_row(row.as_ref(), ids, worker)?;
-                    labels[..filled].copy_from_slice(&ids[..filled]);
-                    labels[filled..].fill(IGNORED_LABEL);
+                (Kind::InPlace, Dtype::I32) => {
+                    let (ids, labels) = lease.i32s_and_i64s(index * seq_len * 4, targets_at(index), seq_len);
+                    self.fill_row(row, Row::with_labels(ids, labels), worker)?;
                 }
-                Kind::Apart => {
+                (Kind::InPlace, _) => {
+                    let (ids, labels) = lease.i64s_and_i64s(index * seq_len * 8, targets_at(index), seq_len);
+                    self.fill_row(row, Row::with_labels(ids, labels), worker)?;
+                }
+                (Kind::Apart, dtype) => {
                     let mut ids = std::mem::take(&mut worker.row);
                     ids.resize(row_tokens, 0);
-                    let filled = self.fill_row(row.as_ref(), &mut ids, worker)?;
-                    let shift = row_tokens - seq_len;
-                    if layout.input_dtype == Dtype::I32 {
+                    let filled = self.fill_row(row, Row::of_ids(&mut ids), worker)?;
+                    if dtype == Dtype::I32 {
                         let out = lease.i32s(index * seq_len * 4, seq_len);
                         for (out, id) in out.iter_mut().zip(&ids) {
                             *out = i32::try_from(*id).map_err(|_| {
@@ -580,7 +623,8 @@ impl Core {
                     } else {
                         lease.i64s(index * seq_len * 8, seq_len).copy_from_slice(&ids[..seq_len]);
                     }
-                    let targets = lease.i64s(layout.targets_at + index * seq_len * 8, seq_len);
+                    let shift = row_tokens - seq_len;
+                    let targets = lease.i64s(targets_at(index), seq_len);
                     let real = filled.saturating_sub(shift);
                     targets[..real].copy_from_slice(&ids[shift..shift + real]);
                     targets[real..].fill(IGNORED_LABEL);
@@ -599,7 +643,7 @@ impl Core {
             }
         }
         let (epoch, position) = start;
-        let fields = layout.fields;
+        let fields = Arc::clone(&layout.fields);
         let mut batch = Batch { epoch, step, position, rows: rows.len(), fields, coverage: None, lease };
         if self.covers.load(Ordering::Relaxed) {
             let mut coverage = Coverage::default();
@@ -616,7 +660,7 @@ impl Core {
 
     /// Asks for what batch `number` of a pass, at index `start`, will read: always while files are cold, and else now and then, to notice
     /// that they have become so.
-    fn read_ahead(&self, run: &Heading, number: u64, start: u64, orders: &mut Orders) {
+    fn read_ahead(&self, run: &Heading, number: u64, start: u64, worker: &mut Worker) {
         let cold = self.cold.load(Ordering::Relaxed);
         if !cold && !number.is_multiple_of(LOOK_EVERY) {
             return;
@@ -625,8 +669,10 @@ impl Core {
             return;
         }
         let mut asked = false;
-        let (_, slots) = slots(self.grouping, &run.course, start);
-        for place in self.places(&run.growth, &slots, orders).into_iter().flatten() {
+        let Worker { orders, slots, places, .. } = worker;
+        slots_into(self.grouping, &run.course, start, slots);
+        self.places(&run.growth, slots, orders, places);
+        for place in places.drain(..).flatten() {
             asked |= self.sources.list()[place.source].reader.read_ahead(place.tokens);
         }
         if asked != cold {
@@ -634,44 +680,62 @@ impl Core {
         }
     }
 
-    /// Writes the tokens of one row; the places after them hold `pad_id`. Returns how many are tokens.
-    fn fill_row(&self, place: Option<&Place>, ids: &mut [i64], worker: &mut Worker) -> Result<usize> {
-        let Some(place) = place else {
-            ids.fill(i64::from(self.config.pad_id));
+    /// Where a row begins, if that is to be known without reading or decoding anything.
+    fn find(&self, row: &Option<Place>) -> Option<Spot> {
+        let place = row.as_ref().filter(|place| !place.tokens.is_empty())?;
+        self.sources.list()[place.source].reader.find(place.tokens.start)
+    }
+
+    /// Writes the tokens of one row; the places after them hold `pad_id`, and their labels [`IGNORED_LABEL`]. Returns how many are tokens.
+    fn fill_row<T: Id>(
+        &self,
+        place: Option<(&Place, Option<Spot>, Ahead)>,
+        row: Row<'_, T>,
+        worker: &mut Worker,
+    ) -> Result<usize> {
+        let Some((place, spot, ahead)) = place else {
+            row.pad(self.config.pad_id, IGNORED_LABEL);
             return Ok(0);
         };
         let reader = &self.sources.list()[place.source].reader;
-        let filled = (place.tokens.end - place.tokens.start) as usize;
-        let (tokens, mut rest) = ids.split_at_mut(filled);
-        reader.fill(place.tokens.clone(), place.ends_chunk, tokens, &mut worker.scratch)?;
-        if self.grouping.remainder == Remainder::Wrap && !rest.is_empty() {
+        let (len, filled) = (row.len(), (place.tokens.end - place.tokens.start) as usize);
+        let (tokens, mut rest) = row.split_at(filled);
+        reader.fill(place.tokens.clone(), place.ends_chunk, tokens, spot, ahead, &mut worker.scratch)?;
+        if self.grouping.remainder == Remainder::Wrap && filled < len {
             let stream_len = place.tokens.end;
-            while !rest.is_empty() {
-                let take = (rest.len() as u64).min(stream_len) as usize;
-                let (part, after) = rest.split_at_mut(take);
-                reader.fill(0..take as u64, false, part, &mut worker.scratch)?;
-                rest = after;
+            while rest.len() > 0 {
+                let take = (rest.len() as u64).min(stream_len);
+                reader.fill(0..take, false, rest.take(take as usize), None, Ahead::NONE, &mut worker.scratch)?;
             }
-            return Ok(ids.len());
+            return Ok(len);
         }
-        rest.fill(i64::from(self.config.pad_id));
+        rest.pad(self.config.pad_id, IGNORED_LABEL);
         Ok(filled)
     }
 }
 
 /// Rows of one rank in the global batch at index `start` of `course`, and the epoch and position of the batch's first row.
 fn slots(grouping: Grouping, course: &Course, start: u64) -> ((u64, u64), Vec<Slot>) {
+    let mut slots = Vec::new();
+    let first = slots_into(grouping, course, start, &mut slots);
+    (first, slots)
+}
+
+/// [`slots`], written over those of `slots`.
+fn slots_into(grouping: Grouping, course: &Course, start: u64, slots: &mut Vec<Slot>) -> (u64, u64) {
     let end = course.len().unwrap_or(u64::MAX);
     let at = |index, repeated| {
         let (epoch, position) = course.at(index);
         Slot::Position { epoch, position, repeated }
     };
-    let slot = |row: &Row| match *row {
-        Row::Index(index) => at(index, false),
-        Row::Repeated(index) => at(index, true),
-        Row::Padding => Slot::Padding,
+    let slot = |row| match row {
+        partition::Row::Index(index) => at(index, false),
+        partition::Row::Repeated(index) => at(index, true),
+        partition::Row::Padding => Slot::Padding,
     };
-    (course.at(start), grouping.rows(start, end, course.last_epoch()).iter().map(slot).collect())
+    slots.clear();
+    slots.extend(grouping.rows(start, end, course.last_epoch()).map(slot));
+    course.at(start)
 }
 
 /// Memory and times of one worker.
@@ -680,6 +744,8 @@ struct Worker {
     index: usize,
     scratch: Scratch,
     orders: Orders,
-    /// A row of ids on its way to two arrays of different types.
+    /// A row of ids on its way to two arrays, one token apart.
     row: Vec<i64>,
+    slots: Vec<Slot>,
+    places: Vec<Option<Place>>,
 }

@@ -11,20 +11,37 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use crate::corpus::{BlockRef, Corpus, OpenShard};
-use crate::error::{Error, Result};
-use crate::fill::{Id, Piece, pieces, widen};
+use crate::error::Result;
+use crate::fill::{Ahead, Id, Piece, Row, pieces, widen};
 use crate::layout::concat::{Concat, Specials};
-use crate::shard::{Access, DecodedBlock, Ends, EndsScratch};
+use crate::shard::{Access, DecodedBlock, DecodedPages, Ends, EndsScratch};
 use crate::sync::{lock, wait};
-use crate::tokens::{Dtype, Tokens};
+use crate::tokens::Tokens;
+use crate::trace::Tracer;
 
 /// Memory of one worker, reused from row to row.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     tokens: Vec<u8>,
     ends: EndsScratch,
+    /// The beginning of a block that is not kept.
+    prefix: DecodedBlock,
     /// Time this worker spent decoding since it was last asked.
     pub(crate) decode_nanos: u64,
+    pub(crate) tracer: Tracer,
+}
+
+/// Where a stretch of the stream begins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spot {
+    /// Place in the stream.
+    at: u64,
+    shard: usize,
+    /// Place in the shard's stream.
+    within: u64,
+    block: usize,
+    /// Its bytes, where they are mapped.
+    pub(crate) ahead: Ahead,
 }
 
 /// Where a block lies in the stream.
@@ -72,41 +89,59 @@ impl Reader {
         &self.layout
     }
 
+    /// Finds stream token `at`, where that takes no opening of its shard.
+    pub(crate) fn find(&self, at: u64) -> Option<Spot> {
+        let (shard, within) = self.layout.locate(at);
+        let opened = self.corpus.opened(shard)?;
+        let block = self.specials.block_at(opened.before(), within);
+        // With specials, places in the stream run ahead of tokens: too far by some lines at most.
+        let token = within - self.specials.stream_len(opened.before()[block]);
+        let ahead = opened.shard().mapped(block, token).map_or(Ahead::NONE, Ahead::of);
+        Some(Spot { at, shard, within, block, ahead })
+    }
+
     /// Writes stream tokens `range` over `row`. With `ends_chunk`, blocks that begin inside the row are read no further than needed.
+    /// `spot` is where the range begins, if that was found before, and what is read next lies `ahead`.
     pub(crate) fn fill<T: Id>(
         &self,
         range: Range<u64>,
         ends_chunk: bool,
-        mut row: &mut [T],
+        mut row: Row<'_, T>,
+        spot: Option<Spot>,
+        ahead: Ahead,
         scratch: &mut Scratch,
     ) -> Result<()> {
         debug_assert_eq!(range.end - range.start, row.len() as u64);
         let mut at = range.start;
-        while !row.is_empty() {
-            let (index, within) = self.layout.locate(at);
+        while at < range.end {
+            let found = spot.filter(|spot| spot.at == at);
+            let (index, within) = found.map_or_else(|| self.layout.locate(at), |spot| (spot.shard, spot.within));
             let shard = self.corpus.shard(index)?;
-            for (block, part) in self.stretches(&shard, within, row.len() as u64) {
-                let (filled, rest) = row.split_at_mut((part.end - part.start) as usize);
+            let first = found.map(|spot| spot.block);
+            for (block, part) in self.stretches(&shard, first, within, range.end - at) {
+                let filled = row.take((part.end - part.start) as usize);
+                let next = at + filled.len() as u64;
                 let prefix_only = ends_chunk && at > range.start;
                 let block = BlockRef { shard: index as u32, block: block as u32 };
-                self.fill_from_block(&shard, block, part, prefix_only, filled, scratch)
+                self.fill_from_block(&shard, block, part, prefix_only, filled, ahead, scratch)
                     .map_err(|error| error.at(shard.shard().path()).in_block(u64::from(block.block)))?;
-                at += filled.len() as u64;
-                row = rest;
+                at = next;
             }
         }
         Ok(())
     }
 
-    /// The blocks that hold the up to `len` tokens from `within` of a shard's stream, each with its stretch of its own stream.
+    /// The blocks that hold the up to `len` tokens from `within` of a shard's stream, each with its stretch of its own stream; the first one is
+    /// searched for if it is not known.
     fn stretches<'a>(
         &self,
         shard: &'a OpenShard,
+        first: Option<usize>,
         within: u64,
         len: u64,
     ) -> impl Iterator<Item = (usize, Range<u64>)> + use<'a> {
         let (specials, before) = (self.specials, shard.before());
-        let first = specials.block_at(before, within);
+        let first = first.unwrap_or_else(|| specials.block_at(before, within));
         let end = within + len;
         let place = move |block: usize| specials.stream_len(before[block]);
         (first..before.len() - 1).take_while(move |block| place(*block) < end).map(move |block| {
@@ -115,13 +150,15 @@ impl Reader {
         })
     }
 
+    #[allow(clippy::too_many_arguments)] // each is a different fact about the one stretch
     fn fill_from_block<T: Id>(
         &self,
         opened: &OpenShard,
         block: BlockRef,
         range: Range<u64>,
         prefix_only: bool,
-        row: &mut [T],
+        row: Row<'_, T>,
+        ahead: Ahead,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (shard, index) = (opened.shard(), block.block as usize);
@@ -130,41 +167,50 @@ impl Reader {
         match shard.access() {
             Access::Random if self.specials.none() => {
                 let tokens = shard.tokens(index, range, &mut scratch.tokens)?;
-                widen_checked(row, &tokens)
+                widen(row, &tokens, ahead)
             }
             Access::Random => {
                 let ends = shard.ends(index, &mut scratch.ends)?;
                 let buffer = &mut scratch.tokens;
                 self.fill_pieces(&ends, meta.tokens, opened.continues(index), range, row, |part, tokens| {
-                    widen_checked(part, &shard.tokens(index, tokens, buffer)?)
+                    widen(part, &shard.tokens(index, tokens, buffer)?, ahead)
                 })
             }
             Access::Block => {
                 let started = Instant::now();
                 let mut decoded_here = false;
-                let decode = |limit| {
+                let key = (self.source, block);
+                let shared;
+                let held = if prefix_only { self.cache.held(key) } else { None };
+                let decoded = if prefix_only && held.is_none() {
                     decoded_here = true;
-                    shard.decode(index, limit)
+                    shard.decode_into(index, Some(range.end), &mut scratch.prefix)?;
+                    self.cache.count(&scratch.prefix);
+                    &scratch.prefix
+                } else {
+                    shared = match held {
+                        Some(block) => block,
+                        None => self.cache.get(key, meta.decoded_bytes, |block| {
+                            decoded_here = true;
+                            shard.decode_into(index, None, block)
+                        })?,
+                    };
+                    &*shared
                 };
-                let decoded = self.cache.get(
-                    (self.source, block),
-                    meta.decoded_bytes,
-                    prefix_only.then_some(range.end),
-                    decode,
-                )?;
                 if decoded_here {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
+                    scratch.tracer.end("decode", Some(started), None);
                 }
                 let all = Tokens::new(dtype, &decoded.bytes);
                 let slice = |tokens: Range<u64>| all.slice(tokens.start as usize..tokens.end as usize);
                 if self.specials.none() {
-                    return widen_fitting(row, &slice(range));
+                    return widen(row, &slice(range), ahead);
                 }
                 let ends = Ends::List(&decoded.ends);
                 // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
                 self.fill_pieces(&ends, tokens, opened.continues(index), range, row, |part, tokens| {
-                    widen_fitting(part, &slice(tokens))
+                    widen(part, &slice(tokens), ahead)
                 })
             }
         }
@@ -176,17 +222,20 @@ impl Reader {
         tokens: u64,
         continues: bool,
         range: Range<u64>,
-        mut row: &mut [T],
-        mut fill: impl FnMut(&mut [T], Range<u64>) -> Result<()>,
+        mut row: Row<'_, T>,
+        mut fill: impl FnMut(Row<'_, T>, Range<u64>) -> Result<()>,
     ) -> Result<()> {
         let Specials { bos, eos } = self.specials;
         pieces(ends, tokens, continues, (bos.is_some(), eos.is_some()), range.start, range.end, |piece| {
             let len = if let Piece::Tokens { len, .. } = piece { len as usize } else { 1 };
-            let (part, rest) = std::mem::take(&mut row).split_at_mut(len);
-            row = rest;
+            let part = row.take(len);
+            let special = |part: Row<'_, T>, id: Option<u32>| {
+                let id = id.expect("asked for only if set");
+                part.pad(id, i64::from(id));
+            };
             match piece {
-                Piece::Bos => part[0] = T::of_u32(bos.expect("asked for only if set")),
-                Piece::Eos => part[0] = T::of_u32(eos.expect("asked for only if set")),
+                Piece::Bos => special(part, bos),
+                Piece::Eos => special(part, eos),
                 Piece::Tokens { start, len } => fill(part, start..start + len)?,
             }
             Ok(())
@@ -241,7 +290,7 @@ impl Reader {
             // Opening a shard is left to whoever reads it: the first batch must not wait for those of all windows ahead.
             let Some(opened) = self.corpus.opened(index) else { return true };
             let shard = opened.shard();
-            for (block, part) in self.stretches(&opened, within, range.end - at) {
+            for (block, part) in self.stretches(&opened, None, within, range.end - at) {
                 at += part.end - part.start;
                 let tokens = shard.blocks()[block].tokens;
                 // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
@@ -256,28 +305,6 @@ impl Reader {
     }
 }
 
-/// Ids of windows that were never decoded are checked here, while they are in the cache anyway.
-fn widen_checked<T: Id>(row: &mut [T], tokens: &Tokens<'_>) -> Result<()> {
-    tokens.check_ids()?;
-    widen_fitting(row, tokens)
-}
-
-/// Widens ids known not to be negative; those too large for `T` are refused.
-fn widen_fitting<T: Id>(row: &mut [T], tokens: &Tokens<'_>) -> Result<()> {
-    if size_of::<T>() == 4 && matches!(tokens.dtype(), Dtype::U32 | Dtype::I64) {
-        for index in 0..tokens.len() {
-            if tokens.get(index) > i64::from(i32::MAX) {
-                return Err(Error::data(format!(
-                    "token id {} does not fit `input_dtype` = int32: use int64",
-                    tokens.get(index)
-                )));
-            }
-        }
-    }
-    widen(row, tokens);
-    Ok(())
-}
-
 /// Decoded blocks, within a budget of bytes.
 #[derive(Debug)]
 pub(crate) struct BlockCache {
@@ -286,6 +313,8 @@ pub(crate) struct BlockCache {
     loaded: Condvar,
     decoded_blocks: AtomicU64,
     decoded_bytes: AtomicU64,
+    /// Pages by decoder, in the order of the fields of [`DecodedPages`].
+    decoded_pages: [AtomicU64; 5],
 }
 
 /// Source, and block of it.
@@ -317,6 +346,7 @@ impl BlockCache {
             loaded: Condvar::new(),
             decoded_blocks: AtomicU64::new(0),
             decoded_bytes: AtomicU64::new(0),
+            decoded_pages: Default::default(),
         }
     }
 
@@ -331,48 +361,57 @@ impl BlockCache {
         (self.decoded_blocks.load(Ordering::Relaxed), self.decoded_bytes.load(Ordering::Relaxed))
     }
 
+    /// Pages decoded so far.
+    pub(crate) fn decoded_pages(&self) -> DecodedPages {
+        let [plain, dictionary, delta, byte_stream_split, row_groups_by_arrow] =
+            self.decoded_pages.each_ref().map(|pages| pages.load(Ordering::Relaxed));
+        DecodedPages { plain, dictionary, delta, byte_stream_split, row_groups_by_arrow }
+    }
+
     /// Bytes of the blocks held.
     pub(crate) fn used_bytes(&self) -> u64 {
         lock(&self.inner).used_bytes
     }
 
-    /// Block `key` of `bytes` bytes, decoded by `decode` if it is not there.
-    ///
-    /// With `prefix`, a block that is not there is decoded just that far, and not kept.
+    /// Block `key`, if it is there, or about to be.
+    fn held(&self, key: BlockKey) -> Option<Arc<DecodedBlock>> {
+        let mut inner = lock(&self.inner);
+        loop {
+            match inner.find(key) {
+                Found::Ready(block) => return Some(block),
+                Found::Loading => inner = wait(&self.loaded, inner),
+                Found::Nothing => return None,
+            }
+        }
+    }
+
+    /// Block `key` of `bytes` bytes, decoded by `decode` if it is not there, over memory of a block that made room for it.
     fn get(
         &self,
         key: BlockKey,
         bytes: u64,
-        prefix: Option<u64>,
-        mut decode: impl FnMut(Option<u64>) -> Result<DecodedBlock>,
+        decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
         let mut inner = lock(&self.inner);
         loop {
-            inner.clock += 1;
-            let now = inner.clock;
-            match inner.entries.get_mut(&key) {
-                Some(Entry::Ready { block, used_at, .. }) => {
-                    *used_at = now;
-                    return Ok(Arc::clone(block));
-                }
-                Some(Entry::Loading) => inner = wait(&self.loaded, inner),
-                None => break,
+            match inner.find(key) {
+                Found::Ready(block) => return Ok(block),
+                Found::Loading => inner = wait(&self.loaded, inner),
+                Found::Nothing => break,
             }
         }
-        if prefix.is_some() {
-            drop(inner);
-            let block = decode(prefix)?;
-            self.count(&block);
-            return Ok(Arc::new(block));
-        }
-        inner.make_room(bytes, self.budget_bytes);
+        let mut dropped = Vec::new();
+        let mut block = inner.make_room(bytes, self.budget_bytes, &mut dropped).unwrap_or_default();
+        let bytes = bytes.max(block.capacity_bytes());
         inner.entries.insert(key, Entry::Loading);
         inner.used_bytes += bytes;
         drop(inner);
+        drop(dropped);
 
         // Removes the entry if decoding fails or panics, so that no one waits for it for ever.
         let loading = Loading { cache: self, key, bytes };
-        let block = Arc::new(decode(None)?);
+        decode(&mut block)?;
+        let block = Arc::new(block);
         self.count(&block);
         std::mem::forget(loading);
         let mut inner = lock(&self.inner);
@@ -386,24 +425,66 @@ impl BlockCache {
     fn count(&self, block: &DecodedBlock) {
         self.decoded_blocks.fetch_add(1, Ordering::Relaxed);
         self.decoded_bytes.fetch_add(block.bytes.len() as u64, Ordering::Relaxed);
+        let DecodedPages { plain, dictionary, delta, byte_stream_split, row_groups_by_arrow } = block.pages;
+        let pages = [plain, dictionary, delta, byte_stream_split, row_groups_by_arrow];
+        for (counter, pages) in self.decoded_pages.iter().zip(pages) {
+            if pages > 0 {
+                counter.fetch_add(pages, Ordering::Relaxed);
+            }
+        }
     }
 }
 
+enum Found {
+    Ready(Arc<DecodedBlock>),
+    Loading,
+    Nothing,
+}
+
 impl CacheInner {
-    fn make_room(&mut self, bytes: u64, budget_bytes: u64) {
-        while self.used_bytes + bytes > budget_bytes {
+    fn find(&mut self, key: BlockKey) -> Found {
+        self.clock += 1;
+        match self.entries.get_mut(&key) {
+            Some(Entry::Ready { block, used_at, .. }) => {
+                *used_at = self.clock;
+                Found::Ready(Arc::clone(block))
+            }
+            Some(Entry::Loading) => Found::Loading,
+            None => Found::Nothing,
+        }
+    }
+
+    /// Lets go of the blocks that were not used for longest, until there is room for `bytes`. Returns one whose memory suits the new block: fresh
+    /// memory costs a page fault for every 4 kB of it. The others go to `dropped`, to be freed outside of the lock.
+    fn make_room(
+        &mut self,
+        bytes: u64,
+        budget_bytes: u64,
+        dropped: &mut Vec<Arc<DecodedBlock>>,
+    ) -> Option<DecodedBlock> {
+        let mut reused: Option<DecodedBlock> = None;
+        let needed =
+            |reused: &Option<DecodedBlock>| reused.as_ref().map_or(bytes, |block| bytes.max(block.capacity_bytes()));
+        while self.used_bytes + needed(&reused) > budget_bytes {
             let oldest = self
                 .entries
                 .iter()
                 .filter_map(|(key, entry)| match entry {
-                    Entry::Ready { used_at, bytes, .. } => Some((*used_at, *key, *bytes)),
+                    Entry::Ready { used_at, .. } => Some((*used_at, *key)),
                     Entry::Loading => None,
                 })
                 .min_by_key(|(used_at, ..)| *used_at);
-            let Some((_, key, freed)) = oldest else { return };
-            self.entries.remove(&key);
+            let Some((_, key)) = oldest else { break };
+            let Some(Entry::Ready { block, bytes: freed, .. }) = self.entries.remove(&key) else { break };
             self.used_bytes -= freed;
+            let suits = reused.is_none() && (bytes..=bytes + bytes / 4).contains(&block.capacity_bytes());
+            match if suits { Arc::try_unwrap(block) } else { Err(block) } {
+                Ok(block) => reused = Some(block),
+                // Whoever holds it frees it.
+                Err(block) => dropped.push(block),
+            }
         }
+        reused
     }
 }
 
@@ -426,9 +507,10 @@ impl Drop for Loading<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
-    fn block(bytes: usize) -> DecodedBlock {
-        DecodedBlock { bytes: vec![0; bytes], ends: Vec::new(), complete: true }
+    fn fill(block: &mut DecodedBlock, bytes: usize) {
+        block.bytes.resize(bytes, 0);
     }
 
     #[test]
@@ -437,9 +519,10 @@ mod tests {
         let get = |index: u32| {
             let mut decoded = false;
             cache
-                .get((0, BlockRef { shard: 0, block: index }), 40, None, |_| {
+                .get((0, BlockRef { shard: 0, block: index }), 40, |block| {
                     decoded = true;
-                    Ok(block(40))
+                    fill(block, 40);
+                    Ok(())
                 })
                 .unwrap();
             assert!(cache.used_bytes() <= 100);
@@ -454,20 +537,44 @@ mod tests {
     }
 
     #[test]
+    fn memory_of_a_block_that_made_room_is_used_again_unless_it_is_held() {
+        let cache = BlockCache::new(100_000);
+        let get = |index: u32| {
+            let mut fresh = true;
+            let block = cache
+                .get((0, BlockRef { shard: 0, block: index }), 40_000, |block| {
+                    fresh = block.bytes.capacity() == 0;
+                    fill(block, 40_000);
+                    Ok(())
+                })
+                .unwrap();
+            assert!(cache.used_bytes() <= 100_000);
+            (block, fresh)
+        };
+        let (held, _) = get(0);
+        assert!(get(1).1);
+        assert!(get(2).1, "makes room by dropping 0, which is held");
+        drop(held);
+        assert!(!get(3).1, "over the memory of 1");
+        assert!(!get(4).1, "over the memory of 2");
+    }
+
+    #[test]
     fn a_block_wanted_by_many_is_decoded_once_and_a_failure_is_not_kept() {
         let cache = BlockCache::new(1000);
         let key = (0, BlockRef { shard: 1, block: 7 });
-        assert!(cache.get(key, 10, None, |_| Err(Error::data("broken"))).is_err());
+        assert!(cache.get(key, 10, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 0);
         let decoded = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
                     cache
-                        .get(key, 10, None, |_| {
+                        .get(key, 10, |block| {
                             decoded.fetch_add(1, Ordering::Relaxed);
                             std::thread::sleep(std::time::Duration::from_millis(20));
-                            Ok(block(10))
+                            fill(block, 10);
+                            Ok(())
                         })
                         .unwrap();
                 });

@@ -352,10 +352,26 @@ const SETTINGS: &[Setting] = &[
     Setting {
         name: "num_threads",
         kind: Kind::Operational,
-        accepts: "an integer from 1 to 1024, or `none`",
-        doc: "worker threads; `none` takes the CPUs of this rank less one, 1 to 8",
+        accepts: "an integer from 0 to 1024, or `none`",
+        doc: "worker threads; with 0 the thread that asks for a batch computes it; `none` takes the CPUs of this rank less one, 1 to 8",
         get: |config| optional_text(config.num_threads),
         parse: |config, text| parsed(&mut config.num_threads, optional(text, integer)),
+    },
+    Setting {
+        name: "cpu_affinity",
+        kind: Kind::Operational,
+        accepts: "CPUs such as `0,2-5`, or `none`",
+        doc: "CPUs that worker threads may run on (Linux); `none` leaves them wherever the process may run",
+        get: |config| config.cpu_affinity.as_deref().map_or_else(|| "none".to_owned(), cpus_text),
+        parse: |config, text| parsed(&mut config.cpu_affinity, optional(text, cpus)),
+    },
+    Setting {
+        name: "thread_priority",
+        kind: Kind::Operational,
+        accepts: "an integer from 0 to 19",
+        doc: "added to the `nice` value of worker threads (Linux), so that they take less from a trainer on the same CPUs",
+        get: |config| config.thread_priority.to_string(),
+        parse: |config, text| parsed(&mut config.thread_priority, integer(text)),
     },
     Setting {
         name: "prefetch_batches",
@@ -415,6 +431,9 @@ const SETTINGS: &[Setting] = &[
     },
 ];
 
+/// More than any system has.
+pub(crate) const MOST_CPUS: u64 = 1 << 13;
+
 const FORMATS: &[(&str, DataFormat)] =
     &[("auto", DataFormat::Auto), ("parquet", DataFormat::Parquet), ("arrow", DataFormat::Arrow)];
 const TARGETS: &[(&str, Targets)] = &[("labels", Targets::Labels), ("shifted", Targets::Shifted)];
@@ -469,7 +488,7 @@ fn id(text: &str) -> Option<u32> {
 }
 
 /// An integer with a decimal (`k`, `M`, `G`, `T`) or binary (`Ki`, `Mi`, `Gi`, `Ti`) unit, and `B` after it where `bytes` are meant.
-fn size(text: &str, bytes: bool) -> Option<u64> {
+pub fn size(text: &str, bytes: bool) -> Option<u64> {
     let unit_at = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
     let (number, unit) = text.split_at(unit_at);
     let unit = unit.to_ascii_lowercase();
@@ -516,6 +535,31 @@ fn list(text: &str) -> Option<Vec<String>> {
 pub fn list_text<T: AsRef<str>>(names: &[T]) -> String {
     let escaped: Vec<_> = names.iter().map(|name| name.as_ref().replace('\\', "\\\\").replace(',', "\\,")).collect();
     escaped.join(",")
+}
+
+/// CPUs by number and range, each once and in order.
+fn cpus(text: &str) -> Option<Vec<u64>> {
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (integer(first.trim())?, integer(last.trim())?);
+        if first > last || last >= MOST_CPUS {
+            return None;
+        }
+        cpus.extend(first..=last);
+    }
+    cpus.sort_unstable();
+    cpus.dedup();
+    Some(cpus)
+}
+
+/// The text by which [`cpus`] means `cpus`, which are in order.
+pub(crate) fn cpus_text(cpus: &[u64]) -> String {
+    let runs = cpus.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
+        [one] => one.to_string(),
+        many => format!("{}-{}", many[0], many[many.len() - 1]),
+    });
+    runs.collect::<Vec<_>>().join(",")
 }
 
 /// Ranges `start-end`, each of epoch 0 or of the one before its colon.
@@ -605,6 +649,8 @@ mod tests {
             input_dtype,
             sample_ids,
             num_threads,
+            cpu_affinity,
+            thread_priority,
             prefetch_batches,
             memory_budget,
             block_tokens,
@@ -645,6 +691,8 @@ mod tests {
         ("input_dtype", "int32"),
         ("sample_ids", "true"),
         ("num_threads", "6"),
+        ("cpu_affinity", "0,2-5"),
+        ("thread_priority", "10"),
         ("prefetch_batches", "2"),
         ("memory_budget", "3GiB"),
         ("block_tokens", "1Mi"),
@@ -704,6 +752,7 @@ mod tests {
         assert_eq!(set("eos_id", " 0 ").eos_id, Some(0));
         assert_eq!(set("eos_id", "").eos_id, None);
         assert_eq!(set("data", "a/*.parquet,b").data, ["a/*.parquet", "b"]);
+        assert_eq!(set("cpu_affinity", "7, 3-5,4").cpu_affinity, Some(vec![3, 4, 5, 7]));
         assert_eq!(set("data", r"a\b,c\\\,d").data, [r"a\b", r"c\,d"]);
     }
 
@@ -727,6 +776,11 @@ mod tests {
             ("dp_world_size", "0"),
             ("input_dtype", "uint16"),
             ("num_threads", "2000"),
+            ("cpu_affinity", "3-1"),
+            ("cpu_affinity", "0,,1"),
+            ("cpu_affinity", "8192"),
+            ("thread_priority", "20"),
+            ("thread_priority", "-1"),
             ("memory_budget", "99999999Ti"),
             ("pin_memory", "2"),
             ("skip", "5"),

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::utils::CachePadded;
 
+use crate::shard::DecodedPages;
 use crate::sync::lock;
 
 /// Waits kept for percentiles: the most recent ones.
@@ -80,14 +81,16 @@ pub struct Stats {
     pub wait_p99_seconds: f64,
     /// Batches that were ready when a consumer asked, on average.
     pub queue_depth_mean: f64,
-    /// Time of each worker spent decoding blocks, or waiting for another worker to decode one.
+    /// Time of each worker spent decoding blocks, or waiting for another worker to decode one; and last, of callers who helped.
     pub decode_seconds: Vec<f64>,
-    /// Time of each worker spent writing rows.
+    /// Time of each worker spent writing rows; and last, of callers who helped.
     pub fill_seconds: Vec<f64>,
     /// Blocks decoded.
     pub decoded_blocks: u64,
     /// Bytes they decoded to.
     pub decoded_bytes: u64,
+    /// Parquet pages by the decoder that took them.
+    pub decoded_pages: DecodedPages,
     /// Bytes of decoded blocks held now.
     pub cache_bytes: u64,
     /// Bytes of batches held now: in flight, handed over, and kept for reuse.
@@ -105,25 +108,28 @@ impl Counters {
             waits: Vec::new(),
             depth_sum: 0,
         };
-        Self { workers: (0..workers).map(|_| CachePadded::default()).collect(), consumer: Mutex::new(consumer) }
+        // One more for the threads of callers who compute batches themselves.
+        Self { workers: (0..=workers).map(|_| CachePadded::default()).collect(), consumer: Mutex::new(consumer) }
     }
 
     pub(crate) fn worked(&self, worker: usize, decode: Duration, fill: Duration) {
-        let counters = &self.workers[worker % self.workers.len()];
+        let counters = &self.workers[worker];
         counters.decode_nanos.fetch_add(decode.as_nanos() as u64, Ordering::Relaxed);
         counters.fill_nanos.fetch_add(fill.as_nanos() as u64, Ordering::Relaxed);
     }
 
-    pub(crate) fn asked(&self, now: Instant) {
-        lock(&self.consumer).since.get_or_insert(now);
-    }
-
-    pub(crate) fn waited(&self, time: Duration) {
-        lock(&self.consumer).waited += time;
-    }
-
-    pub(crate) fn delivered(&self, tokens: u64, bytes: u64, wait: Duration, depth: usize) {
+    /// A consumer that asked then got nothing until now.
+    pub(crate) fn waited(&self, asked: Instant) {
         let mut consumer = lock(&self.consumer);
+        consumer.since.get_or_insert(asked);
+        consumer.waited += asked.elapsed();
+    }
+
+    /// A consumer that asked then got a batch now; of these, `depth` were ready when it asked.
+    pub(crate) fn delivered(&self, tokens: u64, bytes: u64, asked: Instant, depth: usize) {
+        let wait = asked.elapsed();
+        let mut consumer = lock(&self.consumer);
+        consumer.since.get_or_insert(asked);
         let slot = (consumer.batches as usize) % KEPT_WAITS;
         if slot < consumer.waits.len() {
             consumer.waits[slot] = wait.as_secs_f32();

@@ -1,6 +1,7 @@
 //! Locks whose holders never leave them half-way: a panic in one thread must not end the others by poisoning.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 /// Locks `mutex`.
@@ -22,16 +23,37 @@ pub(crate) fn wait_timeout<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, t
 ///
 /// A forked child has a copy of every lock, held for ever if another thread held it at the fork: what runs in destructors must not take one there.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Home(u32);
+pub(crate) struct Home {
+    process: u32,
+    forks: u32,
+}
+
+/// Forks that this process is the child of. Asking the system who one is costs more than handing a small batch over.
+static FORKS: AtomicU32 = AtomicU32::new(0);
 
 impl Home {
     /// This process.
     pub(crate) fn here() -> Self {
-        Self(std::process::id())
+        #[cfg(unix)]
+        {
+            static COUNTS: Once = Once::new();
+            extern "C" fn forked() {
+                FORKS.fetch_add(1, Ordering::Relaxed);
+            }
+            // SAFETY: the handler only counts, which is allowed after a fork. It stays for the life of the process, and so does this library.
+            let failed = |code| assert_eq!(code, 0, "out of memory for a fork handler");
+            COUNTS.call_once(|| failed(unsafe { libc::pthread_atfork(None, None, Some(forked)) }));
+        }
+        Self { process: std::process::id(), forks: FORKS.load(Ordering::Relaxed) }
+    }
+
+    /// The process' number.
+    pub(crate) fn process(self) -> u32 {
+        self.process
     }
 
     /// Whether this process is a forked child of that one.
     pub(crate) fn was_left(self) -> bool {
-        self.0 != std::process::id()
+        self.forks != FORKS.load(Ordering::Relaxed)
     }
 }

@@ -6,6 +6,10 @@ Each case runs in an interpreter of its own, so that its environment is what it 
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +258,38 @@ def test_a_saved_index_is_kept_where_the_setting_or_the_variable_says(corpus: Pa
         assert len(list(cache.iterdir())) == 1
     assert config(corpus, FOREBAY_CACHE_DIR=str(tmp_path / "variable"))["cache_dir"] == str(tmp_path / "variable")
     assert len(list((tmp_path / "variable").iterdir())) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="single threads are placed on Linux alone")
+def test_workers_run_where_they_are_sent_and_give_way(corpus: Path) -> None:
+    """What is asked for is seen in /proc; CPUs that are not there are refused, with those that are."""
+    import forebay
+
+    def workers() -> dict[str, tuple[str, int]]:
+        found = {}
+        for task in Path("/proc/self/task").iterdir():
+            name = (task / "comm").read_text().strip()
+            if re.fullmatch(r"forebay-\d+", name):
+                allowed = re.search(r"^Cpus_allowed_list:\s*(\S+)", (task / "status").read_text(), re.MULTILINE)
+                nice = int((task / "stat").read_text().rsplit(")", 1)[1].split()[16])
+                found[name] = (allowed.group(1) if allowed else "", nice)
+        return found
+
+    cpu = max(os.sched_getaffinity(0))
+    placed = {"cpu_affinity": [cpu], "thread_priority": 5, "num_threads": 2}
+    with forebay.Loader(corpus, seq_len=4, epochs="endless", **placed) as loader:
+        assert (loader.config["cpu_affinity"], loader.config["thread_priority"]) == ([cpu], 5)
+        batches = iter(loader)
+        next(batches)
+        expected = (str(cpu), min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5))
+        # The first batch may be there before a worker has begun.
+        deadline = time.monotonic() + 30
+        while workers() != {"forebay-0": expected, "forebay-1": expected}:
+            assert time.monotonic() < deadline, workers()
+            time.sleep(0.01)
+    allowed = ",".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)))
+    for asked in ("0,4000", [4000]):
+        with pytest.raises(forebay.ConfigError, match=r"cpu_affinity.*may not run on: 4000; it may run on"):
+            forebay.Loader(corpus, seq_len=4, cpu_affinity=asked)
+    assert config(corpus, FOREBAY_CPU_AFFINITY=allowed)["cpu_affinity"] == sorted(os.sched_getaffinity(0))
+    assert config(corpus, FOREBAY_THREAD_PRIORITY="3")["thread_priority"] == 3

@@ -1,9 +1,11 @@
 //! Protects: every container, codec, encoding, type and shape that arrow-rs writes gives the documents that were written.
 
 use forebay::config::{Config, Io, Shuffle, Targets};
+use forebay::shard::DecodedPages;
 use forebay::tokens::Dtype;
 use forebay::{ErrorKind, Loader};
 use forebay_tests::{Container, Document, Shape, containers, documents, drain, rows, stream, write};
+use parquet::basic::Encoding;
 
 const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I32, Dtype::I64];
 
@@ -17,8 +19,7 @@ fn vocabulary(dtype: Dtype) -> i64 {
 
 fn fits(container: Container, dtype: Dtype) -> bool {
     // Arrow-rs refuses byte stream split for types that Parquet stores wider than they are.
-    !matches!(container, Container::Parquet { encoding: Some(parquet::basic::Encoding::BYTE_STREAM_SPLIT), .. })
-        || dtype.size() >= 4
+    !matches!(container, Container::Parquet { encoding: Some(Encoding::BYTE_STREAM_SPLIT), .. }) || dtype.size() >= 4
 }
 
 fn check(container: Container, dtype: Dtype, shape: Shape, shards: &[Vec<Document>], config: &Config) {
@@ -46,6 +47,29 @@ fn check(container: Container, dtype: Dtype, shape: Shape, shards: &[Vec<Documen
             assert!(rows.iter().map(Vec::as_slice).eq(wanted.clone()), "{what} {name}");
         }
     }
+    check_decoder(container, loader.stats().decoded_pages, &what);
+}
+
+/// All pages were taken by the decoder of their encoding, and no row group was left to arrow-rs.
+fn check_decoder(container: Container, found: DecodedPages, what: &str) {
+    let of_encoding = match container {
+        Container::Parquet { encoding: None, .. } => {
+            DecodedPages { dictionary: found.dictionary, ..Default::default() }
+        }
+        Container::Parquet { encoding: Some(Encoding::PLAIN), .. } => {
+            DecodedPages { plain: found.plain, ..Default::default() }
+        }
+        Container::Parquet { encoding: Some(Encoding::DELTA_BINARY_PACKED), .. } => {
+            DecodedPages { delta: found.delta, ..Default::default() }
+        }
+        Container::Parquet { encoding: Some(Encoding::BYTE_STREAM_SPLIT), .. } => {
+            DecodedPages { byte_stream_split: found.byte_stream_split, ..Default::default() }
+        }
+        Container::Parquet { encoding: Some(other), .. } => panic!("{other} is not looked at"),
+        Container::ArrowFile(_) | Container::ArrowStream(_) => DecodedPages::default(),
+    };
+    assert_eq!(found, of_encoding, "{what}");
+    assert_eq!(matches!(container, Container::Parquet { .. }), found != DecodedPages::default(), "{what}");
 }
 
 /// A row of the matrix that the Python tests print, for what was covered here.

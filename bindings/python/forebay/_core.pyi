@@ -87,6 +87,8 @@ class Batches:
         Raises TimeoutError, which loses no batch; DataError, ReadError or ClosedError; a failed batch fails again at
         every later call.
         """
+    def next_tensors(self, tensors: Tensors, timeout_seconds: float | None = None) -> tuple[int, dict[str, Any]] | None:
+        """As ``next``, its step and its arrays as tensors."""
     def submit(self, ptr: int, nbytes: int, owner: object) -> None:
         """Memory for the next batch that has none: `nbytes` (at least `batch_bytes`) at `ptr` (a multiple of 8).
 
@@ -119,8 +121,18 @@ class Batch:
         """First byte of its buffer: for a submitted one, the `ptr` it was submitted with."""
     def fields(self) -> list[tuple[str, Array]]:
         """Its arrays by name."""
+    def tensors(self, tensors: Tensors) -> dict[str, Any]:
+        """Its arrays by name, as tensors that share its memory."""
     def layout(self) -> list[tuple[str, str, int, list[int], int]]:
         """Name, dtype, offset in bytes, shape and row stride in values of each array in the batch's buffer."""
+
+@final
+class Tensors:
+    """How a library makes its tensors, by DLPack's exchange table in C."""
+
+    @staticmethod
+    def by(api: CapsuleType) -> Tensors | None:
+        """Of the ``__dlpack_c_exchange_api__`` of a tensor class; None where that is of an unknown version."""
 
 @final
 class Array:

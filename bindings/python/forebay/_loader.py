@@ -87,6 +87,8 @@ def _text(name: str, value: object) -> str:
         return json.dumps(value, default=_plain)
     if name == "skip" and not isinstance(value, str) and isinstance(value, Iterable):
         return ",".join(_range(part) for part in value) or "none"
+    if name == "cpu_affinity" and isinstance(value, Iterable):
+        return ",".join(str(operator.index(cpu)) for cpu in value) or "none"
     if name == "input_dtype":
         if str(value).startswith("torch."):
             return str(value).removeprefix("torch.")
@@ -252,6 +254,10 @@ class Loader:
         -1 for padding. Default: false.
     num_threads:
         Default: CPUs of this rank less one, 1 to 8.
+    cpu_affinity:
+        CPUs that worker threads may run on, as ``"0,2-5"`` or a list; Linux only. Default: wherever the process may.
+    thread_priority:
+        Added to the ``nice`` value of worker threads, 0 to 19; Linux only. Default: 0.
     prefetch_batches:
         Batches computed ahead. Default: 4.
     memory_budget:
@@ -304,6 +310,8 @@ class Loader:
         input_dtype: npt.DTypeLike | None = None,
         sample_ids: bool | None = None,
         num_threads: int | None = None,
+        cpu_affinity: str | Iterable[int] | None = None,
+        thread_priority: int | None = None,
         prefetch_batches: int | None = None,
         memory_budget: int | None = None,
         block_tokens: int | None = None,
@@ -340,6 +348,8 @@ class Loader:
             input_dtype=input_dtype,
             sample_ids=sample_ids,
             num_threads=num_threads,
+            cpu_affinity=cpu_affinity,
+            thread_priority=thread_priority,
             prefetch_batches=prefetch_batches,
             memory_budget=memory_budget,
             block_tokens=block_tokens,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -163,14 +165,17 @@ class Workers:
     def contention(self) -> tuple[float, float] | None:
         """Seconds of work and seconds gone by, if threads waited for the interpreter and the consumer for them.
 
-        Then together they keep one processor busy, and take longer over their tasks than that.
+        Then together they keep one processor busy, and take longer over their tasks than that, though not because
+        other work has the processors.
         """
         gone_s = time.monotonic() - self._started_s
         with self._shared.changed:
             busy_s, cpu_s = self._shared.busy_s, self._shared.cpu_s
         if gone_s < 1 or len(self._begins) < 2 or self._waited_s < 0.5 * gone_s:
             return None
-        return (cpu_s, gone_s) if 0.7 * gone_s < cpu_s < 1.2 * gone_s and busy_s > 1.6 * cpu_s else None
+        if not (0.7 * gone_s < cpu_s < 1.2 * gone_s and busy_s > 1.6 * cpu_s):
+            return None
+        return (cpu_s, gone_s) if busy_s - _queued_s(self._threads) > 1.6 * cpu_s else None
 
     def _start(self, next_index: Callable[[], Any]) -> None:
         self._started_s = time.monotonic()
@@ -266,6 +271,15 @@ def _work(shared: _Shared, tasks: Tasks, begin: Begin, own_data: bool) -> None:
             outcome = Outcome(index, error=error)
         shared.put(number, outcome, time.perf_counter() - start, time.thread_time() - start_cpu)
         del outcome, task, index
+
+
+def _queued_s(threads: Iterable[threading.Thread]) -> float:
+    """Seconds that threads were ready to run and had no processor; 0 where the system does not tell."""
+    queued_ns = 0
+    for thread in threads:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            queued_ns += int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[1])
+    return queued_ns / 1e9
 
 
 def told_of_stop(error: StopIteration) -> RuntimeError:

@@ -151,7 +151,18 @@ class _Rows(IterableDataset[Tensors]):
         self._loader.set_epoch(epoch)
 
 
+def _native_tensors() -> _core.Tensors | None:
+    """torch's own way of making tensors from C; there since torch 2.10."""
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    return None if exchange is None else _core.Tensors.by(exchange)
+
+
+_NATIVE = _native_tensors()
+
+
 def _tensors(batch: _core.Batch) -> Tensors:
+    if _NATIVE is not None:
+        return batch.tensors(_NATIVE)
     return {name: torch.utils.dlpack.from_dlpack(array) for name, array in batch.fields()}
 
 
@@ -244,6 +255,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         skip: Skip | None = None,
         extend: bool | None = None,
         num_threads: int | None = None,
+        cpu_affinity: str | Iterable[int] | None = None,
+        thread_priority: int | None = None,
         prefetch_batches: int | None = None,
         memory_budget: int | None = None,
         block_tokens: int | None = None,
@@ -285,6 +298,8 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             skip=skip,
             extend=extend,
             num_threads=num_threads,
+            cpu_affinity=cpu_affinity,
+            thread_priority=thread_priority,
             prefetch_batches=prefetch_batches,
             memory_budget=memory_budget,
             block_tokens=block_tokens,
@@ -619,6 +634,11 @@ def _rank_in(mesh: Any) -> tuple[int, int]:
     return rank, size
 
 
+def _made_here(core: _core.Batches, limit_s: float | None) -> tuple[int, Tensors] | None:
+    batch = core.next(limit_s)
+    return None if batch is None else (batch.step, _tensors(batch))
+
+
 class _NativeIterator:
     """A pass of a native loader; several threads may take batches from it."""
 
@@ -628,7 +648,16 @@ class _NativeIterator:
         self._core = core.iter() if owner._allocator is None else core.iter_external()
         self._steps = core.len
         self._memory = None if owner._allocator is None else _Memory(self._core, owner._allocator)
+        #: Step and tensors of the next batch in host memory, None at the end.
+        self._take_on_host: Callable[[float | None], tuple[int, Tensors] | None] = functools.partial(
+            _made_here, self._core
+        )
+        if self._memory is not None:
+            self._take_on_host = self._memory.take
+        elif _NATIVE is not None:
+            self._take_on_host = functools.partial(self._core.next_tensors, _NATIVE)
         self._ahead = owner._ahead(self._take_on_host)
+        self._take = self._take_on_host if self._ahead is None else self._ahead.take
         self._lock = threading.Lock()
         self._begun = False
         self._gradient_state: Any = None
@@ -678,17 +707,6 @@ class _NativeIterator:
         if step + 1 == self._steps:
             self._owner.end_of_dataloader = True
         return tensors
-
-    def _take(self, limit_s: float | None) -> tuple[int, Tensors] | None:
-        found: tuple[int, Tensors] | None
-        found = self._take_on_host(limit_s) if self._ahead is None else self._ahead.take(limit_s)
-        return found
-
-    def _take_on_host(self, limit_s: float | None) -> tuple[int, Tensors] | None:
-        if self._memory is not None:
-            return self._memory.take(limit_s)
-        batch = self._core.next(limit_s)
-        return None if batch is None else (batch.step, _tensors(batch))
 
     def _leave(self) -> None:
         with self._lock:

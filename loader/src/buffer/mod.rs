@@ -98,6 +98,22 @@ impl Lease {
         // SAFETY: as in `i64s`.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes).cast(), count) }
     }
+
+    /// Two fields at once: 64-bit integers, and others that begin where those end or later.
+    pub(crate) fn i64s_and_i64s(&mut self, first: usize, second: usize, count: usize) -> (&mut [i64], &mut [i64]) {
+        assert!(first + count * 8 <= second, "fields overlap");
+        let (before, after) = self.i64s(first, (second - first) / 8 + count).split_at_mut((second - first) / 8);
+        (&mut before[..count], after)
+    }
+
+    /// Two fields at once: 32-bit integers, and 64-bit ones that begin where those end or later.
+    pub(crate) fn i32s_and_i64s(&mut self, first: usize, second: usize, count: usize) -> (&mut [i32], &mut [i64]) {
+        assert!(first + count * 4 <= second, "fields overlap");
+        let ids: *mut [i32] = self.i32s(first, count);
+        let labels = self.i64s(second, count);
+        // SAFETY: made from this lease's exclusive borrow, which the result keeps, and disjoint from `labels` (just checked).
+        (unsafe { &mut *ids }, labels)
+    }
 }
 
 impl Drop for Lease {

@@ -1,7 +1,8 @@
 //! Pool of equal buffers in ordinary memory.
 //!
-//! The buffer that came back last is given out first: it is the likeliest to be in the cache still. The pool grows to what is in use at
-//! once and keeps a bounded number of idle buffers, so that a caller who held many batches for a while does not keep that memory.
+//! A thread is given the buffer that it filled last, of those that came back: it is the likeliest to be in that core's cache still, while
+//! one that another core has written costs a transfer between caches for every line. The pool grows to what is in use at once, and keeps a bounded
+//! number of idle buffers, so that a caller who held many batches for a while does not keep that memory.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
@@ -21,15 +22,26 @@ pub struct Pool {
 
 #[derive(Debug, Default)]
 struct Inner {
-    idle: Vec<Idle>,
-    given: usize,
+    /// The one that came back last is last.
+    idle: Vec<Buffer>,
+    given: Vec<Buffer>,
 }
 
-#[derive(Debug)]
-struct Idle(NonNull<u8>);
+#[derive(Clone, Copy, Debug)]
+struct Buffer {
+    start: NonNull<u8>,
+    /// The thread that it was given to.
+    thread: usize,
+}
 
-// SAFETY: an idle buffer is memory that no one but the pool refers to.
-unsafe impl Send for Idle {}
+// SAFETY: an idle buffer is memory that no one but the pool refers to, and of a given one only the address is used.
+unsafe impl Send for Buffer {}
+
+/// A number that no other living thread has.
+fn this_thread() -> usize {
+    thread_local!(static PLACE: u8 = const { 0 });
+    PLACE.with(|place| std::ptr::from_ref(place).addr())
+}
 
 impl Pool {
     /// A pool of buffers of `bytes` bytes that keeps at most `max_idle` unused ones.
@@ -45,15 +57,23 @@ impl Pool {
 impl Source for Pool {
     fn take(&self, bytes: usize) -> NonNull<u8> {
         assert_eq!(bytes, self.bytes, "the pool holds buffers of one size");
+        let thread = this_thread();
         let mut inner = lock(&self.inner);
-        inner.given += 1;
-        if let Some(Idle(buffer)) = inner.idle.pop() {
-            return buffer;
+        let Inner { idle, given } = &mut *inner;
+        let own = idle.iter().rposition(|buffer| buffer.thread == thread);
+        let full = idle.len() + given.len() >= self.max_idle;
+        // Another thread's is better than more memory, and best the one that has been out of use for longest.
+        if let Some(index) = own.or_else(|| (full && !idle.is_empty()).then_some(0)) {
+            let buffer = Buffer { thread, ..idle.remove(index) };
+            given.push(buffer);
+            return buffer.start;
         }
         drop(inner);
         // SAFETY: the layout's size is not zero.
         let start = unsafe { alloc_zeroed(self.layout()) };
-        NonNull::new(start).unwrap_or_else(|| handle_alloc_error(self.layout()))
+        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(self.layout()));
+        lock(&self.inner).given.push(Buffer { start, thread });
+        start
     }
 
     fn give_back(&self, buffer: NonNull<u8>, bytes: usize) {
@@ -63,9 +83,11 @@ impl Source for Pool {
             return;
         }
         let mut inner = lock(&self.inner);
-        inner.given -= 1;
+        // Near the end, as batches do not live long.
+        let index = inner.given.iter().rposition(|given| given.start == buffer).expect("it was given");
+        let given = inner.given.swap_remove(index);
         if inner.idle.len() < self.max_idle {
-            inner.idle.push(Idle(buffer));
+            inner.idle.push(given);
             return;
         }
         drop(inner);
@@ -75,7 +97,7 @@ impl Source for Pool {
 
     fn held_bytes(&self) -> usize {
         let inner = lock(&self.inner);
-        (inner.idle.len() + inner.given) * self.bytes
+        (inner.idle.len() + inner.given.len()) * self.bytes
     }
 }
 
@@ -84,9 +106,9 @@ impl Drop for Pool {
         if self.home.was_left() {
             return;
         }
-        for Idle(buffer) in lock(&self.inner).idle.drain(..) {
+        for buffer in lock(&self.inner).idle.drain(..) {
             // SAFETY: allocated in `take` with this layout; leases keep the pool alive, so none is out.
-            unsafe { dealloc(buffer.as_ptr(), self.layout()) }
+            unsafe { dealloc(buffer.start.as_ptr(), self.layout()) }
         }
     }
 }

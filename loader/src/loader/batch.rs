@@ -1,5 +1,7 @@
 //! Batch: the arrays of some rows in one buffer.
 
+use std::sync::Arc;
+
 use crate::buffer::{ALIGNMENT, Lease};
 use crate::config::{Config, Remainder, Targets};
 use crate::coverage::Coverage;
@@ -38,7 +40,7 @@ pub struct Batch {
     /// Rows, `batch_size` but for a short last batch.
     pub rows: usize,
     /// Arrays in the buffer.
-    pub fields: Vec<Field>,
+    pub fields: Arc<[Field]>,
     /// Its rows, hashed; only where [`Loader::cover`] or the setting `ledger` asks for it.
     pub coverage: Option<Coverage>,
     pub(super) lease: Lease,
@@ -90,8 +92,9 @@ impl Batch {
 /// How the fields of a batch share its buffer.
 #[derive(Clone, Debug)]
 pub(super) struct BatchLayout {
+    pub(super) rows: usize,
     pub(super) kind: Kind,
-    pub(super) fields: Vec<Field>,
+    pub(super) fields: Arc<[Field]>,
     pub(super) input_dtype: Dtype,
     /// Offset of labels or `y`, where they are apart from the inputs.
     pub(super) targets_at: usize,
@@ -104,9 +107,9 @@ pub(super) struct BatchLayout {
 pub(super) enum Kind {
     /// `x` and `y` are views, one token apart, of rows of `seq_len + 1` tokens.
     Overlapping,
-    /// Inputs and labels of 64 bits, at the same places of two arrays.
+    /// Inputs and labels at the same places of two arrays, written at once.
     InPlace,
-    /// Two arrays, filled by way of a row of its own.
+    /// Inputs and targets one token apart in two arrays, filled by way of a row of its own.
     Apart,
 }
 
@@ -118,7 +121,7 @@ impl BatchLayout {
         let kind = match (shifted, input_dtype) {
             // A padded place is `pad_id` in `x` and -100 in `y`: they cannot share it.
             (true, Dtype::I64) if !padded => Kind::Overlapping,
-            (false, Dtype::I64) => Kind::InPlace,
+            (false, _) => Kind::InPlace,
             _ => Kind::Apart,
         };
         let (inputs, targets) = if shifted { ("x", "y") } else { ("input_ids", "labels") };
@@ -131,34 +134,32 @@ impl BatchLayout {
             row_stride,
         };
         if kind == Kind::Overlapping {
-            let fields = vec![field(inputs, Dtype::I64, 0, columns + 1), field(targets, Dtype::I64, 8, columns + 1)];
-            let this = Self { kind, fields, input_dtype, targets_at: 8, ids_at: None, bytes: rows * (columns + 1) * 8 };
-            return this.with_ids(config, rows);
+            let fields = [field(inputs, Dtype::I64, 0, columns + 1), field(targets, Dtype::I64, 8, columns + 1)];
+            let bytes = rows * (columns + 1) * 8;
+            return Self::with_ids(config, rows, kind, fields, 8, bytes);
         }
         let targets_at = (rows * columns * input_dtype.size()).next_multiple_of(ALIGNMENT);
-        let fields = vec![field(inputs, input_dtype, 0, columns), field(targets, Dtype::I64, targets_at, columns)];
-        let bytes = targets_at + rows * columns * 8;
-        Self { kind, fields, input_dtype, targets_at, ids_at: None, bytes }.with_ids(config, rows)
+        let fields = [field(inputs, input_dtype, 0, columns), field(targets, Dtype::I64, targets_at, columns)];
+        Self::with_ids(config, rows, kind, fields, targets_at, targets_at + rows * columns * 8)
     }
 
     /// Adds what `sample_ids` asks for.
-    fn with_ids(mut self, config: &Config, rows: usize) -> Self {
-        if config.sample_ids {
-            let at = [self.bytes, self.bytes + rows * 8];
-            for (name, offset_bytes) in ["source", "sample_index"].into_iter().zip(at) {
-                self.fields.push(Field {
-                    name,
-                    dtype: Dtype::I64,
-                    offset_bytes,
-                    shape: [rows, 1],
-                    ndim: 1,
-                    row_stride: 1,
-                });
-            }
-            self.bytes += rows * 16;
-            self.ids_at = Some(at);
+    fn with_ids(config: &Config, rows: usize, kind: Kind, fields: [Field; 2], targets_at: usize, bytes: usize) -> Self {
+        let input_dtype = config.input_dtype;
+        if !config.sample_ids {
+            return Self { rows, kind, fields: fields.into(), input_dtype, targets_at, ids_at: None, bytes };
         }
-        self
+        let at = [bytes, bytes + rows * 8];
+        let ids = ["source", "sample_index"].into_iter().zip(at).map(|(name, offset_bytes)| Field {
+            name,
+            dtype: Dtype::I64,
+            offset_bytes,
+            shape: [rows, 1],
+            ndim: 1,
+            row_stride: 1,
+        });
+        let fields = fields.into_iter().chain(ids).collect();
+        Self { rows, kind, fields, input_dtype, targets_at, ids_at: Some(at), bytes: bytes + rows * 16 }
     }
 
     /// Bytes that hold any batch of `config`.

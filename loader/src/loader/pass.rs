@@ -1,19 +1,20 @@
 //! A pass: the course of some epochs on its way through the threads to whoever asks for batches.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use super::batch::{Batch, BatchLayout};
-use super::{Core, Cursor, WINDOWS_AHEAD, Worker, slots};
+use super::batch::Batch;
+use super::{Core, Cursor, WINDOWS_AHEAD, Worker, slots_into};
 use crate::buffer::Lease;
 use crate::config::Epochs;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ledger::{self, Entry};
 use crate::order::course::Course;
-use crate::pipeline::{Pipeline, Plan, Taken};
+use crate::pipeline::{Patience, Pipeline, Plan, Taken, Work};
 use crate::sources::Growth;
 use crate::sync::lock;
+use crate::trace::Tracer;
 
 /// What waiting for a batch came to.
 #[derive(Debug)]
@@ -34,7 +35,27 @@ pub struct Batches {
 
 impl Batches {
     /// Waits at most `timeout` for the next batch. Callable from several threads; each batch is given once.
+    ///
+    /// Without worker threads (`num_threads` = 0) the caller computes it, however long that takes.
     pub fn next_timeout(&self, timeout: Duration) -> Result<Next> {
+        self.take(Patience::Wait(timeout))
+    }
+
+    /// As [`Batches::next_timeout`], but while the batch is not ready the caller computes one itself where that is quicker than waiting;
+    /// that may take as long as a batch takes.
+    pub fn next_or_help(&self, timeout: Duration) -> Result<Next> {
+        self.take(Patience::Help(timeout))
+    }
+
+    /// The next batch if it is ready, and [`Next::Pending`] if it is not, or if handing it over would read or write a file.
+    pub fn try_next(&self) -> Result<Next> {
+        match self.run.started.get() {
+            Some(Ok(started)) if started.ledger.is_none() => self.take(Patience::None),
+            _ => Ok(Next::Pending),
+        }
+    }
+
+    fn take(&self, patience: Patience) -> Result<Next> {
         let run = &self.run;
         let core = &run.core;
         core.check_process()?;
@@ -45,13 +66,11 @@ impl Batches {
             }
         }
         let asked = Instant::now();
-        core.counters.asked(asked);
-        let depth = started.pipeline.depth();
         if let Some(ledger) = &started.ledger {
             lock(ledger).check()?;
         }
         let mut written = Ok(());
-        let taken = started.pipeline.take(timeout, |batch| {
+        let taken = started.pipeline.take(patience, |batch| {
             // Takers come here one at a time.
             let delivered = started.delivered.load(Ordering::Relaxed) + 1;
             let index = started.heading.start.saturating_add(delivered * core.grouping.global_batch());
@@ -67,15 +86,26 @@ impl Batches {
             }
         })?;
         written?;
+        if let Some(trace) = &core.trace {
+            let (name, batch) = match &taken {
+                Taken::Item(batch, 0) => ("wait", Some(batch.step)),
+                Taken::Item(batch, _) => ("hand over", Some(batch.step)),
+                Taken::End | Taken::Pending => ("wait", None),
+            };
+            trace.span(name, asked, batch);
+            if matches!(taken, Taken::End) {
+                trace.flush();
+            }
+        }
         match taken {
-            Taken::Item(batch) => {
+            Taken::Item(batch, depth) => {
                 let tokens = batch.rows as u64 * core.config.seq_len;
-                core.counters.delivered(tokens, batch.len_bytes() as u64, asked.elapsed(), depth);
+                core.counters.delivered(tokens, batch.len_bytes() as u64, asked, depth);
                 Ok(Next::Batch(batch))
             }
             Taken::End => Ok(Next::End),
             Taken::Pending => {
-                core.counters.waited(asked.elapsed());
+                core.counters.waited(asked);
                 Ok(Next::Pending)
             }
         }
@@ -83,7 +113,7 @@ impl Batches {
 
     /// Bytes that a submitted buffer must have.
     pub fn batch_bytes(&self) -> usize {
-        BatchLayout::largest_bytes(&self.run.core.config)
+        self.run.core.batch_bytes
     }
 
     /// Buffers to keep submitted and not yet delivered, so that workers never wait for one.
@@ -135,7 +165,7 @@ pub(super) struct Run {
 
 #[derive(Debug)]
 pub(super) struct Started {
-    pipeline: Pipeline<Arc<Batch>>,
+    pipeline: Pipeline<Job>,
     heading: Arc<Heading>,
     delivered: AtomicU64,
     ledger: Option<Mutex<ledger::Writer>>,
@@ -158,6 +188,9 @@ impl Run {
             started.pipeline.join();
         }
         lock(&self.submitted).clear();
+        if let Some(trace) = &self.core.trace {
+            trace.flush();
+        }
     }
 
     fn start(&self) -> Result<Started> {
@@ -189,7 +222,7 @@ impl Run {
         };
         let items = core.steps_from(start, &course);
         let heading = Arc::new(Heading { course, growth, start });
-        let threads = core.config.num_threads.unwrap_or(1) as usize;
+        let threads = core.threads();
         let plan = Plan {
             threads: threads.min(usize::try_from(items.max(1)).unwrap_or(usize::MAX)),
             window: core.config.prefetch_batches as usize,
@@ -198,35 +231,63 @@ impl Run {
         };
         let reads_ahead = core.sources.list().iter().any(|source| source.reader.reads_ahead());
         let ahead = if reads_ahead { WINDOWS_AHEAD.div_ceil(core.config.batch_size) } else { 0 };
-        let workers = AtomicUsize::new(0);
-        let begin = move || Worker { index: workers.fetch_add(1, Ordering::Relaxed), ..Worker::default() };
-        let compute = {
-            let (core, heading) = (Arc::clone(core), Arc::clone(&heading));
-            move |worker: &mut Worker, number: u64, lease: Option<Lease>| {
-                let began = Instant::now();
-                let global_batch = core.grouping.global_batch();
-                let index = heading.start + number * global_batch;
-                if ahead > 0 {
-                    let first = if number == 0 { 1 } else { ahead };
-                    for distance in first..=ahead {
-                        let index = index + distance * global_batch;
-                        core.read_ahead(&heading, number + distance, index, &mut worker.orders);
-                    }
-                }
-                let (start, slots) = slots(core.grouping, &heading.course, index);
-                let rows = core.places(&heading.growth, &slots, &mut worker.orders);
-                let layout = BatchLayout::new(&core.config, rows.len(), core.has_padding(&rows));
-                let lease = lease.unwrap_or_else(|| Lease::new(&core.pool, BatchLayout::largest_bytes(&core.config)));
-                let step = index / global_batch;
-                let batch = core.compute(start, step, &rows, layout, lease, worker)?;
-                let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
-                core.counters.worked(worker.index, decode, began.elapsed().saturating_sub(decode));
-                Ok(Arc::new(batch))
-            }
-        };
-        let pipeline = Pipeline::start(plan, begin, compute)?;
+        let job = Job { core: Arc::clone(core), heading: Arc::clone(&heading), ahead };
+        let pipeline = Pipeline::start(plan, job)?;
         let ledger = core.begin_ledger(&heading)?.map(Mutex::new);
         Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), ledger })
+    }
+}
+
+/// The batches of a pass, by their number.
+struct Job {
+    core: Arc<Core>,
+    heading: Arc<Heading>,
+    /// Batches whose windows are read ahead.
+    ahead: u64,
+}
+
+impl Work for Job {
+    type State = Worker;
+    type Item = Arc<Batch>;
+
+    fn begin(&self, worker: Option<usize>) -> Worker {
+        if worker.is_some() {
+            self.core.placement.apply();
+        }
+        let mut state = Worker { index: worker.unwrap_or(self.core.threads()), ..Worker::default() };
+        state.scratch.tracer = Tracer::new(self.core.trace.as_ref());
+        state
+    }
+
+    fn compute(&self, worker: &mut Worker, number: u64, lease: Option<Lease>) -> Result<Arc<Batch>> {
+        let (core, heading) = (&*self.core, &*self.heading);
+        let began = Instant::now();
+        let global_batch = core.grouping.global_batch();
+        let index = heading.start + number * global_batch;
+        let traced = worker.scratch.tracer.begin();
+        if self.ahead > 0 {
+            let first = if number == 0 { 1 } else { self.ahead };
+            for distance in first..=self.ahead {
+                core.read_ahead(heading, number + distance, index + distance * global_batch, worker);
+            }
+            worker.scratch.tracer.end("read ahead", traced, None);
+        }
+        let start = slots_into(core.grouping, &heading.course, index, &mut worker.slots);
+        let mut rows = std::mem::take(&mut worker.places);
+        core.places(&heading.growth, &worker.slots, &mut worker.orders, &mut rows);
+        let lease = lease.unwrap_or_else(|| Lease::new(&core.pool, core.batch_bytes));
+        let filling = worker.scratch.tracer.begin();
+        let batch = core.compute(start, index / global_batch, &rows, lease, worker);
+        worker.scratch.tracer.end("fill", filling, None);
+        worker.scratch.tracer.end("batch", traced, Some(index / global_batch));
+        worker.places = rows;
+        let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
+        core.counters.worked(worker.index, decode, began.elapsed().saturating_sub(decode));
+        batch.map(Arc::new)
+    }
+
+    fn waited(&self, worker: &mut Worker, began: Instant, ended: Instant) {
+        worker.scratch.tracer.add("idle", began, ended);
     }
 }
 

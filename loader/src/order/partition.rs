@@ -75,20 +75,18 @@ impl Grouping {
     }
 
     /// Rows of this rank in the global batch that starts at index `start`, of a course of `end` indices whose last epoch begins at `last_epoch`.
-    pub fn rows(&self, start: u64, end: u64, last_epoch: u64) -> Vec<Row> {
-        (0..self.batch_size)
-            .map(|row| start + row * self.world_size + self.rank)
-            .filter_map(|index| {
-                if index < end {
-                    return Some(Row::Index(index));
-                }
-                match self.remainder {
-                    Remainder::Pad => Some(Row::Padding),
-                    Remainder::Wrap => Some(Row::Repeated(last_epoch + (index - end) % (end - last_epoch))),
-                    Remainder::Drop | Remainder::Short => None,
-                }
-            })
-            .collect()
+    pub fn rows(&self, start: u64, end: u64, last_epoch: u64) -> impl Iterator<Item = Row> + use<> {
+        let Self { rank, world_size, remainder, .. } = *self;
+        (0..self.batch_size).map(move |row| start + row * world_size + rank).filter_map(move |index| {
+            if index < end {
+                return Some(Row::Index(index));
+            }
+            match remainder {
+                Remainder::Pad => Some(Row::Padding),
+                Remainder::Wrap => Some(Row::Repeated(last_epoch + (index - end) % (end - last_epoch))),
+                Remainder::Drop | Remainder::Short => None,
+            }
+        })
     }
 }
 
@@ -125,7 +123,7 @@ mod tests {
             let mut seen = vec![0u32; positions as usize];
             for step in 0..steps {
                 for rank in 0..world_size {
-                    let rows = of(rank).rows(step * of(rank).global_batch(), positions, 0);
+                    let rows: Vec<Row> = of(rank).rows(step * of(rank).global_batch(), positions, 0).collect();
                     prop_assert!(!rows.is_empty());
                     prop_assert!(remainder == Remainder::Short || rows.len() as u64 == batch_size);
                     for row in rows {

@@ -1,14 +1,16 @@
 //! Pipeline: the only threads of a loader.
 //!
-//! Work is numbered. A worker takes the next number, computes its item alone, and puts it into the item's slot; consumers take
-//! items in the order of their numbers. At most `window` items are begun or ready at once, which bounds memory. All waiting is blocked,
-//! none spins. Dropping the pipeline tells the workers to stop and does not wait for them, so that it can happen at interpreter exit.
+//! Work is numbered. Whoever takes the next number computes its item alone, and puts it into the item's slot; consumers take items in the order
+//! of their numbers. At most `window` items are begun or ready at once, which bounds memory. A consumer whose item is not ready computes one
+//! itself where that is quicker than sleeping; all other waiting is blocked, none spins, and nobody is woken who does not wait. Dropping
+//! the pipeline tells the workers to stop and does not wait for them, so that it can happen at interpreter exit.
 //!
 //! A failed item stays at the front: every later call fails the same way, and nothing after it is ever delivered.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,21 +18,56 @@ use crate::buffer::Lease;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Home, lock, wait, wait_timeout};
 
+/// Items that take longer than this are not worth a consumer's own time while a worker computes the one it waits for: sleeping and being
+/// woken costs some tens of microseconds.
+const QUICK: Duration = Duration::from_micros(250);
+
+/// What a pipeline computes.
+pub(crate) trait Work: Send + Sync + 'static {
+    /// Memory of one thread.
+    type State: Send;
+    type Item: Send + fmt::Debug;
+
+    /// The memory of a worker, by its number, or of a consumer.
+    fn begin(&self, worker: Option<usize>) -> Self::State;
+
+    /// Item `number`, in the memory that the caller gave for it, if it did.
+    fn compute(&self, state: &mut Self::State, number: u64, lease: Option<Lease>) -> Result<Self::Item>;
+
+    /// The worker has waited for something to begin, from `began` to `ended`.
+    fn waited(&self, state: &mut Self::State, began: Instant, ended: Instant) {
+        let _ = (state, began, ended);
+    }
+
+    /// Something useful for items from `next` on, while none of them may be begun. Returns whether there was anything.
+    fn prepare(&self, state: &mut Self::State, next: u64) -> bool {
+        let _ = (state, next);
+        false
+    }
+}
+
 /// Numbered work, computed side by side and taken in order.
-#[derive(Debug)]
-pub(crate) struct Pipeline<T> {
-    shared: Arc<Shared<T>>,
+pub(crate) struct Pipeline<W: Work> {
+    shared: Arc<Shared<W>>,
     workers: Mutex<Vec<JoinHandle<()>>>,
     home: Home,
 }
 
-#[derive(Debug)]
-struct Shared<T> {
-    ring: Mutex<Ring<T>>,
+impl<W: Work> fmt::Debug for Pipeline<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pipeline").field("ring", &self.shared.ring).finish_non_exhaustive()
+    }
+}
+
+struct Shared<W: Work> {
+    work: W,
+    ring: Mutex<Ring<W::Item>>,
     /// Workers wait here for a number to take.
-    work: Condvar,
+    room: Condvar,
     /// Consumers wait here for the front slot.
     ready: Condvar,
+    /// Memory of consumers who computed items themselves.
+    states: Mutex<Vec<W::State>>,
 }
 
 #[derive(Debug)]
@@ -42,37 +79,74 @@ struct Ring<T> {
     /// One past the last number.
     end: u64,
     window: usize,
+    threads: usize,
     /// Output memory of the caller, one per number to come, where the caller provides it.
     leases: Option<VecDeque<Lease>>,
     closed: bool,
+    /// Workers that wait for room.
+    idle: usize,
+    /// Consumers that wait for the front slot.
+    waiting: usize,
+    /// What an item took lately.
+    typical: Duration,
 }
 
 impl<T> Ring<T> {
+    /// The next number that nobody has begun.
+    fn next(&self) -> u64 {
+        self.front + self.slots.len() as u64
+    }
+
     /// The next number, and its buffer, if it can be begun.
     fn take(&mut self) -> Option<(u64, Option<Lease>)> {
-        let number = self.front + self.slots.len() as u64;
-        if number >= self.end || self.slots.len() >= self.window {
+        if !self.may_begin() {
             return None;
         }
-        let lease = match &mut self.leases {
-            Some(leases) => Some(leases.pop_front()?),
-            None => None,
-        };
+        let number = self.next();
         self.slots.push_back(None);
-        Some((number, lease))
+        Some((number, self.leases.as_mut().and_then(VecDeque::pop_front)))
+    }
+
+    /// Whether [`Ring::take`] would give a number.
+    fn may_begin(&self) -> bool {
+        let has_memory = self.leases.as_ref().is_none_or(|leases| !leases.is_empty());
+        self.next() < self.end && self.slots.len() < self.window && has_memory
+    }
+
+    /// Whether an idle worker is to be woken: not for every free slot, but when half of them are.
+    fn wants_worker(&self) -> bool {
+        self.idle > 0 && self.slots.len() * 2 <= self.window && self.may_begin()
+    }
+
+    /// Whether a consumer gains by computing an item itself.
+    fn wants_consumer(&self, may_help: bool) -> bool {
+        self.threads == 0 || may_help && (self.slots.is_empty() || self.typical < QUICK)
     }
 }
 
 /// What asking for the next item came to.
 pub(crate) enum Taken<T> {
-    Item(T),
+    /// It, and how many were ready, it included, when it was asked for.
+    Item(T, usize),
     End,
     Pending,
+}
+
+/// What a consumer does while its item is not ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// Goes away at once.
+    None,
+    /// Sleeps, at most so long. Without workers it computes the item all the same.
+    Wait(Duration),
+    /// Computes items where that is quicker, and sleeps else. May take longer by as much as one item takes.
+    Help(Duration),
 }
 
 /// How a pipeline runs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
+    /// Workers; without any, consumers compute all items.
     pub(crate) threads: usize,
     pub(crate) window: usize,
     /// Items to compute, numbered from 0.
@@ -81,32 +155,34 @@ pub(crate) struct Plan {
     pub(crate) leased: bool,
 }
 
-impl<T: Send + 'static> Pipeline<T> {
-    /// Starts workers; each makes its own state with `begin` and computes items with it.
-    pub(crate) fn start<S: 'static>(
-        plan: Plan,
-        begin: impl Fn() -> S + Send + Sync + 'static,
-        compute: impl Fn(&mut S, u64, Option<Lease>) -> Result<T> + Send + Sync + 'static,
-    ) -> Result<Self> {
+impl<W: Work> Pipeline<W> {
+    /// Starts the workers.
+    pub(crate) fn start(plan: Plan, work: W) -> Result<Self> {
+        let ring = Ring {
+            front: 0,
+            slots: VecDeque::with_capacity(plan.window),
+            end: plan.items,
+            window: plan.window,
+            threads: plan.threads,
+            leases: plan.leased.then(VecDeque::new),
+            closed: false,
+            idle: 0,
+            waiting: 0,
+            typical: Duration::ZERO,
+        };
         let shared = Arc::new(Shared {
-            ring: Mutex::new(Ring {
-                front: 0,
-                slots: VecDeque::with_capacity(plan.window),
-                end: plan.items,
-                window: plan.window,
-                leases: plan.leased.then(VecDeque::new),
-                closed: false,
-            }),
-            work: Condvar::new(),
+            work,
+            ring: Mutex::new(ring),
+            room: Condvar::new(),
             ready: Condvar::new(),
+            states: Mutex::default(),
         });
         let pipeline = Self { shared, workers: Mutex::default(), home: Home::here() };
-        let job = Arc::new((begin, compute));
         for index in 0..plan.threads {
-            let (shared, job) = (Arc::clone(&pipeline.shared), Arc::clone(&job));
+            let shared = Arc::clone(&pipeline.shared);
             let worker = std::thread::Builder::new()
                 .name(format!("forebay-{index}"))
-                .spawn(move || work(&shared, job.0(), &job.1))
+                .spawn(move || shared.run(index))
                 .map_err(|error| Error::io(format!("cannot start worker thread {index} of {}", plan.threads), error))?;
             lock(&pipeline.workers).push(worker);
         }
@@ -119,15 +195,15 @@ impl<T: Send + 'static> Pipeline<T> {
         if let Some(leases) = &mut ring.leases {
             leases.push_back(lease);
         }
-        drop(ring);
-        self.shared.work.notify_one();
+        self.shared.wake_worker(ring);
     }
 
-    /// The next item in order; waits at most `timeout` for it. `delivered` runs before any other consumer can take the one after it.
-    pub(crate) fn take(&self, timeout: Duration, delivered: impl FnOnce(&T)) -> Result<Taken<T>> {
-        // Centuries overflow; a day at a time is as good as for ever.
-        let deadline = Instant::now() + timeout.min(Duration::from_secs(86_400));
-        let mut ring = lock(&self.shared.ring);
+    /// The next item in order. `delivered` runs before any other consumer can take the one after it.
+    pub(crate) fn take(&self, patience: Patience, delivered: impl FnOnce(&W::Item)) -> Result<Taken<W::Item>> {
+        let shared = &*self.shared;
+        let mut deadline = None;
+        let mut ring = lock(&shared.ring);
+        let depth = ring.slots.iter().take_while(|slot| slot.is_some()).count();
         loop {
             if ring.closed {
                 return Err(Error::new(ErrorKind::Closed, "the loader was closed"));
@@ -136,34 +212,61 @@ impl<T: Send + 'static> Pipeline<T> {
                 return Ok(Taken::End);
             }
             match ring.slots.front() {
-                Some(Some(Err(error))) => return Err(error.clone()),
+                Some(Some(Err(error))) => {
+                    let error = error.clone();
+                    shared.ready.notify_all();
+                    return Err(error);
+                }
                 Some(Some(Ok(_))) => {
                     let Some(Some(Ok(item))) = ring.slots.pop_front() else { unreachable!("looked at it just now") };
                     ring.front += 1;
                     delivered(&item);
-                    let more = ring.front == ring.end || matches!(ring.slots.front(), Some(Some(_)));
-                    drop(ring);
-                    self.shared.work.notify_one();
-                    if more {
+                    let ended = ring.front == ring.end;
+                    if ring.waiting > 0 && (ended || matches!(ring.slots.front(), Some(Some(_)))) {
                         // Another consumer may have slept through this item's successor becoming ready.
-                        self.shared.ready.notify_all();
+                        shared.ready.notify_all();
                     }
-                    return Ok(Taken::Item(item));
+                    shared.wake_worker(ring);
+                    return Ok(Taken::Item(item, depth));
                 }
                 Some(None) | None => {
+                    let timeout = match patience {
+                        Patience::None => return Ok(Taken::Pending),
+                        Patience::Wait(timeout) | Patience::Help(timeout) => timeout,
+                    };
+                    if ring.wants_consumer(matches!(patience, Patience::Help(_)))
+                        && let Some((number, lease)) = ring.take()
+                    {
+                        shared.begun(ring, number);
+                        let state = lock(&shared.states).pop();
+                        let mut state = state.unwrap_or_else(|| shared.work.begin(None));
+                        let (result, took) = shared.compute(&mut state, number, lease);
+                        lock(&shared.states).push(state);
+                        ring = lock(&shared.ring);
+                        // What is left over after closing goes back outside of the lock.
+                        let left = ring.put(number, result, took);
+                        if left.is_some() {
+                            drop(ring);
+                            drop(left);
+                            ring = lock(&shared.ring);
+                        } else if number == ring.front && ring.waiting > 0 {
+                            shared.ready.notify_all();
+                        }
+                        continue;
+                    }
+                    // Centuries overflow; a day at a time is as good as for ever.
+                    let deadline =
+                        *deadline.get_or_insert_with(|| Instant::now() + timeout.min(Duration::from_secs(86_400)));
                     let now = Instant::now();
                     if now >= deadline {
                         return Ok(Taken::Pending);
                     }
-                    ring = wait_timeout(&self.shared.ready, ring, deadline - now);
+                    ring.waiting += 1;
+                    ring = wait_timeout(&shared.ready, ring, deadline - now);
+                    ring.waiting -= 1;
                 }
             }
         }
-    }
-
-    /// Items ready to be taken without waiting.
-    pub(crate) fn depth(&self) -> usize {
-        lock(&self.shared.ring).slots.iter().take_while(|slot| slot.is_some()).count()
     }
 
     /// Tells the workers to stop after what they are at; consumers fail from now on.
@@ -177,7 +280,7 @@ impl<T: Send + 'static> Pipeline<T> {
         drop(ring);
         // Outside of the lock: dropping caller memory may run the caller's code.
         drop(dropped);
-        self.shared.work.notify_all();
+        self.shared.room.notify_all();
         self.shared.ready.notify_all();
     }
 
@@ -193,7 +296,7 @@ impl<T: Send + 'static> Pipeline<T> {
     }
 }
 
-impl<T> Drop for Pipeline<T> {
+impl<W: Work> Drop for Pipeline<W> {
     fn drop(&mut self) {
         if self.home.was_left() {
             return;
@@ -201,31 +304,96 @@ impl<T> Drop for Pipeline<T> {
         let mut ring = lock(&self.shared.ring);
         ring.closed = true;
         drop(ring);
-        self.shared.work.notify_all();
+        self.shared.room.notify_all();
         self.shared.ready.notify_all();
     }
 }
 
-fn work<S, T>(shared: &Shared<T>, mut state: S, compute: &impl Fn(&mut S, u64, Option<Lease>) -> Result<T>) {
-    loop {
-        let mut ring = lock(&shared.ring);
-        let (number, lease) = loop {
-            if ring.closed {
+impl<T> Ring<T> {
+    /// Puts a result into its slot; gives it back where nobody will take it.
+    fn put(&mut self, number: u64, result: Result<T>, took: Duration) -> Option<Result<T>> {
+        if self.closed {
+            return Some(result);
+        }
+        self.typical = if self.typical.is_zero() { took } else { (self.typical * 7 + took) / 8 };
+        let slot = (number - self.front) as usize;
+        self.slots[slot] = Some(result);
+        None
+    }
+}
+
+impl<W: Work> Shared<W> {
+    /// Unlocks the ring, and wakes a worker that has something to begin.
+    fn wake_worker(&self, ring: MutexGuard<'_, Ring<W::Item>>) {
+        let wakes = ring.wants_worker();
+        drop(ring);
+        if wakes {
+            self.room.notify_one();
+        }
+    }
+
+    /// Unlocks the ring after `number` was taken.
+    fn begun(&self, ring: MutexGuard<'_, Ring<W::Item>>, number: u64) {
+        if number + 1 < ring.end {
+            return self.wake_worker(ring);
+        }
+        drop(ring);
+        // Nothing is left to begin: no worker need wait for it.
+        self.room.notify_all();
+    }
+
+    /// A worker's life.
+    fn run(&self, worker: usize) {
+        let mut state = self.work.begin(Some(worker));
+        let mut ring = lock(&self.ring);
+        loop {
+            let mut waited = None;
+            let (number, lease) = loop {
+                if ring.closed {
+                    return;
+                }
+                if let Some(taken) = ring.take() {
+                    break taken;
+                }
+                let next = ring.next();
+                if next >= ring.end {
+                    return;
+                }
+                drop(ring);
+                let prepared = catch_unwind(AssertUnwindSafe(|| self.work.prepare(&mut state, next)));
+                ring = lock(&self.ring);
+                // What fails ahead of its time fails again in its place, and is reported there.
+                if !prepared.unwrap_or(false) && !ring.closed && !ring.may_begin() {
+                    ring.idle += 1;
+                    let began = Instant::now();
+                    ring = wait(&self.room, ring);
+                    waited = Some((waited.map_or(began, |(earlier, _)| earlier), Instant::now()));
+                    ring.idle -= 1;
+                }
+            };
+            self.begun(ring, number);
+            if let Some((began, ended)) = waited {
+                self.work.waited(&mut state, began, ended);
+            }
+            let (result, took) = self.compute(&mut state, number, lease);
+            ring = lock(&self.ring);
+            let left = ring.put(number, result, took);
+            if left.is_some() {
+                drop(ring);
+                // Its memory goes back here, outside of the lock.
+                drop(left);
                 return;
             }
-            match ring.take() {
-                Some(taken) => break taken,
-                None if ring.front + ring.slots.len() as u64 >= ring.end => return,
-                None => ring = wait(&shared.work, ring),
+            if number == ring.front && ring.waiting > 0 {
+                self.ready.notify_all();
             }
-        };
-        let last = number + 1 == ring.end;
-        drop(ring);
-        if last {
-            // Nothing is left to begin: the others need not wait for it.
-            shared.work.notify_all();
         }
-        let result = catch_unwind(AssertUnwindSafe(|| compute(&mut state, number, lease))).unwrap_or_else(|panic| {
+    }
+
+    fn compute(&self, state: &mut W::State, number: u64, lease: Option<Lease>) -> (Result<W::Item>, Duration) {
+        let began = Instant::now();
+        let result = catch_unwind(AssertUnwindSafe(|| self.work.compute(state, number, lease)));
+        let result = result.unwrap_or_else(|panic| {
             let text = panic
                 .downcast_ref::<&str>()
                 .map(|text| (*text).to_owned())
@@ -233,19 +401,7 @@ fn work<S, T>(shared: &Shared<T>, mut state: S, compute: &impl Fn(&mut S, u64, O
                 .unwrap_or_else(|| "no message".to_owned());
             Err(Error::new(ErrorKind::Internal, format!("a worker panicked: {text}; this is a defect of forebay")))
         });
-        let mut ring = lock(&shared.ring);
-        if ring.closed {
-            drop(ring);
-            // Its memory goes back here, outside of the lock.
-            drop(result);
-            return;
-        }
-        let slot = (number - ring.front) as usize;
-        ring.slots[slot] = Some(result);
-        drop(ring);
-        if slot == 0 {
-            shared.ready.notify_all();
-        }
+        (result, began.elapsed())
     }
 }
 
@@ -253,76 +409,90 @@ fn work<S, T>(shared: &Shared<T>, mut state: S, compute: &impl Fn(&mut S, u64, O
 mod tests {
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(60);
+    const LONG: Patience = Patience::Wait(Duration::from_secs(60));
+    const HELP: Patience = Patience::Help(Duration::from_secs(60));
 
-    fn numbers(threads: usize, window: usize, items: u64) -> Pipeline<u64> {
-        let plan = Plan { threads, window, items, leased: false };
-        Pipeline::start(plan, || (), |(), number, _| Ok(number)).unwrap()
+    /// Items are their numbers, computed by a function.
+    struct By<F>(F);
+
+    impl<F: Fn(u64) -> Result<u64> + Send + Sync + 'static> Work for By<F> {
+        type State = ();
+        type Item = u64;
+
+        fn begin(&self, _: Option<usize>) {}
+
+        fn compute(&self, (): &mut (), number: u64, _: Option<Lease>) -> Result<u64> {
+            self.0(number)
+        }
+    }
+
+    fn pipeline<F>(threads: usize, window: usize, items: u64, of: F) -> Pipeline<By<F>>
+    where
+        F: Fn(u64) -> Result<u64> + Send + Sync + 'static,
+    {
+        Pipeline::start(Plan { threads, window, items, leased: false }, By(of)).unwrap()
     }
 
     #[test]
-    fn items_come_in_order_for_any_number_of_threads() {
-        for threads in [1, 2, 8] {
-            let pipeline = numbers(threads, 3, 1000);
-            for expected in 0..1000 {
-                assert!(matches!(pipeline.take(LONG, |_| ()).unwrap(), Taken::Item(number) if number == expected));
+    fn items_come_in_order_for_any_number_of_threads_and_helping_or_not() {
+        for threads in [0, 1, 2, 8] {
+            for patience in [LONG, HELP] {
+                let pipeline = pipeline(threads, 3, 1000, Ok);
+                for expected in 0..1000 {
+                    let taken = pipeline.take(patience, |_| ()).unwrap();
+                    assert!(matches!(taken, Taken::Item(number, _) if number == expected));
+                }
+                assert!(matches!(pipeline.take(patience, |_| ()).unwrap(), Taken::End));
+                pipeline.join();
             }
-            assert!(matches!(pipeline.take(LONG, |_| ()).unwrap(), Taken::End));
-            pipeline.join();
         }
     }
 
     #[test]
     fn many_consumers_share_the_items_and_all_see_the_end() {
-        let pipeline = numbers(4, 8, 5000);
-        let mut seen: Vec<u64> = std::thread::scope(|scope| {
-            let consumers: Vec<_> = (0..6)
-                .map(|_| {
-                    scope.spawn(|| {
-                        let mut mine = Vec::new();
-                        while let Taken::Item(number) = pipeline.take(LONG, |_| ()).unwrap() {
-                            mine.push(number);
-                        }
-                        mine
+        for (threads, patience) in [(4, LONG), (4, HELP), (0, LONG), (1, HELP)] {
+            let pipeline = pipeline(threads, 8, 5000, Ok);
+            let mut seen: Vec<u64> = std::thread::scope(|scope| {
+                let consumers: Vec<_> = (0..6)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            let mut mine = Vec::new();
+                            while let Taken::Item(number, _) = pipeline.take(patience, |_| ()).unwrap() {
+                                mine.push(number);
+                            }
+                            mine
+                        })
                     })
-                })
-                .collect();
-            consumers.into_iter().flat_map(|consumer| consumer.join().unwrap()).collect()
-        });
-        seen.sort_unstable();
-        assert!(seen.into_iter().eq(0..5000));
+                    .collect();
+                consumers.into_iter().flat_map(|consumer| consumer.join().unwrap()).collect()
+            });
+            seen.sort_unstable();
+            assert!(seen.into_iter().eq(0..5000));
+        }
     }
 
     #[test]
     fn an_error_or_a_panic_stands_at_its_place_and_stays_there() {
-        let plan = Plan { threads: 3, window: 4, items: 10, leased: false };
-        let pipeline = Pipeline::start(
-            plan,
-            || (),
-            |(), number, _| {
-                if number == 5 {
-                    panic!("five")
-                }
-                Ok(number)
-            },
-        )
-        .unwrap();
-        for _ in 0..5 {
-            assert!(matches!(pipeline.take(LONG, |_| ()), Ok(Taken::Item(_))));
-        }
-        for _ in 0..2 {
-            let error = pipeline.take(LONG, |_| ()).err().unwrap();
-            assert_eq!(error.kind(), ErrorKind::Internal);
-            assert!(error.to_string().contains("five"));
+        for (threads, patience) in [(3, LONG), (3, HELP), (0, LONG)] {
+            let five = |number| if number == 5 { panic!("five") } else { Ok(number) };
+            let pipeline = pipeline(threads, 4, 10, five);
+            for _ in 0..5 {
+                assert!(matches!(pipeline.take(patience, |_| ()), Ok(Taken::Item(..))));
+            }
+            for _ in 0..2 {
+                let error = pipeline.take(patience, |_| ()).err().unwrap();
+                assert_eq!(error.kind(), ErrorKind::Internal);
+                assert!(error.to_string().contains("five"));
+            }
         }
     }
 
     #[test]
     fn closing_wakes_a_waiting_consumer_and_ends_the_workers() {
         let plan = Plan { threads: 2, window: 4, items: 10, leased: true };
-        let pipeline = Pipeline::start(plan, || (), |(), number, _| Ok(number)).unwrap();
+        let pipeline = Pipeline::start(plan, By(Ok)).unwrap();
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| pipeline.take(LONG, |_| ()).err().map(|error| error.kind()));
+            let waiting = scope.spawn(|| pipeline.take(HELP, |_| ()).err().map(|error| error.kind()));
             std::thread::sleep(Duration::from_millis(20));
             pipeline.close();
             assert_eq!(waiting.join().unwrap(), Some(ErrorKind::Closed));
@@ -331,10 +501,61 @@ mod tests {
     }
 
     #[test]
+    fn a_consumer_that_helps_sees_a_loader_closed_meanwhile() {
+        let entered = Arc::new((Mutex::new(false), Condvar::new()));
+        let inside = Arc::clone(&entered);
+        let slow = move |number| {
+            *lock(&inside.0) = true;
+            inside.1.notify_all();
+            std::thread::sleep(Duration::from_millis(50));
+            Ok(number)
+        };
+        let pipeline = pipeline(0, 4, 10, slow);
+        std::thread::scope(|scope| {
+            let helping = scope.spawn(|| pipeline.take(HELP, |_| ()).err().map(|error| error.kind()));
+            let mut begun = lock(&entered.0);
+            while !*begun {
+                begun = wait(&entered.1, begun);
+            }
+            pipeline.close();
+            assert_eq!(helping.join().unwrap(), Some(ErrorKind::Closed));
+        });
+    }
+
+    #[test]
     fn no_more_than_the_window_is_begun() {
-        let pipeline = numbers(4, 3, 100);
+        let pipeline = pipeline(4, 3, 100, Ok);
         std::thread::sleep(Duration::from_millis(50));
-        assert_eq!(pipeline.depth(), 3);
-        assert!(matches!(pipeline.take(Duration::ZERO, |_| ()).unwrap(), Taken::Item(0)));
+        assert!(matches!(pipeline.take(Patience::None, |_| ()).unwrap(), Taken::Item(0, 3)));
+    }
+
+    #[test]
+    fn workers_prepare_what_comes_while_the_window_is_full() {
+        struct Prepared(Mutex<Vec<u64>>);
+        impl Work for Prepared {
+            type State = ();
+            type Item = u64;
+
+            fn begin(&self, _: Option<usize>) {}
+
+            fn compute(&self, (): &mut (), number: u64, _: Option<Lease>) -> Result<u64> {
+                Ok(number)
+            }
+
+            fn prepare(&self, (): &mut (), next: u64) -> bool {
+                let mut all = lock(&self.0);
+                let first = all.last() != Some(&next);
+                all.push(next);
+                first
+            }
+        }
+        let plan = Plan { threads: 1, window: 2, items: 9, leased: false };
+        let pipeline = Pipeline::start(plan, Prepared(Mutex::default())).unwrap();
+        for _ in 0..9 {
+            std::thread::sleep(Duration::from_millis(5));
+            assert!(matches!(pipeline.take(LONG, |_| ()).unwrap(), Taken::Item(..)));
+        }
+        let prepared = lock(&pipeline.shared.work.0);
+        assert!(prepared.contains(&2) && prepared.contains(&8) && prepared.is_sorted(), "{prepared:?}");
     }
 }

@@ -8,14 +8,15 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use memmap2::Mmap;
 
 use crate::config::Io;
 use crate::error::{Error, ErrorKind, Result};
 
-/// How long a comparison of size and time stands for the windows read after it: a `stat` takes a third of the time of a window.
+/// How long a comparison of size and time stands for the windows read after it, to the next tick of the coarse clock: a `stat` takes a third of
+/// the time of a window.
 const CHECK_EVERY: Duration = Duration::from_millis(1);
 
 /// An opened file whose bytes can be borrowed or read. Cheap to clone.
@@ -31,8 +32,7 @@ struct Inner {
     len: u64,
     modified: Option<SystemTime>,
     map: Option<Mmap>,
-    opened: Instant,
-    /// Nanoseconds after `opened` of the last check. Any thread writes it; a lost update costs one more check.
+    /// When the last check was, or 0. Any thread writes it; a lost update costs one more check.
     checked_nanos: AtomicU64,
 }
 
@@ -71,7 +71,6 @@ impl SourceFile {
             len,
             modified: metadata.modified().ok(),
             map,
-            opened: Instant::now(),
             checked_nanos: AtomicU64::new(0),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -207,7 +206,7 @@ impl SourceFile {
 
     /// [`SourceFile::check_unchanged`] for small windows: at most once a millisecond.
     pub fn check_window(&self) -> Result<()> {
-        let now = self.inner.opened.elapsed().as_nanos() as u64;
+        let now = coarse_nanos();
         let last = self.inner.checked_nanos.load(Ordering::Relaxed);
         if last != 0 && now.saturating_sub(last) < CHECK_EVERY.as_nanos() as u64 {
             return Ok(());
@@ -241,6 +240,21 @@ impl SourceFile {
             }
         })
     }
+}
+
+/// A clock that is cheap to read and some milliseconds coarse.
+#[cfg(target_os = "linux")]
+fn coarse_nanos() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `clock_gettime` writes one `timespec`, to one.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+#[cfg(not(target_os = "linux"))]
+fn coarse_nanos() -> u64 {
+    static START: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
+    START.get_or_init(std::time::Instant::now).elapsed().as_nanos() as u64
 }
 
 struct MappedBytes(Arc<Inner>);

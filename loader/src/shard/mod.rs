@@ -9,6 +9,7 @@ pub mod discover;
 pub mod mmap;
 pub mod parquet;
 
+use std::collections::TryReserveError;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
@@ -203,6 +204,44 @@ pub struct DecodedBlock {
     pub ends: Vec<u32>,
     /// Whether this holds the whole block, or only the prefix that was asked for.
     pub complete: bool,
+    /// How its Parquet pages were decoded.
+    pub pages: DecodedPages,
+}
+
+impl DecodedBlock {
+    /// Makes room for `bytes` of ids, which hold anything, and for `ends`, of which there are none.
+    fn reset(&mut self, bytes: usize, ends: usize) -> std::result::Result<(), TryReserveError> {
+        self.pages = DecodedPages::default();
+        self.ends.clear();
+        self.ends.try_reserve_exact(ends)?;
+        if bytes > self.bytes.capacity() {
+            // Not to be copied to where there is room.
+            self.bytes.clear();
+            self.bytes.try_reserve_exact(bytes)?;
+        }
+        self.bytes.resize(bytes, 0);
+        Ok(())
+    }
+
+    /// Bytes of memory it takes.
+    pub(crate) fn capacity_bytes(&self) -> u64 {
+        (self.bytes.capacity() + 4 * self.ends.capacity()) as u64
+    }
+}
+
+/// Parquet data pages by the decoder that took them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DecodedPages {
+    /// PLAIN.
+    pub plain: u64,
+    /// Indices of a dictionary.
+    pub dictionary: u64,
+    /// DELTA_BINARY_PACKED.
+    pub delta: u64,
+    /// BYTE_STREAM_SPLIT.
+    pub byte_stream_split: u64,
+    /// Not pages but row groups, which hold something unfamiliar and were left to arrow-rs.
+    pub row_groups_by_arrow: u64,
 }
 
 /// One opened file. Implementations are immutable after opening and shared by all threads.
@@ -260,6 +299,12 @@ pub trait Shard: Send + Sync + fmt::Debug {
     /// Random access: the ids of `range` (token offsets in block `block`), borrowed from the mapping, or read into `scratch`.
     fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>>;
 
+    /// Random access: the bytes from token `token` of block `block` on, if they are mapped.
+    fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
+        let _ = (block, token);
+        None
+    }
+
     /// Random access: document ends of block `block`, borrowed from the mapping where possible, or built in `scratch`.
     fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>>;
 
@@ -275,7 +320,14 @@ pub trait Shard: Send + Sync + fmt::Debug {
     /// Block access: decodes block `block`, or at least its first `limit` tokens, checked against its [`BlockMeta`].
     ///
     /// Negative ids, null tokens and counts that differ from the index are errors with path, block and row.
-    fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock>;
+    fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock> {
+        let mut out = DecodedBlock::default();
+        self.decode_into(block, limit, &mut out)?;
+        Ok(out)
+    }
+
+    /// As [`Shard::decode`], over a block that is no longer needed, whose memory is used again. After an error it holds anything.
+    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()>;
 
     /// Bytes of what it keeps in memory to find its tokens.
     fn index_bytes(&self) -> u64;

@@ -242,19 +242,20 @@ impl Shard for CompressedArrow {
         }
     }
 
-    fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock> {
+    fn decode_into(&self, block: usize, limit: Option<u64>, decoded: &mut DecodedBlock) -> Result<()> {
         let meta = &self.metas[block];
         let place = |error: Error| error.at(self.path()).in_block(block as u64);
         self.file.check_unchanged().map_err(place)?;
         let width = self.column.dtype.size() as u64;
-        let mut decoded = DecodedBlock::default();
+        decoded.bytes.clear();
+        decoded.ends.clear();
         decoded.bytes.reserve_exact((limit.unwrap_or(u64::MAX).min(meta.tokens) * width) as usize);
         for index in self.blocks[block].clone() {
             let have = decoded.bytes.len() as u64 / width;
             if limit.is_some_and(|limit| have >= limit) {
                 break;
             }
-            self.decode_batch(index, limit.map(|limit| limit - have), &mut decoded).map_err(place)?;
+            self.decode_batch(index, limit.map(|limit| limit - have), decoded).map_err(place)?;
         }
         let tokens = decoded.bytes.len() as u64 / width;
         decoded.complete = tokens == meta.tokens;
@@ -265,7 +266,7 @@ impl Shard for CompressedArrow {
             let end = u32::try_from(tokens).map_err(|_| place(Error::data("a block holds more than 2^32 tokens")))?;
             decoded.ends.push(end);
         }
-        Ok(decoded)
+        Ok(())
     }
 
     fn index_bytes(&self) -> u64 {

@@ -120,6 +120,12 @@ impl Shard for MappedArrow {
         Ok(Tokens::new(self.column.dtype, bytes))
     }
 
+    fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
+        let all = self.blocks[block].tokens;
+        let from = all.start + token * self.column.dtype.size() as u64;
+        self.file.mapped()?.get(from as usize..(all.start + all.len) as usize)
+    }
+
     fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
         let meta = &self.metas[block];
         let width = match self.column.kind {
@@ -161,7 +167,7 @@ impl Shard for MappedArrow {
         self.file.is_resident(self.blocks[block].tokens.start + range.start * self.column.dtype.size() as u64)
     }
 
-    fn decode(&self, _block: usize, _limit: Option<u64>) -> Result<DecodedBlock> {
+    fn decode_into(&self, _block: usize, _limit: Option<u64>, _out: &mut DecodedBlock) -> Result<()> {
         Err(Error::new(ErrorKind::Internal, "an uncompressed Arrow shard is read in place, not decoded")
             .at(self.path()))
     }

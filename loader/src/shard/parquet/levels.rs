@@ -197,6 +197,57 @@ impl Levels {
     }
 }
 
+/// Appends the token offsets at which documents begin, plus `base`, to `out`, 0 left out; returns the tokens and the documents that begin. Takes
+/// nothing but the levels as they come in runs, and `None` of whatever is not a token, or damaged: [`Levels`] knows it all.
+pub(super) fn push_starts(
+    column: &Column,
+    rep: &[u8],
+    def: &[u8],
+    entries: usize,
+    base: u32,
+    out: &mut Vec<u32>,
+) -> Option<(usize, usize)> {
+    if column.max_def > 0 && uniform(def, column.def_width(), entries).ok()? != Some(column.max_def) {
+        return None;
+    }
+    if !column.lists {
+        return Some((entries, 0));
+    }
+    let mut starts = 0;
+    let mut push = |at: usize| {
+        starts += 1;
+        let place = base + at as u32;
+        if place != 0 {
+            out.push(place);
+        }
+    };
+    let mut runs = Runs::new(rep, 1);
+    let mut at = 0;
+    while at < entries {
+        match runs.next(entries - at).ok()? {
+            Run::Repeated { value: 0, count } => {
+                (at..at + count).for_each(&mut push);
+                at += count;
+            }
+            Run::Repeated { value: 1, count } => at += count,
+            Run::Repeated { .. } => return None,
+            Run::Packed { bytes, count } => {
+                for (group, from) in bytes.chunks(8).zip((0..count).step_by(64)) {
+                    let left = count - from;
+                    let valid = if left >= 64 { u64::MAX } else { (1 << left) - 1 };
+                    let mut starts = !little(group) & valid;
+                    while starts != 0 {
+                        push(at + from + starts.trailing_zeros() as usize);
+                        starts &= starts - 1;
+                    }
+                }
+                at += count;
+            }
+        }
+    }
+    Some((entries, starts))
+}
+
 fn damaged(what: &str) -> Error {
     Error::data(format!("page levels are damaged: {what}"))
 }

@@ -9,6 +9,7 @@ mod codec;
 mod column;
 mod fallback;
 mod header;
+mod kernels;
 mod levels;
 mod pages;
 mod runs;
@@ -18,7 +19,6 @@ mod values;
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ::parquet::file::metadata::{FooterTail, ParquetMetaData, ParquetMetaDataReader};
@@ -70,9 +70,13 @@ struct ParquetShard {
     max_id: Option<i64>,
     /// The dictionary used last, and its row group. Dictionaries are small beside a block, so one is enough.
     dictionary: Mutex<Option<(u32, Arc<Dictionary>)>>,
-    /// Pages decoded here and row groups decoded by arrow-rs; statistics only.
-    decoded_pages: AtomicU64,
-    decoded_row_groups: AtomicU64,
+}
+
+/// What decoding a page borrows from its thread's [`Scratch`].
+struct Context<'a> {
+    levels: &'a mut Levels,
+    decompressor: &'a mut Decompressor,
+    plain: &'a mut Vec<u8>,
 }
 
 /// Memory kept by a thread from block to block.
@@ -171,25 +175,7 @@ impl ParquetShard {
         let ranges = cut(&pages, options.block_tokens);
         let blocks = ranges.iter().map(|range| describe_block(&pages[range.clone()], column.dtype)).collect();
         let max_id = max_id(&metadata, &column);
-        Ok(Self {
-            file,
-            column,
-            rows,
-            row_groups,
-            pages,
-            blocks,
-            ranges,
-            max_id,
-            dictionary: Mutex::new(None),
-            decoded_pages: AtomicU64::new(0),
-            decoded_row_groups: AtomicU64::new(0),
-        })
-    }
-
-    /// Pages decoded here, and row groups left to arrow-rs, so far.
-    #[cfg(test)]
-    fn decoded(&self) -> (u64, u64) {
-        (self.decoded_pages.load(Ordering::Relaxed), self.decoded_row_groups.load(Ordering::Relaxed))
+        Ok(Self { file, column, rows, row_groups, pages, blocks, ranges, max_id, dictionary: Mutex::new(None) })
     }
 
     fn decode_block(
@@ -212,15 +198,15 @@ impl ParquetShard {
         }
         let pages = &all[..count];
         let width = self.column.dtype.size();
-        out.bytes.clear();
-        out.ends.clear();
         out.complete = count == all.len();
         let ends = if out.complete { meta.ends as usize } else { pages.iter().map(|page| page.starts as usize).sum() };
-        out.bytes
-            .try_reserve_exact(tokens as usize * width)
-            .and_then(|()| out.ends.try_reserve_exact(ends + 1))
+        out.reset(tokens as usize * width, ends + 1)
             .map_err(|error| Error::data(format!("no memory for a block of {tokens} tokens")).with_source(error))?;
 
+        let DecodedBlock { bytes: ids, ends: out_ends, pages: counted, .. } = out;
+        let mut rest = ids.as_mut_slice();
+        // Stream place of the first token of `rest`.
+        let mut base = 0;
         let mut done = 0;
         while done < pages.len() {
             // Pages that touch are read at once where nothing is mapped.
@@ -236,7 +222,11 @@ impl ParquetShard {
                 run += 1;
             }
             if first.coding == Coding::RowGroup {
-                self.decode_row_group(first, out)?;
+                let (ids, after) = std::mem::take(&mut rest).split_at_mut(first.tokens as usize * width);
+                rest = after;
+                self.decode_row_group(first, base, ids, out_ends)?;
+                base += first.tokens;
+                counted.count(first.coding);
                 done += 1;
                 continue;
             }
@@ -248,26 +238,25 @@ impl ParquetShard {
             for page in &pages[done..done + run] {
                 let from = (page.body.offset - bytes.start) as usize;
                 let body = &slice[from..from + page.body.compressed as usize];
-                self.decode_page(
-                    page,
-                    body,
-                    dictionary.as_deref(),
-                    &mut scratch.levels,
-                    &mut scratch.decompressor,
-                    &mut scratch.page,
-                    out,
-                )?;
-                self.decoded_pages.fetch_add(1, Ordering::Relaxed);
+                let (ids, after) = std::mem::take(&mut rest).split_at_mut(page.tokens as usize * width);
+                rest = after;
+                let context = Context {
+                    levels: &mut scratch.levels,
+                    decompressor: &mut scratch.decompressor,
+                    plain: &mut scratch.page,
+                };
+                self.decode_page(page, body, dictionary.as_deref(), context, base, ids, out_ends)?;
+                base += page.tokens;
+                counted.count(page.coding);
             }
             done += run;
         }
         if pages.last().is_some_and(|page| page.closes) {
             out.ends.push(tokens as u32);
         }
-        let found = (out.bytes.len() / width) as u64;
-        if found != tokens || out.complete && out.ends.len() as u64 != meta.ends {
+        if out.complete && out.ends.len() as u64 != meta.ends {
             return Err(Error::data(format!(
-                "block is damaged: expected {tokens} tokens and {} document ends, found {found} and {}",
+                "block is damaged: expected {} document ends, found {}",
                 meta.ends,
                 out.ends.len()
             )));
@@ -275,17 +264,19 @@ impl ParquetShard {
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the parts of the scratch memory are borrowed apart")]
+    /// Writes the ids of a page over `ids`, and appends where its documents begin to `ends`; its first token has place `base` in the block.
+    #[expect(clippy::too_many_arguments, reason = "what is borrowed apart cannot be one argument")]
     fn decode_page(
         &self,
         page: &Page,
         body: &[u8],
         dictionary: Option<&Dictionary>,
-        levels: &mut Levels,
-        decompressor: &mut Decompressor,
-        plain: &mut Vec<u8>,
-        out: &mut DecodedBlock,
+        context: Context<'_>,
+        base: u32,
+        ids: &mut [u8],
+        ends: &mut Vec<u32>,
     ) -> Result<()> {
+        let Context { levels, decompressor, plain } = context;
         check_crc(&page.body, body)?;
         let column = &self.column;
         let codec = self.row_groups[page.row_group as usize].codec;
@@ -307,20 +298,26 @@ impl ParquetShard {
                 pages::split_v1(plain, column)?
             }
         };
-        levels.read(column, rep, def, page.entries as usize)?;
-        let counts = levels.counts;
-        if let Some(index) = levels.first_null(column) {
-            return Err(null_token().at(self.path()).at_row(self.row_of(page, levels, index)));
+        let entries = page.entries as usize;
+        let before = ends.len();
+        let fast = levels::push_starts(column, rep, def, entries, base, ends);
+        let starts = if column.lists { page.starts as usize } else { 0 };
+        if fast != Some((page.tokens as usize, starts)) {
+            // Something other than tokens, or a fault to be named.
+            ends.truncate(before);
+            levels.read(column, rep, def, entries)?;
+            let counts = levels.counts;
+            if let Some(index) = levels.first_null(column) {
+                return Err(null_token().at(self.path()).at_row(self.row_of(page, levels, index)));
+            }
+            if counts.tokens != page.tokens as usize || column.lists && counts.starts != starts {
+                return Err(Error::data(format!(
+                    "page is not what it was when the shard was opened: expected {} tokens in {} documents, found {} in {}",
+                    page.tokens, page.starts, counts.tokens, counts.starts
+                )));
+            }
+            levels.push_starts(base, ends);
         }
-        if counts.tokens != page.tokens as usize || column.lists && counts.starts != page.starts as usize {
-            return Err(Error::data(format!(
-                "page is not what it was when the shard was opened: expected {} tokens in {} documents, found {} in {}",
-                page.tokens, page.starts, counts.tokens, counts.starts
-            )));
-        }
-        let width = column.dtype.size();
-        let from = out.bytes.len();
-        levels.push_starts((from / width) as u32, &mut out.ends);
         let encoded = match page.coding {
             Coding::Plain => Encoded::Plain,
             Coding::Delta => Encoded::Delta,
@@ -331,19 +328,20 @@ impl ParquetShard {
             Coding::RowGroup => return Err(Error::new(ErrorKind::Internal, "a row group is not a page")),
         };
         let place = |error: Error| error.at(self.path()).at_row(page.first_row);
-        values::decode(encoded, values, counts.tokens, width, &mut out.bytes).map_err(place)?;
-        let ids = Tokens::new(column.dtype, &out.bytes[from..]);
-        if let Some(index) = ids.first_negative() {
-            return Err(negative_token(ids.get(index)).at(self.path()).at_row(self.row_of(page, levels, index)));
+        if values::decode(encoded, values, column.dtype.size(), ids).map_err(place)? {
+            let ids = Tokens::new(column.dtype, ids);
+            if let Some(index) = ids.first_negative() {
+                levels.read(column, rep, def, entries)?;
+                return Err(negative_token(ids.get(index)).at(self.path()).at_row(self.row_of(page, levels, index)));
+            }
         }
         Ok(())
     }
 
-    fn decode_row_group(&self, page: &Page, out: &mut DecodedBlock) -> Result<()> {
+    fn decode_row_group(&self, page: &Page, base: u32, out: &mut [u8], ends: &mut Vec<u32>) -> Result<()> {
         let column = &self.column;
         let width = column.dtype.size();
         let decoded = fallback::read(&self.file, column, page.row_group as usize)?;
-        self.decoded_row_groups.fetch_add(1, Ordering::Relaxed);
         if let Some(row) = decoded.null {
             return Err(null_token().at(self.path()).at_row(page.rows_before + row));
         }
@@ -360,14 +358,13 @@ impl ParquetShard {
             let row = decoded.rows.get(document).copied().unwrap_or(index as u64);
             return Err(negative_token(ids.get(index)).at(self.path()).at_row(page.rows_before + row));
         }
-        let base = out.bytes.len() / width;
         if base > 0 && page.opens {
-            out.ends.push(base as u32);
+            ends.push(base);
         }
         if let Some((_, inner)) = decoded.ends.split_last() {
-            out.ends.extend(inner.iter().map(|end| base as u32 + end));
+            ends.extend(inner.iter().map(|end| base + end));
         }
-        out.bytes.extend_from_slice(&decoded.bytes);
+        out.copy_from_slice(&decoded.bytes);
         Ok(())
     }
 
@@ -553,18 +550,16 @@ impl Shard for ParquetShard {
         }
     }
 
-    fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock> {
-        let mut out = DecodedBlock::default();
+    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()> {
         SCRATCH.with_borrow_mut(|scratch| {
-            let result = self.decode_block(block, limit, scratch, &mut out);
+            let result = self.decode_block(block, limit, scratch, out);
             for buffer in [&mut scratch.file, &mut scratch.page] {
                 if buffer.capacity() > KEEP_BYTES {
                     *buffer = Vec::new();
                 }
             }
             result.map_err(|error| error.at(self.path()).in_block(block as u64))
-        })?;
-        Ok(out)
+        })
     }
 
     fn index_bytes(&self) -> u64 {

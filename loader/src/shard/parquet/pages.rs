@@ -12,6 +12,7 @@ use super::column::Column;
 use super::header::{self, DataHeader, Fault, Kind, code};
 use super::levels::Levels;
 use crate::error::{Error, Result};
+use crate::shard::DecodedPages;
 use crate::shard::mmap::SourceFile;
 
 /// How the values of a page are decoded.
@@ -23,6 +24,19 @@ pub(super) enum Coding {
     ByteStreamSplit,
     /// Not a page but a whole row group, left to the arrow reader.
     RowGroup,
+}
+
+impl DecodedPages {
+    /// Counts a page, or a row group, of `coding`.
+    pub(super) fn count(&mut self, coding: Coding) {
+        *match coding {
+            Coding::Plain => &mut self.plain,
+            Coding::Dictionary => &mut self.dictionary,
+            Coding::Delta => &mut self.delta,
+            Coding::ByteStreamSplit => &mut self.byte_stream_split,
+            Coding::RowGroup => &mut self.row_groups_by_arrow,
+        } += 1;
+    }
 }
 
 /// Where a body lies and how large it is.

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 pub(super) enum Run<'a> {
     /// `count` times `value`.
     Repeated { value: u32, count: usize },
-    /// `count` values of the stream's width, packed from the lowest bit up; the bytes suffice for all of them.
+    /// `count` values of the stream's width, packed from the lowest bit up; the bytes suffice for all of them, and go on to the stream's end.
     Packed { bytes: &'a [u8], count: usize },
 }
 
@@ -52,7 +52,8 @@ impl<'a> Runs<'a> {
             if taken < needed {
                 return Err(cut_off());
             }
-            let bytes = self.take(taken).ok_or_else(cut_off)?;
+            let bytes = self.bytes;
+            self.take(taken).ok_or_else(cut_off)?;
             return Ok(Run::Packed { bytes, count });
         }
     }
@@ -149,14 +150,9 @@ pub(super) fn unpacker64(width: u32) -> Unpack64 {
     UNPACK64[width as usize]
 }
 
-/// Calls `each` with groups of unpacked values and how many of them count; only the last group may be partial.
+/// Calls `each` with groups of unpacked values: where they begin, and how many of them count, which is all but in the last group.
 #[inline]
-pub(super) fn unpack_run(
-    bytes: &[u8],
-    width: u32,
-    count: usize,
-    mut each: impl FnMut(&[u32; GROUP], usize) -> Result<()>,
-) -> Result<()> {
+pub(super) fn unpack_run(bytes: &[u8], width: u32, count: usize, mut each: impl FnMut(usize, &[u32; GROUP], usize)) {
     let unpack = unpacker32(width);
     let step = 4 * width as usize;
     let mut values = [0; GROUP];
@@ -171,8 +167,28 @@ pub(super) fn unpack_run(
             unpack(&padded, &mut values);
         }
         let now = (count - done).min(GROUP);
-        each(&values, now)?;
+        each(done, &values, now);
         done += now;
     }
-    Ok(())
+}
+
+/// As [`unpack_run`], for values of up to 64 bits.
+pub(super) fn unpack_wide(bytes: &[u8], width: u32, count: usize, mut each: impl FnMut(usize, &[u64])) {
+    let unpack = unpacker64(width);
+    let step = 4 * width as usize;
+    let mut values = [0; GROUP];
+    let mut done = 0;
+    while done < count {
+        let rest = &bytes[(done / GROUP * step).min(bytes.len())..];
+        if rest.len() >= step {
+            unpack(rest, &mut values);
+        } else {
+            let mut padded = [0; 4 * 64];
+            padded[..rest.len()].copy_from_slice(rest);
+            unpack(&padded, &mut values);
+        }
+        let now = (count - done).min(GROUP);
+        each(done, &values[..now]);
+        done += now;
+    }
 }

@@ -1,0 +1,133 @@
+"""Environments of the peers: each has its own below `out/peers`, on top of one that has torch.
+
+What the one below has in a version that fits is taken from there, so that torch is not installed twice. An environment
+is made at the first use and kept; one whose requirements changed is made anew.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "out" / "peers"
+LIMIT_S = 900
+
+#: What to install. An environment without an entry is the one that runs the benchmark.
+REQUIREMENTS = {
+    "dataloader-rs": ["dataloader-rs"],
+    "datasets": ["datasets>=3"],
+    "grain": ["grain"],
+    "lance": ["pylance"],
+    "litdata": ["litdata"],
+    "megatron": ["megatron-core"],
+    "spdl": ["spdl"],
+    "streaming": ["mosaicml-streaming"],
+}
+#: The least Python of those that need a newer one than forebay does.
+PYTHON = {"dataloader-rs": (3, 13)}
+#: Tells what an interpreter sees. Of a package that is there twice, the first is imported.
+LOOK = """
+import importlib.metadata, json, sys
+packages = {}
+for found in importlib.metadata.distributions():
+    packages.setdefault(found.name.lower().replace("_", "-"), found.version)
+packages.pop("forebay", None)
+paths = [path for path in sys.path if path.endswith("site-packages")]
+print(json.dumps({"packages": [f"{name}=={version}" for name, version in packages.items()], "paths": paths}))
+"""
+
+
+class Unavailable(Exception):
+    """An environment cannot be made; the text says why."""
+
+
+def run(*command: str, stdin: str | None = None) -> str:
+    done = subprocess.run(
+        command, cwd=ROOT, input=stdin, stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True, text=True, timeout=LIMIT_S,
+    )  # fmt: skip
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise Unavailable(" ".join(lines[:4])[:300] or f"`{command[0]}` ended with status {done.returncode}")
+    return done.stdout.strip()
+
+
+def find_uv() -> str:
+    for found in (shutil.which("uv"), ROOT / ".venv-uv" / "bin" / "uv"):
+        if found and Path(found).exists():
+            return str(found)
+    raise Unavailable("`uv` is missing: `pip install uv`")
+
+
+def below(least: tuple[int, int]) -> Path:
+    """The interpreter to build on: this one, or the free-threaded one of the clone."""
+    if sys.version_info >= least:
+        return Path(sys.executable)
+    script = str(ROOT / "scripts" / "setup.sh")
+    if run(script, "python-ft"):
+        # Free-threaded CPython has torch in this environment, which the tests use as well.
+        run(script, "venv", ".venv-ft", "ft")
+        return ROOT / ".venv-ft" / "bin" / "python"
+    raise Unavailable(
+        f"needs Python >= {least[0]}.{least[1]}: make .venv with one (FOREBAY_PYTHON), or put python3.14t on the PATH"
+    )
+
+
+def name_and_version(line: str) -> tuple[str, str]:
+    name, _, version = line.partition("==")
+    return name.strip().lower(), version.partition("+")[0].strip()
+
+
+def prepare(name: str, tell: Callable[[str], None]) -> Path:
+    """The interpreter of an environment, which is made if it is missing; `tell` hears of that."""
+    if name not in REQUIREMENTS:
+        return Path(sys.executable)
+    folder, wanted = FOLDER / name, REQUIREMENTS[name]
+    python, stamp = folder / "bin" / "python", folder / ".has"
+    try:
+        uv = find_uv()
+        base = below(PYTHON.get(name, (3, 11)))
+        found = json.loads(run(str(base), "-c", LOOK))
+        has = dict(name_and_version(line) for line in found["packages"])
+        made_of = json.dumps([wanted, str(base), hashlib.sha256(json.dumps(has, sort_keys=True).encode()).hexdigest()])
+        if python.exists() and stamp.exists() and stamp.read_text() == made_of:
+            return python
+        tell(f"installing {' '.join(wanted)}")
+        resolved = resolve(uv, base, wanted, has)
+        missing = [line for line in resolved if has.get(name_and_version(line)[0]) != name_and_version(line)[1]]
+        shutil.rmtree(folder, ignore_errors=True)
+        run(uv, "venv", "--quiet", "--python", str(base), str(folder))
+        own = Path(run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
+        (own / "below.pth").write_text("".join(f"{path}\n" for path in found["paths"]))
+        if missing:
+            run(uv, "pip", "install", "--quiet", "--python", str(python), "--no-deps", *missing)
+        stamp.write_text(made_of)
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"installing took more than {LIMIT_S} s") from None
+    return python
+
+
+def resolve(uv: str, base: Path, wanted: list[str], has: dict[str, str]) -> list[str]:
+    """Versions of all that is wanted, as many of them as possible those that are there already."""
+    constraints = FOLDER / f".constraints-{os.getpid()}"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    first: Unavailable | None = None
+    try:
+        for kept in (has, {"torch": has["torch"]} if "torch" in has else {}, {}):
+            constraints.write_text("".join(f"{name}=={version}\n" for name, version in kept.items()))
+            command = ["--python", str(base), "--no-header", "--no-annotate", "--quiet", "-c", str(constraints), "-"]
+            try:
+                lines = run(uv, "pip", "compile", *command, stdin="\n".join(wanted)).splitlines()
+            except Unavailable as error:
+                first = first or error
+                continue
+            return [line.strip() for line in lines if "==" in line and not line.startswith(("#", " "))]
+    finally:
+        constraints.unlink(missing_ok=True)
+    assert first is not None
+    raise first

@@ -1,0 +1,367 @@
+"""The results as one page with plots, for someone who has never seen the project: no script, nothing from elsewhere."""
+
+import html
+import math
+from dataclasses import dataclass
+from statistics import median
+
+from contestants import Contestant
+from report import HEADS, METRICS, Group, Line, Record, facts, groups, number
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c2733; --soft: #5d6b7a; --line: #dfe4ea; --back: #fff; --card: #f5f7f9;
+  --ours: #1769aa; --peer: #9aa7b5; --limit: #c2571a; --warn: #9a3412; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e9ef; --soft: #9aa7b5; --line: #2f3944; --back: #14191f;
+  --card: #1c232b; --ours: #58a6e8; --peer: #6b7988; --limit: #ec8c4c; --warn: #fdba74; } }
+body { font: 15px/1.55 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 2rem auto;
+  max-width: 78rem; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; } h1 { margin-bottom: .3rem; } h2 { margin-top: 3rem; border-top: 1px solid var(--line);
+  padding-top: 1.5rem; }
+p, ul { max-width: 60rem; } .soft, .facts { color: var(--soft); } .facts { padding-left: 1.2rem; font-size: 13px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin: 1.2rem 0; }
+.card { background: var(--card); border-radius: 8px; padding: .9rem 1.1rem; }
+.card b { display: block; font-size: 1.35rem; line-height: 1.2; }
+.card small { color: var(--soft); } .card.lost { border-left: 4px solid var(--limit); }
+.warn { border-left: 4px solid var(--warn); background: var(--card); padding: .6rem 1rem; max-width: 58rem; }
+.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .8em; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(33rem, 100%), 1fr)); gap: 2rem 2.5rem;
+  margin-top: 1.2rem; align-items: start; }
+figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .3rem; }
+figcaption small { font-weight: 400; color: var(--soft); display: block; }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
+svg .soft { fill: var(--soft); } svg text.limit { fill: var(--limit); } svg .mine { font-weight: 600; }
+.ours { fill: var(--ours); } .peer { fill: var(--peer); } .limit { fill: var(--limit); }
+line.grid { stroke: var(--line); } line.limit { stroke: var(--limit); stroke-width: 1.5; stroke-dasharray: 5 3; }
+line.whisker { stroke: var(--text); stroke-width: 1.2; } line.ours { stroke: var(--ours); stroke-width: 2; }
+line.peer { stroke: var(--peer); stroke-width: 2; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; }
+.numbers th, .numbers td { white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; } summary { cursor: pointer; color: var(--soft); margin-top: 1rem; }
+code, pre { background: var(--card); border-radius: 4px; padding: .1em .3em; } pre { padding: .7rem 1rem;
+  max-width: 58rem; overflow-x: auto; }
+"""
+
+INTRODUCTION = """
+<p>Training a language model means reading billions of tokens: integers, stored in files, which a <em>loader</em> picks
+in random order, widens to 64 bits and hands to the trainer as batches of <code>B</code> rows of <code>S</code> tokens.
+This is small work per token, so what counts is how little of the machine it takes. This page compares
+<b>forebay</b> with other loaders, and both with the <b>limit</b>: a bare loop on the same machine that does only what
+no loader can leave out (gathering and widening rows; for compressed files, decompressing them).</p>
+<p><b>How it was done.</b> Every loader delivers the same: shuffled <code>input_ids</code> and <code>labels</code>, each
+with memory of its own, to a consumer that does nothing else. Before it is timed, its first batches are looked up in the
+corpus: every row must be one of it, in random order, none twice. Each run is a fresh process, they take turns in random
+order, and numbers are medians over the turns. All files are in memory already, so disks play no part.</p>
+<p><b>How to read it.</b> <span class="key ours-key"></span>forebay<span class="key peer-key"></span>other
+loaders<span class="key limit-key"></span>limit of the machine. The number after a name is how many helper threads or
+processes were asked for; without one, the loader works in the trainer's own thread. Thin lines reach from the slowest
+to the fastest turn. In plots with bars longer is better; in plots
+with dots further left is, and one step of the grid is ten times as much. Point at a bar
+or dot for its numbers.</p>
+"""
+
+UNITS = {
+    "tokens_per_s": (1e6, "Mtok/s"), "cpu_s_per_gtok": (1, "CPU s per billion tokens"),
+    "own_memory_mb": (1, "MB"), "first_batch_ms": (1, "ms"), "p99_us": (1, "µs"),
+}  # fmt: skip
+
+GROUP_NOTES = {
+    "uint16": "The corpus as 16-bit integers. forebay reads Arrow files of documents; peers read a flat file or a form"
+    " of their own, written before, which is the fastest they have.",
+    "int32": "The same tokens as 32-bit integers, what tokenizers' output is usually stored as.",
+    "zstd": "Documents in Parquet, compressed with zstd: the limit is decompression alone.",
+    "snappy": "Documents in Parquet, compressed with snappy: the limit is decompression alone.",
+}
+
+
+@dataclass
+class Entry:
+    label: str
+    kind: str
+    line: Line
+    ours: bool
+
+
+def named(one: Contestant) -> str:
+    return f"{one.label} · {one.helpers}" if one.helpers else one.label
+
+
+def entries(group: Group, field: str, more: bool) -> list[Entry]:
+    """Whoever has this number, the best first."""
+    found = [
+        Entry(named(one), "ours" if one.ours else "peer", line, one.ours)
+        for one, line in group.lines
+        if line.failed is None and any(field in run for run in line.runs)
+    ]
+    return sorted(found, key=lambda entry: values(entry.line, field)[1], reverse=more)
+
+
+def values(line: Line, field: str) -> tuple[float, float, float]:
+    """The least, the median and the greatest."""
+    numbers = [run[field] for run in line.runs if field in run]
+    return min(numbers), median(numbers), max(numbers)
+
+
+WIDTH, NAMES, STEP, TOP = 640, 282, 22, 30
+
+
+def figure(title: str, note: str, rows: int, body: str, more_top: int = 0) -> str:
+    height = TOP + more_top + rows * STEP + 8
+    return (
+        f"<figure><figcaption>{title}<small>{note}</small></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">{body}</svg></figure>'
+    )
+
+
+def name(entry: Entry, y: float) -> str:
+    kind = ' class="mine"' if entry.ours else ""
+    return f'<text{kind} x="{NAMES - 8}" y="{y + 12}" text-anchor="end">{html.escape(entry.label)}</text>'
+
+
+def speeds(group: Group) -> str:
+    """Bars against lines for the limits."""
+    found = entries(group, "tokens_per_s", True)
+    limits = [(threads, line) for threads in (1, 2) if (line := group.limit(threads)) is not None and line.runs]
+    limits = [(threads, line) for threads, line in limits if line.failed is None]
+    if not found:
+        return ""
+    top = max([values(entry.line, "tokens_per_s")[2] for entry in found] + [line["tokens_per_s"] for _, line in limits])
+    room = WIDTH - NAMES - 62
+
+    def x(value: float) -> float:
+        return NAMES + room * value / top
+
+    parts = []
+    begin = TOP + 14 * (len(limits) - 1)
+    end = begin + STEP * len(found) + 4
+    # The greatest on top, so that no line crosses another's text.
+    limits.sort(key=lambda pair: -pair[1]["tokens_per_s"])
+    for place, (threads, line) in enumerate(limits):
+        at = x(line["tokens_per_s"])
+        shown = number(line["tokens_per_s"] / 1e6)
+        y = 12 + 15 * place
+        plural = "s" if threads > 1 else ""
+        parts.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{y - 9}" y2="{end}"/>')
+        side = ("end", -4) if at > NAMES + 150 else ("start", 4)
+        parts.append(
+            f'<text class="limit" x="{at + side[1]:.1f}" y="{y}" text-anchor="{side[0]}">'
+            f"limit, {threads} thread{plural}: {shown}</text>"
+        )
+    for row, entry in enumerate(found):
+        y = begin + row * STEP
+        low, middle, high = values(entry.line, "tokens_per_s")
+        told = f"{entry.label}: {number(middle / 1e6)} Mtok/s ({number(low / 1e6)} to {number(high / 1e6)})"
+        parts.append(
+            f"<g><title>{html.escape(told)}</title>{name(entry, y)}"
+            f'<rect class="{entry.kind}" x="{NAMES}" y="{y}" width="{max(x(middle) - NAMES, 1):.1f}" height="16"/>'
+        )
+        if len(entry.line.runs) > 1:
+            parts.append(f'<line class="whisker" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y + 8}" y2="{y + 8}"/>')
+        parts.append(f'<text class="soft" x="{x(high) + 5:.1f}" y="{y + 12}">{number(middle / 1e6)}</text></g>')
+    return figure("Throughput, million tokens per second", "longer is better", len(found), "".join(parts), begin - TOP)
+
+
+def dots(group: Group, title: str, note: str, fields: list[tuple[str, str]], unit: str) -> str:
+    """Dots on a logarithmic scale, from the best to the worst; several numbers of a loader share a line."""
+    first = fields[len(fields) // 2][0]
+    found = entries(group, first, False)
+    if not found:
+        return ""
+    floor = 0.01
+    numbers = [
+        max(values(entry.line, field)[1], floor)
+        for entry in found
+        for field, _ in fields
+        if any(field in run for run in entry.line.runs)
+    ]
+    low, high = math.floor(math.log10(min(numbers))), math.ceil(math.log10(max(numbers)) + 1e-9)
+    high = max(high, low + 1)
+    room = WIDTH - NAMES - 50
+
+    def x(value: float) -> float:
+        return NAMES + 8 + room * (math.log10(max(value, floor)) - low) / (high - low)
+
+    end = TOP + STEP * len(found)
+    parts = []
+    for power in range(low, high + 1):
+        value = 10.0**power
+        shown = f"{value:g}" if value < 1e4 else f"{value / 1e3:,.0f}k" if value < 1e6 else f"{value / 1e6:g}M"
+        parts.append(f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP - 8}" y2="{end}"/>')
+        parts.append(f'<text class="soft" x="{x(value):.1f}" y="{TOP - 14}" text-anchor="middle">{shown}</text>')
+    for row, entry in enumerate(found):
+        y = TOP + row * STEP
+        middles = [(values(entry.line, f)[1], f, text) for f, text in fields if any(f in r for r in entry.line.runs)]
+        told = ", ".join(f"{text} {number(value)} {unit}".strip() for value, _, text in middles)
+        parts.append(f"<g><title>{html.escape(f'{entry.label}: {told}')}</title>{name(entry, y)}")
+        if len(middles) > 1:
+            places = [x(value) for value, _, _ in middles]
+            parts.append(
+                f'<line class="{entry.kind}" x1="{min(places):.1f}" x2="{max(places):.1f}" y1="{y + 8}" y2="{y + 8}"/>'
+            )
+        for place, (value, field, _) in enumerate(middles):
+            lows, _, highs = values(entry.line, field)
+            if len(middles) == 1 and len(entry.line.runs) > 1:
+                parts.append(
+                    f'<line class="whisker" x1="{x(lows):.1f}" x2="{x(highs):.1f}" y1="{y + 8}" y2="{y + 8}"/>'
+                )
+            if place == 0:
+                parts.append(f'<circle class="{entry.kind}" cx="{x(value):.1f}" cy="{y + 8}" r="5"/>')
+            elif place == 1:
+                parts.append(f'<rect class="{entry.kind}" x="{x(value) - 4:.1f}" y="{y + 4}" width="8" height="8"/>')
+            else:
+                parts.append(f'<rect class="{entry.kind}" x="{x(value) - 1.5:.1f}" y="{y}" width="3" height="16"/>')
+        last = max(x(value) for value, _, _ in middles)
+        if len(middles) == 1:
+            last = max(last, x(values(entry.line, middles[0][1])[2]))
+            parts.append(f'<text class="soft" x="{last + 9:.1f}" y="{y + 12}">{number(middles[0][0])}</text>')
+        parts.append("</g>")
+    return figure(title, note, len(found), "".join(parts))
+
+
+def plots(group: Group) -> str:
+    shown = [
+        speeds(group),
+        dots(group, "CPU seconds per billion tokens", "of everything it runs", [("cpu_s_per_gtok", "")], "CPU s"),
+        dots(
+            group, "Memory, MB", "of all processes, above what the imports take, mapped files not counted",
+            [("own_memory_mb", "")], "MB",
+        ),
+        dots(
+            group, "Waiting for a batch, µs", "half of the batches came within ●, 99 % within ■, 99.9 % within ❙",
+            [("p50_us", "p50"), ("p99_us", "p99"), ("p999_us", "p99.9")], "µs",
+        ),
+        dots(group, "First batch, ms", "from creating the loader", [("first_batch_ms", "")], "ms"),
+        dots(
+            group, "Resuming, ms",
+            "from no loader to its first batch, ● at 1 % of an epoch, ■ at 99 %; only those that have a state",
+            [("resume_1_ms", "at 1 %"), ("resume_99_ms", "at 99 %")], "ms",
+        ),
+    ]  # fmt: skip
+    return '<div class="plots">' + "".join(shown) + "</div>"
+
+
+def cell(text: str) -> str:
+    """Markdown's bold and code as HTML."""
+    for mark, tag in (("**", "b"), ("`", "code")):
+        parts = (text if tag == "code" else html.escape(text)).split(mark)
+        text = "".join(f"<{tag}>{part}</{tag}>" if index % 2 else part for index, part in enumerate(parts))
+    return text
+
+
+def verdict(group: Group) -> str:
+    """In words, what the plots of a group show."""
+    ours, peer = group.best(True, "tokens_per_s", True), group.best(False, "tokens_per_s", True)
+    if ours is None or peer is None:
+        return ""
+    speed, other = ours[1]["tokens_per_s"], peer[1]["tokens_per_s"]
+    limit = group.limit(ours[0].helpers)
+    of_limit = (
+        f", which is {speed / limit['tokens_per_s']:.0%} of the limit with as many threads"
+        if limit is not None and limit.failed is None
+        else ""
+    )
+    ratio = f"{speed / other:.1f} times" if speed >= other else f"<b>only {speed / other:.2f} times</b>"
+    text = (
+        f"forebay at its fastest ({html.escape(named(ours[0]))}) delivers {number(speed / 1e6)} million tokens per"
+        f" second{of_limit}, and {ratio} the fastest other loader ({html.escape(named(peer[0]))},"
+        f" {number(other / 1e6)})."
+    )
+    lost = "; ".join(cell(found.removeprefix(f"{group.title}, ")) for found in group.lost())
+    return f"<p>{text} {f'<b>Others are ahead</b> in {lost}.' if lost else 'No other is ahead.'}</p>"
+
+
+def cards(found: list[Group]) -> str:
+    """The first group at a glance: each measure against the best of the others."""
+    group = found[0]
+    parts = []
+    for title, field, more in METRICS:
+        ours, peer = group.best(True, field, more), group.best(False, field, more)
+        if ours is None or peer is None:
+            continue
+        mine, theirs = ours[1][field], peer[1][field]
+        ahead = mine >= theirs if more else mine <= theirs
+        ratio = max(mine, theirs) / max(min(mine, theirs), 1e-9)
+        scale, unit = UNITS[field]
+        better = ("faster", "slower") if title in ("speed", "first batch", "p99") else ("less", "more")
+        # Of a megabyte more or less, a ratio would tell too much.
+        amount = f"{number(abs(mine - theirs))} MB" if title == "memory" else f"{ratio:.1f} times"
+        heading = {"speed": "throughput", "p99": "99 % of batches within"}.get(title, title)
+        parts.append(
+            f'<div class="card{"" if ahead else " lost"}"><small>{heading}</small>'
+            f"<b>{amount} {better[0] if ahead else better[1]}</b>"
+            f"<small>forebay {number(mine / scale)}, best other {number(theirs / scale)} {unit}"
+            f" ({html.escape(named(peer[0]))})</small></div>"
+        )
+    if not parts:
+        return ""
+    return (
+        f"<h3>At a glance: {html.escape(group.title)}</h3>"
+        f'<p class="soft">The best of forebay against the best of all others, each measure on its own.</p>'
+        f'<div class="cards">{"".join(parts)}</div>'
+    )
+
+
+def who(found: list[Group]) -> str:
+    """Everyone who took part, as what, and whether it was verified."""
+    rows: dict[str, list[str]] = {}
+    for group in found:
+        for one, line in group.lines:
+            if line.failed is None:
+                checked = min(run["checked_rows"] for run in line.runs)
+                state = f"yes, {checked} rows"
+            else:
+                state = f"<b>failed</b>: {html.escape(line.failed)}"
+            row = rows.setdefault(one.name, [html.escape(named(one)), "", html.escape(one.how), "", ""])
+            row[1] = row[1] or html.escape(line.version)
+            row[3] = row[3] or html.escape(line.python)
+            row[4] = state if not row[4] or line.failed else row[4]
+    heads = ("", "version", "how it is used", "Python", "delivers the right tokens")
+    return (
+        '<div class="scroll"><table><tr>' + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
+        + "".join("<tr>" + "".join(f"<td>{text}</td>" for text in row) + "</tr>" for row in rows.values())
+        + "</table></div>"
+    )  # fmt: skip
+
+
+def numbers_of(group: Group) -> str:
+    heads = "".join(f"<th>{head}</th>" for head in HEADS)
+    rows = "".join("<tr>" + "".join(f"<td>{cell(text)}</td>" for text in row) + "</tr>" for row in group.rows())
+    return (
+        '<details><summary>All numbers</summary><div class="scroll"><table class="numbers">'
+        f"<tr>{heads}</tr>{rows}</table></div></details>"
+    )
+
+
+def page(records: list[Record]) -> str:
+    found = groups(records)
+    told = facts(records)
+    date = next(fact for fact in told if fact.startswith("Date"))
+    keys = "".join(f".{kind}-key {{ background: var(--{kind}); }} " for kind in ("ours", "peer", "limit"))
+    parts = [
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Forebay benchmark</title><style>{STYLE}{keys}</style>",
+        "<h1>Loading tokens: forebay, other loaders, and the limit of the machine</h1>",
+        f'<p class="soft">{cell(told[0])}; {cell(date)}</p>',
+        *(f'<p class="warn">{cell(fact)}</p>' for fact in told if "**" in fact),
+        INTRODUCTION,
+    ]
+    if found:
+        parts.append(cards(found))
+    lost = [text for group in found for text in group.lost()]
+    parts.append("<h3>Where another loader is ahead of everything of forebay</h3>")
+    items = "".join(f"<li>{cell(text)}</li>" for text in lost)
+    parts.append(f"<ul>{items}</ul>" if lost else "<p>Nowhere in these tables.</p>")
+    for group in found:
+        parts.append(
+            f'<h2>{html.escape(group.title)}</h2><p class="soft">{GROUP_NOTES[group.name]}</p>{verdict(group)}'
+            f"{plots(group)}{numbers_of(group)}"
+        )
+    parts += [
+        "<h2>Who took part, and how</h2>", who(found),
+        "<h2>Machine, versions, and doing it again</h2>",
+        '<ul class="facts">' + "".join(f"<li>{cell(fact)}</li>" for fact in told) + "</ul>",
+        f"<pre>git clone … &amp;&amp; cd forebay\n{html.escape(records[0]['command'])}</pre>",
+        '<p class="soft">Needs Linux, cargo, Python 3.11 or newer and make; the rest is installed below the clone.'
+        " <code>results.jsonl</code> beside this page has every single run, with machine and versions.</p>",
+    ]  # fmt: skip
+    return "\n".join(parts) + "</html>\n"

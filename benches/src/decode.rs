@@ -1,0 +1,294 @@
+//! Decoding of Parquet against its limit: `forebay-decode SECONDS FILE...` prints one JSON line per file, with tokens per second of CPU time:
+//!
+//! - `limit`: the pages' bytes are decompressed into one buffer by the codec's library, or copied there where there is none, and that many tokens
+//!   of the stored width are widened to 64 bits; no levels, no encoding;
+//! - `blocks`: blocks are decoded by forebay into one buffer, and widened in the same way;
+//! - `loader`: batches come through a loader of one thread, in the order of the file, whose cache holds a part of it; it also writes labels.
+//!
+//! The three take turns; printed are the medians and the best of their turns, and the median ratios to the limit within a turn. Each file should hold one column of lists of `uint16` or `int32`.
+
+use std::fs;
+use std::hint::black_box;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use forebay::config::{Config, Shuffle};
+use forebay::shard::discover::ShardFile;
+use forebay::shard::{DecodedBlock, OpenOptions, Shard, open};
+use forebay::tokens::Dtype;
+use forebay::{Loader, Next};
+use parquet::basic::Compression;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use serde_json::json;
+
+type Failure = Box<dyn std::error::Error>;
+
+/// Body of a page: bytes in the file, and how many they decompress to.
+struct Body {
+    from: usize,
+    to: usize,
+    plain: usize,
+}
+
+/// Reads integers of Thrift's compact protocol.
+struct Thrift<'a>(&'a [u8], usize);
+
+impl Thrift<'_> {
+    fn varint(&mut self) -> u64 {
+        let (mut value, mut shift) = (0, 0);
+        loop {
+            let byte = self.0[self.1];
+            self.1 += 1;
+            value |= u64::from(byte & 0x7f) << shift;
+            shift += 7;
+            if byte < 0x80 {
+                return value;
+            }
+        }
+    }
+
+    fn integer(&mut self) -> i64 {
+        let raw = self.varint();
+        (raw >> 1) as i64 ^ -((raw & 1) as i64)
+    }
+
+    /// The integers of a struct's top level as (id, value).
+    fn structure(&mut self) -> Vec<(i64, i64)> {
+        let (mut id, mut fields) = (0, Vec::new());
+        loop {
+            let head = self.0[self.1];
+            self.1 += 1;
+            if head == 0 {
+                return fields;
+            }
+            id = if head >> 4 == 0 { self.integer() } else { id + i64::from(head >> 4) };
+            match head & 15 {
+                1 | 2 => {}
+                3 => self.1 += 1,
+                4..=6 => {
+                    let value = self.integer();
+                    fields.push((id, value));
+                }
+                7 => self.1 += 8,
+                8 => {
+                    let length = self.varint() as usize;
+                    self.1 += length;
+                }
+                12 => drop(self.structure()),
+                other => panic!("unexpected field of type {other}"),
+            }
+        }
+    }
+}
+
+fn bodies(bytes: &[u8], path: &Path) -> Result<(Compression, Vec<Body>), Failure> {
+    let reader = SerializedFileReader::new(fs::File::open(path)?)?;
+    let mut codec = Compression::UNCOMPRESSED;
+    let mut found = Vec::new();
+    for group in reader.metadata().row_groups() {
+        let column = group.column(0);
+        codec = column.compression();
+        let start = column.dictionary_page_offset().unwrap_or(column.data_page_offset()) as usize;
+        let end = start + column.compressed_size() as usize;
+        let mut at = start;
+        while at < end {
+            let mut thrift = Thrift(bytes, at);
+            let fields = thrift.structure();
+            let field = |wanted| fields.iter().find(|(id, _)| *id == wanted).map_or(0, |(_, value)| *value as usize);
+            let from = thrift.1;
+            at = from + field(3);
+            found.push(Body { from, to: at, plain: field(2) });
+        }
+    }
+    Ok((codec, found))
+}
+
+/// Widens `tokens` tokens of `width` bytes out of `bytes`, a batch at a time.
+fn widen(bytes: &[u8], width: usize, out: &mut [i64]) {
+    fn run(bytes: &[u8], width: usize, out: &mut [i64]) {
+        if width == 2 {
+            for (id, token) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *id = i64::from(u16::from_le_bytes(*token));
+            }
+        } else {
+            for (id, token) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *id = i64::from(i32::from_le_bytes(*token));
+            }
+        }
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn avx2(bytes: &[u8], width: usize, out: &mut [i64]) {
+        run(bytes, width, out);
+    }
+    for part in bytes.chunks(out.len() * width) {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2, just asked.
+            unsafe { avx2(part, width, out) };
+            black_box(&mut *out);
+            continue;
+        }
+        run(part, width, out);
+        black_box(&mut *out);
+    }
+}
+
+struct Limit<'a> {
+    bytes: &'a [u8],
+    codec: Compression,
+    bodies: Vec<Body>,
+    tokens: usize,
+    width: usize,
+    zstd: zstd::bulk::Decompressor<'static>,
+    plain: Vec<u8>,
+    stored: Vec<u8>,
+}
+
+impl Limit<'_> {
+    fn turn(&mut self, out: &mut [i64]) -> Result<(), Failure> {
+        let share = self.tokens.div_ceil(self.bodies.len());
+        for body in &self.bodies {
+            let packed = &self.bytes[body.from..body.to];
+            match self.codec {
+                Compression::UNCOMPRESSED => self.plain[..body.plain].copy_from_slice(packed),
+                Compression::SNAPPY => {
+                    snap::raw::Decoder::new().decompress(packed, &mut self.plain[..body.plain])?;
+                }
+                Compression::ZSTD(_) => {
+                    self.zstd.decompress_to_buffer(packed, &mut self.plain[..body.plain])?;
+                }
+                other => return Err(format!("codec {other}").into()),
+            }
+            black_box(&self.plain);
+            widen(&self.stored[..share * self.width], self.width, out);
+        }
+        Ok(())
+    }
+}
+
+fn blocks(shard: &dyn Shard, width: usize, block: &mut DecodedBlock, out: &mut [i64]) -> Result<(), Failure> {
+    for index in 0..shard.blocks().len() {
+        shard.decode_into(index, None, block)?;
+        widen(&block.bytes, width, out);
+    }
+    Ok(())
+}
+
+/// CPU time of this thread, or of the process, ended threads included.
+fn cpu_seconds(clock: libc::clockid_t) -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes one `timespec`, to one.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+fn median(turns: impl Iterator<Item = f64>) -> f64 {
+    let mut turns: Vec<f64> = turns.collect();
+    turns.sort_unstable_by(f64::total_cmp);
+    turns[turns.len() / 2]
+}
+
+fn measure(path: &Path, time: Duration) -> Result<serde_json::Value, Failure> {
+    let config = Config::default();
+    let file = ShardFile { path: path.to_owned(), name: path.to_string_lossy().into_owned() };
+    let shard = open(&file, &OpenOptions::of(&config))?;
+    let tokens: u64 = shard.blocks().iter().map(|block| block.tokens).sum();
+    let width = shard.dtype().size();
+    assert!(matches!(shard.dtype(), Dtype::U16 | Dtype::I32), "{}", shard.dtype().name());
+    let bytes = fs::read(path)?;
+    let (codec, bodies) = bodies(&bytes, path)?;
+    let most = bodies.iter().map(|body| body.plain).max().unwrap_or(0);
+    let share = tokens as usize / bodies.len().max(1) + 1;
+    let mut limit = Limit {
+        bytes: &bytes,
+        codec,
+        tokens: tokens as usize,
+        width,
+        zstd: zstd::bulk::Decompressor::new()?,
+        plain: vec![0; most],
+        stored: vec![1; share * width],
+        bodies,
+    };
+    let mut out = vec![0i64; 8 * 2048];
+    let mut block = DecodedBlock::default();
+    let mut turns: Vec<[f64; 3]> = Vec::new();
+    let began = Instant::now();
+    // The first turn warms up.
+    for turn in 0.. {
+        let now = || cpu_seconds(libc::CLOCK_THREAD_CPUTIME_ID);
+        let start = now();
+        limit.turn(&mut out)?;
+        let between = now();
+        blocks(shard.as_ref(), width, &mut block, &mut out)?;
+        let end = now();
+        let rate = |time: f64| tokens as f64 / time;
+        let rates = [rate(between - start), rate(end - between), loader(path)?];
+        if turn > 0 {
+            turns.push(rates);
+        }
+        if turn >= 5 && began.elapsed() > time {
+            break;
+        }
+    }
+    let medians = [0, 1, 2].map(|index| median(turns.iter().map(|turn| turn[index])));
+    let best = [0, 1, 2].map(|index| turns.iter().map(|turn| turn[index]).fold(0.0, f64::max));
+    let of_limit = [1, 2].map(|index| median(turns.iter().map(|turn| turn[index] / turn[0])));
+    Ok(json!({
+        "file": path.file_name().map(|name| name.to_string_lossy().into_owned()),
+        "tokens": tokens,
+        "dtype": shard.dtype().name(),
+        "pages": shard.describe(),
+        "bytes_per_token": bytes.len() as f64 / tokens as f64,
+        "turns": turns.len(),
+        "limit": medians[0],
+        "blocks": medians[1],
+        "loader": medians[2],
+        "best": { "limit": best[0], "blocks": best[1], "loader": best[2] },
+        "blocks_of_limit": of_limit[0],
+        "loader_of_limit": of_limit[1],
+    }))
+}
+
+/// Tokens per CPU second of one pass through a loader.
+fn loader(path: &Path) -> Result<f64, Failure> {
+    let loader = Loader::open(Config {
+        data: vec![path.to_string_lossy().into_owned()],
+        seq_len: 2048,
+        batch_size: 8,
+        shuffle: Shuffle::Off,
+        num_threads: Some(1),
+        // A few blocks, as of a corpus that does not fit.
+        memory_budget: 12 << 20,
+        ..Config::default()
+    })?;
+    let mut rate = 0.0;
+    // The first pass meets memory that was never touched.
+    for _ in 0..2 {
+        let before = cpu_seconds(libc::CLOCK_PROCESS_CPUTIME_ID);
+        let pass = loader.iter();
+        let mut batches = 0u64;
+        loop {
+            match pass.next_timeout(Duration::from_secs(60))? {
+                Next::Batch(batch) => {
+                    black_box(batch.as_ptr());
+                    batches += 1;
+                }
+                Next::End => break,
+                Next::Pending => return Err("no batch within a minute".into()),
+            }
+        }
+        rate = (batches * 8 * 2048) as f64 / (cpu_seconds(libc::CLOCK_PROCESS_CPUTIME_ID) - before);
+    }
+    loader.close();
+    Ok(rate)
+}
+
+fn main() -> Result<(), Failure> {
+    let mut args = std::env::args().skip(1);
+    let seconds: f64 = args.next().ok_or("usage: forebay-decode SECONDS FILE...")?.parse()?;
+    for path in args.map(PathBuf::from) {
+        println!("{}", measure(&path, Duration::from_secs_f64(seconds))?);
+    }
+    Ok(())
+}

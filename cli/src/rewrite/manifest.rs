@@ -1,0 +1,224 @@
+//! What a rewriting is of, and how far it is: `_forebay_rewrite.jsonl` in the folder of the result.
+//!
+//! The first lines say what is made of which files; a run that finds others there refuses to go on. Then comes a line for each shard that was written and
+//! compared, on storage before the shard gets its name: a name without its line does not occur, and a line without its shard means that the shard is
+//! missing. Loaders pass over the file, as over all names that begin with `_`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::UNIX_EPOCH;
+
+use forebay::{Error, ErrorKind, Result};
+use serde_json::{Map, Value, json};
+
+use super::output::{Content, draft_name, sync_folder};
+use super::source::Source;
+
+const NAME: &str = "_forebay_rewrite.jsonl";
+const VERSION: u64 = 1;
+
+/// A shard that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Done {
+    pub(super) bytes: u64,
+    pub(super) content: Content,
+    /// Source and row that the next shard begins with.
+    pub(super) next: (usize, u64),
+}
+
+/// The manifest of a folder, which no other process rewrites to as long as this lives.
+pub(super) struct Manifest {
+    folder: PathBuf,
+    /// Of the options that were asked for, and what these came to.
+    pub(super) settled: Value,
+    pub(super) done: BTreeMap<String, Done>,
+    lines: Mutex<File>,
+    /// Locked.
+    _folder: File,
+}
+
+/// What was asked for, as text by name of the option.
+pub(super) type Options = Vec<(&'static str, String)>;
+
+impl Manifest {
+    /// Continues what was begun in `folder`, or begins it: `settle` is then asked for what the options come to.
+    pub(super) fn open(
+        folder: &Path,
+        options: &Options,
+        sources: &[Source],
+        settle: impl FnOnce() -> Result<Value>,
+    ) -> Result<Self> {
+        let failed = |what: &str, error| Error::io(format!("cannot {what} folder"), error).at(folder);
+        std::fs::create_dir_all(folder).map_err(|error| failed("create", error))?;
+        let locked = File::open(folder).map_err(|error| failed("open", error))?;
+        lock(&locked).map_err(|error| failed("lock", error).context("is another `forebay rewrite` writing there?"))?;
+        let mut names = BTreeSet::new();
+        for entry in std::fs::read_dir(folder).map_err(|error| failed("read", error))? {
+            names.insert(entry.map_err(|error| failed("read", error))?.file_name().to_string_lossy().into_owned());
+        }
+        let path = folder.join(NAME);
+        let draft = folder.join(draft_name(NAME));
+        names.remove(&draft_name(NAME));
+        if !names.remove(NAME) {
+            if let Some(name) = names.first() {
+                return Err(Error::config(format!(
+                    "`{}` is not empty and was not begun by `forebay rewrite`: it holds `{name}`; name an empty or a new folder",
+                    folder.display()
+                )));
+            }
+            let settled = settle()?;
+            let text = head(options, sources, &settled);
+            let failed = |error| Error::io("cannot write the manifest", error).at(&draft);
+            let mut file = File::create(&draft).map_err(failed)?;
+            file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
+            std::fs::rename(&draft, &path).map_err(failed)?;
+            sync_folder(folder)?;
+            let lines = Mutex::new(file);
+            return Ok(Self { folder: folder.to_owned(), settled, done: BTreeMap::new(), lines, _folder: locked });
+        }
+
+        let bytes = std::fs::read(&path).map_err(|error| Error::io("cannot read the manifest", error).at(&path))?;
+        // A line that was torn by a kill has no end.
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let (settled, known) = parse(&bytes[..whole], options, sources).map_err(|error| error.at(&path))?;
+        let failed = |error| Error::io("cannot write the manifest", error).at(&path);
+        let file = File::options().append(true).open(&path).map_err(failed)?;
+        file.set_len(whole as u64).map_err(failed)?;
+        let mut done = BTreeMap::new();
+        for (name, shard) in known {
+            let there = std::fs::metadata(folder.join(&name)).is_ok_and(|file| file.len() == shard.bytes);
+            names.remove(&name);
+            if there {
+                done.insert(name, shard);
+            }
+        }
+        for name in &names {
+            let is_draft = name.strip_prefix('.').and_then(|name| name.strip_suffix(".part")).is_some();
+            if !is_draft {
+                return Err(Error::config(format!(
+                    "`{}` holds `{name}`, which this rewriting did not write: remove it, or name another folder",
+                    folder.display()
+                )));
+            }
+            let path = folder.join(name);
+            std::fs::remove_file(&path)
+                .map_err(|error| Error::io("cannot remove an unfinished shard", error).at(&path))?;
+        }
+        Ok(Self { folder: folder.to_owned(), settled, done, lines: Mutex::new(file), _folder: locked })
+    }
+
+    /// Notes a shard that is about to get its name.
+    pub(super) fn note(&self, name: &str, shard: &Done) -> Result<()> {
+        let Content { rows, documents, tokens, hash } = &shard.content;
+        let (source, row) = shard.next;
+        let line = json!({
+            "shard": name, "bytes": shard.bytes, "rows": rows, "documents": documents, "tokens": tokens, "hash": hash,
+            "next_source": source, "next_row": row,
+        });
+        let mut file = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = file.write_all(format!("{line}\n").as_bytes()).and_then(|()| file.sync_data());
+        written.map_err(|error| Error::io("cannot write the manifest", error).at(&self.folder.join(NAME)))
+    }
+}
+
+fn head(options: &Options, sources: &[Source], settled: &Value) -> String {
+    let options: Map<_, _> = options.iter().map(|(name, value)| ((*name).to_owned(), value.as_str().into())).collect();
+    let begin = json!({"forebay_rewrite": VERSION, "options": options, "settled": settled, "sources": sources.len()});
+    let mut text = format!("{begin}\n");
+    for source in sources {
+        text.push_str(&format!("{}\n", identity(source)));
+    }
+    text
+}
+
+/// What tells one source from another; no absolute path, so that a corpus may move.
+fn identity(source: &Source) -> Value {
+    let modified = source.facts.modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    json!({
+        "source": source.file.name,
+        "bytes": source.facts.size_bytes,
+        "modified_ns": modified.map(|time| time.as_nanos() as u64),
+        "rows": source.facts.rows,
+        "tokens": source.facts.counts.tokens,
+    })
+}
+
+type Known = (Value, BTreeMap<String, Done>);
+
+/// Reads the lines of a manifest, which must be of these options and sources.
+fn parse(bytes: &[u8], options: &Options, sources: &[Source]) -> Result<Known> {
+    let damaged = || Error::data("the manifest is damaged: remove the folder and begin anew");
+    let text = std::str::from_utf8(bytes).map_err(|_| damaged())?;
+    let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).map_err(|_| damaged()));
+    let begin = lines.next().ok_or_else(damaged)??;
+    if begin["forebay_rewrite"] != VERSION {
+        return Err(Error::data(format!(
+            "the manifest has version {}, and this forebay knows version {VERSION}",
+            begin["forebay_rewrite"]
+        )));
+    }
+    let differs = |what: String, then: &Value, now: &Value| {
+        Error::new(
+            ErrorKind::State,
+            format!(
+                "{what} was {then} when this rewriting was begun and is {now}: name another folder, or go on with what was begun"
+            ),
+        )
+    };
+    for (name, value) in options {
+        let then = &begin["options"][*name];
+        if then != value {
+            return Err(differs(format!("option `--{name}`"), then, &Value::from(value.as_str())));
+        }
+    }
+    if begin["sources"] != sources.len() {
+        return Err(differs("the number of source shards".to_owned(), &begin["sources"], &sources.len().into()));
+    }
+    for source in sources {
+        let (then, now) = (lines.next().ok_or_else(damaged)??, identity(source));
+        for (key, name) in [
+            ("source", "name"),
+            ("bytes", "size"),
+            ("modified_ns", "modification time"),
+            ("rows", "rows"),
+            ("tokens", "tokens"),
+        ] {
+            if then[key] != now[key] {
+                let what = format!("source `{}`: its {name}", source.file.path.display());
+                return Err(differs(what, &then[key], &now[key]));
+            }
+        }
+    }
+    let mut done = BTreeMap::new();
+    for line in lines {
+        let line = line?;
+        let number = |key: &str| line[key].as_u64().ok_or_else(damaged);
+        let text = |key: &str| line[key].as_str().map(str::to_owned).ok_or_else(damaged);
+        let content = Content {
+            rows: number("rows")?,
+            documents: number("documents")?,
+            tokens: number("tokens")?,
+            hash: text("hash")?,
+        };
+        let next = (number("next_source")? as usize, number("next_row")?);
+        done.insert(text("shard")?, Done { bytes: number("bytes")?, content, next });
+    }
+    Ok((begin["settled"].clone(), done))
+}
+
+/// Keeps other processes from locking it until it is closed, which a kill does too.
+fn lock(folder: &File) -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::fd::AsRawFd;
+        // SAFETY: a call on an open descriptor; it touches no memory of ours.
+        if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    let _ = folder;
+    Ok(())
+}

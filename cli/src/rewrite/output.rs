@@ -1,0 +1,406 @@
+//! One shard of the result: written under a name of its own, read back by forebay's reader, and only then given its final name.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow_array::types::{ArrowPrimitiveType, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
+use arrow_array::{ArrayRef, ListArray, PrimitiveArray, RecordBatch};
+use arrow_buffer::OffsetBuffer;
+use arrow_ipc::writer::FileWriter;
+use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
+use forebay::shard::discover::ShardFile;
+use forebay::shard::{self, Access, EndsScratch, OpenOptions};
+use forebay::tokens::{Dtype, Tokens};
+use forebay::{Error, ErrorKind, Result};
+use parquet::arrow::ArrowWriter;
+use parquet::errors::ParquetError;
+use parquet::file::properties::{WriterProperties, WriterVersion};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::{Container, Shape};
+
+/// Documents after which a record batch ends, however few tokens they have.
+const BATCH_ROWS: usize = 1 << 18;
+/// Tokens read back at once where they lie in the file.
+const PIECE_TOKENS: u64 = 1 << 20;
+
+/// What a shard holds, so that source and result can be compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Content {
+    /// Rows: documents, empty ones included, or tokens of a plain column.
+    pub(super) rows: u64,
+    /// Documents with tokens.
+    pub(super) documents: u64,
+    pub(super) tokens: u64,
+    /// Of the ids, and of the places where documents end.
+    pub(super) hash: String,
+}
+
+/// Adds up a [`Content`], of ids as 64-bit integers whatever their type in a file.
+#[derive(Default)]
+struct Digest {
+    ids: Xxh3,
+    ends: Xxh3,
+    documents: u64,
+    tokens: u64,
+}
+
+impl Digest {
+    fn ids(&mut self, ids: &[i64]) {
+        let mut bytes = [0; 8 * 512];
+        for ids in ids.chunks(512) {
+            for (place, id) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(ids) {
+                *place = id.to_le_bytes();
+            }
+            self.ids.update(&bytes[..ids.len() * 8]);
+        }
+        self.tokens += ids.len() as u64;
+    }
+
+    /// A document with tokens ends after so many tokens of the shard.
+    fn end(&mut self, end: u64) {
+        self.ends.update(&end.to_le_bytes());
+        self.documents += 1;
+    }
+
+    fn content(&self, rows: u64) -> Content {
+        let hash = format!("{:016x}{:016x}", self.ids.digest(), self.ends.digest());
+        Content { rows, documents: self.documents, tokens: self.tokens, hash }
+    }
+}
+
+enum Writer {
+    Arrow(FileWriter<BufWriter<File>>),
+    Parquet { writer: ArrowWriter<File>, row_group_tokens: u64, tokens: u64 },
+}
+
+/// A shard while it is written. Its file is removed unless it is published.
+pub(super) struct Part {
+    target: PathBuf,
+    draft: Draft,
+    schema: SchemaRef,
+    dtype: Dtype,
+    plain: bool,
+    batch_tokens: usize,
+    writer: Option<Writer>,
+    /// What is not in a record batch yet.
+    ids: Vec<i64>,
+    offsets: Vec<i32>,
+    rows: u64,
+    digest: Digest,
+}
+
+/// A file that is removed when this is dropped, unless it was renamed.
+struct Draft {
+    path: PathBuf,
+    renamed: bool,
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.renamed {
+            // A later run removes it where this cannot.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Name of the file that becomes `name`.
+pub(super) fn draft_name(name: &str) -> String {
+    format!(".{name}.part")
+}
+
+impl Part {
+    pub(super) fn create(folder: &Path, name: &str, column: &str, plain: bool, shape: &Shape) -> Result<Self> {
+        let path = folder.join(draft_name(name));
+        let item = arrow_type(shape.dtype);
+        let data_type = if plain { item } else { DataType::List(Arc::new(Field::new_list_field(item, false))) };
+        let schema = Arc::new(Schema::new(vec![Field::new(column, data_type, false)]));
+        let file = File::create(&path).map_err(|error| Error::io("cannot create shard", error).at(&path))?;
+        let draft = Draft { path, renamed: false };
+        let (writer, most) = match &shape.container {
+            Container::Arrow => {
+                let writer = FileWriter::try_new(BufWriter::with_capacity(1 << 20, file), &schema);
+                (Writer::Arrow(writer.map_err(|error| arrow_failed(error).at(&draft.path))?), shape.batch_tokens)
+            }
+            Container::Parquet { compression, encoding, row_group_tokens, page_bytes } => {
+                let properties = WriterProperties::builder()
+                    .set_writer_version(WriterVersion::PARQUET_2_0)
+                    .set_compression(*compression)
+                    .set_dictionary_enabled(encoding.is_none())
+                    .set_data_page_size_limit(*page_bytes as usize)
+                    // Bytes alone end a page, and row groups end where `write_batch` says.
+                    .set_data_page_row_count_limit(usize::MAX)
+                    .set_max_row_group_row_count(None);
+                let properties = match encoding {
+                    Some(encoding) => properties.set_encoding(*encoding),
+                    None => properties,
+                };
+                let writer = ArrowWriter::try_new(file, Arc::clone(&schema), Some(properties.build()))
+                    .map_err(|error| parquet_failed(error).at(&draft.path))?;
+                let writer = Writer::Parquet { writer, row_group_tokens: *row_group_tokens, tokens: 0 };
+                (writer, shape.batch_tokens.min(*row_group_tokens))
+            }
+        };
+        Ok(Self {
+            target: folder.join(name),
+            draft,
+            schema,
+            dtype: shape.dtype,
+            plain,
+            batch_tokens: most as usize,
+            writer: Some(writer),
+            ids: Vec::new(),
+            offsets: vec![0],
+            rows: 0,
+            digest: Digest::default(),
+        })
+    }
+
+    /// Tokens so far.
+    pub(super) fn tokens(&self) -> u64 {
+        self.digest.tokens + self.ids.len() as u64
+    }
+
+    /// Adds a document, or some rows of a plain column, whose ids `add` puts behind those that are there.
+    pub(super) fn document(&mut self, add: impl FnOnce(&mut Vec<i64>) -> Result<()>) -> Result<()> {
+        let before = self.ids.len();
+        add(&mut self.ids)?;
+        check_ids(&self.ids[before..], self.dtype)?;
+        if i32::try_from(self.ids.len()).is_err() {
+            // Of the documents before it there are few tokens, so that a batch of its own would not help.
+            return Err(Error::data(format!(
+                "a document of {} tokens is too long for a list of the result, which can have 2^31",
+                self.ids.len() - before
+            )));
+        }
+        self.offsets.push(self.ids.len() as i32);
+        if self.ids.len() >= self.batch_tokens || self.offsets.len() > BATCH_ROWS {
+            self.write_batch()?;
+        }
+        Ok(())
+    }
+
+    fn write_batch(&mut self) -> Result<()> {
+        let before = self.digest.tokens;
+        self.digest.ids(&self.ids);
+        let documents = self.offsets.len() as u64 - 1;
+        if self.plain {
+            self.rows += self.ids.len() as u64;
+        } else {
+            self.rows += documents;
+            for pair in self.offsets.windows(2).filter(|pair| pair[1] > pair[0]) {
+                self.digest.end(before + pair[1] as u64);
+            }
+        }
+        let values = array(&self.ids, self.dtype);
+        let tokens = self.ids.len() as u64;
+        self.ids.clear();
+        let offsets = std::mem::replace(&mut self.offsets, vec![0]);
+        let column: ArrayRef = if self.plain {
+            values
+        } else {
+            let field = Field::new_list_field(arrow_type(self.dtype), false);
+            Arc::new(ListArray::new(Arc::new(field), OffsetBuffer::new(offsets.into()), values, None))
+        };
+        let batch = RecordBatch::try_new(Arc::clone(&self.schema), vec![column]).map_err(arrow_failed)?;
+        let writer = self.writer.as_mut().expect("there until the shard is published");
+        let written = match writer {
+            Writer::Arrow(writer) => writer.write(&batch).map_err(arrow_failed),
+            Writer::Parquet { writer, row_group_tokens, tokens: held } => {
+                *held += tokens;
+                let mut written = writer.write(&batch);
+                if *held >= *row_group_tokens {
+                    *held = 0;
+                    written = written.and_then(|()| writer.flush());
+                }
+                written.map_err(parquet_failed)
+            }
+        };
+        written.map_err(|error| error.at(&self.draft.path))
+    }
+
+    /// Finishes the file on storage, and compares what it holds with what went in. Returns that and its size.
+    pub(super) fn finish(mut self, options: &OpenOptions) -> Result<(Finished, Content)> {
+        if !self.ids.is_empty() || self.offsets.len() > 1 {
+            self.write_batch()?;
+        }
+        if self.plain && self.digest.tokens > 0 {
+            self.digest.end(self.digest.tokens);
+        }
+        let path = &self.draft.path;
+        let file = match self.writer.take().expect("there until the shard is published") {
+            Writer::Arrow(mut writer) => {
+                let finished = writer.finish().and_then(|()| writer.into_inner());
+                let buffered = finished.map_err(|error| arrow_failed(error).at(path))?;
+                buffered.into_inner().map_err(|error| write_failed(error.into_error()).at(path))?
+            }
+            Writer::Parquet { writer, .. } => {
+                let mut file = writer.into_inner().map_err(|error| parquet_failed(error).at(path))?;
+                file.flush().map_err(|error| write_failed(error).at(path))?;
+                file
+            }
+        };
+        file.sync_all().map_err(|error| write_failed(error).at(path))?;
+        let bytes = file.metadata().map_err(|error| write_failed(error).at(path))?.len();
+        drop(file);
+        let expected = self.digest.content(self.rows);
+        let found = read_back(path, options)?;
+        if found != expected {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                format!(
+                    "what was written is not what was read from the source: expected {expected:?}, found {found:?}"
+                ),
+            )
+            .at(path));
+        }
+        Ok((Finished { draft: self.draft, target: self.target, bytes }, expected))
+    }
+}
+
+/// A shard that is whole, on storage and compared, and has not got its name yet.
+pub(super) struct Finished {
+    draft: Draft,
+    target: PathBuf,
+    pub(super) bytes: u64,
+}
+
+impl Finished {
+    pub(super) fn publish(mut self) -> Result<()> {
+        let failed = |error| Error::io("cannot rename the finished shard", error).at(&self.target);
+        std::fs::rename(&self.draft.path, &self.target).map_err(failed)?;
+        self.draft.renamed = true;
+        sync_folder(self.target.parent().unwrap_or(Path::new(".")))
+    }
+}
+
+/// Makes the names in `folder` outlast a loss of power.
+pub(super) fn sync_folder(folder: &Path) -> Result<()> {
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(|error| Error::io("cannot sync folder", error).at(folder))
+}
+
+/// What the shard at `path` holds, as a loader reads it.
+fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
+    let file = ShardFile { path: path.to_owned(), name: String::new() };
+    let shard = shard::open(&file, options)?;
+    let mut digest = Digest::default();
+    let (mut bytes, mut scratch, mut ids) = (Vec::new(), EndsScratch::default(), Vec::new());
+    for (block, meta) in shard.blocks().iter().enumerate() {
+        let before = digest.tokens;
+        match shard.access() {
+            Access::Random => {
+                for start in (0..meta.tokens).step_by(PIECE_TOKENS as usize) {
+                    let end = meta.tokens.min(start + PIECE_TOKENS);
+                    widen(&shard.tokens(block, start..end, &mut bytes)?, &mut ids);
+                    digest.ids(&ids);
+                }
+                let ends = shard.ends(block, &mut scratch)?;
+                (0..ends.len()).for_each(|index| digest.end(before + ends.get(index)));
+            }
+            Access::Block => {
+                let decoded = shard.decode(block, None)?;
+                widen(&Tokens::new(shard.dtype(), &decoded.bytes), &mut ids);
+                digest.ids(&ids);
+                decoded.ends.iter().for_each(|end| digest.end(before + u64::from(*end)));
+            }
+        }
+    }
+    Ok(digest.content(shard.rows()))
+}
+
+/// Puts the ids of `tokens` in place of those in `ids`.
+fn widen(tokens: &Tokens<'_>, ids: &mut Vec<i64>) {
+    ids.clear();
+    let bytes = tokens.bytes();
+    match tokens.dtype() {
+        Dtype::U8 => ids.extend(bytes.iter().map(|id| i64::from(*id))),
+        Dtype::U16 => ids.extend(bytes.as_chunks::<2>().0.iter().map(|id| i64::from(u16::from_le_bytes(*id)))),
+        Dtype::U32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(u32::from_le_bytes(*id)))),
+        Dtype::I32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(i32::from_le_bytes(*id)))),
+        Dtype::I64 => ids.extend(bytes.as_chunks::<8>().0.iter().map(|id| i64::from_le_bytes(*id))),
+    }
+}
+
+/// Largest id among `tokens`; 0 where there are none.
+pub(super) fn largest_id(tokens: &Tokens<'_>, ids: &mut Vec<i64>) -> i64 {
+    widen(tokens, ids);
+    ids.iter().copied().max().unwrap_or(0)
+}
+
+/// Largest id that `dtype` holds.
+pub(super) fn most(dtype: Dtype) -> i64 {
+    match dtype {
+        Dtype::U8 => u8::MAX.into(),
+        Dtype::U16 => u16::MAX.into(),
+        Dtype::I32 => i32::MAX.into(),
+        Dtype::U32 => u32::MAX.into(),
+        Dtype::I64 => i64::MAX,
+    }
+}
+
+fn check_ids(ids: &[i64], dtype: Dtype) -> Result<()> {
+    let most = most(dtype);
+    // As unsigned, negative ids are too large as well.
+    if ids.iter().fold(0, |all: u64, id| all.max(*id as u64)) <= most as u64 {
+        return Ok(());
+    }
+    let id = ids.iter().find(|id| !(0..=most).contains(*id)).expect("one is outside of the range");
+    Err(if *id < 0 {
+        Error::data(format!("token ids must not be negative: found {id}"))
+    } else {
+        Error::data(format!(
+            "token id {id} does not fit {}, which holds ids up to {most}: choose a larger `--dtype`",
+            dtype.name()
+        ))
+    })
+}
+
+fn arrow_type(dtype: Dtype) -> DataType {
+    match dtype {
+        Dtype::U8 => DataType::UInt8,
+        Dtype::U16 => DataType::UInt16,
+        Dtype::U32 => DataType::UInt32,
+        Dtype::I32 => DataType::Int32,
+        Dtype::I64 => DataType::Int64,
+    }
+}
+
+/// `ids`, which fit, as an array of type `dtype`.
+fn array(ids: &[i64], dtype: Dtype) -> ArrayRef {
+    fn typed<T: ArrowPrimitiveType>(ids: &[i64], narrow: impl Fn(i64) -> T::Native) -> ArrayRef {
+        Arc::new(PrimitiveArray::<T>::from_iter_values(ids.iter().map(|id| narrow(*id))))
+    }
+    match dtype {
+        Dtype::U8 => typed::<UInt8Type>(ids, |id| id as u8),
+        Dtype::U16 => typed::<UInt16Type>(ids, |id| id as u16),
+        Dtype::U32 => typed::<UInt32Type>(ids, |id| id as u32),
+        Dtype::I32 => typed::<Int32Type>(ids, |id| id as i32),
+        Dtype::I64 => typed::<Int64Type>(ids, |id| id),
+    }
+}
+
+fn write_failed(error: std::io::Error) -> Error {
+    Error::io("cannot write shard", error)
+}
+
+fn arrow_failed(error: ArrowError) -> Error {
+    match error {
+        ArrowError::IoError(_, error) => write_failed(error),
+        other => Error::new(ErrorKind::Internal, "arrow-rs cannot write the shard").with_source(other),
+    }
+}
+
+fn parquet_failed(error: ParquetError) -> Error {
+    match error {
+        ParquetError::External(error) => match error.downcast::<std::io::Error>() {
+            Ok(error) => write_failed(*error),
+            Err(other) => Error::new(ErrorKind::Internal, format!("arrow-rs cannot write the shard: {other}")),
+        },
+        other => Error::new(ErrorKind::Internal, "arrow-rs cannot write the shard").with_source(other),
+    }
+}

@@ -1,0 +1,306 @@
+//! Documents of a shard, in order, from any row on, by arrow-rs's and parquet's readers.
+//!
+//! They give empty documents as well, which a loader has no use for, and they share no code with what reads the result back. Mapped Arrow files are
+//! not copied, so that memory is that of one piece whatever the size of their record batches; compressed ones and those that are read take one batch.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::ops::Range;
+use std::path::Path;
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
+use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_buffer::{Buffer, NullBuffer, OffsetBuffer};
+use arrow_ipc::reader::{FileDecoder, FileReader, StreamDecoder, StreamReader, read_footer_length};
+use arrow_ipc::{Block, convert::try_fb_to_schema, root_as_footer};
+use arrow_schema::{DataType, SchemaRef};
+use forebay::config::Io;
+use forebay::shard::discover::ShardFile;
+use forebay::shard::mmap::SourceFile;
+use forebay::shard::{self, Format, OpenOptions, ShardFacts, TOKEN_COLUMNS};
+use forebay::{Error, Result};
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+
+/// Tokens that parquet decodes at once, if its documents are about as long as the mean.
+const DECODED_TOKENS: u64 = 1 << 20;
+
+/// A shard to be rewritten.
+#[derive(Clone, Debug)]
+pub(super) struct Source {
+    pub(super) file: ShardFile,
+    pub(super) facts: ShardFacts,
+    /// Its token column.
+    pub(super) column: String,
+    /// Whether rows are tokens, so that the file is one document.
+    pub(super) plain: bool,
+    /// The columns that no loader reads.
+    pub(super) others: Vec<String>,
+}
+
+impl Source {
+    /// Looks at the metadata of `file`.
+    pub(super) fn open(file: &ShardFile, options: &OpenOptions) -> Result<Self> {
+        let facts = shard::open(file, options)?.facts();
+        let schema = Reader::open(&file.path, facts.format, options.io, None)?.1;
+        let wanted = options.token_column.as_deref();
+        let column = match wanted {
+            Some(name) => schema.column_with_name(name),
+            None => TOKEN_COLUMNS.iter().find_map(|name| schema.column_with_name(name)),
+        };
+        let (index, field) = column.ok_or_else(|| Error::data("no token column").at(&file.path))?;
+        let others = schema.fields().iter().enumerate().filter(|(other, _)| *other != index);
+        Ok(Self {
+            file: file.clone(),
+            facts,
+            column: field.name().clone(),
+            plain: !field.data_type().is_nested(),
+            others: others.map(|(_, field)| field.name().clone()).collect(),
+        })
+    }
+
+    /// Its rows from `first_row` on.
+    pub(super) fn rows(&self, first_row: u64, io: Io) -> Result<Rows> {
+        let path = &self.file.path;
+        let mut rows =
+            Rows { reader: Reader::open(path, self.facts.format, io, Some((self, first_row)))?.0, skip: 0, row: 0 };
+        match rows.reader {
+            // It has passed over them by its index.
+            Reader::Parquet(_) => rows.row = first_row,
+            _ => rows.skip = first_row,
+        }
+        Ok(rows)
+    }
+}
+
+/// Where the rows of a shard come from.
+enum Reader {
+    Parquet(ParquetRecordBatchReader),
+    MappedFile { decoder: FileDecoder, blocks: std::vec::IntoIter<Block>, bytes: Buffer },
+    MappedStream { decoder: StreamDecoder, rest: Buffer, column: usize },
+    File(FileReader<BufReader<File>>),
+    Stream(StreamReader<BufReader<File>>),
+}
+
+fn unsound(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::data("arrow-rs cannot read the shard").with_source(error)
+}
+
+impl Reader {
+    /// Opens a shard for one column from a row on, or for its schema alone.
+    fn open(path: &Path, format: Format, io: Io, wanted: Option<(&Source, u64)>) -> Result<(Self, SchemaRef)> {
+        Self::open_here(path, format, io, wanted).map_err(|error| error.at(path))
+    }
+
+    fn open_here(path: &Path, format: Format, io: Io, wanted: Option<(&Source, u64)>) -> Result<(Self, SchemaRef)> {
+        let open = || File::open(path).map_err(|error| Error::io("cannot open shard", error));
+        let index = |schema: &SchemaRef| -> Result<usize> {
+            wanted.map_or(Ok(0), |(source, _)| schema.index_of(&source.column).map_err(unsound))
+        };
+        if format == Format::Parquet {
+            let builder = ParquetRecordBatchReaderBuilder::try_new(open()?).map_err(unsound)?;
+            let schema = builder.schema().clone();
+            let mask = ProjectionMask::roots(builder.parquet_schema(), [index(&schema)?]);
+            let mut builder = builder.with_projection(mask);
+            if let Some((source, first_row)) = wanted {
+                let per_row = source.facts.counts.tokens.div_ceil(source.facts.rows.max(1)).max(1);
+                builder = builder.with_batch_size((DECODED_TOKENS / per_row).clamp(1, 1 << 16) as usize);
+                builder = builder.with_offset(first_row as usize);
+            }
+            return Ok((Self::Parquet(builder.build().map_err(unsound)?), schema));
+        }
+        let file = SourceFile::open(path, io)?;
+        let mapped = if file.mapped().is_some() { Some(Buffer::from(file.bytes(0..file.len())?)) } else { None };
+        match (mapped, format) {
+            (Some(bytes), Format::ArrowFile) => {
+                let (schema, mut decoder, dictionaries, blocks) = footer(&bytes)?;
+                for block in dictionaries {
+                    decoder.read_dictionary(&block, &block_bytes(&bytes, &block)?).map_err(unsound)?;
+                }
+                let decoder = decoder.with_projection(vec![index(&schema)?]);
+                Ok((Self::MappedFile { decoder, blocks: blocks.into_iter(), bytes }, schema))
+            }
+            (Some(bytes), _) => {
+                let schema = StreamReader::try_new(BufReader::new(open()?), None).map_err(unsound)?.schema();
+                let column = index(&schema)?;
+                Ok((Self::MappedStream { decoder: StreamDecoder::new(), rest: bytes, column }, schema))
+            }
+            (None, Format::ArrowFile) => {
+                let schema = FileReader::try_new(BufReader::new(open()?), None).map_err(unsound)?.schema();
+                let projection = Some(vec![index(&schema)?]);
+                let reader = FileReader::try_new(BufReader::new(open()?), projection).map_err(unsound)?;
+                Ok((Self::File(reader), schema))
+            }
+            (None, _) => {
+                let schema = StreamReader::try_new(BufReader::new(open()?), None).map_err(unsound)?.schema();
+                let projection = Some(vec![index(&schema)?]);
+                let reader = StreamReader::try_new(BufReader::new(open()?), projection).map_err(unsound)?;
+                Ok((Self::Stream(reader), schema))
+            }
+        }
+    }
+
+    fn next(&mut self) -> Result<Option<ArrayRef>> {
+        let first = |batch: RecordBatch| batch.column(0).clone();
+        match self {
+            Self::Parquet(reader) => reader.next().transpose().map_err(unsound).map(|batch| batch.map(first)),
+            Self::File(reader) => reader.next().transpose().map_err(unsound).map(|batch| batch.map(first)),
+            Self::Stream(reader) => reader.next().transpose().map_err(unsound).map(|batch| batch.map(first)),
+            Self::MappedFile { decoder, blocks, bytes } => {
+                let Some(block) = blocks.next() else { return Ok(None) };
+                let batch = decoder.read_record_batch(&block, &block_bytes(bytes, &block)?).map_err(unsound)?;
+                batch.map(first).map(Some).ok_or_else(|| Error::data("a record batch of the footer is none"))
+            }
+            Self::MappedStream { decoder, rest, column } => {
+                // What comes after the end marker is not part of the stream.
+                if rest.len() < 4 || rest[..4] == [0; 4] || rest.starts_with(&[255, 255, 255, 255, 0, 0, 0, 0]) {
+                    return Ok(None);
+                }
+                let batch = decoder.decode(rest).map_err(unsound)?;
+                Ok(batch.map(|batch| batch.column(*column).clone()))
+            }
+        }
+    }
+}
+
+type Footer = (SchemaRef, FileDecoder, Vec<Block>, Vec<Block>);
+
+fn footer(bytes: &Buffer) -> Result<Footer> {
+    let damaged = || Error::data("the footer of the Arrow file is damaged");
+    let trailer = bytes.len().checked_sub(10).ok_or_else(damaged)?;
+    let length = read_footer_length(bytes[trailer..].try_into().expect("ten bytes")).map_err(unsound)?;
+    let start = trailer.checked_sub(length).ok_or_else(damaged)?;
+    let footer = root_as_footer(&bytes[start..trailer]).map_err(|_| damaged())?;
+    let schema = SchemaRef::new(try_fb_to_schema(footer.schema().ok_or_else(damaged)?).map_err(unsound)?);
+    let decoder = FileDecoder::new(schema.clone(), footer.version());
+    let blocks = |blocks: Option<&[Block]>| blocks.unwrap_or_default().to_vec();
+    let dictionaries = footer.dictionaries().map(|all| all.iter().copied().collect::<Vec<_>>());
+    let batches = footer.recordBatches().map(|all| all.iter().copied().collect::<Vec<_>>());
+    Ok((schema, decoder, blocks(dictionaries.as_deref()), blocks(batches.as_deref())))
+}
+
+fn block_bytes(bytes: &Buffer, block: &Block) -> Result<Buffer> {
+    let outside = || Error::data("a record batch lies outside of the file");
+    let start = usize::try_from(block.offset()).map_err(|_| outside())?;
+    let metadata = usize::try_from(block.metaDataLength()).map_err(|_| outside())?;
+    let body = usize::try_from(block.bodyLength()).map_err(|_| outside())?;
+    let length = metadata.checked_add(body).ok_or_else(outside)?;
+    if start.checked_add(length).is_none_or(|end| end > bytes.len()) {
+        return Err(outside());
+    }
+    Ok(bytes.slice_with_length(start, length))
+}
+
+/// The rows of a shard, batch by batch.
+pub(super) struct Rows {
+    reader: Reader,
+    /// Rows still to be passed over.
+    skip: u64,
+    /// The shard's row that the next batch begins with.
+    row: u64,
+}
+
+impl Rows {
+    /// The next rows, and the number of the first.
+    pub(super) fn next(&mut self) -> Result<Option<Batch>> {
+        loop {
+            let Some(column) = self.reader.next()? else { return Ok(None) };
+            let (rows, first_row) = (column.len() as u64, self.row);
+            self.row += rows;
+            if rows <= self.skip {
+                self.skip -= rows;
+                continue;
+            }
+            let next = std::mem::take(&mut self.skip) as usize;
+            return Ok(Some(Batch { next, ..Batch::new(&column, first_row)? }));
+        }
+    }
+}
+
+/// Some rows, decoded.
+pub(super) struct Batch {
+    values: ArrayRef,
+    nulls: Option<NullBuffer>,
+    ends: Ends,
+    /// The shard's row that it begins with.
+    first_row: u64,
+    /// Rows.
+    pub(super) len: usize,
+    /// The first row that was not taken yet.
+    pub(super) next: usize,
+}
+
+/// Which values belong to a row.
+enum Ends {
+    Short(OffsetBuffer<i32>),
+    Long(OffsetBuffer<i64>),
+    Fixed(usize),
+    /// A row is a token.
+    Plain,
+}
+
+impl Batch {
+    fn new(column: &ArrayRef, first_row: u64) -> Result<Self> {
+        let (values, ends) = match column.data_type() {
+            DataType::List(_) => {
+                let list = column.as_list::<i32>();
+                (list.values().clone(), Ends::Short(list.offsets().clone()))
+            }
+            DataType::LargeList(_) => {
+                let list = column.as_list::<i64>();
+                (list.values().clone(), Ends::Long(list.offsets().clone()))
+            }
+            DataType::FixedSizeList(_, length) => {
+                (column.as_fixed_size_list().values().clone(), Ends::Fixed(usize::try_from(*length).unwrap_or(0)))
+            }
+            _ => (column.clone(), Ends::Plain),
+        };
+        let nulls = if matches!(ends, Ends::Plain) { None } else { column.nulls().cloned() };
+        Ok(Self { values, nulls, ends, first_row, len: column.len(), next: 0 })
+    }
+
+    /// The shard's row of the batch's row `index`.
+    pub(super) fn row(&self, index: usize) -> u64 {
+        self.first_row + index as u64
+    }
+
+    /// The values of the document in row `index`, none where it is null.
+    pub(super) fn document(&self, index: usize) -> Range<usize> {
+        if self.nulls.as_ref().is_some_and(|nulls| nulls.is_null(index)) {
+            return 0..0;
+        }
+        match &self.ends {
+            Ends::Short(offsets) => offsets[index] as usize..offsets[index + 1] as usize,
+            Ends::Long(offsets) => offsets[index] as usize..offsets[index + 1] as usize,
+            Ends::Fixed(length) => index * length..(index + 1) * length,
+            Ends::Plain => index..index + 1,
+        }
+    }
+
+    /// Adds the ids of `values` to `ids`.
+    pub(super) fn widen(&self, values: Range<usize>, ids: &mut Vec<i64>) -> Result<()> {
+        if values.is_empty() {
+            return Ok(());
+        }
+        if let Some(nulls) = self.values.nulls()
+            && values.clone().any(|at| nulls.is_null(at))
+        {
+            return Err(Error::data("null token: every id in a document must be set"));
+        }
+        macro_rules! widened {
+            ($type:ty) => {
+                ids.extend(self.values.as_primitive::<$type>().values()[values].iter().map(|id| i64::from(*id)))
+            };
+        }
+        match self.values.data_type() {
+            DataType::UInt8 => widened!(UInt8Type),
+            DataType::UInt16 => widened!(UInt16Type),
+            DataType::UInt32 => widened!(UInt32Type),
+            DataType::Int32 => widened!(Int32Type),
+            DataType::Int64 => widened!(Int64Type),
+            other => return Err(Error::data(format!("token column has type {other}"))),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,380 @@
+//! A trace of what each thread does, in the trace event format that ui.perfetto.dev and chrome://tracing open.
+//!
+//! A thread puts spans into a [`Tracer`] of its own, which hands them to the file by the hundred and when it is dropped. Without a trace a tracer is
+//! empty, and a span costs one branch. After each writing the file is valid JSON: the end of the array is written every time, and overwritten the next.
+//! Times are those of the monotonic clock, so that the traces of the ranks of one machine have one time line.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::sync::lock;
+
+/// Spans that a thread keeps before it writes them.
+const KEPT: usize = 512;
+/// The end of the array, over which the next events are written.
+const CLOSER: &str = "\n]\n";
+
+/// The traces of this process by what was asked for. Loaders that ask for the same one share its file, which stays open.
+static OPEN: Mutex<Option<Traces>> = Mutex::new(None);
+
+/// By path and process.
+type Traces = HashMap<(String, u32), Arc<Trace>>;
+
+/// A file of events.
+#[derive(Debug)]
+pub(crate) struct Trace {
+    path: PathBuf,
+    elsewhere: bool,
+    pid: u32,
+    /// An instant, and its time on the clock that all processes share.
+    origin: (Instant, Duration),
+    sink: Mutex<Sink>,
+    /// Spans of threads that are not the loader's, which have no tracer of their own.
+    consumers: Mutex<Vec<Span>>,
+}
+
+#[derive(Debug)]
+struct Sink {
+    file: File,
+    /// Where the closer stands.
+    end: u64,
+    /// Threads whose names are in the file.
+    named: Vec<u64>,
+    /// After a failure nothing more is written: a trace must not end a run.
+    failed: bool,
+}
+
+/// Something that took time.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    name: &'static str,
+    thread: u64,
+    began: Instant,
+    ended: Instant,
+    number: Option<u64>,
+}
+
+impl Trace {
+    /// The trace that `asked` names, in which `{rank}` and `{pid}` stand for those of this process. Where another process writes that file, the pid is
+    /// put into its name.
+    pub(crate) fn open(asked: &str, rank: u64, world_size: u64) -> Result<Arc<Self>> {
+        let pid = std::process::id();
+        let path = asked.replace("{rank}", &rank.to_string()).replace("{pid}", &pid.to_string());
+        let mut open = lock(&OPEN);
+        let open = open.get_or_insert_default();
+        if let Some(trace) = open.get(&(path.clone(), pid)) {
+            return Ok(Arc::clone(trace));
+        }
+        let failed =
+            |path: &Path, error| Error::io("cannot write the trace, which `FOREBAY_TRACE` names", error).at(path);
+        let mut place = PathBuf::from(&path);
+        let (mut file, free) = claim(&place).map_err(|error| failed(&place, error))?;
+        if !free {
+            let suffix = place.extension().map_or_else(String::new, |suffix| format!(".{}", suffix.to_string_lossy()));
+            place.set_extension(format!("{pid}{suffix}"));
+            file = claim(&place).map_err(|error| failed(&place, error))?.0;
+        }
+        let head = format!(
+            "[\n{{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":{pid},\"args\":{{\"name\":\"forebay rank {rank} of {world_size}, pid {pid}\"}}}}"
+        );
+        file.set_len(0)
+            .and_then(|()| file.write_all(format!("{head}{CLOSER}").as_bytes()))
+            .map_err(|error| failed(&place, error))?;
+        let sink = Sink { file, end: head.len() as u64, named: Vec::new(), failed: false };
+        let origin = (Instant::now(), since_boot());
+        let trace = Arc::new(Self {
+            path: place,
+            elsewhere: !free,
+            pid,
+            origin,
+            sink: Mutex::new(sink),
+            consumers: Mutex::default(),
+        });
+        open.insert((path, pid), Arc::clone(&trace));
+        Ok(trace)
+    }
+
+    /// A span of a thread that has no tracer, which began at `began` and ends now.
+    pub(crate) fn span(&self, name: &'static str, began: Instant, number: Option<u64>) {
+        let (thread, ended) = (self.thread(), Instant::now());
+        let mut spans = lock(&self.consumers);
+        spans.push(Span { name, thread, began, ended, number });
+        if spans.len() >= KEPT {
+            let full = std::mem::take(&mut *spans);
+            drop(spans);
+            self.write(&full);
+        }
+    }
+
+    /// Writes what threads without a tracer have left.
+    pub(crate) fn flush(&self) {
+        let spans = std::mem::take(&mut *lock(&self.consumers));
+        self.write(&spans);
+    }
+
+    /// The number of the calling thread, whose name is written when it is first asked for.
+    fn thread(&self) -> u64 {
+        thread_local!(static NUMBER: u64 = thread_number());
+        let number = NUMBER.with(|number| *number);
+        // A handful of threads; each asks once per span, and finds itself among them.
+        thread_local!(static NAMED: std::cell::Cell<*const Trace> = const { std::cell::Cell::new(std::ptr::null()) });
+        if NAMED.replace(self) != std::ptr::from_ref(self) {
+            self.name_thread(number);
+        }
+        number
+    }
+
+    fn name_thread(&self, number: u64) {
+        let mut sink = lock(&self.sink);
+        if sink.named.contains(&number) {
+            return;
+        }
+        sink.named.push(number);
+        let name = std::thread::current().name().map_or_else(|| "consumer".to_owned(), str::to_owned);
+        let text = format!(
+            ",\n{{\"name\":\"thread_name\",\"ph\":\"M\",\"pid\":{},\"tid\":{number},\"args\":{{\"name\":{}}}}}",
+            self.pid,
+            serde_json::Value::from(name)
+        );
+        sink.append(&text);
+    }
+
+    fn write(&self, spans: &[Span]) {
+        if spans.is_empty() || self.pid != std::process::id() {
+            return;
+        }
+        let mut text = String::with_capacity(spans.len() * 112);
+        for span in spans {
+            let began = self.origin.1.saturating_add(span.began.saturating_duration_since(self.origin.0)).as_nanos();
+            let took = span.ended.saturating_duration_since(span.began).as_nanos();
+            // Times are in microseconds, written as decimals so that nothing of a nanosecond is lost.
+            let _ = write!(
+                text,
+                ",\n{{\"name\":\"{}\",\"ph\":\"X\",\"pid\":{},\"tid\":{},\"ts\":{}.{:03},\"dur\":{}.{:03}",
+                span.name,
+                self.pid,
+                span.thread,
+                began / 1000,
+                began % 1000,
+                took / 1000,
+                took % 1000
+            );
+            match span.number {
+                Some(number) => drop(write!(text, ",\"args\":{{\"batch\":{number}}}}}")),
+                None => text.push('}'),
+            }
+        }
+        lock(&self.sink).append(&text);
+    }
+
+    /// Where it is written.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether that is not the file that was asked for, since another process writes it.
+    pub(crate) fn is_elsewhere(&self) -> bool {
+        self.elsewhere
+    }
+}
+
+impl Sink {
+    /// Writes `text` over the end of the array, and a new end, at once.
+    fn append(&mut self, text: &str) {
+        if self.failed {
+            return;
+        }
+        let whole = format!("{text}{CLOSER}");
+        let written = self.file.seek(SeekFrom::Start(self.end)).and_then(|_| self.file.write_all(whole.as_bytes()));
+        match written {
+            Ok(()) => self.end += text.len() as u64,
+            Err(_) => self.failed = true,
+        }
+    }
+}
+
+/// Opens or creates `path`, and says whether no other process writes it.
+fn claim(path: &Path) -> std::io::Result<(File, bool)> {
+    let file = File::options().create(true).truncate(false).write(true).open(path)?;
+    #[cfg(unix)]
+    {
+        use std::os::fd::AsRawFd;
+        // SAFETY: a call on an open descriptor; it touches no memory of ours.
+        let locked = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0;
+        Ok((file, locked))
+    }
+    #[cfg(not(unix))]
+    Ok((file, true))
+}
+
+/// The number that the system knows the calling thread by, or one of our own.
+fn thread_number() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    // On Linux a link to `<pid>/task/<thread>`.
+    let system = std::fs::read_link("/proc/thread-self").ok();
+    let system = system.and_then(|path| path.file_name()?.to_str()?.parse().ok());
+    system.unwrap_or_else(|| NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// The monotonic clock, as all processes of this machine see it.
+fn since_boot() -> Duration {
+    #[cfg(unix)]
+    {
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the call writes one `timespec` to the pointer, which points to one.
+        if unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) } == 0 {
+            return Duration::new(now.tv_sec as u64, now.tv_nsec as u32);
+        }
+    }
+    Duration::ZERO
+}
+
+/// The spans of one worker; of none where nothing is traced.
+#[derive(Debug, Default)]
+pub(crate) struct Tracer(Option<Box<Lane>>);
+
+#[derive(Debug)]
+struct Lane {
+    trace: Arc<Trace>,
+    spans: Vec<Span>,
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.trace.write(&self.spans);
+    }
+}
+
+impl Tracer {
+    pub(crate) fn new(trace: Option<&Arc<Trace>>) -> Self {
+        Self(trace.map(|trace| Box::new(Lane { trace: Arc::clone(trace), spans: Vec::with_capacity(KEPT) })))
+    }
+
+    /// When a span begins, where spans are kept.
+    #[inline]
+    pub(crate) fn begin(&self) -> Option<Instant> {
+        self.0.as_ref().map(|_| Instant::now())
+    }
+
+    /// The span that began at `began` ends now. It belongs to batch `number`, if to any.
+    #[inline]
+    pub(crate) fn end(&mut self, name: &'static str, began: Option<Instant>, number: Option<u64>) {
+        if let (Some(lane), Some(began)) = (&mut self.0, began) {
+            lane.add(name, began, Instant::now(), number);
+        }
+    }
+
+    /// A span from `began` to `ended`, of no batch.
+    pub(crate) fn add(&mut self, name: &'static str, began: Instant, ended: Instant) {
+        if let Some(lane) = &mut self.0 {
+            lane.add(name, began, ended, None);
+        }
+    }
+}
+
+impl Lane {
+    #[cold]
+    fn add(&mut self, name: &'static str, began: Instant, ended: Instant, number: Option<u64>) {
+        self.spans.push(Span { name, thread: self.trace.thread(), began, ended, number });
+        if self.spans.len() >= KEPT {
+            self.trace.write(&self.spans);
+            self.spans.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    fn events(path: &Path) -> Vec<Value> {
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
+    fn named(events: &[Value], name: &str) -> Vec<Value> {
+        events.iter().filter(|event| event["name"] == name).cloned().collect()
+    }
+
+    #[test]
+    fn spans_of_threads_are_valid_json_at_any_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let asked = folder.path().join("rank-{rank}.json");
+        let trace = Trace::open(asked.to_str().unwrap(), 3, 8).unwrap();
+        assert_eq!(trace.path(), folder.path().join("rank-3.json"));
+        assert_eq!(events(trace.path())[0]["args"]["name"], format!("forebay rank 3 of 8, pid {}", std::process::id()));
+        std::thread::scope(|scope| {
+            for name in ["forebay-0", "forebay \"1\""] {
+                let work = || {
+                    let mut tracer = Tracer::new(Some(&trace));
+                    for number in 0..2000 {
+                        let outer = tracer.begin();
+                        let inner = tracer.begin();
+                        tracer.end("fill", inner, None);
+                        tracer.end("batch", outer, Some(number));
+                        if number % 500 == 0 {
+                            events(trace.path());
+                        }
+                    }
+                };
+                std::thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, work).unwrap();
+            }
+        });
+        trace.span("wait", Instant::now(), Some(7));
+        trace.flush();
+        let events = events(trace.path());
+        let names: Vec<_> = named(&events, "thread_name").iter().map(|event| event["args"]["name"].clone()).collect();
+        assert!(names.contains(&"forebay-0".into()) && names.contains(&"forebay \"1\"".into()), "{names:?}");
+        let (batches, fills) = (named(&events, "batch"), named(&events, "fill"));
+        assert_eq!((batches.len(), fills.len()), (4000, 4000));
+        let place = |event: &Value| {
+            let number = |key: &str| event[key].as_f64().unwrap();
+            (event["tid"].as_u64().unwrap(), number("ts"), number("ts") + number("dur"))
+        };
+        for (batch, fill) in batches.iter().zip(&fills) {
+            let ((thread, began, ended), (inside, from, to)) = (place(batch), place(fill));
+            // A nanosecond is what is left of a time of this size in a float.
+            assert!(thread == inside && began <= from + 1e-3 && to <= ended + 1e-3, "{batch} {fill}");
+        }
+        assert_eq!(named(&events, "wait")[0]["args"]["batch"], 7);
+    }
+
+    #[test]
+    fn loaders_share_a_trace_and_processes_do_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let asked = folder.path().join("trace.json");
+        let taken = std::fs::write(&asked, "what an earlier process has left, longer than a new trace ".repeat(9));
+        taken.unwrap();
+        let asked = asked.to_str().unwrap();
+        let first = Trace::open(asked, 0, 1).unwrap();
+        assert!(Arc::ptr_eq(&first, &Trace::open(asked, 0, 1).unwrap()));
+        assert_eq!((events(first.path()).len(), first.is_elsewhere()), (1, false));
+
+        // `flock` tells open files apart as it does processes.
+        let other = folder.path().join("other.json");
+        let (_held, free) = claim(&other).unwrap();
+        assert!(free);
+        let trace = Trace::open(other.to_str().unwrap(), 0, 1).unwrap();
+        assert_eq!(trace.path(), folder.path().join(format!("other.{}.json", std::process::id())));
+        assert!(trace.is_elsewhere());
+        let error = Trace::open(folder.path().join("no/folder.json").to_str().unwrap(), 0, 1).unwrap_err();
+        assert!(error.to_string().contains("FOREBAY_TRACE"), "{error}");
+    }
+
+    #[test]
+    fn without_a_trace_nothing_is_kept() {
+        let mut tracer = Tracer::new(None);
+        let began = tracer.begin();
+        assert!(began.is_none());
+        tracer.end("fill", began, None);
+        assert!(tracer.0.is_none());
+    }
+}

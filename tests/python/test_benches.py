@@ -1,0 +1,107 @@
+"""The benchmark's own judgement: a loader that delivers wrong rows is found out, and a report survives failures."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+pa = pytest.importorskip("pyarrow")
+SOURCES = Path(__file__).resolve().parents[2] / "benches" / "python"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(SOURCES))
+    before = set(sys.modules)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == SOURCES:
+            del sys.modules[name]
+
+
+LENGTHS = (40, 3, 25, 300, 1, 60, 71)
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> list[np.ndarray]:
+    rng = np.random.default_rng(5)
+    found = [rng.integers(0, 50_000, length, dtype=np.uint16) for length in LENGTHS]
+    (tmp_path / "arrow-uint16").mkdir()
+    table = pa.table({"input_ids": pa.array([tokens.tolist() for tokens in found], pa.list_(pa.uint16()))})
+    with (
+        pa.OSFile(str(tmp_path / "arrow-uint16" / "0.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as out,
+    ):
+        out.write_table(table, max_chunksize=3)
+    return found
+
+
+def test_rows_of_joined_documents_are_found_and_others_are_not(bench: Any, documents: list, tmp_path: Path) -> None:
+    chains = bench("chains").Chains(tmp_path, np.concatenate(documents))
+    begins = dict(enumerate(np.cumsum([0, *LENGTHS[:-1]])))
+    order = [5, 1, 0, 4, 6, 3, 2]
+    joined = np.concatenate([documents[number] for number in order]).astype(np.int64)
+    owners = [(number, at) for number in order for at in range(LENGTHS[number])]
+    for begin in range(len(joined) - 50):
+        number, at = owners[begin]
+        assert chains.find(joined[begin : begin + 50]) == begins[number] + at, begin
+    for begin in range(0, len(joined) - 50, 7):
+        wrong = joined[begin : begin + 50].copy()
+        wrong[begin % 50] += 1
+        with pytest.raises(AssertionError, match="none of the corpus"):
+            chains.find(wrong)
+
+
+def record(name: str, group: str, **more: Any) -> dict[str, Any]:
+    run = {
+        "tokens_per_s": 1e8, "cpu_s_per_gtok": 2.0, "cores": 1.0, "other_cores": 0.0, "memory_mb": 300.0,
+        "own_memory_mb": 0.0, "first_batch_ms": 3.0, "p50_us": 1.0, "p99_us": 2.0, "p999_us": 3.0, "checked_rows": 376,
+        "version": "torch 2", "python": "3", "repeat": 0,
+    }  # fmt: skip
+    sizes = {"batch_size": 8, "seq_len": 2048}
+    return {"kind": "loader", "name": name, "group": group, **sizes, **(more if "failed" in more else {**run, **more})}
+
+
+@pytest.mark.parametrize("ours_failed", [False, True])
+def test_reports_show_what_failed_and_why(bench: Any, ours_failed: bool) -> None:
+    head = {
+        "kind": "benchmark", "date": "now", "commit": "c", "command": "make bench", "quick": True, "seed": 1,
+        "machine": {"cpu": "x", "cores": 2, "memory_gib": 1, "kernel": "k"}, "versions": {},
+        "plan": {"tokens": 10**8, "copies": 16, "warm_up_s": 1, "window_s": 3},
+    }  # fmt: skip
+    failed = {"failed": "could not <be> installed", "repeat": 0}
+    ours = failed if ours_failed else {"resume_1_ms": 1.0, "resume_99_ms": 1.0}
+    records = [
+        head,
+        record("forebay-arrow-uint16-1", "uint16", **ours),
+        record("torch-rows-0", "uint16"),
+        record("grain-0", "uint16", **failed),
+        record("nodes-batched-uint16", "uint16", resume_failed="StopIteration"),
+        {
+            "kind": "limit",
+            "name": "gather",
+            "group": "uint16",
+            "threads": 1,
+            "batch_size": 8,
+            "seq_len": 2048,
+            **failed,
+        },
+        record("forebay-parquet-zstd-1", "zstd", **failed),
+        {"kind": "interrupted", "name": "", "group": "", "repeat": 0},
+    ]
+    markdown, page = bench("report").markdown(records), bench("page").page(records)
+    assert markdown.count("**failed**: could not <be> installed") == 2 + ours_failed
+    assert "could not <be>" not in page
+    assert "could not &lt;be&gt; installed" in page
+    for text in (markdown, page):
+        assert "was interrupted" in text
+        assert "StopIteration" in text
+    assert ("At a glance" in page) is not ours_failed
