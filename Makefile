@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos fmt demo bench bench-all bench-workers doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos fmt demo bench bench-all bench-workers bench-regression doc clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -97,6 +97,10 @@ bench-workers: build ## Threads against worker processes for datasets in Python;
 	@.venv/bin/python benches/python/workers.py --python \
 	  $(CURDIR)/$$([ -x .venv-312/bin/python ] && echo .venv-312 || echo .venv)/bin/python \
 	  $$([ -x .venv-ft/bin/python ] && echo $(CURDIR)/.venv-ft/bin/python) $(ARGS)
+
+bench-regression: build ## Instructions of the hot paths against benches/baseline.json; ARGS=--record writes it anew
+	@$(SETUP) venv .venv bench
+	@.venv/bin/python benches/python/regression.py $(ARGS)
 
 doc: ## Rust documentation
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace --exclude forebay-python

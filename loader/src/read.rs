@@ -294,7 +294,7 @@ impl Reader {
             let (index, within) = self.layout.locate(at);
             let opened = self.corpus.shard(index)?;
             let shard = opened.shard();
-            for (block, part) in self.stretches(&opened, within, range.end - at) {
+            for (block, part) in self.stretches(&opened, None, within, range.end - at) {
                 if ends_chunk && at > range.start {
                     // Just its beginning will be read.
                     return Ok(Prepared::Nothing);
