@@ -40,9 +40,11 @@ impl Home {
             extern "C" fn forked() {
                 FORKS.fetch_add(1, Ordering::Relaxed);
             }
-            // SAFETY: the handler only counts, which is allowed after a fork. It stays for the life of the process, and so does this library.
-            let failed = |code| assert_eq!(code, 0, "out of memory for a fork handler");
-            COUNTS.call_once(|| failed(unsafe { libc::pthread_atfork(None, None, Some(forked)) }));
+            COUNTS.call_once(|| {
+                // SAFETY: a handler that may run after any fork, of a library that is never unloaded.
+                let code = unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+                assert_eq!(code, 0, "out of memory for a fork handler");
+            });
         }
         Self { process: std::process::id(), forks: FORKS.load(Ordering::Relaxed) }
     }

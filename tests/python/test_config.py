@@ -115,7 +115,7 @@ def test_a_file_with_an_unknown_name_or_damage_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "value"),
     [("FOREBAY_SEQ_LEN", "many"), ("FOREBAY_SEQ_LEN", "-3"), ("FOREBAY_SHUFFLE", "sideways"),
-     ("FOREBAY_NUM_THREADS", "0"), ("FOREBAY_REMAINDER", "keep"), ("FOREBAY_PIN_MEMORY", "perhaps"),
+     ("FOREBAY_NUM_THREADS", "1025"), ("FOREBAY_REMAINDER", "keep"), ("FOREBAY_PIN_MEMORY", "perhaps"),
      ("FOREBAY_MEMORY_BUDGET", "12 lightyears"), ("FOREBAY_IO", "tape")],
 )  # fmt: skip
 def test_a_bad_value_names_the_variable_and_the_value(corpus: Path, name: str, value: str) -> None:

@@ -283,7 +283,7 @@ def run_case(seed: int, pool: list[list[Path]]) -> int:
                 ranks = open_ranks(
                     case, world_size, batch_size=batch_size, epochs=epochs, max_steps=max_steps,
                     extend=case.stages is None,
-                    num_threads=random.choice([1, 2, 3]), prefetch_batches=random.choice([1, 4]),
+                    num_threads=random.choice([0, 1, 2, 3]), prefetch_batches=random.choice([1, 4]),
                     block_tokens=random.choice([1, 64, 1 << 17]), io=random.choice(["mmap", "pread"]),
                 )  # fmt: skip
             except ValueError as error:

@@ -194,7 +194,7 @@ def test_operational_settings_never_change_a_batch(small: Path) -> None:
     settings = Settings(seq_len=16, batch_size=4, shuffle="block", seed=4, chunk_tokens=160, window_tokens=640, lanes=2)
     expected = list(Reference(token_stream(small), settings).batches())
     for more in (
-        {"num_threads": 8}, {"prefetch_batches": 1}, {"prefetch_batches": 64}, {"block_tokens": 1},
+        {"num_threads": 0}, {"num_threads": 8}, {"prefetch_batches": 1}, {"prefetch_batches": 64}, {"block_tokens": 1},
         {"block_tokens": 37, "num_threads": 3}, {"io": "pread"}, {"io": "mmap"}, {"memory_budget": 32 << 20},
     ):  # fmt: skip
         with open_loader(small, settings, **more) as loader:

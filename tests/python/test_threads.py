@@ -311,3 +311,28 @@ def test_close_from_another_thread_ends_a_waiting_next(slow_corpus: Path) -> Non
     thread.join(30)
     assert not thread.is_alive()
     assert outcome and "closed" in outcome[0]
+
+
+@pytest.mark.parametrize("consumers", [1, 3])
+def test_without_threads_the_callers_compute_every_batch(corpus: Path, consumers: int) -> None:
+    with open_loader(corpus, SETTINGS, num_threads=4) as loader:
+        expected = [batch["input_ids"].tobytes() for batch in loader]
+    before = len(os.listdir("/proc/self/task"))
+    with open_loader(corpus, SETTINGS, num_threads=0) as loader:
+        batches, found, lock = iter(loader), [], threading.Lock()
+
+        def consume() -> None:
+            for batch in batches:
+                with lock:
+                    found.append(batch["input_ids"].tobytes())
+
+        threads = [threading.Thread(target=consume) for _ in range(consumers - 1)]
+        for thread in threads:
+            thread.start()
+        consume()
+        for thread in threads:
+            thread.join()
+        stats = loader.stats()
+    assert sorted(found) == sorted(expected) and (consumers > 1 or found == expected)
+    assert len(stats["fill_seconds"]) == 1 and stats["fill_seconds"][0] > 0
+    assert len(os.listdir("/proc/self/task")) <= before

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from typing_extensions import CapsuleType
 
-__all__ = ["Array", "Batch", "Batches", "Loader", "__version__", "resolve", "run_command"]
+__all__ = ["Array", "Batch", "Batches", "Loader", "Tensors", "__version__", "resolve", "run_command"]
 
 __version__: str
 
