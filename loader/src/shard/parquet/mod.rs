@@ -231,7 +231,7 @@ impl ParquetShard {
                 continue;
             }
             let dictionary = match pages[done..done + run].iter().any(|page| page.coding == Coding::Dictionary) {
-                true => Some(self.dictionary(first.row_group, &mut scratch.decompressor)?),
+                true => Some(self.dictionary(first.row_group, &mut scratch.decompressor, &mut scratch.page)?),
                 false => None,
             };
             let slice = self.file.slice(bytes.clone(), &mut scratch.file)?;
@@ -376,7 +376,12 @@ impl ParquetShard {
         }
     }
 
-    fn dictionary(&self, row_group: u32, decompressor: &mut Decompressor) -> Result<Arc<Dictionary>> {
+    fn dictionary(
+        &self,
+        row_group: u32,
+        decompressor: &mut Decompressor,
+        plain: &mut Vec<u8>,
+    ) -> Result<Arc<Dictionary>> {
         let held = self.dictionary.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some((of, dictionary)) = held
             && of == row_group
@@ -390,12 +395,11 @@ impl ParquetShard {
         let mut scratch = Vec::new();
         let bytes = self.file.slice(body.range(), &mut scratch)?;
         check_crc(body, bytes)?;
-        let mut plain = Vec::new();
         let bytes = if *codec == Codec::Uncompressed {
             bytes
         } else {
-            decompressor.whole(*codec, bytes, body.uncompressed as usize, &mut plain)?;
-            &plain
+            decompressor.whole(*codec, bytes, body.uncompressed as usize, plain)?;
+            plain
         };
         let dictionary = Arc::new(Dictionary::new(bytes, *entries as usize, self.column.dtype.size())?);
         *self.dictionary.lock().unwrap_or_else(PoisonError::into_inner) = Some((row_group, Arc::clone(&dictionary)));
