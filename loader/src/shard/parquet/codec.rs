@@ -164,9 +164,109 @@ impl Decompressor {
                     gzip.read_exact(&mut out[have..]).map_err(failed)?;
                 }
             }
-            _ => self.whole(codec, input, size, out),
+            Codec::Snappy => unpack(codec, snappy_body(input, size)?, size, out, enough, snappy_step),
+            Codec::Lz4Raw => unpack(codec, input, size, out, enough, lz4_step),
+            Codec::Uncompressed | Codec::Lz4 => self.whole(codec, input, size, out),
         }
     }
+}
+
+/// Bytes to append as they are, and then how far back to go for how many more.
+type Step<'a> = (&'a [u8], Option<(usize, usize)>);
+
+/// Decompresses by `step`, which takes one from the front of its input, until `enough` is there.
+fn unpack<'a>(
+    codec: Codec,
+    mut input: &'a [u8],
+    size: usize,
+    out: &mut Vec<u8>,
+    enough: impl Fn(&[u8]) -> usize,
+    step: impl Fn(&mut &'a [u8]) -> Option<Step<'a>>,
+) -> Result<()> {
+    check_size(codec, input, size)?;
+    out.clear();
+    let mut wanted = enough(out).min(size);
+    while out.len() < wanted {
+        let (literal, copy) = step(&mut input).ok_or_else(|| damaged(codec))?;
+        out.extend_from_slice(literal);
+        if let Some((back, len)) = copy {
+            let start = out.len().checked_sub(back).filter(|_| back > 0).ok_or_else(|| damaged(codec))?;
+            if len > size.saturating_sub(out.len()) {
+                return Err(damaged(codec));
+            }
+            // What is appended may be what is copied next.
+            for at in start..start + len {
+                out.push(out[at]);
+            }
+        }
+        if out.len() > size {
+            return Err(damaged(codec));
+        }
+        if out.len() >= wanted {
+            wanted = enough(out).min(size);
+        }
+    }
+    Ok(())
+}
+
+fn take<'a>(input: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
+    let (taken, rest) = input.split_at_checked(count)?;
+    *input = rest;
+    Some(taken)
+}
+
+/// A little-endian number of `count` bytes.
+fn number(input: &mut &[u8], count: usize) -> Option<usize> {
+    Some(take(input, count)?.iter().rev().fold(0, |number, byte| number << 8 | usize::from(*byte)))
+}
+
+/// The elements of a raw Snappy stream, after its length, which must be `size`.
+fn snappy_body(input: &[u8], size: usize) -> Result<&[u8]> {
+    let announced = snap::raw::decompress_len(input).map_err(|error| damaged(Codec::Snappy).with_source(error))?;
+    if announced != size {
+        return Err(Error::data(format!("page decompresses to {announced} bytes, its header announces {size}")));
+    }
+    let length = input.iter().take_while(|byte| **byte & 0x80 != 0).count() + 1;
+    input.get(length..).ok_or_else(|| damaged(Codec::Snappy))
+}
+
+/// An element of Snappy's format: a literal, or a copy whose offset takes one, two or four bytes.
+fn snappy_step<'a>(input: &mut &'a [u8]) -> Option<Step<'a>> {
+    let tag = number(input, 1)?;
+    let len = (tag >> 2) + 1;
+    Some(match tag & 3 {
+        0 if len <= 60 => (take(input, len)?, None),
+        0 => {
+            let len = number(input, len - 60)? + 1;
+            (take(input, len)?, None)
+        }
+        1 => (&[], Some((tag >> 5 << 8 | number(input, 1)?, 4 + (tag >> 2 & 7)))),
+        2 => (&[], Some((number(input, 2)?, len))),
+        _ => (&[], Some((number(input, 4)?, len))),
+    })
+}
+
+/// A sequence of LZ4's block format: literals, and then a copy, but in the last one.
+fn lz4_step<'a>(input: &mut &'a [u8]) -> Option<Step<'a>> {
+    let long = |input: &mut &'a [u8], short: usize| {
+        let mut len = short;
+        while len >= 15 && (len - 15).is_multiple_of(255) {
+            let more = number(input, 1)?;
+            len += more;
+            if more < 255 {
+                break;
+            }
+        }
+        Some(len)
+    };
+    let token = number(input, 1)?;
+    let literals = long(input, token >> 4)?;
+    let literal = take(input, literals)?;
+    if input.is_empty() {
+        return Some((literal, None));
+    }
+    let back = number(input, 2)?;
+    Some((literal, Some((back, long(input, token & 15)? + 4))))
 }
 
 fn check_size(codec: Codec, input: &[u8], size: usize) -> Result<()> {
@@ -230,4 +330,56 @@ fn hadoop_lz4(mut input: &[u8], out: &mut [u8]) -> Option<usize> {
         input = &rest[packed..];
     }
     Some(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn compressed(codec: Codec, data: &[u8]) -> Vec<u8> {
+        match codec {
+            Codec::Snappy => snap::raw::Encoder::new().compress_vec(data).unwrap(),
+            _ => lz4_flex::block::compress(data),
+        }
+    }
+
+    /// Runs of few and of many different bytes, as levels and values are.
+    fn page() -> impl Strategy<Value = Vec<u8>> {
+        let run =
+            (prop::collection::vec(any::<u8>(), 1..40), 1usize..400).prop_map(|(bytes, times)| bytes.repeat(times));
+        prop::collection::vec(run, 0..8).prop_map(|runs| runs.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn a_prefix_is_what_the_whole_begins_with(data in page(), wanted in 0usize..40_000) {
+            for codec in [Codec::Snappy, Codec::Lz4Raw] {
+                let input = compressed(codec, &data);
+                let mut out = Vec::new();
+                let asked_in_turns = |have: &[u8]| wanted.min(have.len() + 100);
+                Decompressor::default().prefix(codec, &input, data.len(), &mut out, asked_in_turns).unwrap();
+                prop_assert!(out.len() >= wanted.min(data.len()));
+                prop_assert_eq!(&out[..], &data[..out.len()]);
+            }
+        }
+
+        #[test]
+        fn damaged_pages_are_refused_or_give_something_of_the_announced_size(
+            data in page(), at in any::<prop::sample::Index>(), byte: u8, cut in any::<prop::sample::Index>(), noise in prop::collection::vec(any::<u8>(), 1..200),
+        ) {
+            for codec in [Codec::Snappy, Codec::Lz4Raw] {
+                let mut input = compressed(codec, &data);
+                let at = at.index(input.len());
+                input[at] = byte;
+                input.truncate(cut.index(input.len()) + 1);
+                for input in [&input, &noise] {
+                    let mut out = Vec::new();
+                    let _ = Decompressor::default().prefix(codec, input, data.len(), &mut out, |_| usize::MAX);
+                    prop_assert!(out.len() <= data.len() + input.len(), "{} of {}", out.len(), data.len());
+                }
+            }
+        }
+    }
 }
