@@ -22,6 +22,9 @@ use crate::sync::{Home, lock, wait, wait_timeout};
 /// woken costs some tens of microseconds.
 const QUICK: Duration = Duration::from_micros(250);
 
+/// From here on workers do not keep up with the consumers, see [`Ring::starved`]. Before, one batch that is late would only come later still.
+const STARVED: u32 = 12;
+
 /// What a pipeline computes.
 pub(crate) trait Work: Send + Sync + 'static {
     /// Memory of one thread.
@@ -89,6 +92,8 @@ struct Ring<T> {
     waiting: usize,
     /// What an item took lately.
     typical: Duration,
+    /// How often the front slot was not ready when it was asked for lately: up by two each time, and down by one where it was.
+    starved: u32,
 }
 
 impl<T> Ring<T> {
@@ -120,9 +125,15 @@ impl<T> Ring<T> {
         self.idle > 0 && self.slots.len() <= low && self.may_begin()
     }
 
-    /// Whether a consumer gains by computing an item itself.
+    /// Notes whether the front slot was ready when it was asked for.
+    fn asked(&mut self, ready: bool) {
+        self.starved = if ready { self.starved.saturating_sub(1) } else { (self.starved + 2).min(2 * STARVED) };
+    }
+
+    /// Whether a consumer gains by computing an item itself: it would sleep for about as long, or workers cannot keep up with it anyway.
     fn wants_consumer(&self, may_help: bool) -> bool {
-        self.threads == 0 || may_help && (self.slots.is_empty() || self.typical < QUICK)
+        let gains = || self.slots.is_empty() || self.typical < QUICK || self.starved >= STARVED;
+        self.threads == 0 || may_help && gains()
     }
 }
 
@@ -171,6 +182,7 @@ impl<W: Work> Pipeline<W> {
             idle: 0,
             waiting: 0,
             typical: Duration::ZERO,
+            starved: 0,
         };
         let shared = Arc::new(Shared {
             work,
@@ -206,6 +218,7 @@ impl<W: Work> Pipeline<W> {
         let mut deadline = None;
         let mut ring = lock(&shared.ring);
         let depth = ring.slots.iter().take_while(|slot| slot.is_some()).count();
+        ring.asked(depth > 0);
         loop {
             if ring.closed {
                 return Err(Error::new(ErrorKind::Closed, "the loader was closed"));
