@@ -344,21 +344,18 @@ def test_a_batch_that_is_late_runs_into_the_timeout_and_is_not_lost(corpus: Path
     loader = DataLoader(tokens, batch_size=4, timeout=0.3)
     assert len(list(loader)) == len(loader), "a limit that is kept changes nothing"
     iterator = iter(loader)
-    core = iterator._core
+    take, late = iterator._take, True
 
-    class Late:
-        late = True
+    def late_at_first(limit_s: float | None) -> Any:
+        assert limit_s == 0.3
+        if late:
+            raise TimeoutError
+        return take(limit_s)
 
-        def next(self, limit_s: float | None) -> Any:
-            assert limit_s == 0.3
-            if self.late:
-                raise TimeoutError
-            return core.next(limit_s)
-
-    iterator._core = Late()
+    iterator._take = late_at_first
     with pytest.raises(RuntimeError, match=r"DataLoader timed out after 0\.3 seconds"):
         next(iterator)
-    iterator._core.late = False
+    late = False
     assert len(list(iterator)) == len(loader)
 
 

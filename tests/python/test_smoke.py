@@ -208,7 +208,15 @@ def test_submitted_tensors_give_the_same_batches(corpus: Path, targets: Any, dty
                 assert torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype
     del a, b, plain, external
     gc.collect()
-    assert not any(buffer() is not None for buffer in allocated)
+    wait_until_gone(allocated)
+
+
+def wait_until_gone(buffers: list[weakref.ref[Any]]) -> None:
+    # A worker lets go of the buffer that it was filling when it is done with it.
+    deadline = time.monotonic() + 30
+    while any(buffer() is not None for buffer in buffers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(buffer() is not None for buffer in buffers)
 
 
 def test_break_drops_submitted_tensors(corpus: Path) -> None:
@@ -225,11 +233,8 @@ def test_break_drops_submitted_tensors(corpus: Path) -> None:
     del _
     loader.close()
     gc.collect()
-    # A worker lets go of the buffer that it was filling when it is done with it.
-    deadline = time.monotonic() + 30
-    while any(buffer() is not None for buffer in allocated) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert allocated and not any(buffer() is not None for buffer in allocated)
+    assert allocated
+    wait_until_gone(allocated)
 
 
 def test_a_subclass_of_the_dataset_runs_its_own_code(corpus: Path) -> None:

@@ -289,14 +289,7 @@ impl<W: Work> Pipeline<W> {
         if self.home.was_left() {
             return;
         }
-        let mut ring = lock(&self.shared.ring);
-        ring.closed = true;
-        let dropped = (std::mem::take(&mut ring.slots), ring.leases.take());
-        drop(ring);
-        // Outside of the lock: dropping caller memory may run the caller's code.
-        drop(dropped);
-        self.shared.room.notify_all();
-        self.shared.ready.notify_all();
+        self.shared.close();
     }
 
     /// Waits for the workers to end, after [`Pipeline::close`].
@@ -316,11 +309,7 @@ impl<W: Work> Drop for Pipeline<W> {
         if self.home.was_left() {
             return;
         }
-        let mut ring = lock(&self.shared.ring);
-        ring.closed = true;
-        drop(ring);
-        self.shared.room.notify_all();
-        self.shared.ready.notify_all();
+        self.shared.close();
     }
 }
 
@@ -345,6 +334,17 @@ impl<W: Work> Shared<W> {
         if wakes {
             self.room.notify_one();
         }
+    }
+
+    fn close(&self) {
+        let mut ring = lock(&self.ring);
+        ring.closed = true;
+        let dropped = (std::mem::take(&mut ring.slots), ring.leases.take());
+        drop(ring);
+        // Outside of the lock: dropping caller memory may run the caller's code.
+        drop(dropped);
+        self.room.notify_all();
+        self.ready.notify_all();
     }
 
     /// Unlocks the ring after `number` was taken.
