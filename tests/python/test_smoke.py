@@ -280,6 +280,7 @@ class Slow(torch.utils.data.Dataset):  # type: ignore[misc]
         return index
 
 
+@pytest.mark.thread_unsafe(reason="torch starts processes, which it does once for the whole process")
 def test_threads_keep_order_and_report_what_is_raised() -> None:
     initialised: list[int] = []
     loader = DataLoader(Slow(), batch_size=None, num_workers=4, worker_init_fn=initialised.append)
