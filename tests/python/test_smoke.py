@@ -255,6 +255,7 @@ class Letters(torch.utils.data.IterableDataset):  # type: ignore[misc]
         yield from (f"{worker}{at}" for at in range(count))
 
 
+@pytest.mark.thread_unsafe(reason="torch starts processes, which it does once for the whole process")
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_iterable_datasets_are_taken_as_torch_does(batch_size: Any) -> None:
     arguments: dict[str, Any] = dict(batch_size=batch_size, num_workers=3)
