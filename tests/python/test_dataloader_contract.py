@@ -534,6 +534,7 @@ class Mutable(Dataset):  # type: ignore[type-arg]
         return index
 
 
+@pytest.mark.thread_unsafe(reason="torch starts processes, which it does once for the whole process")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cls", [torch.utils.data.DataLoader, forebay.torch.DataLoader])
 def test_a_map_style_dataset_is_shared_where_processes_have_copies(cls: Any) -> None:

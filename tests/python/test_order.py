@@ -5,6 +5,7 @@ Large corpora count up, so a sequence is known by its first token, and whole epo
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ def counting(tmp_path_factory: pytest.TempPathFactory, stress: bool) -> Any:
     tokens = 200_000_003 if stress else 5_000_000
     folder = tmp_path_factory.mktemp("counting")
     known: dict[str, Path] = {}
+    making = threading.Lock()
 
     def make(container: str) -> tuple[Path, int]:
-        if container not in known:
-            known[container] = corpora.unique_corpus(folder / container, container, tokens)
-        return known[container], tokens
+        with making:
+            if container not in known:
+                known[container] = corpora.unique_corpus(folder / container, container, tokens)
+            return known[container], tokens
 
     return make
 

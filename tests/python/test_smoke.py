@@ -260,6 +260,7 @@ class Letters(torch.utils.data.IterableDataset):  # type: ignore[misc]
         yield from (f"{worker}{at}" for at in range(count))
 
 
+@pytest.mark.thread_unsafe(reason="torch starts processes, which it does once for the whole process")
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_iterable_datasets_are_taken_as_torch_does(batch_size: Any) -> None:
     arguments: dict[str, Any] = dict(batch_size=batch_size, num_workers=3)
@@ -285,6 +286,7 @@ class Slow(torch.utils.data.Dataset):  # type: ignore[misc]
         return index
 
 
+@pytest.mark.thread_unsafe(reason="torch starts processes, which it does once for the whole process")
 def test_threads_keep_order_and_report_what_is_raised() -> None:
     initialised: list[int] = []
     loader = DataLoader(Slow(), batch_size=None, num_workers=4, worker_init_fn=initialised.append)

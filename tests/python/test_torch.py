@@ -54,6 +54,7 @@ def test_dataset_is_map_style(corpus: Path, dataset: Any) -> None:
         dataset[-126]
 
 
+@pytest.mark.thread_unsafe(reason="torch starts processes, which it does once for the whole process")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_dataset_works_in_the_stock_loader(dataset: Any, corpus: Path, workers: int, context: str) -> None:
@@ -132,6 +133,7 @@ def test_dataset_of_a_loader_is_its_rows(corpus: Path, dataset: Any) -> None:
     assert rows[7]["input_ids"].tolist() == wanted.sequence(7)[0]
 
 
+@pytest.mark.thread_unsafe(reason="torch starts processes, which it does once for the whole process")
 def test_rows_in_a_worker_process_are_refused(dataset: Any) -> None:
     rows = DataLoader(dataset, batch_size=4).dataset
     with warnings.catch_warnings():
