@@ -1,0 +1,69 @@
+"""Protects: the programs that README and docs show. Each runs as it stands, but for positions past a small corpus."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="most of what is shown is for torch")
+pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SEQUENCES = 400
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("corpus", "web", "code"):
+        (folder / name).mkdir()
+        documents = np.random.default_rng(1).integers(0, 50_000, (SEQUENCES, 2048)).tolist()
+        pq.write_table(pa.table({"input_ids": documents}), folder / name / "a.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/torch.md"])
+def test_every_program_that_is_shown_runs(
+    name: str, corpora: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from threading import Thread
+
+    from forebay.torch import DataLoader, TokenDataset
+
+    monkeypatch.chdir(corpora)
+    rows: list[int] = []
+
+    def train(rank: int, part: Any) -> None:
+        rows.extend(len(batch["input_ids"]) for batch in part)
+
+    dataset = TokenDataset("corpus/", seq_len=2048)
+    shown: dict[str, Any] = {
+        "DataLoader": DataLoader, "TokenDataset": TokenDataset, "Thread": Thread, "train": train, "checkpoint": {},
+        "dataset": dataset, "loader": DataLoader(dataset, batch_size=8, drop_last=True),
+        "model": lambda **_: SimpleNamespace(loss=0.0),
+    }  # fmt: skip
+    programs = BLOCK.findall((ROOT / name).read_text())
+    assert len(programs) >= 3
+    for program in programs:
+        if 'device="cuda"' in program and not torch.cuda.is_available():
+            continue
+        exec(compile(program.replace("12_000", "12").replace("120_", "").replace("121_", "1"), name, "exec"), shown)
+    if name == "README.md":
+        assert "of the time was spent waiting for data" in capsys.readouterr().out
+        assert {source["name"] for source in shown["loader"].stats()["sources"]} == {"web", "code"}
+    else:
+        for thread in shown["threads"]:
+            thread.start()
+        for thread in shown["threads"]:
+            thread.join()
+        assert rows == [1] * SEQUENCES
