@@ -27,6 +27,7 @@ from typing import Any
 
 import cold
 import corpus
+import decode
 import environments
 import latency
 import measure
@@ -398,7 +399,7 @@ ALONE: dict[str, Callable[[int], list[dict[str, Any]]]] = {"resume": resuming, "
 
 #: What is measured against a target of its own; all of them in 12 minutes.
 TARGETS: dict[str, Any] = {
-    "latency": latency, "trainer": trainer, "memory": memory, "startup": startup, "cold": cold,
+    "latency": latency, "trainer": trainer, "memory": memory, "startup": startup, "cold": cold, "decode": decode,
 }  # fmt: skip
 
 
