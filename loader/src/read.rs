@@ -365,7 +365,15 @@ pub(crate) struct BlockCache {
     decoded_bytes: AtomicU64,
     /// Pages by decoder, in the order of the fields of [`DecodedPages`].
     decoded_pages: [AtomicU64; 5],
+    /// Bytes of blocks that were freed since the allocator was last told to let go of memory.
+    freed_bytes: AtomicU64,
 }
+
+/// Smaller blocks are not rounded: they cost the allocator little.
+const ROUNDED_FROM_BYTES: u64 = 64 << 10;
+
+/// Freed memory that the allocator may keep.
+const TRIM_AFTER_BYTES: u64 = 16 << 20;
 
 /// Source, and block of it.
 type BlockKey = (usize, BlockRef);
@@ -401,6 +409,7 @@ impl BlockCache {
             decoded_blocks: AtomicU64::new(0),
             decoded_bytes: AtomicU64::new(0),
             decoded_pages: Default::default(),
+            freed_bytes: AtomicU64::new(0),
         }
     }
 
@@ -485,13 +494,18 @@ impl BlockCache {
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
         let mut dropped = Vec::new();
-        let mut block = inner.make_room(bytes, self.budget_bytes, &mut dropped).unwrap_or_default();
-        let bytes = bytes.max(block.capacity_bytes());
+        // Blocks are of almost one size: rounded, the memory of any of them suits most others.
+        let step = if bytes < ROUNDED_FROM_BYTES { 1 } else { bytes.next_power_of_two() / 32 };
+        let rounded = bytes.next_multiple_of(step).min(self.budget_bytes.max(bytes));
+        let reused = inner.make_room(bytes, rounded, self.budget_bytes, &mut dropped);
+        let bytes = reused.as_ref().map_or(rounded, |block| bytes.max(block.capacity_bytes()));
         inner.entries.insert(key, Entry::Loading);
         inner.used_bytes += bytes;
         inner.ahead_bytes += if ahead { bytes } else { 0 };
         drop(inner);
-        drop(dropped);
+        self.free(dropped);
+        let mut block = reused
+            .unwrap_or_else(|| DecodedBlock { bytes: Vec::with_capacity(rounded as usize), ..DecodedBlock::default() });
 
         // Removes the entry if decoding fails or panics, so that no one waits for it for ever.
         let loading = Loading { cache: self, key, bytes, ahead };
@@ -505,6 +519,25 @@ impl BlockCache {
         drop(inner);
         self.loaded.notify_all();
         Ok(block)
+    }
+
+    /// Frees blocks whose memory suited no other one. The allocator keeps what it cannot join to more, which came to half of the budget after some
+    /// gigabytes: it is told to let go of that now and then.
+    fn free(&self, dropped: Vec<Arc<DecodedBlock>>) {
+        if dropped.is_empty() {
+            return;
+        }
+        let bytes: u64 = dropped.iter().map(|block| block.capacity_bytes()).sum();
+        drop(dropped);
+        let freed = self.freed_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if freed >= TRIM_AFTER_BYTES {
+            self.freed_bytes.store(0, Ordering::Relaxed);
+            #[cfg(all(target_os = "linux", target_env = "gnu"))]
+            // SAFETY: any thread may call it at any time; it returns free memory to the system.
+            unsafe {
+                libc::malloc_trim(0);
+            }
+        }
     }
 
     fn count(&self, block: &DecodedBlock) {
@@ -540,17 +573,19 @@ impl CacheInner {
         }
     }
 
-    /// Lets go of the blocks that were not used for longest, until there is room for `bytes`. Returns one whose memory suits the new block: fresh
+    /// Lets go of the blocks that were not used for longest, until there is room for `bytes`, `fresh_bytes` in memory of its own. Returns one whose memory suits the new block: fresh
     /// memory costs a page fault for every 4 kB of it. The others go to `dropped`, to be freed outside of the lock.
     fn make_room(
         &mut self,
         bytes: u64,
+        fresh_bytes: u64,
         budget_bytes: u64,
         dropped: &mut Vec<Arc<DecodedBlock>>,
     ) -> Option<DecodedBlock> {
         let mut reused: Option<DecodedBlock> = None;
-        let needed =
-            |reused: &Option<DecodedBlock>| reused.as_ref().map_or(bytes, |block| bytes.max(block.capacity_bytes()));
+        let needed = |reused: &Option<DecodedBlock>| {
+            reused.as_ref().map_or(fresh_bytes, |block| bytes.max(block.capacity_bytes()))
+        };
         while self.used_bytes + needed(&reused) > budget_bytes {
             let oldest = self
                 .entries
@@ -632,7 +667,7 @@ mod tests {
             let mut fresh = true;
             let block = cache
                 .get((0, BlockRef { shard: 0, block: index }), 40_000, |block| {
-                    fresh = block.bytes.capacity() == 0;
+                    fresh = block.bytes.is_empty();
                     fill(block, 40_000);
                     Ok(())
                 })
