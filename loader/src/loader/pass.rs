@@ -51,7 +51,7 @@ impl Batches {
     /// The next batch if it is ready, and [`Next::Pending`] if it is not, or if handing it over would read or write a file.
     pub fn try_next(&self) -> Result<Next> {
         match self.run.started.get() {
-            Some(Ok(started)) if started.ledger.is_none() => self.take(Patience::None),
+            Some(Ok(started)) if started.ledger.is_none() && self.run.core.trace.is_none() => self.take(Patience::None),
             _ => Ok(Next::Pending),
         }
     }
@@ -106,7 +106,9 @@ impl Batches {
             }
             Taken::End => Ok(Next::End),
             Taken::Pending => {
-                core.counters.waited(asked);
+                if patience != Patience::None {
+                    core.counters.waited(asked);
+                }
                 Ok(Next::Pending)
             }
         }

@@ -218,7 +218,10 @@ impl<W: Work> Pipeline<W> {
         let mut deadline = None;
         let mut ring = lock(&shared.ring);
         let depth = ring.slots.iter().take_while(|slot| slot.is_some()).count();
-        ring.asked(depth > 0);
+        // Who only looks comes back at once to wait.
+        if depth > 0 || patience != Patience::None {
+            ring.asked(depth > 0);
+        }
         loop {
             if ring.closed {
                 return Err(Error::new(ErrorKind::Closed, "the loader was closed"));
@@ -255,18 +258,8 @@ impl<W: Work> Pipeline<W> {
                         shared.begun(ring, number);
                         let state = lock(&shared.states).pop();
                         let mut state = state.unwrap_or_else(|| shared.work.begin(None));
-                        let (result, took) = shared.compute(&mut state, number, lease);
+                        ring = shared.perform(&mut state, number, lease);
                         lock(&shared.states).push(state);
-                        ring = lock(&shared.ring);
-                        // What is left over after closing goes back outside of the lock.
-                        let left = ring.put(number, result, took);
-                        if left.is_some() {
-                            drop(ring);
-                            drop(left);
-                            ring = lock(&shared.ring);
-                        } else if number == ring.front && ring.waiting > 0 {
-                            shared.ready.notify_all();
-                        }
                         continue;
                     }
                     // Centuries overflow; a day at a time is as good as for ever.
@@ -392,19 +385,24 @@ impl<W: Work> Shared<W> {
             if let Some((began, ended)) = waited {
                 self.work.waited(&mut state, began, ended);
             }
-            let (result, took) = self.compute(&mut state, number, lease);
-            ring = lock(&self.ring);
-            let left = ring.put(number, result, took);
-            if left.is_some() {
-                drop(ring);
-                // Its memory goes back here, outside of the lock.
-                drop(left);
-                return;
-            }
-            if number == ring.front && ring.waiting > 0 {
-                self.ready.notify_all();
-            }
+            ring = self.perform(&mut state, number, lease);
         }
+    }
+
+    /// Computes an item and puts it into its slot, if there still is one.
+    fn perform(&self, state: &mut W::State, number: u64, lease: Option<Lease>) -> MutexGuard<'_, Ring<W::Item>> {
+        let (result, took) = self.compute(state, number, lease);
+        let mut ring = lock(&self.ring);
+        if let Some(left) = ring.put(number, result, took) {
+            drop(ring);
+            // Its memory goes back here, outside of the lock.
+            drop(left);
+            return lock(&self.ring);
+        }
+        if number == ring.front && ring.waiting > 0 {
+            self.ready.notify_all();
+        }
+        ring
     }
 
     fn compute(&self, state: &mut W::State, number: u64, lease: Option<Lease>) -> (Result<W::Item>, Duration) {
