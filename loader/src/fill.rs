@@ -202,6 +202,8 @@ fn widen_avx512<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -> u6
 /// When the lengths differ.
 pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -> Result<()> {
     assert_eq!(row.len(), tokens.len(), "row and run differ in length");
+    // Fetching where nothing is mapped walks the page table every time, and what is being read costs nothing.
+    let ahead = if ahead.0.is_null() { Ahead::of(tokens.bytes()) } else { ahead };
     if widen_best(row, tokens, ahead) & T::UNFIT == 0 {
         return Ok(());
     }
