@@ -436,16 +436,21 @@ impl BlockCache {
         lock(&self.inner).used_bytes
     }
 
-    /// Block `key`, if it is there, or about to be.
-    fn held(&self, key: BlockKey) -> Option<Arc<DecodedBlock>> {
+    /// Block `key`, if it is there, or about to be; else the lock under which that was seen.
+    fn wait_for(&self, key: BlockKey) -> std::result::Result<Arc<DecodedBlock>, MutexGuard<'_, CacheInner>> {
         let mut inner = lock(&self.inner);
         loop {
             match inner.find(key) {
-                Found::Ready(block) => return Some(block),
+                Found::Ready(block) => return Ok(block),
                 Found::Loading => inner = wait(&self.loaded, inner),
-                Found::Nothing => return None,
+                Found::Nothing => return Err(inner),
             }
         }
+    }
+
+    /// Block `key`, if it is there, or about to be.
+    fn held(&self, key: BlockKey) -> Option<Arc<DecodedBlock>> {
+        self.wait_for(key).ok()
     }
 
     /// Block `key` of `bytes` bytes, decoded by `decode` if it is not there, over memory of a block that made room for it.
@@ -455,15 +460,7 @@ impl BlockCache {
         bytes: u64,
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
-        let mut inner = lock(&self.inner);
-        loop {
-            match inner.find(key) {
-                Found::Ready(block) => return Ok(block),
-                Found::Loading => inner = wait(&self.loaded, inner),
-                Found::Nothing => break,
-            }
-        }
-        self.load(inner, key, bytes, false, decode)
+        self.wait_for(key).or_else(|inner| self.load(inner, key, bytes, false, decode))
     }
 
     /// Decodes block `key` of `bytes` bytes ahead of its use, unless it is there or more than `most_bytes` are ahead of theirs then.
@@ -504,11 +501,14 @@ impl BlockCache {
         inner.ahead_bytes += if ahead { bytes } else { 0 };
         drop(inner);
         self.free(dropped);
-        let mut block = reused
-            .unwrap_or_else(|| DecodedBlock { bytes: Vec::with_capacity(rounded as usize), ..DecodedBlock::default() });
 
         // Removes the entry if decoding fails or panics, so that no one waits for it for ever.
         let loading = Loading { cache: self, key, bytes, ahead };
+        let mut block = reused.unwrap_or_default();
+        if block.bytes.capacity() == 0 {
+            // Where there is no memory for it, decoding says so.
+            let _ = block.bytes.try_reserve_exact(rounded as usize);
+        }
         decode(&mut block)?;
         let block = Arc::new(block);
         self.count(&block);
@@ -573,8 +573,9 @@ impl CacheInner {
         }
     }
 
-    /// Lets go of the blocks that were not used for longest, until there is room for `bytes`, `fresh_bytes` in memory of its own. Returns one whose memory suits the new block: fresh
-    /// memory costs a page fault for every 4 kB of it. The others go to `dropped`, to be freed outside of the lock.
+    /// Lets go of the blocks that were not used for longest, until there is room for `bytes`, which take `fresh_bytes` of memory of their own.
+    /// Returns one whose memory suits the new block: fresh memory costs a page fault for every 4 kB of it. The others go to `dropped`, to be freed
+    /// outside of the lock.
     fn make_room(
         &mut self,
         bytes: u64,
