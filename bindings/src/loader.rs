@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use forebay::config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Split, Targets};
 use forebay::environment::{self, Environment, Resolved, Scope};
+use forebay::loader::MAX_EPOCH;
 use forebay::state::{State, StateValue};
 use forebay::{Error, ErrorKind, Next};
 use pyo3::exceptions::PyTimeoutError;
@@ -295,9 +296,6 @@ impl Loader {
         })
     }
 }
-
-/// Epochs that can be named.
-const MAX_EPOCH: u64 = 1 << 32;
 
 /// `count`, or None where there is no end.
 fn finite(count: u64) -> Option<u64> {

@@ -43,7 +43,7 @@ use crate::tokens::Dtype;
 use crate::trace::Trace;
 
 /// Epochs that can be named; numbers beyond are mistakes.
-const MAX_EPOCH: u64 = 1 << 32;
+pub const MAX_EPOCH: u64 = 1 << 32;
 /// Windows read ahead of their use where files are not in memory: about what keeps a disk's queue full.
 const WINDOWS_AHEAD: u64 = 64;
 /// While everything is found in memory, one batch in so many is looked at.

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::{BatchLayout, Core, Loader, Slot, slots};
+use super::{Core, Loader, Slot, slots};
 use crate::config::Shuffle;
 use crate::order::Arrangement;
 use crate::order::course::Course;
@@ -135,7 +135,7 @@ impl Core {
     fn plan_memory(&self) -> MemoryPlan {
         let config = &self.config;
         let corpora = || self.sources.list().iter().map(|source| source.reader.corpus());
-        let batch_bytes = BatchLayout::largest_bytes(config) as u64;
+        let batch_bytes = self.batch_bytes as u64;
         let largest_block = corpora().map(|corpus| corpus.largest_block_bytes()).max().unwrap_or(0);
         let decoded_bytes = corpora().map(|corpus| corpus.decoded_bytes()).sum();
         MemoryPlan {
