@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,24 +45,36 @@ def shard(number: int, tokens: int, table: np.ndarray) -> tuple[np.ndarray, np.n
     return ids, offsets.astype(np.int32)
 
 
-def prepare(folder: Path, tokens: int, copies: int, tell: Callable[[int, int], None]) -> Path:
-    """The folder of the corpus, written at the first call; `tell` hears of shards done and all shards."""
-    shard_tokens = tokens // SHARDS // MULTIPLE * MULTIPLE
-    description = {"version": 2, "shard_tokens": shard_tokens, "shards": SHARDS, "copies": copies}
-    target = folder / f"corpus-{tokens // 1_000_000}M"
+def written_once(target: Path, description: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """`target`, which `write` fills unless what is there was written to the same description."""
     try:
         if json.loads((target / "corpus.json").read_text()) == description:
             return target
     except (OSError, ValueError):
         pass
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     # Complete or absent: a run that is stopped half way leaves only the folder that the next one removes.
     partial = target.with_suffix(".partial")
     for stale in (partial, target):
         shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    (partial / "corpus.json").write_text(json.dumps(description))
+    partial.rename(target)
+    return target
+
+
+def prepare(folder: Path, tokens: int, copies: int, tell: Callable[[int, int], None]) -> Path:
+    """The folder of the corpus, written at the first call; `tell` hears of shards done and all shards."""
+    shard_tokens = tokens // SHARDS // MULTIPLE * MULTIPLE
+    description = {"version": 2, "shard_tokens": shard_tokens, "shards": SHARDS, "copies": copies}
+    target = folder / f"corpus-{tokens // 1_000_000}M"
+    return written_once(target, description, lambda partial: write(partial, shard_tokens, copies, tell))
+
+
+def write(partial: Path, shard_tokens: int, copies: int, tell: Callable[[int, int], None]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     parquet = [f"parquet-{codec}" for codec in CODECS]
     for name in [f"arrow-{dtype}" for dtype in DTYPES] + parquet + [name + COPIES for name in parquet]:
         (partial / name).mkdir(parents=True)
@@ -86,7 +99,4 @@ def prepare(folder: Path, tokens: int, copies: int, tell: Callable[[int, int], N
                 os.link(path, partial / f"parquet-{codec}{COPIES}" / f"{copy:03d}-{path.name}")
     for file in flat.values():
         file.close()
-    (partial / "corpus.json").write_text(json.dumps(description))
-    partial.rename(target)
     tell(SHARDS, SHARDS)
-    return target

@@ -7,7 +7,6 @@ formats take turns in random order, many times.
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import corpus
 
 SHARDS = 16
 #: What the blocks of a shard hold; with `block_tokens` as small, each is a block of its own.
@@ -33,18 +34,13 @@ def prepare(folder: Path) -> Path:
     """The folder of the corpus, written at the first call."""
     target = folder / "resume-corpus"
     description = {"version": 1, "shards": SHARDS, "blocks": BLOCKS, "block_tokens": BLOCK_TOKENS}
-    try:
-        if json.loads((target / "corpus.json").read_text()) == description:
-            return target
-    except (OSError, ValueError):
-        pass
+    return corpus.written_once(target, description, write)
 
+
+def write(partial: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    partial = target.with_suffix(".partial")
-    for stale in (partial, target):
-        shutil.rmtree(stale, ignore_errors=True)
     for name in FORMATS:
         (partial / name).mkdir(parents=True)
     length = BLOCK_TOKENS // DOCUMENTS_PER_BLOCK
@@ -62,9 +58,6 @@ def prepare(folder: Path) -> Path:
             table, partial / "parquet" / f"{number:05d}.parquet", compression="zstd", use_dictionary=False,
             row_group_size=64 * DOCUMENTS_PER_BLOCK, write_batch_size=BLOCK_TOKENS, data_page_size=BLOCK_TOKENS * 4,
         )  # fmt: skip
-    (partial / "corpus.json").write_text(json.dumps(description))
-    partial.rename(target)
-    return target
 
 
 def blocks(path: Path) -> int:

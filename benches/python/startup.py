@@ -5,9 +5,7 @@ saved index; and Parquet, against the decoding of one block. Files are in the pa
 and time begins after the imports.
 """
 
-import json
 import random
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+import corpus
 from targets import (
     Record,
     Tell,
@@ -40,17 +39,12 @@ def shards(folder: Path) -> Path:
     """A folder of many small Arrow files, written at the first call."""
     target = folder / "startup-corpus"
     description = {"version": 1, "shape": [SHARDS, BATCHES, DOCUMENTS, LENGTH]}
-    try:
-        if json.loads((target / "corpus.json").read_text()) == description:
-            return target
-    except (OSError, ValueError):
-        pass
+    return corpus.written_once(target, description, write)
 
+
+def write(partial: Path) -> None:
     import pyarrow as pa
 
-    partial = target.with_suffix(".partial")
-    for stale in (partial, target):
-        shutil.rmtree(stale, ignore_errors=True)
     (partial / "arrow").mkdir(parents=True)
     rows = BATCHES * DOCUMENTS
     offsets = pa.array(np.arange(0, rows * LENGTH + 1, LENGTH, dtype=np.int32))
@@ -60,9 +54,6 @@ def shards(folder: Path) -> Path:
         path = partial / "arrow" / f"{number_of:05d}.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=DOCUMENTS)
-    (partial / "corpus.json").write_text(json.dumps(description))
-    partial.rename(target)
-    return target
 
 
 def once(job: Record) -> Record:
