@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::Write;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
@@ -119,8 +119,14 @@ impl Manifest {
             "next_source": source, "next_row": row,
         });
         let mut file = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = |error| Error::io("cannot write the manifest", error).at(&self.folder.join(NAME));
+        let whole = file.seek(SeekFrom::End(0)).map_err(failed)?;
         let written = file.write_all(format!("{line}\n").as_bytes()).and_then(|()| file.sync_data());
-        written.map_err(|error| Error::io("cannot write the manifest", error).at(&self.folder.join(NAME)))
+        if written.is_err() {
+            // Another thread's line must not follow half of this one.
+            let _ = file.set_len(whole);
+        }
+        written.map_err(failed)
     }
 }
 
