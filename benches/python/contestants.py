@@ -253,7 +253,7 @@ class Chopped:
     def __init__(self, path: Path, shape: Shape, threads: int) -> None:
         self.groups, self.shape, self.threads = RowGroups(path), shape, threads
         self.rng = np.random.default_rng(0)
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self.pool = ThreadPoolExecutor(threads) if threads else None
 
     def decode(self, number: int) -> np.ndarray:
         tokens = self.groups.read(number)
@@ -298,10 +298,10 @@ def contestants() -> list[Contestant]:
         found.append(Contestant(*given, **more))
 
     for dtype in ("uint16", "int32"):
-        for threads in (1, 2):
+        for threads in (0, 1, 2):
             add(
                 f"forebay-arrow-{dtype}-{threads}", "forebay, Arrow", dtype, threads, f"arrow-{dtype}",
-                forebay_tensors, ours=True, quick=dtype == "uint16", imports=("forebay.torch",),
+                forebay_tensors, ours=True, quick=dtype == "uint16" and threads > 0, imports=("forebay.torch",),
             )  # fmt: skip
     for codec in ("zstd", "snappy"):
         for threads in (1, 2):
@@ -325,7 +325,7 @@ def contestants() -> list[Contestant]:
     add("torch-rows-0", "torch DataLoader, per row", "uint16", 0, flat, torch_rows, quick=True)
     add("torch-rows-2", "torch DataLoader, per row, processes", "uint16", 2, flat, torch_rows, both_shapes=False)
     for codec in ("zstd", "snappy"):
-        for threads in (1, 2):
+        for threads in (0, 2):
             add(
                 f"pyarrow-{codec}-{threads}", "pyarrow row groups, by hand", codec, threads, f"parquet-{codec}",
                 Chopped, quick=codec == "zstd", starts=chopped_starts,

@@ -54,7 +54,8 @@ corpus: every row must be one of it, in random order, none twice. Each run is a 
 order, and numbers are medians over the turns. All files are in memory already, so disks play no part.</p>
 <p><b>How to read it.</b> <span class="key ours-key"></span>forebay<span class="key peer-key"></span>other
 loaders<span class="key limit-key"></span>limit of the machine. The number after a name is how many helper threads or
-processes were asked for; without one, the loader works in the trainer's own thread. Thin lines reach from the slowest
+processes were asked for beside the trainer's own thread; without one, the loader works in the trainer's thread alone.
+Thin lines reach from the slowest
 to the fastest turn. In plots with bars longer is better; in plots
 with dots further left is, and one step of the grid is ten times as much. Point at a bar
 or dot for its numbers.</p>
@@ -254,9 +255,9 @@ def verdict(group: Group) -> str:
     if ours is None or peer is None:
         return ""
     speed, other = ours[1]["tokens_per_s"], peer[1]["tokens_per_s"]
-    limit = group.limit(ours[0].helpers)
+    limit = group.limit(1 + ours[0].helpers)
     of_limit = (
-        f", which is {speed / limit['tokens_per_s']:.0%} of the limit with as many threads"
+        f", which is {speed / limit['tokens_per_s']:.0%} of the limit with as many threads (two at most)"
         if limit is not None and limit.failed is None
         else ""
     )

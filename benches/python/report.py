@@ -90,9 +90,9 @@ class Group:
     def title(self) -> str:
         return f"{GROUPS[self.name]}, {self.shape}"
 
-    def limit(self, helpers: int) -> Line | None:
+    def limit(self, threads: int) -> Line | None:
         kind = "gather" if self.name in ("uint16", "int32") else "decompress"
-        return self.limits.get((kind, min(max(helpers, 1), 2)))
+        return self.limits.get((kind, min(threads, 2)))
 
     def of(self, ours: bool) -> list[tuple[Contestant, Line]]:
         return [
@@ -129,7 +129,7 @@ class Group:
             if line.failed is not None:
                 rows.append([label, str(one.helpers), f"**failed**: {line.failed}", *[""] * (len(HEADS) - 3)])
                 continue
-            limit = self.limit(one.helpers)
+            limit = self.limit(1 + one.helpers)
             speed = line["tokens_per_s"]
             rows.append([
                 label,
@@ -228,11 +228,12 @@ def facts(records: list[Record]) -> list[str]:
 
 
 HOW_TO_READ = (
-    "Every loader hands over shuffled `input_ids` and `labels` in memory of their own, int64, to a consumer that does"
-    " nothing else; its first batches were found in the corpus before it was timed. Of limit: speed over the limit with"
-    " as many threads (one, for loaders without helpers). Memory: anonymous and shared, of all processes, over what the"
-    " imports take. First batch: constructor and first batch, imports excluded. A peer is ahead in: where the best peer"
-    " of the table beats that row."
+    "Every loader hands over shuffled `input_ids` and `labels` in memory of their own, int64, to a consumer that"
+    " does nothing else; its first batches were found in the corpus before it was timed. Helpers: threads or"
+    " processes beside the consumer's thread, which with forebay computes batches as well while it would wait: see"
+    " cores. Of limit: speed over the limit with as many threads, the consumer's included (two at most). Memory:"
+    " anonymous and shared, of all processes, over what the imports take. First batch: constructor and first"
+    " batch, imports excluded. A peer is ahead in: where the best peer of the table beats that row."
 )
 
 
