@@ -30,8 +30,33 @@ impl Specials {
 
     /// The block that holds token `at` of its shard's stream. `before` counts what is before each block and, last, in all of them.
     pub fn block_at(&self, before: &[Counts], at: u64) -> usize {
-        before.partition_point(|before| self.stream_len(*before) <= at).saturating_sub(1)
+        let len = before.last().map_or(0, |all| self.stream_len(*all));
+        partition_near(before.len(), at, len, |index| self.stream_len(before[index]) <= at).saturating_sub(1)
     }
+}
+
+/// The number of places, from the first on, that `reached` holds for, of `places` that stand about evenly from 0 to `len`.
+///
+/// Looks first where `at` lies among them: in a large table each step of a binary search is a miss of the caches.
+fn partition_near(places: usize, at: u64, len: u64, reached: impl Fn(usize) -> bool) -> usize {
+    // A guess need not be exact, and `as` keeps it in range.
+    let guess = ((at as f64 / len as f64) * places.saturating_sub(1) as f64) as usize;
+    let (mut low, mut high) = (guess.min(places), guess.min(places));
+    let mut step = 1;
+    while high < places && reached(high) {
+        (low, high) = (high + 1, places.min(high + 1 + step));
+        step *= 2;
+    }
+    step = 1;
+    while low > 0 && !reached(low - 1) {
+        (low, high) = ((low - 1).saturating_sub(step), low - 1);
+        step *= 2;
+    }
+    while low < high {
+        let middle = low.midpoint(high);
+        (low, high) = if reached(middle) { (middle + 1, high) } else { (low, middle) };
+    }
+    low
 }
 
 /// How much stream there is, and the sequences that makes: of a whole corpus, or of its first shards.
@@ -132,7 +157,7 @@ impl Concat {
     /// When `at` is not below [`Concat::stream_len`].
     pub fn locate(&self, at: u64) -> (usize, u64) {
         assert!(at < self.stream_len(), "stream token {at} of {}", self.stream_len());
-        let shard = self.starts.partition_point(|start| *start <= at) - 1;
+        let shard = partition_near(self.starts.len(), at, self.stream_len(), |index| self.starts[index] <= at) - 1;
         (shard, at - self.starts[shard])
     }
 }
@@ -144,6 +169,20 @@ mod tests {
     fn layout(tokens: &[u64], seq_len: u64, row_tokens: u64, specials: Specials) -> Concat {
         let shards = tokens.iter().map(|tokens| Counts { tokens: *tokens, starts: 1, ends: 1 });
         Concat::new(shards, specials, seq_len, row_tokens)
+    }
+
+    #[test]
+    fn places_are_found_from_any_guess() {
+        for starts in
+            [vec![], vec![0], vec![0, 0, 7], vec![0, 1, 2, 3, 4, 900], vec![0, 896, 897, 898, 900], vec![0; 9]]
+        {
+            for at in 0..902 {
+                for len in [0, 1, at, 900, 2 * at + 1] {
+                    let found = partition_near(starts.len(), at, len, |index| starts[index] <= at);
+                    assert_eq!(found, starts.partition_point(|start| *start <= at), "{at} of {len} in {starts:?}");
+                }
+            }
+        }
     }
 
     #[test]
