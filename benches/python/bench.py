@@ -39,6 +39,7 @@ import startup
 import trainer
 import workers
 from contestants import SHAPES, Contestant, Shape, contestants
+from targets import built
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -115,21 +116,6 @@ class Progress:
 
 def output(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout.strip()
-
-
-def binary(name: str, source: str) -> Path:
-    """A program of `benches/src`, built if it is missing or older than its source."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = Path(os.environ.get("CARGO_TARGET_DIR") or cache / "forebay" / "target")
-    built = target / "release" / name
-    written = ROOT / "benches" / "src" / source
-    if not built.exists() or built.stat().st_mtime < written.stat().st_mtime:
-        print(f"bench: building {name}", file=sys.stderr, flush=True)
-        environment = {**os.environ, "CARGO_TARGET_DIR": str(target)}
-        command = ["cargo", "build", "--release", "--quiet", "-p", "forebay-benches", "--bin", name]
-        subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, check=True)
-        os.utime(built)
-    return built
 
 
 def machine() -> dict[str, Any]:
@@ -220,7 +206,7 @@ def jobs(plan: Plan, chosen: list[Contestant], ready: Ready, data: Path) -> list
     found = []
     gather, unbuilt = "", None
     try:
-        gather = str(binary("forebay-limits", "main.rs"))
+        gather = str(built("forebay-limits"))
     except (subprocess.CalledProcessError, OSError) as error:
         unbuilt = f"could not be built: {error}"
     groups = {one.group for one in chosen}
@@ -389,7 +375,7 @@ def resuming(seed: int) -> list[dict[str, Any]]:
 
 
 def at_scale(_seed: int) -> list[dict[str, Any]]:
-    command = [str(binary("forebay-scale", "scale.rs"))]
+    command = [str(built("forebay-scale"))]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
     return [json.loads(line) for line in told.splitlines()]
 

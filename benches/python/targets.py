@@ -132,6 +132,8 @@ def built(name: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = Path(os.environ.get("CARGO_TARGET_DIR") or cache / "forebay" / "target")
     command = ["cargo", "build", "--release", "--quiet", "-p", "forebay-benches", "--bin", name]
+    if not (target / "release" / name).exists():
+        print(f"bench: building {name}", file=sys.stderr, flush=True)
     changed = {**os.environ, "CARGO_TARGET_DIR": str(target)}
     subprocess.run(command, cwd=ROOT, env=changed, stdin=subprocess.DEVNULL, check=True)
     return target / "release" / name
