@@ -20,10 +20,6 @@ use crate::shard::discover::{self, ShardFile};
 use crate::shard::{self, Access, Counts, OpenOptions, Shard, ShardFacts, mmap};
 use crate::tokens::Dtype;
 
-/// Shards up to which their files stay open from the start. With more, a process' table of open files has to grow, which takes a process with threads
-/// some 10 ms each time it doubles; so those are opened again when they are first read.
-const KEPT_OPEN: usize = 64;
-
 /// A block of the corpus: shard and block in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockRef {
@@ -135,7 +131,7 @@ impl Corpus {
         let open = |index: usize| {
             let mut shard = shard::open(&files[index], options)?;
             let facts = shard.facts();
-            if files.len() > KEPT_OPEN {
+            if files.len() > mmap::FEW_FILES {
                 shard.let_go();
             }
             if files.len() <= most {
@@ -325,6 +321,11 @@ impl Corpus {
         let files: usize = self.files.iter().map(path).sum();
         let facts = if let Facts::Found(facts) = &self.facts { size_of_val(facts.as_slice()) } else { 0 };
         (files + facts) as u64 + self.open_shards().map(|shard| shard.index_bytes()).sum::<u64>()
+    }
+
+    /// Shards that may be open at the same time.
+    pub fn most_open(&self) -> usize {
+        self.len().min(mmap::most_files())
     }
 
     /// Shards that are open.

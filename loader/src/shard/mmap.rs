@@ -348,7 +348,7 @@ const FEW_READS: usize = 32;
 /// The same of bytes at once, which would take as much memory.
 const LONG_READ: u64 = 256 << 10;
 /// Bytes read at once: a message with its offsets, or a footer.
-const READ_AHEAD: u64 = 1 << 10;
+const READ_AHEAD: u64 = 512;
 
 impl Reads {
     pub(crate) fn new(file: SourceFile) -> Self {
@@ -416,6 +416,30 @@ pub fn most_files() -> usize {
     MOST as usize
 }
 
+/// Files that a process may open without a thought. With more, its table of open files has to grow, by doubling, and whoever needs it then waits 8 to
+/// 16 ms if the process has threads.
+pub const FEW_FILES: usize = 64;
+
+/// Makes that table large enough for `count` more files, if they are not few.
+pub fn make_room_for(count: usize) {
+    #[cfg(target_os = "linux")]
+    if count > FEW_FILES
+        && let Ok(file) = File::open("/dev/null")
+    {
+        use std::os::fd::AsRawFd;
+        let number = file.as_raw_fd();
+        // SAFETY: a second name of an open file, of which nobody else knows, is closed again.
+        unsafe {
+            let last = libc::fcntl(number, libc::F_DUPFD_CLOEXEC, number.saturating_add(count as libc::c_int));
+            if last >= 0 {
+                libc::close(last);
+            }
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = count;
+}
+
 /// Whether a mapping is safe and fast on the file system of `file`.
 #[cfg(target_os = "linux")]
 fn is_local(file: &File) -> bool {
@@ -453,11 +477,60 @@ fn is_local(_file: &File) -> bool {
 mod tests {
     use super::*;
 
+    const IOS: [Io; 2] = [Io::Mmap, Io::Pread];
+
     #[test]
     fn what_is_not_a_file_is_refused_without_waiting_for_it() {
-        for path in ["/dev/null", "/"] {
-            let error = SourceFile::open(Path::new(path), Io::Auto).unwrap_err();
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
+        // SAFETY: the name ends with a zero.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let socket = folder.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for path in [Path::new("/dev/null"), Path::new("/"), &pipe, &socket] {
+            let error = SourceFile::open(path, Io::Auto).unwrap_err();
             assert!(error.to_string().contains("not a regular file"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_let_go_is_read_again_unless_it_changed() {
+        for io in IOS {
+            let named = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(named.path(), [7; 100]).unwrap();
+            let mut file = SourceFile::open(named.path(), io).unwrap();
+            let mut scratch = Vec::new();
+            assert_eq!(file.slice(98..100, &mut scratch).unwrap(), [7, 7]);
+            file.let_go();
+            assert!(file.inner.file.get().is_none() && file.inner.map.get().is_none());
+            assert_eq!(file.slice(98..100, &mut scratch).unwrap(), [7, 7]);
+            file.let_go();
+            std::fs::write(named.path(), [7; 90]).unwrap();
+            assert_eq!(file.slice(80..90, &mut scratch).unwrap_err().kind(), ErrorKind::Changed);
+            assert_eq!(file.check_window().unwrap_err().kind(), ErrorKind::Changed);
+            named.close().unwrap();
+            assert_eq!(file.slice(80..90, &mut scratch).unwrap_err().kind(), ErrorKind::NotFound);
+        }
+    }
+
+    #[test]
+    fn stretches_are_those_of_the_file_in_any_order() {
+        let bytes: Vec<u8> = (0..300_000u32).map(|at| (at % 251) as u8).collect();
+        let named = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(named.path(), &bytes).unwrap();
+        for io in IOS {
+            let mut reads = Reads::new(SourceFile::open(named.path(), io).unwrap());
+            assert_eq!(reads.last(10).unwrap(), &bytes[bytes.len() - 10..]);
+            for turn in 0..3 * FEW_READS {
+                let start = turn * 7919 % bytes.len();
+                let short = (start + turn % 600).min(bytes.len());
+                for range in [start..short, start..start, start..(start + 10).min(bytes.len()), turn..bytes.len()] {
+                    let found = reads.get(range.start as u64..range.end as u64).unwrap();
+                    assert_eq!(found, &bytes[range]);
+                }
+            }
+            assert!(reads.get(299_999..300_001).is_err());
         }
     }
 }
