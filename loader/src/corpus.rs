@@ -8,9 +8,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::config::DataFormat;
@@ -129,17 +128,19 @@ impl Corpus {
         let files = discover::find(data, format)?;
         let most = mmap::most_files();
         let shards = Opened::new(files.len(), most);
-        let open = |(index, file): (usize, &ShardFile)| {
-            let shard = shard::open(file, options)?;
+        let open = |index: usize| {
+            let mut shard = shard::open(&files[index], options)?;
             let facts = shard.facts();
+            if files.len() > mmap::FEW_FILES {
+                shard.let_go();
+            }
             if files.len() <= most {
                 shards.get_or_open(index, || Ok(OpenShard::new(shard)))?;
             }
             Ok(facts)
         };
         let (mut facts, mut faults) = (Vec::with_capacity(files.len()), Vec::new());
-        let opened: Vec<Result<ShardFacts>> = pool.install(|| files.par_iter().enumerate().map(open).collect());
-        for (file, result) in files.iter().zip(opened) {
+        for (file, result) in files.iter().zip(side_by_side(pool, files.len(), open)) {
             result.map(|found| facts.push((&*file.path, found))).unwrap_or_else(|error| faults.push(error));
         }
         no_faults(faults, facts.iter().copied(), format)?;
@@ -166,7 +167,7 @@ impl Corpus {
         let mut indexed = Indexed { file, opened: 0, unsaved: None };
 
         let places = Place::of_all(&files);
-        let known = pool.install(|| known_records(&files, &places, saved.as_ref()));
+        let known = known_records(&files, &places, saved.as_ref(), pool);
         let stale: Vec<usize> = (0..files.len()).filter(|index| known[*index].is_none()).collect();
         let known_facts = |index: usize| Some(saved.as_ref()?.get(known[index]?)?.1);
         let facts = match &saved {
@@ -179,12 +180,12 @@ impl Corpus {
             _ => {
                 let done = AtomicU64::new(0);
                 progress(0, stale.len() as u64);
-                let open = |index: &usize| {
-                    let facts = shard::open(&files[*index], options).map(|shard| shard.facts());
+                let open = |place: usize| {
+                    let facts = shard::open(&files[stale[place]], options).map(|shard| shard.facts());
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1, stale.len() as u64);
                     facts
                 };
-                let opened: Vec<_> = pool.install(|| stale.par_iter().map(open).collect());
+                let opened = side_by_side(pool, stale.len(), open);
                 indexed.opened = stale.len() as u64;
                 let mut known: Vec<_> = (0..files.len()).map(known_facts).collect();
                 let mut faults = Vec::new();
@@ -322,6 +323,11 @@ impl Corpus {
         (files + facts) as u64 + self.open_shards().map(|shard| shard.index_bytes()).sum::<u64>()
     }
 
+    /// Shards that may be open at the same time.
+    pub fn most_open(&self) -> usize {
+        self.len().min(mmap::most_files())
+    }
+
     /// Shards that are open.
     pub fn open_shards(&self) -> impl Iterator<Item = Held<'_, OpenShard>> {
         (0..self.len()).filter_map(|index| self.opened(index))
@@ -354,7 +360,12 @@ impl Corpus {
 }
 
 /// Which record of `saved` is that of each file, where the file has the size and the time it had then.
-fn known_records(files: &[ShardFile], places: &[Place], saved: Option<&SavedIndex>) -> Vec<Option<usize>> {
+fn known_records(
+    files: &[ShardFile],
+    places: &[Place],
+    saved: Option<&SavedIndex>,
+    pool: &rayon::ThreadPool,
+) -> Vec<Option<usize>> {
     let Some(saved) = saved else { return vec![None; files.len()] };
     // Shards stand where they stood, as a rule; the table of the others is made when one does not.
     let others: OnceLock<HashMap<Place, usize>> = OnceLock::new();
@@ -365,13 +376,33 @@ fn known_records(files: &[ShardFile], places: &[Place], saved: Option<&SavedInde
         });
         table.get(&place).copied()
     };
-    let known = |(index, file): (usize, &ShardFile)| {
+    let known = |index: usize| {
         let is_here = index < saved.len() && saved.get(index).is_some_and(|(place, _)| place == places[index]);
         let record = if is_here { index } else { elsewhere(places[index])? };
         // A file that cannot be looked at is opened, which tells why.
-        (Stamp::of(&file.path).ok()? == Stamp::from(saved.get(record)?.1)).then_some(record)
+        (Stamp::of(&files[index].path).ok()? == Stamp::from(saved.get(record)?.1)).then_some(record)
     };
-    files.par_iter().enumerate().map(known).collect()
+    side_by_side(pool, files.len(), known)
+}
+
+/// What `work` makes of each of `0..count`, in order, by the threads of `pool` and the caller, which would only wait.
+fn side_by_side<T: Send + Sync>(pool: &rayon::ThreadPool, count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let results: Vec<OnceLock<T>> = std::iter::repeat_with(OnceLock::new).take(count).collect();
+    let next = AtomicUsize::new(0);
+    let take = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(result) = results.get(index) else { break };
+            let _ = result.set(work(index));
+        }
+    };
+    pool.in_place_scope(|scope| {
+        for _ in 0..pool.current_num_threads().min(count.saturating_sub(1)) {
+            scope.spawn(|_| take());
+        }
+        take();
+    });
+    results.into_iter().map(|result| result.into_inner().expect("each was taken by one thread")).collect()
 }
 
 fn is_in_order(records: &[Option<usize>]) -> bool {

@@ -8,11 +8,13 @@ use super::batch::Batch;
 use super::{Core, Cursor, WINDOWS_AHEAD, Worker, slots_into};
 use crate::buffer::Lease;
 use crate::config::Epochs;
+use crate::corpus::Corpus;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ledger::{self, Entry};
 use crate::order::course::Course;
 use crate::pipeline::{Patience, Pipeline, Plan, Taken, Work};
 use crate::read::Prepared;
+use crate::shard::mmap;
 use crate::sources::Growth;
 use crate::sync::lock;
 use crate::trace::Tracer;
@@ -276,6 +278,11 @@ impl Work for Job {
     fn begin(&self, worker: Option<usize>) -> Worker {
         if worker.is_some() {
             self.core.placement.apply();
+        }
+        if worker == Some(0) {
+            // Others, and the consumer, need not wait for it as long as there is room.
+            let corpora = self.core.sources.list().iter().map(|source| source.reader.corpus());
+            mmap::make_room_for(corpora.map(Corpus::most_open).sum());
         }
         let mut state = Worker { index: worker.unwrap_or(self.core.threads()), ..Worker::default() };
         state.scratch.tracer = Tracer::new(self.core.trace.as_ref());

@@ -4,6 +4,7 @@
 //! machine. The name of a shard is relative to where it was found: a corpus may move without becoming another one.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use crate::config::DataFormat;
@@ -94,8 +95,8 @@ fn find_pattern(pattern: &str) -> Result<Vec<ShardFile>> {
 
 fn find_in_folder(folder: &Path, format: DataFormat) -> Result<Vec<ShardFile>> {
     let mut search = Search { root: folder, format, found: Vec::new(), other: 0, folders: Vec::new() };
-    search.walk(folder)?;
-    search.found.sort_by(|(a, _), (b, _)| a.as_bytes().cmp(b.as_bytes()));
+    search.walk(folder, "")?;
+    search.found.sort_by(|a, b| sorted_by(a).cmp(sorted_by(b)));
     let shards: Vec<ShardFile> = search.found.into_iter().map(|(_, shard)| shard).collect();
     if shards.is_empty() {
         return Err(Error::new(
@@ -111,19 +112,23 @@ fn find_in_folder(folder: &Path, format: DataFormat) -> Result<Vec<ShardFile>> {
     Ok(shards)
 }
 
+fn sorted_by((key, shard): &(Option<String>, ShardFile)) -> &[u8] {
+    key.as_ref().unwrap_or(&shard.name).as_bytes()
+}
+
 /// The folders that paths are in, by number: the same one for a folder and for links to it. A link at the end of a path is not looked at: the cache of
 /// a hub links several names to one file where their content is the same.
 #[derive(Default)]
 struct Folders<'a> {
     /// Shards by the thousand share a folder, and resolving its links asks the system for each of its parts.
-    seen: HashMap<&'a Path, usize>,
+    seen: HashMap<&'a OsStr, usize>,
     real: HashMap<PathBuf, usize>,
 }
 
 impl<'a> Folders<'a> {
     fn number(&mut self, path: &'a Path) -> usize {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        *self.seen.entry(folder).or_insert_with(|| {
+        *self.seen.entry(folder.as_os_str()).or_insert_with(|| {
             let number = self.real.len();
             let real = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
             *self.real.entry(real).or_insert(number)
@@ -173,8 +178,8 @@ fn find_saved_dataset(folder: &Path) -> Result<Vec<ShardFile>> {
 struct Search<'a> {
     root: &'a Path,
     format: DataFormat,
-    /// Shards, each with what it is sorted by: its name, or the folder's where a saved dataset has its own order.
-    found: Vec<(String, ShardFile)>,
+    /// Shards, each with what it is sorted by in place of its name: the folder's, where a saved dataset has its own order.
+    found: Vec<(Option<String>, ShardFile)>,
     /// Files passed over.
     other: usize,
     /// The folders being searched, to end loops of links.
@@ -182,7 +187,8 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    fn walk(&mut self, folder: &Path) -> Result<()> {
+    /// Searches `folder`, below which names begin with `prefix`.
+    fn walk(&mut self, folder: &Path, prefix: &str) -> Result<()> {
         let failed = |error| Error::io("cannot read folder", error).at(folder);
         let real = folder.canonicalize().map_err(failed)?;
         if self.folders.contains(&real) {
@@ -190,10 +196,10 @@ impl Search<'_> {
         }
         // Wherever it is met: beside its files a saved dataset may hold caches of `map`, which are not part of it.
         if folder.join("state.json").is_file() {
-            let key = format!("{}/", relative_name(folder, self.root));
+            let key = if prefix.is_empty() { "/" } else { prefix };
             for file in find_saved_dataset(folder)? {
                 let name = relative_name(&file.path, self.root);
-                self.found.push((key.clone(), ShardFile { name, ..file }));
+                self.found.push((Some(key.to_owned()), ShardFile { name, ..file }));
             }
             return Ok(());
         }
@@ -210,19 +216,20 @@ impl Search<'_> {
         for entry in std::fs::read_dir(folder).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let name = entry.file_name();
-            if name.to_string_lossy().starts_with(['_', '.']) {
+            let name = name.to_string_lossy();
+            if name.starts_with(['_', '.']) {
                 continue;
             }
             let path = entry.path();
             // Only a link's kind has to be asked for.
             let kind = entry.file_type().map_err(failed)?;
             if if kind.is_symlink() { path.is_dir() } else { kind.is_dir() } {
-                self.walk(&path)?;
-            } else if path.extension().is_some_and(|suffix| {
-                suffixes(self.format).contains(&suffix.to_string_lossy().to_ascii_lowercase().as_str())
-            }) {
-                let name = relative_name(&path, self.root);
-                self.found.push((name.clone(), ShardFile { path, name }));
+                self.walk(&path, &format!("{prefix}{name}/"))?;
+            } else if path
+                .extension()
+                .is_some_and(|suffix| suffixes(self.format).iter().any(|known| suffix.eq_ignore_ascii_case(known)))
+            {
+                self.found.push((None, ShardFile { path, name: format!("{prefix}{name}") }));
             } else {
                 self.other += 1;
             }

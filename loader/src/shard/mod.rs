@@ -249,6 +249,9 @@ pub trait Shard: Send + Sync + fmt::Debug {
     /// The opened file.
     fn file(&self) -> &mmap::SourceFile;
 
+    /// Closes the file until its next use, which fails if it changed meanwhile.
+    fn let_go(&mut self);
+
     /// Its container format.
     fn format(&self) -> Format;
 
@@ -396,18 +399,21 @@ pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>)
 pub fn open(file: &discover::ShardFile, options: &OpenOptions) -> Result<Box<dyn Shard>> {
     let path = file.path.as_path();
     let source = mmap::SourceFile::open(path, options.io)?;
-    let shard = match recognise(&source).map_err(|error| error.at(path))? {
-        Format::Parquet => parquet::open(source, options),
-        Format::ArrowFile | Format::ArrowStream => arrow::open(source, options),
+    let mut reads = mmap::Reads::new(source);
+    let shard = match recognise(&mut reads).map_err(|error| error.at(path))? {
+        Format::Parquet => parquet::open(reads.into_file(), options),
+        format => arrow::open(reads, format, options),
     };
     shard.map_err(|error| error.at(path))
 }
 
 /// The format of a file by its first and last bytes; its name says nothing.
-fn recognise(file: &mmap::SourceFile) -> Result<Format> {
-    let (mut head, mut tail) = (Vec::new(), Vec::new());
-    let head = file.slice(0..file.len().min(8), &mut head)?;
-    let tail = file.slice(file.len().saturating_sub(6)..file.len(), &mut tail)?;
+fn recognise(reads: &mut mmap::Reads) -> Result<Format> {
+    let len = reads.file().len();
+    let mut head = [0; 8];
+    let head = &mut head[..len.min(8) as usize];
+    head.copy_from_slice(reads.get(0..head.len() as u64)?);
+    let tail = reads.last(6.min(len))?;
     if head.starts_with(b"PAR1") {
         if tail.ends_with(b"PAR1") {
             return Ok(Format::Parquet);
@@ -432,7 +438,7 @@ fn recognise(file: &mmap::SourceFile) -> Result<Format> {
     }
     let word = |at: usize| head.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
     // A stream begins with a continuation marker, or (before Arrow 0.15) with the length of its schema.
-    let plausible = |length: u32| length > 0 && u64::from(length) + 4 <= file.len() && length.is_multiple_of(4);
+    let plausible = |length: u32| length > 0 && u64::from(length) + 4 <= len && length.is_multiple_of(4);
     match (word(0), word(4)) {
         (Some(u32::MAX), _) => Ok(Format::ArrowStream),
         (Some(length), Some(_)) if plausible(length) && length < 1 << 24 => Ok(Format::ArrowStream),

@@ -30,7 +30,7 @@ pub(super) struct CompressedArrow {
 
 impl CompressedArrow {
     pub(super) fn new(file: SourceFile, messages: Messages, options: &OpenOptions) -> Result<Self> {
-        let Messages { format, column, batches, rows } = messages;
+        let Messages { format, column, batches, rows, .. } = messages;
         let mut shard = Self { file, format, column, rows, batches, metas: Vec::new(), blocks: Vec::new() };
         let mut pending: Option<(BlockMeta, Range<usize>)> = None;
         for index in 0..shard.batches.len() {
@@ -79,7 +79,9 @@ impl CompressedArrow {
         self.column
             .check_lengths(batch, validity.len() as u64, offsets.len() as u64, child_validity.len() as u64, tokens)
             .map_err(|text| Error::data(format!("record batch {index} is damaged: {text}")))?;
-        runs(&self.column, batch, &offsets, &validity, &child_validity, (u64::MAX, u64::MAX))
+        let mut found = Vec::new();
+        runs(&self.column, batch, (&offsets, &validity, &child_validity), (u64::MAX, u64::MAX), &mut found)?;
+        Ok(found)
     }
 
     /// Bytes that `part` has when decompressed.
@@ -134,12 +136,13 @@ impl CompressedArrow {
         let offsets = self.decompress(batch, batch.offsets, None)?;
         let validity = self.decompress(batch, batch.validity, None)?;
         let child_validity = self.decompress(batch, batch.child_validity, None)?;
-        let runs = runs(&self.column, batch, &offsets, &validity, &child_validity, (u64::MAX, u64::MAX))?;
+        let mut found = Vec::new();
+        runs(&self.column, batch, (&offsets, &validity, &child_validity), (u64::MAX, u64::MAX), &mut found)?;
 
         // How far into the values the wanted tokens reach.
         let mut left = limit.unwrap_or(u64::MAX);
         let mut reach = 0;
-        for run in &runs {
+        for run in &found {
             let take = run.tokens.min(left);
             reach = run.start + take;
             left -= take;
@@ -148,7 +151,7 @@ impl CompressedArrow {
             }
         }
         let values = self.decompress(batch, batch.tokens, Some(reach * width as u64))?;
-        for run in &runs {
+        for run in &found {
             let end = (run.start + run.tokens).min(reach);
             if run.start >= end {
                 break;
@@ -206,6 +209,10 @@ impl CompressedArrow {
 impl Shard for CompressedArrow {
     fn file(&self) -> &SourceFile {
         &self.file
+    }
+
+    fn let_go(&mut self) {
+        self.file.let_go();
     }
 
     fn format(&self) -> Format {

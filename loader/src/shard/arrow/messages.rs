@@ -2,15 +2,17 @@
 
 use arrow_ipc::{CompressionType, Endianness, Message, MessageHeader, MetadataVersion};
 
-use super::{Column, Kind};
+use super::{Column, Kind, Run, runs};
 use crate::error::{Error, Result};
-use crate::shard::Format;
-use crate::shard::mmap::SourceFile;
+use crate::shard::mmap::Reads;
+use crate::shard::{Format, OpenOptions};
 
 const MAGIC: &[u8] = b"ARROW1";
 const CONTINUATION: u32 = u32::MAX;
 /// Metadata of a batch is a few hundred bytes; far larger lengths are damage.
 const MAX_METADATA: u64 = 1 << 28;
+/// Keeps the cost of finding a document in a block small where empty documents make a search impossible.
+const MAX_ROWS: u64 = 4096;
 
 /// A stretch of the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub(super) struct Batch {
     pub(super) child_validity: Part,
     pub(super) tokens: Part,
     pub(super) compression: Option<CompressionType>,
+    /// How many runs it has.
+    pub(super) runs: usize,
 }
 
 /// What opening found.
@@ -48,48 +52,53 @@ pub(super) struct Messages {
     pub(super) format: Format,
     pub(super) column: Column,
     pub(super) batches: Vec<Batch>,
+    /// Of all batches, but for compressed ones.
+    pub(super) runs: Vec<Run>,
     pub(super) rows: u64,
 }
 
 impl Messages {
-    pub(super) fn read(file: &SourceFile, token_column: Option<&str>) -> Result<Self> {
-        let mut head = Vec::new();
-        let head = file.slice(0..file.len().min(MAGIC.len() as u64), &mut head)?;
-        if head == MAGIC { Self::read_file(file, token_column) } else { Self::read_stream(file, token_column) }
+    pub(super) fn read(reads: &mut Reads, format: Format, options: &OpenOptions) -> Result<Self> {
+        match format {
+            Format::ArrowFile => Self::read_file(reads, options),
+            _ => Self::read_stream(reads, options),
+        }
     }
 
-    fn read_file(file: &SourceFile, token_column: Option<&str>) -> Result<Self> {
+    fn read_file(reads: &mut Reads, options: &OpenOptions) -> Result<Self> {
         // ARROW1, padding, messages, footer, its length in 4 bytes, ARROW1.
         let tail_len = 4 + MAGIC.len() as u64;
-        let (mut tail, mut footer) = (Vec::new(), Vec::new());
-        let too_short = || Error::data(format!("Arrow file is truncated: {} bytes hold no footer", file.len()));
-        let tail_at = file.len().checked_sub(tail_len).ok_or_else(too_short)?;
-        let tail = file.slice(tail_at..file.len(), &mut tail)?;
+        let len = reads.file().len();
+        let tail_at = len
+            .checked_sub(tail_len)
+            .ok_or_else(|| Error::data(format!("Arrow file is truncated: {len} bytes hold no footer")))?;
+        let tail = reads.last(tail_len)?;
         let footer_len = u64::from(u32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]));
         let footer_at = tail_at.checked_sub(footer_len).ok_or_else(|| {
-            Error::data(format!("Arrow file is damaged: a footer of {footer_len} bytes in a file of {}", file.len()))
+            Error::data(format!("Arrow file is damaged: a footer of {footer_len} bytes in a file of {len}"))
         })?;
-        let footer = file.slice(footer_at..tail_at, &mut footer)?;
+        let footer = reads.get(footer_at..tail_at)?;
         let footer = arrow_ipc::root_as_footer(footer).map_err(|error| damaged("footer", &error))?;
         let schema = footer.schema().ok_or_else(|| Error::data("Arrow file is damaged: its footer has no schema"))?;
-        let mut found = Self::from_schema(Format::ArrowFile, schema, footer.version(), token_column)?;
-        let mut metadata = Vec::new();
-        for block in footer.recordBatches().iter().flatten() {
-            let at = u64::try_from(block.offset())
+        let mut found = Self::from_schema(Format::ArrowFile, schema, footer.version(), options)?;
+        let blocks: Vec<i64> = footer.recordBatches().iter().flatten().map(|block| block.offset()).collect();
+        found.batches.reserve(blocks.len());
+        for offset in blocks {
+            let at = u64::try_from(offset)
                 .map_err(|_| Error::data("Arrow file is damaged: a block has a negative offset"))?;
-            let Some(message) = read_message(file, at, &mut metadata)? else {
+            let Some(message) = read_message(reads, at)? else {
                 return Err(Error::data(format!(
                     "Arrow file is damaged: no message at byte {at}, where its footer lists a batch"
                 )));
             };
-            found.add_batch(file, &message)?;
+            let batch = found.batch(len, &message)?;
+            found.add(reads, batch, options)?;
         }
         Ok(found)
     }
 
-    fn read_stream(file: &SourceFile, token_column: Option<&str>) -> Result<Self> {
-        let mut metadata = Vec::new();
-        let Some(first) = read_message(file, 0, &mut metadata)? else {
+    fn read_stream(reads: &mut Reads, options: &OpenOptions) -> Result<Self> {
+        let Some(first) = read_message(reads, 0)? else {
             return Err(Error::data("Arrow stream is empty: it ends before its schema"));
         };
         let schema = first.message.header_as_schema().ok_or_else(|| {
@@ -98,13 +107,13 @@ impl Messages {
                 first.message.header_type()
             ))
         })?;
-        let mut found = Self::from_schema(Format::ArrowStream, schema, first.message.version(), token_column)?;
+        let mut found = Self::from_schema(Format::ArrowStream, schema, first.message.version(), options)?;
         let mut at = first.body.start + first.body.len;
-        let mut metadata = Vec::new();
+        let len = reads.file().len();
         // A stream ends with its file, or with an empty message.
-        while at < file.len() {
-            let Some(message) = read_message(file, at, &mut metadata)? else {
-                let rest = file.len() - at;
+        while at < len {
+            let Some(message) = read_message(reads, at)? else {
+                let rest = len - at;
                 if rest > 8 {
                     return Err(Error::data(format!(
                         "Arrow stream ends at byte {at} and {} more bytes follow it: several streams in one file are not supported",
@@ -113,8 +122,12 @@ impl Messages {
                 }
                 break;
             };
+            let next = message.body.start + message.body.len;
             match message.message.header_type() {
-                MessageHeader::RecordBatch => found.add_batch(file, &message)?,
+                MessageHeader::RecordBatch => {
+                    let batch = found.batch(len, &message)?;
+                    found.add(reads, batch, options)?;
+                }
                 MessageHeader::DictionaryBatch => {}
                 other => {
                     return Err(Error::data(format!(
@@ -122,7 +135,7 @@ impl Messages {
                     )));
                 }
             }
-            at = message.body.start + message.body.len;
+            at = next;
         }
         Ok(found)
     }
@@ -131,18 +144,19 @@ impl Messages {
         format: Format,
         schema: arrow_ipc::Schema<'_>,
         version: MetadataVersion,
-        token_column: Option<&str>,
+        options: &OpenOptions,
     ) -> Result<Self> {
         if schema.endianness() != Endianness::Little {
             return Err(Error::data("Arrow data is big-endian: expected little-endian"));
         }
         let schema = arrow_ipc::convert::try_fb_to_schema(schema)
             .map_err(|error| Error::data("Arrow schema is damaged").with_source(error))?;
-        let column = Column::find(&schema, token_column, version < MetadataVersion::V5)?;
-        Ok(Self { format, column, batches: Vec::new(), rows: 0 })
+        let column = Column::find(&schema, options.token_column.as_deref(), version < MetadataVersion::V5)?;
+        Ok(Self { format, column, batches: Vec::new(), runs: Vec::new(), rows: 0 })
     }
 
-    fn add_batch(&mut self, file: &SourceFile, message: &Found<'_>) -> Result<()> {
+    /// What `message`, of a file of `file_len` bytes, says of the next batch.
+    fn batch(&self, file_len: u64, message: &Found<'_>) -> Result<Batch> {
         let number = self.batches.len();
         let broken = |what: &str| Error::data(format!("record batch {number} is damaged: {what}"));
         let batch = message.message.header_as_record_batch().ok_or_else(|| broken("it is no record batch"))?;
@@ -207,8 +221,17 @@ impl Messages {
             return Err(broken(&format!("{rows} lists of {length} tokens have {values} values")));
         }
         let compression = batch.compression().map(|compression| compression.codec());
-        let batch =
-            Batch { rows, first_row: self.rows, values, validity, offsets, child_validity, tokens, compression };
+        let batch = Batch {
+            rows,
+            first_row: self.rows,
+            values,
+            validity,
+            offsets,
+            child_validity,
+            tokens,
+            compression,
+            runs: 0,
+        };
         if compression.is_none() {
             // Compressed buffers say how long they are only when they are read.
             self.column
@@ -216,10 +239,27 @@ impl Messages {
                 .map_err(|text| broken(&text))?;
         }
         // Rows are stored, so there cannot be more of them than bits in the file; an empty list still takes an offset.
-        if self.column.kind != (Kind::FixedSizeList { length: 0 }) && rows / 8 > file.len().saturating_mul(1 << 12) {
+        if self.column.kind != (Kind::FixedSizeList { length: 0 }) && rows / 8 > file_len.saturating_mul(1 << 12) {
             return Err(broken("it has more rows than its file could hold"));
         }
-        self.rows = self.rows.checked_add(rows).ok_or_else(|| broken("its row count is impossible"))?;
+        if self.rows.checked_add(rows).is_none() {
+            return Err(broken("its row count is impossible"));
+        }
+        Ok(batch)
+    }
+
+    /// Adds `batch`, and finds its documents now that its offsets, which follow its message, may have been read with it.
+    fn add(&mut self, reads: &mut Reads, mut batch: Batch, options: &OpenOptions) -> Result<()> {
+        if batch.compression.is_none() {
+            let validity = reads.get(batch.validity.range())?.to_vec();
+            let child_validity = reads.get(batch.child_validity.range())?.to_vec();
+            let offsets = reads.get(batch.offsets.range())?;
+            let before = self.runs.len();
+            let buffers = (offsets, &*validity, &*child_validity);
+            runs(&self.column, &batch, buffers, (options.block_tokens, MAX_ROWS), &mut self.runs)?;
+            batch.runs = self.runs.len() - before;
+        }
+        self.rows += batch.rows;
         self.batches.push(batch);
         Ok(())
     }
@@ -267,19 +307,19 @@ struct Found<'a> {
 }
 
 /// The message at byte `at`, or `None` if the stream ends there.
-fn read_message<'a>(file: &'a SourceFile, at: u64, metadata: &'a mut Vec<u8>) -> Result<Option<Found<'a>>> {
+fn read_message(reads: &mut Reads, at: u64) -> Result<Option<Found<'_>>> {
+    let file_len = reads.file().len();
     let truncated = |end: u64| {
         Error::data(format!(
-            "Arrow data is truncated: the message at byte {at} reaches to byte {end}, the file ends at {}; write or copy it again",
-            file.len()
+            "Arrow data is truncated: the message at byte {at} reaches to byte {end}, the file ends at {file_len}; write or copy it again"
         ))
     };
-    let word = |at: u64| -> Result<u32> {
-        if at.checked_add(4).is_none_or(|end| end > file.len()) {
-            return Err(truncated(at.saturating_add(4)));
+    let mut word = |at: u64| -> Result<u32> {
+        let end = at.saturating_add(4);
+        if end > file_len {
+            return Err(truncated(end));
         }
-        let mut bytes = Vec::new();
-        let b = file.slice(at..at + 4, &mut bytes)?;
+        let b = reads.get(at..end)?;
         Ok(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
     };
     // Before Arrow 0.15 there was no marker before the length.
@@ -290,18 +330,18 @@ fn read_message<'a>(file: &'a SourceFile, at: u64, metadata: &'a mut Vec<u8>) ->
     if len == 0 {
         return Ok(None);
     }
-    let (len, start) = (u64::from(len), start);
-    if start + len > file.len() || len > MAX_METADATA {
+    let len = u64::from(len);
+    if start + len > file_len || len > MAX_METADATA {
         return Err(truncated(start + len));
     }
-    let bytes = file.slice(start..start + len, metadata)?;
+    let bytes = reads.get(start..start + len)?;
     let message =
         arrow_ipc::root_as_message(bytes).map_err(|error| damaged(&format!("message at byte {at}"), &error))?;
     let body_len = u64::try_from(message.bodyLength())
         .map_err(|_| Error::data("Arrow data is damaged: a body has a negative length"))?;
     let body = Part { start: start + len, len: body_len };
     match body.start.checked_add(body.len) {
-        Some(end) if end <= file.len() => Ok(Some(Found { message, body })),
+        Some(end) if end <= file_len => Ok(Some(Found { message, body })),
         end => Err(truncated(end.unwrap_or(u64::MAX))),
     }
 }

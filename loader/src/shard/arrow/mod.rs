@@ -10,8 +10,8 @@ mod random;
 
 use arrow_schema::DataType;
 
-use super::mmap::SourceFile;
-use super::{OpenOptions, Shard, choose_token_column};
+use super::mmap::Reads;
+use super::{Format, OpenOptions, Shard, choose_token_column};
 use crate::error::{Error, Result};
 use crate::tokens::Dtype;
 use messages::Batch;
@@ -151,58 +151,86 @@ struct Run {
     filled: u64,
 }
 
-/// Opens `file`, whose content is known to be Arrow IPC.
-pub(crate) fn open(file: SourceFile, options: &OpenOptions) -> Result<Box<dyn Shard>> {
-    let messages = messages::Messages::read(&file, options.token_column.as_deref())?;
+/// Opens the file of `reads`, whose content is known to be Arrow IPC of `format`.
+pub(crate) fn open(mut reads: Reads, format: Format, options: &OpenOptions) -> Result<Box<dyn Shard>> {
+    let messages = messages::Messages::read(&mut reads, format, options)?;
+    let file = reads.into_file();
     if messages.batches.iter().any(|batch| batch.compression.is_some()) {
         return Ok(Box::new(compressed::CompressedArrow::new(file, messages, options)?));
     }
-    Ok(Box::new(random::MappedArrow::new(file, messages, options)?))
+    Ok(Box::new(random::MappedArrow::new(file, messages)))
 }
 
-/// Cuts the documents of `batch` into runs of at most about `run_tokens` tokens and `run_rows` rows.
+/// Cuts the documents of `batch` into runs of at most about `run_tokens` tokens and `run_rows` rows, and adds them to `out`.
 ///
 /// `offsets`, `validity` and `child_validity` are the batch's buffers, where it has them. Null documents count as empty; those that cover tokens all
 /// the same end a run. Offsets are checked: not negative, never falling, inside of the values. A null token in a document is an error.
 fn runs(
     column: &Column,
     batch: &Batch,
-    offsets: &[u8],
-    validity: &[u8],
-    child_validity: &[u8],
-    (run_tokens, run_rows): (u64, u64),
-) -> Result<Vec<Run>> {
-    let mut runs = Vec::new();
-    let mut run = Run { row: 0, rows: 0, start: 0, tokens: 0, filled: 0 };
-    let end_at = |row: u64| -> Result<u64> {
-        match column.kind {
-            Kind::List { offset_width } => read_offset(offsets, offset_width, row),
-            Kind::FixedSizeList { length } => Ok(row * length),
-            Kind::Plain => Ok(row),
-        }
+    (offsets, validity, child_validity): (&[u8], &[u8], &[u8]),
+    limits: (u64, u64),
+    out: &mut Vec<Run>,
+) -> Result<()> {
+    if batch.rows == 0 {
+        return Ok(());
+    }
+    let enough = |count: usize| {
+        let missing =
+            || Error::data(format!("list offsets end after {} bytes, offset {count} is missing", offsets.len()));
+        if batch.rows < count as u64 { Ok(()) } else { Err(missing()) }
     };
+    let bits = (validity, child_validity);
+    match column.kind {
+        Kind::List { offset_width: 4 } => {
+            let (offsets, _) = offsets.as_chunks();
+            enough(offsets.len())?;
+            cut(batch, |row| i64::from(i32::from_le_bytes(offsets[row as usize])), bits, false, limits, out)
+        }
+        Kind::List { .. } => {
+            let (offsets, _) = offsets.as_chunks();
+            enough(offsets.len())?;
+            cut(batch, |row| i64::from_le_bytes(offsets[row as usize]), bits, false, limits, out)
+        }
+        // As many as are stored.
+        Kind::FixedSizeList { length } => cut(batch, |row| (row * length) as i64, bits, false, limits, out),
+        Kind::Plain => cut(batch, |row| row as i64, bits, true, limits, out),
+    }
+}
+
+/// As [`runs`], with `end_at` where a number of rows ends; where documents are `plain` rows, none may be null.
+fn cut(
+    batch: &Batch,
+    end_at: impl Fn(u64) -> i64,
+    (validity, child_validity): (&[u8], &[u8]),
+    plain: bool,
+    (run_tokens, run_rows): (u64, u64),
+    out: &mut Vec<Run>,
+) -> Result<()> {
     let is_null = |bits: &[u8], index: u64| !bits.is_empty() && bits[(index / 8) as usize] & (1 << (index % 8)) == 0;
     let null_token =
         |row: u64| Error::data("null token: every id in a document must be set").at_row(batch.first_row + row);
-    let mut start = end_at(0)?;
-    run.start = start;
+    // Negative ones become larger than any count.
+    let mut start = end_at(0) as u64;
+    let mut run = Run { row: 0, rows: 0, start, tokens: 0, filled: 0 };
     for row in 0..batch.rows {
-        let end = end_at(row + 1)?;
+        let end = end_at(row + 1) as u64;
         if end < start || end > batch.values {
-            return Err(Error::data(format!(
-                "list offsets are damaged: row {row} of a batch covers values {start}..{end} of {}",
-                batch.values
-            )));
+            let negative = [row, row + 1].into_iter().find(|row| end_at(*row) < 0);
+            return Err(Error::data(match negative {
+                Some(row) => format!("list offset {row} is negative: {}", end_at(row)),
+                None => format!(
+                    "list offsets are damaged: row {row} of a batch covers values {start}..{end} of {}",
+                    batch.values
+                ),
+            }));
         }
         let null = is_null(validity, row);
-        if column.kind == Kind::Plain && null {
+        if plain && null {
             return Err(null_token(row));
         }
-        if null && end > start {
-            if run.tokens > 0 {
-                runs.push(run);
-            }
-            run = Run { row: row + 1, rows: 0, start: end, tokens: 0, filled: 0 };
+        let ends_run = if null && end > start {
+            true
         } else {
             if !child_validity.is_empty() && (start..end).any(|token| is_null(child_validity, token)) {
                 return Err(null_token(row));
@@ -210,19 +238,20 @@ fn runs(
             run.rows += 1;
             run.tokens += end - start;
             run.filled += u64::from(end > start);
-            if run.tokens >= run_tokens || run.rows >= run_rows {
-                if run.tokens > 0 {
-                    runs.push(run);
-                }
-                run = Run { row: row + 1, rows: 0, start: end, tokens: 0, filled: 0 };
+            run.tokens >= run_tokens || run.rows >= run_rows
+        };
+        if ends_run {
+            if run.tokens > 0 {
+                out.push(run);
             }
+            run = Run { row: row + 1, rows: 0, start: end, tokens: 0, filled: 0 };
         }
         start = end;
     }
     if run.tokens > 0 {
-        runs.push(run);
+        out.push(run);
     }
-    Ok(runs)
+    Ok(())
 }
 
 fn read_offset(offsets: &[u8], width: usize, index: u64) -> Result<u64> {

@@ -3,14 +3,12 @@
 use std::ops::Range;
 
 use super::messages::{Messages, Part};
-use super::{Column, Kind, runs};
+use super::{Column, Kind};
 use crate::error::{Error, ErrorKind, Result};
 use crate::shard::mmap::SourceFile;
-use crate::shard::{Access, BlockMeta, DecodedBlock, Ends, EndsScratch, Format, OpenOptions, Shard};
+use crate::shard::{Access, BlockMeta, DecodedBlock, Ends, EndsScratch, Format, Shard};
 use crate::tokens::{Dtype, Tokens};
 
-/// Keeps the cost of finding a document in a block small where empty documents make a search impossible.
-const MAX_ROWS: u64 = 4096;
 /// Batches below this many tokens cost more to index than to read.
 const SMALL_BATCH: u64 = 16 << 10;
 
@@ -36,22 +34,14 @@ struct Block {
 }
 
 impl MappedArrow {
-    pub(super) fn new(file: SourceFile, messages: Messages, options: &OpenOptions) -> Result<Self> {
-        let Messages { format, column, batches, rows } = messages;
+    pub(super) fn new(file: SourceFile, messages: Messages) -> Self {
+        let Messages { format, column, batches, runs, rows } = messages;
         let width = column.dtype.size() as u64;
-        let (mut metas, mut blocks) = (Vec::new(), Vec::new());
-        let (mut offsets, mut validity, mut child_validity) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut metas, mut blocks) = (Vec::with_capacity(runs.len()), Vec::with_capacity(runs.len()));
+        let mut runs = runs.into_iter();
+        let offset_width = if let Kind::List { offset_width } = column.kind { offset_width as u64 } else { 0 };
         for batch in &batches {
-            let found = runs(
-                &column,
-                batch,
-                file.slice(batch.offsets.range(), &mut offsets)?,
-                file.slice(batch.validity.range(), &mut validity)?,
-                file.slice(batch.child_validity.range(), &mut child_validity)?,
-                (options.block_tokens, MAX_ROWS),
-            )?;
-            for run in found {
-                let offset_width = if let Kind::List { offset_width } = column.kind { offset_width as u64 } else { 0 };
+            for run in runs.by_ref().take(batch.runs) {
                 blocks.push(Block {
                     tokens: Part { start: batch.tokens.start + run.start * width, len: run.tokens * width },
                     offsets: Part {
@@ -73,7 +63,7 @@ impl MappedArrow {
             as_one_document(&mut metas);
         }
         file.advise_random();
-        Ok(Self { file, format, column, rows, batches: batches.len(), metas, blocks })
+        Self { file, format, column, rows, batches: batches.len(), metas, blocks }
     }
 }
 
@@ -89,6 +79,10 @@ pub(super) fn as_one_document(metas: &mut [BlockMeta]) {
 impl Shard for MappedArrow {
     fn file(&self) -> &SourceFile {
         &self.file
+    }
+
+    fn let_go(&mut self) {
+        self.file.let_go();
     }
 
     fn format(&self) -> Format {

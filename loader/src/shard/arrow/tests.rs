@@ -1,3 +1,4 @@
+use std::path::Path;
 use std::sync::Arc;
 
 use arrow_array::builder::{Int32Builder, ListBuilder};
@@ -10,6 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::Io;
+use crate::shard::mmap::SourceFile;
 use crate::shard::{Access, EndsScratch};
 use crate::tokens::Tokens;
 
@@ -36,7 +38,14 @@ fn written(batches: &[RecordBatch], stream: bool, codec: Option<CompressionType>
 fn opened(bytes: &[u8], options: &OpenOptions) -> Result<Box<dyn Shard>> {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), bytes).unwrap();
-    open(SourceFile::open(file.path(), options.io)?, options)
+    open_at(file.path(), options)
+}
+
+/// Whatever the end of the file looks like.
+fn open_at(path: &Path, options: &OpenOptions) -> Result<Box<dyn Shard>> {
+    let mut reads = Reads::new(SourceFile::open(path, options.io)?);
+    let is_file = reads.get(0..reads.file().len().min(6))? == b"ARROW1";
+    open(reads, if is_file { Format::ArrowFile } else { Format::ArrowStream }, options)
 }
 
 /// The documents with tokens of a shard, by way of its blocks.
@@ -190,8 +199,7 @@ fn a_file_cut_anywhere_is_an_error_or_shorter_by_whole_batches() {
         let mut sound = 0;
         for len in (1..bytes.len()).rev() {
             file.as_file().set_len(len as u64).unwrap();
-            let source = SourceFile::open(file.path(), options.io).unwrap();
-            if let Ok(shard) = open(source, &options) {
+            if let Ok(shard) = open_at(file.path(), &options) {
                 // A stream may end with its file after any batch.
                 assert!(stream, "{len} of {} bytes", bytes.len());
                 assert!(documents(shard.as_ref()).unwrap().len() <= 2);

@@ -513,6 +513,10 @@ impl Shard for ParquetShard {
         &self.file
     }
 
+    fn let_go(&mut self) {
+        self.file.let_go();
+    }
+
     fn format(&self) -> Format {
         Format::Parquet
     }
