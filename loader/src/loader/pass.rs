@@ -235,9 +235,9 @@ impl Run {
         let reads_ahead = core.sources.list().iter().any(|source| source.reader.reads_ahead());
         let ahead = if reads_ahead { WINDOWS_AHEAD.div_ceil(core.config.batch_size) } else { 0 };
         let decodes = core.sources.list().iter().any(|source| source.reader.decodes());
-        // Beyond the next window of a lane, nothing is gained.
-        let window = core.config.window_tokens / core.config.seq_len / core.config.lanes;
-        let batches = (2 * window).div_ceil(core.grouping.global_batch()).clamp(8, 4096);
+        // Each lane enters another window in that time.
+        let window = core.config.window_tokens / core.config.seq_len;
+        let batches = window.div_ceil(core.grouping.global_batch()).clamp(8, 4096);
         let job = Job {
             core: Arc::clone(core),
             heading: Arc::clone(&heading),
@@ -246,6 +246,7 @@ impl Run {
             decoded_ahead: if decodes { batches } else { 0 },
             looked_at: AtomicU64::new(0),
         };
+        core.cache.begin_pass();
         let pipeline = Pipeline::start(plan, job)?;
         let ledger = core.begin_ledger(&heading)?.map(Mutex::new);
         Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), ledger })
@@ -316,10 +317,12 @@ impl Work for Job {
     fn prepare(&self, worker: &mut Worker, next: u64) -> bool {
         let (core, heading) = (&*self.core, &*self.heading);
         let end = next.saturating_add(self.decoded_ahead).min(self.items);
+        if end > next && core.cache.reached(next.saturating_sub(core.config.prefetch_batches)) {
+            self.looked_at.store(next, Ordering::Relaxed);
+        }
         let start = self.looked_at.load(Ordering::Relaxed).max(next);
         for number in start..end.min(start + LOOK_AT_ONCE) {
-            let index = heading.start + number * core.grouping.global_batch();
-            match core.decode_ahead(heading, index, worker) {
+            match core.decode_ahead(heading, number, worker) {
                 Ok(Prepared::Decoded) => {
                     let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
                     core.counters.worked(worker.index, decode, Duration::ZERO);
