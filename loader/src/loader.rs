@@ -659,10 +659,10 @@ impl Core {
         Ok(batch)
     }
 
-    /// Decodes a block that batch `number` of a pass will read, and nobody has.
-    fn decode_ahead(&self, run: &Heading, number: u64, worker: &mut Worker) -> Result<Prepared> {
+    /// Decodes a block that batch `number` of a pass, at index `start`, will read, and nobody has.
+    fn decode_ahead(&self, run: &Heading, start: u64, number: u64, worker: &mut Worker) -> Result<Prepared> {
         let Worker { orders, slots, places, scratch, .. } = worker;
-        slots_into(self.grouping, &run.course, run.start + number * self.grouping.global_batch(), slots);
+        slots_into(self.grouping, &run.course, start, slots);
         self.places(&run.growth, slots, orders, places);
         for place in places.drain(..).flatten() {
             let reader = &self.sources.list()[place.source].reader;

@@ -307,6 +307,7 @@ impl Reader {
                 let prepared = self.cache.prepare(key, bytes, number, |out| shard.decode_into(block, None, out))?;
                 if prepared == Prepared::Decoded {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
+                    scratch.tracer.end("decode", Some(started), None);
                 }
                 if prepared != Prepared::Nothing {
                     return Ok(prepared);
@@ -384,6 +385,8 @@ struct CacheInner {
     entries: HashMap<BlockKey, Entry>,
     used_bytes: u64,
     clock: u64,
+    /// Batches of the pass.
+    batches: u64,
     /// Batches before this one need nothing more.
     current: u64,
     /// Whether a block that a batch to come needs had to make room.
@@ -493,11 +496,12 @@ impl BlockCache {
         std::mem::take(&mut inner.lost)
     }
 
-    /// Another pass begins: its batches are numbered anew, and what it needs is not known.
-    pub(crate) fn begin_pass(&self) {
+    /// A pass of `batches` batches begins: they are numbered anew, and are those that were looked at beyond the last one of the pass before.
+    pub(crate) fn begin_pass(&self, batches: u64) {
         let mut inner = lock(&self.inner);
+        let before = std::mem::replace(&mut inner.batches, batches);
         inner.current = 0;
-        inner.entries.values_mut().for_each(|entry| entry.needed_until = 0);
+        inner.entries.values_mut().for_each(|entry| entry.needed_until = entry.needed_until.saturating_sub(before));
     }
 
     fn load(
