@@ -708,6 +708,7 @@ mod tests {
     #[test]
     fn blocks_decoded_ahead_take_the_place_of_those_that_nothing_needs() {
         let cache = BlockCache::new(300);
+        cache.begin_pass(5);
         let key = |index: u32| (0, BlockRef { shard: 0, block: index });
         let prepare = |index: u32, number: u64| {
             cache
@@ -729,7 +730,7 @@ mod tests {
         cache.get(key(4), 80, |_| Ok(())).unwrap();
         assert!(!is_there(1), "of those that are needed, it would be for longest");
         assert!(cache.reached(1) && !cache.reached(1));
-        cache.begin_pass();
+        cache.begin_pass(5);
         assert_eq!(prepare(5, 0), Prepared::Decoded, "nothing is needed");
         assert!(cache.prepare(key(6), 10, 1, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 240);
