@@ -164,7 +164,7 @@ impl Reader {
     ) -> Result<()> {
         let (shard, index) = (opened.shard(), block.block as usize);
         let meta = &shard.blocks()[index];
-        let dtype = shard.dtype();
+        let dtype = shard.block_dtype();
         match shard.access() {
             Access::Random if self.specials.none() => {
                 let tokens = shard.tokens(index, range, &mut scratch.tokens)?;
