@@ -3,7 +3,8 @@
 `ready`: B=1 S=512, `next()` on a batch that is there, and allocating its two tensors, in turns in one loop. `paced`: a
 consumer of 1 ms per step, busy or asleep, takes from the loader for half a second, then the same one batch again and
 again for as long, and so on; epochs follow each other and windows are small, so that borders of both come by often.
-`passes`: the first `next()` of every pass, where threads start anew.
+`passes`: the first `next()` of every pass, where threads start anew, after a whole pass of 1 ms per step and after one
+that was broken off.
 """
 
 import itertools
@@ -24,10 +25,11 @@ STALL_S = 0.001
 READY_S = 1.0
 SEGMENT_S, SEGMENTS = 0.5, 8
 FOLDERS = {"Arrow": "arrow-uint16", "Parquet, zstd": "parquet-zstd"}
+AFTER = ("a whole one", "one broken off")
 PERCENTILES = {"p50": (50, 20), "p99": (99, 100), "p99.9": (99.9, 200)}
 #: Small enough that an epoch has a dozen windows; the budget holds these, and less than the corpus, so that each epoch
 #: is decoded.
-ORDER: dict[str, Any] = {"window_tokens": 1 << 20, "chunk_tokens": 1 << 18, "memory_budget": 40 << 20}
+ORDER: dict[str, Any] = {"window_tokens": 1 << 20, "chunk_tokens": 1 << 18, "memory_budget": 24 << 20}
 
 
 def opened(path: str, seq_len: int, batch_size: int, threads: int, **more: Any) -> Any:
@@ -108,18 +110,20 @@ def paced(job: Record) -> Record:
 
 
 def passes(job: Record) -> Record:
-    """Milliseconds of the first `next()` of passes after the first one, each broken off after some steps."""
+    """Milliseconds of the first `next()` of passes after the first one, each whole, or broken off after some steps."""
     loader = opened(job["path"], 2048, 8, job["threads"], **ORDER)
     firsts = []
-    for epoch in range(16):
+    whole = job["after"] == "a whole one"
+    for epoch in range(4 if whole else 16):
         loader.set_epoch(epoch)
         batches = iter(loader)
         began = time.perf_counter()
         batch = next(batches)
         firsts.append((time.perf_counter() - began) * 1e3)
-        for _ in range(5):
-            batch = next(batches)
-        del batch, batches
+        del batch
+        for _ in batches if whole else itertools.islice(batches, 5):
+            asleep(time.perf_counter() + STEP_S * whole)
+        del batches
     loader._native.close()
     return {"first_ms": float(np.median(firsts[1:])), "first_most_ms": max(firsts[1:])}
 
@@ -128,7 +132,7 @@ def once(job: Record) -> Record:
     import torch
 
     torch.set_num_threads(1)
-    parts: list[Record] = [{"what": "ready"}, {"what": "passes"}]
+    parts: list[Record] = [{"what": "ready"}, *({"what": "passes", "after": after} for after in AFTER)]
     parts += [{"what": "paced", "consumer": consumer} for consumer in ("busy", "asleep")]
     random.shuffle(parts)
     how = {"ready": ready, "paced": paced, "passes": passes}
@@ -150,7 +154,7 @@ def section(records: list[Record]) -> list[str]:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         for part in record.get("parts", []):
-            key = part["what"], record["name"], record["threads"], part.get("consumer")
+            key = part["what"], record["name"], record["threads"], part.get("consumer", part.get("after"))
             groups.setdefault(key, []).append(part)
     for (what, name, threads, consumer), runs in sorted(groups.items(), key=lambda group: str(group[0])):
         who = f"{name}, {threads} thread{'s' * (threads > 1)}"
@@ -164,7 +168,11 @@ def section(records: list[Record]) -> list[str]:
             rows.insert(0, Verdict(f"ready, {who}", "+5 µs", found, float(np.median(more)) <= 5))
         elif what == "passes":
             found = f"{spread(of('first_ms'))}, at most {number(max(of('first_most_ms')))}"
-            borders.append(Verdict(f"first of a pass, {who}", "1 ms", found, float(np.median(of("first_ms"))) <= 1))
+            borders.append(
+                Verdict(
+                    f"first of a pass after {consumer}, {who}", "1 ms", found, float(np.median(of("first_ms"))) <= 1
+                )
+            )
         else:
             for label, (_, allowed) in PERCENTILES.items():
                 more = [run[f"loader_{label}_us"] - run[f"cached_{label}_us"] for run in runs]

@@ -220,7 +220,7 @@ fn measure(path: &Path, time: Duration) -> Result<serde_json::Value, Failure> {
         let start = now();
         limit.turn(&mut out)?;
         let between = now();
-        blocks(shard.as_ref(), width, &mut block, &mut out)?;
+        blocks(shard.as_ref(), shard.block_dtype().size(), &mut block, &mut out)?;
         let end = now();
         let rate = |time: f64| tokens as f64 / time;
         let rates = [rate(between - start), rate(end - between), loader(path)?];

@@ -97,9 +97,9 @@ fn a_trace_names_its_threads_and_its_spans_nest() {
         assert!(total.get(span).is_some_and(|sum| *sum > 0), "{span}: {total:?}");
     }
     assert!(total.contains_key("wait") || total.contains_key("hand over"), "{total:?}");
-    assert!(total["decode"] <= total["fill"] + 1_000_000 && total["fill"] <= total["batch"] + 1_000_000, "{total:?}");
+    assert!(total["fill"] <= total["batch"] + 1_000_000, "{total:?}");
     // Two workers and a consumer cannot have worked longer than the clock went on.
-    assert!(took > 300_000_000 && total["batch"] <= 3 * took, "{total:?} in {took}");
+    assert!(took > 300_000_000 && total["batch"].max(total["decode"]) <= 3 * took, "{total:?} in {took}");
 }
 
 #[test]

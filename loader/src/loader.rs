@@ -62,8 +62,6 @@ struct Core {
     config: Config,
     sources: Sources,
     cache: Arc<BlockCache>,
-    /// Bytes of blocks that may be decoded ahead of their use.
-    ahead_bytes: u64,
     grouping: Grouping,
     /// What a state belongs to, but for what depends on the position.
     content: Vec<(&'static str, StateValue)>,
@@ -410,11 +408,6 @@ impl Core {
         }));
         let windows = windows_bytes(&config, &corpora, &grouping, largest);
         warnings.extend(window_warning(windows, cache_bytes));
-        // While a lane goes through its window, the others go through one and a part of the next: these blocks are to stay, and some that are
-        // at hand in any order.
-        let stay = windows.saturating_mul(2).saturating_add(4 * largest);
-        let decoded: u64 = corpora.iter().map(|(_, corpus)| corpus.decoded_bytes()).sum();
-        let ahead_bytes = if decoded <= cache_bytes { decoded } else { cache_bytes.saturating_sub(stay) / 2 };
         let cache = Arc::new(BlockCache::new(cache_bytes));
         let specials = Specials { bos: config.bos_id, eos: config.eos_id };
         let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
@@ -424,7 +417,6 @@ impl Core {
         });
         let sources = Sources::new(&config, sources.collect())?;
         let core = Self {
-            ahead_bytes,
             grouping,
             content: content_of(&config),
             warnings,
@@ -667,15 +659,15 @@ impl Core {
         Ok(batch)
     }
 
-    /// Decodes a block that the batch at index `start` will read, and nobody has.
-    fn decode_ahead(&self, run: &Heading, start: u64, worker: &mut Worker) -> Result<Prepared> {
+    /// Decodes a block that batch `number` of a pass, at index `start`, will read, and nobody has.
+    fn decode_ahead(&self, run: &Heading, start: u64, number: u64, worker: &mut Worker) -> Result<Prepared> {
         let Worker { orders, slots, places, scratch, .. } = worker;
         slots_into(self.grouping, &run.course, start, slots);
         self.places(&run.growth, slots, orders, places);
         for place in places.drain(..).flatten() {
             let reader = &self.sources.list()[place.source].reader;
             if reader.decodes() {
-                let prepared = reader.decode_ahead(place.tokens, place.ends_chunk, self.ahead_bytes, scratch)?;
+                let prepared = reader.decode_ahead(place.tokens, place.ends_chunk, number, scratch)?;
                 if prepared != Prepared::Nothing {
                     return Ok(prepared);
                 }

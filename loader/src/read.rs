@@ -1,8 +1,9 @@
 //! Read: any stretch of the stream, written into a row.
 //!
 //! Random-access blocks are borrowed from the mapping window by window. Other blocks are decoded whole into a cache that all
-//! workers share and that stays within its budget: a block in demand by several workers is decoded by one of them, and the block that
-//! was not used for longest makes room. A row that only runs on into a block takes just the first tokens of it.
+//! workers share and that stays within its budget: a block in demand by several workers is decoded by one of them. Where it is known what
+//! batches to come will read, blocks that none of them needs make room first; else the block that was not used for longest. A row that only
+//! runs on into a block takes just the first tokens of it.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -163,7 +164,7 @@ impl Reader {
     ) -> Result<()> {
         let (shard, index) = (opened.shard(), block.block as usize);
         let meta = &shard.blocks()[index];
-        let dtype = shard.dtype();
+        let dtype = shard.block_dtype();
         match shard.access() {
             Access::Random if self.specials.none() => {
                 let tokens = shard.tokens(index, range, &mut scratch.tokens)?;
@@ -281,12 +282,12 @@ impl Reader {
         self.corpus.access() == Access::Block
     }
 
-    /// Decodes the first block of stream tokens `range` that nobody has, if the blocks decoded ahead and not used yet stay below `most_bytes`.
+    /// Decodes the first block of stream tokens `range` that nobody has, for batch `number`, if there is room for it.
     pub(crate) fn decode_ahead(
         &self,
         range: Range<u64>,
         ends_chunk: bool,
-        most_bytes: u64,
+        number: u64,
         scratch: &mut Scratch,
     ) -> Result<Prepared> {
         let mut at = range.start;
@@ -303,9 +304,10 @@ impl Reader {
                 let bytes = shard.blocks()[block].decoded_bytes;
                 let key = (self.source, BlockRef { shard: index as u32, block: block as u32 });
                 let started = Instant::now();
-                let prepared = self.cache.prepare(key, bytes, most_bytes, |out| shard.decode_into(block, None, out))?;
+                let prepared = self.cache.prepare(key, bytes, number, |out| shard.decode_into(block, None, out))?;
                 if prepared == Prepared::Decoded {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
+                    scratch.tracer.end("decode", Some(started), None);
                 }
                 if prepared != Prepared::Nothing {
                     return Ok(prepared);
@@ -349,7 +351,7 @@ impl Reader {
 pub(crate) enum Prepared {
     /// A block was decoded.
     Decoded,
-    /// There are as many blocks ahead of their use as there may be.
+    /// There is no room but that of blocks which are needed before.
     Full,
     /// All is there, or about to be.
     Nothing,
@@ -382,22 +384,23 @@ type BlockKey = (usize, BlockRef);
 struct CacheInner {
     entries: HashMap<BlockKey, Entry>,
     used_bytes: u64,
-    /// Of these, bytes of blocks that were decoded ahead and not used yet.
-    ahead_bytes: u64,
     clock: u64,
+    /// Batches of the pass.
+    batches: u64,
+    /// Batches before this one need nothing more.
+    current: u64,
+    /// Whether a block that a batch to come needs had to make room.
+    lost: bool,
 }
 
 #[derive(Debug)]
-enum Entry {
-    /// A worker is decoding it.
-    Loading,
-    Ready {
-        block: Arc<DecodedBlock>,
-        bytes: u64,
-        used_at: u64,
-        /// Whether it was decoded ahead, and not used yet.
-        ahead: bool,
-    },
+struct Entry {
+    /// None while a worker decodes it.
+    block: Option<Arc<DecodedBlock>>,
+    bytes: u64,
+    used_at: u64,
+    /// One past the last batch that is known to need it.
+    needed_until: u64,
 }
 
 impl BlockCache {
@@ -460,26 +463,45 @@ impl BlockCache {
         bytes: u64,
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
-        self.wait_for(key).or_else(|inner| self.load(inner, key, bytes, false, decode))
+        self.wait_for(key).or_else(|inner| self.load(inner, key, bytes, 0, decode))
     }
 
-    /// Decodes block `key` of `bytes` bytes ahead of its use, unless it is there or more than `most_bytes` are ahead of theirs then.
+    /// Notes that batch `number` needs block `key` of `bytes` bytes, and decodes it if it is not there and none that is needed before would have to go.
+    /// Asked in the order of batches, this drops just what is needed later than what it decodes.
     fn prepare(
         &self,
         key: BlockKey,
         bytes: u64,
-        most_bytes: u64,
+        number: u64,
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Prepared> {
-        let inner = lock(&self.inner);
-        if inner.entries.contains_key(&key) {
+        let mut inner = lock(&self.inner);
+        if let Some(entry) = inner.entries.get_mut(&key) {
+            entry.needed_until = entry.needed_until.max(number + 1);
             return Ok(Prepared::Nothing);
         }
-        if inner.ahead_bytes + bytes > most_bytes {
+        // Memory that is used again may be a quarter larger.
+        let wanted = self.budget_bytes.min(bytes + bytes / 4);
+        if inner.used_bytes + wanted > self.budget_bytes + inner.idle_bytes() {
             return Ok(Prepared::Full);
         }
-        self.load(inner, key, bytes, true, decode)?;
+        self.load(inner, key, bytes, number + 1, decode)?;
         Ok(Prepared::Decoded)
+    }
+
+    /// Batches before `current` are done. Returns whether a block was dropped that a later one needs, as far as that was known.
+    pub(crate) fn reached(&self, current: u64) -> bool {
+        let mut inner = lock(&self.inner);
+        inner.current = inner.current.max(current);
+        std::mem::take(&mut inner.lost)
+    }
+
+    /// A pass of `batches` batches begins: they are numbered anew, and are those that were looked at beyond the last one of the pass before.
+    pub(crate) fn begin_pass(&self, batches: u64) {
+        let mut inner = lock(&self.inner);
+        let before = std::mem::replace(&mut inner.batches, batches);
+        inner.current = 0;
+        inner.entries.values_mut().for_each(|entry| entry.needed_until = entry.needed_until.saturating_sub(before));
     }
 
     fn load(
@@ -487,7 +509,7 @@ impl BlockCache {
         mut inner: MutexGuard<'_, CacheInner>,
         key: BlockKey,
         bytes: u64,
-        ahead: bool,
+        needed_until: u64,
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
         let mut dropped = Vec::new();
@@ -496,14 +518,14 @@ impl BlockCache {
         let rounded = bytes.next_multiple_of(step).min(self.budget_bytes.max(bytes));
         let reused = inner.make_room(bytes, rounded, self.budget_bytes, &mut dropped);
         let bytes = reused.as_ref().map_or(rounded, |block| bytes.max(block.capacity_bytes()));
-        inner.entries.insert(key, Entry::Loading);
+        let used_at = inner.clock;
+        inner.entries.insert(key, Entry { block: None, bytes, used_at, needed_until });
         inner.used_bytes += bytes;
-        inner.ahead_bytes += if ahead { bytes } else { 0 };
         drop(inner);
         self.free(dropped);
 
         // Removes the entry if decoding fails or panics, so that no one waits for it for ever.
-        let loading = Loading { cache: self, key, bytes, ahead };
+        let loading = Loading { cache: self, key };
         let mut block = reused.unwrap_or_default();
         if block.bytes.capacity() == 0 {
             // Where there is no memory for it, decoding says so.
@@ -513,10 +535,9 @@ impl BlockCache {
         let block = Arc::new(block);
         self.count(&block);
         std::mem::forget(loading);
-        let mut inner = lock(&self.inner);
-        let used_at = inner.clock;
-        inner.entries.insert(key, Entry::Ready { block: Arc::clone(&block), bytes, used_at, ahead });
-        drop(inner);
+        if let Some(entry) = lock(&self.inner).entries.get_mut(&key) {
+            entry.block = Some(Arc::clone(&block));
+        }
         self.loaded.notify_all();
         Ok(block)
     }
@@ -562,18 +583,19 @@ enum Found {
 impl CacheInner {
     fn find(&mut self, key: BlockKey) -> Found {
         self.clock += 1;
-        match self.entries.get_mut(&key) {
-            Some(Entry::Ready { block, bytes, used_at, ahead }) => {
-                *used_at = self.clock;
-                self.ahead_bytes -= if std::mem::take(ahead) { *bytes } else { 0 };
-                Found::Ready(Arc::clone(block))
-            }
-            Some(Entry::Loading) => Found::Loading,
-            None => Found::Nothing,
-        }
+        let Some(entry) = self.entries.get_mut(&key) else { return Found::Nothing };
+        entry.used_at = self.clock;
+        entry.block.as_ref().map_or(Found::Loading, |block| Found::Ready(Arc::clone(block)))
     }
 
-    /// Lets go of the blocks that were not used for longest, until there is room for `bytes`, which take `fresh_bytes` of memory of their own.
+    /// Bytes of the blocks that no batch is known to need.
+    fn idle_bytes(&self) -> u64 {
+        let idle = |entry: &&Entry| entry.block.is_some() && entry.needed_until <= self.current;
+        self.entries.values().filter(idle).map(|entry| entry.bytes).sum()
+    }
+
+    /// Lets go of the blocks that were not used for longest, and of needed ones last, until there is room for `bytes`, which take `fresh_bytes` of memory
+    /// of their own.
     /// Returns one whose memory suits the new block: fresh memory costs a page fault for every 4 kB of it. The others go to `dropped`, to be freed
     /// outside of the lock.
     fn make_room(
@@ -588,18 +610,19 @@ impl CacheInner {
             reused.as_ref().map_or(fresh_bytes, |block| bytes.max(block.capacity_bytes()))
         };
         while self.used_bytes + needed(&reused) > budget_bytes {
-            let oldest = self
-                .entries
-                .iter()
-                .filter_map(|(key, entry)| match entry {
-                    Entry::Ready { used_at, .. } => Some((*used_at, *key)),
-                    Entry::Loading => None,
-                })
-                .min_by_key(|(used_at, ..)| *used_at);
-            let Some((_, key)) = oldest else { break };
-            let Some(Entry::Ready { block, bytes: freed, ahead, .. }) = self.entries.remove(&key) else { break };
+            let current = self.current;
+            // Of those that are needed, the one that will be for longest.
+            let rank = |entry: &Entry| match entry.needed_until {
+                until if until > current => (u64::MAX - until, entry.used_at),
+                _ => (0, entry.used_at),
+            };
+            let ready = self.entries.iter().filter(|(_, entry)| entry.block.is_some());
+            let Some(key) = ready.min_by_key(|(_, entry)| rank(entry)).map(|(key, _)| *key) else { break };
+            let Some(Entry { block: Some(block), bytes: freed, needed_until, .. }) = self.entries.remove(&key) else {
+                break;
+            };
             self.used_bytes -= freed;
-            self.ahead_bytes -= if ahead { freed } else { 0 };
+            self.lost |= needed_until > current;
             let suits = reused.is_none() && (bytes..=bytes + bytes / 4).contains(&block.capacity_bytes());
             match if suits { Arc::try_unwrap(block) } else { Err(block) } {
                 Ok(block) => reused = Some(block),
@@ -614,16 +637,14 @@ impl CacheInner {
 struct Loading<'a> {
     cache: &'a BlockCache,
     key: BlockKey,
-    bytes: u64,
-    ahead: bool,
 }
 
 impl Drop for Loading<'_> {
     fn drop(&mut self) {
         let mut inner = lock(&self.cache.inner);
-        inner.entries.remove(&self.key);
-        inner.used_bytes -= self.bytes;
-        inner.ahead_bytes -= if self.ahead { self.bytes } else { 0 };
+        if let Some(entry) = inner.entries.remove(&self.key) {
+            inner.used_bytes -= entry.bytes;
+        }
         drop(inner);
         self.cache.loaded.notify_all();
     }
@@ -685,26 +706,34 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_decoded_ahead_than_there_may_be() {
-        let cache = BlockCache::new(1000);
+    fn blocks_decoded_ahead_take_the_place_of_those_that_nothing_needs() {
+        let cache = BlockCache::new(300);
+        cache.begin_pass(5);
         let key = |index: u32| (0, BlockRef { shard: 0, block: index });
-        let prepare = |index: u32| {
+        let prepare = |index: u32, number: u64| {
             cache
-                .prepare(key(index), 100, 250, |block| {
-                    fill(block, 100);
+                .prepare(key(index), 80, number, |block| {
+                    fill(block, 80);
                     Ok(())
                 })
                 .unwrap()
         };
+        let is_there = |index: u32| lock(&cache.inner).entries.contains_key(&key(index));
         assert_eq!(
-            [0, 1, 1, 2].map(prepare),
-            [Prepared::Decoded, Prepared::Decoded, Prepared::Nothing, Prepared::Full]
+            [(0, 0), (1, 1), (1, 4), (2, 2), (3, 3)].map(|(index, number)| prepare(index, number)),
+            [Prepared::Decoded, Prepared::Decoded, Prepared::Nothing, Prepared::Decoded, Prepared::Full]
         );
-        cache.get(key(0), 100, |_| panic!("it is there")).unwrap();
-        assert_eq!(prepare(2), Prepared::Decoded, "one of the two was used");
-        assert!(cache.prepare(key(3), 10, 1000, |_| Err(Error::data("broken"))).is_err());
-        assert_eq!(lock(&cache.inner).ahead_bytes, 200);
-        assert_eq!(cache.used_bytes(), 300);
+        assert!(!cache.reached(1), "nothing needed was lost");
+        assert_eq!(prepare(3, 3), Prepared::Decoded, "batch 0 is done");
+        assert!(!is_there(0) && is_there(1) && is_there(2));
+        cache.get(key(1), 80, |_| panic!("it is there")).unwrap();
+        cache.get(key(4), 80, |_| Ok(())).unwrap();
+        assert!(!is_there(1), "of those that are needed, it would be for longest");
+        assert!(cache.reached(1) && !cache.reached(1));
+        cache.begin_pass(5);
+        assert_eq!(prepare(5, 0), Prepared::Decoded, "nothing is needed");
+        assert!(cache.prepare(key(6), 10, 1, |_| Err(Error::data("broken"))).is_err());
+        assert_eq!(cache.used_bytes(), 240);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,21 @@ def test_batches_in_reference_cycles_are_freed(tmp_path: Path) -> None:
     held, growth = json_from(CYCLES, corpus)
     assert held > 400 << 20
     assert growth < 64 << 20, f"{growth >> 20} MiB of {held >> 20} MiB stayed"
+
+
+def test_the_pass_that_follows_finds_its_first_block_decoded(tmp_path: Path) -> None:
+    corpus = corpora.unique_corpus(tmp_path / "corpus", "parquet", 400_000)
+    # Eight blocks of 200 kB, of which four fit.
+    with open_loader(corpus, Settings(seq_len=64, batch_size=4), num_threads=1, memory_budget=1 << 20) as loader:
+        for epoch in range(2):
+            batches = iter(loader)
+            assert next(batches)["input_ids"][0, 0] == 0
+            # Workers end when the last batch is begun, and begin some ahead.
+            for _ in range(len(loader) - 11):
+                next(batches)
+            deadline = time.monotonic() + 60
+            while loader.stats()["decoded_blocks"] < 8 * (epoch + 1) + 1:
+                assert time.monotonic() < deadline, loader.stats()
+                time.sleep(0.001)
+            assert sum(1 for _ in batches) == 10
+            assert loader.stats()["decoded_blocks"] == 8 * (epoch + 1) + 1

@@ -335,7 +335,7 @@ fn largest_id(shard: &dyn shard::Shard, block: usize) -> forebay::Result<i64> {
     let tokens = shard.blocks()[block].tokens;
     if shard.access() == Access::Block {
         let decoded = shard.decode(block, None)?;
-        return Ok(output::largest_id(&forebay::tokens::Tokens::new(shard.dtype(), &decoded.bytes), &mut ids));
+        return Ok(output::largest_id(&forebay::tokens::Tokens::new(shard.block_dtype(), &decoded.bytes), &mut ids));
     }
     shard.check_unchanged()?;
     let mut largest = 0;

@@ -304,7 +304,7 @@ fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
             }
             Access::Block => {
                 let decoded = shard.decode(block, None)?;
-                widen(&Tokens::new(shard.dtype(), &decoded.bytes), &mut ids);
+                widen(&Tokens::new(shard.block_dtype(), &decoded.bytes), &mut ids);
                 digest.ids(&ids);
                 decoded.ends.iter().for_each(|end| digest.end(before + u64::from(*end)));
             }

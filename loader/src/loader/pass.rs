@@ -226,6 +226,11 @@ impl Run {
             (course, growth, start)
         };
         let items = core.steps_from(start, &course);
+        // Likely, a pass over the next epochs follows.
+        let next = course.end_epoch().filter(|epoch| core.check_epoch(*epoch).is_ok());
+        let following =
+            next.map(|epoch| Heading { course: core.course(&growth, epoch), growth: growth.clone(), start: 0 });
+        let beyond = following.as_ref().map_or(0, |following| core.steps_from(0, &following.course).min(LOOK_BEYOND));
         let heading = Arc::new(Heading { course, growth, start });
         let threads = core.threads();
         let plan = Plan {
@@ -237,17 +242,20 @@ impl Run {
         let reads_ahead = core.sources.list().iter().any(|source| source.reader.reads_ahead());
         let ahead = if reads_ahead { WINDOWS_AHEAD.div_ceil(core.config.batch_size) } else { 0 };
         let decodes = core.sources.list().iter().any(|source| source.reader.decodes());
-        // Beyond the next window of a lane, nothing is gained.
-        let window = core.config.window_tokens / core.config.seq_len / core.config.lanes;
-        let batches = (2 * window).div_ceil(core.grouping.global_batch()).clamp(8, 4096);
+        // Each lane enters another window in that time.
+        let window = core.config.window_tokens / core.config.seq_len;
+        let batches = window.div_ceil(core.grouping.global_batch()).clamp(8, 4096);
         let job = Job {
             core: Arc::clone(core),
             heading: Arc::clone(&heading),
             ahead,
             items,
-            decoded_ahead: if decodes { batches } else { 0 },
+            decoded_ahead: if decodes && threads > 0 { batches } else { 0 },
+            following,
+            end: items.saturating_add(beyond),
             looked_at: AtomicU64::new(0),
         };
+        core.cache.begin_pass(items);
         let pipeline = Pipeline::start(plan, job)?;
         let ledger = core.begin_ledger(&heading)?.map(Mutex::new);
         Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), ledger })
@@ -264,12 +272,37 @@ struct Job {
     items: u64,
     /// Batches whose blocks are decoded ahead.
     decoded_ahead: u64,
+    /// Its first batches count on after the last one of this pass where blocks are decoded ahead.
+    following: Option<Heading>,
+    /// One past the last of these.
+    end: u64,
     /// The first batch that some block may be missing of. Written and read by workers; a stale value costs a second look.
     looked_at: AtomicU64,
 }
 
 /// Batches looked at before a worker asks again whether there is one to be computed.
 const LOOK_AT_ONCE: u64 = 32;
+
+/// Batches of a pass that may follow for which blocks are decoded: all lanes have a row in them, mostly.
+const LOOK_BEYOND: u64 = 8;
+
+impl Job {
+    /// Batches from `next` on are not begun.
+    fn reached(&self, next: u64) {
+        if self.core.cache.reached(next.saturating_sub(self.core.config.prefetch_batches)) {
+            self.looked_at.store(next, Ordering::Relaxed);
+        }
+    }
+
+    /// Decodes a block that batch `number` will read, and nobody has.
+    fn decode_ahead(&self, number: u64, worker: &mut Worker) -> Result<Prepared> {
+        let (heading, past) = match (&self.following, number.checked_sub(self.items)) {
+            (Some(following), Some(past)) => (following, past),
+            _ => (&*self.heading, number),
+        };
+        self.core.decode_ahead(heading, heading.start + past * self.core.grouping.global_batch(), number, worker)
+    }
+}
 
 impl Work for Job {
     type State = Worker;
@@ -302,6 +335,11 @@ impl Work for Job {
             }
             worker.scratch.tracer.end("read ahead", traced, None);
         }
+        if self.decoded_ahead > 0 && number >= self.looked_at.load(Ordering::Relaxed) {
+            self.reached(number);
+            // Before the rows, so that threads whose batches need the same blocks decode different ones.
+            while let Ok(Prepared::Decoded) = self.decode_ahead(number, worker) {}
+        }
         let start = slots_into(core.grouping, &heading.course, index, &mut worker.slots);
         let mut rows = std::mem::take(&mut worker.places);
         core.places(&heading.growth, &worker.slots, &mut worker.orders, &mut rows);
@@ -321,15 +359,17 @@ impl Work for Job {
     }
 
     fn prepare(&self, worker: &mut Worker, next: u64) -> bool {
-        let (core, heading) = (&*self.core, &*self.heading);
-        let end = next.saturating_add(self.decoded_ahead).min(self.items);
+        if self.decoded_ahead == 0 {
+            return false;
+        }
+        let end = next.saturating_add(self.decoded_ahead).min(self.end);
+        self.reached(next);
         let start = self.looked_at.load(Ordering::Relaxed).max(next);
         for number in start..end.min(start + LOOK_AT_ONCE) {
-            let index = heading.start + number * core.grouping.global_batch();
-            match core.decode_ahead(heading, index, worker) {
+            match self.decode_ahead(number, worker) {
                 Ok(Prepared::Decoded) => {
                     let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
-                    core.counters.worked(worker.index, decode, Duration::ZERO);
+                    self.core.counters.worked(worker.index, decode, Duration::ZERO);
                     return true;
                 }
                 Ok(Prepared::Full) => return false,

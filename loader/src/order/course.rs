@@ -73,6 +73,11 @@ impl Course {
         Some(self.start_of(end)).filter(|len| *len < ENDLESS / 2)
     }
 
+    /// Epoch after the last one; none where there is no end.
+    pub fn end_epoch(&self) -> Option<u64> {
+        self.len().and(self.end_epoch)
+    }
+
     /// Whether nothing is delivered.
     pub fn is_empty(&self) -> bool {
         self.len() == Some(0)

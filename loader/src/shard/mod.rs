@@ -195,7 +195,7 @@ fn offset_at(bytes: &[u8], width: usize, index: usize) -> u64 {
     }
 }
 
-/// A block in memory, in the width it has on disk.
+/// A block in memory, in the width of [`Shard::block_dtype`].
 #[derive(Debug, Default)]
 pub struct DecodedBlock {
     /// Little-endian token ids.
@@ -257,6 +257,11 @@ pub trait Shard: Send + Sync + fmt::Debug {
 
     /// Type of its token ids.
     fn dtype(&self) -> Dtype;
+
+    /// Type of the ids in a decoded block: [`Shard::dtype`], or a smaller one that holds all of the file's.
+    fn block_dtype(&self) -> Dtype {
+        self.dtype()
+    }
 
     /// How its tokens are reached. The same for every block, and decided by content alone, never by location.
     fn access(&self) -> Access;

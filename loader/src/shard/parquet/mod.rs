@@ -59,7 +59,10 @@ enum Route {
 #[derive(Debug)]
 struct ParquetShard {
     file: SourceFile,
+    /// What blocks are decoded to: its type is the smallest that holds all ids.
     column: Column,
+    /// Type of the ids in the file.
+    dtype: Dtype,
     rows: u64,
     row_groups: Vec<RowGroup>,
     pages: Vec<Page>,
@@ -131,7 +134,7 @@ impl ParquetShard {
         let (metadata, data_end) = read_footer(&file)?;
         let info = metadata.file_metadata();
         let rows = u64::try_from(info.num_rows()).map_err(|_| Error::data("footer is damaged: negative row count"))?;
-        let column = Column::choose(info.schema_descr(), options.token_column.as_deref())?;
+        let mut column = Column::choose(info.schema_descr(), options.token_column.as_deref())?;
         let mut walker = Walker::default();
         let mut window = Window::new(&file, data_end);
         let (mut row_groups, mut pages) = (Vec::new(), Vec::new());
@@ -172,10 +175,17 @@ impl ParquetShard {
                 last.closes = true;
             }
         }
+        let range = id_range(&metadata, &column);
+        let dtype = column.dtype;
+        // Half of the cache's memory, and of what is written and read again. Arrow-rs gives no smaller type than is stored.
+        let fits = range.is_some_and(|(least, most)| least >= 0 && most <= i64::from(u16::MAX));
+        if dtype == Dtype::I32 && fits && pages.iter().all(|page| page.coding != Coding::RowGroup) {
+            column.dtype = Dtype::U16;
+        }
         let ranges = cut(&pages, options.block_tokens);
         let blocks = ranges.iter().map(|range| describe_block(&pages[range.clone()], column.dtype)).collect();
-        let max_id = max_id(&metadata, &column);
-        Ok(Self { file, column, rows, row_groups, pages, blocks, ranges, max_id, dictionary: Mutex::new(None) })
+        let max_id = range.map(|(_, most)| most);
+        Ok(Self { file, column, dtype, rows, row_groups, pages, blocks, ranges, max_id, dictionary: Mutex::new(None) })
     }
 
     fn decode_block(
@@ -495,17 +505,20 @@ fn describe_block(pages: &[Page], dtype: Dtype) -> BlockMeta {
     }
 }
 
-fn max_id(metadata: &ParquetMetaData, column: &Column) -> Option<i64> {
-    let mut most = None;
+/// Least and largest id, if all row groups have statistics.
+fn id_range(metadata: &ParquetMetaData, column: &Column) -> Option<(i64, i64)> {
+    let mut range: Option<(i64, i64)> = None;
     for group in metadata.row_groups() {
-        let max = match group.column(column.leaf).statistics()? {
-            Statistics::Int32(values) if column.dtype.is_signed() => i64::from(*values.max_opt()?),
-            Statistics::Int64(values) => *values.max_opt()?,
+        let (min, max) = match group.column(column.leaf).statistics()? {
+            Statistics::Int32(values) if column.dtype.is_signed() => {
+                (i64::from(*values.min_opt()?), i64::from(*values.max_opt()?))
+            }
+            Statistics::Int64(values) => (*values.min_opt()?, *values.max_opt()?),
             _ => return None,
         };
-        most = most.max(Some(max));
+        range = Some(range.map_or((min, max), |(least, most)| (least.min(min), most.max(max))));
     }
-    most
+    range
 }
 
 impl Shard for ParquetShard {
@@ -522,6 +535,10 @@ impl Shard for ParquetShard {
     }
 
     fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn block_dtype(&self) -> Dtype {
         self.column.dtype
     }
 
@@ -624,13 +641,13 @@ impl Shard for ParquetShard {
         }
         if let Some(most) = self.max_id {
             let fits = if most <= i64::from(u16::MAX) { Dtype::U16 } else { Dtype::I32 };
-            if most <= i64::from(i32::MAX) && fits.size() < self.column.dtype.size() {
+            if most <= i64::from(i32::MAX) && fits.size() < self.dtype.size() {
                 advice.push(format!(
                     "ids up to {most} are stored as {}: {} takes {} of {} bytes per token in memory",
-                    self.column.dtype.name(),
+                    self.dtype.name(),
                     fits.name(),
                     fits.size(),
-                    self.column.dtype.size()
+                    self.dtype.size()
                 ));
             }
         }
@@ -640,7 +657,7 @@ impl Shard for ParquetShard {
     fn describe(&self) -> String {
         let mut parts = Vec::new();
         let kind = if self.column.lists { "list of " } else { "" };
-        parts.push(format!("column `{}`, {kind}{}", self.column.name, self.column.dtype.name()));
+        parts.push(format!("column `{}`, {kind}{}", self.column.name, self.dtype.name()));
         let mut codecs: Vec<_> = self.row_groups.iter().map(|group| group.codec.name()).collect();
         codecs.dedup();
         codecs.truncate(3);

@@ -173,7 +173,7 @@ fn read_all(shard: &ParquetShard) -> Result<Vec<Vec<i64>>> {
         assert!(meta.tokens > 0, "block {i} has no tokens");
         let block = shard.decode(i, None)?;
         assert!(block.complete);
-        let tokens = ids(shard.dtype(), &block.bytes);
+        let tokens = ids(shard.block_dtype(), &block.bytes);
         assert_eq!(tokens.len() as u64, meta.tokens, "tokens of block {i}");
         assert_eq!(block.ends.len() as u64, meta.ends, "ends of block {i}");
         assert_eq!(meta.decoded_bytes, (block.bytes.len() + 4 * block.ends.len()) as u64);
@@ -235,7 +235,7 @@ fn check_prefixes(shard: &ParquetShard) {
         let whole = shard.decode(i, None).unwrap();
         for limit in [0, 1, meta.tokens / 2, meta.tokens - 1, meta.tokens, meta.tokens + 1] {
             let part = shard.decode(i, Some(limit)).unwrap();
-            let found = (part.bytes.len() / shard.dtype().size()) as u64;
+            let found = (part.bytes.len() / shard.block_dtype().size()) as u64;
             assert!(found >= limit.min(meta.tokens));
             assert!(whole.bytes.starts_with(&part.bytes));
             assert_eq!(part.complete, found == meta.tokens && limit > 0);
@@ -580,6 +580,19 @@ fn every_truncation_is_an_error() {
             let error = read_anything(&bytes[..length]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Data);
             assert!(error.location().is_some());
+        }
+    }
+}
+
+#[test]
+fn ids_whose_statistics_fit_16_bits_are_decoded_to_these() {
+    for (id, expected) in [(65_535, Dtype::U16), (65_536, Dtype::I32), (-1, Dtype::I32)] {
+        let rows = vec![Some(vec![id, 7]), Some(vec![8; 5])];
+        let saved = save(&write(&Writing::default(), &rows));
+        let shard = open(&saved, 100).unwrap();
+        assert_eq!((shard.dtype(), shard.block_dtype()), (Dtype::I32, expected), "{id}");
+        if id >= 0 {
+            assert_eq!(read_all(&shard).unwrap(), [vec![id, 7], vec![8; 5]]);
         }
     }
 }
