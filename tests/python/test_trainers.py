@@ -22,9 +22,8 @@ pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 import corpora
 import torch
 import torch.distributed as dist
-from support import clean_environment, first_ids, json_from
+from support import clean_environment, first_ids, json_from, shown_for
 
-import forebay
 from forebay.torch import DataLoader, TokenDataset
 
 SEQ_LEN = 8
@@ -43,11 +42,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return corpora.unique_corpus(tmp_path_factory.mktemp("trainers") / "corpus", "parquet", tokens, shards=2)
 
 
+def shown(consumer: str, corpus: Path, **names: Any) -> Any:
+    """What the docs show, where all ranks together get the batches that one would get."""
+    return shown_for(consumer, corpus=corpus, seq_len=SEQ_LEN, batch_size=ROWS // world_size(), **names)
+
+
 def loader_of(corpus: Path) -> Any:
-    """All ranks together get the batches that one would get."""
-    dataset = TokenDataset(corpus, seq_len=SEQ_LEN)
-    rows = ROWS // world_size()
-    loader = DataLoader(dataset, batch_size=rows, shuffle=True, seed=5, chunk_tokens=64, drop_last=True)
+    loader = shown("plain loop", corpus)["loader"]
     assert len(loader) == STEPS
     return loader
 
@@ -225,25 +226,13 @@ def hugging_face(corpus: Path, folder: Path, **more: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
-    class Trainer(transformers.Trainer):  # type: ignore[misc,name-defined]
-        def get_train_dataloader(self) -> Any:
-            return loader_of(corpus)
-
-        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-            return loader_of(corpus)
-
-    class TellEpoch(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
-        """Trainer tells the epoch to whatever it iterates, which after a resume is a loader of its own making."""
-
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-            parts["train_dataloader"].set_epoch(int(state.epoch))
-
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), num_train_epochs=2, per_device_train_batch_size=ROWS // world_size(), use_cpu=True,
         report_to=[], save_strategy="steps", save_steps=1, logging_strategy="no", disable_tqdm=True, learning_rate=0.1,
         **more,
     )  # fmt: skip
-    trainer = Trainer(model=Tiny(), args=arguments, callbacks=[TellEpoch()])
+    trainer = shown("Hugging Face", corpus, Trainer=transformers.Trainer, model=Tiny(), args=arguments)["trainer"]
+    trainer.get_eval_dataloader = lambda _=None: loader_of(corpus)
     # Else its loss, a mean, is taken for a part of the sum over all ranks.
     trainer.model_accepts_loss_kwargs = False
     return trainer
@@ -457,15 +446,11 @@ def jax_arrays(corpus: Path, folder: Path) -> Found:
     if world_size() > 1:
         jax.distributed.initialize(f"127.0.0.1:{os.environ['MASTER_PORT']}", world_size(), int(os.environ["RANK"]))
 
-    def loader_of_process() -> Any:
-        return forebay.Loader(
-            corpus, seq_len=SEQ_LEN, batch_size=ROWS // jax.process_count(), shuffle=True, seed=5, chunk_tokens=64,
-            dp_rank=jax.process_index(), dp_world_size=jax.process_count(),
-        )  # fmt: skip
-
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    loader, fresh, arrays, states = loader_of_process(), loader_of_process(), [], []
+    loader, fresh = (shown("JAX", corpus)["loader"] for _ in range(2))
+    arrays: list[Any] = []
+    states: list[str] = []
 
     def train(batch: Any) -> None:
         whole = jax.make_array_from_process_local_data(sharding, batch["input_ids"].astype(np.int32))
