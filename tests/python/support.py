@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -87,3 +88,13 @@ def run_python(
 def json_from(program: str, *args: Any, **more: Any) -> Any:
     """Last line of the output of `program`, as JSON."""
     return json.loads(run_python(program, *args, **more).stdout.splitlines()[-1])
+
+
+def shown_for(consumer: str, **names: Any) -> dict[str, Any]:
+    """Runs what docs/torch.md shows for a consumer, as it stands after the change; gives its names."""
+    text = (HERE.parents[1] / "docs" / "torch.md").read_text()
+    blocks = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    [lines] = [block.splitlines() for block in blocks if consumer in block.splitlines()[0]]
+    assert sum(line.startswith("+") for line in lines) <= 3, f"more than three lines change for {consumer}"
+    exec("\n".join(line[1:] for line in lines if not line.startswith("-")), names)
+    return names

@@ -17,6 +17,7 @@ pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
 import torch
+from support import shown_for
 from torch.distributed.checkpoint.stateful import Stateful
 
 import forebay
@@ -36,7 +37,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loader_of(corpus: Path, targets: Any = "shifted", **more: Any) -> Any:
     dataset = TokenDataset(corpus, seq_len=SEQ_LEN, targets=targets)
-    return DataLoader(dataset, **{"batch_size": ROWS, "shuffle": True, "seed": 5, "drop_last": True, **more})
+    return DataLoader(dataset, **{"batch_size": ROWS, "shuffle": True, "drop_last": True, **more})
+
+
+def shown(consumer: str, corpus: Path, **names: Any) -> Any:
+    return shown_for(consumer, corpus=corpus, seq_len=SEQ_LEN, batch_size=ROWS, **names)["loader"]
 
 
 def epochs(corpus: Path, name: str, targets: Any = "shifted") -> list[Any]:
@@ -51,7 +56,11 @@ class BaseDataLoader(Stateful, ABC):
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_torchtitan(corpus: Path, flat: bool) -> None:
-    loader = adapters.torchtitan(loader_of(corpus), BaseDataLoader, flat=flat)
+    loader = (
+        shown("torchtitan", corpus, BaseDataLoader=BaseDataLoader)
+        if flat
+        else adapters.torchtitan(loader_of(corpus), BaseDataLoader, flat=False)
+    )
     assert isinstance(loader, BaseDataLoader)
     assert isinstance(loader, Stateful)
     batches = iter(loader)
@@ -84,7 +93,7 @@ class RerunDataIterator:
 
 
 def test_megatron(corpus: Path, tmp_path: Path) -> None:
-    iterator = RerunDataIterator(adapters.megatron(loader_of(corpus)))
+    iterator = RerunDataIterator(shown("Megatron-LM", corpus))
     found = []
     for step in range(2 * STEPS):
         if step == STEPS + 3:
@@ -129,7 +138,7 @@ def olmo_train(loader: Any, batches: int, at: int | None = None) -> tuple[list[A
 
 @pytest.mark.parametrize("at", [3, STEPS + 3])
 def test_olmo_core(corpus: Path, at: int) -> None:
-    loader = adapters.olmo(loader_of(corpus, "labels"))
+    loader = shown("OLMo-core", corpus)
     found, state = olmo_train(loader, 2 * STEPS, at)
     assert found == epochs(corpus, "input_ids", "labels")
     fresh = adapters.olmo(loader_of(corpus, "labels"))

@@ -502,3 +502,8 @@ def test_accelerate_learns_of_the_last_batch(corpus: Path, monkeypatch: Any, ski
         flags.append(loader.end_of_dataloader)
     assert flags == [False] * (12 - skipped) + [True]
     assert FakeGradientState.active == []
+
+
+def test_batches_of_threads_lie_in_ordinary_memory() -> None:
+    loader = DataLoader([torch.ones(4)] * 8, batch_size=2, num_workers=2)
+    assert [batch.is_shared() for batch in loader] == [False] * 4

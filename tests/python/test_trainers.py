@@ -5,8 +5,12 @@ Each test skips itself where its trainer is not installed: requirements/trainers
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,8 @@ pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
 import torch
-from support import clean_environment, first_ids, json_from
+import torch.distributed as dist
+from support import clean_environment, first_ids, json_from, shown_for
 
 from forebay.torch import DataLoader, TokenDataset
 
@@ -27,15 +32,23 @@ ROWS = 4
 VOCABULARY = STEPS * ROWS * SEQ_LEN + 1
 
 
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokens = STEPS * ROWS * SEQ_LEN
     return corpora.unique_corpus(tmp_path_factory.mktemp("trainers") / "corpus", "parquet", tokens, shards=2)
 
 
+def shown(consumer: str, corpus: Path, **names: Any) -> Any:
+    """What the docs show, where all ranks together get the batches that one would get."""
+    return shown_for(consumer, corpus=corpus, seq_len=SEQ_LEN, batch_size=ROWS // world_size(), **names)
+
+
 def loader_of(corpus: Path) -> Any:
-    dataset = TokenDataset(corpus, seq_len=SEQ_LEN)
-    loader = DataLoader(dataset, batch_size=ROWS, shuffle=True, seed=5, chunk_tokens=64, drop_last=True)
+    loader = shown("plain loop", corpus)["loader"]
     assert len(loader) == STEPS
     return loader
 
@@ -44,7 +57,8 @@ def dataset_loader_of(corpus: Path) -> Any:
     """The same rows as a dataset that knows nothing of forebay, on threads."""
     rows = [{name: tensor for name, tensor in row.items()} for row in iter_rows(corpus)]
     generator = torch.Generator().manual_seed(3)
-    return DataLoader(rows, batch_size=ROWS, shuffle=True, generator=generator, num_workers=2, drop_last=True)
+    batch_size = ROWS // world_size()
+    return DataLoader(rows, batch_size=batch_size, shuffle=True, generator=generator, num_workers=2, drop_last=True)
 
 
 def iter_rows(corpus: Path) -> Any:
@@ -153,23 +167,32 @@ def accelerator() -> Any:
         state._reset_state()
 
 
-def test_accelerate_takes_the_step_of_a_partial_accumulation(corpus: Path, accelerator: Any) -> None:
+SYNCED = [False, False, False, True] * 2 + [True]
+
+
+def accumulating(accelerator: Any, corpus: Path) -> tuple[Any, Callable[[Any], bool]]:
+    """A loader, and what trains on a batch and says whether gradients were synchronised after it."""
     model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ours = loader_of(corpus)
     model, optimizer, loader = accelerator.prepare(model, optimizer, ours)
     assert loader is ours
+
+    def train(batch: Any) -> bool:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+            return bool(accelerator.sync_gradients)
+
+    return loader, train
+
+
+def test_accelerate_takes_the_step_of_a_partial_accumulation(corpus: Path, accelerator: Any) -> None:
+    loader, train = accumulating(accelerator, corpus)
     for wanted in epochs(corpus, 2):
-        synced, seen = [], []
-        for batch in loader:
-            with accelerator.accumulate(model):
-                accelerator.backward(model(**batch)["loss"])
-                synced.append(accelerator.sync_gradients)
-                optimizer.step()
-                optimizer.zero_grad()
-            seen.append(first_ids(batch))
-        assert seen == wanted
-        assert synced == [False, False, False, True] * 2 + [True]
+        found = [(first_ids(batch), train(batch)) for batch in loader]
+        assert found == list(zip(wanted, SYNCED, strict=True))
     assert accelerator.gradient_state.active_dataloader is None
 
 
@@ -203,21 +226,30 @@ def hugging_face(corpus: Path, folder: Path, **more: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
-    class Trainer(transformers.Trainer):  # type: ignore[misc,name-defined]
-        def get_train_dataloader(self) -> Any:
-            return loader_of(corpus)
-
-    class TellEpoch(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
-        """Trainer tells the epoch to whatever it iterates, which after a resume is a loader of its own making."""
-
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-            parts["train_dataloader"].set_epoch(int(state.epoch))
-
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), num_train_epochs=2, per_device_train_batch_size=ROWS, use_cpu=True, report_to=[],
-        save_strategy="steps", save_steps=1, logging_strategy="no", disable_tqdm=True, learning_rate=0.1, **more,
+        output_dir=str(folder), num_train_epochs=2, per_device_train_batch_size=ROWS // world_size(), use_cpu=True,
+        report_to=[], save_strategy="steps", save_steps=1, logging_strategy="no", disable_tqdm=True, learning_rate=0.1,
+        **more,
     )  # fmt: skip
-    return Trainer(model=Tiny(), args=arguments, callbacks=[TellEpoch()])
+    trainer = shown("Hugging Face", corpus, Trainer=transformers.Trainer, model=Tiny(), args=arguments)["trainer"]
+    trainer.get_eval_dataloader = lambda _=None: loader_of(corpus)
+    # Else its loss, a mean, is taken for a part of the sum over all ranks.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def assert_evaluates(trainer: Any, corpus: Path) -> None:
+    model = trainer.model
+    trained = len(model.seen)
+    found = trainer.evaluate()["eval_loss"]
+    batches = list(loader_of(corpus))
+    assert model.seen[trained:] == [first_ids(batch) for batch in batches]
+    with torch.no_grad():
+        loss = torch.stack([model(**batch)["loss"] for batch in batches]).mean()
+    if world_size() > 1:
+        dist.all_reduce(loss)
+    assert found == pytest.approx(loss.item() / world_size(), rel=1e-4)
+    del model.seen[trained:]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -227,6 +259,7 @@ def test_trainer_resumes_by_itself(corpus: Path, tmp_path: Path, accumulated: in
     whole.train()
     wanted = flat(epochs(corpus, 2))
     assert whole.model.seen == wanted
+    assert_evaluates(whole, corpus)
     an_epoch = -(-STEPS // accumulated)
     for steps in (2, an_epoch, an_epoch + 2):
         resumed = hugging_face(corpus, tmp_path / "again", gradient_accumulation_steps=accumulated)
@@ -255,8 +288,8 @@ def lightning(folder: Path) -> tuple[Any, Any]:
 
     kept = module.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = module.Trainer(
-        accelerator="cpu", devices=1, max_epochs=2, callbacks=[kept], default_root_dir=str(folder), logger=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=world_size(), max_epochs=2, callbacks=[kept], default_root_dir=str(folder),
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     return Model(), trainer
 
@@ -290,72 +323,187 @@ def test_fabric_keeps_the_state(corpus: Path, tmp_path: Path, make: Any) -> None
     assert [first_ids(batch) for batch in fresh] == epochs_of(make, corpus, 1)[0][4:]
 
 
-# Two ranks, and what wants processes of its own. Each program trains two epochs, stores in the middle of the second,
-# and trains the rest again; it prints the first ids of both.
+# Several ranks, and what wants processes of its own. Each rank calls one of these functions, which trains two epochs,
+# stores in the middle of the second, and trains the rest of it again: the first ids of both are what it gives.
 
-PROGRAM = """
-import json, os, sys, warnings
+AT = STEPS + 4
+Found = tuple[list[list[int]], list[list[int]]]
+
+
+def two_epochs(loader: Any, store: Callable[[], Any], train: Callable[[Any], Any] = lambda _: None) -> list[list[int]]:
+    seen: list[list[int]] = []
+    for _ in range(2):
+        for batch in loader:
+            seen.append(first_ids(batch))
+            train(batch)
+            if len(seen) == AT:
+                store()
+    return seen
+
+
+def rest_of(loader: Any) -> list[list[int]]:
+    return [first_ids(batch) for batch in loader]
+
+
+def plain(corpus: Path, folder: Path) -> Found:
+    import torch.distributed.checkpoint as dcp
+
+    dist.init_process_group("gloo")
+    loader, fresh = loader_of(corpus), loader_of(corpus)
+    loader.set_epoch(0)
+    seen = two_epochs(loader, lambda: dcp.save({"loader": loader}, checkpoint_id=str(folder)))
+    dcp.load({"loader": fresh}, checkpoint_id=str(folder))
+    fresh.set_epoch(1)
+    return seen, rest_of(fresh)
+
+
+def accelerate(corpus: Path, folder: Path) -> Found:
+    from accelerate import Accelerator, skip_first_batches
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    assert accelerator.num_processes == world_size()
+    loader, train = accumulating(accelerator, corpus)
+    synced: list[bool] = []
+    seen = two_epochs(loader, lambda: accelerator.save_state(str(folder)), lambda batch: synced.append(train(batch)))
+    assert synced == 2 * SYNCED
+    accelerator.load_state(str(folder))
+    rest = rest_of(loader)
+    assert rest_of(skip_first_batches(accelerator.prepare(loader_of(corpus)), 5)) == seen[5:STEPS]
+    return seen, rest
+
+
+def hugging_face_trainer(corpus: Path, folder: Path) -> Found:
+    whole = hugging_face(corpus, folder)
+    whole.train()
+    assert_evaluates(whole, corpus)
+    rest = []
+    for steps in (4, AT):
+        resumed = hugging_face(corpus, folder / "again")
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{steps}"))
+        rest = resumed.model.seen
+        assert rest == whole.model.seen[steps:]
+        assert_equal(weights(resumed.model), weights(whole.model))
+    return whole.model.seen, rest
+
+
+def lightning_trainer(corpus: Path, folder: Path, make: Any = loader_of) -> Found:
+    whole, trainer = lightning(folder)
+    trainer.fit(whole, make(corpus))
+    resumed, trainer = lightning(folder / "again")
+    assert trainer.world_size == world_size()
+    trainer.fit(resumed, make(corpus), ckpt_path=str(folder / f"step={AT}.ckpt"))
+    assert_equal(weights(resumed), weights(whole))
+    return whole.tiny.seen, resumed.tiny.seen
+
+
+def lightning_trainer_dataset(corpus: Path, folder: Path) -> Found:
+    """Lightning gives each rank a DistributedSampler of its own making."""
+    return lightning_trainer(corpus, folder, dataset_loader_of)
+
+
+def lightning_fabric(corpus: Path, folder: Path) -> Found:
+    from lightning import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=world_size())
+    fabric.launch()
+    assert fabric.world_size == world_size()
+    loader, fresh = (fabric.setup_dataloaders(loader_of(corpus)) for _ in range(2))
+    seen = two_epochs(loader, lambda: fabric.save(folder / "state.ckpt", {"loader": loader}))
+    fabric.load(folder / "state.ckpt", {"loader": fresh})
+    return seen, rest_of(fresh)
+
+
+def deepspeed(corpus: Path, folder: Path) -> Found:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.runtime.dataloader import RepeatingLoader
+
+    def train(loader: Any, steps: int, resume: bool) -> list[list[int]]:
+        model, seen = Tiny(), []
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), dist_init_required=True,
+            config={"train_micro_batch_size_per_gpu": ROWS // world_size(), "gradient_accumulation_steps": 1},
+        )  # fmt: skip
+        if resume:
+            _, client = engine.load_checkpoint(str(folder))
+            loader.load_state_dict(client["loader"])
+        for _, batch in zip(range(steps), RepeatingLoader(loader), strict=False):
+            seen.append(first_ids(batch))
+            engine.backward(engine(**batch)["loss"])
+            engine.step()
+            if len(seen) == AT:
+                engine.save_checkpoint(str(folder), client_state={"loader": loader.state_dict()})
+        return seen
+
+    return train(loader_of(corpus), 2 * STEPS, False), train(loader_of(corpus), 2 * STEPS - AT, True)
+
+
+def jax_arrays(corpus: Path, folder: Path) -> Found:
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    import jax
+    import numpy as np
+
+    if world_size() > 1:
+        jax.distributed.initialize(f"127.0.0.1:{os.environ['MASTER_PORT']}", world_size(), int(os.environ["RANK"]))
+
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    loader, fresh = (shown("JAX", corpus)["loader"] for _ in range(2))
+    arrays: list[Any] = []
+    states: list[str] = []
+
+    def train(batch: Any) -> None:
+        whole = jax.make_array_from_process_local_data(sharding, batch["input_ids"].astype(np.int32))
+        assert whole.shape == (ROWS, SEQ_LEN)
+        arrays.append(whole)
+
+    seen = two_epochs(loader, lambda: states.append(json.dumps(loader.state_dict())), train)
+    for array, ids in zip(arrays, seen, strict=True):
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        found = [int(token) for shard in shards for token in np.asarray(shard.data)[:, 0]]
+        assert found == ids, "an array changed after it was handed over"
+    fresh.load_state_dict(json.loads(states[0]))
+    return seen, rest_of(fresh)
+
+
+def ray_train(corpus: Path, folder: Path) -> list[Found]:
+    """Starts its two ranks itself."""
+    import ray.train.torch
+
+    def train(config: Any) -> None:
+        loader = loader_of(corpus)
+        states = []
+        if config["state"] is None:
+            seen = two_epochs(loader, lambda: states.append(loader.state_dict()))
+        else:
+            loader.load_state_dict(config["state"])
+            seen = rest_of(loader)
+        rank = ray.train.get_context().get_world_rank()
+        (folder / f"{rank}.json").write_text(json.dumps([seen, *states]))
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    runs: list[Any] = []
+    for state in (None, 1):
+        ray.train.torch.TorchTrainer(
+            train, train_loop_config={"state": state and runs[0][0][1]},
+            scaling_config=ray.train.ScalingConfig(num_workers=2, use_gpu=False),
+            torch_config=ray.train.torch.TorchConfig("gloo"), run_config=ray.train.RunConfig(storage_path=str(folder)),
+        ).fit()  # fmt: skip
+        runs.append([json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)])
+    return [(runs[0][rank][0], runs[1][rank][0]) for rank in range(2)]
+
+
+CALL = """
+import sys, warnings
+from pathlib import Path
 warnings.simplefilter("ignore")
-import torch
-import torch.distributed as dist
-from forebay.torch import DataLoader, TokenDataset
+import json, test_trainers
 
-CORPUS, FOLDER = sys.argv[1:3]
-SEQ_LEN, ROWS, AT = 8, 4, 2
-
-def loader_of():
-    return DataLoader(TokenDataset(CORPUS, seq_len=SEQ_LEN), batch_size=ROWS, shuffle=True, seed=5, chunk_tokens=64,
-                      drop_last=True)
-
-def ids(batch):
-    return batch["input_ids"][:, 0].tolist()
+found = getattr(test_trainers, sys.argv[1])(*map(Path, sys.argv[2:]))
+print(json.dumps(found), flush=True)
+if test_trainers.dist.is_initialized():
+    test_trainers.dist.destroy_process_group()
 """
-
-GLOO = (
-    PROGRAM
-    + """
-import torch.distributed.checkpoint as dcp
-
-dist.init_process_group("gloo", init_method=f"file://{FOLDER}/store", rank=int(sys.argv[3]), world_size=2)
-loader, seen, rest = loader_of(), [], []
-for epoch in range(2):
-    loader.set_epoch(epoch)
-    for step, batch in enumerate(loader):
-        seen.append(ids(batch))
-        if (epoch, step) == (1, AT):
-            dcp.save({"loader": loader}, checkpoint_id=f"{FOLDER}/checkpoint")
-fresh = loader_of()
-dcp.load({"loader": fresh}, checkpoint_id=f"{FOLDER}/checkpoint")
-fresh.set_epoch(1)
-rest = [ids(batch) for batch in fresh]
-print(json.dumps([seen, rest, len(loader)]))
-dist.destroy_process_group()
-"""
-)
-
-ACCELERATE = (
-    PROGRAM
-    + """
-from accelerate import Accelerator, InitProcessGroupKwargs
-
-os.environ.update(RANK=sys.argv[3], LOCAL_RANK=sys.argv[3], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                  MASTER_PORT=sys.argv[4], ACCELERATE_USE_CPU="true")
-dist.init_process_group("gloo", init_method=f"file://{FOLDER}/store", rank=int(sys.argv[3]), world_size=2)
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-loader, seen, rest = accelerator.prepare(loader_of()), [], []
-for epoch in range(2):
-    loader.set_epoch(epoch)
-    for step, batch in enumerate(loader):
-        seen.append(ids(batch))
-        if (epoch, step) == (1, AT):
-            accelerator.save_state(f"{FOLDER}/state")
-accelerator.load_state(f"{FOLDER}/state")
-rest = [ids(batch) for batch in loader]
-print(json.dumps([seen, rest, len(loader)]))
-dist.destroy_process_group()
-"""
-)
 
 
 def free_port() -> int:
@@ -367,156 +515,55 @@ def free_port() -> int:
         return port
 
 
-def two_ranks(program: str, corpus: Path, folder: Path) -> list[Any]:
-    from concurrent.futures import ThreadPoolExecutor
+def in_ranks(count: int, run: Any, *args: Path) -> list[Found]:
+    """Calls `run` in `count` processes, as torchrun starts them."""
+    # DeepSpeed compiles a part of itself, with the ninja that stands beside this interpreter.
+    names = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "OMP_NUM_THREADS": "1"}
+    if count == 0:
+        return json_from(CALL, run.__name__, *args, timeout=280, env=clean_environment(**names))  # type: ignore[no-any-return]
+    names |= {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "tests",
+    }
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
-    port = free_port()
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(json_from, program, corpus, folder, rank, port, timeout=240) for rank in range(2)]
-        return [run.result() for run in runs]
+    def start(rank: int) -> Any:
+        env = clean_environment(**names, RANK=str(rank), LOCAL_RANK=str(rank))
+        return json_from(CALL, run.__name__, *args, timeout=280, env=env)
 
-
-def assert_resumed(found: Any) -> None:
-    seen, rest, steps = found
-    assert len(seen) == 2 * steps
-    assert rest == seen[steps + 3 :]
-
-
-@pytest.mark.parametrize("program", ["gloo", "accelerate"])
-def test_two_ranks_share_every_epoch_and_resume(corpus: Path, tmp_path: Path, program: str) -> None:
-    if program == "accelerate":
-        pytest.importorskip("accelerate")
-    found = two_ranks(GLOO if program == "gloo" else ACCELERATE, corpus, tmp_path)
-    whole = DataLoader(
-        TokenDataset(corpus, seq_len=SEQ_LEN),
-        batch_size=2 * ROWS,
-        shuffle=True,
-        seed=5,
-        chunk_tokens=64,
-        drop_last=True,
-    )
-    wanted = [first_ids(batch) for _ in range(2) for batch in whole]
-    for rank, run in enumerate(found):
-        assert_resumed(run)
-        assert run[0] == [batch[rank::2] for batch in wanted]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(start, range(count)))
 
 
-RAY = (
-    PROGRAM
-    + """
-import ray, ray.train, ray.train.torch
-
-def train(config):
-    assert "RANK" in os.environ
-    loader, seen = loader_of(), []
-    if config.get("state"):
-        loader.load_state_dict(config["state"])
-        seen = [ids(batch) for batch in loader]
-        state = None
-    else:
-        for epoch in range(2):
-            for step, batch in enumerate(loader):
-                seen.append(ids(batch))
-                if (epoch, step) == (1, AT):
-                    state = loader.state_dict()
-    with open(f"{FOLDER}/ray-{ray.train.get_context().get_world_rank()}.json", "w") as file:
-        json.dump([seen, state, len(loader)], file)
-
-ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-scaling = ray.train.ScalingConfig(num_workers=2, use_gpu=False)
-runs = []
-for state in (None, 1):
-    config = {} if state is None else {"state": runs[0][0][1]}
-    ray.train.torch.TorchTrainer(
-        train, train_loop_config=config, scaling_config=scaling, torch_config=ray.train.torch.TorchConfig("gloo"),
-        run_config=ray.train.RunConfig(storage_path=FOLDER),
-    ).fit()
-    runs.append([json.load(open(f"{FOLDER}/ray-{rank}.json")) for rank in range(2)])
-print(json.dumps([[runs[0][rank][0], runs[1][rank][0], runs[0][rank][2]] for rank in range(2)]))
-"""
-)
+#: What runs, the package that it needs, and in how many processes; 0 where it starts its own.
+RUNS = [
+    (plain, "torch", 2),
+    (accelerate, "accelerate", 2),
+    (hugging_face_trainer, "transformers", 2),
+    (lightning_trainer, "lightning", 2),
+    (lightning_trainer_dataset, "lightning", 2),
+    (lightning_fabric, "lightning", 2),
+    (ray_train, "ray", 0),
+    (deepspeed, "deepspeed", 1),
+    (deepspeed, "deepspeed", 2),
+    (jax_arrays, "jax", 1),
+    (jax_arrays, "jax", 2),
+]
 
 
-def test_ray_train_resumes(corpus: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    for run in json_from(RAY, corpus, tmp_path, timeout=280):
-        assert_resumed(run)
-
-
-DEEPSPEED = (
-    PROGRAM
-    + """
-os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3],
-                  DS_ACCELERATOR="cpu")
-import deepspeed
-from deepspeed.runtime.dataloader import RepeatingLoader
-
-def engine_of():
-    torch.manual_seed(0)
-    model = torch.nn.Linear(SEQ_LEN, 1)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-6), dist_init_required=True,
-        config={"train_micro_batch_size_per_gpu": ROWS, "gradient_accumulation_steps": 1},
-    )
-    return engine
-
-def train(engine, loader, steps, seen, at=None):
-    batches = iter(RepeatingLoader(loader))
-    for step in range(steps):
-        batch = next(batches)
-        seen.append(ids(batch))
-        engine.backward(engine(batch["input_ids"].float()).mean())
-        engine.step()
-        if step == at:
-            engine.save_checkpoint(f"{FOLDER}/deepspeed", client_state={"loader": loader.state_dict()})
-
-loader, seen, rest = loader_of(), [], []
-train(engine_of(), loader, 2 * len(loader), seen, len(loader) + AT)
-engine, fresh = engine_of(), loader_of()
-_, client = engine.load_checkpoint(f"{FOLDER}/deepspeed")
-fresh.load_state_dict(client["loader"])
-train(engine, fresh, len(loader) - AT - 1, rest)
-print(json.dumps([seen, rest, len(loader)]))
-"""
-)
-
-
-def test_deepspeed_resumes(corpus: Path, tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    # It compiles a part of itself, with the ninja that stands beside this interpreter.
-    env = clean_environment(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    assert_resumed(json_from(DEEPSPEED, corpus, tmp_path, free_port(), timeout=280, env=env))
-
-
-JAX = """
-import json, os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-import jax, numpy as np
-import forebay
-
-def loader_of():
-    return forebay.Loader(sys.argv[1], seq_len=8, batch_size=4, shuffle=True, seed=5, chunk_tokens=64,
-                          dp_rank=jax.process_index(), dp_world_size=jax.process_count())
-
-sharding = jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), jax.sharding.PartitionSpec("data"))
-loader, seen, rest = loader_of(), [], []
-arrays = []
-for epoch in range(2):
-    for step, batch in enumerate(loader):
-        whole = jax.make_array_from_process_local_data(sharding, batch["input_ids"].astype(np.int32))
-        assert len(whole.addressable_shards) == 2
-        arrays.append(whole)
-        seen.append(batch["input_ids"][:, 0].tolist())
-        if (epoch, step) == (1, 2):
-            state = loader.state_dict()
-assert [np.asarray(array)[:, 0].tolist() for array in arrays] == seen, "an array changed after it was handed over"
-fresh = loader_of()
-fresh.load_state_dict(json.loads(json.dumps(state)))
-rest = [batch["input_ids"][:, 0].tolist() for batch in fresh]
-print(json.dumps([seen, rest, len(loader)]))
-"""
-
-
-def test_jax_arrays_are_sharded_and_keep_their_values(corpus: Path) -> None:
-    pytest.importorskip("jax")
-    assert_resumed(json_from(JAX, corpus, timeout=240))
+@pytest.mark.parametrize("run, package, count", RUNS, ids=[f"{run.__name__}-{count or 2}" for run, _, count in RUNS])
+def test_ranks_share_every_epoch_and_resume(corpus: Path, tmp_path: Path, run: Any, package: str, count: int) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    found = in_ranks(count, run, corpus, tmp_path)
+    for epoch in range(2):
+        steps = slice(epoch * STEPS, (epoch + 1) * STEPS)
+        shared = sorted(first for seen, _ in found for batch in seen[steps] for first in batch)
+        assert shared == sorted(first for batch in epochs(corpus, 1)[0] for first in batch)
+    for rank, (seen, rest) in enumerate(found):
+        assert len(seen) == 2 * STEPS
+        assert rest == seen[AT:]
+        if run is not lightning_trainer_dataset:
+            assert seen == [batch[rank :: len(found)] for batch in flat(epochs(corpus, 2))]

@@ -23,6 +23,7 @@ from torch.utils.data import (
     SequentialSampler,
     _DatasetKind,
     _utils,
+    default_collate,
     graph_settings,
 )
 from torch.utils.data import dataloader as torch_dataloader
@@ -473,7 +474,10 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
 
         def begin() -> Callable[[Any], Any]:
             dataset: Any = source
+            collate = collate_fn
             if worker is not None:
+                if collate_fn is default_collate:
+                    collate = _collate_here
                 if isinstance(source, (IterDataPipe, MapDataPipe)):
                     dataset = copy.deepcopy(source)  # sharding is written into the pipes of the graph
                 elif iterable:
@@ -488,7 +492,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             if dataset_state is not None and in_dataset:
                 dataset.load_state_dict(dataset_state["state"])
             fetcher: Any = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
-                kind, dataset, auto_collation, collate_fn, drop_last
+                kind, dataset, auto_collation, collate, drop_last
             )
             if not iterable:
                 return lambda task: fetcher.fetch(task[1])
@@ -609,6 +613,15 @@ def _worker_info(worker: int, count: int, base_seed: int, dataset: Any) -> torch
 
 _here = threading.local()
 _patching = threading.Lock()
+
+
+def _collate_here(batch: Any) -> Any:
+    """torch collates in ordinary memory only where nobody seems to be a worker: shared memory is a file per tensor."""
+    info, _here.info = _here.info, None
+    try:
+        return default_collate(batch)
+    finally:
+        _here.info = info
 
 
 def answer_worker_info_per_thread() -> None:

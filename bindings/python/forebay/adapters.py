@@ -1,19 +1,33 @@
 """Loaders in the shapes that trainers ask for which take neither torch's DataLoader nor any iterable.
 
-None of these projects is imported. Each adapter keeps a loader of ``forebay.torch``, and its state is the loader's.
+None of these projects is imported to import this. Each adapter keeps a loader of ``forebay.torch``; its state is the
+loader's.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from forebay._errors import ConfigError
-from forebay.torch import DataLoader, Tensors
+from forebay.torch import DataLoader, Tensors, TokenDataset
 
-__all__ = ["megatron", "olmo", "torchtitan"]
+__all__ = ["DataLoader", "TokenDataset", "hugging_face", "megatron", "olmo", "torchtitan"]
+
+
+def hugging_face(trainer: Any, loader: DataLoader) -> None:
+    """Lets a Trainer of transformers train on a native `loader`, and resume within any epoch."""
+
+    def on_epoch_begin(_: Any, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        # Trainer tells the epoch to what it iterates, which after a resume is a loader of its own making.
+        loader.set_epoch(int(state.epoch))
+
+    base = importlib.import_module("transformers").TrainerCallback
+    trainer.add_callback(type("TellEpoch", (base,), {"on_epoch_begin": on_epoch_begin}))
+    trainer.get_train_dataloader = lambda: loader
 
 
 def _shifted(loader: DataLoader, what: str) -> DataLoader:
