@@ -16,7 +16,7 @@ from forebay.torch import DataLoader, Tensors
 __all__ = ["megatron", "olmo", "torchtitan"]
 
 
-def _shifted(loader: DataLoader, what: str) -> DataLoader:
+def _shifted(loader: DataLoader[Any], what: str) -> DataLoader[Any]:
     if loader.config["targets"] != "shifted":
         raise ConfigError(f'{what} takes labels that are one token ahead: open the TokenDataset with targets="shifted"')
     return loader
@@ -25,7 +25,7 @@ def _shifted(loader: DataLoader, what: str) -> DataLoader:
 class _Titan:
     """What torchtitan's trainer takes of a data loader. Endless: its trainer counts steps."""
 
-    def __init__(self, loader: DataLoader, flat: bool) -> None:
+    def __init__(self, loader: DataLoader[Any], flat: bool) -> None:
         self._loader, self._flat = loader, flat
 
     def __iter__(self) -> Iterator[tuple[Tensors, torch.Tensor]]:
@@ -48,7 +48,7 @@ class _Titan:
         self._loader.close()
 
 
-def torchtitan(loader: DataLoader, base: type | None = None, *, flat: bool = True) -> Any:
+def torchtitan(loader: DataLoader[Any], base: type | None = None, *, flat: bool = True) -> Any:
     """A ``BaseDataLoader`` of torchtitan.
 
     Parameters
@@ -71,7 +71,7 @@ def torchtitan(loader: DataLoader, base: type | None = None, *, flat: bool = Tru
 class _Megatron:
     """An iterator, as Megatron-LM wants ``--dataloader-type external`` to be. Endless: its trainer counts steps."""
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
         self._batches: Any = None
 
@@ -102,7 +102,7 @@ class _Megatron:
         self._batches = None
 
 
-def megatron(loader: DataLoader) -> Any:
+def megatron(loader: DataLoader[Any]) -> Any:
     """An external data iterator of Megatron-LM.
 
     Raises
@@ -116,7 +116,7 @@ def megatron(loader: DataLoader) -> Any:
 class _Olmo:
     """What OLMo-core's trainer and its callbacks read of a data loader; its epochs are counted from 1."""
 
-    def __init__(self, loader: DataLoader, fs_local_rank: int) -> None:
+    def __init__(self, loader: DataLoader[Any], fs_local_rank: int) -> None:
         config = loader.config
         self._loader = loader
         self._epoch: int | None = None
@@ -187,7 +187,7 @@ class _Olmo:
         self.tokens_processed = state_dict["tokens_processed"]
 
 
-def olmo(loader: DataLoader, *, fs_local_rank: int = 0) -> Any:
+def olmo(loader: DataLoader[Any], *, fs_local_rank: int = 0) -> Any:
     """A data loader for OLMo-core's trainer.
 
     Raises
