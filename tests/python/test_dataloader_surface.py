@@ -747,10 +747,11 @@ def test_persistent_workers_keep_a_dataset_only_in_torch(kind: Any, iterable: bo
     found = []
     for epoch in range(3):
         dataset.start = epoch
-        found.append(next(iter(loader)))
-    torch_class = kind[0] is torch.utils.data.DataLoader
-    # Set up in each pass: a copy of an iterable, or the one dataset there is.
-    assert found == [(0, 1)] * 3 if torch_class else [(0, 1), (1, 1 if iterable else 2), (2, 1 if iterable else 3)]
+        found.append(tuple(next(iter(loader))))
+    if kind[0] is torch.utils.data.DataLoader:
+        assert found == [(0, 1)] * 3
+    else:  # set up in each pass: a copy of an iterable, or the one dataset there is
+        assert found == [(0, 1), (1, 1 if iterable else 2), (2, 1 if iterable else 3)]
 
 
 @with_workers
@@ -769,7 +770,10 @@ def test_batches_go_to_a_worker_in_turn_only_in_torch(kind: Any) -> None:
 
     found = list(employ(kind, Whose(8), batch_size=None, prefetch_factor=4))
     # While a thread is held up at the first item, the other computes what comes next.
-    assert found == [0, 1] * 4 if torch_class else len(set(found[1:6])) == 1 and found[0] != found[1]
+    if torch_class:
+        assert found == [0, 1] * 4
+    else:
+        assert len(set(found[1:6])) == 1 and found[0] != found[1]
 
 
 @with_workers
