@@ -318,7 +318,7 @@ def test_what_was_given_can_be_read_and_not_be_changed(kind: Any) -> None:
     loader = make(kind, data, batch_size=3, drop_last=True)
     assert (loader.dataset, loader.batch_size, loader.drop_last) == (data, 3, True)
     assert isinstance(loader.sampler, SequentialSampler) and isinstance(loader.batch_sampler, BatchSampler)
-    for name in ("batch_size", "sampler", "drop_last", "dataset"):
+    for name in ("batch_size", "sampler", "batch_sampler", "drop_last", "dataset", "persistent_workers"):
         with pytest.raises(ValueError, match="should not be set"):
             setattr(loader, name, getattr(loader, name))
 

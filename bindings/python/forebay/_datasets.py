@@ -23,10 +23,10 @@ from torch.utils.data import (
     SequentialSampler,
     _DatasetKind,
     _utils,
-    default_collate,
     graph_settings,
 )
 from torch.utils.data import dataloader as torch_dataloader
+from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils import worker as torch_worker
 from torch.utils.data.datapipes.datapipe import IterDataPipe, MapDataPipe
 
@@ -102,7 +102,7 @@ class _Order:
     `random` of a state is empty for what draws nothing; a seed; the state of a generator; or that of the process.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader[Any]) -> None:
         batch_sampler = loader.batch_sampler
         auto = batch_sampler is not None
         self.index_sampler: Any = batch_sampler if auto else loader.sampler
@@ -239,7 +239,7 @@ def _size(dataset: Any) -> int:
         return -1
 
 
-def first_state(loader: DataLoader) -> State:
+def first_state(loader: DataLoader[Any]) -> State:
     """The position before the first batch. Every state has these keys, and lists where their number could change."""
     iterable = loader._dataset_kind == _DatasetKind.Iterable
     streams = max(loader.num_workers, 1) if iterable else 0
@@ -264,7 +264,7 @@ def first_state(loader: DataLoader) -> State:
     }
 
 
-def checked(loader: DataLoader, state: Mapping[str, Any]) -> State:
+def checked(loader: DataLoader[Any], state: Mapping[str, Any]) -> State:
     """`state`, if it can be continued by `loader`."""
     if not isinstance(state, Mapping):
         raise TypeError(f"a state is a dict, as `state_dict()` gives it; found {type(state).__name__}")
@@ -302,7 +302,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
     take batches from one iterator.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader[Any]) -> None:
         self._owner = loader
         self._taking = threading.RLock()
         self._position: Position | None = None
@@ -324,6 +324,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             super().__init__(loader)
         if self._num_workers > 0:
             answer_worker_info_per_thread()
+        elif self._timeout > 0:
+            raise ValueError("`timeout` needs `num_workers`: without threads, nothing can be given up")
 
     def _next_data(self) -> Any:
         found = self._take_on_host(None) if self._ahead is None else self._ahead.take(None)
@@ -462,7 +464,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             together=loader.worker_init_fn is not None,
         )
 
-    def _begin(self, loader: DataLoader, worker: int | None, state: State) -> Begin:
+    def _begin(self, loader: DataLoader[Any], worker: int | None, state: State) -> Begin:
         # Locals only: a thread that held the iterator would keep it alive.
         source, count, base_seed = self._dataset, self._num_workers, int(self._base_seed)
         kind, auto_collation = self._dataset_kind, self._auto_collation
@@ -474,10 +476,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
 
         def begin() -> Callable[[Any], Any]:
             dataset: Any = source
-            collate = collate_fn
             if worker is not None:
-                if collate_fn is default_collate:
-                    collate = _collate_here
                 if isinstance(source, (IterDataPipe, MapDataPipe)):
                     dataset = copy.deepcopy(source)  # sharding is written into the pipes of the graph
                 elif iterable:
@@ -492,7 +491,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             if dataset_state is not None and in_dataset:
                 dataset.load_state_dict(dataset_state["state"])
             fetcher: Any = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
-                kind, dataset, auto_collation, collate, drop_last
+                kind, dataset, auto_collation, collate_fn, drop_last
             )
             if not iterable:
                 return lambda task: fetcher.fetch(task[1])
@@ -615,15 +614,6 @@ _here = threading.local()
 _patching = threading.Lock()
 
 
-def _collate_here(batch: Any) -> Any:
-    """torch collates in ordinary memory only where nobody seems to be a worker: shared memory is a file per tensor."""
-    info, _here.info = _here.info, None
-    try:
-        return default_collate(batch)
-    finally:
-        _here.info = info
-
-
 def answer_worker_info_per_thread() -> None:
     """Makes ``get_worker_info`` answer for the calling thread.
 
@@ -643,3 +633,15 @@ def answer_worker_info_per_thread() -> None:
             return _forebay_worker_info()  # type: ignore[name-defined]  # noqa: F821
 
         torch_worker.get_worker_info.__code__ = get_worker_info.__code__
+
+        # For whoever has worker info torch stacks into shared memory, a file for each tensor of a batch.
+        stack = torch_collate.default_collate_fn_map[torch.Tensor]
+
+        def stacked(batch: Any, **more: Any) -> Any:
+            info, _here.info = getattr(_here, "info", None), None
+            try:
+                return stack(batch, **more)
+            finally:
+                _here.info = info
+
+        torch_collate.default_collate_fn_map[torch.Tensor] = stacked

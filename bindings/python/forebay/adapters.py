@@ -30,7 +30,7 @@ def hugging_face(trainer: Any, loader: DataLoader) -> None:
     trainer.get_train_dataloader = lambda: loader
 
 
-def _shifted(loader: DataLoader, what: str) -> DataLoader:
+def _shifted(loader: DataLoader[Any], what: str) -> DataLoader[Any]:
     if loader.config["targets"] != "shifted":
         raise ConfigError(f'{what} takes labels that are one token ahead: open the TokenDataset with targets="shifted"')
     return loader
@@ -39,7 +39,7 @@ def _shifted(loader: DataLoader, what: str) -> DataLoader:
 class _Titan:
     """What torchtitan's trainer takes of a data loader. Endless: its trainer counts steps."""
 
-    def __init__(self, loader: DataLoader, flat: bool) -> None:
+    def __init__(self, loader: DataLoader[Any], flat: bool) -> None:
         self._loader, self._flat = loader, flat
 
     def __iter__(self) -> Iterator[tuple[Tensors, torch.Tensor]]:
@@ -62,7 +62,7 @@ class _Titan:
         self._loader.close()
 
 
-def torchtitan(loader: DataLoader, base: type | None = None, *, flat: bool = True) -> Any:
+def torchtitan(loader: DataLoader[Any], base: type | None = None, *, flat: bool = True) -> Any:
     """A ``BaseDataLoader`` of torchtitan.
 
     Parameters
@@ -85,7 +85,7 @@ def torchtitan(loader: DataLoader, base: type | None = None, *, flat: bool = Tru
 class _Megatron:
     """An iterator, as Megatron-LM wants ``--dataloader-type external`` to be. Endless: its trainer counts steps."""
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
         self._batches: Any = None
 
@@ -116,7 +116,7 @@ class _Megatron:
         self._batches = None
 
 
-def megatron(loader: DataLoader) -> Any:
+def megatron(loader: DataLoader[Any]) -> Any:
     """An external data iterator of Megatron-LM.
 
     Raises
@@ -130,7 +130,7 @@ def megatron(loader: DataLoader) -> Any:
 class _Olmo:
     """What OLMo-core's trainer and its callbacks read of a data loader; its epochs are counted from 1."""
 
-    def __init__(self, loader: DataLoader, fs_local_rank: int) -> None:
+    def __init__(self, loader: DataLoader[Any], fs_local_rank: int) -> None:
         config = loader.config
         self._loader = loader
         self._epoch: int | None = None
@@ -201,7 +201,7 @@ class _Olmo:
         self.tokens_processed = state_dict["tokens_processed"]
 
 
-def olmo(loader: DataLoader, *, fs_local_rank: int = 0) -> Any:
+def olmo(loader: DataLoader[Any], *, fs_local_rank: int = 0) -> Any:
     """A data loader for OLMo-core's trainer.
 
     Raises

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy.typing as npt
 import torch
@@ -33,6 +33,7 @@ from forebay._split import Consumer, Split, check
 __all__ = ["DataLoader", "TokenDataset"]
 
 Tensors = dict[str, torch.Tensor]
+_T_co = TypeVar("_T_co", covariant=True)
 
 
 class TokenDataset(Dataset[Tensors]):
@@ -177,7 +178,7 @@ def _pinned(nbytes: int) -> torch.Tensor:
 _resuming = threading.Lock()
 
 
-class DataLoader(torch.utils.data.DataLoader[Any]):
+class DataLoader(torch.utils.data.DataLoader[_T_co]):
     """``torch.utils.data.DataLoader`` without worker processes; the same arguments, and forebay's settings by keyword.
 
     The native way is taken for a ``TokenDataset`` with no sampler or a ``DistributedSampler``, no ``batch_sampler`` and
@@ -221,7 +222,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: Dataset[_T_co],
         batch_size: int | None = 1,
         shuffle: bool | Literal["global", "block"] | None = None,
         sampler: Sampler[Any] | Iterable[Any] | None = None,
@@ -268,10 +269,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         _allocator: Callable[[int], torch.Tensor] | None = None,
         _link: Callable[[], Link] | None = None,
     ) -> None:
-        if multiprocessing_context is not None:
-            raise ValueError(
-                "`multiprocessing_context` has no meaning here: workers are threads of this process; leave it out"
-            )
+        self.multiprocessing_context = multiprocessing_context
         if num_workers < 0 or timeout < 0:
             raise ValueError("`num_workers` and `timeout` must not be negative")
         link = _link_to(device) if _link is None else _link
@@ -383,7 +381,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self._allocator = allocator
         self._limit_s = timeout or None
         self._sampler_epoch = getattr(sampler, "epoch", None)
-        self.dataset = _Rows(self._native, dataset)
+        self.dataset = _Rows(self._native, dataset)  # type: ignore[assignment]
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.num_workers = 0
@@ -493,6 +491,18 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     def __len__(self) -> int:
         """Batches of this rank in an epoch."""
         return len(self._native) if self._native is not None else super().__len__()
+
+    @property
+    def multiprocessing_context(self) -> None:
+        """None: there are no processes, and setting it is an error."""
+        return None
+
+    @multiprocessing_context.setter
+    def multiprocessing_context(self, context: Any) -> None:
+        if context is not None:
+            raise ValueError(
+                "`multiprocessing_context` has no meaning here: workers are threads of this process; leave it out"
+            )
 
     def check_worker_number_rationality(self) -> None:
         """Nothing: it warns of too many processes, and there are none."""
@@ -642,7 +652,7 @@ def _made_here(core: _core.Batches, limit_s: float | None) -> tuple[int, Tensors
 class _NativeIterator:
     """A pass of a native loader; several threads may take batches from it."""
 
-    def __init__(self, owner: DataLoader, loader: Loader) -> None:
+    def __init__(self, owner: DataLoader[Any], loader: Loader) -> None:
         self._owner = owner
         core = loader._open_core()
         self._core = core.iter() if owner._allocator is None else core.iter_external()
@@ -731,7 +741,7 @@ class _NativeIterator:
 class _Source:
     """A pass as consumers share it."""
 
-    def __init__(self, owner: DataLoader) -> None:
+    def __init__(self, owner: DataLoader[Any]) -> None:
         self._owner = owner
         self._iterator = _NativeIterator(owner, owner._loader)
 
@@ -746,7 +756,7 @@ class _Source:
 class _Whole(WholeLoader[Tensors]):
     """A native loader as its consumers see it."""
 
-    def __init__(self, owner: DataLoader) -> None:
+    def __init__(self, owner: DataLoader[Any]) -> None:
         super().__init__(owner._loader)
         self._owner = owner
 
