@@ -18,7 +18,7 @@ from forebay.torch import DataLoader, Tensors, TokenDataset
 __all__ = ["DataLoader", "TokenDataset", "hugging_face", "megatron", "olmo", "torchtitan"]
 
 
-def hugging_face(trainer: Any, loader: DataLoader) -> None:
+def hugging_face(trainer: Any, loader: DataLoader[Any]) -> None:
     """Lets a Trainer of transformers train on a native `loader`, and resume within any epoch."""
 
     def on_epoch_begin(_: Any, args: Any, state: Any, control: Any, **parts: Any) -> None:
