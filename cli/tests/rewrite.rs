@@ -193,6 +193,11 @@ fn a_killed_run_is_continued() {
             let now = shards(&killed).len();
             assert!(now >= kept + more && now < most, "{now} of {most}: killed in the middle");
             kept = now;
+            for data in [text(&killed), &format!("{}/tokens-*", text(&killed))] {
+                let ran = run(&["check", data]);
+                assert_eq!(ran.status, 1, "{}", ran.out);
+                assert!(ran.err.contains("not complete") && ran.err.contains("again"), "{data}: {}", ran.err);
+            }
         }
         // One that is lost in between is written again, and no other.
         std::fs::remove_file(killed.join(&shards(&killed)[1].0)).unwrap();
@@ -252,7 +257,9 @@ fn what_would_harm_is_refused() {
         &["token id 256 does not fit uint8", "a.parquet", "row"],
     );
     assert_eq!(shards(&result), []);
-    refused(&[text(&source), text(&result), "--dtype", "int32"], 1, &["`--dtype`", "\"uint8\"", "\"int32\""]);
+    // Nothing of it is there, so that what the message says to do can be done.
+    sound(&["rewrite", text(&source), text(&result), "--dtype", "int32", "--json"]);
+    refused(&[text(&source), text(&result), "--dtype", "int64"], 1, &["`--dtype`", "\"int32\"", "\"int64\""]);
     std::fs::remove_dir_all(&result).unwrap();
 
     let args = ["rewrite", text(&source), text(&result), "--json", "--shard-tokens", "500"];

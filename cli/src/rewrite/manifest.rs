@@ -2,7 +2,7 @@
 //!
 //! The first lines say what is made of which files; a run that finds others there refuses to go on. Then comes a line for each shard that was written and
 //! compared, on storage before the shard gets its name: a name without its line does not occur, and a line without its shard means that the shard is
-//! missing. Loaders pass over the file, as over all names that begin with `_`.
+//! missing. The last line says that all are there; without it, loaders refuse the folder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
 
+use forebay::shard::discover;
 use forebay::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
 use super::output::{Content, draft_name, sync_folder};
 use super::source::Source;
 
-const NAME: &str = "_forebay_rewrite.jsonl";
+const NAME: &str = discover::REWRITING;
 const VERSION: u64 = 1;
 
 /// A shard that is there.
@@ -62,7 +63,18 @@ impl Manifest {
         let path = folder.join(NAME);
         let draft = folder.join(draft_name(NAME));
         names.remove(&draft_name(NAME));
-        if !names.remove(NAME) {
+        let bytes = if names.remove(NAME) {
+            std::fs::read(&path).map_err(|error| Error::io("cannot read the manifest", error).at(&path))?
+        } else {
+            Vec::new()
+        };
+        // A line that was torn by a kill has no end.
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        // Nothing is lost where no shard was written, and what hindered the first may be an option.
+        if !has_shards(&bytes[..whole]) {
+            if !bytes.is_empty() {
+                remove_drafts(folder, &mut names)?;
+            }
             if let Some(name) = names.first() {
                 return Err(Error::config(format!(
                     "`{}` is not empty and was not begun by `forebay rewrite`: it holds `{name}`; name an empty or a new folder",
@@ -80,9 +92,6 @@ impl Manifest {
             return Ok(Self { folder: folder.to_owned(), settled, done: BTreeMap::new(), lines, _folder: locked });
         }
 
-        let bytes = std::fs::read(&path).map_err(|error| Error::io("cannot read the manifest", error).at(&path))?;
-        // A line that was torn by a kill has no end.
-        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         let (settled, known) = parse(&bytes[..whole], options, sources).map_err(|error| error.at(&path))?;
         let failed = |error| Error::io("cannot write the manifest", error).at(&path);
         let file = File::options().append(true).open(&path).map_err(failed)?;
@@ -95,17 +104,12 @@ impl Manifest {
                 done.insert(name, shard);
             }
         }
-        for name in &names {
-            let is_draft = name.strip_prefix('.').and_then(|name| name.strip_suffix(".part")).is_some();
-            if !is_draft {
-                return Err(Error::config(format!(
-                    "`{}` holds `{name}`, which this rewriting did not write: remove it, or name another folder",
-                    folder.display()
-                )));
-            }
-            let path = folder.join(name);
-            std::fs::remove_file(&path)
-                .map_err(|error| Error::io("cannot remove an unfinished shard", error).at(&path))?;
+        remove_drafts(folder, &mut names)?;
+        if let Some(name) = names.first() {
+            return Err(Error::config(format!(
+                "`{}` holds `{name}`, which this rewriting did not write: remove it, or name another folder",
+                folder.display()
+            )));
         }
         Ok(Self { folder: folder.to_owned(), settled, done, lines: Mutex::new(file), _folder: locked })
     }
@@ -114,10 +118,18 @@ impl Manifest {
     pub(super) fn note(&self, name: &str, shard: &Done) -> Result<()> {
         let Content { rows, documents, tokens, hash } = &shard.content;
         let (source, row) = shard.next;
-        let line = json!({
+        self.write(&json!({
             "shard": name, "bytes": shard.bytes, "rows": rows, "documents": documents, "tokens": tokens, "hash": hash,
             "next_source": source, "next_row": row,
-        });
+        }))
+    }
+
+    /// Notes that all `shards` have their names.
+    pub(super) fn complete(&self, shards: usize) -> Result<()> {
+        self.write(&json!({ "complete": shards }))
+    }
+
+    fn write(&self, line: &Value) -> Result<()> {
         let mut file = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |error| Error::io("cannot write the manifest", error).at(&self.folder.join(NAME));
         let whole = file.seek(SeekFrom::End(0)).map_err(failed)?;
@@ -128,6 +140,22 @@ impl Manifest {
         }
         written.map_err(failed)
     }
+}
+
+/// Removes shards that were not finished, and their names.
+fn remove_drafts(folder: &Path, names: &mut BTreeSet<String>) -> Result<()> {
+    let is_draft = |name: &str| name.starts_with('.') && name.ends_with(".part");
+    for name in names.iter().filter(|name| is_draft(name)) {
+        let path = folder.join(name);
+        std::fs::remove_file(&path).map_err(|error| Error::io("cannot remove an unfinished shard", error).at(&path))?;
+    }
+    names.retain(|name| !is_draft(name));
+    Ok(())
+}
+
+fn has_shards(lines: &[u8]) -> bool {
+    let is_shard = |line: Value| line.get("shard").is_some();
+    lines.split(|byte| *byte == b'\n').any(|line| serde_json::from_slice(line).is_ok_and(is_shard))
 }
 
 fn head(options: &Options, sources: &[Source], settled: &Value) -> String {
@@ -201,6 +229,9 @@ fn parse(bytes: &[u8], options: &Options, sources: &[Source]) -> Result<Known> {
     let mut done = BTreeMap::new();
     for line in lines {
         let line = line?;
+        if line.get("complete").is_some() {
+            continue;
+        }
         let number = |key: &str| line[key].as_u64().ok_or_else(damaged);
         let text = |key: &str| line[key].as_str().map(str::to_owned).ok_or_else(damaged);
         let content = Content {

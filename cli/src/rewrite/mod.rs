@@ -258,6 +258,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     if !faults.is_empty() {
         return Err(Error::all(faults).into());
     }
+    manifest.complete(shards.len())?;
     let summary = Summary::new(&sources, &shards, dtype, options.to, began);
     if options.json {
         writeln!(context.out, "{}", summary.json(target))?;

@@ -11,6 +11,8 @@ use crate::config::DataFormat;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Suffixes of the files that are taken from folders.
+/// Where `forebay rewrite` notes what it has done, beside the shards.
+pub const REWRITING: &str = "_forebay_rewrite.jsonl";
 const SUFFIXES: [&str; 6] = ["parquet", "pq", "arrow", "arrows", "feather", "ipc"];
 
 /// A shard to be opened.
@@ -83,6 +85,7 @@ fn find_pattern(pattern: &str) -> Result<Vec<ShardFile>> {
     let mut shards: Vec<ShardFile> =
         found.into_iter().map(|path| ShardFile { name: relative_name(&path, &fixed), path }).collect();
     shards.retain(|shard| spelled_out || !is_hidden(&shard.name));
+    check_rewriting(&fixed)?;
     shards.sort_by(|a, b| a.name.as_bytes().cmp(b.name.as_bytes()));
     if shards.is_empty() {
         return Err(Error::new(
@@ -91,6 +94,24 @@ fn find_pattern(pattern: &str) -> Result<Vec<ShardFile>> {
         ));
     }
     Ok(shards)
+}
+
+/// Fails if `folder` is what `forebay rewrite` has begun and not ended: the shards that are there are sound, and not all.
+fn check_rewriting(folder: &Path) -> Result<()> {
+    let path = folder.join(REWRITING);
+    let lines = match std::fs::read(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io("cannot read what `forebay rewrite` notes", error).at(&path)),
+        Ok(lines) => lines,
+    };
+    let last = lines.trim_ascii_end().rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
+    if serde_json::from_slice::<serde_json::Value>(last).is_ok_and(|line| line.get("complete").is_some()) {
+        return Ok(());
+    }
+    Err(Error::data(
+        "this rewriting was begun and is not complete: run the same `forebay rewrite` again, which goes on where it stopped",
+    )
+    .at(folder))
 }
 
 fn find_in_folder(folder: &Path, format: DataFormat) -> Result<Vec<ShardFile>> {
@@ -218,6 +239,9 @@ impl Search<'_> {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             if name.starts_with(['_', '.']) {
+                if name == REWRITING {
+                    check_rewriting(folder)?;
+                }
                 continue;
             }
             let path = entry.path();
