@@ -416,7 +416,7 @@ impl Core {
             Source::new(name, reader, config.seed)
         });
         let sources = Sources::new(&config, sources.collect())?;
-        let core = Self {
+        let mut core = Self {
             grouping,
             content: content_of(&config),
             warnings,
@@ -435,8 +435,16 @@ impl Core {
             cache,
             config,
         };
-        if let Some(end) = core.course(&Growth::none(core.sources.shards()), 0).len() {
+        let first = core.course(&Growth::none(core.sources.shards()), 0);
+        if let Some(end) = first.len() {
             grouping.check(end)?;
+            if core.steps_from(0, &first) == 0 && core.config.max_steps != Some(0) {
+                core.warnings.push(format!(
+                    "an epoch has no batch: its {end} sequences of `seq_len` = {} make none of {} (`batch_size` times the number of ranks)",
+                    core.config.seq_len,
+                    grouping.global_batch()
+                ));
+            }
         }
         Ok(core)
     }

@@ -5,6 +5,7 @@ What opening can see fails in the constructor; what only decoding sees fails at 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,19 @@ def test_no_shards_found_names_what_was_searched(tmp_path: Path, what: str) -> N
 def test_no_data_is_refused() -> None:
     with pytest.raises(forebay.ConfigError, match="data"):
         forebay.Loader([])
+
+
+def test_an_epoch_without_a_batch_is_told_when_the_loader_opens(tmp_path: Path, caplog: Any) -> None:
+    path = corpora.write_rows(tmp_path / "shard.parquet", rows())
+    for batch_size, told in [(64, []), (65, ["64 sequences of `seq_len` = 8 make none of 65"])]:
+        caplog.clear()
+        with (
+            caplog.at_level(logging.WARNING, "forebay"),
+            forebay.Loader(path, seq_len=8, batch_size=batch_size) as loader,
+        ):
+            assert len(loader) == 1 - len(told)
+        found = [record.getMessage() for record in caplog.records]
+        assert len(found) == len(told) and all(text in message for text, message in zip(told, found, strict=True))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
