@@ -109,6 +109,7 @@ make_wheel() { # DIR
   tag=$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
   out=out/wheels/$tag
   rm -rf "$out"
+  echo "setup: compiling forebay for $dir; with nothing compiled before, some 5 minutes on 2 cores" >&2
   .venv/bin/maturin build --release --quiet --manifest-path bindings/Cargo.toml \
     --interpreter "$dir/bin/python" --out "$out" >&2
   install "$dir" --no-deps --force-reinstall "$out"/*.whl
