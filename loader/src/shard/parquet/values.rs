@@ -69,8 +69,10 @@ fn decode_as<const W: usize>(encoded: Encoded<'_>, bytes: &[u8], out: &mut [[u8;
             Encoded::Dictionary(_) | Encoded::Delta => Vec::new(),
         };
         return Err(match wide.into_iter().take(out.len()).find(|value| value & upper(W) != 0) {
-            Some(value) => Error::data(format!("token id {value} does not fit uint{}", W * 8)),
-            None => Error::data(format!("a token id does not fit uint{}", W * 8)),
+            Some(value) => {
+                Error::data(format!("token id {value} does not fit uint{}, which the file says it does", W * 8))
+            }
+            None => Error::data(format!("a token id does not fit uint{}, which the file says it does", W * 8)),
         });
     }
     Ok(bits >> 31 != 0)
