@@ -44,8 +44,12 @@ use crate::trace::Trace;
 
 /// Epochs that can be named; numbers beyond are mistakes.
 pub const MAX_EPOCH: u64 = 1 << 32;
-/// Windows read ahead of their use where files are not in memory: about what keeps a disk's queue full.
-const WINDOWS_AHEAD: u64 = 64;
+/// Windows read ahead of their use where files are not in memory, from the first batch on.
+const FIRST_AHEAD: u64 = 64;
+/// As many as keep a disk's queue full, later on and where they are small.
+const WINDOWS_AHEAD: u64 = 256;
+/// Tokens of windows that are small enough for that, together.
+const TOKENS_AHEAD: u64 = 8 << 20;
 /// While everything is found in memory, one batch in so many is looked at.
 const LOOK_EVERY: u64 = 16;
 

@@ -1,11 +1,12 @@
 //! A pass: the course of some epochs on its way through the threads to whoever asks for batches.
 
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
-use super::{Core, Cursor, WINDOWS_AHEAD, Worker, slots_into};
+use super::{Core, Cursor, FIRST_AHEAD, TOKENS_AHEAD, WINDOWS_AHEAD, Worker, slots_into};
 use crate::buffer::Lease;
 use crate::config::Epochs;
 use crate::corpus::Corpus;
@@ -240,7 +241,8 @@ impl Run {
             leased: self.external,
         };
         let reads_ahead = core.sources.list().iter().any(|source| source.reader.reads_ahead());
-        let ahead = if reads_ahead { WINDOWS_AHEAD.div_ceil(core.config.batch_size) } else { 0 };
+        let batches_of = |windows: u64| if reads_ahead { windows.div_ceil(core.config.batch_size) } else { 0 };
+        let windows_ahead = (TOKENS_AHEAD / core.config.seq_len).clamp(FIRST_AHEAD, WINDOWS_AHEAD);
         let decodes = core.sources.list().iter().any(|source| source.reader.decodes());
         // Each lane enters another window in that time.
         let window = core.config.window_tokens / core.config.seq_len;
@@ -248,7 +250,7 @@ impl Run {
         let job = Job {
             core: Arc::clone(core),
             heading: Arc::clone(&heading),
-            ahead,
+            ahead: batches_of(FIRST_AHEAD)..=batches_of(windows_ahead),
             items,
             decoded_ahead: if decodes && threads > 0 { batches } else { 0 },
             following,
@@ -266,8 +268,8 @@ impl Run {
 struct Job {
     core: Arc<Core>,
     heading: Arc<Heading>,
-    /// Batches whose windows are read ahead.
-    ahead: u64,
+    /// Batches whose windows are read ahead, from the first batch on and later.
+    ahead: RangeInclusive<u64>,
     /// How many there are.
     items: u64,
     /// Batches whose blocks are decoded ahead.
@@ -328,9 +330,11 @@ impl Work for Job {
         let global_batch = core.grouping.global_batch();
         let index = heading.start + number * global_batch;
         let traced = worker.scratch.tracer.begin();
-        if self.ahead > 0 {
-            let first = if number == 0 { 1 } else { self.ahead };
-            for distance in first..=self.ahead {
+        if *self.ahead.end() > 0 {
+            // One batch further with each, so that the first of a pass does not wait for so much.
+            let reach = |number: u64| (self.ahead.start() + number).min(*self.ahead.end());
+            let first = number.checked_sub(1).map_or(1, reach);
+            for distance in first..=reach(number) {
                 core.read_ahead(heading, number + distance, index + distance * global_batch, worker);
             }
             worker.scratch.tracer.end("read ahead", traced, None);
