@@ -5,6 +5,7 @@ Each case runs in an interpreter of its own, so that its environment is what it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -268,11 +269,13 @@ def test_workers_run_where_they_are_sent_and_give_way(corpus: Path) -> None:
     def workers() -> dict[str, tuple[str, int]]:
         found = {}
         for task in Path("/proc/self/task").iterdir():
-            name = (task / "comm").read_text().strip()
-            if re.fullmatch(r"forebay-\d+", name):
-                allowed = re.search(r"^Cpus_allowed_list:\s*(\S+)", (task / "status").read_text(), re.MULTILINE)
-                nice = int((task / "stat").read_text().rsplit(")", 1)[1].split()[16])
-                found[name] = (allowed.group(1) if allowed else "", nice)
+            # Others may end meanwhile.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                name = (task / "comm").read_text().strip()
+                if re.fullmatch(r"forebay-\d+", name):
+                    allowed = re.search(r"^Cpus_allowed_list:\s*(\S+)", (task / "status").read_text(), re.MULTILINE)
+                    nice = int((task / "stat").read_text().rsplit(")", 1)[1].split()[16])
+                    found[name] = (allowed.group(1) if allowed else "", nice)
         return found
 
     cpu = max(os.sched_getaffinity(0))
