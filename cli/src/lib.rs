@@ -17,6 +17,7 @@ mod verify;
 use std::ffi::OsString;
 use std::io::Write;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand};
 use forebay::environment::{self, Environment, Resolved, Scope};
 use forebay::{Error, ErrorKind, settings};
@@ -160,6 +161,9 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
             // Where even that cannot be written there is nobody to tell.
             if error.use_stderr() {
                 let _ = write!(err, "{text}");
+                if let Some(name) = setting_meant(&error) {
+                    let _ = writeln!(err, "\n  tip: `{name}` is a setting: `--set {name}=VALUE`");
+                }
                 return MISUSED;
             }
             let _ = write!(out, "{text}");
@@ -190,6 +194,14 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
             if error.kind() == ErrorKind::Config { MISUSED } else { FAILED }
         }
     }
+}
+
+/// The setting that was given as an option and is none of the command's.
+fn setting_meant(error: &clap::Error) -> Option<&'static str> {
+    let ContextValue::String(option) = error.get(ContextKind::InvalidArg)? else { return None };
+    let name = option.trim_start_matches('-').replace('-', "_");
+    let is_unknown = error.kind() == clap::error::ErrorKind::UnknownArgument;
+    settings::all().iter().map(|setting| setting.name).find(|known| is_unknown && *known == name)
 }
 
 fn print_settings(markdown: bool, context: &mut Context<'_>) -> Result<u8, Failure> {

@@ -61,6 +61,8 @@ fn usage_errors_are_told_from_help() {
         assert_eq!(ran.status, 2, "{args:?}");
         assert!(ran.out.is_empty() && ran.err.contains("Usage"), "{args:?}: {}{}", ran.out, ran.err);
     }
+    let ran = run(&["verify", "x", "--pad-id", "3"]);
+    assert!(ran.status == 2 && ran.err.contains("`--set pad_id=VALUE`"), "{}", ran.err);
     let ran = run(&["config", "--set", "x"]);
     assert_eq!(ran.status, 2);
     assert!(ran.err.contains("expected NAME=VALUE"), "{}", ran.err);
