@@ -39,7 +39,8 @@ import resume
 import startup
 import trainer
 import workers
-from contestants import SHAPES, Contestant, Shape, contestants
+from contestants import SHAPES, Contestant, contestants
+from rows import Shape
 from targets import built
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+import peers
 from corpus import COPIES
-
-Batch = dict[str, Any]
+from rows import Batch, IndexBatches, Rows, Shape, as_it_is, widen
 
 GROUPS = {
     "uint16": "Uncompressed, 2 bytes per token",
@@ -50,15 +50,6 @@ HOW = {
     " batch are neighbours, which is less of a shuffle",
     "pyarrow": "row groups in random order, decoded, cut into rows and shuffled within the group: less of a shuffle",
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    batch_size: int
-    seq_len: int
-
-    def __str__(self) -> str:
-        return f"B={self.batch_size} S={self.seq_len}"
 
 
 #: In the order of measuring.
@@ -124,50 +115,6 @@ def forebay_arrays(path: Path, shape: Shape, threads: int):
         path, seq_len=shape.seq_len, batch_size=shape.batch_size, shuffle=True, seed=0, remainder="drop",
         num_threads=threads,
     )  # fmt: skip
-
-
-def map_rows(path: Path, shape: Shape) -> np.ndarray:
-    # A plain view: indexing a memmap object costs more.
-    flat = np.asarray(np.memmap(path, path.stem.rpartition("-")[2], "r"))
-    return flat[: len(flat) // shape.seq_len * shape.seq_len].reshape(-1, shape.seq_len)
-
-
-def widen(rows: np.ndarray) -> Batch:
-    import torch
-
-    return {"input_ids": torch.from_numpy(rows.astype(np.int64)), "labels": torch.from_numpy(rows.astype(np.int64))}
-
-
-class IndexBatches:
-    """A sampler of whole batches: one permutation per epoch, cut into arrays."""
-
-    def __init__(self, rows: int, batch_size: int) -> None:
-        self.rows, self.batch_size, self.rng = rows, batch_size, np.random.default_rng(0)
-
-    def __len__(self) -> int:
-        return self.rows // self.batch_size
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        order = self.rng.permutation(self.rows)
-        for batch in range(len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-
-class Rows:
-    """A map-style dataset of one flat file; an index of several rows gives them as one batch."""
-
-    def __init__(self, path: Path, shape: Shape) -> None:
-        self.rows = map_rows(path, shape)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int | np.ndarray) -> Batch:
-        return widen(self.rows[index])
-
-
-def as_it_is(batch: Batch) -> Batch:
-    return batch
 
 
 def torch_batched(path: Path, shape: Shape, workers: int):
@@ -336,8 +283,6 @@ def contestants() -> list[Contestant]:
 
 def every_peer() -> list[Contestant]:
     """What only `make bench-all` measures, and dataloader-rs, which is near the front."""
-    import peers
-
     found = []
     flat = "tokens-uint16.bin"
 

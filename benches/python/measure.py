@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 
 from chains import Chains, four
-from contestants import Batch, Contestant, RowGroups, Shape, contestants, map_rows
+from contestants import Contestant, RowGroups, contestants
 from processes import descendants
+from rows import Batch, Shape, map_rows
 
 CHECKED_BATCHES = 48
 #: A peer's state further into the epoch than it gets in this time is not taken.

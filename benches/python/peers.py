@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from contestants import Batch, IndexBatches, Rows, Shape, as_it_is, map_rows, widen
+from rows import Batch, IndexBatches, Rows, Shape, as_it_is, map_rows, widen
 
 #: Bytes of a shard of what is written for a peer: what Streaming and LitData call usual.
 SHARD_BYTES = 1 << 26

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from contestants import GROUPS, Contestant, Shape, contestants
+from contestants import GROUPS, Contestant, contestants
+from rows import Shape
 
 Record = dict[str, Any]
 
