@@ -334,7 +334,7 @@ impl Work for Job {
             // One batch further with each, so that the first of a pass does not wait for so much.
             let reach = |number: u64| (self.ahead.start() + number).min(*self.ahead.end());
             let first = number.checked_sub(1).map_or(1, reach);
-            for distance in first..=reach(number) {
+            for distance in (first..=reach(number)).take_while(|distance| number + distance < self.items) {
                 core.read_ahead(heading, number + distance, index + distance * global_batch, worker);
             }
             worker.scratch.tracer.end("read ahead", traced, None);
