@@ -483,7 +483,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
         results = ROOT / "benches" / "RESULTS.md"
         # What workers.py wrote below its mark stays.
         kept = results.read_text().partition(workers.MARK) if results.exists() else ("", "", "")
-        parts = [report.markdown(load(out / "results.jsonl"))]
+        parts = [
+            report.markdown(load(out / "results.jsonl"), "Where targets are missed, and why: [README.md](README.md)")
+        ]
         parts += [section(load(path)) for name in [*TARGETS, *ALONE] if (path := OUT / f"{name}.jsonl").exists()]
         parts += ["".join(kept[1:])] if kept[1] else []
         results.write_text("\n".join(parts))

@@ -238,9 +238,10 @@ HOW_TO_READ = (
 )
 
 
-def markdown(records: list[Record]) -> str:
+def markdown(records: list[Record], *more: str) -> str:
+    """The main tables; `more` facts stand at their head."""
     found = groups(records)
-    parts = ["# Benchmark results", "", *[f"- {fact}" for fact in facts(records)], "", HOW_TO_READ, ""]
+    parts = ["# Benchmark results", "", *[f"- {fact}" for fact in [*facts(records), *more]], "", HOW_TO_READ, ""]
     for group in found:
         parts += [f"## {group.title}", "", "| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
         parts += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in group.rows()]
