@@ -5,14 +5,13 @@ random: through forebay, by page faults of a mapping, by read-ahead in the known
 through io_uring.
 """
 
-import json
-import shutil
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+import corpus
 from targets import Record, Tell, Verdict, built, failures, in_turn, number, read_once, run, spread, table, verdicts
 
 LEAD = "Cold page cache, random windows"
@@ -34,28 +33,18 @@ LABELS = {
 
 def prepare(folder: Path) -> Path:
     """An Arrow file of one record batch, written at the first call."""
-    target = folder / "cold-corpus"
-    description = {"version": 1, "tokens": TOKENS}
-    try:
-        if json.loads((target / "corpus.json").read_text()) == description:
-            return target / "00000.arrow"
-    except (OSError, ValueError):
-        pass
+    target = corpus.written_once(folder / "cold-corpus", {"version": 1, "tokens": TOKENS}, write)
+    return target / "00000.arrow"
 
+
+def write(partial: Path) -> None:
     import pyarrow as pa
 
-    partial = target.with_suffix(".partial")
-    for stale in (partial, target):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
     length = 1 << 16
     ids = np.tile(np.random.default_rng(8).integers(0, 50_000, TOKENS // 8, dtype=np.uint16), 8)
     documents = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids), length)})
     with pa.OSFile(str(partial / "00000.arrow"), "wb") as sink, pa.ipc.new_file(sink, documents.schema) as writer:
         writer.write_table(documents)
-    (partial / "corpus.json").write_text(json.dumps(description))
-    partial.rename(target)
-    return target / "00000.arrow"
 
 
 def measure(folder: Path, seed: int, tell: Tell) -> list[Record]:
