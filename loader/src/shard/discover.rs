@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use crate::config::DataFormat;
@@ -99,13 +101,20 @@ fn find_pattern(pattern: &str) -> Result<Vec<ShardFile>> {
 /// Fails if `folder` is what `forebay rewrite` has begun and not ended: the shards that are there are sound, and not all.
 fn check_rewriting(folder: &Path) -> Result<()> {
     let path = folder.join(REWRITING);
-    let lines = match std::fs::read(&path) {
+    // Its last line is a short one once all is there; those before it are one for each file.
+    let last = File::open(&path).and_then(|mut file| {
+        let len = file.seek(SeekFrom::End(0))?;
+        file.seek(SeekFrom::Start(len.saturating_sub(64)))?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    let last = match last {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Error::io("cannot read what `forebay rewrite` notes", error).at(&path)),
-        Ok(lines) => lines,
+        Ok(last) => last,
     };
-    let last = lines.trim_ascii_end().rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
-    if serde_json::from_slice::<serde_json::Value>(last).is_ok_and(|line| line.get("complete").is_some()) {
+    let line = last.trim_ascii_end().rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
+    if serde_json::from_slice::<serde_json::Value>(line).is_ok_and(|line| line.get("complete").is_some()) {
         return Ok(());
     }
     Err(Error::data(
