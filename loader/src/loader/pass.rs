@@ -227,8 +227,9 @@ impl Run {
             (course, growth, start)
         };
         let items = core.steps_from(start, &course);
+        let decodes = core.sources.list().iter().any(|source| source.reader.decodes());
         // Likely, a pass over the next epochs follows.
-        let next = course.end_epoch().filter(|epoch| core.check_epoch(*epoch).is_ok());
+        let next = course.end_epoch().filter(|epoch| decodes && core.check_epoch(*epoch).is_ok());
         let following =
             next.map(|epoch| Heading { course: core.course(&growth, epoch), growth: growth.clone(), start: 0 });
         let beyond = following.as_ref().map_or(0, |following| core.steps_from(0, &following.course).min(LOOK_BEYOND));
@@ -243,7 +244,6 @@ impl Run {
         let reads_ahead = core.sources.list().iter().any(|source| source.reader.reads_ahead());
         let batches_of = |windows: u64| if reads_ahead { windows.div_ceil(core.config.batch_size) } else { 0 };
         let windows_ahead = (TOKENS_AHEAD / core.config.seq_len).clamp(FIRST_AHEAD, WINDOWS_AHEAD);
-        let decodes = core.sources.list().iter().any(|source| source.reader.decodes());
         // Each lane enters another window in that time.
         let window = core.config.window_tokens / core.config.seq_len;
         let batches = window.div_ceil(core.grouping.global_batch()).clamp(8, 4096);
