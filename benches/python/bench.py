@@ -385,7 +385,7 @@ def at_scale(_seed: int) -> list[dict[str, Any]]:
 #: What is measured of forebay alone, in under a minute each: one process at a time, all else as in the tables.
 ALONE: dict[str, Callable[[int], list[dict[str, Any]]]] = {"resume": resuming, "scale": at_scale}
 
-#: What is measured against a target of its own, or shown beside these; all of them in 14 minutes.
+#: What is measured against a target of its own, or shown beside these; all of them in 15 minutes.
 TARGETS: dict[str, Any] = {
     "latency": latency, "trainer": trainer, "placement": placement, "memory": memory, "startup": startup, "cold": cold,
     "decode": decode,
