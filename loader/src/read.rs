@@ -182,7 +182,7 @@ impl Reader {
                 let mut decoded_here = false;
                 let key = (self.source, block);
                 let shared;
-                let held = if prefix_only { self.cache.held(key) } else { None };
+                let held = if prefix_only { self.cache.held(key, range.end - range.start) } else { None };
                 let decoded = if prefix_only && held.is_none() {
                     decoded_here = true;
                     shard.decode_into(index, Some(range.end), &mut scratch.prefix)?;
@@ -191,7 +191,7 @@ impl Reader {
                 } else {
                     shared = match held {
                         Some(block) => block,
-                        None => self.cache.get(key, meta.decoded_bytes, |block| {
+                        None => self.cache.get(key, range.end - range.start, meta.decoded_bytes, |block| {
                             decoded_here = true;
                             shard.decode_into(index, None, block)
                         })?,
@@ -391,6 +391,10 @@ struct CacheInner {
     current: u64,
     /// Whether a block that a batch to come needs had to make room.
     lost: bool,
+    /// Tokens read of each source.
+    read: Vec<u64>,
+    /// Once that many tokens of its source were read and none of them from a block, no row of the epoch needs that one any more.
+    done_after: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -399,6 +403,8 @@ struct Entry {
     block: Option<Arc<DecodedBlock>>,
     bytes: u64,
     used_at: u64,
+    /// Tokens read of its source by then.
+    read: u64,
     /// One past the last batch that is known to need it.
     needed_until: u64,
 }
@@ -439,11 +445,15 @@ impl BlockCache {
         lock(&self.inner).used_bytes
     }
 
-    /// Block `key`, if it is there, or about to be; else the lock under which that was seen.
-    fn wait_for(&self, key: BlockKey) -> std::result::Result<Arc<DecodedBlock>, MutexGuard<'_, CacheInner>> {
+    /// Block `key`, if it is there, or about to be, to read `tokens` tokens of it; else the lock under which that was seen.
+    fn wait_for(
+        &self,
+        key: BlockKey,
+        tokens: u64,
+    ) -> std::result::Result<Arc<DecodedBlock>, MutexGuard<'_, CacheInner>> {
         let mut inner = lock(&self.inner);
         loop {
-            match inner.find(key) {
+            match inner.find(key, tokens) {
                 Found::Ready(block) => return Ok(block),
                 Found::Loading => inner = wait(&self.loaded, inner),
                 Found::Nothing => return Err(inner),
@@ -451,19 +461,20 @@ impl BlockCache {
         }
     }
 
-    /// Block `key`, if it is there, or about to be.
-    fn held(&self, key: BlockKey) -> Option<Arc<DecodedBlock>> {
-        self.wait_for(key).ok()
+    /// Block `key`, if it is there, or about to be, to read `tokens` tokens of it.
+    fn held(&self, key: BlockKey, tokens: u64) -> Option<Arc<DecodedBlock>> {
+        self.wait_for(key, tokens).ok()
     }
 
-    /// Block `key` of `bytes` bytes, decoded by `decode` if it is not there, over memory of a block that made room for it.
+    /// Block `key` of `bytes` bytes, to read `tokens` tokens of it; decoded by `decode` if it is not there, over memory of a block that made room for it.
     fn get(
         &self,
         key: BlockKey,
+        tokens: u64,
         bytes: u64,
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
-        self.wait_for(key).or_else(|inner| self.load(inner, key, bytes, 0, decode))
+        self.wait_for(key, tokens).or_else(|inner| self.load(inner, key, bytes, 0, decode))
     }
 
     /// Notes that batch `number` needs block `key` of `bytes` bytes, and decodes it if it is not there and none that is needed before would have to go.
@@ -497,8 +508,10 @@ impl BlockCache {
     }
 
     /// A pass of `batches` batches begins: they are numbered anew, and are those that were looked at beyond the last one of the pass before.
-    pub(crate) fn begin_pass(&self, batches: u64) {
+    /// Once `done_after` tokens of its source were read and none of them from a block, no row of the epoch needs that one any more.
+    pub(crate) fn begin_pass(&self, batches: u64, done_after: u64) {
         let mut inner = lock(&self.inner);
+        inner.done_after = Some(done_after);
         let before = std::mem::replace(&mut inner.batches, batches);
         inner.current = 0;
         inner.entries.values_mut().for_each(|entry| entry.needed_until = entry.needed_until.saturating_sub(before));
@@ -518,8 +531,8 @@ impl BlockCache {
         let rounded = bytes.next_multiple_of(step).min(self.budget_bytes.max(bytes));
         let reused = inner.make_room(bytes, rounded, self.budget_bytes, &mut dropped);
         let bytes = reused.as_ref().map_or(rounded, |block| bytes.max(block.capacity_bytes()));
-        let used_at = inner.clock;
-        inner.entries.insert(key, Entry { block: None, bytes, used_at, needed_until });
+        let (used_at, read) = (inner.clock, inner.read_of(key.0));
+        inner.entries.insert(key, Entry { block: None, bytes, used_at, read, needed_until });
         inner.used_bytes += bytes;
         drop(inner);
         self.free(dropped);
@@ -581,11 +594,20 @@ enum Found {
 }
 
 impl CacheInner {
-    fn find(&mut self, key: BlockKey) -> Found {
+    fn find(&mut self, key: BlockKey, tokens: u64) -> Found {
         self.clock += 1;
+        if self.read.len() <= key.0 {
+            self.read.resize(key.0 + 1, 0);
+        }
+        self.read[key.0] += tokens;
         let Some(entry) = self.entries.get_mut(&key) else { return Found::Nothing };
-        entry.used_at = self.clock;
+        (entry.used_at, entry.read) = (self.clock, self.read[key.0]);
         entry.block.as_ref().map_or(Found::Loading, |block| Found::Ready(Arc::clone(block)))
+    }
+
+    /// Tokens read of a source.
+    fn read_of(&self, source: usize) -> u64 {
+        self.read.get(source).copied().unwrap_or(0)
     }
 
     /// Bytes of the blocks that no batch is known to need.
@@ -594,8 +616,8 @@ impl CacheInner {
         self.entries.values().filter(idle).map(|entry| entry.bytes).sum()
     }
 
-    /// Lets go of the blocks that were not used for longest, and of needed ones last, until there is room for `bytes`, which take `fresh_bytes` of memory
-    /// of their own.
+    /// Lets go of blocks until there is room for `bytes`, which take `fresh_bytes` of memory of their own: of those that the epoch is done with, which were
+    /// used last, so that the others are there in the next epoch; then of those that were not used for longest; and last of needed ones.
     /// Returns one whose memory suits the new block: fresh memory costs a page fault for every 4 kB of it. The others go to `dropped`, to be freed
     /// outside of the lock.
     fn make_room(
@@ -606,25 +628,30 @@ impl CacheInner {
         dropped: &mut Vec<Arc<DecodedBlock>>,
     ) -> Option<DecodedBlock> {
         let mut reused: Option<DecodedBlock> = None;
+        let suits = |block: &DecodedBlock| (bytes..=bytes + bytes / 4).contains(&block.capacity_bytes());
         let needed = |reused: &Option<DecodedBlock>| {
             reused.as_ref().map_or(fresh_bytes, |block| bytes.max(block.capacity_bytes()))
         };
         while self.used_bytes + needed(&reused) > budget_bytes {
             let current = self.current;
-            // Of those that are needed, the one that will be for longest.
-            let rank = |entry: &Entry| match entry.needed_until {
-                until if until > current => (u64::MAX - until, entry.used_at),
-                _ => (0, entry.used_at),
+            let rank = |((source, _), entry): (&BlockKey, &Entry), block: &DecodedBlock| match entry.needed_until {
+                until if until > current => (2, u64::MAX - until, entry.used_at),
+                _ if self.done_after.is_some_and(|tokens| self.read_of(*source) > entry.read + tokens) => {
+                    (0, u64::from(!suits(block)), u64::MAX - entry.used_at)
+                }
+                _ => (1, 0, entry.used_at),
             };
-            let ready = self.entries.iter().filter(|(_, entry)| entry.block.is_some());
-            let Some(key) = ready.min_by_key(|(_, entry)| rank(entry)).map(|(key, _)| *key) else { break };
+            let ready = self.entries.iter().filter_map(|(key, entry)| {
+                let block = entry.block.as_deref()?;
+                Some((rank((key, entry), block), *key))
+            });
+            let Some((_, key)) = ready.min_by_key(|(rank, _)| *rank) else { break };
             let Some(Entry { block: Some(block), bytes: freed, needed_until, .. }) = self.entries.remove(&key) else {
                 break;
             };
             self.used_bytes -= freed;
             self.lost |= needed_until > current;
-            let suits = reused.is_none() && (bytes..=bytes + bytes / 4).contains(&block.capacity_bytes());
-            match if suits { Arc::try_unwrap(block) } else { Err(block) } {
+            match if reused.is_none() && suits(&block) { Arc::try_unwrap(block) } else { Err(block) } {
                 Ok(block) => reused = Some(block),
                 // Whoever holds it frees it.
                 Err(block) => dropped.push(block),
@@ -665,7 +692,7 @@ mod tests {
         let get = |index: u32| {
             let mut decoded = false;
             cache
-                .get((0, BlockRef { shard: 0, block: index }), 40, |block| {
+                .get((0, BlockRef { shard: 0, block: index }), 1, 40, |block| {
                     decoded = true;
                     fill(block, 40);
                     Ok(())
@@ -688,7 +715,7 @@ mod tests {
         let get = |index: u32| {
             let mut fresh = true;
             let block = cache
-                .get((0, BlockRef { shard: 0, block: index }), 40_000, |block| {
+                .get((0, BlockRef { shard: 0, block: index }), 1, 40_000, |block| {
                     fresh = block.bytes.is_empty();
                     fill(block, 40_000);
                     Ok(())
@@ -708,7 +735,7 @@ mod tests {
     #[test]
     fn blocks_decoded_ahead_take_the_place_of_those_that_nothing_needs() {
         let cache = BlockCache::new(300);
-        cache.begin_pass(5);
+        cache.begin_pass(5, 1000);
         let key = |index: u32| (0, BlockRef { shard: 0, block: index });
         let prepare = |index: u32, number: u64| {
             cache
@@ -726,28 +753,51 @@ mod tests {
         assert!(!cache.reached(1), "nothing needed was lost");
         assert_eq!(prepare(3, 3), Prepared::Decoded, "batch 0 is done");
         assert!(!is_there(0) && is_there(1) && is_there(2));
-        cache.get(key(1), 80, |_| panic!("it is there")).unwrap();
-        cache.get(key(4), 80, |_| Ok(())).unwrap();
+        cache.get(key(1), 1, 80, |_| panic!("it is there")).unwrap();
+        cache.get(key(4), 1, 80, |_| Ok(())).unwrap();
         assert!(!is_there(1), "of those that are needed, it would be for longest");
         assert!(cache.reached(1) && !cache.reached(1));
-        cache.begin_pass(5);
+        cache.begin_pass(5, 1000);
         assert_eq!(prepare(5, 0), Prepared::Decoded, "nothing is needed");
         assert!(cache.prepare(key(6), 10, 1, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 240);
     }
 
     #[test]
+    fn blocks_that_an_epoch_is_done_with_make_room_so_that_the_others_are_there_in_the_next() {
+        let cache = BlockCache::new(300);
+        let read = |source: usize, index: u32, tokens: u64| {
+            let mut decoded = false;
+            let decode = |block: &mut DecodedBlock| {
+                decoded = true;
+                fill(block, 100);
+                Ok(())
+            };
+            cache.get((source, BlockRef { shard: 0, block: index }), tokens, 100, decode).unwrap();
+            decoded
+        };
+        let of_six = || (0..6).filter(|index| read(0, *index, 10)).count();
+        cache.begin_pass(100, 5);
+        assert_eq!(of_six(), 6);
+        assert_eq!(of_six(), 3, "0, 1 and the last are there; 2 takes the place of 1");
+        cache.begin_pass(100, 15);
+        assert!(read(1, 0, 1000), "over 0: 4 and 5 may be needed");
+        assert!(read(1, 1, 1), "over 4, not used for longest: what is read of another source does not count");
+        assert!(!read(0, 5, 10));
+    }
+
+    #[test]
     fn a_block_wanted_by_many_is_decoded_once_and_a_failure_is_not_kept() {
         let cache = BlockCache::new(1000);
         let key = (0, BlockRef { shard: 1, block: 7 });
-        assert!(cache.get(key, 10, |_| Err(Error::data("broken"))).is_err());
+        assert!(cache.get(key, 1, 10, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 0);
         let decoded = AtomicU64::new(0);
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
                     cache
-                        .get(key, 10, |block| {
+                        .get(key, 1, 10, |block| {
                             decoded.fetch_add(1, Ordering::Relaxed);
                             std::thread::sleep(std::time::Duration::from_millis(20));
                             fill(block, 10);

@@ -257,7 +257,10 @@ impl Run {
             end: items.saturating_add(beyond),
             looked_at: AtomicU64::new(0),
         };
-        core.cache.begin_pass(items);
+        // A block lies in two windows at most, of which each rank reads its part.
+        let ranks = core.grouping.global_batch() / core.config.batch_size;
+        let done_after = 2 * core.config.window_tokens.div_ceil(ranks);
+        core.cache.begin_pass(items, done_after);
         let pipeline = Pipeline::start(plan, job)?;
         let ledger = core.begin_ledger(&heading)?.map(Mutex::new);
         Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), ledger })
