@@ -76,9 +76,15 @@ pub(super) struct Decompressor {
 }
 
 impl Decompressor {
-    /// Replaces the content of `out` by the `size` bytes that `input` decompresses to.
-    pub(super) fn whole(&mut self, codec: Codec, input: &[u8], size: usize, out: &mut Vec<u8>) -> Result<()> {
-        prepare(codec, input, size, out)?;
+    /// The `size` bytes that `input` decompresses to, at the beginning of `out`.
+    pub(super) fn whole<'a>(
+        &mut self,
+        codec: Codec,
+        input: &[u8],
+        size: usize,
+        out: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8]> {
+        let out = room(codec, input, size, out)?;
         let failed = |error: std::io::Error| damaged(codec).with_source(error);
         let written = match codec {
             Codec::Uncompressed => {
@@ -103,13 +109,13 @@ impl Decompressor {
                     Some(zstd) => zstd,
                     none => none.insert(zstd::bulk::Decompressor::new().map_err(failed)?),
                 };
-                zstd.decompress_to_buffer(input, out.as_mut_slice()).map_err(failed)?
+                zstd.decompress_to_buffer(input, out).map_err(failed)?
             }
         };
         if written != size {
             return Err(Error::data(format!("page decompresses to {written} bytes, its header announces {size}")));
         }
-        Ok(())
+        Ok(out)
     }
 
     /// Like [`Decompressor::whole`], but stops as soon as `enough` says how many leading bytes are needed and they are
@@ -166,7 +172,11 @@ impl Decompressor {
             }
             Codec::Snappy => unpack(codec, snappy_body(input, size)?, size, out, enough, snappy_step),
             Codec::Lz4Raw => unpack(codec, input, size, out, enough, lz4_step),
-            Codec::Uncompressed | Codec::Lz4 => self.whole(codec, input, size, out),
+            Codec::Uncompressed | Codec::Lz4 => {
+                self.whole(codec, input, size, out)?;
+                out.truncate(size);
+                Ok(())
+            }
         }
     }
 }
@@ -281,7 +291,8 @@ fn check_size(codec: Codec, input: &[u8], size: usize) -> Result<()> {
     Ok(())
 }
 
-fn prepare(codec: Codec, input: &[u8], size: usize, out: &mut Vec<u8>) -> Result<()> {
+/// The first `size` bytes of `out`, which holds whatever was there: clearing what is written over takes time.
+fn room<'a>(codec: Codec, input: &[u8], size: usize, out: &'a mut Vec<u8>) -> Result<&'a mut [u8]> {
     check_size(codec, input, size)?;
     if size > out.capacity() {
         out.clear();
@@ -289,8 +300,10 @@ fn prepare(codec: Codec, input: &[u8], size: usize, out: &mut Vec<u8>) -> Result
             Error::data(format!("no memory for a page of {size} bytes; write smaller pages")).with_source(error)
         })?;
     }
-    out.resize(size, 0);
-    Ok(())
+    if size > out.len() {
+        out.resize(size, 0);
+    }
+    Ok(&mut out[..size])
 }
 
 /// Fills `out` and counts one byte more where the stream goes on.

@@ -296,17 +296,13 @@ impl ParquetShard {
                 let (rep, rest) = body.split_at(v2.rep_bytes as usize);
                 let (def, rest) = rest.split_at(v2.def_bytes as usize);
                 if v2.compressed && codec != Codec::Uncompressed && !rest.is_empty() {
-                    decompressor.whole(codec, rest, size - rep.len() - def.len(), plain)?;
-                    (rep, def, plain.as_slice())
+                    (rep, def, decompressor.whole(codec, rest, size - rep.len() - def.len(), plain)?)
                 } else {
                     (rep, def, rest)
                 }
             }
             None if codec == Codec::Uncompressed => pages::split_v1(body, column)?,
-            None => {
-                decompressor.whole(codec, body, size, plain)?;
-                pages::split_v1(plain, column)?
-            }
+            None => pages::split_v1(decompressor.whole(codec, body, size, plain)?, column)?,
         };
         let entries = page.entries as usize;
         let before = ends.len();
@@ -408,8 +404,7 @@ impl ParquetShard {
         let bytes = if *codec == Codec::Uncompressed {
             bytes
         } else {
-            decompressor.whole(*codec, bytes, body.uncompressed as usize, plain)?;
-            plain
+            decompressor.whole(*codec, bytes, body.uncompressed as usize, plain)?
         };
         let dictionary = Arc::new(Dictionary::new(bytes, *entries as usize, self.column.dtype.size())?);
         *self.dictionary.lock().unwrap_or_else(PoisonError::into_inner) = Some((row_group, Arc::clone(&dictionary)));
