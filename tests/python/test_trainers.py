@@ -23,6 +23,7 @@ import corpora
 import torch
 import torch.distributed as dist
 from support import clean_environment, first_ids, json_from, shown_for
+from test_adapters import BaseDataLoader, RerunDataIterator, olmo_train
 
 from forebay.torch import DataLoader, TokenDataset
 
@@ -38,7 +39,8 @@ def world_size() -> int:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokens = STEPS * ROWS * SEQ_LEN
+    # The last label of `targets="shifted"` is one more.
+    tokens = STEPS * ROWS * SEQ_LEN + 1
     return corpora.unique_corpus(tmp_path_factory.mktemp("trainers") / "corpus", "parquet", tokens, shards=2)
 
 
@@ -413,6 +415,49 @@ def lightning_fabric(corpus: Path, folder: Path) -> Found:
     return seen, rest_of(fresh)
 
 
+def torchtitan(corpus: Path, folder: Path) -> Found:
+    import torch.distributed.checkpoint as dcp
+
+    dist.init_process_group("gloo")
+    loader, fresh = (shown("torchtitan", corpus, BaseDataLoader=BaseDataLoader)["loader"] for _ in range(2))
+
+    def take(batches: Any, count: int) -> list[list[int]]:
+        return [next(batches)[0]["input"].view(-1, SEQ_LEN)[:, 0].tolist() for _ in range(count)]
+
+    batches = iter(loader)
+    seen = take(batches, AT)
+    dcp.save({"dataloader": loader}, checkpoint_id=str(folder))
+    seen += take(batches, 2 * STEPS - AT)
+    dcp.load({"dataloader": fresh}, checkpoint_id=str(folder))
+    return seen, take(iter(fresh), 2 * STEPS - AT)
+
+
+def megatron(corpus: Path, folder: Path) -> Found:
+    def take(batches: Any, count: int) -> list[list[int]]:
+        return [next(batches)["tokens"][:, 0].tolist() for _ in range(count)]
+
+    loader, fresh = (RerunDataIterator(shown("Megatron-LM", corpus)["loader"]) for _ in range(2))
+    seen = take(loader, AT)
+    # A file for each data-parallel rank.
+    stored = folder / f"train_dataloader_dprank{os.environ['RANK']}.pt"
+    torch.save({"dataloader_state_dict": loader.iterable.save_state()}, stored)
+    seen += take(loader, 2 * STEPS - AT)
+    fresh.iterable.restore_state(torch.load(stored, weights_only=True)["dataloader_state_dict"])
+    return seen, take(fresh, 2 * STEPS - AT)
+
+
+def olmo_core(corpus: Path, folder: Path) -> Found:
+    loader, fresh = (shown("OLMo-core", corpus)["loader"] for _ in range(2))
+    assert loader.global_batch_size == ROWS * SEQ_LEN
+    seen, state = olmo_train(loader, 2 * STEPS, AT)
+    stored = folder / f"rank{os.environ['RANK']}.pt"
+    torch.save(state, stored)
+    fresh.load_state_dict(torch.load(stored, weights_only=True))
+    rest, _ = olmo_train(fresh, 2 * STEPS - AT)
+    seen, rest = ([[row[0] for row in batch] for batch in batches] for batches in (seen, rest))
+    return seen, rest
+
+
 def deepspeed(corpus: Path, folder: Path) -> Found:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -545,6 +590,9 @@ RUNS = [
     (lightning_trainer, "lightning", 2),
     (lightning_trainer_dataset, "lightning", 2),
     (lightning_fabric, "lightning", 2),
+    (torchtitan, "torch", 2),
+    (megatron, "torch", 2),
+    (olmo_core, "torch", 2),
     (ray_train, "ray", 0),
     (deepspeed, "deepspeed", 1),
     (deepspeed, "deepspeed", 2),
