@@ -784,3 +784,11 @@ def test_a_worker_has_the_threads_of_its_process(kind: Any) -> None:
 
     expected = 1 if kind[0] is torch.utils.data.DataLoader else torch.get_num_threads()
     assert flat(employ(kind, Threads(2))) == [expected] * 2
+
+
+@pytest.mark.parametrize("name", ["num_workers", "timeout", "device_prefetch"])
+def test_numbers_that_are_none_are_named(name: str) -> None:
+    with pytest.raises(TypeError, match=f"`{name}` must be a number, found str"):
+        forebay.torch.DataLoader([1, 2], **{name: "two"})
+    with pytest.raises(ValueError, match=f"`{name}` must not be negative"):
+        forebay.torch.DataLoader([1, 2], **{name: -1})

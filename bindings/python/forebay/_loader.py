@@ -66,6 +66,10 @@ def log_notes(warnings: Sequence[str], notes: Sequence[str], rank: int | None) -
             _logger.warning("%s", text)
 
 
+#: Settings that are paths.
+PATHS = ("cache_dir", "ledger")
+
+
 def settings_of(data: Data | None, settings: Mapping[str, object]) -> list[tuple[str, str]]:
     """Names and texts of the settings that are given; ``None`` is not given."""
     pairs: list[tuple[str, str]] = []
@@ -92,7 +96,12 @@ def _text(name: str, value: object) -> str:
     if name == "input_dtype":
         if str(value).startswith("torch."):
             return str(value).removeprefix("torch.")
-        return np.dtype(value).name  # type: ignore[call-overload, no-any-return]
+        try:
+            return np.dtype(value).name  # type: ignore[call-overload, no-any-return]
+        except TypeError:
+            raise TypeError(f"`input_dtype` must be an integer dtype, found {value!r}") from None
+    if name in PATHS:
+        raise TypeError(f"`{name}` must be a path, found {type(value).__name__}")
     if isinstance(value, SupportsIndex):
         return str(operator.index(value))
     raise TypeError(f"`{name}` must be an int, a bool or a str, found {type(value).__name__}")
@@ -356,7 +365,7 @@ class Loader:
             io=io,
             cache_dir=cache_dir,
             pin_memory=pin_memory,
-            ledger=None if ledger is None else os.fspath(ledger),
+            ledger=ledger,
         )
         if pin_memory:
             raise ConfigError("`pin_memory` needs forebay.torch.DataLoader: this loader does not import torch")

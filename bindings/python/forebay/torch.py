@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, SupportsFloat, SupportsIndex, TypeVar
 
 import numpy.typing as npt
 import torch
@@ -270,12 +270,15 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         _link: Callable[[], Link] | None = None,
     ) -> None:
         self.multiprocessing_context = multiprocessing_context
-        if num_workers < 0 or timeout < 0:
-            raise ValueError("`num_workers` and `timeout` must not be negative")
+        counts = {"num_workers": num_workers, "device_prefetch": device_prefetch, "timeout": timeout}
+        for name, value in counts.items():
+            kind: Any = SupportsFloat if name == "timeout" else SupportsIndex
+            if not isinstance(value, kind):
+                raise TypeError(f"`{name}` must be a number, found {type(value).__name__}")
+            if value < 0:
+                raise ValueError(f"`{name}` must not be negative, found {value}")
         link = _link_to(device) if _link is None else _link
         pin_memory = pin_memory or (link is not None and _link is None)
-        if device_prefetch < 0:
-            raise ValueError("`device_prefetch` must not be negative")
         if mesh is not None:
             if dp_rank is not None or dp_world_size is not None:
                 raise ConfigError("`mesh` says the data-parallel rank: leave `dp_rank` and `dp_world_size` out")
@@ -303,7 +306,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             block_tokens=block_tokens,
             io=io,
             cache_dir=cache_dir,
-            ledger=None if ledger is None else os.fspath(ledger),
+            ledger=ledger,
         )
         native = (
             is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
