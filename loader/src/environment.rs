@@ -474,7 +474,8 @@ fn check_rank(rank: u64, size: u64, place: &str) -> Result<()> {
     if rank < size {
         return Ok(());
     }
-    Err(Error::config(format!("rank must be below world size: found rank {rank} of {size} (from `{place}`)")))
+    let place = format!("`{}`", place.replace(" and ", "` and `"));
+    Err(Error::config(format!("rank must be below world size: found rank {rank} of {size} (from {place})")))
 }
 
 /// Worker threads for one of the ranks on `cpus`, and the arithmetic. `OMP_NUM_THREADS` and `RAYON_NUM_THREADS` are about other pools, and
@@ -742,7 +743,7 @@ mod tests {
     #[test]
     fn impossible_ranks_are_errors() {
         for (variables, words) in [
-            (&[("RANK", "2"), ("WORLD_SIZE", "2")], "rank 2 of 2 (from `RANK and WORLD_SIZE`)"),
+            (&[("RANK", "2"), ("WORLD_SIZE", "2")], "rank 2 of 2 (from `RANK` and `WORLD_SIZE`)"),
             (&[("RANK", "x"), ("WORLD_SIZE", "2")], "`RANK` must be an integer, found `x`"),
             (&[("FOREBAY_DP_RANK", "3"), ("FOREBAY_DP_WORLD_SIZE", "3")], "rank 3 of 3 (from `FOREBAY_DP_RANK"),
             (
