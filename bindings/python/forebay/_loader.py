@@ -85,6 +85,8 @@ def settings_of(data: Data | None, settings: Mapping[str, object]) -> list[tuple
 def _text(name: str, value: object) -> str:
     if isinstance(value, (str, os.PathLike)):
         return os.fspath(value)
+    if name in PATHS:
+        raise TypeError(f"`{name}` must be a path, found {type(value).__name__}")
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if name == "mixture" and isinstance(value, Mapping):
@@ -100,8 +102,6 @@ def _text(name: str, value: object) -> str:
             return np.dtype(value).name  # type: ignore[call-overload, no-any-return]
         except TypeError:
             raise TypeError(f"`input_dtype` must be an integer dtype, found {value!r}") from None
-    if name in PATHS:
-        raise TypeError(f"`{name}` must be a path, found {type(value).__name__}")
     if isinstance(value, SupportsIndex):
         return str(operator.index(value))
     raise TypeError(f"`{name}` must be an int, a bool or a str, found {type(value).__name__}")
