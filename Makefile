@@ -36,7 +36,7 @@ test-python: ## Python tests on .venv
 test-ft: ## Python tests on free-threaded CPython (python3.14t), one by one and each in several threads at once
 	@$(PYTHON) scripts/test.py ft parallel
 
-tsan: ## The threads of the Rust core under ThreadSanitizer (nightly Rust with rust-src)
+tsan: ## The Rust tests of the core under ThreadSanitizer (nightly Rust with rust-src)
 	@$(PYTHON) scripts/test.py tsan
 
 test-gpu: ## What needs a CUDA device: pinned memory, copies, step time

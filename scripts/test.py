@@ -164,7 +164,7 @@ def parallel(lane: Lane, *arguments: str) -> None:
 
 
 def tsan(lane: Lane) -> None:
-    """The threads of the core under ThreadSanitizer: its own std has to be instrumented, which only nightly builds."""
+    """The Rust tests of the core under ThreadSanitizer, with a std built for it, which only nightly Rust does."""
     nightly = subprocess.run(["rustc", "+nightly", "--print", "sysroot"], capture_output=True, text=True).stdout.strip()
     if not nightly or not Path(nightly, "lib/rustlib/src/rust/library/Cargo.lock").exists():
         lane.skip("no nightly Rust with rust-src (`rustup toolchain install nightly --component rust-src`)")
@@ -176,7 +176,7 @@ def tsan(lane: Lane) -> None:
     target_dir = os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target")) + "-tsan"
     run(
         lane, "cargo", "+nightly", "test", "-Zbuild-std", "--target", target, "--target-dir", target_dir,
-        "-p", "forebay", "--lib", "--", *(f"{module}::" for module in ("pipeline", "buffer", "read", "opened")),
+        "-p", "forebay", "-p", "forebay-tests", "--lib", "--tests",
     )  # fmt: skip
 
 
