@@ -10,7 +10,7 @@ use forebay::{Config, Error, Loader};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use crate::report::{bytes, grouped, line};
+use crate::report::{bytes, grouped, line, number_of};
 use crate::{Context, Failure, Sets, Shape, progress};
 
 /// Time to run where neither time nor epochs are given.
@@ -265,7 +265,7 @@ impl Measured {
         line(
             out,
             "corpus",
-            &format!("{} shards, {} tokens, {}", grouped(self.shards), grouped(self.corpus_tokens), self.format),
+            &format!("{}, {} tokens, {}", number_of(self.shards, "shard"), grouped(self.corpus_tokens), self.format),
         )?;
         line(out, "settings", &settings.join(" "))?;
         line(

@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use crate::report::{bytes, counted, counts, grouped, line};
+use crate::report::{bytes, counted, counts, grouped, line, number_of};
 use crate::{Context, FAILED, Failure, Sets, progress};
 
 /// Tokens read at once where they lie in the file.
@@ -196,8 +196,7 @@ impl Findings {
         }
         for (name, texts) in [("content", self.descriptions()), ("advice", self.advice())] {
             for (text, count) in texts.iter().take(SHOWN_TEXTS) {
-                let of = if *count == 1 { "1 shard".to_owned() } else { format!("{count} shards") };
-                line(out, name, &format!("{of}: {text}"))?;
+                line(out, name, &format!("{}: {text}", number_of(*count as u64, "shard")))?;
             }
             if texts.len() > SHOWN_TEXTS {
                 line(out, name, &format!("and {} other kinds, which `--json` lists", texts.len() - SHOWN_TEXTS))?;

@@ -14,7 +14,7 @@ use forebay::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
 use forebay::{Config, Loader};
 use serde_json::{Value, json};
 
-use crate::report::{bytes, grouped, line};
+use crate::report::{bytes, grouped, line, number_of};
 use crate::{Context, Failure, Sets, Shape};
 
 #[derive(Debug, clap::Args)]
@@ -99,8 +99,8 @@ impl Planned {
             Some(time) => format!("{:.3} s to the first batch", time.as_secs_f64()),
             None => "a pass has no batch".to_owned(),
         };
-        let (open, shards) = (self.start.open.as_secs_f64(), grouped(self.open_shards()));
-        line(out, "start", &format!("{open:.3} s to open, then {first}; {shards} shards are open"))?;
+        let (open, shards) = (self.start.open.as_secs_f64(), number_of(self.open_shards(), "open shard"));
+        line(out, "start", &format!("{open:.3} s to open, then {first}; {shards}"))?;
         line(out, "planned in", &format!("{:.2} s", self.took.as_secs_f64()))?;
         for warning in self.loader.warnings() {
             line(out, "warning", warning)?;
@@ -148,11 +148,11 @@ fn write_source(out: &mut dyn Write, source: &SourcePlan, format: &str, config: 
         out,
         "corpus",
         &format!(
-            "{name}{} shards, {} blocks, {} documents, {} tokens, {format}",
-            grouped(source.shards),
-            grouped(source.blocks),
-            grouped(source.documents),
-            grouped(source.tokens),
+            "{name}{}, {}, {}, {}, {format}",
+            number_of(source.shards, "shard"),
+            number_of(source.blocks, "block"),
+            number_of(source.documents, "document"),
+            number_of(source.tokens, "token"),
         ),
     )?;
     let specials = source.stream_tokens - source.tokens;

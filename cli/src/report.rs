@@ -15,6 +15,16 @@ pub(crate) fn grouped(number: u64) -> String {
     text
 }
 
+/// A number of things: `1 shard`, `2,000 shards`.
+pub(crate) fn number_of(number: u64, what: &str) -> String {
+    let ending = match what {
+        _ if number == 1 => "",
+        what if what.ends_with('s') => "es",
+        _ => "s",
+    };
+    format!("{} {what}{ending}", grouped(number))
+}
+
 /// Bytes in a unit that leaves few digits.
 pub(crate) fn bytes(number: u64) -> String {
     for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
@@ -55,6 +65,12 @@ pub(crate) fn counts<T: AsRef<str>>(texts: impl IntoIterator<Item = T>) -> Vec<(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_is_singular() {
+        let found = [(1, "shard"), (0, "shard"), (1, "pass"), (2_000, "pass")].map(|(n, what)| number_of(n, what));
+        assert_eq!(found, ["1 shard", "0 shards", "1 pass", "2,000 passes"]);
+    }
 
     #[test]
     fn numbers_are_readable() {

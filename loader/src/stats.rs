@@ -187,7 +187,7 @@ impl Stats {
         let (what, remedy) = if decode > fill {
             ("decoding", "more `num_threads`, a lighter codec, or uncompressed Arrow")
         } else {
-            ("filling", "more `num_threads`, or storage that keeps the files in memory")
+            ("filling", "more `num_threads`; where files are not in memory, faster storage")
         };
         format!("loader-bound: {what} ({share:.1} % of the time was spent waiting for data; try {remedy})")
     }

@@ -24,7 +24,7 @@ use parquet::basic::{Compression, Encoding, ZstdLevel};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use crate::report::{bytes, grouped, line};
+use crate::report::{bytes, grouped, line, number_of};
 use crate::{Context, Failure, Sets, progress};
 use manifest::{Done, Manifest};
 use output::Part;
@@ -612,14 +612,14 @@ impl Summary {
 
     fn write(&self, target: &Path, out: &mut dyn std::io::Write) -> std::io::Result<()> {
         let Self { rows, documents, .. } = self;
-        line(out, "source", &format!("{} shards, {}", grouped(self.sources as u64), bytes(self.source_bytes)))?;
+        line(out, "source", &format!("{}, {}", number_of(self.sources as u64, "shard"), bytes(self.source_bytes)))?;
         line(
             out,
             "result",
-            &format!("{} shards, {}, in {}", grouped(self.shards as u64), bytes(self.bytes), target.display()),
+            &format!("{}, {}, in {}", number_of(self.shards as u64, "shard"), bytes(self.bytes), target.display()),
         )?;
         if self.were_there > 0 {
-            line(out, "kept", &format!("{} shards that were there", grouped(self.were_there as u64)))?;
+            line(out, "kept", &format!("{} that were there", number_of(self.were_there as u64, "shard")))?;
         }
         line(out, "format", &name(self.to))?;
         line(out, "dtype", self.dtype.name())?;

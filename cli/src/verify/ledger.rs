@@ -13,7 +13,7 @@ use forebay::{Error, ErrorKind, Loader};
 use serde_json::{Value, json};
 
 use super::{Options, PROVEN, SHOWN, Wanted, coverage_json, coverage_text, expected, write_json};
-use crate::report::{grouped, line};
+use crate::report::{grouped, line, number_of};
 use crate::{Context, FAILED, Failure, progress};
 
 /// A ledger, put together epoch by epoch.
@@ -164,10 +164,10 @@ impl<'a> Found<'a> {
             out,
             "ledger",
             &format!(
-                "{} ranks, {} passes, {} torn lines",
-                self.ledger.files().len(),
-                grouped(launches as u64),
-                self.ledger.torn().len()
+                "{}, {}, {}",
+                number_of(self.ledger.files().len() as u64, "rank"),
+                number_of(launches as u64, "pass"),
+                number_of(self.ledger.torn().len() as u64, "torn line")
             ),
         )?;
         for judged in judged {
