@@ -81,7 +81,7 @@ make_venv() { # DIR GROUP...
     cmp -s "requirements/$group.txt" "$stamp" || missing+=("$group")
   done
   [ ${#missing[@]} -gt 0 ] || return 0
-  echo "setup: installing ${missing[*]} into $dir" >&2
+  echo "setup: installing ${missing[*]} into $dir; where torch is among it, that is some GB, once" >&2
   # shellcheck disable=SC2046
   install "$dir" $(printf -- '-r requirements/%s.txt ' "${missing[@]}")
   for group in "${missing[@]}"; do cp "requirements/$group.txt" "$dir/.has-$group"; done
