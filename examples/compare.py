@@ -189,10 +189,13 @@ def compare(folder: Path, quick: bool, progress) -> dict:
 
     epochs = {name: child("epoch", name, data[name]) for name in data if name != "torch-rows"}
     samples: dict[tuple[str, int], list[dict]] = {cell: [] for cell in cells}
+    started, done, total = time.monotonic(), 0, rounds * len(cells)
     for k in range(rounds):
         # Every second round runs backwards, so that a machine that slows down slows all.
         for name, n in cells if k % 2 == 0 else reversed(cells):
-            progress(f"round {k + 1} of {rounds}: {LABELS[name]}, {n}")
+            left = f", {(time.monotonic() - started) / done * (total - done):.0f} s left" if done else ""
+            done += 1
+            progress(f"{done} of {total}{left}: {cell_label({'loader': name, 'workers': n})}")
             arguments = ("measure", name, data[name], "--workers", str(n), "--seconds", str(seconds))
             samples[name, n].append(child(*arguments))
     results = []
@@ -229,12 +232,14 @@ def print_table(report: dict) -> None:
     for result in report["results"]:
         speeds = [run["tokens_per_s"] / 1e6 for run in result["rounds"]]
         print(
-            f"{cell_label(result):44} {result['tokens_per_s'] / 1e6:10.1f} {f'{min(speeds):.0f}-{max(speeds):.0f}':>15}"
+            f"{cell_label(result):44} {result['tokens_per_s'] / 1e6:10.1f} {f'{min(speeds):.3g}-{max(speeds):.4g}':>15}"
             f" {result['memory_mb']:10.0f} {result['processes']:10.0f} {result['first_batch_ms']:15.1f}"
         )
     bare = statistics.median(result["bare_torch_mb"] for result in report["results"])
     print(f"Memory is private and shared pages of all processes; a bare `import torch` is {bare:.0f} MB of it.")
     print("An idle consumer takes batches. `in the trainer` spends the training loop's own time on each batch.")
+    print("The corpus fits forebay's `memory_budget` of 512 MiB, so that Parquet was decoded in the first epoch only;")
+    print("`make bench` measures a corpus that does not fit.")
 
 
 def verdicts(report: dict) -> list[str]:
@@ -255,6 +260,11 @@ def verdicts(report: dict) -> list[str]:
             )
         ]
         lines.append(f"{LABELS[name]}: " + ", ".join(parts))
+        lines.append(
+            f"  memory {ours['memory_mb']:.0f} MB against {alone['memory_mb']:.0f} and {processes['memory_mb']:.0f};"
+            f" first batch after {ours['first_batch_ms']:.1f} ms against {alone['first_batch_ms']:.1f}"
+            f" and {processes['first_batch_ms']:.1f} (in the trainer, with processes)"
+        )
     return lines
 
 

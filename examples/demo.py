@@ -135,6 +135,7 @@ def show_comparison() -> dict:
 
 def main() -> None:
     started = time.monotonic()
+    print("A corpus, two trainings of which one is killed and resumed, and a comparison: some 5 minutes on 2 cores.")
     heading("Python's own standard library as a corpus")
     made = corpus.prepare(OUT, COMPARISON_TOKENS, compare.BATCH_SIZE * compare.SEQ_LEN)
     print(
