@@ -23,7 +23,9 @@ import torch
 from forebay.torch import DataLoader, TokenDataset
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="torch finds no CUDA device: `make test-gpu` where there is one"
+    ),
     pytest.mark.timeout(900),
 ]
 

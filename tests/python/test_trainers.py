@@ -33,6 +33,14 @@ ROWS = 4
 VOCABULARY = STEPS * ROWS * SEQ_LEN + 1
 
 
+def missing(package: str) -> str:
+    return f"{package} is not installed: `make test-trainers`"
+
+
+def needs(package: str) -> Any:
+    return pytest.importorskip(package, reason=missing(package))
+
+
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -161,7 +169,7 @@ def test_distributed_checkpoints_keep_the_position(corpus: Path, tmp_path: Path)
 
 @pytest.fixture
 def accelerator() -> Any:
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = needs("accelerate")
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
@@ -225,8 +233,8 @@ def test_accelerate_skips_first_batches(corpus: Path, accelerator: Any, skipped:
 
 
 def hugging_face(corpus: Path, folder: Path, **more: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
+    transformers = needs("transformers")
+    needs("accelerate")
 
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), num_train_epochs=2, per_device_train_batch_size=ROWS // world_size(), use_cpu=True,
@@ -275,7 +283,7 @@ def test_trainer_resumes_by_itself(corpus: Path, tmp_path: Path, accumulated: in
 
 
 def lightning(folder: Path) -> tuple[Any, Any]:
-    module = pytest.importorskip("lightning")
+    module = needs("lightning")
 
     class Model(module.LightningModule):  # type: ignore[misc,name-defined]
         def __init__(self) -> None:
@@ -313,7 +321,7 @@ def test_lightning_resumes_in_the_middle_of_an_epoch(corpus: Path, tmp_path: Pat
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", MAKERS)
 def test_fabric_keeps_the_state(corpus: Path, tmp_path: Path, make: Any) -> None:
-    module = pytest.importorskip("lightning")
+    module = needs("lightning")
     fabric = module.Fabric(accelerator="cpu", devices=1)
     loader = fabric.setup_dataloaders(make(corpus))
     iterator = iter(loader)
@@ -604,7 +612,7 @@ RUNS = [
 @pytest.mark.parametrize("run, package, count", RUNS, ids=[f"{run.__name__}-{count or 2}" for run, _, count in RUNS])
 def test_ranks_share_every_epoch_and_resume(corpus: Path, tmp_path: Path, run: Any, package: str, count: int) -> None:
     if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+        pytest.skip(missing(package))
     found = in_ranks(count, run, corpus, tmp_path)
     for epoch in range(2):
         steps = slice(epoch * STEPS, (epoch + 1) * STEPS)
