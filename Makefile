@@ -107,5 +107,5 @@ doc: ## Rust documentation
 	@echo "open $(CARGO_TARGET_DIR)/doc/forebay/index.html"
 
 clean: ## Remove environments, outputs and caches of this clone; compiled dependencies stay
-	rm -rf .venv .venv-ft .venv-312 .venv-trainers .venv-uv out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-ft .venv-312 .venv-313 .venv-314 .venv-trainers .venv-uv out .pytest_cache .mypy_cache .ruff_cache
 	@echo "kept $(CARGO_TARGET_DIR), which clones share: \`cargo clean\` there frees it"

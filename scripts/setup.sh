@@ -3,7 +3,7 @@
 #
 #   setup.sh python                 prints the interpreter that environments are made from
 #   setup.sh python-ft              prints the free-threaded one, or nothing
-#   setup.sh python-312             prints Python 3.12, or nothing
+#   setup.sh python-3NN             prints Python 3.NN, or nothing
 #   setup.sh venv DIR GROUP...      makes DIR and installs requirements/GROUP.txt into it
 #   setup.sh install DIR ARGUMENT... installs into an environment, with uv where there is one
 #   setup.sh wheel DIR              builds the forebay wheel for DIR's interpreter and installs it, if sources changed
@@ -37,11 +37,11 @@ find_python_ft() {
   done
 }
 
-# Python 3.12, which the comparison of threads with worker processes is measured on.
-find_python_312() {
-  local name
-  for name in python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python3.12; do
-    runs "$name" 'sys.version_info[:2] == (3, 12)' || continue
+# A version that a measurement asks for: workers.py for 3.12, some peers for 3.13 or newer.
+find_python_version() { # 3NN
+  local name version=3.${1#3}
+  for name in "python$version" "$HOME"/.pyenv/versions/"$version"*/bin/"python$version"; do
+    runs "$name" "sys.version_info[:2] == (3, ${1#3})" || continue
     "$name" -c 'import sys; print(sys.executable)'
     return
   done
@@ -69,10 +69,13 @@ make_venv() { # DIR GROUP...
   if [ ! -x "$dir/bin/python" ]; then
     case $dir in
       *-ft) python=$(find_python_ft) ;;
-      *-312) python=$(find_python_312) ;;
+      *-3[0-9][0-9]) python=$(find_python_version "${dir##*-}") ;;
       *) python=$(find_python) ;;
     esac
-    [ -n "$python" ] || die "no free-threaded Python found: put python3.14t on the PATH or name it in FOREBAY_PYTHON_FT"
+    [ -n "$python" ] || case $dir in
+      *-ft) die "no free-threaded Python found: put python3.14t on the PATH or name it in FOREBAY_PYTHON_FT" ;;
+      *) die "no Python for $dir found on the PATH or in ~/.pyenv/versions" ;;
+    esac
     echo "setup: $dir from $python" >&2
     "$python" -m venv "$dir"
   fi
@@ -122,9 +125,9 @@ shift || true
 case $command in
   python) find_python ;;
   python-ft) find_python_ft ;;
-  python-312) find_python_312 ;;
+  python-3[0-9][0-9]) find_python_version "${command#python-}" ;;
   venv) make_venv "$@" ;;
   install) install "$@" ;;
   wheel) make_wheel "$@" ;;
-  *) die "expected \`python\`, \`python-ft\`, \`python-312\`, \`venv DIR GROUP...\`, \`install DIR ARGUMENT...\` or \`wheel DIR\`, found \`$command\`" ;;
+  *) die "expected \`python\`, \`python-ft\`, \`python-3NN\`, \`venv DIR GROUP...\`, \`install DIR ARGUMENT...\` or \`wheel DIR\`, found \`$command\`" ;;
 esac

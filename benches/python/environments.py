@@ -30,6 +30,8 @@ REQUIREMENTS = {
 }
 #: The least Python of those that need a newer one than forebay does.
 PYTHON = {"dataloader-rs": (3, 13)}
+#: The last that is looked for, which torch has wheels for.
+NEWEST_MINOR = 14
 #: Tells what an interpreter sees. Of a package that is there twice, the first is imported.
 LOOK = """
 import importlib.metadata, json, sys
@@ -64,17 +66,22 @@ def find_uv() -> str:
     raise Unavailable("`uv` is missing: `pip install uv`")
 
 
-def below(least: tuple[int, int]) -> Path:
-    """The interpreter to build on: this one, or the free-threaded one of the clone."""
+def below(least: tuple[int, int], tell: Callable[[str], None]) -> Path:
+    """The interpreter to build on: this one, the free-threaded one of the clone, or the first that is new enough."""
     if sys.version_info >= least:
         return Path(sys.executable)
     script = str(ROOT / "scripts" / "setup.sh")
-    if run(script, "python-ft"):
-        # Free-threaded CPython has torch in this environment, which the tests use as well.
-        run(script, "venv", ".venv-ft", "ft")
-        return ROOT / ".venv-ft" / "bin" / "python"
+    # Free-threaded CPython has torch in an environment that the tests use as well.
+    for kind, group in (("ft", "ft"), *((f"3{minor}", "bench") for minor in range(least[1], NEWEST_MINOR + 1))):
+        if run(script, f"python-{kind}"):
+            folder = f".venv-{kind}"
+            if not (ROOT / folder / f".has-{group}").exists():
+                tell(f"making {folder}, with a torch of its own: some GB to download, unless they are cached")
+            run(script, "venv", folder, group)
+            return ROOT / folder / "bin" / "python"
     raise Unavailable(
-        f"needs Python >= {least[0]}.{least[1]}: make .venv with one (FOREBAY_PYTHON), or put python3.14t on the PATH"
+        f"needs Python >= {least[0]}.{least[1]}: put python{least[0]}.{least[1]} or python3.14t on the PATH, or make"
+        " .venv with one (FOREBAY_PYTHON)"
     )
 
 
@@ -91,7 +98,7 @@ def prepare(name: str, tell: Callable[[str], None]) -> Path:
     python, stamp = folder / "bin" / "python", folder / ".has"
     try:
         uv = find_uv()
-        base = below(PYTHON.get(name, (3, 11)))
+        base = below(PYTHON.get(name, (3, 11)), tell)
         found = json.loads(run(str(base), "-c", LOOK))
         has = dict(name_and_version(line) for line in found["packages"])
         made_of = json.dumps([wanted, str(base), hashlib.sha256(json.dumps(has, sort_keys=True).encode()).hexdigest()])
