@@ -63,11 +63,14 @@ class Plan:
     warm_up_s: float
     window_s: float
     limit_s: float
+    #: No repeat is begun that would, as long as those before, end later; preparation does not count.
     minutes: float
     shapes: int
 
 
-DEFAULT = Plan(tokens=100_000_000, copies=16, repeats=3, warm_up_s=0.7, window_s=2.5, limit_s=0.7, minutes=18, shapes=2)
+DEFAULT = Plan(
+    tokens=100_000_000, copies=16, repeats=3, warm_up_s=0.7, window_s=2, limit_s=0.5, minutes=18.5, shapes=2
+)
 QUICK = Plan(tokens=20_000_000, copies=32, repeats=1, warm_up_s=0.3, window_s=1, limit_s=0.3, minutes=1.8, shapes=1)
 
 
@@ -311,7 +314,6 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """All runs' records; an interrupted one has those until then."""
     out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
 
     def tell(done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -340,8 +342,8 @@ def benchmark(
         keep(records[0])
         try:
             for repeat in range(plan.repeats):
-                now = time.monotonic()
-                if repeat > 0 and (now - started) + (now - measuring) / repeat > plan.minutes * 60:
+                elapsed = time.monotonic() - measuring
+                if repeat > 0 and elapsed + elapsed / repeat > plan.minutes * 60:
                     print(f"\nbench: stopped after {repeat} repeats, as the time is up", file=sys.stderr)
                     break
                 shuffler.shuffle(turn)
@@ -473,7 +475,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument(
         "--minutes",
         type=float,
-        help=f"no further repeat past this (default: {DEFAULT.minutes}; with --all {ALL_MINUTES})",
+        help=f"of measuring: no further repeat past this (default: {DEFAULT.minutes}; with --all {ALL_MINUTES})",
     )
     options = parser.parse_args(arguments)
     if not sys.platform.startswith("linux"):

@@ -282,7 +282,7 @@ def contestants() -> list[Contestant]:
 
 
 def every_peer() -> list[Contestant]:
-    """What only `make bench-all` measures, and dataloader-rs, which is near the front."""
+    """What only `make bench-all` measures; and dataloader-rs and threads for torchdata.nodes, which are near the front."""
     found = []
     flat = "tokens-uint16.bin"
 
@@ -297,7 +297,7 @@ def every_peer() -> list[Contestant]:
     add("stateful-rows-2", "StatefulDataLoader, per row, processes", 2, stateful_rows, **more)
     add("stateful-batched", "StatefulDataLoader, batched", 0, peers.stateful_batched, **more)
     more["imports"] = ("torchdata.nodes",)
-    add("nodes-threads", "torchdata.nodes, batched, threads", 2, peers.nodes_threads, **more)
+    add("nodes-threads", "torchdata.nodes, batched, threads", 2, peers.nodes_threads, every=False, **more)
     for threads in (0, 2):
         add(
             f"dataloader-rs-{threads}", "dataloader-rs", threads, peers.dataloader_rs, every=False,
