@@ -68,9 +68,7 @@ class Plan:
     shapes: int
 
 
-DEFAULT = Plan(
-    tokens=100_000_000, copies=16, repeats=3, warm_up_s=0.7, window_s=2, limit_s=0.5, minutes=18.5, shapes=2
-)
+DEFAULT = Plan(tokens=100_000_000, copies=16, repeats=3, warm_up_s=0.7, window_s=2, limit_s=0.5, minutes=18.5, shapes=2)
 QUICK = Plan(tokens=20_000_000, copies=32, repeats=1, warm_up_s=0.3, window_s=1, limit_s=0.3, minutes=1.8, shapes=1)
 
 
@@ -199,6 +197,16 @@ def prepare(chosen: list[Contestant], shapes: tuple[Shape, ...], data: Path, tel
     return ready
 
 
+def missing(chosen: list[Contestant], shapes: tuple[Shape, ...], ready: Ready, data: Path) -> list[str]:
+    """Who cannot take part, and why: a comparison without them says less, so it is told before measuring."""
+    told = []
+    for one in chosen:
+        paths = (str(one.path(data, shape)) for shape in shapes)
+        reason = next((ready.failed[key] for key in (one.environment, *paths) if key in ready.failed), None)
+        told += [] if reason is None else [f"{one.label} will be missing: {reason}"]
+    return list(dict.fromkeys(told))
+
+
 def selected(quick: bool, every: bool, only: list[str]) -> list[Contestant]:
     known = contestants()
     if only:
@@ -321,9 +329,10 @@ def benchmark(
             print(f"\rbench: writing the corpus, shard {done} of {total}", end=end, file=sys.stderr, flush=True)
 
     data = corpus.prepare(OUT, plan.tokens, plan.copies, tell)
-    ready = prepare(
-        chosen, SHAPES[: plan.shapes], data, lambda text: print(f"bench: {text}", file=sys.stderr, flush=True)
-    )
+    shapes = SHAPES[: plan.shapes]
+    ready = prepare(chosen, shapes, data, lambda text: print(f"bench: {text}", file=sys.stderr, flush=True))
+    for text in missing(chosen, shapes, ready, data):
+        print(f"bench: WARNING: {text}", file=sys.stderr, flush=True)
     seed = random.SystemRandom().randrange(1 << 32)
     shuffler = random.Random(seed)
     turn = jobs(plan, chosen, ready, data)

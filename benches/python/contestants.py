@@ -282,7 +282,7 @@ def contestants() -> list[Contestant]:
 
 
 def every_peer() -> list[Contestant]:
-    """What only `make bench-all` measures; and dataloader-rs and threads for torchdata.nodes, which are near the front."""
+    """What only `make bench-all` measures, but for dataloader-rs and the threads of torchdata.nodes."""
     found = []
     flat = "tokens-uint16.bin"
 

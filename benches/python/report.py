@@ -189,6 +189,16 @@ def groups(records: list[Record]) -> list[Group]:
     return found
 
 
+def failures(records: list[Record]) -> list[str]:
+    """Who is missing from the comparison, and why; once for all tables."""
+    labels = {one.name: one.label for one in contestants()} | LIMITS
+    reasons: dict[str, list[str]] = {}
+    for record in records[1:]:
+        if "failed" in record:
+            reasons.setdefault(record["failed"], []).append(labels.get(record["name"], record["name"]))
+    return [f"**Missing: {', '.join(dict.fromkeys(who))}**: {reason}" for reason, who in reasons.items()]
+
+
 def facts(records: list[Record]) -> list[str]:
     head = records[0]
     machine, plan = head["machine"], head["plan"]
@@ -221,6 +231,7 @@ def facts(records: list[Record]) -> list[str]:
     copied = [record["copy_bytes_per_s"] for record in records[1:] if "copy_bytes_per_s" in record]
     if copied:
         found.append(f"Copying memory, the limit of the machine: {median(copied) / 1e9:.1f} GB/s at the median")
+    found += failures(records)
     if any(record["kind"] == "interrupted" for record in records[1:]):
         found.append("**This run was interrupted: the numbers are of what was done until then**")
     if head["quick"]:

@@ -104,4 +104,37 @@ def test_reports_show_what_failed_and_why(bench: Any, ours_failed: bool) -> None
     for text in (markdown, page):
         assert "was interrupted" in text
         assert "StopIteration" in text
+        assert text.index("Missing: ") < text.index("Grain, threads") < text.index("p99.9")
     assert ("At a glance" in page) is not ours_failed
+
+
+def test_who_cannot_take_part_is_told_once(bench: Any, tmp_path: Path) -> None:
+    run, known = bench("bench"), bench("contestants")
+    chosen = [one for one in known.contestants() if one.name.startswith(("dataloader-rs", "streaming", "torch-rows"))]
+    ready = run.Ready(failed={"dataloader-rs": "too old", str(tmp_path / "streaming-2048"): "no room"})
+    told = run.missing(chosen, known.SHAPES, ready, tmp_path)
+    assert told == ["dataloader-rs will be missing: too old", "MosaicML Streaming will be missing: no room"]
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"), [(("ft", "313"), ".venv-ft"), (("313", "314"), ".venv-313"), (("314",), ".venv-314")]
+)
+def test_a_peer_finds_a_newer_python(
+    bench: Any, there: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments = bench("environments")
+    monkeypatch.setattr(environments.sys, "version_info", (3, 11))
+    monkeypatch.setattr(environments, "ROOT", tmp_path)
+    made, told = [], []
+
+    def run(_script: str, command: str, *arguments: str) -> str:
+        made.extend(arguments[:1])
+        return "found" if command.removeprefix("python-") in there else ""
+
+    monkeypatch.setattr(environments, "run", run)
+    assert environments.below((3, 13), told.append) == tmp_path / expected / "bin" / "python"
+    assert made == [expected]
+    assert "some GB" in told[0]
+    there = ()
+    with pytest.raises(environments.Unavailable, match=r"python3\.13"):
+        environments.below((3, 13), told.append)
