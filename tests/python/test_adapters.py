@@ -93,7 +93,7 @@ class RerunDataIterator:
 
 
 def test_megatron(corpus: Path, tmp_path: Path) -> None:
-    iterator = RerunDataIterator(shown("Megatron-LM", corpus))
+    iterator = RerunDataIterator(shown("Megatron-LM", corpus, state=None))
     found = []
     for step in range(2 * STEPS):
         if step == STEPS + 3:
@@ -105,8 +105,8 @@ def test_megatron(corpus: Path, tmp_path: Path) -> None:
         assert batch["position_ids"][1].tolist() == list(range(SEQ_LEN))
         found.append(batch["tokens"].tolist())
     assert found == epochs(corpus, "x")
-    fresh = adapters.megatron(loader_of(corpus))
-    fresh.restore_state(torch.load(tmp_path / "state.pt", weights_only=True)["dataloader_state_dict"])
+    state = torch.load(tmp_path / "state.pt", weights_only=True)["dataloader_state_dict"]
+    fresh = shown("Megatron-LM", corpus, state=state)
     assert [next(fresh)["tokens"].tolist() for _ in range(STEPS - 3)] == found[STEPS + 3 :]
 
 

@@ -444,13 +444,16 @@ def megatron(corpus: Path, folder: Path) -> Found:
     def take(batches: Any, count: int) -> list[list[int]]:
         return [next(batches)["tokens"][:, 0].tolist() for _ in range(count)]
 
-    loader, fresh = (RerunDataIterator(shown("Megatron-LM", corpus)["loader"]) for _ in range(2))
+    def make(state: Any) -> Any:
+        return RerunDataIterator(shown("Megatron-LM", corpus, state=state)["loader"])
+
+    loader = make(None)
     seen = take(loader, AT)
     # A file for each data-parallel rank.
     stored = folder / f"train_dataloader_dprank{os.environ['RANK']}.pt"
     torch.save({"dataloader_state_dict": loader.iterable.save_state()}, stored)
     seen += take(loader, 2 * STEPS - AT)
-    fresh.iterable.restore_state(torch.load(stored, weights_only=True)["dataloader_state_dict"])
+    fresh = make(torch.load(stored, weights_only=True)["dataloader_state_dict"])
     return seen, take(fresh, 2 * STEPS - AT)
 
 

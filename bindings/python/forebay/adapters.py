@@ -111,20 +111,28 @@ class _Megatron:
         return self._loader.state_dict()
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
-        """For the code that builds the loader: Megatron-LM itself restores nothing of an external one."""
         self._loader.load_state_dict(state)
         self._batches = None
 
 
-def megatron(loader: DataLoader[Any]) -> Any:
+def megatron(loader: DataLoader[Any], state: Mapping[str, Any] | None = None) -> Any:
     """An external data iterator of Megatron-LM.
+
+    Parameters
+    ----------
+    state:
+        What ``save_state()`` gave, to go on there: Megatron-LM stores it as ``dataloader_state_dict``, and leaves
+        restoring to whoever builds the iterator.
 
     Raises
     ------
     ConfigError
         The loader has not ``targets="shifted"``.
     """
-    return _Megatron(_shifted(loader, "Megatron-LM"))
+    iterator = _Megatron(_shifted(loader, "Megatron-LM"))
+    if state is not None:
+        iterator.restore_state(state)
+    return iterator
 
 
 class _Olmo:
