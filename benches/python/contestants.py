@@ -29,7 +29,9 @@ GROUPS = {
 
 #: How each is used, by what its label begins with; the longest that fits.
 HOW = {
-    "forebay": "Loader's defaults; documents joined to one stream, rows shuffled over the whole epoch",
+    "forebay, Arrow": "Loader's defaults; documents joined to one stream, rows shuffled over the whole epoch",
+    "forebay, Parquet": "Loader's defaults; documents joined to one stream, block shuffle: chunks of 4 Mi tokens in"
+    " random order over the epoch, then rows within windows of 16 Mi, which is less of a shuffle",
     "torch DataLoader, batched": "a flat file mapped by NumPy; one index is a whole batch (batch_size=None)",
     "torch DataLoader, per row": "a flat file mapped by NumPy; shuffle=True, default collation, persistent workers",
     "StatefulDataLoader, batched": "as torch DataLoader, batched, with torchdata's stateful loader",
@@ -48,7 +50,8 @@ HOW = {
     "Lance, rows by index": "rows as fixed-size lists, dataset.take of a batch of indices",
     "Lance, whole batches": "rows as fixed-size lists, LanceDataset with ShardedBatchSampler(randomize=True): rows of a"
     " batch are neighbours, which is less of a shuffle",
-    "pyarrow": "row groups in random order, decoded, cut into rows and shuffled within the group: less of a shuffle",
+    "pyarrow": "our own script: row groups in random order, decoded, cut into rows and shuffled within the group, which"
+    " is less of a shuffle",
 }
 
 
@@ -92,6 +95,11 @@ class Contestant:
     package: str = "torch"
     #: Makes what it reads: of the corpus, at the path, for the shape.
     write: Callable[[Path, Path, Shape], None] | None = None
+
+    @property
+    def offered(self) -> bool:
+        """By somebody, and not a script of ours."""
+        return not self.label.endswith("by hand")
 
     @property
     def how(self) -> str:
