@@ -24,12 +24,14 @@ p, ul { max-width: 60rem; } .soft, .facts { color: var(--soft); } .facts { paddi
 .card small { color: var(--soft); } .card.lost { border-left: 4px solid var(--limit); }
 .warn { border-left: 4px solid var(--warn); background: var(--card); padding: .6rem 1rem; max-width: 58rem; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .8em; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(33rem, 100%), 1fr)); gap: 2rem 2.5rem;
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); gap: 2rem 2.5rem;
   margin-top: 1.2rem; align-items: start; }
-figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .3rem; }
+figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; margin-bottom: .3rem; }
 figcaption small { font-weight: 400; color: var(--soft); display: block; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
-svg .soft { fill: var(--soft); } svg text.limit { fill: var(--limit); } svg .mine { font-weight: 600; }
+svg { width: 100%; min-width: 34rem; height: auto; display: block; }
+svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
+svg .soft { fill: var(--soft); } svg .value { paint-order: stroke; stroke: var(--back); stroke-width: 5px; }
+.reference { opacity: .5; } svg text.limit { fill: var(--limit); } svg .mine { font-weight: 600; }
 .ours { fill: var(--ours); } .peer { fill: var(--peer); } .limit { fill: var(--limit); }
 line.grid { stroke: var(--line); } line.limit { stroke: var(--limit); stroke-width: 1.5; stroke-dasharray: 5 3; }
 line.whisker { stroke: var(--text); stroke-width: 1.2; } line.ours { stroke: var(--ours); stroke-width: 2; }
@@ -110,7 +112,8 @@ def figure(title: str, note: str, rows: int, body: str, more_top: int = 0) -> st
     height = TOP + more_top + rows * STEP + 8
     return (
         f"<figure><figcaption>{title}<small>{note}</small></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">{body}</svg></figure>'
+        f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">'
+        f"{body}</svg></div></figure>"
     )
 
 
@@ -158,7 +161,7 @@ def speeds(group: Group) -> str:
         )
         if len(entry.line.runs) > 1:
             parts.append(f'<line class="whisker" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y + 8}" y2="{y + 8}"/>')
-        parts.append(f'<text class="soft" x="{x(high) + 5:.1f}" y="{y + 12}">{number(middle / 1e6)}</text></g>')
+        parts.append(f'<text class="soft value" x="{x(high) + 6:.1f}" y="{y + 12}">{number(middle / 1e6)}</text></g>')
     return figure("Throughput, million tokens per second", "longer is better", len(found), "".join(parts), begin - TOP)
 
 
@@ -183,7 +186,7 @@ def dots(group: Group, title: str, note: str, fields: list[tuple[str, str]], uni
         return NAMES + 8 + room * (math.log10(max(value, floor)) - low) / (high - low)
 
     end = TOP + STEP * len(found)
-    parts = []
+    parts = [f'<text class="soft" x="{NAMES - 8}" y="{TOP - 14}" text-anchor="end">log scale</text>']
     for power in range(low, high + 1):
         value = 10.0**power
         shown = f"{value:g}" if value < 1e4 else f"{value / 1e3:,.0f}k" if value < 1e6 else f"{value / 1e6:g}M"
@@ -214,7 +217,7 @@ def dots(group: Group, title: str, note: str, fields: list[tuple[str, str]], uni
         last = max(x(value) for value, _, _ in middles)
         if len(middles) == 1:
             last = max(last, x(values(entry.line, middles[0][1])[2]))
-            parts.append(f'<text class="soft" x="{last + 9:.1f}" y="{y + 12}">{number(middles[0][0])}</text>')
+            parts.append(f'<text class="soft value" x="{last + 9:.1f}" y="{y + 12}">{number(middles[0][0])}</text>')
         parts.append("</g>")
     return figure(title, note, len(found), "".join(parts))
 
