@@ -365,7 +365,11 @@ def page(records: list[Record]) -> str:
         "<h2>Machine, versions, and doing it again</h2>",
         '<ul class="facts">' + "".join(f"<li>{cell(fact)}</li>" for fact in told) + "</ul>",
         f"<pre>git clone … &amp;&amp; cd forebay\n{html.escape(records[0]['command'])}</pre>",
-        '<p class="soft">Needs Linux, cargo, Python 3.11 or newer and make; the rest is installed below the clone.'
-        " <code>results.jsonl</code> beside this page has every single run, with machine and versions.</p>",
+        '<p class="soft">Needs Linux, make, cargo, a C compiler, and Python 3.11 or newer with venv; the first time the'
+        " network as well, for crates and packages. Below the clone it leaves <code>out</code> (2 GB) and environments:"
+        " about 5 GB for each Python with a torch of its own, shared with uv's cache where hard links are possible."
+        " Outside it leaves <code>~/.cache/uv</code> (6 GB or more), <code>~/.cache/forebay</code> (2 GB, what was"
+        " compiled) and <code>~/.cargo</code> (0.2 GB, sources of crates). <code>results.jsonl</code> beside this page"
+        " has every single run, with machine and versions.</p>",
     ]  # fmt: skip
     return "\n".join(parts) + "</html>\n"
