@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from statistics import median
 
-from contestants import Contestant
-from report import HEADS, METRICS, Group, Line, Record, facts, groups, number
+from contestants import GROUPS, Contestant
+from corpus import CODECS
+from report import HEADS, METRICS, Against, Group, Line, Record, facts, groups, least, named, number, times, turns
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2733; --soft: #5d6b7a; --line: #dfe4ea; --back: #fff; --card: #f5f7f9;
@@ -18,10 +19,12 @@ body { font: 15px/1.55 system-ui, sans-serif; color: var(--text); background: va
 h1, h2, h3 { line-height: 1.2; } h1 { margin-bottom: .3rem; } h2 { margin-top: 3rem; border-top: 1px solid var(--line);
   padding-top: 1.5rem; }
 p, ul { max-width: 60rem; } .soft, .facts { color: var(--soft); } .facts { padding-left: 1.2rem; font-size: 13px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem; margin: 1.2rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem;
+  margin: 1.2rem 0; }
 .card { background: var(--card); border-radius: 8px; padding: .9rem 1.1rem; }
 .card b { display: block; font-size: 1.35rem; line-height: 1.2; }
-.card small { color: var(--soft); } .card.lost { border-left: 4px solid var(--limit); }
+.card small { color: var(--soft); display: block; line-height: 1.4; }
+.card.lost { border-left: 4px solid var(--limit); }
 .warn { border-left: 4px solid var(--warn); background: var(--card); padding: .6rem 1rem; max-width: 58rem; }
 .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .3em 0 .8em; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); gap: 2rem 2.5rem;
@@ -38,7 +41,8 @@ line.whisker { stroke: var(--text); stroke-width: 1.2; } line.ours { stroke: var
 line.peer { stroke: var(--peer); stroke-width: 2; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; }
-.numbers th, .numbers td { white-space: nowrap; }
+.numbers td { white-space: nowrap; } .numbers td.ahead, .numbers td.failed { white-space: normal; }
+.numbers th:last-child { min-width: 9rem; } td.failed div { max-width: 50rem; }
 th { color: var(--soft); font-weight: 600; } summary { cursor: pointer; color: var(--soft); margin-top: 1rem; }
 code, pre { background: var(--card); border-radius: 4px; padding: .1em .3em; } pre { padding: .7rem 1rem;
   max-width: 58rem; overflow-x: auto; }
@@ -50,23 +54,30 @@ in random order, widens to 64 bits and hands to the trainer as batches of <code>
 This is small work per token, so what counts is how little of the machine it takes. This page compares
 <b>forebay</b> with other loaders, and both with the <b>limit</b>: a bare loop on the same machine that does only what
 no loader can leave out (gathering and widening rows; for compressed files, decompressing them).</p>
-<p><b>How it was done.</b> Every loader delivers the same: shuffled <code>input_ids</code> and <code>labels</code>, each
-with memory of its own, to a consumer that does nothing else. Before it is timed, its first batches are looked up in the
-corpus: every row must be one of it, in random order, none twice. Each run is a fresh process, they take turns in random
-order, and numbers are medians over the turns. All files are in memory already, so disks play no part.</p>
-<p><b>How to read it.</b> <span class="key ours-key"></span>forebay<span class="key peer-key"></span>other
-loaders<span class="key limit-key"></span>limit of the machine. The number after a name is how many helper threads or
-processes were asked for beside the trainer's own thread; without one, the loader works in the trainer's thread alone.
-Thin lines reach from the slowest
-to the fastest turn. In plots with bars longer is better; in plots
-with dots further left is, and one step of the grid is ten times as much. Point at a bar
-or dot for its numbers.</p>
+<p><b>How it was done.</b> Every loader delivers shuffled <code>input_ids</code> and <code>labels</code>, each with
+memory of its own, to a consumer that does nothing else. Before it is timed, its first batches are looked up in the
+corpus: every row must be one of it, in random order, none twice. How far they shuffle is not the same: from Parquet,
+forebay shuffles rows within windows of 16 Mi tokens, and the script over pyarrow within a row group; the table at the
+end says how each is used. Each run is a fresh process, they take turns in random order, and {turns}.
+All files are in memory already, so disks play no part.</p>
+<p><b>How to read it.</b> <span class="key ours-key"></span>forebay<span class="key ours-key reference"></span>forebay
+without torch, for reference and not compared<span class="key peer-key"></span>other loaders<span class="key limit-key">
+</span>limit of the machine. {names}
+Thin lines reach from the slowest to the fastest turn. In plots with bars longer is better; in plots with dots further
+left is, and their scale is logarithmic: one step of the grid is ten times as much. Point at a bar or dot for its
+numbers.</p>
 """
 
-UNITS = {
-    "tokens_per_s": (1e6, "Mtok/s"), "cpu_s_per_gtok": (1, "CPU s per billion tokens"),
-    "own_memory_mb": (1, "MB"), "first_batch_ms": (1, "ms"), "p99_us": (1, "µs"),
-}  # fmt: skip
+NAMES_NOTE = (
+    "The number after a name, as in <b>· 2</b>, is how many helper threads or processes were asked for beside the"
+    " trainer's own thread; without one, the loader works in the trainer's thread alone."
+)
+PALE = " The pale marks are of NumPy arrays handed over without torch: a reference, which is compared with nothing."
+BY_HAND = (
+    " <b>By hand</b> is our own script over pyarrow: it stands for what one would write, and is no loader that is"
+    " offered. Of forebay's memory, up to 512 MiB are decoded blocks that it keeps: its default"
+    " <code>memory_budget</code>."
+)
 
 GROUP_NOTES = {
     "uint16": "The corpus as 16-bit integers. forebay reads Arrow files of documents; peers read a flat file or a form"
@@ -85,14 +96,14 @@ class Entry:
     ours: bool
 
 
-def named(one: Contestant) -> str:
-    return f"{one.label} · {one.helpers}" if one.helpers else one.label
+def kind_of(one: Contestant) -> str:
+    return ("ours" if one.ours else "peer") + " reference" * one.reference
 
 
 def entries(group: Group, field: str, more: bool) -> list[Entry]:
     """Whoever has this number, the best first."""
     found = [
-        Entry(named(one), "ours" if one.ours else "peer", line, one.ours)
+        Entry(named(one), kind_of(one), line, one.ours)
         for one, line in group.lines
         if line.failed is None and any(field in run for run in line.runs)
     ]
@@ -252,84 +263,147 @@ def cell(text: str) -> str:
     return text
 
 
+def rival(one: Contestant) -> str:
+    return "the fastest other loader" if one.offered else "our own script over pyarrow"
+
+
 def verdict(group: Group) -> str:
     """In words, what the plots of a group show."""
-    ours, peer = group.best(True, "tokens_per_s", True), group.best(False, "tokens_per_s", True)
-    if ours is None or peer is None:
+    fastest, equal = group.against("tokens_per_s", True), group.equal()
+    if fastest is None:
         return ""
-    speed, other = ours[1]["tokens_per_s"], peer[1]["tokens_per_s"]
-    limit = group.limit(1 + ours[0].helpers)
+    (ours, mine), (peer, theirs) = fastest.mine, fastest.theirs
+    limit = group.limit(1 + ours.helpers)
     of_limit = (
-        f", which is {speed / limit['tokens_per_s']:.0%} of the limit with as many threads (two at most)"
+        f", which is {mine['tokens_per_s'] / limit['tokens_per_s']:.0%} of the limit with as many threads (two at most)"
         if limit is not None and limit.failed is None
         else ""
     )
-    ratio = f"{speed / other:.1f} times" if speed >= other else f"<b>only {speed / other:.2f} times</b>"
+
+    def speed(one: Contestant, line: Line) -> str:
+        return f"{html.escape(named(one))}: {number(line['tokens_per_s'] / 1e6)} on {line['cores']:.2f} cores"
+
+    def ratio(against: Against) -> str:
+        return f"{'' if against.ratio >= 1 else 'only '}<b>{against.ratio:.2f} times</b>"
+
     text = (
-        f"forebay at its fastest ({html.escape(named(ours[0]))}) delivers {number(speed / 1e6)} million tokens per"
-        f" second{of_limit}, and {ratio} the fastest other loader ({html.escape(named(peer[0]))},"
-        f" {number(other / 1e6)})."
+        f"With torch tensors, forebay at its fastest ({html.escape(named(ours))}, on {mine['cores']:.2f} cores)"
+        f" delivers {number(mine['tokens_per_s'] / 1e6)} million tokens per second{of_limit}, and {ratio(fastest)} what"
+        f" {rival(peer)} does ({speed(peer, theirs)})."
     )
-    lost = "; ".join(cell(found.removeprefix(f"{group.title}, ")) for found in group.lost())
-    return f"<p>{text} {f'<b>Others are ahead</b> in {lost}.' if lost else 'No other is ahead.'}</p>"
+    if equal is not None and (equal.mine, equal.theirs) == (fastest.mine, fastest.theirs):
+        text += " Both had as many threads."
+    elif equal is not None:
+        text += (
+            f" With as many threads on both sides it is {ratio(equal)} ({speed(*equal.mine)}; {speed(*equal.theirs)})."
+        )
+    lost = "; ".join(
+        f"{name} ({html.escape(one.shown(one.theirs))}; {html.escape(one.shown(one.mine))})"
+        for name, one in group.lost()
+    )
+    more = BY_HAND * (group.name in CODECS) + PALE * any(one.reference for one, _ in group.lines)
+    return (
+        f"<p>{text} {f'<b>Others are ahead</b> in {lost}.' if lost else 'In no measure is another ahead.'}</p>"
+        f'<p class="soft">{NAMES_NOTE}{more}</p>'
+    )
+
+
+def card(title: str, found: list[Against | None], better: str, worse: str) -> str:
+    """One measure over all tables, with the rows of the one that is least favourable to forebay."""
+    worst = least(found)
+    if worst is None:
+        return ""
+    heading = times(found, better, worse)
+    if worst.field == "own_memory_mb":
+        # Beside what the imports take, a ratio would tell too much.
+        apart, worst = max(
+            ((one.mine[1][one.field] - one.theirs[1][one.field], one) for one in found if one is not None),
+            key=lambda pair: pair[0],
+        )
+        heading = f"{'up to' if apart > 0 else 'at least'} {number(abs(apart))} MB {'more' if apart > 0 else 'less'}"
+    return (
+        f'<div class="card{"" if worst.ratio >= 1 else " lost"}"><small>{title}</small><b>{heading}</b>'
+        f"<small>{html.escape(worst.title)}<br>{html.escape(worst.shown(worst.mine))}"
+        f"<br>{html.escape(worst.shown(worst.theirs))}</small></div>"
+    )
 
 
 def cards(found: list[Group]) -> str:
-    """The first group at a glance: each measure against the best of the others."""
-    group = found[0]
-    parts = []
-    for title, field, more in METRICS:
-        ours, peer = group.best(True, field, more), group.best(False, field, more)
-        if ours is None or peer is None:
-            continue
-        mine, theirs = ours[1][field], peer[1][field]
-        ahead = mine >= theirs if more else mine <= theirs
-        ratio = max(mine, theirs) / max(min(mine, theirs), 1e-9)
-        scale, unit = UNITS[field]
-        better = ("faster", "slower") if title in ("speed", "first batch", "p99") else ("less", "more")
-        # Of a megabyte more or less, a ratio would tell too much.
-        amount = f"{number(abs(mine - theirs))} MB" if title == "memory" else f"{ratio:.1f} times"
-        heading = {"speed": "throughput", "p99": "99 % of batches within"}.get(title, title)
-        parts.append(
-            f'<div class="card{"" if ahead else " lost"}"><small>{heading}</small>'
-            f"<b>{amount} {better[0] if ahead else better[1]}</b>"
-            f"<small>forebay {number(mine / scale)}, best other {number(theirs / scale)} {unit}"
-            f" ({html.escape(named(peer[0]))})</small></div>"
-        )
-    if not parts:
+    """All groups at a glance."""
+    if not any(group.against("tokens_per_s", True) for group in found):
         return ""
+    parts = [card("throughput, as many threads on both sides", [group.equal() for group in found], "faster", "slower")]
+    words = {"CPU": ("less", "more")}
+    titles = {
+        "speed": "throughput, the fastest row of each side", "CPU": "CPU time per token",
+        "p99": "99 % of batches within", "p99.9": "99.9 % of batches within",
+    }  # fmt: skip
+    for name, field, more in METRICS:
+        several = [group.against(field, more) for group in found]
+        parts.append(card(titles.get(name, name), several, *words.get(name, ("faster", "slower"))))
     return (
-        f"<h3>At a glance: {html.escape(group.title)}</h3>"
-        f'<p class="soft">The best of forebay against the best of all others, each measure on its own.</p>'
+        f"<h3>At a glance: where forebay does worst of {len(found)} table{'s' * (len(found) > 1)}</h3>"
+        '<p class="soft">Each measure on its own takes the best row of each side, which may be another one for each'
+        " measure, and shows the table that is least favourable to forebay. For Parquet the other is our own script"
+        " over pyarrow, and forebay's memory is mostly decoded blocks that it keeps, up to 512 MiB by default.</p>"
         f'<div class="cards">{"".join(parts)}</div>'
     )
 
 
 def who(found: list[Group]) -> str:
     """Everyone who took part, as what, and whether it was verified."""
-    rows: dict[str, list[str]] = {}
+    rows: dict[tuple[str, ...], tuple[list[str], list[str], list[int]]] = {}
     for group in found:
         for one, line in group.lines:
-            if line.failed is None:
-                checked = min(run["checked_rows"] for run in line.runs)
-                state = f"yes, {checked} rows"
-            else:
-                state = f"<b>failed</b>: {html.escape(line.failed)}"
-            row = rows.setdefault(one.name, [html.escape(named(one)), "", html.escape(one.how), "", ""])
-            row[1] = row[1] or html.escape(line.version)
-            row[3] = row[3] or html.escape(line.python)
-            row[4] = state if not row[4] or line.failed else row[4]
-    heads = ("", "version", "how it is used", "Python", "delivers the right tokens")
-    return (
-        '<div class="scroll"><table><tr>' + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
-        + "".join("<tr>" + "".join(f"<td>{text}</td>" for text in row) + "</tr>" for row in rows.values())
-        + "</table></div>"
+            state = "" if line.failed is None else f"<b>failed</b>: {html.escape(line.failed)}"
+            key = (html.escape(one.label), html.escape(line.version), html.escape(one.how), line.python, state)
+            helpers, formats, checked = rows.setdefault(key, ([], [], []))
+            helpers.append(str(one.helpers))
+            formats.append(GROUPS[group.name])
+            checked += [run["checked_rows"] for run in line.runs]
+
+    def several(texts: list[str]) -> str:
+        return "; ".join(dict.fromkeys(texts))
+
+    heads = ("", "version", "helpers", "reads", "how it is used", "Python", "rows of each run found in the corpus")
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{text}</td>" for text in (
+            label, version, several(sorted(helpers)), several(formats), how, python,
+            state or f"all of the first {min(checked)} or more",
+        ))
+        + "</tr>"
+        for (label, version, how, python, state), (helpers, formats, checked) in rows.items()
     )  # fmt: skip
+    return f'<div class="scroll"><table><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>{body}</table></div>'
+
+
+def lost_of(found: list[Group]) -> str:
+    rows = [
+        (name, one.title, one.shown(one.theirs), one.shown(one.mine))
+        for measure, _, _ in METRICS
+        for group in found
+        for name, one in group.lost()
+        if name == measure
+    ]
+    if not rows:
+        return "<p>Nowhere in these tables.</p>"
+    heads = "".join(f"<th>{head}</th>" for head in ("in", "table", "the best other", "the best of forebay"))
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table class="numbers"><tr>{heads}</tr>{body}</table></div>'
+
+
+def row_of(row: list[str]) -> str:
+    # The reason would widen the column of numbers it stands in.
+    if row[2].replace("*", "").startswith("failed"):
+        told = f'<td class="failed" colspan="{len(row) - 2}"><div>{cell(row[2])}</div></td>'
+        return "".join(f"<td>{cell(text)}</td>" for text in row[:2]) + told
+    return "".join(f"<td>{cell(text)}</td>" for text in row[:-1]) + f'<td class="ahead">{cell(row[-1])}</td>'
 
 
 def numbers_of(group: Group) -> str:
     heads = "".join(f"<th>{head}</th>" for head in HEADS)
-    rows = "".join("<tr>" + "".join(f"<td>{cell(text)}</td>" for text in row) + "</tr>" for row in group.rows())
+    rows = "".join(f"<tr>{row_of(row)}</tr>" for row in group.rows())
     return (
         '<details><summary>All numbers</summary><div class="scroll"><table class="numbers">'
         f"<tr>{heads}</tr>{rows}</table></div></details>"
@@ -345,16 +419,13 @@ def page(records: list[Record]) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Forebay benchmark</title><style>{STYLE}{keys}</style>",
         "<h1>Loading tokens: forebay, other loaders, and the limit of the machine</h1>",
-        f'<p class="soft">{cell(told[0])}; {cell(date)}</p>',
+        f'<p class="soft">{cell(told[0])}; {cell(date)}; {turns(records)}</p>',
         *(f'<p class="warn">{cell(fact)}</p>' for fact in told if "**" in fact),
-        INTRODUCTION,
+        INTRODUCTION.replace("{turns}", turns(records)).replace("{names}", NAMES_NOTE),
     ]
     if found:
         parts.append(cards(found))
-    lost = [text for group in found for text in group.lost()]
-    parts.append("<h3>Where another loader is ahead of everything of forebay</h3>")
-    items = "".join(f"<li>{cell(text)}</li>" for text in lost)
-    parts.append(f"<ul>{items}</ul>" if lost else "<p>Nowhere in these tables.</p>")
+    parts += ["<h3>Where another loader is ahead of everything of forebay</h3>", lost_of(found)]
     for group in found:
         parts.append(
             f'<h2>{html.escape(group.title)}</h2><p class="soft">{GROUP_NOTES[group.name]}</p>{verdict(group)}'

@@ -1,5 +1,6 @@
-"""Turns the records of a run into Markdown, and into a page with plots. Numbers are medians over the repeats."""
+"""Turns the records of a run into Markdown, and into a page with plots. Numbers are medians over the turns."""
 
+from collections import Counter
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,7 +17,16 @@ METRICS = (
     ("memory", "own_memory_mb", False),
     ("first batch", "first_batch_ms", False),
     ("p99", "p99_us", False),
+    ("p99.9", "p999_us", False),
+    ("resume at 1 %", "resume_1_ms", False),
+    ("resume at 99 %", "resume_99_ms", False),
 )
+#: By what a field is divided, and what it is then.
+UNITS = {
+    "tokens_per_s": (1e6, "Mtok/s"), "cpu_s_per_gtok": (1, "CPU s/Gtok"), "own_memory_mb": (1, "MB"),
+    "first_batch_ms": (1, "ms"), "p99_us": (1, "µs"), "p999_us": (1, "µs"), "resume_1_ms": (1, "ms"),
+    "resume_99_ms": (1, "ms"),
+}  # fmt: skip
 LIMITS = {
     "gather": "limit: gather and widen, no loader",
     "decompress": "limit: decompress 16-bit tokens, nothing else",
@@ -35,6 +45,10 @@ def number(value: float) -> str:
         if abs(value) >= above:
             return f"{value:.{digits}f}"
     return f"{value:.3f}"
+
+
+def named(one: Contestant) -> str:
+    return f"{one.label} · {one.helpers}" if one.helpers else one.label
 
 
 class Line:
@@ -69,13 +83,46 @@ class Line:
         return " / ".join(shown) + (", another batch" if inexact else "")
 
     def __getitem__(self, field: str) -> float:
-        return median(run[field] for run in self.runs)
+        return median(run[field] for run in self.runs if field in run)
+
+    def has(self, field: str) -> bool:
+        """A state that leads to another batch resumes nothing, however fast."""
+        inexact = field.startswith("resume") and any(run.get("resume_exact") is False for run in self.runs)
+        return not inexact and any(field in run for run in self.runs)
+
+    def shown(self, field: str) -> str:
+        scale, unit = UNITS[field]
+        more = f" ({self['memory_mb']:.0f} with imports)" if field == "own_memory_mb" else ""
+        return f"{number(self[field] / scale)} {unit}{more}"
 
     @property
     def speed(self) -> str:
         values = [run["tokens_per_s"] / 1e6 for run in self.runs]
         spread = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
         return number(median(values)) + spread
+
+
+Pair = tuple[Contestant, Line]
+
+
+@dataclass
+class Against:
+    """One of ours and one of the others in one table, by one measure."""
+
+    title: str
+    field: str
+    mine: Pair
+    theirs: Pair
+    #: Above 1 where forebay is ahead.
+    ratio: float
+
+    def shown(self, pair: Pair) -> str:
+        cores = f" on {pair[1]['cores']:.2f} cores" if self.field == "tokens_per_s" else ""
+        return f"{named(pair[0])}: {pair[1].shown(self.field)}{cores}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.shown(self.mine)}; {self.shown(self.theirs)}"
 
 
 @dataclass
@@ -85,7 +132,7 @@ class Group:
     shape: Shape
     name: str
     limits: dict[tuple[str, int], Line]
-    lines: list[tuple[Contestant, Line]]
+    lines: list[Pair]
 
     @property
     def title(self) -> str:
@@ -95,14 +142,30 @@ class Group:
         kind = "gather" if self.name in ("uint16", "int32") else "decompress"
         return self.limits.get((kind, min(threads, 2)))
 
-    def of(self, ours: bool) -> list[tuple[Contestant, Line]]:
-        return [
-            (one, line) for one, line in self.lines if one.ours == ours and not one.reference and line.failed is None
-        ]
+    def best(self, ours: bool, field: str, more: bool, helpers: int | None = None) -> Pair | None:
+        found = [
+            (one, line)
+            for one, line in self.lines
+            if one.ours == ours and not one.reference and line.failed is None and line.has(field)
+            and helpers in (None, one.helpers)
+        ]  # fmt: skip
+        return (max if more else min)(found, key=lambda pair: pair[1][field], default=None)
 
-    def best(self, ours: bool, field: str, more: bool) -> tuple[Contestant, Line] | None:
-        found = sorted(self.of(ours), key=lambda pair: pair[1][field], reverse=more)
-        return found[0] if found else None
+    def against(self, field: str, more: bool, helpers: int | None = None) -> Against | None:
+        """The best of ours against the best of the others, each among all its rows or those with so many helpers."""
+        mine, theirs = self.best(True, field, more, helpers), self.best(False, field, more, helpers)
+        if mine is None or theirs is None:
+            return None
+        values = mine[1][field], theirs[1][field]
+        above, below = values if more else values[::-1]
+        # What takes no memory at all is not infinitely better.
+        return Against(self.title, field, mine, theirs, max(above, 0.01) / max(below, 0.01))
+
+    def equal(self) -> Against | None:
+        """Speeds with as many threads on both sides; of several such numbers, where forebay is ahead least."""
+        return least(
+            [self.against("tokens_per_s", True, helpers) for helpers in {one.helpers for one, _ in self.lines}]
+        )
 
     def behind(self, one: Contestant, line: Line) -> str:
         """In what some peer beats this one of ours."""
@@ -111,22 +174,27 @@ class Group:
         found = []
         for name, field, more in METRICS:
             peer = self.best(False, field, more)
-            if peer is not None and (peer[1][field] > line[field] if more else peer[1][field] < line[field]):
+            if peer is None or not line.has(field):
+                continue
+            if peer[1][field] > line[field] if more else peer[1][field] < line[field]:
                 found.append(name)
         return ", ".join(f"**{name}**" for name in found) or "nothing"
 
     def rows(self) -> list[list[str]]:
         rows = []
         for (kind, threads), line in sorted(self.limits.items(), key=lambda item: (-len(item[0][0]), item[0])):
+            # No trainer's thread waits beside these.
+            label = f"{LIMITS[kind]}, {threads} thread{'s' * (threads > 1)} in all"
             if line.failed is not None:
-                rows.append([LIMITS[kind], str(threads), f"failed: {line.failed}", *[""] * (len(HEADS) - 3)])
+                rows.append([label, "", f"failed: {line.failed}", *[""] * (len(HEADS) - 3)])
             else:
                 cost = [number(line["cpu_s_per_gtok"]), number(line["cores"])]
-                rows.append([LIMITS[kind], str(threads), line.speed, "", "", *cost, *[""] * (len(HEADS) - 7)])
+                rows.append([label, "", line.speed, "", "", *cost, *[""] * (len(HEADS) - 7)])
         fastest = self.best(False, "tokens_per_s", True)
         ranked = sorted(self.lines, key=lambda pair: (pair[1].failed is not None, not pair[0].ours, pair[0].reference))
         for one, line in ranked:
             label = f"**{one.label}**" if one.ours else one.label
+            label += ", reference" if one.reference else ""
             if line.failed is not None:
                 rows.append([label, str(one.helpers), f"**failed**: {line.failed}", *[""] * (len(HEADS) - 3)])
                 continue
@@ -148,23 +216,10 @@ class Group:
             ])  # fmt: skip
         return rows
 
-    def lost(self) -> list[str]:
+    def lost(self) -> list[tuple[str, Against]]:
         """Every measure in which the best peer beats the best of ours."""
-        found = []
-        for name, field, more in METRICS:
-            ours, peer = self.best(True, field, more), self.best(False, field, more)
-            if ours is None or peer is None:
-                continue
-            values = ours[1][field], peer[1][field]
-            if values[1] > values[0] if more else values[1] < values[0]:
-                scale, unit = {
-                    "tokens_per_s": (1e6, "Mtok/s"), "cpu_s_per_gtok": (1, "CPU s/Gtok"), "own_memory_mb": (1, "MB"),
-                    "first_batch_ms": (1, "ms"), "p99_us": (1, "µs"),
-                }[field]  # fmt: skip
-                mine, theirs = (f"{number(value / scale)} {unit}" for value in values)
-                who = f"{peer[0].label} ({peer[0].helpers} helpers)"
-                found.append(f"{self.title}, {name}: {who} {theirs}, the best of forebay {mine}")
-        return found
+        found = [(name, self.against(field, more)) for name, field, more in METRICS]
+        return [(name, one) for name, one in found if one is not None and one.ratio < 1]
 
 
 def groups(records: list[Record]) -> list[Group]:
@@ -199,6 +254,14 @@ def failures(records: list[Record]) -> list[str]:
     return [f"**Missing: {', '.join(dict.fromkeys(who))}**: {reason}" for reason, who in reasons.items()]
 
 
+def turns(records: list[Record]) -> str:
+    """How many there were, and what the numbers therefore are."""
+    done = max((record["repeat"] for record in records[1:]), default=0) + 1
+    planned = records[0]["plan"].get("repeats", done)
+    kind = {1: "one turn", 2: "the mean of two turns"}.get(done, f"the median of {done} turns")
+    return f"numbers are {kind}" + (f" ({planned} were planned)" if planned > done else "")
+
+
 def facts(records: list[Record]) -> list[str]:
     head = records[0]
     machine, plan = head["machine"], head["plan"]
@@ -207,15 +270,14 @@ def facts(records: list[Record]) -> list[str]:
     measured = sorted(
         {f"{run['version']} (Python {run['python']})" for run in loaders if "version" in run}, key=str.lower
     )
-    repeats = max((record["repeat"] for record in records[1:]), default=0) + 1
     found = [
         f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['kernel']}",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in head["versions"].items()),
         *([f"Measured: {', '.join(measured)}"] if measured else []),
         f"Date: {head['date']}; commit: {head['commit']}; command: `{head['command']}`",
-        f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {repeats} repeat{'s' * (repeats > 1)}, in random order"
-        f" (seed {head['seed']}), a fresh process each; {plan['warm_up_s']} s warm-up, {plan['window_s']} s window;"
-        " warm page cache",
+        f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {turns(records)}, each in random order"
+        f" (seed {head['seed']}), with a fresh process for everything; {plan['warm_up_s']} s warm-up,"
+        f" {plan['window_s']} s window; warm page cache",
     ]
     if others:
         found.append(
@@ -241,11 +303,14 @@ def facts(records: list[Record]) -> list[str]:
 
 HOW_TO_READ = (
     "Every loader hands over shuffled `input_ids` and `labels` in memory of their own, int64, to a consumer that"
-    " does nothing else; its first batches were found in the corpus before it was timed. Helpers: threads or"
-    " processes beside the consumer's thread, which with forebay computes batches as well while it would wait: see"
-    " cores. Of limit: speed over the limit with as many threads, the consumer's included (two at most). Memory:"
-    " anonymous and shared, of all processes, over what the imports take. First batch: constructor and first"
-    " batch, imports excluded. A peer is ahead in: where the best peer of the table beats that row."
+    " does nothing else; its first batches were found in the corpus before it was timed. How far they shuffle differs:"
+    " forebay's Parquet only within windows, pyarrow by hand only within row groups. Helpers: threads or processes"
+    " beside the consumer's thread, which with forebay computes batches as well while it would wait: see cores; they"
+    " stand after a name's `·`. Of limit: speed over the limit with as many threads, the consumer's included (two at"
+    " most). Memory: anonymous and shared, of all processes, over what the imports take; forebay may keep decoded"
+    " blocks up to its `memory_budget`, 512 MiB by default. First batch: constructor and first batch, imports excluded."
+    " A peer is ahead in: where the best peer of the table beats that row. By hand: our own script over pyarrow, no"
+    " loader that is offered. Reference: NumPy arrays without torch, neither compared nor counted."
 )
 
 
@@ -257,10 +322,47 @@ def markdown(records: list[Record], *more: str) -> str:
         parts += [f"## {group.title}", "", "| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
         parts += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in group.rows()]
         parts.append("")
-    lost = [text for group in found for text in group.lost()]
+    lost = [pair for group in found for pair in group.lost()]
     parts += ["## Where a peer is ahead of everything of forebay", ""]
-    parts += [f"- {text}" for text in lost] or ["Nowhere in these tables."]
+    parts += [
+        f"- {one.title}, {name}: {one.shown(one.theirs)}, the best of forebay: {one.shown(one.mine)}"
+        for name, one in lost
+    ] or ["Nowhere in these tables."]
     return "\n".join(parts) + "\n"
+
+
+def least(found: list[Against | None]) -> Against | None:
+    """Where forebay does worst."""
+    return min((one for one in found if one is not None), key=lambda one: one.ratio, default=None)
+
+
+def times(found: list[Against | None], better: str, worse: str) -> str:
+    """Over several tables, where forebay does worst: no table is picked that flatters it."""
+    ratios = [one.ratio for one in found if one is not None]
+    ahead = sum(ratio >= 1 for ratio in ratios)
+    if 0 < ahead < len(ratios):
+        return f"ahead in {ahead} of {len(ratios)}"
+    ratio = min(ratios) if ahead else 1 / min(ratios)
+    return f"{'at least' if ahead else 'up to'} {ratio:.2f} times {better if ahead else worse}"
+
+
+def summary(records: list[Record]) -> list[str]:
+    """What a terminal shows at the end."""
+    found = groups(records)
+    lines = []
+    for title, several in (
+        ("As many threads on both sides", [group.equal() for group in found]),
+        ("Fastest row against fastest row", [group.against("tokens_per_s", True) for group in found]),
+    ):
+        worst = least(several)
+        if worst is not None:
+            lines.append(f"{title}: forebay {times(several, 'faster', 'slower')} ({worst.title}: {worst.text})")
+    lost = Counter(name for group in found for name, _ in group.lost())
+    ahead = ", ".join(f"{name} ({count} of {len(found)} tables)" for name, count in lost.items())
+    lines.append(f"Others are ahead of everything of forebay in: {ahead or 'nothing'}")
+    lines += [text.replace("**", "") for text in failures(records)] or ["Nothing failed."]
+    by_hand = any(not one.offered for group in found for one, _ in group.lines)
+    return [*lines, f"All {turns(records)}" + ("; for Parquet, the other is our own script over pyarrow" * by_hand)]
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:

@@ -106,6 +106,35 @@ def test_reports_show_what_failed_and_why(bench: Any, ours_failed: bool) -> None
         assert "StopIteration" in text
         assert text.index("Missing: ") < text.index("Grain, threads") < text.index("p99.9")
     assert ("At a glance" in page) is not ours_failed
+    assert any("could not <be> installed" in line for line in bench("report").summary(records))
+
+
+def test_the_table_that_is_least_favourable_counts(bench: Any) -> None:
+    report = bench("report")
+    head = {"plan": {"repeats": 3}}
+    records = [
+        head,
+        record("forebay-arrow-uint16-0", "uint16", tokens_per_s=3e8, resume_1_ms=2.0, resume_99_ms=1.0),
+        record("forebay-arrow-uint16-2", "uint16", tokens_per_s=6e8, resume_1_ms=2.0, resume_99_ms=1.0),
+        record("forebay-numpy", "uint16", tokens_per_s=9e8),
+        record("nodes-batched-uint16", "uint16", tokens_per_s=2e8, resume_1_ms=1.0, resume_99_ms=0.5),
+        record("stateful-batched", "uint16", resume_1_ms=0.1, resume_99_ms=0.1, resume_exact=False),
+        record("torch-rows-2", "uint16", tokens_per_s=1e7),
+        record("forebay-arrow-int32-0", "int32", tokens_per_s=3e8, p999_us=4.0),
+        record("nodes-batched-int32", "int32", tokens_per_s=2.5e8),
+    ]
+    first, second = report.groups(records)
+    assert first.equal().ratio == 1.5
+    assert first.against("tokens_per_s", True).ratio == 3
+    assert [name for name, _ in first.lost()] == ["resume at 1 %", "resume at 99 %"]
+    assert "torchdata.nodes, batched: 1.00 ms" in first.lost()[0][1].text
+    assert [name for name, _ in second.lost()] == ["p99.9"]
+    equal, fastest, ahead, *_ = report.summary(records)
+    assert "at least 1.20 times faster (Uncompressed, 4 bytes" in equal
+    assert "at least 1.20 times faster (Uncompressed, 4 bytes" in fastest
+    assert "resume at 1 % (1 of 2 tables)" in ahead
+    records[-1]["repeat"] = 1
+    assert report.turns(records) == "numbers are the mean of two turns (3 were planned)"
 
 
 def test_who_cannot_take_part_is_told_once(bench: Any, tmp_path: Path) -> None:
