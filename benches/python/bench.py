@@ -1,7 +1,7 @@
 """Limits of this machine, forebay, and its peers, side by side: `make bench`, or `make bench ARGS=--quick`.
 
 Every measurement is a fresh process, and they take turns in random order. Everything written is in `out/bench`:
-`results.md` (also printed), `results.jsonl` with every run, `index.html` with plots, and the corpus. A quick run's
+`results.md` with tables, `results.jsonl` with every run, `index.html` with plots, and the corpus. A quick run's
 results are in `out/bench/quick`, those of every peer (`make bench-all`) in `out/bench/all`. What there is so far is
 written after every turn, and when a run is interrupted.
 """
@@ -513,11 +513,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     plan = QUICK if options.quick else DEFAULT
     minutes = options.minutes or (ALL_MINUTES if options.all else plan.minutes)
 
-    def write_report(records: list[dict[str, Any]], sections: Iterable[str] = ()) -> str:
-        text = "\n".join([report.markdown(records), *sections])
-        (out / "results.md").write_text(text)
+    def write_report(records: list[dict[str, Any]], sections: Iterable[str] = ()) -> None:
+        (out / "results.md").write_text("\n".join([report.markdown(records), *sections]))
         (out / "index.html").write_text(page.page(records))
-        return text
 
     # Ended from outside, it writes what it has, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -525,9 +523,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
     interrupted = records[-1]["kind"] == "interrupted"
     more = not (options.quick or options.only or interrupted)
     sections = [finished for name in ALONE if (finished := alone_if_possible(name))] if more else []
-    print(write_report(records, sections))
-    print(f"bench: results.md and results.jsonl are in {out.relative_to(ROOT)}", file=sys.stderr)
-    print(f"bench: the page with plots is file://{out / 'index.html'}", file=sys.stderr)
+    write_report(records, sections)
+    print("\n".join(report.summary(records)))
+    print(f"Tables and every run: results.md and results.jsonl in {out.relative_to(ROOT)}")
+    print(f"The page with plots: file://{out / 'index.html'}", flush=True)
     if interrupted:
         sys.exit("bench: interrupted; the results are those until then")
     if all("failed" in record for record in records[1:]):
