@@ -367,7 +367,7 @@ pub(crate) struct BlockCache {
     decoded_bytes: AtomicU64,
     /// Pages by decoder, in the order of the fields of [`DecodedPages`].
     decoded_pages: [AtomicU64; 5],
-    /// Bytes of blocks that were freed since the allocator was last told to let go of memory.
+    /// Bytes that were freed since the allocator was last told to let go of memory.
     freed_bytes: AtomicU64,
 }
 
@@ -376,6 +376,9 @@ const ROUNDED_FROM_BYTES: u64 = 64 << 10;
 
 /// Freed memory that the allocator may keep.
 const TRIM_AFTER_BYTES: u64 = 16 << 20;
+
+/// A part of what is decoded: dictionaries, and pages that needed a larger buffer, leave about that much in each thread's part of the allocator.
+const SCRAPS: u64 = 16;
 
 /// Source, and block of it.
 type BlockKey = (usize, BlockRef);
@@ -535,7 +538,7 @@ impl BlockCache {
         inner.entries.insert(key, Entry { block: None, bytes, used_at, read, needed_until });
         inner.used_bytes += bytes;
         drop(inner);
-        self.free(dropped);
+        self.free(dropped, bytes / SCRAPS);
 
         // Removes the entry if decoding fails or panics, so that no one waits for it for ever.
         let loading = Loading { cache: self, key };
@@ -555,13 +558,10 @@ impl BlockCache {
         Ok(block)
     }
 
-    /// Frees blocks whose memory suited no other one. The allocator keeps what it cannot join to more, which came to half of the budget after some
-    /// gigabytes: it is told to let go of that now and then.
-    fn free(&self, dropped: Vec<Arc<DecodedBlock>>) {
-        if dropped.is_empty() {
-            return;
-        }
-        let bytes: u64 = dropped.iter().map(|block| block.capacity_bytes()).sum();
+    /// Frees blocks whose memory suited no other one; decoding frees `scraps` bytes besides. The allocator keeps what it cannot join to more, which came to
+    /// half of the budget after some gigabytes: it is told to let go of that now and then.
+    fn free(&self, dropped: Vec<Arc<DecodedBlock>>, scraps: u64) {
+        let bytes = dropped.iter().map(|block| block.capacity_bytes()).sum::<u64>() + scraps;
         drop(dropped);
         let freed = self.freed_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
         if freed >= TRIM_AFTER_BYTES {
