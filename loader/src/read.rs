@@ -377,8 +377,8 @@ const ROUNDED_FROM_BYTES: u64 = 64 << 10;
 /// Freed memory that the allocator may keep.
 const TRIM_AFTER_BYTES: u64 = 16 << 20;
 
-/// A part of what is decoded: dictionaries, and pages that needed a larger buffer, leave about that much in each thread's part of the allocator.
-const SCRAPS: u64 = 16;
+/// One byte for so many that are decoded: dictionaries, and pages that needed a larger buffer, leave holes in each thread's part of the allocator.
+const SCRAPS: u64 = 4;
 
 /// Source, and block of it.
 type BlockKey = (usize, BlockRef);
