@@ -169,9 +169,11 @@ def cell(asked: dict[str, Any]) -> dict[str, Any]:
     warm = time.perf_counter() + asked["window_s"] / 3
     while time.perf_counter() < warm:
         next(batches)
+    start_cpu_s = cpu_s()
     if asked["loader"] == "bare":
+        # Last of all: looking at processes takes seconds where threads fight for the interpreter.
         batches.forget()
-    start_cpu_s, taken, start = cpu_s(), 0, time.perf_counter()
+    taken, start = 0, time.perf_counter()
     # At least one: where threads fight for the interpreter it may take longer than the window.
     while taken == 0 or (now := time.perf_counter()) < start + asked["window_s"]:
         next(batches)
