@@ -7,7 +7,22 @@ from statistics import median
 
 from contestants import GROUPS, Contestant
 from corpus import CODECS
-from report import HEADS, METRICS, Against, Group, Line, Record, facts, groups, least, named, number, times, turns
+from report import (
+    HEADS,
+    METRICS,
+    Against,
+    Group,
+    Line,
+    Record,
+    facts,
+    groups,
+    least,
+    named,
+    number,
+    summary,
+    times,
+    turns,
+)
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2733; --soft: #5d6b7a; --line: #dfe4ea; --back: #fff; --card: #f5f7f9;
@@ -56,13 +71,13 @@ This is small work per token, so what counts is how little of the machine it tak
 no loader can leave out (gathering and widening rows; for compressed files, decompressing them).</p>
 <p><b>How it was done.</b> Every loader delivers shuffled <code>input_ids</code> and <code>labels</code>, each with
 memory of its own, to a consumer that does nothing else. Before it is timed, its first batches are looked up in the
-corpus: every row must be one of it, in random order, none twice. How far they shuffle is not the same: from Parquet,
+corpus: every row must occur there, in random order, none twice. How far they shuffle is not the same: from Parquet,
 forebay shuffles rows within windows of 16 Mi tokens, and the script over pyarrow within a row group; the table at the
 end says how each is used. Each run is a fresh process, they take turns in random order, and {turns}.
 All files are in memory already, so disks play no part.</p>
 <p><b>How to read it.</b> <span class="key ours-key"></span>forebay<span class="key ours-key reference"></span>forebay
 without torch, for reference and not compared<span class="key peer-key"></span>other loaders<span class="key limit-key">
-</span>limit of the machine. {names}
+</span>limit of the machine.<br>{names}
 Thin lines reach from the slowest to the fastest turn. In plots with bars longer is better; in plots with dots further
 left is, and their scale is logarithmic: one step of the grid is ten times as much. Point at a bar or dot for its
 numbers.</p>
@@ -342,9 +357,9 @@ def cards(found: list[Group]) -> str:
         several = [group.against(field, more) for group in found]
         parts.append(card(titles.get(name, name), several, *words.get(name, ("faster", "slower"))))
     return (
-        f"<h3>At a glance: where forebay does worst of {len(found)} table{'s' * (len(found) > 1)}</h3>"
-        '<p class="soft">Each measure on its own takes the best row of each side, which may be another one for each'
-        " measure, and shows the table that is least favourable to forebay. For Parquet the other is our own script"
+        f"<h3>At a glance: forebay's worst result in each measure, over {len(found)} table{'s' * (len(found) > 1)}</h3>"
+        '<p class="soft">Each measure on its own takes the best row of each side, and the row may differ between'
+        " measures; shown is the table that is least favourable to forebay. For Parquet the other is our own script"
         " over pyarrow, and forebay's memory is mostly decoded blocks that it keeps, up to 512 MiB by default.</p>"
         f'<div class="cards">{"".join(parts)}</div>'
     )
@@ -421,11 +436,12 @@ def page(records: list[Record]) -> str:
         "<h1>Loading tokens: forebay, other loaders, and the limit of the machine</h1>",
         f'<p class="soft">{cell(told[0])}; {cell(date)}; {turns(records)}</p>',
         *(f'<p class="warn">{cell(fact)}</p>' for fact in told if "**" in fact),
+        "<p><b>In short.</b> " + "<br>".join(html.escape(line) for line in summary(records)) + "</p>",
         INTRODUCTION.replace("{turns}", turns(records)).replace("{names}", NAMES_NOTE),
     ]
     if found:
         parts.append(cards(found))
-    parts += ["<h3>Where another loader is ahead of everything of forebay</h3>", lost_of(found)]
+    parts += ["<h3>Where another loader is ahead of every row of forebay</h3>", lost_of(found)]
     for group in found:
         parts.append(
             f'<h2>{html.escape(group.title)}</h2><p class="soft">{GROUP_NOTES[group.name]}</p>{verdict(group)}'

@@ -16,6 +16,7 @@ METRICS = (
     ("CPU", "cpu_s_per_gtok", False),
     ("memory", "own_memory_mb", False),
     ("first batch", "first_batch_ms", False),
+    ("p50", "p50_us", False),
     ("p99", "p99_us", False),
     ("p99.9", "p999_us", False),
     ("resume at 1 %", "resume_1_ms", False),
@@ -24,8 +25,8 @@ METRICS = (
 #: By what a field is divided, and what it is then.
 UNITS = {
     "tokens_per_s": (1e6, "Mtok/s"), "cpu_s_per_gtok": (1, "CPU s/Gtok"), "own_memory_mb": (1, "MB"),
-    "first_batch_ms": (1, "ms"), "p99_us": (1, "µs"), "p999_us": (1, "µs"), "resume_1_ms": (1, "ms"),
-    "resume_99_ms": (1, "ms"),
+    "first_batch_ms": (1, "ms"), "p50_us": (1, "µs"), "p99_us": (1, "µs"), "p999_us": (1, "µs"),
+    "resume_1_ms": (1, "ms"), "resume_99_ms": (1, "ms"),
 }  # fmt: skip
 LIMITS = {
     "gather": "limit: gather and widen, no loader",
@@ -292,7 +293,7 @@ def facts(records: list[Record]) -> list[str]:
         )
     copied = [record["copy_bytes_per_s"] for record in records[1:] if "copy_bytes_per_s" in record]
     if copied:
-        found.append(f"Copying memory, the limit of the machine: {median(copied) / 1e9:.1f} GB/s at the median")
+        found.append(f"Copying buffers larger than the caches: {median(copied) / 1e9:.1f} GB/s at the median")
     found += failures(records)
     if any(record["kind"] == "interrupted" for record in records[1:]):
         found.append("**This run was interrupted: the numbers are of what was done until then**")
@@ -323,7 +324,7 @@ def markdown(records: list[Record], *more: str) -> str:
         parts += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in group.rows()]
         parts.append("")
     lost = [pair for group in found for pair in group.lost()]
-    parts += ["## Where a peer is ahead of everything of forebay", ""]
+    parts += ["## Where a peer is ahead of every row of forebay", ""]
     parts += [
         f"- {one.title}, {name}: {one.shown(one.theirs)}, the best of forebay: {one.shown(one.mine)}"
         for name, one in lost
@@ -340,10 +341,9 @@ def times(found: list[Against | None], better: str, worse: str) -> str:
     """Over several tables, where forebay does worst: no table is picked that flatters it."""
     ratios = [one.ratio for one in found if one is not None]
     ahead = sum(ratio >= 1 for ratio in ratios)
-    if 0 < ahead < len(ratios):
-        return f"ahead in {ahead} of {len(ratios)}"
-    ratio = min(ratios) if ahead else 1 / min(ratios)
-    return f"{'at least' if ahead else 'up to'} {ratio:.2f} times {better if ahead else worse}"
+    if ahead == len(ratios):
+        return f"{min(ratios):.2f} times {better} or more"
+    return f"up to {1 / min(ratios):.2f} times {worse}: behind in {len(ratios) - ahead} of {len(ratios)}"
 
 
 def summary(records: list[Record]) -> list[str]:
@@ -359,7 +359,7 @@ def summary(records: list[Record]) -> list[str]:
             lines.append(f"{title}: forebay {times(several, 'faster', 'slower')} ({worst.title}: {worst.text})")
     lost = Counter(name for group in found for name, _ in group.lost())
     ahead = ", ".join(f"{name} ({count} of {len(found)} tables)" for name, count in lost.items())
-    lines.append(f"Others are ahead of everything of forebay in: {ahead or 'nothing'}")
+    lines.append(f"Others are ahead of every row of forebay in: {ahead or 'nothing'}")
     lines += [text.replace("**", "") for text in failures(records)] or ["Nothing failed."]
     by_hand = any(not one.offered for group in found for one, _ in group.lines)
     return [*lines, f"All {turns(records)}" + ("; for Parquet, the other is our own script over pyarrow" * by_hand)]

@@ -130,8 +130,8 @@ def test_the_table_that_is_least_favourable_counts(bench: Any) -> None:
     assert "torchdata.nodes, batched: 1.00 ms" in first.lost()[0][1].text
     assert [name for name, _ in second.lost()] == ["p99.9"]
     equal, fastest, ahead, *_ = report.summary(records)
-    assert "at least 1.20 times faster (Uncompressed, 4 bytes" in equal
-    assert "at least 1.20 times faster (Uncompressed, 4 bytes" in fastest
+    assert "1.20 times faster or more (Uncompressed, 4 bytes" in equal
+    assert "1.20 times faster or more (Uncompressed, 4 bytes" in fastest
     assert "resume at 1 % (1 of 2 tables)" in ahead
     records[-1]["repeat"] = 1
     assert report.turns(records) == "numbers are the mean of two turns (3 were planned)"
