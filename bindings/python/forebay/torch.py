@@ -270,9 +270,11 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         _link: Callable[[], Link] | None = None,
     ) -> None:
         self.multiprocessing_context = multiprocessing_context
-        counts = {"num_workers": num_workers, "device_prefetch": device_prefetch, "timeout": timeout}
-        for name, value in counts.items():
-            kind: Any = SupportsFloat if name == "timeout" else SupportsIndex
+        for name, value, kind in (
+            ("num_workers", num_workers, SupportsIndex),
+            ("device_prefetch", device_prefetch, SupportsIndex),
+            ("timeout", timeout, SupportsFloat),
+        ):
             if not isinstance(value, kind):
                 raise TypeError(f"`{name}` must be a number, found {type(value).__name__}")
             if value < 0:
