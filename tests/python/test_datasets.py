@@ -223,7 +223,7 @@ def test_threads_that_wait_for_the_interpreter_are_noticed(
     busy_s: float, cpu_s: float, waited_s: float, told: bool
 ) -> None:
     """In two seconds: held, in parallel, asleep, one at a time, and a consumer that is slower anyway."""
-    from forebay._threads import Workers
+    from forebay.torch.any_dataset.workers import Workers
 
     workers = Workers([lambda: abs] * 2, own_data=False, window=4, in_order=True, timeout_s=0)
     workers._shared.busy_s, workers._shared.cpu_s, workers._waited_s = busy_s, cpu_s, waited_s
@@ -232,11 +232,11 @@ def test_threads_that_wait_for_the_interpreter_are_noticed(
 
 
 def test_the_hint_is_given_once_with_its_measurement(monkeypatch: Any, caplog: Any) -> None:
-    from forebay import _datasets, _threads
+    from forebay.torch.any_dataset import iterator, workers
 
-    monkeypatch.setattr(_datasets, "_has_gil", lambda: True)
-    monkeypatch.setattr(_threads.Workers, "contention", lambda self: (2.1, 2.0))
-    monkeypatch.setattr(_datasets.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(iterator, "_has_gil", lambda: True)
+    monkeypatch.setattr(workers.Workers, "contention", lambda self: (2.1, 2.0))
+    monkeypatch.setattr(iterator.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     with caplog.at_level("WARNING", "forebay"):
         for _ in range(2):
             list(DataLoader(Plain(), num_workers=2))

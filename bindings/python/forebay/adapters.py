@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from forebay._errors import ConfigError
-from forebay.torch import DataLoader, Tensors, TokenDataset
+from forebay.torch import DataLoader, TokenDataset
+from forebay.torch.tensors import Tensors
 
 __all__ = ["DataLoader", "TokenDataset", "hugging_face", "megatron", "olmo", "torchtitan"]
 

@@ -1,0 +1,10 @@
+"""Tensors, and a stand-in for ``torch.utils.data.DataLoader``. Only this package imports torch.
+
+A ``TokenDataset`` in this ``DataLoader`` goes the native way: forebay's threads compute the batches, and no Python runs
+for them. Every other dataset runs its own code, on threads of this process in place of worker processes.
+"""
+
+from forebay.torch.dataset import TokenDataset
+from forebay.torch.loader import DataLoader
+
+__all__ = ["DataLoader", "TokenDataset"]

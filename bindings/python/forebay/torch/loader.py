@@ -1,0 +1,427 @@
+"""The stand-in for ``torch.utils.data.DataLoader``. It chooses the way."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Self, SupportsFloat, SupportsIndex, TypeVar
+
+import torch
+import torch.utils.data
+from torch.utils.data import Dataset, DistributedSampler, Sampler, _DatasetKind
+
+from forebay import _core
+from forebay._errors import ConfigError
+from forebay._loader import Loader, Skip, first_time, settings_of
+from forebay._split import Consumer, Split, check
+from forebay.torch.any_dataset.iterator import DatasetIterator
+from forebay.torch.any_dataset.order import State, is_plain
+from forebay.torch.any_dataset.state import Resume
+from forebay.torch.dataset import TokenDataset
+from forebay.torch.device import Ahead, Cuda, Handed, Link
+from forebay.torch.native import Native, NativeIterator, Rows, Whole
+from forebay.torch.pinned import pinned
+from forebay.torch.ranks import rank_in, with_ranks
+from forebay.torch.tensors import Tensors
+
+_T_co = TypeVar("_T_co", covariant=True)
+
+_UNPINNED = "'pin_memory' argument is set as true but no accelerator is found, then device pinned memory won't be used."
+
+
+class DataLoader(torch.utils.data.DataLoader[_T_co]):
+    """``torch.utils.data.DataLoader`` without worker processes; the same arguments, and forebay's settings by keyword.
+
+    The native way is taken for a ``TokenDataset`` with no sampler or a ``DistributedSampler``, no ``batch_sampler`` and
+    no ``collate_fn``. Batches are dicts of tensors of shape ``(batch_size, seq_len)``. There, ``num_workers=0`` means
+    the default number of threads; ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have nothing to act on;
+    ``drop_last=False`` delivers the tail in a short batch on one rank, and padded on several; ``pin_memory=True`` fills
+    torch's page-locked memory directly. Their ``dataset`` goes through the same rows one by one; its ``tokens`` is
+    the TokenDataset.
+
+    On the Python way, ``num_workers`` counts threads: batches come in order, exceptions keep their type and their
+    traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread. Map-style datasets resume with any
+    ``num_workers``, iterable ones with the same. docs/torch.md has all that differs from torch.
+
+    Parameters
+    ----------
+    seed:
+        Default: ``generator.initial_seed()`` if there is a generator, else 0.
+    dp_rank, dp_world_size:
+        Default: those of the sampler, of torch.distributed if it is initialised, of the launcher, else 0 of 1.
+    mesh:
+        A ``torch.distributed.device_mesh.DeviceMesh``: only ranks that differ in its data-parallel dimensions (named
+        ``dp``, ``dp_replicate``, ``dp_shard``, ``fsdp``, ``ddp`` or ``data``, or its only one) read different rows.
+    remainder:
+        Overrules ``drop_last``.
+    device:
+        A CUDA device: batches are copied there on a stream of their own, and are safe to use on the current one.
+        Implies ``pin_memory``. Default: host memory.
+    device_prefetch:
+        Batches copied ahead of the one handed over. Default: 2.
+
+    Raises
+    ------
+    ConfigError
+        A setting is unusable, or the launcher's rank is not that of torch.distributed.
+    """
+
+    #: The position after the batches handed over by the newest pass.
+    state_dict: Callable[[], dict[str, Any]]
+    #: The next pass continues there.
+    load_state_dict: Callable[[Mapping[str, Any]], None]
+
+    def __init__(
+        self,
+        dataset: Dataset[_T_co],
+        batch_size: int | None = 1,
+        shuffle: bool | Literal["global", "block"] | None = None,
+        sampler: Sampler[Any] | Iterable[Any] | None = None,
+        batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        seed: int | None = None,
+        dp_rank: int | None = None,
+        dp_world_size: int | None = None,
+        mesh: Any = None,
+        replication: int | None = None,
+        epochs: int | Literal["endless"] | None = None,
+        max_steps: int | None = None,
+        remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
+        pad_id: int | None = None,
+        sample_ids: bool | None = None,
+        chunk_tokens: int | None = None,
+        window_tokens: int | None = None,
+        lanes: int | None = None,
+        skip: Skip | None = None,
+        extend: bool | None = None,
+        num_threads: int | None = None,
+        cpu_affinity: str | Iterable[int] | None = None,
+        thread_priority: int | None = None,
+        prefetch_batches: int | None = None,
+        memory_budget: int | None = None,
+        block_tokens: int | None = None,
+        io: Literal["auto", "mmap", "pread"] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        ledger: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        device_prefetch: int = 2,
+        _allocator: Callable[[int], torch.Tensor] | None = None,
+        _link: Callable[[], Link] | None = None,
+    ) -> None:
+        self.multiprocessing_context = multiprocessing_context
+        for name, value, kind in (
+            ("num_workers", num_workers, SupportsIndex),
+            ("device_prefetch", device_prefetch, SupportsIndex),
+            ("timeout", timeout, SupportsFloat),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"`{name}` must be a number, found {type(value).__name__}")
+            if value < 0:
+                raise ValueError(f"`{name}` must not be negative, found {value}")
+        link = _link_to(device) if _link is None else _link
+        pin_memory = pin_memory or (link is not None and _link is None)
+        if mesh is not None:
+            if dp_rank is not None or dp_world_size is not None:
+                raise ConfigError("`mesh` says the data-parallel rank: leave `dp_rank` and `dp_world_size` out")
+            dp_rank, dp_world_size = rank_in(mesh)
+        settings: dict[str, Any] = dict(
+            seed=seed,
+            dp_rank=dp_rank,
+            dp_world_size=dp_world_size,
+            replication=replication,
+            epochs=epochs,
+            max_steps=max_steps,
+            remainder=remainder,
+            pad_id=pad_id,
+            sample_ids=sample_ids,
+            chunk_tokens=chunk_tokens,
+            window_tokens=window_tokens,
+            lanes=lanes,
+            skip=skip,
+            extend=extend,
+            num_threads=num_threads,
+            cpu_affinity=cpu_affinity,
+            thread_priority=thread_priority,
+            prefetch_batches=prefetch_batches,
+            memory_budget=memory_budget,
+            block_tokens=block_tokens,
+            io=io,
+            cache_dir=cache_dir,
+            ledger=ledger,
+        )
+        native = (
+            is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
+            and (sampler is None or is_plain(sampler, DistributedSampler, "__iter__", "__len__"))
+            and batch_sampler is None
+            and collate_fn is None
+            and batch_size is not None
+        )
+        self._native: Native | None = None
+        if not native:
+            given = [name for name, value in settings.items() if value is not None]
+            if given or shuffle not in (None, True, False):
+                given = given or [f"shuffle={shuffle}"]
+                raise ConfigError(
+                    f"{', '.join(f'`{name}`' for name in given)}: only for a TokenDataset without `collate_fn`, "
+                    "`batch_sampler`, and samplers other than DistributedSampler"
+                )
+            super().__init__(
+                dataset,
+                batch_size,
+                shuffle,
+                sampler,
+                batch_sampler,
+                num_workers,
+                collate_fn,
+                pin_memory,
+                drop_last,
+                timeout,
+                worker_init_fn,
+                None,
+                generator,
+                prefetch_factor=prefetch_factor,
+                persistent_workers=persistent_workers,
+                pin_memory_device=pin_memory_device,
+                in_order=in_order,
+            )
+            self._resume = Resume()
+            self._bind_state(link, device_prefetch)
+            return
+
+        assert isinstance(dataset, TokenDataset)
+        if isinstance(sampler, DistributedSampler):
+            if shuffle:
+                raise ValueError("sampler option is mutually exclusive with shuffle")
+            shuffle = sampler.shuffle
+            settings["seed"] = sampler.seed if seed is None else seed
+            if dp_rank is None and dp_world_size is None:
+                settings["dp_rank"], settings["dp_world_size"] = sampler.rank, sampler.num_replicas
+            drop_last = drop_last or sampler.drop_last
+        elif generator is not None and seed is None:
+            settings["seed"] = generator.initial_seed()
+        if num_workers > 0 and num_threads is None:
+            settings["num_threads"] = num_workers
+        if prefetch_factor is not None and prefetch_batches is None:
+            settings["prefetch_batches"] = prefetch_factor * max(num_workers, 1)
+        settings["shuffle"], settings["batch_size"], settings["pin_memory"] = shuffle, batch_size, pin_memory or None
+        own = settings_of(None, settings)
+        names = {name for name, _ in own}
+        pairs = [pair for pair in dataset._pairs if pair[0] not in names] + own
+        pairs = with_ranks(pairs)
+        config, *_ = _core.resolve(pairs, False)
+        if remainder is None:
+            rest = "short" if config["dp_world_size"] in (None, 1) else "pad"
+            pairs.append(("remainder", "drop" if drop_last else rest))
+
+        allocator = _allocator
+        pin_memory = config["pin_memory"]
+        if pin_memory and allocator is None:
+            if torch.cuda.is_available():
+                allocator = pinned
+            elif first_time(_UNPINNED):
+                warnings.warn(_UNPINNED, stacklevel=2)
+        loader = Loader._of(pairs)
+        self._native = Native(loader, allocator, timeout or None, sampler)
+        self.dataset = Rows(loader, dataset)  # type: ignore[assignment]
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.num_workers = 0
+        self.prefetch_factor = None
+        self.pin_memory = pin_memory
+        self.pin_memory_device = pin_memory_device
+        # Who builds a loader of torch's from these would set a limit to workers that it has none of.
+        self.timeout = 0
+        self.worker_init_fn = None
+        self.in_order = in_order
+        self.drop_last = loader.config["remainder"] == "drop"
+        self.sampler = sampler  # type: ignore[assignment]
+        self.batch_sampler = None
+        self.generator = generator
+        self.collate_fn = None  # type: ignore[assignment]
+        self.persistent_workers = False
+        self._dataset_kind = _DatasetKind.Iterable
+        self._IterableDataset_len_called = None
+        self._iterator = None
+        self._DataLoader__multiprocessing_context = None
+        # Accelerate then takes this loader as it is, and stores its state.
+        self._is_accelerate_prepared = True
+        self.use_stateful_dataloader = True
+        self.end_of_dataloader = False
+        self.remainder = -1
+        self._bind_state(link, device_prefetch)
+        self._DataLoader__initialized = True
+
+    def _bind_state(self, link: Callable[[], Link] | None, device_prefetch: int) -> None:
+        self._link = link
+        self.device_prefetch = device_prefetch
+        self._handed: Handed | None = None
+        # In `__dict__`, which wrappers of Lightning Fabric and Ray copy.
+        self.state_dict = self._state_handed_over
+        self.load_state_dict = self._load_state
+
+    def _state_handed_over(self) -> State:
+        return self._state_taken() if self._handed is None else dict(self._handed.state)
+
+    def _state_taken(self) -> State:
+        """The position after what was taken, which on the way to a device is ahead of what was handed over."""
+        return self._resume.state(self) if self._native is None else self._native.loader.state_dict()
+
+    def _load_state(self, state_dict: Mapping[str, Any]) -> None:
+        if isinstance(state_dict, Mapping) and not state_dict:
+            return
+        if self._native is None:
+            self._resume.load(self, state_dict)
+        else:
+            self._native.loader.load_state_dict(state_dict)
+        self._handed = None
+
+    def _begun_ahead(self, handed: Handed) -> None:
+        self._handed = handed
+
+    def _ahead(self, take: Callable[[float | None], Any]) -> Ahead | None:
+        """What brings the batches of a new pass to the device."""
+        if self._link is None:
+            return None
+        return Ahead(self._link(), take, self._state_taken, self._begun_ahead, self.device_prefetch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = self.__dict__.copy()
+        if self._native is None:
+            state = self._state_handed_over()
+            kept["_resume"] = Resume(state if state["batches"] else None)
+        del kept["state_dict"], kept["load_state_dict"]
+        return kept
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update(kept)
+        handed = self._handed
+        self._bind_state(self._link, self.device_prefetch)
+        if self._native is not None and handed is not None:
+            self._native.loader.load_state_dict(handed.state)
+
+    @property
+    def _loader(self) -> Loader:
+        if self._native is None:
+            raise TypeError("only a native loader can do this: one of a TokenDataset without own sampling or collating")
+        return self._native.loader
+
+    def __iter__(self) -> Any:
+        """A new pass; it begins at its first ``next()``."""
+        if self._native is not None:
+            return NativeIterator(self._native, self, self._ahead)
+        return DatasetIterator(self, self._resume, self._ahead)
+
+    def __len__(self) -> int:
+        """Batches of this rank in an epoch."""
+        return len(self._native.loader) if self._native is not None else super().__len__()
+
+    @property
+    def multiprocessing_context(self) -> None:
+        """None: there are no processes, and setting it is an error."""
+        return None
+
+    @multiprocessing_context.setter
+    def multiprocessing_context(self, context: Any) -> None:
+        if context is not None:
+            raise ValueError(
+                "`multiprocessing_context` has no meaning here: workers are threads of this process; leave it out"
+            )
+
+    def check_worker_number_rationality(self) -> None:
+        """Nothing: it warns of too many processes, and there are none."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass begins this epoch, unless a position of it was restored and not continued yet.
+
+        On the Python way, passed on to whichever of sampler, batch sampler and dataset has the method.
+        """
+        if self._native is not None:
+            self._native.loader.set_epoch(epoch)
+            return
+        for part in (self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None), self.dataset):
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+                return
+
+    def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Tensors]]:
+        """Consumers for `count` threads, that share this loader's threads, mapping and windows. Native loaders only.
+
+        Each is a rank of its own: consumer `i` gets every `count`-th row of each batch from the `i`-th on, as rank
+        ``dp_rank + i * dp_world_size`` of ``dp_world_size * count`` ranks gets with a `count`-th of the batch size. A
+        consumer may be `ahead` batches before the slowest one, and waits for it then (default: ``prefetch_batches``).
+        ``state_dict`` then gives the position after the last batch that all consumers have.
+
+        Raises
+        ------
+        ConfigError
+            Rows cannot be dealt out evenly: `batch_size` is no multiple of `count`, or a last batch may be short.
+        """
+        loader, native = self._loader, self._native
+        assert native is not None
+        if self._link is not None:
+            raise ConfigError("`device` is one device: leave it out, and copy in the thread of each consumer")
+        loader._split = Split(Whole(native, self), count, check(count, ahead, loader.config), native.limit_s)
+        return loader._split.consumers
+
+    def seek(self, position: int, epoch: int | None = None) -> None:
+        """The next pass begins at `position` of `epoch` (default: the present one). Native loaders only."""
+        self._loader.seek(position, epoch)
+        self._handed = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every setting in force. Native loaders only."""
+        return self._loader.config
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each setting comes from. Native loaders only."""
+        return self._loader.origins
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far. Native loaders only."""
+        return self._loader.stats()
+
+    def verdict(self) -> str:
+        """Who waits for whom, in one line. Native loaders only."""
+        return self._loader.verdict()
+
+    def close(self) -> None:
+        """Stops every pass; batches already handed over stay valid."""
+        if self._native is not None:
+            self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _link_to(device: str | torch.device | None) -> Callable[[], Link] | None:
+    """Makes the way to `device` for a pass; None for host memory."""
+    place = torch.device("cpu" if device is None else device)
+    if place.type == "cpu":
+        return None
+    if place.type != "cuda":
+        raise ConfigError(f"`device` must be a CUDA device or cpu, found {place}")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"`device` is {place}, but torch finds no CUDA device")
+    if place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return functools.partial(Cuda, place)

@@ -1,0 +1,216 @@
+"""Passes of a native loader: batches computed by forebay's threads, as tensors."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch._C._autograd import _profiler_enabled
+from torch.utils.data import IterableDataset
+from torch.utils.data._utils import worker as torch_worker
+
+from forebay import _core
+from forebay._loader import Loader, WholeLoader, finite
+from forebay.torch.dataset import TokenDataset
+from forebay.torch.device import Ahead
+from forebay.torch.pinned import Memory
+from forebay.torch.tensors import NATIVE, Tensors, tensors_of
+
+#: Makes the copies of a new pass to the device out of what takes its next batch; None for host memory.
+AheadOf = Callable[[Callable[[float | None], Any]], Ahead | None]
+
+
+class Native:
+    """A loader of tokens and what its passes need beside it."""
+
+    def __init__(
+        self, loader: Loader, allocator: Callable[[int], torch.Tensor] | None, limit_s: float | None, sampler: Any
+    ) -> None:
+        self.loader = loader
+        self.allocator = allocator
+        self.limit_s = limit_s
+        self._sampler = sampler
+        self._sampler_epoch = getattr(sampler, "epoch", None)
+
+    def follow_sampler(self) -> None:
+        """Goes to the epoch that the sampler was told."""
+        epoch = getattr(self._sampler, "epoch", None)
+        # Only a change is an order to go there: a sampler never told of the epoch must not undo a restored one.
+        if epoch is not None and epoch != self._sampler_epoch:
+            self._sampler_epoch = epoch
+            self.loader.set_epoch(epoch)
+
+    def close(self) -> None:
+        """Stops every pass; batches already handed over stay valid."""
+        self.loader.close()
+
+
+class Rows(IterableDataset[Tensors]):
+    """``dataset`` of a native loader: its rows one by one, for trainers that batch them again to skip some.
+
+    They must be told the epoch. Hugging Face's Trainer does not tell it where it resumes within any but the first: let
+    the ``on_epoch_begin`` of a callback call ``train_dataloader.set_epoch(int(state.epoch))``.
+    """
+
+    def __init__(self, loader: Loader, tokens: TokenDataset) -> None:
+        self._loader = loader
+        #: The dataset that was given.
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        """Full sequences of an epoch, over all ranks."""
+        return self._loader.num_sequences
+
+    def __getitem__(self, index: int) -> Tensors:
+        return self.tokens[index]
+
+    def __iter__(self) -> Iterator[Tensors]:
+        """Rows of this rank, in a new pass of the loader."""
+        if torch_worker.get_worker_info() is not None:
+            raise RuntimeError("each worker would read all rows: give that DataLoader the TokenDataset itself")
+        core = self._loader._open_core().iter()
+        while (batch := core.next()) is not None:
+            tensors = tensors_of(batch)
+            for row in range(batch.rows):
+                yield {name: tensor[row] for name, tensor in tensors.items()}
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass begins this epoch, unless a position of it was restored and not continued yet."""
+        self._loader.set_epoch(epoch)
+
+
+def _made_here(core: _core.Batches, limit_s: float | None) -> tuple[int, Tensors] | None:
+    batch = core.next(limit_s)
+    return None if batch is None else (batch.step, tensors_of(batch))
+
+
+class NativeIterator:
+    """A pass of a native loader; several threads may take batches from it."""
+
+    def __init__(self, native: Native, owner: Any, ahead_of: AheadOf) -> None:
+        self._native = native
+        self._owner = owner
+        core = native.loader._open_core()
+        self._core = core.iter() if native.allocator is None else core.iter_external()
+        self._steps = core.len
+        self._memory = None if native.allocator is None else Memory(self._core, native.allocator)
+        #: Step and tensors of the next batch in host memory, None at the end.
+        self._take_on_host: Callable[[float | None], tuple[int, Tensors] | None] = functools.partial(
+            _made_here, self._core
+        )
+        if self._memory is not None:
+            self._take_on_host = self._memory.take
+        elif NATIVE is not None:
+            self._take_on_host = functools.partial(self._core.next_tensors, NATIVE)
+        self._ahead = ahead_of(self._take_on_host)
+        self._take = self._take_on_host if self._ahead is None else self._ahead.take
+        self._lock = threading.Lock()
+        self._begun = False
+        self._gradient_state: Any = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __len__(self) -> int:
+        return finite(self._steps)
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._begun:
+                return
+            owner = self._owner
+            self._native.follow_sampler()
+            # Accelerate counts gradient accumulation by the loaders that are being iterated.
+            accelerate = sys.modules.get("accelerate.state")
+            if accelerate is not None:
+                owner.end_of_dataloader = False
+                self._gradient_state = accelerate.GradientState()
+                self._gradient_state._add_dataloader(owner)
+            self._begun = True
+
+    def __next__(self) -> Tensors:
+        # The label costs as much as handing a small batch over: only for a profiler that is looking.
+        if not _profiler_enabled():
+            return self._next()
+        with torch.autograd.profiler.record_function("enumerate(DataLoader)#NativeIterator.__next__"):
+            return self._next()
+
+    def _next(self) -> Tensors:
+        if not self._begun:
+            self._begin()
+        limit_s = self._native.limit_s
+        try:
+            found = self._take(limit_s)
+        except TimeoutError:
+            raise RuntimeError(f"DataLoader timed out after {limit_s} seconds") from None
+        except BaseException:
+            self._leave()
+            raise
+        if found is None:
+            self._leave()
+            raise StopIteration
+        step, tensors = found
+        if step + 1 == self._steps:
+            self._owner.end_of_dataloader = True
+        return tensors
+
+    def _leave(self) -> None:
+        with self._lock:
+            state, self._gradient_state = self._gradient_state, None
+        if state is not None:
+            state._remove_dataloader(self._owner)
+
+    def close(self) -> None:
+        """Ends the pass and its threads."""
+        self._leave()
+        self._core.close()
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._memory is not None:
+            self._memory.end()
+
+    def __del__(self) -> None:
+        if getattr(self, "_gradient_state", None) is not None:
+            self._leave()
+
+
+class _Source:
+    """A pass as consumers share it."""
+
+    def __init__(self, native: Native, owner: Any) -> None:
+        self._iterator = NativeIterator(native, owner, lambda take: None)
+
+    def take(self, limit_s: float | None) -> Tensors | None:
+        found = self._iterator._take_on_host(limit_s)
+        return None if found is None else found[1]
+
+    def close(self) -> None:
+        self._iterator.close()
+
+
+class Whole(WholeLoader[Tensors]):
+    """A native loader as its consumers see it."""
+
+    def __init__(self, native: Native, owner: Any) -> None:
+        super().__init__(native.loader)
+        self._native = native
+        self._owner = owner
+
+    def begin(self) -> _Source:
+        self._native.follow_sampler()
+        return _Source(self._native, self._owner)
+
+    def cut(self, batch: Tensors, consumer: int, count: int) -> Tensors:
+        return {name: self._rows(tensor, consumer, count) for name, tensor in batch.items()}
+
+    def _rows(self, tensor: torch.Tensor, consumer: int, count: int) -> torch.Tensor:
+        rows = tensor[consumer::count]
+        if rows.is_contiguous() or not tensor.is_contiguous():
+            return rows
+        # Where the whole is one piece of memory, users rely on the part being one.
+        pinned = self._owner.pin_memory and torch.cuda.is_available()
+        return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=pinned).copy_(rows)

@@ -1,0 +1,77 @@
+"""Memory of the caller's for the batches of a pass, such as torch's page-locked memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from forebay import _core
+from forebay.torch.tensors import Tensors
+
+
+def pinned(nbytes: int) -> torch.Tensor:
+    # torch's own allocator reuses a block only after the copies issued from it have ended, which no other memory gets.
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+class Memory:
+    """Buffers for the batches of a pass, one for each, kept until their batch is handed over."""
+
+    def __init__(self, core: _core.Batches, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._core = core
+        self._allocate = allocate
+        self._lock = threading.Lock()
+        #: Submitted and not handed over, by address.
+        self._buffers: dict[int, torch.Tensor] = {}
+        self._takers = 0
+        self._ended = False
+
+    def take(self, limit_s: float | None) -> tuple[int, Tensors] | None:
+        """Step and tensors of the next batch, None at the end."""
+        with self._lock:
+            # All that can fail comes before a batch is taken, which would be lost.
+            while not self._ended and len(self._buffers) <= self._core.buffers_wanted + self._takers:
+                self._submit()
+            self._takers += 1
+        try:
+            batch = self._core.next(limit_s)
+            if batch is None:
+                self._ended = True
+                return None
+            buffer = self._buffers.pop(batch.address)
+            return batch.step, {field[0]: _view(buffer, *field[1:]) for field in batch.layout()}
+        finally:
+            with self._lock:
+                self._takers -= 1
+                self._let_go()
+
+    def end(self) -> None:
+        """Lets buffers go that no batch will come in."""
+        with self._lock:
+            self._ended = True
+            self._let_go()
+
+    def _submit(self) -> None:
+        buffer = self._allocate(self._core.batch_bytes)
+        address = buffer.data_ptr()
+        # First noted: once submitted, it may be another taker's.
+        self._buffers[address] = buffer
+        try:
+            self._core.submit(address, buffer.nbytes, buffer)
+        except BaseException:
+            del self._buffers[address]
+            raise
+
+    def _let_go(self) -> None:
+        # Another taker may have a batch and look for its buffer.
+        if self._ended and self._takers == 0:
+            self._buffers.clear()
+
+
+def _view(buffer: torch.Tensor, dtype: str, offset: int, shape: list[int], stride: int) -> torch.Tensor:
+    kind: torch.dtype = getattr(torch, dtype)
+    columns = shape[1] if len(shape) == 2 else 1
+    nbytes = ((shape[0] - 1) * stride + columns) * kind.itemsize
+    return buffer[offset : offset + nbytes].view(kind).as_strided(shape, (stride, 1)[: len(shape)])
