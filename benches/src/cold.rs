@@ -13,10 +13,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use forebay::config::{Config, Shuffle};
+use forebay::corpus::discover::ShardFile;
+use forebay::format::{self, OpenOptions};
 use forebay::order::{Arrangement, EpochOrder};
-use forebay::shard::discover::ShardFile;
-use forebay::shard::{self, OpenOptions};
+use forebay::settings::{Config, Shuffle};
 use forebay::{Loader, Next};
 use memmap2::{Advice, Mmap};
 use serde_json::json;
@@ -86,7 +86,7 @@ fn main() -> Result<()> {
     let depth: u64 = depth.parse()?;
     let file = File::open(path)?;
     let shard_file = ShardFile { path: PathBuf::from(path), name: "cold".to_owned() };
-    let opened = shard::open(&shard_file, &OpenOptions::of(&Config::default()))?;
+    let opened = format::open(&shard_file.path, &OpenOptions::of(&Config::default()))?;
     let tokens: u64 = opened.blocks().iter().map(|block| block.tokens).sum();
     let mut scratch = Vec::new();
     let mapped = opened.file().mapped().ok_or("the file is not mapped: not on a local file system")?;

@@ -12,9 +12,9 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use forebay::config::{Config, Shuffle};
-use forebay::shard::discover::ShardFile;
-use forebay::shard::{DecodedBlock, OpenOptions, Shard, open};
+use forebay::corpus::discover::ShardFile;
+use forebay::format::{DecodedBlock, OpenOptions, Shard, open};
+use forebay::settings::{Config, Shuffle};
 use forebay::tokens::Dtype;
 use forebay::{Loader, Next};
 use parquet::basic::Compression;
@@ -192,7 +192,7 @@ fn median(turns: impl Iterator<Item = f64>) -> f64 {
 fn measure(path: &Path, time: Duration) -> Result<serde_json::Value, Failure> {
     let config = Config::default();
     let file = ShardFile { path: path.to_owned(), name: path.to_string_lossy().into_owned() };
-    let shard = open(&file, &OpenOptions::of(&config))?;
+    let shard = open(&file.path, &OpenOptions::of(&config))?;
     let tokens: u64 = shard.blocks().iter().map(|block| block.tokens).sum();
     let width = shard.dtype().size();
     assert!(matches!(shard.dtype(), Dtype::U16 | Dtype::I32), "{}", shard.dtype().name());

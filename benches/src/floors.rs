@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use forebay::Config;
-use forebay::shard::discover::ShardFile;
-use forebay::shard::{self, OpenOptions};
+use forebay::corpus::discover::ShardFile;
+use forebay::format::{self, OpenOptions};
 use serde_json::{Value, json};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -54,7 +54,7 @@ fn footers(folder: &Path) -> Result<Value> {
 
 fn block(path: &Path) -> Result<Value> {
     let file = ShardFile { path: path.to_owned(), name: "floor".to_owned() };
-    let shard = shard::open(&file, &OpenOptions::of(&Config::default()))?;
+    let shard = format::open(&file.path, &OpenOptions::of(&Config::default()))?;
     let mut times: Vec<f64> = Vec::new();
     for index in 0..shard.blocks().len().min(9) {
         let began = Instant::now();

@@ -9,12 +9,12 @@ use std::ops::Range;
 use std::time::Instant;
 
 use forebay::Loader;
-use forebay::config::{Config, Remainder, Shuffle};
+use forebay::loader::plan::{self, BlockPlace, MOST_ROWS, Reads, Simulated};
+use forebay::loader::state::StateValue;
 use forebay::order::partition::{Grouping, Row};
 use forebay::order::permutation::{Permutation, derive_key};
 use forebay::order::{Arrangement, EpochOrder};
-use forebay::plan::{self, BlockPlace, MOST_ROWS, Reads, Simulated};
-use forebay::state::StateValue;
+use forebay::settings::{Config, Remainder, Shuffle};
 use forebay::tokens::Dtype;
 use forebay_tests::{Container, Shape, documents, write};
 use serde_json::{Value, json};

@@ -11,10 +11,10 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use forebay::config::{Config, Shuffle};
+use forebay::corpus::discover::ShardFile;
+use forebay::format::{self, OpenOptions};
 use forebay::order::{Arrangement, EpochOrder};
-use forebay::shard::discover::ShardFile;
-use forebay::shard::{self, OpenOptions};
+use forebay::settings::{Config, Shuffle};
 use forebay::{Loader, Next};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -187,7 +187,7 @@ fn work(folder: &Path) -> Result<()> {
     for path in files {
         let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
         let file = ShardFile { path, name: name.clone() };
-        let shard = shard::open(&file, &OpenOptions::of(&Config::default()))?;
+        let shard = format::open(&file.path, &OpenOptions::of(&Config::default()))?;
         marked(&format!("decoding {} tokens, {name}", shard.blocks()[0].tokens), || Ok(shard.decode(0, None)?))?;
     }
     Ok(())

@@ -7,7 +7,7 @@ mod loader;
 use std::ffi::OsString;
 use std::io::Write;
 
-use forebay::environment::Environment;
+use forebay::settings::environment::Environment;
 use pyo3::prelude::*;
 
 /// Runs the command line; `arguments` begin with the program's name. Returns the exit status.

@@ -5,10 +5,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forebay::config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Split, Targets};
-use forebay::environment::{self, Environment, Resolved, Scope};
 use forebay::loader::MAX_EPOCH;
-use forebay::state::{State, StateValue};
+use forebay::loader::state::{State, StateValue};
+use forebay::settings::environment::{self, Environment, Resolved, Scope};
+use forebay::settings::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Split, Targets};
 use forebay::{Error, ErrorKind, Next};
 use pyo3::exceptions::PyTimeoutError;
 use pyo3::prelude::*;
@@ -76,7 +76,7 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
     dict.set_item("batch_size", config.batch_size)?;
     dict.set_item("dp_rank", config.dp_rank)?;
     dict.set_item("dp_world_size", config.dp_world_size)?;
-    dict.set_item("replication", config.replication)?;
+    dict.set_item("model_parallel_size", config.model_parallel_size)?;
     match config.epochs {
         Epochs::Count(count) => dict.set_item("epochs", count)?,
         Epochs::Endless => dict.set_item("epochs", "endless")?,
@@ -110,7 +110,7 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
     )?;
     dict.set_item("cache_dir", &config.cache_dir)?;
     dict.set_item("pin_memory", config.pin_memory)?;
-    dict.set_item("ledger", &config.ledger)?;
+    dict.set_item("delivery_log", &config.delivery_log)?;
     Ok(dict)
 }
 

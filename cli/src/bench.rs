@@ -52,8 +52,8 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let own = [("num_threads", options.threads.clone())];
     let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
-    // No one trains on these batches: they belong in no ledger.
-    config.ledger = None;
+    // No one trains on these batches: they belong in no delivery log.
+    config.delivery_log = None;
     let limit = match (options.seconds, options.epochs) {
         (None, None) => Some(DEFAULT_SECONDS),
         (seconds, _) => seconds,

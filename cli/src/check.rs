@@ -4,8 +4,9 @@
 
 use std::io::Write;
 
+use forebay::corpus::discover;
 use forebay::corpus::mixed_shards;
-use forebay::shard::{self, Access, EndsScratch, OpenOptions, Shard, discover};
+use forebay::format::{self, Access, EndsScratch, OpenOptions, Shard};
 use forebay::{Config, Error, ErrorKind};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
@@ -69,7 +70,7 @@ fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
     let (mut shards, mut broken) = (Vec::new(), Vec::new());
     for files in &files {
         let first = shards.len();
-        let opened: Vec<_> = pool.install(|| files.par_iter().map(|file| shard::open(file, &options)).collect());
+        let opened: Vec<_> = pool.install(|| files.par_iter().map(|file| format::open(&file.path, &options)).collect());
         for result in opened {
             match result {
                 Ok(shard) => shards.push(shard),

@@ -1,6 +1,6 @@
 //! `forebay config`: the settings in force, and where each came from.
 
-use forebay::environment::{self, Scope};
+use forebay::settings::environment::{self, Scope};
 
 use crate::{Context, Failure, Sets};
 

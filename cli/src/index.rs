@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Instant;
 
 use forebay::corpus::{Corpus, Indexed};
-use forebay::shard::OpenOptions;
+use forebay::format::OpenOptions;
 use forebay::{Error, ErrorKind};
 use serde_json::json;
 

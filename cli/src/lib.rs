@@ -19,7 +19,7 @@ use std::io::Write;
 
 use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand};
-use forebay::environment::{self, Environment, Resolved, Scope};
+use forebay::settings::environment::{self, Environment, Resolved, Scope};
 use forebay::{Error, ErrorKind, settings};
 
 /// Failure of the data.
@@ -49,7 +49,7 @@ enum Command {
     Plan(plan::Options),
     /// Measures throughput without a trainer
     Bench(bench::Options),
-    /// Proves that every token was delivered once: an epoch of a loader, or the ledger of a run
+    /// Proves that every token was delivered once: an epoch of a loader, or the delivery log of a run
     Verify(verify::Options),
     /// Prints the settings there are
     #[command(hide = true)]

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use forebay::environment::Environment;
+use forebay::settings::environment::Environment;
 
 fn main() -> ExitCode {
     let args: Vec<_> = std::env::args_os().collect();

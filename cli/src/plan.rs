@@ -6,11 +6,11 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use forebay::config::{Remainder, Shuffle};
 use forebay::corpus::Corpus;
 use forebay::loader::Next;
+use forebay::loader::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
 use forebay::order::Arrangement;
-use forebay::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
+use forebay::settings::{Remainder, Shuffle};
 use forebay::{Config, Loader};
 use serde_json::{Value, json};
 

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use forebay::Result;
-use forebay::environment::Environment;
+use forebay::settings::environment::Environment;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// A bar of `length` on standard error, or one that draws nothing.

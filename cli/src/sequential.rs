@@ -13,8 +13,8 @@ use arrow_array::types::{ArrowPrimitiveType, Int32Type, Int64Type, UInt8Type, UI
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType, SchemaRef};
-use forebay::config::{Config, Targets};
-use forebay::shard::TOKEN_COLUMNS;
+use forebay::format::TOKEN_COLUMNS;
+use forebay::settings::{Config, Targets};
 use forebay::{Error, Result};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use forebay::environment::Environment;
+use forebay::settings::environment::Environment;
 use forebay::tokens::Dtype;
 use forebay_tests::{Container, Document, Shape, documents, stream, write};
 use parquet::basic::Compression;

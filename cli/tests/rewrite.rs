@@ -10,8 +10,8 @@ use std::time::Duration;
 use arrow_array::{ArrayRef, Int32Array, RecordBatch, UInt16Array};
 use arrow_ipc::CompressionType;
 use arrow_ipc::writer::FileWriter;
-use forebay::config::Shuffle;
-use forebay::environment::Environment;
+use forebay::settings::Shuffle;
+use forebay::settings::environment::Environment;
 use forebay::tokens::Dtype;
 use forebay::{Config, Loader};
 use forebay_tests::{Container, Document, Shape, containers, documents, drain, rows, write};
@@ -58,7 +58,7 @@ fn delivered(folder: &Path, shuffle: Shuffle) -> Vec<Vec<i64>> {
         chunk_tokens: 70,
         window_tokens: 280,
         lanes: 2,
-        remainder: forebay::config::Remainder::Pad,
+        remainder: forebay::settings::Remainder::Pad,
         num_threads: Some(2),
         ..Config::default()
     };

@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use forebay::config::{Remainder, Shuffle, Targets};
-use forebay::environment::Environment;
+use forebay::settings::environment::Environment;
+use forebay::settings::{Remainder, Shuffle, Targets};
 use forebay::tokens::Dtype;
 use forebay::{Config, ErrorKind, Loader, Next};
 use forebay_tests::{Container, Document, Shape, documents, drain, write};
@@ -46,20 +46,20 @@ fn arrow_corpus(folder: &Path) -> (PathBuf, Vec<Vec<Document>>) {
     corpus(folder, ARROW, Dtype::U16, Shape::List)
 }
 
-fn settings(corpus: &Path, ledger: &Path) -> Config {
+fn settings(corpus: &Path, delivery_log: &Path) -> Config {
     Config {
         data: vec![text(corpus).to_owned()],
         seq_len: SEQ_LEN,
         shuffle: Shuffle::Global,
         seed: 3,
-        ledger: Some(text(ledger).to_owned()),
+        delivery_log: Some(text(delivery_log).to_owned()),
         ..Config::default()
     }
 }
 
 /// The same settings on the command line.
-fn flags<'a>(corpus: &'a Path, ledger: &'a Path) -> Vec<&'a str> {
-    vec![text(corpus), "--seq-len=16", "--shuffle=global", "--seed=3", "--ledger", text(ledger)]
+fn flags<'a>(corpus: &'a Path, delivery_log: &'a Path) -> Vec<&'a str> {
+    vec![text(corpus), "--seq-len=16", "--shuffle=global", "--seed=3", "--delivery-log", text(delivery_log)]
 }
 
 /// Lets each rank take `steps` batches from `position` on, as a launch that is killed then.
@@ -132,7 +132,7 @@ fn arrow_codec() -> arrow_ipc::CompressionType {
 fn an_epoch_is_proved_from_a_state_on() {
     let root = tempfile::tempdir().unwrap();
     let (corpus, _) = arrow_corpus(root.path());
-    let config = Config { batch_size: 4, ledger: None, ..settings(&corpus, root.path()) };
+    let config = Config { batch_size: 4, delivery_log: None, ..settings(&corpus, root.path()) };
     let loader = Loader::open(config).unwrap();
     loader.set_epoch(1);
     let batches = loader.iter();
@@ -141,8 +141,8 @@ fn an_epoch_is_proved_from_a_state_on() {
     }
     let state = loader.state();
     let fields = state.entries().iter().map(|(key, value)| match value {
-        forebay::state::StateValue::Int(number) => (key.clone(), (*number).into()),
-        forebay::state::StateValue::Text(text) => (key.clone(), text.clone().into()),
+        forebay::loader::state::StateValue::Int(number) => (key.clone(), (*number).into()),
+        forebay::loader::state::StateValue::Text(text) => (key.clone(), text.clone().into()),
     });
     let path = root.path().join("state.json");
     std::fs::write(&path, Value::Object(fields.collect()).to_string()).unwrap();
@@ -151,7 +151,7 @@ fn an_epoch_is_proved_from_a_state_on() {
     let (status, json) = verify_json(&args);
     assert_eq!(status, 0, "{json}");
     assert_eq!((&json["epoch"], &json["position"]), (&1.into(), &20.into()));
-    assert_eq!(json["found"]["rows"].as_u64().unwrap(), (loader.course(0..1).0.len().unwrap() - 20) / 3 * 3);
+    assert_eq!(json["found"]["rows"].as_u64().unwrap(), (loader.epoch_chain(0..1).0.len().unwrap() - 20) / 3 * 3);
     let (status, out, err) = verify(&[&args[..], &["--epoch=0"]].concat());
     assert_eq!((status, out.as_str()), (2, ""), "{err}");
     let (status, _, err) = verify(&[&args[..], &["--set", "eos_id=7"]].concat());
@@ -160,45 +160,46 @@ fn an_epoch_is_proved_from_a_state_on() {
 }
 
 #[test]
-fn a_ledger_of_changing_world_sizes_is_proved() {
+fn a_delivery_log_of_changing_world_sizes_is_proved() {
     let root = tempfile::tempdir().unwrap();
     let (corpus, _) = arrow_corpus(root.path());
-    let ledger = root.path().join("ledger");
-    let config = settings(&corpus, &ledger);
-    let positions = Loader::open(Config { ledger: None, ..config.clone() }).unwrap().course(0..1).0.len().unwrap();
+    let delivery_log = root.path().join("delivery_log");
+    let config = settings(&corpus, &delivery_log);
+    let positions =
+        Loader::open(Config { delivery_log: None, ..config.clone() }).unwrap().epoch_chain(0..1).0.len().unwrap();
     let steps = positions / 12;
     assert!(steps > 12, "{positions}");
     launch(&config, 4, 3, 0, 7);
     launch(&config, 2, 6, 4 * 12, 5);
 
-    let (status, json) = verify_json(&flags(&corpus, &ledger));
+    let (status, json) = verify_json(&flags(&corpus, &delivery_log));
     assert_eq!((status, &json["epochs"][0]["unfinished"]), (0, &true.into()), "{json}");
-    let (status, out, _) = verify(&[&flags(&corpus, &ledger)[..], &["--epoch=0"]].concat());
+    let (status, out, _) = verify(&[&flags(&corpus, &delivery_log)[..], &["--epoch=0"]].concat());
     assert_eq!(status, 1, "an epoch that is asked for must be whole");
     assert!(out.contains(&format!("epoch 0, positions 108 to {}: no global batch has them", positions - 1)), "{out}");
 
     launch(&config, 3, 4, 9 * 12, steps - 9);
-    let (status, json) = verify_json(&flags(&corpus, &ledger));
+    let (status, json) = verify_json(&flags(&corpus, &delivery_log));
     let epoch = &json["epochs"][0];
     assert_eq!((status, &json["proven"], &epoch["unfinished"]), (0, &true.into(), &false.into()), "{json}");
     assert_eq!((&epoch["spare"], &epoch["dropped"]), (&(3 * 4).into(), &(positions % 12).into()));
     let sizes: Vec<_> = epoch["steps"].as_array().unwrap().iter().map(|step| step["world_size"].as_u64()).collect();
     assert_eq!((sizes[3], sizes[4], sizes[8], sizes[9]), (Some(4), Some(2), Some(2), Some(3)));
-    let (_, out, _) = verify(&flags(&corpus, &ledger));
+    let (_, out, _) = verify(&flags(&corpus, &delivery_log));
     for words in ["4 ranks, 9 passes, 0 torn lines", "on 4, then 2, then 3 ranks", "proven: every row once"] {
         assert!(out.contains(words), "{words}: {out}");
     }
 
     // An undisturbed run has the same global batches.
     let undisturbed = root.path().join("undisturbed");
-    launch(&Config { ledger: Some(text(&undisturbed).to_owned()), ..config }, 1, 12, 0, steps);
+    launch(&Config { delivery_log: Some(text(&undisturbed).to_owned()), ..config }, 1, 12, 0, steps);
     let (_, other) = verify_json(&flags(&corpus, &undisturbed));
     let hashes = |json: &Value| -> Vec<Value> {
         json["epochs"][0]["steps"].as_array().unwrap().iter().map(|step| step["hash"].clone()).collect()
     };
     assert_eq!(hashes(&other), hashes(&json));
 
-    let (status, _, err) = verify(&[&flags(&corpus, &ledger)[..], &["--set", "eos_id=5"]].concat());
+    let (status, _, err) = verify(&[&flags(&corpus, &delivery_log)[..], &["--set", "eos_id=5"]].concat());
     assert_eq!(status, 1);
     assert!(err.contains("under these settings: `eos_id` was none in the run and is 5 here; give"), "{err}");
     for (shard, message) in [
@@ -207,7 +208,7 @@ fn a_ledger_of_changing_world_sizes_is_proved() {
     ] {
         let aside = root.path().join("aside");
         std::fs::rename(corpus.join(shard), &aside).unwrap();
-        let (status, _, err) = verify(&flags(&corpus, &ledger));
+        let (status, _, err) = verify(&flags(&corpus, &delivery_log));
         assert!(status == 1 && err.contains(message), "{err}");
         std::fs::rename(aside, corpus.join(shard)).unwrap();
     }
@@ -219,8 +220,8 @@ fn every_remainder_rule_is_proved_to_its_end() {
         for targets in [Targets::Labels, Targets::Shifted] {
             let root = tempfile::tempdir().unwrap();
             let (corpus, _) = arrow_corpus(root.path());
-            let ledger = root.path().join("ledger");
-            let config = Config { remainder, targets, ..settings(&corpus, &ledger) };
+            let delivery_log = root.path().join("delivery_log");
+            let config = Config { remainder, targets, ..settings(&corpus, &delivery_log) };
             for epoch in 0..2 {
                 for rank in 0..world_size {
                     let (dp_rank, dp_world_size) = (Some(rank), Some(world_size));
@@ -233,7 +234,7 @@ fn every_remainder_rule_is_proved_to_its_end() {
             let name = format!("remainder={remainder:?}").to_lowercase();
             let targets = format!("targets={targets:?}").to_lowercase();
             let (status, json) =
-                verify_json(&[&flags(&corpus, &ledger)[..], &["--set", &name, "--set", &targets]].concat());
+                verify_json(&[&flags(&corpus, &delivery_log)[..], &["--set", &name, "--set", &targets]].concat());
             assert_eq!((status, json["epochs"].as_array().unwrap().len()), (0, 2), "{name}: {json}");
             assert_eq!(json["epochs"][1]["unfinished"], false, "{json}");
         }
@@ -241,22 +242,22 @@ fn every_remainder_rule_is_proved_to_its_end() {
 }
 
 #[test]
-fn faults_of_a_ledger_are_named() {
+fn faults_of_a_delivery_log_are_named() {
     let root = tempfile::tempdir().unwrap();
     let (corpus, _) = arrow_corpus(root.path());
-    let ledger = root.path().join("ledger");
-    let config = Config { remainder: Remainder::Short, ..settings(&corpus, &ledger) };
+    let delivery_log = root.path().join("delivery_log");
+    let config = Config { remainder: Remainder::Short, ..settings(&corpus, &delivery_log) };
     let rule = ["--set", "remainder=short"];
     let loader = Loader::open(Config { batch_size: 6, ..config }).unwrap();
     drain(&loader.iter());
-    let path = ledger.join("rank-00000.jsonl");
+    let path = delivery_log.join("rank-00000.jsonl");
     let sound = std::fs::read_to_string(&path).unwrap();
     let lines: Vec<&str> = sound.lines().collect();
     let with = |change: &dyn Fn(&mut Vec<String>)| {
         let mut lines: Vec<String> = lines.iter().map(|line| (*line).to_owned()).collect();
         change(&mut lines);
         std::fs::write(&path, lines.join("\n") + "\n").unwrap();
-        let (status, out, err) = verify(&[&flags(&corpus, &ledger)[..], &rule].concat());
+        let (status, out, err) = verify(&[&flags(&corpus, &delivery_log)[..], &rule].concat());
         (status, out + &err)
     };
     assert_eq!(with(&|_| ()).0, 0);
@@ -301,21 +302,21 @@ fn content_altered_after_the_run_is_noticed_and_its_step_named() {
     shard[120] = Some(vec![77, 76, 75, 74]);
     let path = folder.join("0.arrow");
     write(&path, ARROW, Dtype::U16, Shape::List, &shard, 30);
-    let ledger = root.path().join("ledger");
-    let loader = Loader::open(Config { batch_size: 2, ..settings(&folder, &ledger) }).unwrap();
+    let delivery_log = root.path().join("delivery_log");
+    let loader = Loader::open(Config { batch_size: 2, ..settings(&folder, &delivery_log) }).unwrap();
     drain(&loader.iter());
-    assert_eq!(verify(&flags(&folder, &ledger)).0, 0);
+    assert_eq!(verify(&flags(&folder, &delivery_log)).0, 0);
 
     flip_a_byte(&path);
-    let (status, json) = verify_json(&flags(&folder, &ledger));
+    let (status, json) = verify_json(&flags(&folder, &delivery_log));
     let epoch = &json["epochs"][0];
     assert_eq!((status, &json["proven"]), (1, &false.into()), "{json}");
     assert_eq!((&epoch["expected"]["rows"], &epoch["holes"]), (&epoch["found"]["rows"], &Value::Array(vec![])));
     // The step that the document is found in is the step that was altered.
     let [step] = epoch["altered_steps"].as_array().unwrap().as_slice() else { panic!("{epoch}") };
-    let (_, found) = verify_json(&[&flags(&folder, &ledger)[..], &["--document", "0.arrow:120"]].concat());
+    let (_, found) = verify_json(&[&flags(&folder, &delivery_log)[..], &["--document", "0.arrow:120"]].concat());
     assert!(found["deliveries"].as_array().unwrap().iter().any(|hit| hit["step"] == *step), "{found} {step}");
-    let (status, out, _) = verify(&flags(&folder, &ledger));
+    let (status, out, _) = verify(&flags(&folder, &delivery_log));
     assert_eq!(status, 1);
     assert!(out.contains(&format!("ALTERED     step {step}, ")) && out.contains("NOT PROVEN"), "{out}");
 }
@@ -324,10 +325,10 @@ fn content_altered_after_the_run_is_noticed_and_its_step_named() {
 fn steps_and_documents_are_found_from_each_other() {
     let root = tempfile::tempdir().unwrap();
     let (corpus, shards) = arrow_corpus(root.path());
-    let ledger = root.path().join("ledger");
-    let config = settings(&corpus, &ledger);
+    let delivery_log = root.path().join("delivery_log");
+    let config = settings(&corpus, &delivery_log);
     launch(&config, 2, 2, 0, 10);
-    let with = |more: &[&str]| verify_json(&[&flags(&corpus, &ledger)[..], more].concat());
+    let with = |more: &[&str]| verify_json(&[&flags(&corpus, &delivery_log)[..], more].concat());
 
     // Where the stream has each document, by the documents that were written.
     let mut places = Vec::new();
@@ -339,11 +340,11 @@ fn steps_and_documents_are_found_from_each_other() {
             at += len;
         }
     }
-    let loader = Loader::open(Config { ledger: None, ..config }).unwrap();
+    let loader = Loader::open(Config { delivery_log: None, ..config }).unwrap();
     let (status, json) = with(&["--step=3"]);
     assert_eq!(status, 0);
     let mut expected = Vec::new();
-    let (_, mut sample) = loader.course(0..1);
+    let (_, mut sample) = loader.epoch_chain(0..1);
     for (position, sequence) in (12..16).map(|position| (position, sample(position).sequence)) {
         let tokens = sequence * SEQ_LEN..(sequence + 1) * SEQ_LEN;
         for (shard, row, place) in &places {
@@ -373,22 +374,22 @@ fn steps_and_documents_are_found_from_each_other() {
         assert_eq!((&hit["position"], &hit["step"]), (&position.into(), &3.into()));
         assert_eq!((&hit["rank"], &hit["world_size"]), (&(position % 2).into(), &2.into()));
     }
-    let (_, out, _) = verify(&[&flags(&corpus, &ledger)[..], &["--step=0"]].concat());
+    let (_, out, _) = verify(&[&flags(&corpus, &delivery_log)[..], &["--step=0"]].concat());
     assert!(out.contains("step        0 of epoch 0: positions 0 to 4, 2 ranks of 2"), "{out}");
     for (more, message) in [
-        (["--step", "10"], "the ledger has 10 of epoch 0"),
+        (["--step", "10"], "the delivery log has 10 of epoch 0"),
         (["--document", "2.shard.parquet:0"], "no shard of the corpus is called"),
         (["--document", "0.shard.parquet:100000"], "has no document with tokens in row 100000"),
         (["--document", "0.shard.parquet"], "expected SHARD:ROW"),
-        (["--epoch", "4"], "the ledger has no batch of epoch 4"),
+        (["--epoch", "4"], "the delivery log has no batch of epoch 4"),
     ] {
-        let (status, _, err) = verify(&[&flags(&corpus, &ledger)[..], &more].concat());
+        let (status, _, err) = verify(&[&flags(&corpus, &delivery_log)[..], &more].concat());
         assert!(status > 0 && err.contains(message), "{message}: {err}");
     }
 }
 
 #[test]
-fn a_ledger_that_cannot_be_written_is_an_error_at_the_batch() {
+fn a_delivery_log_that_cannot_be_written_is_an_error_at_the_batch() {
     let root = tempfile::tempdir().unwrap();
     let (corpus, _) = arrow_corpus(root.path());
     let full = root.path().join("full");
@@ -400,7 +401,7 @@ fn a_ledger_that_cannot_be_written_is_an_error_at_the_batch() {
         for _ in 0..2 {
             let error = batches.next_timeout(std::time::Duration::from_secs(60)).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Io, "{error}");
-            assert!(error.to_string().contains("cannot write the ledger"), "{error}");
+            assert!(error.to_string().contains("cannot write the delivery log"), "{error}");
         }
         assert_eq!(loader.state().position(), 0);
     }

@@ -1,7 +1,11 @@
 //! Token loader for LLM training.
 //!
-//! Paths become shards, shards a corpus with an index, the corpus a layout of sequences, sequences an order, and the order batches: each
-//! module of this crate is one step of that sentence and imports only from the steps before it.
+//! Each module below is one step on the way of the data, and imports only from the steps before it:
+//!
+//! ```text
+//! error sync tokens -> settings -> storage -> format -> corpus -> layout -> order -> fill
+//!   -> observe -> read -> buffer -> pipeline -> proof -> loader
+//! ```
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -16,34 +20,23 @@
 //! ```
 
 pub mod buffer;
-pub mod config;
 pub mod corpus;
-pub mod coverage;
-pub mod environment;
 pub mod error;
 mod fill;
-pub mod index;
+pub mod format;
 pub mod layout;
-pub mod ledger;
 pub mod loader;
-mod nearest;
-pub mod opened;
+pub mod observe;
 pub mod order;
 mod pipeline;
-mod placement;
-pub mod plan;
+pub mod proof;
 mod read;
-pub mod recipe;
 pub mod settings;
-pub mod shard;
-mod sources;
-pub mod state;
-pub mod stats;
+pub mod storage;
 mod sync;
 pub mod tokens;
-mod trace;
 
-pub use config::Config;
 pub use error::{Error, ErrorKind, Result};
+pub use loader::state::State;
 pub use loader::{Batch, Batches, Loader, Next};
-pub use state::State;
+pub use settings::Config;

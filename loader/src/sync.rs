@@ -23,7 +23,7 @@ pub(crate) fn wait_timeout<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, t
 ///
 /// A forked child has a copy of every lock, held for ever if another thread held it at the fork: what runs in destructors must not take one there.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Home {
+pub(crate) struct ForkGuard {
     process: u32,
     forks: u32,
 }
@@ -31,9 +31,9 @@ pub(crate) struct Home {
 /// Forks that this process is the child of. Asking the system who one is costs more than handing a small batch over.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
-impl Home {
+impl ForkGuard {
     /// This process.
-    pub(crate) fn here() -> Self {
+    pub(crate) fn new() -> Self {
         #[cfg(unix)]
         {
             static COUNTS: Once = Once::new();
@@ -55,7 +55,7 @@ impl Home {
     }
 
     /// Whether this process is a forked child of that one.
-    pub(crate) fn was_left(self) -> bool {
+    pub(crate) fn is_forked_child(self) -> bool {
         self.forks != FORKS.load(Ordering::Relaxed)
     }
 }

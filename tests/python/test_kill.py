@@ -1,7 +1,7 @@
 """Protects: a run that is killed again and again sees the same global batches as one that is left alone.
 
 Processes under torchrun are killed with SIGKILL at random moments and started again on another number of ranks. Their
-ledger has to prove the epoch, and to equal that of an undisturbed run.
+delivery_log has to prove the epoch, and to equal that of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ rank, world_size = dist.get_rank(), dist.get_world_size()
 dataset = TokenDataset(corpus, seq_len=content.pop("seq_len"))
 loader = DataLoader(
     dataset, batch_size=int(sys.argv[4]) // world_size, drop_last=True, num_threads=1,
-    ledger=os.path.join(folder, "ledger"), **content,
+    delivery_log=os.path.join(folder, "delivery_log"), **content,
 )
 checkpoint = os.path.join(folder, "checkpoint.json")
 
@@ -107,7 +107,7 @@ class Job:
 
     def __init__(self, corpus: Path, folder: Path) -> None:
         self.corpus, self.folder = corpus, folder
-        self.ledger = folder / "ledger"
+        self.delivery_log = folder / "delivery_log"
         self.script = folder / "trainer.py"
         self.script.write_text(textwrap.dedent(TRAINER))
         self.log = folder / "log.txt"
@@ -132,7 +132,7 @@ class Job:
             )
 
     def lines(self) -> int:
-        return sum(path.read_bytes().count(b"\n") for path in self.ledger.glob("rank-*.jsonl"))
+        return sum(path.read_bytes().count(b"\n") for path in self.delivery_log.glob("rank-*.jsonl"))
 
     def run_and_kill(self, world_size: int, moment: float, *, starting: bool) -> bool:
         """Kills it `moment` seconds after its start, or after its first batches; whether it lived that long."""
@@ -160,9 +160,9 @@ class Job:
         assert launcher.returncode == 0 and self.done, self.log.read_text()[-8000:]
 
 
-def verify(corpus: Path, ledger: Path) -> dict[str, Any]:
+def verify(corpus: Path, delivery_log: Path) -> dict[str, Any]:
     settings = [f"--set={name}={value}" for name, value in CONTENT.items()]
-    command = [sys.executable, "-m", "forebay", "verify", corpus, "--ledger", ledger, "--epoch=0", "--json", *settings]
+    command = [sys.executable, "-m", "forebay", "verify", corpus, "--delivery-log", delivery_log, "--epoch=0", "--json", *settings]
     ran = subprocess.run(
         [str(part) for part in command], env=clean_environment(), capture_output=True, text=True, timeout=120
     )
@@ -187,7 +187,7 @@ def test_a_killed_run_sees_what_an_undisturbed_one_sees(tmp_path: Path, stress: 
     job = Job(corpus, tmp_path)
 
     undisturbed = tmp_path / "undisturbed"
-    with forebay.Loader(corpus, batch_size=GLOBAL_BATCH, ledger=undisturbed, num_threads=1, **CONTENT) as loader:
+    with forebay.Loader(corpus, batch_size=GLOBAL_BATCH, delivery_log=undisturbed, num_threads=1, **CONTENT) as loader:
         assert sum(1 for _ in loader) == steps
     expected = verify(corpus, undisturbed)
     assert expected["epochs"][0]["dropped"] == 5
@@ -202,7 +202,7 @@ def test_a_killed_run_sees_what_an_undisturbed_one_sees(tmp_path: Path, stress: 
         launches += 1
     job.run(WORLD_SIZES[launches % len(WORLD_SIZES)])
 
-    proof = verify(corpus, job.ledger)
+    proof = verify(corpus, job.delivery_log)
     (epoch,) = proof["epochs"]
     sizes = {step["world_size"] for step in epoch["steps"]}
     assert len(sizes) > 1, f"world sizes {sizes}"

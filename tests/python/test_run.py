@@ -257,7 +257,7 @@ def test_the_cluster_can_configure_a_mixture(corpus: Path, tmp_path: Path) -> No
         print(json.dumps([len(loader), len(list(loader)), loader.config["dp_rank"], loader.config["dp_world_size"],
                           [source["name"] for source in loader.stats()["sources"]]]))
     """
-    names = {"FOREBAY_CONFIG": str(file), "FOREBAY_REPLICATION": "2", "RANK": "3", "WORLD_SIZE": "4"}
+    names = {"FOREBAY_CONFIG": str(file), "FOREBAY_MODEL_PARALLEL_SIZE": "2", "RANK": "3", "WORLD_SIZE": "4"}
     assert json_from(program, env=clean_environment(**names)) == [5, 5, 1, 2, ["a", "b"]]
 
 

@@ -153,7 +153,7 @@ def test_errors_say_where_and_why(tmp_path: Path) -> None:
     with pytest.raises(forebay.DataError) as damaged:
         forebay.Loader(path)
     assert damaged.value.path == str(path)
-    for name in ("seq_len", "input_dtype", "ledger", "cache_dir"):
+    for name in ("seq_len", "input_dtype", "delivery_log", "cache_dir"):
         with pytest.raises(TypeError, match=f"`{name}` must be"):
             forebay.Loader(path, **{name: 3.5})  # type: ignore[arg-type]
     with pytest.raises(forebay.ConfigError, match="pin_memory"):

@@ -1,7 +1,7 @@
 //! Protects: every container, codec, encoding, type and shape that arrow-rs writes gives the documents that were written.
 
-use forebay::config::{Config, Io, Shuffle, Targets};
-use forebay::shard::DecodedPages;
+use forebay::format::DecodedPages;
+use forebay::settings::{Config, Io, Shuffle, Targets};
 use forebay::tokens::Dtype;
 use forebay::{ErrorKind, Loader};
 use forebay_tests::{Container, Document, Shape, containers, documents, drain, rows, stream, write};

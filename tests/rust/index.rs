@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use forebay::config::{Config, DataFormat, Remainder, Shuffle, Targets};
 use forebay::corpus::{Corpus, Indexed};
-use forebay::shard::OpenOptions;
+use forebay::format::OpenOptions;
+use forebay::settings::{Config, DataFormat, Remainder, Shuffle, Targets};
 use forebay::tokens::Dtype;
 use forebay::{ErrorKind, Loader, Next};
 use forebay_tests::{Container, Document, Shape, containers, documents, drain, rows, write};

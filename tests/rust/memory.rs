@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use forebay::buffer::{ALIGNMENT, Source};
-use forebay::config::{Config, Shuffle};
+use forebay::settings::{Config, Shuffle};
 use forebay::tokens::Dtype;
 use forebay::{Loader, Next};
 use forebay_tests::{Container, Shape, documents, rows, write};

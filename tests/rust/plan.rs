@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use forebay::config::{Config, Epochs, Remainder, Shuffle};
+use forebay::loader::plan::Plan;
 use forebay::loader::{IGNORED_LABEL, MAX_EPOCH};
-use forebay::order::course::Skip;
-use forebay::plan::Plan;
+use forebay::settings::Skip;
+use forebay::settings::{Config, Epochs, Remainder, Shuffle};
 use forebay::tokens::Dtype;
 use forebay::{Loader, Next};
 use forebay_tests::{Container, Shape, documents, write};

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use forebay::config::{Config, Remainder, Shuffle, Targets};
-use forebay::state::State;
+use forebay::loader::state::State;
+use forebay::settings::{Config, Remainder, Shuffle, Targets};
 use forebay::tokens::Dtype;
 use forebay::{ErrorKind, Loader};
 use forebay_tests::{Container, Shape, documents, drain, rows, stream, write};

@@ -67,7 +67,7 @@ def log_notes(warnings: Sequence[str], notes: Sequence[str], rank: int | None) -
 
 
 #: Settings that are paths.
-PATHS = ("cache_dir", "ledger")
+PATHS = ("cache_dir", "delivery_log")
 
 
 def settings_of(data: Data | None, settings: Mapping[str, object]) -> list[tuple[str, str]]:
@@ -245,7 +245,7 @@ class Loader:
         Sequences per rank and step. Default: 1.
     dp_rank, dp_world_size:
         Default: what the launcher says, else 0 of 1.
-    replication:
+    model_parallel_size:
         Neighbouring ranks of the launcher that read the same rows: tensor-, context- and pipeline-parallel peers.
         Default: 1.
     epochs:
@@ -279,7 +279,7 @@ class Loader:
         Folder for the saved index, with which shards are opened when they are first read. Default: none.
     pin_memory:
         For ``forebay.torch.DataLoader``; here it must be false. Default: false.
-    ledger:
+    delivery_log:
         A folder where every rank writes a line for each batch it hands over, for ``forebay verify``. Default: none.
 
     Raises
@@ -311,7 +311,7 @@ class Loader:
         batch_size: int | None = None,
         dp_rank: int | None = None,
         dp_world_size: int | None = None,
-        replication: int | None = None,
+        model_parallel_size: int | None = None,
         epochs: int | Literal["endless"] | None = None,
         max_steps: int | None = None,
         remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
@@ -327,7 +327,7 @@ class Loader:
         io: Literal["auto", "mmap", "pread"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         pin_memory: bool | None = None,
-        ledger: str | os.PathLike[str] | None = None,
+        delivery_log: str | os.PathLike[str] | None = None,
     ) -> None:
         settings = dict(
             mixture=mixture,
@@ -349,7 +349,7 @@ class Loader:
             batch_size=batch_size,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
-            replication=replication,
+            model_parallel_size=model_parallel_size,
             epochs=epochs,
             max_steps=max_steps,
             remainder=remainder,
@@ -365,7 +365,7 @@ class Loader:
             io=io,
             cache_dir=cache_dir,
             pin_memory=pin_memory,
-            ledger=ledger,
+            delivery_log=delivery_log,
         )
         if pin_memory:
             raise ConfigError("`pin_memory` needs forebay.torch.DataLoader: this loader does not import torch")

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
 
-use forebay::shard::discover;
+use forebay::corpus::discover;
 use forebay::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 

@@ -15,8 +15,9 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Instant;
 
 use clap::ValueEnum;
-use forebay::config::{Config, Io};
-use forebay::shard::{self, Access, OpenOptions, discover};
+use forebay::corpus::discover;
+use forebay::format::{self, Access, OpenOptions};
+use forebay::settings::{Config, Io};
 use forebay::tokens::Dtype;
 use forebay::{Error, ErrorKind, settings};
 use indicatif::ProgressBar;
@@ -240,7 +241,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         sources: &sources,
         target,
         suffix: name(options.to),
-        column: sources.first().map_or(shard::TOKEN_COLUMNS[0], |source| &source.column),
+        column: sources.first().map_or(format::TOKEN_COLUMNS[0], |source| &source.column),
         shape: Shape { container: options.container(), dtype, batch_tokens: options.batch_tokens },
         open: OpenOptions { token_column: sources.first().map(|source| source.column.clone()), ..open },
         manifest: &manifest,
@@ -313,7 +314,7 @@ fn smallest_dtype(sources: &[Source], open: &OpenOptions, bar: &ProgressBar) -> 
     let widest = sources.iter().map(|source| rank(source.facts.dtype)).max().flatten();
     let largest = AtomicI64::new(0);
     sources.par_iter().try_for_each(|source| {
-        let shard = shard::open(&source.file, open)?;
+        let shard = format::open(&source.file.path, open)?;
         let blocks: Vec<usize> = (0..shard.blocks().len()).collect();
         blocks.par_iter().try_for_each(|block| {
             // A guess that is late costs one more block; no other memory depends on it.
@@ -330,7 +331,7 @@ fn smallest_dtype(sources: &[Source], open: &OpenOptions, bar: &ProgressBar) -> 
     Ok(fitting(largest.into_inner()))
 }
 
-fn largest_id(shard: &dyn shard::Shard, block: usize) -> forebay::Result<i64> {
+fn largest_id(shard: &dyn format::Shard, block: usize) -> forebay::Result<i64> {
     const PIECE_TOKENS: u64 = 1 << 20;
     let (mut bytes, mut ids) = (Vec::new(), Vec::new());
     let tokens = shard.blocks()[block].tokens;

@@ -10,8 +10,8 @@ use arrow_array::{ArrayRef, ListArray, PrimitiveArray, RecordBatch};
 use arrow_buffer::OffsetBuffer;
 use arrow_ipc::writer::FileWriter;
 use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
-use forebay::shard::discover::ShardFile;
-use forebay::shard::{self, Access, EndsScratch, OpenOptions};
+use forebay::corpus::discover::ShardFile;
+use forebay::format::{self, Access, EndsScratch, OpenOptions};
 use forebay::tokens::{Dtype, Tokens};
 use forebay::{Error, ErrorKind, Result};
 use parquet::arrow::ArrowWriter;
@@ -287,7 +287,7 @@ pub(super) fn sync_folder(folder: &Path) -> Result<()> {
 /// What the shard at `path` holds, as a loader reads it.
 fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
     let file = ShardFile { path: path.to_owned(), name: String::new() };
-    let shard = shard::open(&file, options)?;
+    let shard = format::open(&file.path, options)?;
     let mut digest = Digest::default();
     let (mut bytes, mut scratch, mut ids) = (Vec::new(), EndsScratch::default(), Vec::new());
     for (block, meta) in shard.blocks().iter().enumerate() {

@@ -15,10 +15,10 @@ use arrow_buffer::{Buffer, NullBuffer, OffsetBuffer};
 use arrow_ipc::reader::{FileDecoder, FileReader, StreamDecoder, StreamReader, read_footer_length};
 use arrow_ipc::{Block, convert::try_fb_to_schema, root_as_footer};
 use arrow_schema::{DataType, SchemaRef};
-use forebay::config::Io;
-use forebay::shard::discover::ShardFile;
-use forebay::shard::mmap::SourceFile;
-use forebay::shard::{self, Format, OpenOptions, ShardFacts, TOKEN_COLUMNS};
+use forebay::corpus::discover::ShardFile;
+use forebay::format::{self, Format, OpenOptions, ShardFacts, TOKEN_COLUMNS};
+use forebay::settings::Io;
+use forebay::storage::local::SourceFile;
 use forebay::{Error, Result};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
@@ -42,7 +42,7 @@ pub(super) struct Source {
 impl Source {
     /// Looks at the metadata of `file`.
     pub(super) fn open(file: &ShardFile, options: &OpenOptions) -> Result<Self> {
-        let facts = shard::open(file, options)?.facts();
+        let facts = format::open(&file.path, options)?.facts();
         let schema = Reader::open(&file.path, facts.format, options.io, None)?.1;
         let wanted = options.token_column.as_deref();
         let column = match wanted {

@@ -1,10 +1,10 @@
 //! `forebay verify`: proves that every token was delivered once.
 //!
 //! What should have been delivered comes from reading the files in their own order with arrow-rs ([`crate::sequential`]); what was delivered comes
-//! from running the loader, or from the ledger that a training run wrote. Both are sums of row hashes that do not depend on the order. The loader's
+//! from running the loader, or from the delivery log that a training run wrote. Both are sums of row hashes that do not depend on the order. The loader's
 //! order is asked only which sequences belong to a part of an epoch, and then checked to name each of them once.
 
-mod ledger;
+mod delivery_log;
 mod search;
 mod stream;
 
@@ -12,11 +12,11 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use forebay::config::Epochs;
 use forebay::corpus::Corpus;
-use forebay::coverage::Coverage;
 use forebay::loader::Sample;
-use forebay::state::{State, StateValue};
+use forebay::loader::state::{State, StateValue};
+use forebay::proof::checksum::Checksum;
+use forebay::settings::Epochs;
 use forebay::{Error, ErrorKind, Loader};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use crate::report::grouped;
 use crate::sequential::{self, Visitor};
 use crate::{Context, Failure, Sets, Shape, progress};
-use ledger::Found;
+use delivery_log::Found;
 
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {eta} left";
 /// Faults of one kind that are shown; `--json` lists all.
@@ -34,8 +34,8 @@ const BAR_EVERY: u64 = 1 << 16;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Exit status: 0 proven, 1 not proven, 2 usage or settings.\n\n\
-    Cost: the files are read once in full; without --ledger, once more through the loader. --document looks at every position of the epochs in the \
-    ledger, because an order has no list to look in: an epoch of 10^9 sequences takes minutes. Memory: a byte \
+    Cost: the files are read once in full; without --delivery-log, once more through the loader. --document looks at every position of the epochs in the \
+    delivery_log, because an order has no list to look in: an epoch of 10^9 sequences takes minutes. Memory: a byte \
     and a bit per sequence where not one whole epoch is proved.")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
@@ -46,9 +46,9 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N")]
     seed: Option<String>,
     /// Ranks to run one after the other; that of the settings where it is not given
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "ledger")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "delivery_log")]
     world_size: Option<u64>,
-    /// Epoch; that of the state or 0 where it is not given, and with `--ledger` all
+    /// Epoch; that of the state or 0 where it is not given, and with `--delivery-log` all
     #[arg(long, value_name = "N")]
     epoch: Option<u64>,
     /// A state as JSON, as `state_dict()` gives it: proves from there to the epoch's end
@@ -56,12 +56,12 @@ pub(crate) struct Options {
     state: Option<PathBuf>,
     /// Proves what the ranks of a run wrote to this folder
     #[arg(long, value_name = "DIR")]
-    ledger: Option<PathBuf>,
-    /// Prints the documents of one global batch of the ledger, counted from 0 in its epoch
-    #[arg(long, value_name = "N", requires = "ledger", conflicts_with = "document")]
+    delivery_log: Option<PathBuf>,
+    /// Prints the documents of one global batch of the delivery log, counted from 0 in its epoch
+    #[arg(long, value_name = "N", requires = "delivery_log", conflicts_with = "document")]
     step: Option<u64>,
-    /// Prints where the ledger had the document in a row of a shard, named as its file or by its end
-    #[arg(long, value_name = "SHARD:ROW", requires = "ledger", value_parser = shard_and_row)]
+    /// Prints where the delivery log had the document in a row of a shard, named as its file or by its end
+    #[arg(long, value_name = "SHARD:ROW", requires = "delivery_log", value_parser = shard_and_row)]
     document: Option<(String, u64)>,
     /// Prints one JSON object
     #[arg(long)]
@@ -79,8 +79,8 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let own = [("seed", options.seed.clone())];
     let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
-    // Proving is no training: it must not add to a ledger.
-    config.ledger = None;
+    // Proving is no training: it must not add to a delivery log.
+    config.delivery_log = None;
     (config.epochs, config.max_steps) = (Epochs::Count(1), None);
     let state = options.state.as_deref().map(read_state).transpose()?;
     if let (Some(state), Some(epoch)) = (&state, options.epoch)
@@ -88,13 +88,13 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     {
         return Err(Error::config(format!("the state is in epoch {}, `--epoch` says {epoch}", state.epoch())).into());
     }
-    match &options.ledger {
+    match &options.delivery_log {
         None => {
             let world_size = options.world_size.or(config.dp_world_size).unwrap_or(1);
             stream::run(config, world_size, options, state.as_ref(), context)
         }
         Some(folder) => {
-            // Ranks and batch sizes are those of the ledger.
+            // Ranks and batch sizes are those of the delivery log.
             config.batch_size = 1;
             (config.dp_rank, config.dp_world_size) = (Some(0), Some(1));
             let loader = Loader::open(config)?;
@@ -138,9 +138,9 @@ impl Wanted {
     /// What stands at the indices `covered` of `epochs`; fails where the order names a sequence twice in an epoch of its source.
     fn new(loader: &Loader, epochs: Range<u64>, covered: &[Range<u64>], bar: &ProgressBar) -> forebay::Result<Self> {
         let config = loader.config();
-        let (course, mut sample) = loader.course(epochs.clone());
+        let (chain, mut sample) = loader.epoch_chain(epochs.clone());
         let is_whole = config.mixture.is_none() && config.holdout.is_none() && config.skip.is_empty();
-        let len = course.len().unwrap_or(u64::MAX);
+        let len = chain.len().unwrap_or(u64::MAX);
         // Every sequence, and the tail where it has a position: their number alone says so.
         if is_whole
             && epochs.end - epochs.start == 1
@@ -195,7 +195,7 @@ impl Wanted {
 /// Adds up what the files hold for several expectations at once.
 struct Expected<'a> {
     wanted: &'a [Wanted],
-    sums: Vec<Coverage>,
+    sums: Vec<Checksum>,
     source: usize,
     bar: ProgressBar,
 }
@@ -206,7 +206,7 @@ impl Visitor for Expected<'_> {
         for (wanted, sum) in self.wanted.iter().zip(&mut self.sums) {
             for _ in 0..wanted.count(self.source, sequence) {
                 *sum += *one.get_or_insert_with(|| {
-                    let mut one = Coverage::default();
+                    let mut one = Checksum::default();
                     one.add_row(self.source as u64, sequence, tokens);
                     one
                 });
@@ -222,9 +222,9 @@ impl Visitor for Expected<'_> {
 }
 
 /// What the files hold for each of `wanted`.
-fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result<Vec<Coverage>, Failure> {
+fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result<Vec<Checksum>, Failure> {
     let bar = reading_bar(loader, context)?;
-    let mut expected = Expected { wanted, sums: vec![Coverage::default(); wanted.len()], source: 0, bar };
+    let mut expected = Expected { wanted, sums: vec![Checksum::default(); wanted.len()], source: 0, bar };
     for (source, (_, corpus)) in loader.corpora().enumerate() {
         expected.source = source;
         sequential::read(loader.config(), &paths(corpus), &mut expected)?;
@@ -242,12 +242,12 @@ fn paths(corpus: &Corpus) -> Vec<&Path> {
     corpus.files().iter().map(|file| file.path.as_path()).collect()
 }
 
-fn coverage_json(coverage: &Coverage) -> Value {
-    json!({"rows": coverage.rows, "tokens": coverage.tokens, "hash": coverage.hash_text()})
+fn coverage_json(checksum: &Checksum) -> Value {
+    json!({"rows": checksum.rows, "tokens": checksum.tokens, "hash": checksum.hash_text()})
 }
 
-fn coverage_text(coverage: &Coverage) -> String {
-    format!("{} rows, {} tokens, hash {}", grouped(coverage.rows), grouped(coverage.tokens), coverage.hash_text())
+fn coverage_text(checksum: &Checksum) -> String {
+    format!("{} rows, {} tokens, hash {}", grouped(checksum.rows), grouped(checksum.tokens), checksum.hash_text())
 }
 
 fn write_json(value: &Value, context: &mut Context<'_>) -> Result<(), Failure> {

@@ -1,15 +1,15 @@
-//! Which documents a step of a ledger had, and which steps a document was in.
+//! Which documents a step of a delivery log had, and which steps a document was in.
 
 use std::ops::Range;
 
 use forebay::Error;
-use forebay::config::Config;
-use forebay::ledger::GlobalBatch;
 use forebay::loader::Sample;
+use forebay::proof::delivery_log::GlobalBatch;
+use forebay::settings::Config;
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::ledger::{Found, Group, of};
+use super::delivery_log::{Found, Group, of};
 use super::{BAR_EVERY, Options, TEMPLATE, paths, reading_bar, write_json};
 use crate::report::line;
 use crate::sequential::{self, Visitor};
@@ -32,7 +32,10 @@ impl Found<'_> {
         let group = &self.groups[0];
         let batch = usize::try_from(step).ok().and_then(|step| group.tiling.chain.get(step)).ok_or_else(|| {
             let steps = group.tiling.chain.len();
-            Error::config(format!("step {step} is asked for, the ledger has {steps} of epoch {}", group.epochs.start))
+            Error::config(format!(
+                "step {step} is asked for, the delivery log has {steps} of epoch {}",
+                group.epochs.start
+            ))
         })?;
         Ok((group, batch))
     }
@@ -40,7 +43,7 @@ impl Found<'_> {
     /// Prints which documents a global batch had.
     pub(super) fn documents_of(&self, step: u64, options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
         let (group, batch) = self.batch(step)?;
-        let (_, mut sample) = self.loader.course(group.epochs.clone());
+        let (_, mut sample) = self.loader.epoch_chain(group.epochs.clone());
         let mut rows: Vec<(usize, u64, u64)> = Vec::new();
         for index in batch.indices.clone() {
             let (Sample { source, sequence, .. }, (_, position)) = (sample(index), self.at(group, index));
@@ -121,7 +124,7 @@ impl Found<'_> {
             let end = group.tiling.chain.last().map_or(0, |batch| batch.indices.end);
             let end = if config.mixture.is_some() { end } else { group.len };
             let bar = progress::bar(end, TEMPLATE, context.env)?.with_message("searching");
-            let (_, mut sample) = self.loader.course(group.epochs.clone());
+            let (_, mut sample) = self.loader.epoch_chain(group.epochs.clone());
             for index in 0..end {
                 let Sample { source, sequence, .. } = sample(index);
                 if source == meant.source && sequences.contains(&sequence) {

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use forebay::config::{Config, Remainder};
-use forebay::coverage::Coverage;
 use forebay::loader::Next;
-use forebay::state::State;
+use forebay::loader::state::State;
+use forebay::proof::checksum::Checksum;
+use forebay::settings::{Config, Remainder};
 use forebay::{Error, Loader};
 use serde_json::json;
 
@@ -27,11 +27,11 @@ pub(super) fn run(
     if let Some(state) = state {
         loader.load_state(state)?;
     }
-    let (course, _) = loader.course(epoch..epoch + 1);
-    let Some(positions) = course.len() else {
-        return Err(Error::config("this mixture has no end: prove a run of it by its ledger").into());
+    let (chain, _) = loader.epoch_chain(epoch..epoch + 1);
+    let Some(positions) = chain.len() else {
+        return Err(Error::config("this mixture has no end: prove a run of it by its delivery log").into());
     };
-    let from = state.map_or(0, |state| course.index_of(state.epoch(), state.position())).min(positions);
+    let from = state.map_or(0, |state| chain.index_of(state.epoch(), state.position())).min(positions);
     let global_batch = config.batch_size * world_size;
     let to = match config.remainder {
         Remainder::Drop => positions - (positions - from) % global_batch,
@@ -39,7 +39,7 @@ pub(super) fn run(
     };
 
     let bar = progress::bar(to - from, TEMPLATE, context.env)?.with_message("streaming");
-    let mut found = Coverage::default();
+    let mut found = Checksum::default();
     for rank in 0..world_size {
         if rank > 0 {
             loader = open(rank)?;
@@ -53,9 +53,9 @@ pub(super) fn run(
         loop {
             match batches.next_timeout(Duration::from_secs(1))? {
                 Next::Batch(batch) => {
-                    let coverage = batch.coverage.expect("asked for before the pass began");
-                    bar.inc(coverage.rows);
-                    found += coverage;
+                    let checksum = batch.checksum.expect("asked for before the pass began");
+                    bar.inc(checksum.rows);
+                    found += checksum;
                 }
                 Next::End => break,
                 Next::Pending => {}

@@ -9,14 +9,14 @@ use std::ptr::NonNull;
 use std::sync::Mutex;
 
 use super::{ALIGNMENT, Source};
-use crate::sync::{Home, lock};
+use crate::sync::{ForkGuard, lock};
 
 /// Buffers of one size.
 #[derive(Debug)]
 pub struct Pool {
     bytes: usize,
     max_idle: usize,
-    home: Home,
+    home: ForkGuard,
     inner: Mutex<Inner>,
 }
 
@@ -46,7 +46,7 @@ fn this_thread() -> usize {
 impl Pool {
     /// A pool of buffers of `bytes` bytes that keeps at most `max_idle` unused ones.
     pub fn new(bytes: usize, max_idle: usize) -> Self {
-        Self { bytes, max_idle, home: Home::here(), inner: Mutex::default() }
+        Self { bytes, max_idle, home: ForkGuard::new(), inner: Mutex::default() }
     }
 
     fn layout(&self) -> Layout {
@@ -78,7 +78,7 @@ impl Source for Pool {
 
     fn give_back(&self, buffer: NonNull<u8>, bytes: usize) {
         debug_assert_eq!(bytes, self.bytes);
-        if self.home.was_left() {
+        if self.home.is_forked_child() {
             // The child's copy of the memory ends with the child.
             return;
         }
@@ -103,7 +103,7 @@ impl Source for Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        if self.home.was_left() {
+        if self.home.is_forked_child() {
             return;
         }
         for buffer in lock(&self.inner).idle.drain(..) {

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::shard::Counts;
+use crate::format::Counts;
 
 /// Ids put around documents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

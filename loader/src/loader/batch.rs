@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::buffer::{ALIGNMENT, Lease};
-use crate::config::{Config, Remainder, Targets};
-use crate::coverage::Coverage;
 use crate::error::{Error, ErrorKind, Result};
+use crate::proof::checksum::Checksum;
+use crate::settings::{Config, Remainder, Targets};
 use crate::tokens::Dtype;
 
 /// Label of places that hold no target.
@@ -41,8 +41,8 @@ pub struct Batch {
     pub rows: usize,
     /// Arrays in the buffer.
     pub fields: Arc<[Field]>,
-    /// Its rows, hashed; only where [`Loader::cover`] or the setting `ledger` asks for it.
-    pub coverage: Option<Coverage>,
+    /// Its rows, hashed; only where [`Loader::cover`] or the setting `delivery_log` asks for it.
+    pub checksum: Option<Checksum>,
     pub(super) lease: Lease,
 }
 

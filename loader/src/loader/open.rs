@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use crate::config::{Config, Shuffle, Split, Targets};
 use crate::corpus::Corpus;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Access, OpenOptions};
+use crate::loader::state::StateValue;
 use crate::order;
 use crate::order::partition::Grouping;
-use crate::shard::{Access, OpenOptions};
-use crate::state::StateValue;
+use crate::settings::{Config, Shuffle, Split, Targets};
 
 /// Opens the corpora of `config`, side by side; all faults of all of them are reported.
 pub(super) fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String, Corpus)>> {

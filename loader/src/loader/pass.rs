@@ -1,4 +1,4 @@
-//! A pass: the course of some epochs on its way through the threads to whoever asks for batches.
+//! A pass: the epochs of some epochs on its way through the threads to whoever asks for batches.
 
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 use super::batch::Batch;
 use super::{Core, Cursor, FIRST_AHEAD, TOKENS_AHEAD, WINDOWS_AHEAD, Worker, slots_into};
 use crate::buffer::Lease;
-use crate::config::Epochs;
 use crate::corpus::Corpus;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ledger::{self, Entry};
-use crate::order::course::Course;
-use crate::pipeline::{Patience, Pipeline, Plan, Taken, Work};
+use crate::loader::sources::Growth;
+use crate::observe::trace::Tracer;
+use crate::order::epochs::EpochChain;
+use crate::pipeline::{Pipeline, Plan, Taken, WaitPolicy, Work};
+use crate::proof::delivery_log::{self, Entry};
 use crate::read::Prepared;
-use crate::shard::mmap;
-use crate::sources::Growth;
+use crate::settings::Epochs;
+use crate::storage::local;
 use crate::sync::lock;
-use crate::trace::Tracer;
 
 /// What waiting for a batch came to.
 #[derive(Debug)]
@@ -42,24 +42,26 @@ impl Batches {
     ///
     /// Without worker threads (`num_threads` = 0) the caller computes it, however long that takes.
     pub fn next_timeout(&self, timeout: Duration) -> Result<Next> {
-        self.take(Patience::Wait(timeout))
+        self.take(WaitPolicy::Wait(timeout))
     }
 
     /// As [`Batches::next_timeout`], but while the batch is not ready the caller computes one itself where that is quicker than waiting;
     /// that may take as long as a batch takes.
     pub fn next_or_help(&self, timeout: Duration) -> Result<Next> {
-        self.take(Patience::Help(timeout))
+        self.take(WaitPolicy::Help(timeout))
     }
 
     /// The next batch if it is ready, and [`Next::Pending`] if it is not, or if handing it over would read or write a file.
     pub fn try_next(&self) -> Result<Next> {
         match self.run.started.get() {
-            Some(Ok(started)) if started.ledger.is_none() && self.run.core.trace.is_none() => self.take(Patience::None),
+            Some(Ok(started)) if started.delivery_log.is_none() && self.run.core.trace.is_none() => {
+                self.take(WaitPolicy::None)
+            }
             _ => Ok(Next::Pending),
         }
     }
 
-    fn take(&self, patience: Patience) -> Result<Next> {
+    fn take(&self, patience: WaitPolicy) -> Result<Next> {
         let run = &self.run;
         let core = &run.core;
         core.check_process()?;
@@ -70,16 +72,16 @@ impl Batches {
             }
         }
         let asked = Instant::now();
-        if let Some(ledger) = &started.ledger {
-            lock(ledger).check()?;
+        if let Some(delivery_log) = &started.delivery_log {
+            lock(delivery_log).check()?;
         }
         let mut written = Ok(());
         let taken = started.pipeline.take(patience, |batch| {
             // Takers come here one at a time.
             let delivered = started.delivered.load(Ordering::Relaxed) + 1;
             let index = started.heading.start.saturating_add(delivered * core.grouping.global_batch());
-            let end = started.heading.course.state_at(index);
-            written = started.write_ledger(batch, end);
+            let end = started.heading.epochs.state_at(index);
+            written = started.write_delivery_log(batch, end);
             if written.is_err() {
                 return;
             }
@@ -109,7 +111,7 @@ impl Batches {
             }
             Taken::End => Ok(Next::End),
             Taken::Pending => {
-                if patience != Patience::None {
+                if patience != WaitPolicy::None {
                     core.counters.waited(asked);
                 }
                 Ok(Next::Pending)
@@ -172,15 +174,15 @@ pub(super) struct Run {
 #[derive(Debug)]
 pub(super) struct Started {
     pipeline: Pipeline<Job>,
-    heading: Arc<Heading>,
+    heading: Arc<PassRange>,
     delivered: AtomicU64,
-    ledger: Option<Mutex<ledger::Writer>>,
+    delivery_log: Option<Mutex<delivery_log::Writer>>,
 }
 
 /// Where a pass goes.
 #[derive(Debug)]
-pub(super) struct Heading {
-    pub(super) course: Course,
+pub(super) struct PassRange {
+    pub(super) epochs: EpochChain,
     pub(super) growth: Growth,
     /// Index of its first row.
     pub(super) start: u64,
@@ -201,39 +203,39 @@ impl Run {
 
     fn start(&self) -> Result<Started> {
         let core = &self.core;
-        let (course, growth, start) = {
+        let (epochs, growth, start) = {
             let mut cursor = lock(&core.cursor);
-            let mut course = core.course(&cursor.growth, cursor.epoch);
-            let mut start = course.index_of(cursor.epoch, cursor.position);
-            let left = |start: u64, course: &Course| core.steps_from(start, course) > 0;
-            let continued = cursor.continues && left(start, &course);
+            let mut epochs = core.epoch_chain(&cursor.growth, cursor.epoch);
+            let mut start = epochs.index_of(cursor.epoch, cursor.position);
+            let left = |start: u64, epochs: &EpochChain| core.steps_from(start, epochs) > 0;
+            let continued = cursor.continues && left(start, &epochs);
             let stays = cursor.continues && (cursor.named || (cursor.position == 0 && start == 0));
-            let endless = course.len().is_none();
+            let endless = epochs.len().is_none();
             if !(continued || stays || endless) {
                 let next = match core.config.epochs {
                     Epochs::Count(count) => cursor.epoch - cursor.epoch % count + count,
                     Epochs::Endless => cursor.epoch + 1,
                 };
-                course = core.course(&cursor.growth, next);
+                epochs = core.epoch_chain(&cursor.growth, next);
                 start = 0;
             }
             core.check_epoch(cursor.epoch)?;
-            if let Some(end) = course.len() {
+            if let Some(end) = epochs.len() {
                 core.grouping.check(end.saturating_sub(start))?;
             }
-            let (epoch, position) = course.state_at(start);
+            let (epoch, position) = epochs.state_at(start);
             let growth = cursor.growth.clone();
             *cursor = Cursor { growth: growth.clone(), epoch, position, continues: false, named: false, run: self.id };
-            (course, growth, start)
+            (epochs, growth, start)
         };
-        let items = core.steps_from(start, &course);
+        let items = core.steps_from(start, &epochs);
         let decodes = core.sources.list().iter().any(|source| source.reader.decodes());
         // Likely, a pass over the next epochs follows.
-        let next = course.end_epoch().filter(|epoch| decodes && core.check_epoch(*epoch).is_ok());
+        let next = epochs.end_epoch().filter(|epoch| decodes && core.check_epoch(*epoch).is_ok());
         let following =
-            next.map(|epoch| Heading { course: core.course(&growth, epoch), growth: growth.clone(), start: 0 });
-        let beyond = following.as_ref().map_or(0, |following| core.steps_from(0, &following.course).min(LOOK_BEYOND));
-        let heading = Arc::new(Heading { course, growth, start });
+            next.map(|epoch| PassRange { epochs: core.epoch_chain(&growth, epoch), growth: growth.clone(), start: 0 });
+        let beyond = following.as_ref().map_or(0, |following| core.steps_from(0, &following.epochs).min(LOOK_BEYOND));
+        let heading = Arc::new(PassRange { epochs, growth, start });
         let threads = core.threads();
         let plan = Plan {
             threads: threads.min(usize::try_from(items.max(1)).unwrap_or(usize::MAX)),
@@ -262,15 +264,15 @@ impl Run {
         let done_after = 2 * core.config.window_tokens.div_ceil(ranks);
         core.cache.begin_pass(items, done_after);
         let pipeline = Pipeline::start(plan, job)?;
-        let ledger = core.begin_ledger(&heading)?.map(Mutex::new);
-        Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), ledger })
+        let delivery_log = core.begin_delivery_log(&heading)?.map(Mutex::new);
+        Ok(Started { pipeline, heading, delivered: AtomicU64::new(0), delivery_log })
     }
 }
 
 /// The batches of a pass, by their number.
 struct Job {
     core: Arc<Core>,
-    heading: Arc<Heading>,
+    heading: Arc<PassRange>,
     /// Batches whose windows are read ahead, from the first batch on and later.
     ahead: RangeInclusive<u64>,
     /// How many there are.
@@ -278,7 +280,7 @@ struct Job {
     /// Batches whose blocks are decoded ahead.
     decoded_ahead: u64,
     /// Its first batches count on after the last one of this pass where blocks are decoded ahead.
-    following: Option<Heading>,
+    following: Option<PassRange>,
     /// One past the last of these.
     end: u64,
     /// The first batch that some block may be missing of. Written and read by workers; a stale value costs a second look.
@@ -320,7 +322,7 @@ impl Work for Job {
         if worker == Some(0) {
             // Others, and the consumer, need not wait for it as long as there is room.
             let corpora = self.core.sources.list().iter().map(|source| source.reader.corpus());
-            mmap::make_room_for(corpora.map(Corpus::most_open).sum());
+            local::make_room_for(corpora.map(Corpus::most_open).sum());
         }
         let mut state = Worker { index: worker.unwrap_or(self.core.threads()), ..Worker::default() };
         state.scratch.tracer = Tracer::new(self.core.trace.as_ref());
@@ -347,7 +349,7 @@ impl Work for Job {
             // Before the rows, so that threads whose batches need the same blocks decode different ones.
             while let Ok(Prepared::Decoded) = self.decode_ahead(number, worker) {}
         }
-        let start = slots_into(core.grouping, &heading.course, index, &mut worker.slots);
+        let start = slots_into(core.grouping, &heading.epochs, index, &mut worker.slots);
         let mut rows = std::mem::take(&mut worker.places);
         core.places(&heading.growth, &worker.slots, &mut worker.orders, &mut rows);
         let lease = lease.unwrap_or_else(|| Lease::new(&core.pool, core.batch_bytes));
@@ -390,9 +392,9 @@ impl Work for Job {
 
 impl Started {
     /// Writes the line of a batch that is about to be handed over.
-    fn write_ledger(&self, batch: &Batch, end: (u64, u64)) -> Result<()> {
-        let Some(ledger) = &self.ledger else { return Ok(()) };
-        let coverage = batch.coverage.ok_or_else(|| Error::new(ErrorKind::Internal, "a batch was not hashed"))?;
-        lock(ledger).write(&Entry { start: (batch.epoch, batch.position), end, coverage })
+    fn write_delivery_log(&self, batch: &Batch, end: (u64, u64)) -> Result<()> {
+        let Some(delivery_log) = &self.delivery_log else { return Ok(()) };
+        let checksum = batch.checksum.ok_or_else(|| Error::new(ErrorKind::Internal, "a batch was not hashed"))?;
+        lock(delivery_log).write(&Entry { start: (batch.epoch, batch.position), end, checksum })
     }
 }

@@ -4,6 +4,7 @@
 //! seed and not on the corpus' length, so that no other run of a training, and no corpus that grew, ever mixes the two sides.
 
 use super::permutation::{derive_key, reduce};
+use crate::settings::{Config, Split};
 
 const KEY: u64 = 0x686f_6c64_6f75_7400;
 
@@ -20,6 +21,15 @@ pub enum Side {
 }
 
 impl Side {
+    /// The side of each corpus that `config` delivers.
+    pub fn of(config: &Config) -> Self {
+        match (config.holdout, config.split) {
+            (None, _) => Self::All,
+            (Some(every), Split::Train) => Self::Train(every),
+            (Some(every), Split::Holdout) => Self::Holdout(every),
+        }
+    }
+
     /// Sequences of this side among the first `sequences` of the corpus.
     pub fn count(self, sequences: u64) -> u64 {
         let held = |every: u64| {

@@ -11,36 +11,14 @@
 //! Draw `k` of a source in a lane is place `k mod n` of its epoch `k / n`, `n` being the lane's share of that source: each source's epochs are
 //! complete, whatever the weights. Weights change at stages; a source that has had all its epochs either ends the lane or leaves the schedule.
 
-use crate::order::course::ENDLESS;
+use crate::order::epochs::ENDLESS;
+use crate::settings::mixture::{Exhausted, Stage, apportioned};
 
 /// Steps in which weights move from one stage's to the next one's.
 pub const RAMP_STEPS: u64 = 64;
-/// Largest sum of the weights of one stage.
-pub const MAX_CYCLE: u64 = 100_000_000;
 
 /// Places at an epoch's end that only some lanes have, of which more are left out: where a source is drawn once in millions of places.
 const MAX_REST: u64 = 1 << 22;
-
-/// What happens when a source has had its epochs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Exhausted {
-    /// The epoch of the mixture ends with the first source that has, on each lane.
-    #[default]
-    Stop,
-    /// The others go on by their weights, until all have.
-    Drop,
-}
-
-/// Weights from a position on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stage {
-    /// First position; rounded up to a whole number of places in every lane.
-    pub start: u64,
-    /// Positions over which the weights move there from those of the stage before.
-    pub ramp: u64,
-    /// One per source.
-    pub weights: Vec<u64>,
-}
 
 /// The schedule of a mixture.
 #[derive(Clone, Debug)]
@@ -304,23 +282,6 @@ fn share_out(weights: &[u64], places: u64, turns: &mut [u64]) {
     let part = if total == 0 { 0 } else { (u128::from(places) * u128::from(weight) / u128::from(total)) as u64 };
     share_out(first, part, of_first);
     share_out(second, places - part, of_second);
-}
-
-/// `weights` scaled to the sum `cycle`; what rounding leaves goes to the largest remainders, of equal ones to the first.
-pub fn apportioned(weights: &[u64], cycle: u64) -> Vec<u64> {
-    let total: u128 = weights.iter().map(|weight| u128::from(*weight)).sum();
-    if total == 0 {
-        return weights.to_vec();
-    }
-    let scaled = |weight: u64| u128::from(weight) * u128::from(cycle);
-    let mut counts: Vec<u64> = weights.iter().map(|weight| (scaled(*weight) / total) as u64).collect();
-    let left = (cycle - counts.iter().sum::<u64>()) as usize;
-    let mut by_remainder: Vec<usize> = (0..weights.len()).collect();
-    by_remainder.sort_by_key(|index| (std::cmp::Reverse(scaled(weights[*index]) % total), *index));
-    for index in by_remainder.into_iter().take(left) {
-        counts[index] += 1;
-    }
-    counts
 }
 
 /// Stages with their ramps as stages of their own, with weights in lowest terms.

@@ -10,7 +10,7 @@
 //!
 //! The algorithm is named by [`VERSION`] and pinned by golden tests: changing it is a new version.
 
-pub mod course;
+pub mod epochs;
 pub mod holdout;
 pub mod mixture;
 pub mod partition;

@@ -1,11 +1,11 @@
 //! Partition: which positions a rank gets at which step.
 //!
-//! A global batch is a run of consecutive positions, by their index in a course; row `j` of rank `r` of `W` is index
+//! A global batch is a run of consecutive positions, by their index in a epochs; row `j` of rank `r` of `W` is index
 //! `step * batch_size * W + j * W + r`.
 //! Every rank has the same number of steps, whatever the remainder rule.
 
-use crate::config::Remainder;
 use crate::error::{Error, Result};
+use crate::settings::Remainder;
 
 /// How positions are grouped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub struct Grouping {
 /// What stands in one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Row {
-    /// Index of a position in the course.
+    /// Index of a position in the epochs.
     Index(u64),
     /// The same, for the second time: it fills the last batch.
     Repeated(u64),
@@ -74,7 +74,7 @@ impl Grouping {
         Ok(())
     }
 
-    /// Rows of this rank in the global batch that starts at index `start`, of a course of `end` indices whose last epoch begins at `last_epoch`.
+    /// Rows of this rank in the global batch that starts at index `start`, of a epochs of `end` indices whose last epoch begins at `last_epoch`.
     pub fn rows(&self, start: u64, end: u64, last_epoch: u64) -> impl Iterator<Item = Row> + use<> {
         let Self { rank, world_size, remainder, .. } = *self;
         (0..self.batch_size).map(move |row| start + row * world_size + rank).filter_map(move |index| {

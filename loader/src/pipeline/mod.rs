@@ -7,6 +7,8 @@
 //!
 //! A failed item stays at the front: every later call fails the same way, and nothing after it is ever delivered.
 
+pub(crate) mod affinity;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use crate::buffer::Lease;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{Home, lock, wait, wait_timeout};
+use crate::sync::{ForkGuard, lock, wait, wait_timeout};
 
 /// Items that take longer than this are not worth a consumer's own time while a worker computes the one it waits for: sleeping and being
 /// woken costs some tens of microseconds.
@@ -53,7 +55,7 @@ pub(crate) trait Work: Send + Sync + 'static {
 pub(crate) struct Pipeline<W: Work> {
     shared: Arc<Shared<W>>,
     workers: Mutex<Vec<JoinHandle<()>>>,
-    home: Home,
+    home: ForkGuard,
 }
 
 impl<W: Work> fmt::Debug for Pipeline<W> {
@@ -147,7 +149,7 @@ pub(crate) enum Taken<T> {
 
 /// What a consumer does while its item is not ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Patience {
+pub(crate) enum WaitPolicy {
     /// Goes away at once.
     None,
     /// Sleeps, at most so long. Without workers it computes the item all the same.
@@ -191,7 +193,7 @@ impl<W: Work> Pipeline<W> {
             ready: Condvar::new(),
             states: Mutex::default(),
         });
-        let pipeline = Self { shared, workers: Mutex::default(), home: Home::here() };
+        let pipeline = Self { shared, workers: Mutex::default(), home: ForkGuard::new() };
         for index in 0..plan.threads {
             let shared = Arc::clone(&pipeline.shared);
             let worker = std::thread::Builder::new()
@@ -213,13 +215,13 @@ impl<W: Work> Pipeline<W> {
     }
 
     /// The next item in order. `delivered` runs before any other consumer can take the one after it.
-    pub(crate) fn take(&self, patience: Patience, delivered: impl FnOnce(&W::Item)) -> Result<Taken<W::Item>> {
+    pub(crate) fn take(&self, patience: WaitPolicy, delivered: impl FnOnce(&W::Item)) -> Result<Taken<W::Item>> {
         let shared = &*self.shared;
         let mut deadline = None;
         let mut ring = lock(&shared.ring);
         let depth = ring.slots.iter().take_while(|slot| slot.is_some()).count();
         // Who only looks comes back at once to wait.
-        if depth > 0 || patience != Patience::None {
+        if depth > 0 || patience != WaitPolicy::None {
             ring.asked(depth > 0);
         }
         loop {
@@ -249,10 +251,10 @@ impl<W: Work> Pipeline<W> {
                 }
                 Some(None) | None => {
                     let timeout = match patience {
-                        Patience::None => return Ok(Taken::Pending),
-                        Patience::Wait(timeout) | Patience::Help(timeout) => timeout,
+                        WaitPolicy::None => return Ok(Taken::Pending),
+                        WaitPolicy::Wait(timeout) | WaitPolicy::Help(timeout) => timeout,
                     };
-                    if ring.wants_consumer(matches!(patience, Patience::Help(_)))
+                    if ring.wants_consumer(matches!(patience, WaitPolicy::Help(_)))
                         && let Some((number, lease)) = ring.take()
                     {
                         shared.begun(ring, number);
@@ -279,7 +281,7 @@ impl<W: Work> Pipeline<W> {
 
     /// Tells the workers to stop after what they are at; consumers fail from now on.
     pub(crate) fn close(&self) {
-        if self.home.was_left() {
+        if self.home.is_forked_child() {
             return;
         }
         self.shared.close();
@@ -287,7 +289,7 @@ impl<W: Work> Pipeline<W> {
 
     /// Waits for the workers to end, after [`Pipeline::close`].
     pub(crate) fn join(&self) {
-        if self.home.was_left() {
+        if self.home.is_forked_child() {
             return;
         }
         for worker in lock(&self.workers).drain(..) {
@@ -299,7 +301,7 @@ impl<W: Work> Pipeline<W> {
 
 impl<W: Work> Drop for Pipeline<W> {
     fn drop(&mut self) {
-        if self.home.was_left() {
+        if self.home.is_forked_child() {
             return;
         }
         self.shared.close();
@@ -424,8 +426,8 @@ impl<W: Work> Shared<W> {
 mod tests {
     use super::*;
 
-    const LONG: Patience = Patience::Wait(Duration::from_secs(60));
-    const HELP: Patience = Patience::Help(Duration::from_secs(60));
+    const LONG: WaitPolicy = WaitPolicy::Wait(Duration::from_secs(60));
+    const HELP: WaitPolicy = WaitPolicy::Help(Duration::from_secs(60));
 
     /// Items are their numbers, computed by a function.
     struct By<F>(F);
@@ -541,7 +543,7 @@ mod tests {
     fn no_more_than_the_window_is_begun() {
         let pipeline = pipeline(4, 3, 100, Ok);
         std::thread::sleep(Duration::from_millis(50));
-        assert!(matches!(pipeline.take(Patience::None, |_| ()).unwrap(), Taken::Item(0, 3)));
+        assert!(matches!(pipeline.take(WaitPolicy::None, |_| ()).unwrap(), Taken::Item(0, 3)));
     }
 
     #[test]

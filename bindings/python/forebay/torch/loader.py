@@ -97,7 +97,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         dp_rank: int | None = None,
         dp_world_size: int | None = None,
         mesh: Any = None,
-        replication: int | None = None,
+        model_parallel_size: int | None = None,
         epochs: int | Literal["endless"] | None = None,
         max_steps: int | None = None,
         remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
@@ -116,7 +116,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
-        ledger: str | os.PathLike[str] | None = None,
+        delivery_log: str | os.PathLike[str] | None = None,
         device: str | torch.device | None = None,
         device_prefetch: int = 2,
         _allocator: Callable[[int], torch.Tensor] | None = None,
@@ -142,7 +142,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             seed=seed,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
-            replication=replication,
+            model_parallel_size=model_parallel_size,
             epochs=epochs,
             max_steps=max_steps,
             remainder=remainder,
@@ -161,7 +161,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             block_tokens=block_tokens,
             io=io,
             cache_dir=cache_dir,
-            ledger=ledger,
+            delivery_log=delivery_log,
         )
         native = (
             is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")

@@ -18,9 +18,9 @@ def with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     if names & {"dp_rank", "dp_world_size"} or not (dist.is_available() and dist.is_initialized()):
         return pairs
     config, origins, *_ = _core.resolve(pairs, False)
-    peers = config["replication"]
+    peers = config["model_parallel_size"]
     if dist.get_world_size() % peers:
-        raise ConfigError(f"`replication` must divide the {dist.get_world_size()} ranks, found {peers}")
+        raise ConfigError(f"`model_parallel_size` must divide the {dist.get_world_size()} ranks, found {peers}")
     found = config["dp_rank"], config["dp_world_size"]
     here = dist.get_rank() // peers, dist.get_world_size() // peers
     origin = origins["dp_rank"]
@@ -33,7 +33,7 @@ def with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
         )
     assumed = (
         f"assuming pure data parallel over {here[1]} ranks (from torch.distributed); where tensor-, context- or "
-        "pipeline-parallel peers should read the same rows, set `mesh`, `replication`, or `dp_rank` and `dp_world_size`"
+        "pipeline-parallel peers should read the same rows, set `mesh`, `model_parallel_size`, or `dp_rank` and `dp_world_size`"
     )
     log_notes([], [assumed] if peers == 1 else [], here[0])
     return [*pairs, ("dp_rank", str(here[0])), ("dp_world_size", str(here[1]))]

@@ -1,0 +1,439 @@
+//! Index: what opening the shards of a corpus found, saved in one file, so that a start need not open them.
+//!
+//! The file is a header and one record of fixed size per shard, in corpus order; ranks map it and read records where they lie. It is a cache:
+//! its name and key are of all that the records depend on beside the shards, a checksum covers every byte, and a record stands only while its
+//! shard has the size and the modification time it had. Whatever does not fit is an error to be shown as a warning, and the index is made anew.
+//! Writers make a file of their own and rename it, so that those who start at once replace each other's whole files.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::hash::{BuildHasher, Hasher};
+use std::io::ErrorKind::{AlreadyExists, NotADirectory, NotFound};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::corpus::discover::ShardFile;
+use crate::error::{Error, Result};
+use crate::format::{Access, Counts, Format, OpenOptions, ShardFacts};
+use crate::settings::{DataFormat, Io};
+use crate::storage::local::SourceFile;
+use crate::tokens::Dtype;
+
+const MAGIC: &[u8; 8] = b"forebayI";
+/// Layout of header and records.
+const VERSION: u32 = 1;
+/// Magic, version, size of a record, number of records, key; then the checksum.
+const CHECKED_HEADER: usize = 40;
+const HEADER: usize = CHECKED_HEADER + 8;
+const RECORD: usize = 96;
+/// In place of nanoseconds, where a file system has no modification times.
+const NO_TIME: u32 = u32::MAX;
+
+const FORMATS: [Format; 3] = [Format::Parquet, Format::ArrowFile, Format::ArrowStream];
+const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I32, Dtype::I64];
+const ACCESSES: [Access; 2] = [Access::Random, Access::Block];
+
+/// A shard's place, by its absolute path: names may occur once under each root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Place(u128);
+
+impl Place {
+    /// Of each of `files`.
+    pub fn of_all(files: &[ShardFile]) -> Vec<Self> {
+        // Shards by the thousand share a folder.
+        let mut folders: HashMap<&Path, PathBuf> = HashMap::new();
+        let mut places = Vec::with_capacity(files.len());
+        for file in files {
+            let folder = file.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let folder = folders.entry(folder).or_insert_with(|| absolute(folder));
+            let mut hash = Xxh3::new();
+            hash.update(folder.as_os_str().as_encoded_bytes());
+            hash.update(b"/");
+            hash.update(file.path.file_name().unwrap_or_default().as_encoded_bytes());
+            places.push(Self(hash.digest128()));
+        }
+        places
+    }
+}
+
+/// What tells whether a file is still the one that was indexed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// Bytes of the file.
+    pub size_bytes: u64,
+    /// When it was last modified.
+    pub modified: Option<SystemTime>,
+}
+
+impl Stamp {
+    /// Of the file at `path`, as it is now.
+    pub fn of(path: &Path) -> Result<Self> {
+        let now = std::fs::metadata(path).map_err(|error| Error::io("cannot stat shard", error).at(path))?;
+        Ok(Self { size_bytes: now.len(), modified: now.modified().ok() })
+    }
+}
+
+impl From<ShardFacts> for Stamp {
+    fn from(facts: ShardFacts) -> Self {
+        Self { size_bytes: facts.size_bytes, modified: facts.modified }
+    }
+}
+
+/// The file that the index of a corpus is kept in.
+#[derive(Clone, Debug)]
+pub struct IndexFile {
+    path: PathBuf,
+    key: u128,
+}
+
+impl IndexFile {
+    /// In `folder`, of what `data` and the other settings mean.
+    pub fn new(folder: &Path, data: &[String], format: DataFormat, options: &OpenOptions) -> Self {
+        let mut hash = Xxh3::new();
+        let mut part = |bytes: &[u8]| {
+            hash.update(&(bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        // Another version may cut blocks elsewhere.
+        part(env!("CARGO_PKG_VERSION").as_bytes());
+        part(&VERSION.to_le_bytes());
+        part(format!("{format:?} {:?} {}", options.token_column, options.block_tokens).as_bytes());
+        for entry in data {
+            part(absolute(Path::new(entry)).as_os_str().as_encoded_bytes());
+        }
+        let key = hash.digest128();
+        Self { path: folder.join(format!("{key:032x}.forebay-index")), key }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What is saved there, if anything is.
+    pub fn load(&self, io: Io) -> Result<Option<SavedIndex>> {
+        let damaged = |what: &str| Error::data(format!("saved index is damaged: {what}")).at(&self.path);
+        let metadata = match std::fs::metadata(&self.path) {
+            Ok(metadata) => metadata,
+            Err(error) if matches!(error.kind(), NotFound | NotADirectory) => return Ok(None),
+            Err(error) => return Err(Error::io("cannot stat saved index", error).at(&self.path)),
+        };
+        if !metadata.is_file() || metadata.len() < HEADER as u64 {
+            return Err(damaged("it is shorter than its header"));
+        }
+        let file = SourceFile::open(&self.path, io)?;
+        let bytes = file.bytes(0..file.len())?;
+        if &bytes[..8] != MAGIC {
+            return Err(damaged("it does not begin as one"));
+        }
+        let mut hash = Xxh3::new();
+        hash.update(&bytes[..CHECKED_HEADER]);
+        hash.update(&bytes[HEADER..]);
+        if hash.digest() != u64_at(&bytes, CHECKED_HEADER) {
+            return Err(damaged("its checksum differs"));
+        }
+        let shards = u64_at(&bytes, 16);
+        let length = shards.checked_mul(RECORD as u64).and_then(|records| records.checked_add(HEADER as u64));
+        if u32_at(&bytes, 8) != VERSION || u32_at(&bytes, 12) != RECORD as u32 || length != Some(bytes.len() as u64) {
+            return Err(damaged("its records are not of this version"));
+        }
+        if u128_at(&bytes, 24) != self.key {
+            let message = "saved index belongs to other data or settings: it was renamed or copied";
+            return Err(Error::data(message).at(&self.path));
+        }
+        Ok(Some(SavedIndex { bytes }))
+    }
+
+    /// Saves `records`, in corpus order, in place of what is there. Returns the bytes of the file.
+    pub fn save(&self, records: impl ExactSizeIterator<Item = (Place, ShardFacts)>) -> Result<u64> {
+        let failed = |error| Error::io("cannot write saved index", error).at(&self.path);
+        let mut bytes = Vec::with_capacity(HEADER + records.len() * RECORD);
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&VERSION.to_le_bytes());
+        bytes.extend_from_slice(&(RECORD as u32).to_le_bytes());
+        bytes.extend_from_slice(&(records.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(&self.key.to_le_bytes());
+        bytes.extend_from_slice(&[0; 8]);
+        for (place, facts) in records {
+            push_record(&mut bytes, place, &facts);
+        }
+        let mut hash = Xxh3::new();
+        hash.update(&bytes[..CHECKED_HEADER]);
+        hash.update(&bytes[HEADER..]);
+        bytes[CHECKED_HEADER..HEADER].copy_from_slice(&hash.digest().to_le_bytes());
+
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(folder).map_err(failed)?;
+        let draft = Draft::create(&self.path).map_err(failed)?;
+        draft.publish(&bytes, &self.path).map_err(failed)?;
+        // Without this a crash may lose the new name, which costs one more opening of the shards.
+        if let Ok(folder) = File::open(folder) {
+            let _ = folder.sync_all();
+        }
+        Ok(bytes.len() as u64)
+    }
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// A file of this writer alone, removed unless it gets its final name.
+struct Draft {
+    path: PathBuf,
+    file: Option<File>,
+}
+
+impl Draft {
+    fn create(target: &Path) -> std::io::Result<Self> {
+        loop {
+            // Process ids repeat between the machines that share a folder; random numbers do not.
+            let unique = std::hash::RandomState::new().build_hasher().finish();
+            let path = target.with_extension(format!("{unique:016x}.tmp"));
+            match File::options().write(true).create_new(true).open(&path) {
+                Ok(file) => return Ok(Self { path, file: Some(file) }),
+                Err(error) if error.kind() == AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn publish(mut self, bytes: &[u8], target: &Path) -> std::io::Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let mut writer = BufWriter::new(&mut *file);
+        writer.write_all(bytes)?;
+        writer.flush()?;
+        drop(writer);
+        file.sync_all()?;
+        std::fs::rename(&self.path, target)?;
+        self.file = None;
+        Ok(())
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if self.file.take().is_some() {
+            // A draft left over is never read.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A loaded index. Cheap to clone; a mapped one costs no memory of its own.
+#[derive(Clone, Debug)]
+pub struct SavedIndex {
+    bytes: Bytes,
+}
+
+impl SavedIndex {
+    /// Records.
+    pub fn len(&self) -> usize {
+        (self.bytes.len() - HEADER) / RECORD
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Record `index`: whose it is, and what is known of that shard; none where it holds what no writer writes.
+    ///
+    /// # Panics
+    /// When `index` is not below [`SavedIndex::len`].
+    pub fn get(&self, index: usize) -> Option<(Place, ShardFacts)> {
+        let record = &self.bytes[HEADER + index * RECORD..HEADER + (index + 1) * RECORD];
+        let word = |place: usize| u64_at(record, 40 + place * 8);
+        let facts = ShardFacts {
+            size_bytes: u64_at(record, 16),
+            modified: time_of(u64_at(record, 24) as i64, u32_at(record, 32)),
+            format: *FORMATS.get(usize::from(record[36]))?,
+            dtype: *DTYPES.get(usize::from(record[37]))?,
+            access: *ACCESSES.get(usize::from(record[38]))?,
+            rows: word(0),
+            blocks: word(1),
+            counts: Counts { tokens: word(2), starts: word(3), ends: word(4) },
+            decoded_bytes: word(5),
+            largest_block_bytes: word(6),
+        };
+        Some((Place(u128_at(record, 0)), facts))
+    }
+}
+
+fn push_record(bytes: &mut Vec<u8>, place: Place, facts: &ShardFacts) {
+    let start = bytes.len();
+    let (seconds, nanos) = time_parts(facts.modified);
+    let number = |known: Option<usize>| known.expect("the table lists every variant") as u8;
+    bytes.extend_from_slice(&place.0.to_le_bytes());
+    bytes.extend_from_slice(&facts.size_bytes.to_le_bytes());
+    bytes.extend_from_slice(&seconds.to_le_bytes());
+    bytes.extend_from_slice(&nanos.to_le_bytes());
+    bytes.push(number(FORMATS.iter().position(|format| *format == facts.format)));
+    bytes.push(number(DTYPES.iter().position(|dtype| *dtype == facts.dtype)));
+    bytes.push(number(ACCESSES.iter().position(|access| *access == facts.access)));
+    bytes.push(0);
+    let Counts { tokens, starts, ends } = facts.counts;
+    for word in [facts.rows, facts.blocks, tokens, starts, ends, facts.decoded_bytes, facts.largest_block_bytes] {
+        bytes.extend_from_slice(&word.to_le_bytes());
+    }
+    debug_assert_eq!(bytes.len() - start, RECORD);
+}
+
+/// Whole seconds since 1970, which are negative before it, and the nanoseconds after them.
+fn time_parts(time: Option<SystemTime>) -> (i64, u32) {
+    match time.map(|time| time.duration_since(UNIX_EPOCH)) {
+        None => (0, NO_TIME),
+        Some(Ok(after)) => (after.as_secs() as i64, after.subsec_nanos()),
+        Some(Err(before)) => {
+            let before = before.duration();
+            match before.subsec_nanos() {
+                0 => (-(before.as_secs() as i64), 0),
+                nanos => (-(before.as_secs() as i64) - 1, 1_000_000_000 - nanos),
+            }
+        }
+    }
+}
+
+fn time_of(seconds: i64, nanos: u32) -> Option<SystemTime> {
+    if nanos == NO_TIME {
+        return None;
+    }
+    let whole = Duration::from_secs(seconds.unsigned_abs());
+    let second = if seconds < 0 { UNIX_EPOCH.checked_sub(whole) } else { UNIX_EPOCH.checked_add(whole) };
+    second?.checked_add(Duration::from_nanos(u64::from(nanos)))
+}
+
+fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    bytes[at..at + N].try_into().expect("a slice of that length")
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(array_at(bytes, at))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(array_at(bytes, at))
+}
+
+fn u128_at(bytes: &[u8], at: usize) -> u128 {
+    u128::from_le_bytes(array_at(bytes, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index(folder: &Path) -> IndexFile {
+        let options = OpenOptions { token_column: None, io: Io::Auto, block_tokens: 100 };
+        IndexFile::new(folder, &["corpus".to_owned()], DataFormat::Auto, &options)
+    }
+
+    fn records() -> Vec<(Place, ShardFacts)> {
+        let times = [
+            None,
+            Some(UNIX_EPOCH),
+            Some(UNIX_EPOCH - Duration::from_millis(1500)),
+            Some(UNIX_EPOCH - Duration::from_secs(2)),
+            Some(UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789)),
+        ];
+        times
+            .into_iter()
+            .zip(0..)
+            .map(|(modified, number): (_, u64)| {
+                let facts = ShardFacts {
+                    size_bytes: 100 + number,
+                    modified,
+                    format: FORMATS[number as usize % 3],
+                    dtype: DTYPES[number as usize % 5],
+                    access: ACCESSES[number as usize % 2],
+                    rows: 7,
+                    blocks: u64::MAX - number,
+                    counts: Counts { tokens: 1 << 40, starts: 5, ends: 6 },
+                    decoded_bytes: 8,
+                    largest_block_bytes: 9,
+                };
+                (Place(u128::MAX - u128::from(number)), facts)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_saved_is_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = index(&folder.path().join("made/on/demand"));
+        assert!(index.load(Io::Auto).unwrap().is_none());
+        for count in [0, 5] {
+            let bytes = index.save(records()[..count].iter().copied()).unwrap();
+            assert_eq!(bytes, std::fs::metadata(index.path()).unwrap().len());
+            for io in [Io::Mmap, Io::Pread] {
+                let saved = index.load(io).unwrap().unwrap();
+                let found: Vec<_> = (0..saved.len()).map(|at| saved.get(at).unwrap()).collect();
+                assert_eq!(found, records()[..count]);
+            }
+        }
+        let left: Vec<_> = std::fs::read_dir(index.path().parent().unwrap()).unwrap().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+    }
+
+    #[test]
+    fn any_damage_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = index(folder.path());
+        index.save(records().into_iter()).unwrap();
+        let sound = std::fs::read(index.path()).unwrap();
+        let mut bytes = sound.clone();
+        for at in 0..bytes.len() {
+            for bit in [1, 128] {
+                bytes[at] ^= bit;
+                std::fs::write(index.path(), &bytes).unwrap();
+                assert!(index.load(Io::Pread).is_err(), "byte {at}");
+                bytes[at] ^= bit;
+            }
+        }
+        for len in 0..sound.len() {
+            std::fs::write(index.path(), &sound[..len]).unwrap();
+            assert!(index.load(Io::Pread).is_err(), "{len} bytes");
+        }
+        std::fs::write(index.path(), [&sound[..], &[0]].concat()).unwrap();
+        assert!(index.load(Io::Pread).is_err());
+        std::fs::write(index.path(), &sound).unwrap();
+        assert!(index.load(Io::Pread).is_ok());
+    }
+
+    #[test]
+    fn an_index_of_other_settings_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = index(folder.path());
+        index.save(records().into_iter()).unwrap();
+        let options = OpenOptions { token_column: None, io: Io::Auto, block_tokens: 101 };
+        let other = IndexFile::new(folder.path(), &["corpus".to_owned()], DataFormat::Auto, &options);
+        assert!(other.load(Io::Auto).unwrap().is_none());
+        std::fs::copy(index.path(), other.path()).unwrap();
+        assert!(other.load(Io::Auto).unwrap_err().to_string().contains("other data or settings"));
+    }
+
+    #[test]
+    fn writers_at_once_leave_one_whole_index() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = index(folder.path());
+        std::thread::scope(|scope| {
+            for count in 1..=4 {
+                let index = &index;
+                scope.spawn(move || {
+                    for _ in 0..25 {
+                        index.save(records()[..count].iter().copied()).unwrap();
+                        let saved = index.load(Io::Mmap).unwrap().unwrap();
+                        for at in 0..saved.len() {
+                            assert_eq!(saved.get(at), Some(records()[at]));
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

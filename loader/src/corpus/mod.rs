@@ -1,0 +1,512 @@
+//! Corpus: the shards of one source in order, what is where in them, and a fingerprint.
+//!
+//! Without a saved index all shards are opened at the start, side by side on a pool of the loader's own, and every fault found is reported, not only
+//! the first. With one, only shards that it does not know as they are now are opened then; each of the others is opened by the first thread that reads
+//! it, and has to be what the index says.
+
+pub mod discover;
+pub mod index;
+mod shard_cache;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use xxhash_rust::xxh3::Xxh3;
+
+use self::discover::ShardFile;
+use crate::corpus::index::{IndexFile, Place, SavedIndex, Stamp};
+use crate::corpus::shard_cache::{Held, Opened};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{self, Access, Counts, OpenOptions, Shard, ShardFacts};
+use crate::settings::DataFormat;
+use crate::storage::local;
+use crate::tokens::Dtype;
+
+/// A block of the corpus: shard and block in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BlockRef {
+    /// Index of the shard.
+    pub shard: u32,
+    /// Index of the block in its shard.
+    pub block: u32,
+}
+
+/// An opened shard, and what stands before each of its blocks.
+#[derive(Debug)]
+pub struct OpenShard {
+    shard: Box<dyn Shard>,
+    before: Vec<Counts>,
+}
+
+impl OpenShard {
+    fn new(shard: Box<dyn Shard>) -> Self {
+        let mut before = Vec::with_capacity(shard.blocks().len() + 1);
+        let mut sum = Counts::default();
+        before.push(sum);
+        for block in shard.blocks() {
+            sum = sum + block.counts();
+            before.push(sum);
+        }
+        Self { shard, before }
+    }
+
+    /// The shard.
+    pub fn shard(&self) -> &dyn Shard {
+        self.shard.as_ref()
+    }
+
+    /// What is before each block and, last, in all of them.
+    pub fn before(&self) -> &[Counts] {
+        &self.before
+    }
+
+    /// Bytes of its tables.
+    pub fn index_bytes(&self) -> u64 {
+        self.shard.index_bytes() + size_of_val(self.before.as_slice()) as u64
+    }
+
+    /// Whether the first token of block `block` continues a document of the block before.
+    pub fn continues(&self, block: usize) -> bool {
+        self.before[block].starts > self.before[block].ends
+    }
+}
+
+/// The shards of one source, in corpus order.
+#[derive(Debug)]
+pub struct Corpus {
+    files: Vec<ShardFile>,
+    facts: Facts,
+    options: OpenOptions,
+    shards: Opened<OpenShard>,
+    dtype: Dtype,
+    access: Access,
+    fingerprint: String,
+    warnings: Vec<String>,
+}
+
+/// What is known of the shards.
+#[derive(Debug)]
+enum Facts {
+    /// Found by opening them.
+    Found(Vec<ShardFacts>),
+    /// Of an index whose records are those of the shards, in their order.
+    Saved(SavedIndex),
+}
+
+impl Facts {
+    fn get(&self, index: usize) -> ShardFacts {
+        match self {
+            Self::Found(facts) => facts[index],
+            Self::Saved(saved) => saved.get(index).expect("every record was read when it was compared").1,
+        }
+    }
+}
+
+/// What bringing the index of a corpus up to date came to.
+#[derive(Debug)]
+pub struct Indexed {
+    /// Where the index is.
+    pub file: IndexFile,
+    /// Shards that had to be opened, because they were not known as they are now.
+    pub opened: u64,
+    /// Why the index could not be saved, if it could not.
+    pub unsaved: Option<Error>,
+}
+
+impl Corpus {
+    /// Finds the shards of `data` and opens them all; with a folder `cache`, only those that the index there does not know as they are now.
+    ///
+    /// An index that is missing, outdated or damaged is made anew; one that cannot be saved is a warning.
+    pub fn open(
+        data: &[String],
+        format: DataFormat,
+        options: &OpenOptions,
+        cache: Option<&Path>,
+        pool: &rayon::ThreadPool,
+    ) -> Result<Self> {
+        if let Some(folder) = cache {
+            return Ok(Self::index(data, format, options, folder, pool, &|_, _| ())?.0);
+        }
+        let files = discover::find(data, format)?;
+        let most = local::most_files();
+        let shards = Opened::new(files.len(), most);
+        let open = |index: usize| {
+            let mut shard = format::open(&files[index].path, options)?;
+            let facts = shard.facts();
+            if files.len() > local::FEW_FILES {
+                shard.let_go();
+            }
+            if files.len() <= most {
+                shards.get_or_open(index, || Ok(OpenShard::new(shard)))?;
+            }
+            Ok(facts)
+        };
+        let (mut facts, mut faults) = (Vec::with_capacity(files.len()), Vec::new());
+        for (file, result) in files.iter().zip(side_by_side(pool, files.len(), open)) {
+            result.map(|found| facts.push((&*file.path, found))).unwrap_or_else(|error| faults.push(error));
+        }
+        no_faults(faults, facts.iter().copied(), format)?;
+        let facts = facts.into_iter().map(|(_, facts)| facts).collect();
+        Self::new(files, Facts::Found(facts), shards, options)
+    }
+
+    /// As [`Corpus::open`] with a folder; `progress` is called with the number of shards opened and to be opened.
+    pub fn index(
+        data: &[String],
+        format: DataFormat,
+        options: &OpenOptions,
+        folder: &Path,
+        pool: &rayon::ThreadPool,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<(Self, Indexed)> {
+        let files = discover::find(data, format)?;
+        let file = IndexFile::new(folder, data, format, options);
+        let mut warnings = Vec::new();
+        let saved = file.load(options.io).unwrap_or_else(|error| {
+            warnings.push(format!("{}; it is made anew", error.report()));
+            None
+        });
+        let mut indexed = Indexed { file, opened: 0, unsaved: None };
+
+        let places = Place::of_all(&files);
+        let known = known_records(&files, &places, saved.as_ref(), pool);
+        let stale: Vec<usize> = (0..files.len()).filter(|index| known[*index].is_none()).collect();
+        let known_facts = |index: usize| Some(saved.as_ref()?.get(known[index]?)?.1);
+        let facts = match &saved {
+            Some(saved) if known.len() == saved.len() && is_in_order(&known) => {
+                let facts = Facts::Saved(saved.clone());
+                let described = files.iter().enumerate().map(|(index, file)| (&*file.path, facts.get(index)));
+                no_faults(Vec::new(), described, format)?;
+                facts
+            }
+            _ => {
+                let done = AtomicU64::new(0);
+                progress(0, stale.len() as u64);
+                let open = |place: usize| {
+                    let facts = format::open(&files[stale[place]].path, options).map(|shard| shard.facts());
+                    progress(done.fetch_add(1, Ordering::Relaxed) + 1, stale.len() as u64);
+                    facts
+                };
+                let opened = side_by_side(pool, stale.len(), open);
+                indexed.opened = stale.len() as u64;
+                let mut known: Vec<_> = (0..files.len()).map(known_facts).collect();
+                let mut faults = Vec::new();
+                for (index, facts) in stale.iter().zip(opened) {
+                    facts.map(|facts| known[*index] = Some(facts)).unwrap_or_else(|error| faults.push(error));
+                }
+                // One that cannot be opened is among the faults.
+                let described = files.iter().zip(&known).filter_map(|(file, facts)| Some((&*file.path, (*facts)?)));
+                no_faults(faults, described, format)?;
+                let facts: Vec<ShardFacts> = known.into_iter().flatten().collect();
+                if let Err(error) = indexed.file.save(places.iter().copied().zip(facts.iter().copied())) {
+                    warnings.push(format!("{}; shards are opened at every start", error.report()));
+                    indexed.unsaved = Some(error);
+                }
+                Facts::Found(facts)
+            }
+        };
+        let shards = Opened::new(files.len(), local::most_files());
+        Ok((Self { warnings, ..Self::new(files, facts, shards, options)? }, indexed))
+    }
+
+    fn new(files: Vec<ShardFile>, facts: Facts, shards: Opened<OpenShard>, options: &OpenOptions) -> Result<Self> {
+        let mut corpus = Self {
+            files,
+            facts,
+            options: options.clone(),
+            shards,
+            dtype: Dtype::I32,
+            access: Access::Random,
+            fingerprint: String::new(),
+            warnings: Vec::new(),
+        };
+        let most = corpus.facts().map(|facts| facts.blocks).max().unwrap_or(0).max(corpus.len() as u64);
+        if u32::try_from(most).is_err() {
+            return Err(Error::data("corpus has more than 2^32 shards or blocks in a shard"));
+        }
+        // Empty shards have no blocks and say nothing of how tokens are reached.
+        let typical = corpus.facts().find(|facts| facts.blocks > 0).or_else(|| corpus.facts().next());
+        if let Some(typical) = typical {
+            (corpus.dtype, corpus.access) = (typical.dtype, typical.access);
+        }
+        corpus.fingerprint = corpus.fingerprint_of(corpus.len());
+        Ok(corpus)
+    }
+
+    /// Shards.
+    pub fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// Where the shards are, and their names relative to the roots they were found under.
+    pub fn files(&self) -> &[ShardFile] {
+        &self.files
+    }
+
+    /// What is known of each shard, in corpus order.
+    pub fn facts(&self) -> impl ExactSizeIterator<Item = ShardFacts> + '_ {
+        (0..self.len()).map(|index| self.facts.get(index))
+    }
+
+    /// Tokens and documents of each shard, in corpus order.
+    pub fn counts(&self) -> impl ExactSizeIterator<Item = Counts> + '_ {
+        self.facts().map(|facts| facts.counts)
+    }
+
+    /// Shard `index`, opened now if it is not yet, and then compared with what is known of it.
+    pub fn shard(&self, index: usize) -> Result<Held<'_, OpenShard>> {
+        self.shards.get_or_open(index, || {
+            let shard = format::open(&self.files[index].path, &self.options)?;
+            check_indexed(self.facts.get(index), shard.facts()).map_err(|error| error.at(shard.path()))?;
+            Ok(OpenShard::new(shard))
+        })
+    }
+
+    /// Shard `index`, if it is open already.
+    pub fn opened(&self, index: usize) -> Option<Held<'_, OpenShard>> {
+        self.shards.get(index)
+    }
+
+    /// What went wrong with the saved index, a line each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Type of the token ids on disk.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// How tokens are reached: `Block` if any shard has to be decoded.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// Tokens on disk.
+    pub fn tokens(&self) -> u64 {
+        self.counts().map(|counts| counts.tokens).sum()
+    }
+
+    /// Non-empty documents.
+    pub fn documents(&self) -> u64 {
+        self.counts().map(|counts| counts.starts).sum()
+    }
+
+    /// Bytes that all blocks take when decoded; 0 where nothing is decoded.
+    pub fn decoded_bytes(&self) -> u64 {
+        self.facts().map(|facts| facts.decoded_bytes).sum()
+    }
+
+    /// Bytes that the largest block takes when decoded.
+    pub fn largest_block_bytes(&self) -> u64 {
+        self.facts().map(|facts| facts.largest_block_bytes).max().unwrap_or(0)
+    }
+
+    /// Blocks that hold tokens.
+    pub fn blocks(&self) -> u64 {
+        self.facts().map(|facts| facts.blocks).sum()
+    }
+
+    /// What is known of shard `index`.
+    pub fn facts_of(&self, index: usize) -> ShardFacts {
+        self.facts.get(index)
+    }
+
+    /// Bytes of the tables of shards, and of the blocks of those that are open. A saved index is mapped and not counted.
+    pub fn index_bytes(&self) -> u64 {
+        let path = |file: &ShardFile| size_of_val(file) + file.path.as_os_str().len() + file.name.len();
+        let files: usize = self.files.iter().map(path).sum();
+        let facts = if let Facts::Found(facts) = &self.facts { size_of_val(facts.as_slice()) } else { 0 };
+        (files + facts) as u64 + self.open_shards().map(|shard| shard.index_bytes()).sum::<u64>()
+    }
+
+    /// Shards that may be open at the same time.
+    pub fn most_open(&self) -> usize {
+        self.len().min(local::most_files())
+    }
+
+    /// Shards that are open.
+    pub fn open_shards(&self) -> impl Iterator<Item = Held<'_, OpenShard>> {
+        (0..self.len()).filter_map(|index| self.opened(index))
+    }
+
+    /// Digest of names, sizes, counts and types, but of no absolute path or time.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// The fingerprint of a corpus of the first `shards` shards alone. Costs a hash of some 50 bytes per shard.
+    ///
+    /// # Panics
+    /// When there are fewer shards.
+    pub fn fingerprint_of(&self, shards: usize) -> String {
+        let mut hash = Xxh3::new();
+        let mut text = |text: &str| {
+            hash.update(&(text.len() as u64).to_le_bytes());
+            hash.update(text.as_bytes());
+        };
+        for (file, facts) in self.files[..shards].iter().zip(self.facts()) {
+            text(&file.name);
+            text(facts.format.name());
+            text(facts.dtype.name());
+            let Counts { tokens, starts, .. } = facts.counts;
+            text(&format!("{} {} {tokens} {starts}", facts.size_bytes, facts.rows));
+        }
+        format!("{:032x}", hash.digest128())
+    }
+}
+
+/// Which record of `saved` is that of each file, where the file has the size and the time it had then.
+fn known_records(
+    files: &[ShardFile],
+    places: &[Place],
+    saved: Option<&SavedIndex>,
+    pool: &rayon::ThreadPool,
+) -> Vec<Option<usize>> {
+    let Some(saved) = saved else { return vec![None; files.len()] };
+    // Shards stand where they stood, as a rule; the table of the others is made when one does not.
+    let others: OnceLock<HashMap<Place, usize>> = OnceLock::new();
+    let elsewhere = |place: Place| -> Option<usize> {
+        let table = others.get_or_init(|| {
+            let records = (0..saved.len()).filter_map(|index| Some((saved.get(index)?.0, index)));
+            records.collect()
+        });
+        table.get(&place).copied()
+    };
+    let known = |index: usize| {
+        let is_here = index < saved.len() && saved.get(index).is_some_and(|(place, _)| place == places[index]);
+        let record = if is_here { index } else { elsewhere(places[index])? };
+        // A file that cannot be looked at is opened, which tells why.
+        (Stamp::of(&files[index].path).ok()? == Stamp::from(saved.get(record)?.1)).then_some(record)
+    };
+    side_by_side(pool, files.len(), known)
+}
+
+/// What `work` makes of each of `0..count`, in order, by the threads of `pool` and the caller, which would only wait.
+fn side_by_side<T: Send + Sync>(pool: &rayon::ThreadPool, count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let results: Vec<OnceLock<T>> = std::iter::repeat_with(OnceLock::new).take(count).collect();
+    let next = AtomicUsize::new(0);
+    let take = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(result) = results.get(index) else { break };
+            let _ = result.set(work(index));
+        }
+    };
+    pool.in_place_scope(|scope| {
+        for _ in 0..pool.current_num_threads().min(count.saturating_sub(1)) {
+            scope.spawn(|_| take());
+        }
+        take();
+    });
+    results.into_iter().map(|result| result.into_inner().expect("each was taken by one thread")).collect()
+}
+
+fn is_in_order(records: &[Option<usize>]) -> bool {
+    records.iter().enumerate().all(|(index, record)| *record == Some(index))
+}
+
+/// Fails where an opened shard is not what the index says. Sizes of blocks are left out: they are needed for budgets only.
+fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
+    let changed = |what: &str, then: &dyn fmt::Debug, now: &dyn fmt::Debug| {
+        Err(Error::new(
+            ErrorKind::Changed,
+            format!(
+                "shard changed since it was indexed: {what} was {then:?} and is {now:?}; start anew, which indexes it again"
+            ),
+        ))
+    };
+    if found.size_bytes != indexed.size_bytes {
+        return changed("its size in bytes", &indexed.size_bytes, &found.size_bytes);
+    }
+    if found.modified != indexed.modified {
+        return changed("its modification time", &indexed.modified, &found.modified);
+    }
+    // Same size and time, other content: the index would be taken for right at the next start too.
+    if (found.format, found.dtype, found.access, found.rows, found.counts)
+        != (indexed.format, indexed.dtype, indexed.access, indexed.rows, indexed.counts)
+    {
+        return Err(Error::new(
+            ErrorKind::Changed,
+            format!(
+                "shard is not the one that was indexed, though its size and modification time are: expected {} rows and {} {} tokens, found {} rows \
+                 and {} {} tokens; remove the index from `cache_dir`",
+                indexed.rows,
+                indexed.counts.tokens,
+                indexed.dtype.name(),
+                found.rows,
+                found.counts.tokens,
+                found.dtype.name(),
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Fails with `faults` and with those that show only when all shards are seen together.
+fn no_faults<'a>(
+    mut faults: Vec<Error>,
+    shards: impl Iterator<Item = (&'a Path, ShardFacts)> + Clone,
+    format: DataFormat,
+) -> Result<()> {
+    faults.extend(mixed_shards(shards.clone()));
+    faults.extend(unexpected_shard(shards, format));
+    if faults.is_empty() { Ok(()) } else { Err(Error::all(faults)) }
+}
+
+/// Shards that cannot stand in one corpus together: other token types, or another way to be read.
+pub fn mixed_shards<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)> + Clone) -> Vec<Error> {
+    let Some((first_path, first)) = shards.clone().next() else { return Vec::new() };
+    let mut faults = Vec::new();
+    if let Some((path, other)) = shards.clone().find(|(_, facts)| facts.format.family() != first.format.family()) {
+        faults.push(Error::data(format!(
+            "formats differ between shards: `{}` is {}, `{}` is {}; load them as two corpora, or set `format`",
+            first_path.display(),
+            first.format.name(),
+            path.display(),
+            other.format.name()
+        )));
+        return faults;
+    }
+    if let Some((path, other)) = shards.clone().find(|(_, facts)| facts.dtype != first.dtype) {
+        faults.push(Error::data(format!(
+            "token types differ between shards: `{}` has {}, `{}` has {}; rewrite them with one type",
+            first_path.display(),
+            first.dtype.name(),
+            path.display(),
+            other.dtype.name()
+        )));
+    }
+    // Without tokens there is nothing that could be reached either way.
+    let mut full = shards.filter(|(_, facts)| facts.blocks > 0);
+    if let Some((first_path, first)) = full.next()
+        && let Some((path, _)) = full.find(|(_, facts)| facts.access != first.access)
+    {
+        faults.push(Error::data(format!(
+            "compressed and uncompressed Arrow shards cannot be mixed: `{}` and `{}` differ; rewrite them alike",
+            first_path.display(),
+            path.display()
+        )));
+    }
+    faults
+}
+
+/// The first shard of another format than the setting `format` allows.
+fn unexpected_shard<'a>(mut shards: impl Iterator<Item = (&'a Path, ShardFacts)>, format: DataFormat) -> Option<Error> {
+    let expected = match format {
+        DataFormat::Auto => return None,
+        DataFormat::Parquet => "parquet",
+        DataFormat::Arrow => "arrow",
+    };
+    let (path, facts) = shards.find(|(_, facts)| facts.format.family() != expected)?;
+    let message = format!("`format` is {expected}, but this shard is {}", facts.format.name());
+    Some(Error::data(message).at(path))
+}

@@ -1,0 +1,308 @@
+//! Compressed batches, decoded whole; several tiny ones make one block.
+
+use std::io::Read;
+use std::ops::Range;
+
+use arrow_ipc::CompressionType;
+
+use super::messages::{Batch, Messages, Part};
+use super::random::as_one_document;
+use super::{Column, Kind, Run, runs};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Access, BlockMeta, DecodedBlock, Ends, EndsScratch, Format, OpenOptions, Shard};
+use crate::storage::local::SourceFile;
+use crate::tokens::{Dtype, Tokens};
+
+/// More than any codec makes of a byte of input; a buffer that claims to be longer is damaged.
+const MAX_RATIO: u64 = 1 << 16;
+
+#[derive(Debug)]
+pub(super) struct CompressedArrow {
+    file: SourceFile,
+    format: Format,
+    column: Column,
+    rows: u64,
+    batches: Vec<Batch>,
+    metas: Vec<BlockMeta>,
+    /// Batches of each block.
+    blocks: Vec<Range<usize>>,
+}
+
+impl CompressedArrow {
+    pub(super) fn new(file: SourceFile, messages: Messages, options: &OpenOptions) -> Result<Self> {
+        let Messages { format, column, batches, rows, .. } = messages;
+        let mut shard = Self { file, format, column, rows, batches, metas: Vec::new(), blocks: Vec::new() };
+        let mut pending: Option<(BlockMeta, Range<usize>)> = None;
+        for index in 0..shard.batches.len() {
+            let runs = shard.runs(index)?;
+            let tokens: u64 = runs.iter().map(|run| run.tokens).sum();
+            if tokens == 0 {
+                continue;
+            }
+            let filled: u64 = runs.iter().map(|run| run.filled).sum();
+            let (meta, batches) = pending.get_or_insert_with(|| {
+                let first_row = shard.batches[index].first_row;
+                (BlockMeta { first_row, ..BlockMeta::default() }, index..index)
+            });
+            meta.tokens += tokens;
+            meta.starts += filled;
+            meta.ends += filled;
+            batches.end = index + 1;
+            if meta.tokens >= options.block_tokens
+                && let Some(block) = pending.take()
+            {
+                shard.push(block);
+            }
+        }
+        if let Some(block) = pending {
+            shard.push(block);
+        }
+        if shard.column.kind == Kind::Plain {
+            as_one_document(&mut shard.metas);
+        }
+        Ok(shard)
+    }
+
+    fn push(&mut self, (mut meta, batches): (BlockMeta, Range<usize>)) {
+        meta.decoded_bytes = meta.tokens * self.column.dtype.size() as u64 + meta.ends * 4;
+        self.metas.push(meta);
+        self.blocks.push(batches);
+    }
+
+    /// The runs of documents of batch `index`; its tokens stay compressed.
+    fn runs(&self, index: usize) -> Result<Vec<Run>> {
+        let batch = &self.batches[index];
+        let whole = |part: Part| self.decompress(batch, part, None);
+        let (offsets, validity, child_validity) =
+            (whole(batch.offsets)?, whole(batch.validity)?, whole(batch.child_validity)?);
+        let tokens = self.plain_len(batch, batch.tokens)?;
+        self.column
+            .check_lengths(batch, validity.len() as u64, offsets.len() as u64, child_validity.len() as u64, tokens)
+            .map_err(|text| Error::data(format!("record batch {index} is damaged: {text}")))?;
+        let mut found = Vec::new();
+        runs(&self.column, batch, (&offsets, &validity, &child_validity), (u64::MAX, u64::MAX), &mut found)?;
+        Ok(found)
+    }
+
+    /// Bytes that `part` has when decompressed.
+    fn plain_len(&self, batch: &Batch, part: Part) -> Result<u64> {
+        if batch.compression.is_none() || part.len == 0 {
+            return Ok(part.len);
+        }
+        let mut bytes = Vec::new();
+        let prefix = self.file.slice(part.start..part.start + part.len.min(8), &mut bytes)?;
+        let prefix: [u8; 8] =
+            prefix.try_into().map_err(|_| Error::data("a compressed buffer is shorter than its length"))?;
+        match i64::from_le_bytes(prefix) {
+            -1 => Ok(part.len - 8),
+            len if len >= 0 && len as u64 <= part.len.saturating_mul(MAX_RATIO) => Ok(len as u64),
+            len => Err(Error::data(format!("a compressed buffer of {} bytes claims to hold {len}", part.len))),
+        }
+    }
+
+    /// The first `limit` bytes of `part`, or all of it, decompressed.
+    fn decompress(&self, batch: &Batch, part: Part, limit: Option<u64>) -> Result<Vec<u8>> {
+        let plain_len = self.plain_len(batch, part)?;
+        let wanted = limit.unwrap_or(u64::MAX).min(plain_len) as usize;
+        let mut scratch = Vec::new();
+        let stored = self.file.slice(part.range(), &mut scratch)?;
+        let Some(codec) = batch.compression else { return Ok(stored[..wanted].to_vec()) };
+        let Some((prefix, stored)) = stored.split_at_checked(8) else { return Ok(Vec::new()) };
+        if prefix == (-1i64).to_le_bytes() {
+            return Ok(stored[..wanted].to_vec());
+        }
+        let mut plain = vec![0; wanted];
+        let whole = wanted as u64 == plain_len;
+        let result = match codec {
+            CompressionType::ZSTD if whole => zstd::bulk::decompress_to_buffer(stored, &mut plain)
+                .and_then(|len| if len == wanted { Ok(()) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }),
+            CompressionType::ZSTD => {
+                zstd::stream::read::Decoder::new(stored).and_then(|mut reader| reader.read_exact(&mut plain))
+            }
+            CompressionType::LZ4_FRAME => lz4_flex::frame::FrameDecoder::new(stored).read_exact(&mut plain),
+            other => Err(std::io::Error::other(format!("unknown codec {other:?}"))),
+        };
+        result.map_err(|error| {
+            let name = codec.variant_name().unwrap_or("unknown codec");
+            Error::data(format!("cannot decompress {} bytes of {name} to {plain_len}", stored.len())).with_source(error)
+        })?;
+        Ok(plain)
+    }
+
+    /// Appends the tokens and document ends of batch `index`, of which no more than `limit` tokens are needed.
+    fn decode_batch(&self, index: usize, limit: Option<u64>, block: &mut DecodedBlock) -> Result<()> {
+        let width = self.column.dtype.size();
+        let batch = &self.batches[index];
+        let offsets = self.decompress(batch, batch.offsets, None)?;
+        let validity = self.decompress(batch, batch.validity, None)?;
+        let child_validity = self.decompress(batch, batch.child_validity, None)?;
+        let mut found = Vec::new();
+        runs(&self.column, batch, (&offsets, &validity, &child_validity), (u64::MAX, u64::MAX), &mut found)?;
+
+        // How far into the values the wanted tokens reach.
+        let mut left = limit.unwrap_or(u64::MAX);
+        let mut reach = 0;
+        for run in &found {
+            let take = run.tokens.min(left);
+            reach = run.start + take;
+            left -= take;
+            if left == 0 {
+                break;
+            }
+        }
+        let values = self.decompress(batch, batch.tokens, Some(reach * width as u64))?;
+        for run in &found {
+            let end = (run.start + run.tokens).min(reach);
+            if run.start >= end {
+                break;
+            }
+            let base = (block.bytes.len() / width) as u64;
+            let part = &values[run.start as usize * width..end as usize * width];
+            let tokens = Tokens::new(self.column.dtype, part);
+            if let Some(at) = tokens.first_negative() {
+                let row = self.row_of(batch, &offsets, run, run.start + at as u64);
+                return Err(
+                    Error::data(format!("token ids must not be negative: found {}", tokens.get(at))).at_row(row)
+                );
+            }
+            block.bytes.extend_from_slice(part);
+            self.push_ends(&offsets, run, end, base, &mut block.ends)?;
+        }
+        Ok(())
+    }
+
+    fn push_ends(&self, offsets: &[u8], run: &Run, reach: u64, base: u64, ends: &mut Vec<u32>) -> Result<()> {
+        let mut last = run.start;
+        for row in run.row..run.row + run.rows {
+            let end = match self.column.kind {
+                Kind::List { offset_width } => super::read_offset(offsets, offset_width, row + 1)?,
+                Kind::FixedSizeList { length } => (row + 1) * length,
+                Kind::Plain => return Ok(()),
+            };
+            if end > reach {
+                break;
+            }
+            if end > last {
+                let end = u32::try_from(base + end - run.start).map_err(|_| {
+                    Error::data("a record batch holds more than 2^32 tokens; rewrite it with smaller ones")
+                })?;
+                ends.push(end);
+            }
+            last = end;
+        }
+        Ok(())
+    }
+
+    /// Row of the shard that holds value `value` of `batch`.
+    fn row_of(&self, batch: &Batch, offsets: &[u8], run: &Run, value: u64) -> u64 {
+        let row = match self.column.kind {
+            Kind::List { offset_width } => (run.row..run.row + run.rows)
+                .find(|row| super::read_offset(offsets, offset_width, row + 1).is_ok_and(|end| end > value))
+                .unwrap_or(run.row),
+            Kind::FixedSizeList { length } => value / length.max(1),
+            Kind::Plain => value,
+        };
+        batch.first_row + row
+    }
+}
+
+impl Shard for CompressedArrow {
+    fn file(&self) -> &SourceFile {
+        &self.file
+    }
+
+    fn let_go(&mut self) {
+        self.file.let_go();
+    }
+
+    fn format(&self) -> Format {
+        self.format
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.column.dtype
+    }
+
+    fn access(&self) -> Access {
+        Access::Block
+    }
+
+    fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    fn blocks(&self) -> &[BlockMeta] {
+        &self.metas
+    }
+
+    fn tokens<'a>(&'a self, _block: usize, _range: Range<u64>, _scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {
+        Err(Error::new(ErrorKind::Internal, "a compressed Arrow shard is decoded, not read in place").at(self.path()))
+    }
+
+    fn ends<'a>(&'a self, _block: usize, _scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
+        Err(Error::new(ErrorKind::Internal, "a compressed Arrow shard is decoded, not read in place").at(self.path()))
+    }
+
+    fn will_need(&self, block: usize, _range: Range<u64>) {
+        for batch in &self.batches[self.blocks[block].clone()] {
+            self.file.will_need(batch.tokens.range());
+        }
+    }
+
+    fn decode_into(&self, block: usize, limit: Option<u64>, decoded: &mut DecodedBlock) -> Result<()> {
+        let meta = &self.metas[block];
+        let place = |error: Error| error.at(self.path()).in_block(block as u64);
+        self.file.check_unchanged().map_err(place)?;
+        let width = self.column.dtype.size() as u64;
+        decoded.bytes.clear();
+        decoded.ends.clear();
+        decoded.bytes.reserve_exact((limit.unwrap_or(u64::MAX).min(meta.tokens) * width) as usize);
+        for index in self.blocks[block].clone() {
+            let have = decoded.bytes.len() as u64 / width;
+            if limit.is_some_and(|limit| have >= limit) {
+                break;
+            }
+            self.decode_batch(index, limit.map(|limit| limit - have), decoded).map_err(place)?;
+        }
+        let tokens = decoded.bytes.len() as u64 / width;
+        decoded.complete = tokens == meta.tokens;
+        if !decoded.complete && limit.is_none_or(|limit| tokens < limit) {
+            return Err(place(Error::data(format!("expected {} tokens, found {tokens}", meta.tokens))));
+        }
+        if self.column.kind == Kind::Plain && decoded.complete && meta.ends == 1 {
+            let end = u32::try_from(tokens).map_err(|_| place(Error::data("a block holds more than 2^32 tokens")))?;
+            decoded.ends.push(end);
+        }
+        Ok(())
+    }
+
+    fn index_bytes(&self) -> u64 {
+        let blocks = size_of_val(self.metas.as_slice()) + size_of_val(self.blocks.as_slice());
+        (size_of_val(self) + blocks + size_of_val(self.batches.as_slice())) as u64
+    }
+
+    fn advice(&self) -> Vec<String> {
+        let mut advice =
+            vec!["compressed Arrow has to be decoded: uncompressed Arrow is read in place, Parquet is decoded in smaller parts".to_owned()];
+        let largest = self.metas.iter().map(|meta| meta.tokens).max().unwrap_or(0);
+        if largest > 4 << 20 {
+            advice.push(format!(
+                "a record batch holds {largest} tokens and cannot be split: write batches of about 128 Ki tokens"
+            ));
+        }
+        if self.column.dtype == Dtype::I64 {
+            advice.push("tokens take 8 bytes: int32 or uint16 halves or quarters the memory".to_owned());
+        }
+        advice
+    }
+
+    fn describe(&self) -> String {
+        let codec = self.batches.iter().find_map(|batch| batch.compression).and_then(|codec| codec.variant_name());
+        format!(
+            "column `{}`, {} record batches, {}",
+            self.column.name,
+            self.batches.len(),
+            codec.unwrap_or("uncompressed")
+        )
+    }
+}

@@ -1,0 +1,351 @@
+//! The messages of an Arrow IPC file or stream, reduced to where the token column lies in each record batch.
+
+use arrow_ipc::{CompressionType, Endianness, Message, MessageHeader, MetadataVersion};
+
+use super::{Column, Kind, Run, runs};
+use crate::error::{Error, Result};
+use crate::format::{Format, OpenOptions};
+use crate::storage::local::Reads;
+
+const MAGIC: &[u8] = b"ARROW1";
+const CONTINUATION: u32 = u32::MAX;
+/// Metadata of a batch is a few hundred bytes; far larger lengths are damage.
+const MAX_METADATA: u64 = 1 << 28;
+/// Keeps the cost of finding a document in a block small where empty documents make a search impossible.
+const MAX_ROWS: u64 = 4096;
+
+/// A stretch of the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Part {
+    pub(super) start: u64,
+    pub(super) len: u64,
+}
+
+impl Part {
+    pub(super) fn range(self) -> std::ops::Range<u64> {
+        self.start..self.start + self.len
+    }
+}
+
+/// A record batch, as far as the token column goes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Batch {
+    pub(super) rows: u64,
+    /// Row of the shard that its first row is.
+    pub(super) first_row: u64,
+    /// Tokens of the child array, or rows of a plain column.
+    pub(super) values: u64,
+    /// Empty where no document is null.
+    pub(super) validity: Part,
+    pub(super) offsets: Part,
+    /// Empty where no token is null.
+    pub(super) child_validity: Part,
+    pub(super) tokens: Part,
+    pub(super) compression: Option<CompressionType>,
+    /// How many runs it has.
+    pub(super) runs: usize,
+}
+
+/// What opening found.
+#[derive(Debug)]
+pub(super) struct Messages {
+    pub(super) format: Format,
+    pub(super) column: Column,
+    pub(super) batches: Vec<Batch>,
+    /// Of all batches, but for compressed ones.
+    pub(super) runs: Vec<Run>,
+    pub(super) rows: u64,
+}
+
+impl Messages {
+    pub(super) fn read(reads: &mut Reads, format: Format, options: &OpenOptions) -> Result<Self> {
+        match format {
+            Format::ArrowFile => Self::read_file(reads, options),
+            _ => Self::read_stream(reads, options),
+        }
+    }
+
+    fn read_file(reads: &mut Reads, options: &OpenOptions) -> Result<Self> {
+        // ARROW1, padding, messages, footer, its length in 4 bytes, ARROW1.
+        let tail_len = 4 + MAGIC.len() as u64;
+        let len = reads.file().len();
+        let tail_at = len
+            .checked_sub(tail_len)
+            .ok_or_else(|| Error::data(format!("Arrow file is truncated: {len} bytes hold no footer")))?;
+        let tail = reads.last(tail_len)?;
+        let footer_len = u64::from(u32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]));
+        let footer_at = tail_at.checked_sub(footer_len).ok_or_else(|| {
+            Error::data(format!("Arrow file is damaged: a footer of {footer_len} bytes in a file of {len}"))
+        })?;
+        let footer = reads.get(footer_at..tail_at)?;
+        let footer = arrow_ipc::root_as_footer(footer).map_err(|error| damaged("footer", &error))?;
+        let schema = footer.schema().ok_or_else(|| Error::data("Arrow file is damaged: its footer has no schema"))?;
+        let mut found = Self::from_schema(Format::ArrowFile, schema, footer.version(), options)?;
+        let blocks: Vec<i64> = footer.recordBatches().iter().flatten().map(|block| block.offset()).collect();
+        found.batches.reserve(blocks.len());
+        for offset in blocks {
+            let at = u64::try_from(offset)
+                .map_err(|_| Error::data("Arrow file is damaged: a block has a negative offset"))?;
+            let Some(message) = read_message(reads, at)? else {
+                return Err(Error::data(format!(
+                    "Arrow file is damaged: no message at byte {at}, where its footer lists a batch"
+                )));
+            };
+            let batch = found.batch(len, &message)?;
+            found.add(reads, batch, options)?;
+        }
+        Ok(found)
+    }
+
+    fn read_stream(reads: &mut Reads, options: &OpenOptions) -> Result<Self> {
+        let Some(first) = read_message(reads, 0)? else {
+            return Err(Error::data("Arrow stream is empty: it ends before its schema"));
+        };
+        let schema = first.message.header_as_schema().ok_or_else(|| {
+            Error::data(format!(
+                "Arrow stream is damaged: it begins with {:?} instead of a schema",
+                first.message.header_type()
+            ))
+        })?;
+        let mut found = Self::from_schema(Format::ArrowStream, schema, first.message.version(), options)?;
+        let mut at = first.body.start + first.body.len;
+        let len = reads.file().len();
+        // A stream ends with its file, or with an empty message.
+        while at < len {
+            let Some(message) = read_message(reads, at)? else {
+                let rest = len - at;
+                if rest > 8 {
+                    return Err(Error::data(format!(
+                        "Arrow stream ends at byte {at} and {} more bytes follow it: several streams in one file are not supported",
+                        rest - 8
+                    )));
+                }
+                break;
+            };
+            let next = message.body.start + message.body.len;
+            match message.message.header_type() {
+                MessageHeader::RecordBatch => {
+                    let batch = found.batch(len, &message)?;
+                    found.add(reads, batch, options)?;
+                }
+                MessageHeader::DictionaryBatch => {}
+                other => {
+                    return Err(Error::data(format!(
+                        "Arrow stream is damaged: an unexpected {other:?} message at byte {at}"
+                    )));
+                }
+            }
+            at = next;
+        }
+        Ok(found)
+    }
+
+    fn from_schema(
+        format: Format,
+        schema: arrow_ipc::Schema<'_>,
+        version: MetadataVersion,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        if schema.endianness() != Endianness::Little {
+            return Err(Error::data("Arrow data is big-endian: expected little-endian"));
+        }
+        let schema = arrow_ipc::convert::try_fb_to_schema(schema)
+            .map_err(|error| Error::data("Arrow schema is damaged").with_source(error))?;
+        let column = Column::find(&schema, options.token_column.as_deref(), version < MetadataVersion::V5)?;
+        Ok(Self { format, column, batches: Vec::new(), runs: Vec::new(), rows: 0 })
+    }
+
+    /// What `message`, of a file of `file_len` bytes, says of the next batch.
+    fn batch(&self, file_len: u64, message: &Found<'_>) -> Result<Batch> {
+        let number = self.batches.len();
+        let broken = |what: &str| Error::data(format!("record batch {number} is damaged: {what}"));
+        let batch = message.message.header_as_record_batch().ok_or_else(|| broken("it is no record batch"))?;
+        let count = |value: i64, what: &str| u64::try_from(value).map_err(|_| broken(&format!("{what} is negative")));
+        let nodes = batch.nodes().ok_or_else(|| broken("it has no field nodes"))?;
+        let buffers = batch.buffers().ok_or_else(|| broken("it has no buffers"))?;
+        let views = batch.variadicBufferCounts();
+        let mut first = self.column.buffer;
+        for view in 0..self.column.views {
+            let counts = views
+                .filter(|counts| view < counts.len())
+                .ok_or_else(|| broken("counts of view buffers are missing"))?;
+            first = usize::try_from(counts.get(view))
+                .ok()
+                .and_then(|more| first.checked_add(more))
+                .ok_or_else(|| broken("a count of view buffers is impossible"))?;
+        }
+        let node = |index: usize| {
+            (index < nodes.len())
+                .then(|| nodes.get(index))
+                .ok_or_else(|| broken("a field node of the token column is missing"))
+        };
+        let part = |index: usize| -> Result<Part> {
+            if index >= buffers.len() {
+                return Err(broken("a buffer of the token column is missing"));
+            }
+            let buffer = buffers.get(index);
+            let (offset, len) =
+                (count(buffer.offset(), "a buffer's offset")?, count(buffer.length(), "a buffer's length")?);
+            if offset.checked_add(len).is_none_or(|end| end > message.body.len) {
+                return Err(broken(&format!(
+                    "a buffer at {offset} of {len} bytes lies outside its body of {} bytes",
+                    message.body.len
+                )));
+            }
+            Ok(Part { start: message.body.start + offset, len })
+        };
+        let used = |part: Part, nulls: u64| if nulls == 0 { Part::default() } else { part };
+
+        let list = node(self.column.node)?;
+        let (rows, nulls) = (count(list.length(), "a row count")?, count(list.null_count(), "a null count")?);
+        if rows != count(batch.length(), "its row count")? {
+            return Err(broken("the token column has another number of rows than the batch"));
+        }
+        let validity = used(part(first)?, nulls);
+        let (child, offsets, after) = match self.column.kind {
+            Kind::List { .. } => (Some(node(self.column.node + 1)?), part(first + 1)?, first + 2),
+            Kind::FixedSizeList { .. } => (Some(node(self.column.node + 1)?), Part::default(), first + 1),
+            Kind::Plain => (None, Part::default(), first),
+        };
+        let (values, child_validity) = match child {
+            Some(child) => {
+                let nulls = count(child.null_count(), "a null count")?;
+                (count(child.length(), "a value count")?, used(part(after)?, nulls))
+            }
+            None => (rows, Part::default()),
+        };
+        let tokens = part(after + 1)?;
+        if let Kind::FixedSizeList { length } = self.column.kind
+            && rows.checked_mul(length) != Some(values)
+        {
+            return Err(broken(&format!("{rows} lists of {length} tokens have {values} values")));
+        }
+        let compression = batch.compression().map(|compression| compression.codec());
+        let batch = Batch {
+            rows,
+            first_row: self.rows,
+            values,
+            validity,
+            offsets,
+            child_validity,
+            tokens,
+            compression,
+            runs: 0,
+        };
+        if compression.is_none() {
+            // Compressed buffers say how long they are only when they are read.
+            self.column
+                .check_lengths(&batch, validity.len, offsets.len, child_validity.len, tokens.len)
+                .map_err(|text| broken(&text))?;
+        }
+        // Rows are stored, so there cannot be more of them than bits in the file; an empty list still takes an offset.
+        if self.column.kind != (Kind::FixedSizeList { length: 0 }) && rows / 8 > file_len.saturating_mul(1 << 12) {
+            return Err(broken("it has more rows than its file could hold"));
+        }
+        if self.rows.checked_add(rows).is_none() {
+            return Err(broken("its row count is impossible"));
+        }
+        Ok(batch)
+    }
+
+    /// Adds `batch`, and finds its documents now that its offsets, which follow its message, may have been read with it.
+    fn add(&mut self, reads: &mut Reads, mut batch: Batch, options: &OpenOptions) -> Result<()> {
+        if batch.compression.is_none() {
+            let validity = reads.get(batch.validity.range())?.to_vec();
+            let child_validity = reads.get(batch.child_validity.range())?.to_vec();
+            let offsets = reads.get(batch.offsets.range())?;
+            let before = self.runs.len();
+            let buffers = (offsets, &*validity, &*child_validity);
+            runs(&self.column, &batch, buffers, (options.block_tokens, MAX_ROWS), &mut self.runs)?;
+            batch.runs = self.runs.len() - before;
+        }
+        self.rows += batch.rows;
+        self.batches.push(batch);
+        Ok(())
+    }
+}
+
+impl Column {
+    /// Fails where uncompressed buffers of these lengths are too short for `batch`.
+    pub(super) fn check_lengths(
+        &self,
+        batch: &Batch,
+        validity: u64,
+        offsets: u64,
+        child_validity: u64,
+        tokens: u64,
+    ) -> Result<(), String> {
+        let need = |what: &str, found: u64, needed: Option<u64>| match needed {
+            Some(needed) if found >= needed => Ok(()),
+            _ => Err(format!(
+                "its {what} have {found} bytes, too few for {} rows and {} tokens",
+                batch.rows, batch.values
+            )),
+        };
+        let optional = |what: &str, found: u64, bits: u64| {
+            if found == 0 { Ok(()) } else { need(what, found, Some(bits.div_ceil(8))) }
+        };
+        optional("validity bits", validity, batch.rows)?;
+        optional("validity bits of tokens", child_validity, batch.values)?;
+        if let Kind::List { offset_width } = self.kind
+            && batch.rows > 0
+        {
+            need(
+                "offsets",
+                offsets,
+                batch.rows.checked_add(1).and_then(|count| count.checked_mul(offset_width as u64)),
+            )?;
+        }
+        need("tokens", tokens, batch.values.checked_mul(self.dtype.size() as u64))
+    }
+}
+
+/// A message and where its body lies.
+struct Found<'a> {
+    message: Message<'a>,
+    body: Part,
+}
+
+/// The message at byte `at`, or `None` if the stream ends there.
+fn read_message(reads: &mut Reads, at: u64) -> Result<Option<Found<'_>>> {
+    let file_len = reads.file().len();
+    let truncated = |end: u64| {
+        Error::data(format!(
+            "Arrow data is truncated: the message at byte {at} reaches to byte {end}, the file ends at {file_len}; write or copy it again"
+        ))
+    };
+    let mut word = |at: u64| -> Result<u32> {
+        let end = at.saturating_add(4);
+        if end > file_len {
+            return Err(truncated(end));
+        }
+        let b = reads.get(at..end)?;
+        Ok(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+    };
+    // Before Arrow 0.15 there was no marker before the length.
+    let (len, start) = match word(at)? {
+        CONTINUATION => (word(at + 4)?, at + 8),
+        len => (len, at + 4),
+    };
+    if len == 0 {
+        return Ok(None);
+    }
+    let len = u64::from(len);
+    if start + len > file_len || len > MAX_METADATA {
+        return Err(truncated(start + len));
+    }
+    let bytes = reads.get(start..start + len)?;
+    let message =
+        arrow_ipc::root_as_message(bytes).map_err(|error| damaged(&format!("message at byte {at}"), &error))?;
+    let body_len = u64::try_from(message.bodyLength())
+        .map_err(|_| Error::data("Arrow data is damaged: a body has a negative length"))?;
+    let body = Part { start: start + len, len: body_len };
+    match body.start.checked_add(body.len) {
+        Some(end) if end <= file_len => Ok(Some(Found { message, body })),
+        end => Err(truncated(end.unwrap_or(u64::MAX))),
+    }
+}
+
+fn damaged(what: &str, error: &impl std::fmt::Display) -> Error {
+    Error::data(format!("Arrow {what} is damaged: {error}"))
+}

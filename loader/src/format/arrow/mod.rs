@@ -1,0 +1,273 @@
+//! Arrow IPC shards, file and stream.
+//!
+//! The messages are walked by their flatbuffers alone and no Arrow arrays are built: opening finds where the offsets and the values of the token
+//! column lie in each record batch, checks every buffer against the file, and scans the list offsets once. Uncompressed batches are then read in
+//! place; compressed ones are decoded whole. Format: the Arrow columnar specification, "Serialization and Interprocess Communication".
+
+mod compressed;
+mod messages;
+mod random;
+
+use arrow_schema::DataType;
+
+use super::{Format, OpenOptions, Shard, choose_token_column};
+use crate::error::{Error, Result};
+use crate::storage::local::Reads;
+use crate::tokens::Dtype;
+use messages::Batch;
+
+/// How the documents of the token column lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Lists with offsets of so many bytes.
+    List { offset_width: usize },
+    /// Lists of one length.
+    FixedSizeList { length: u64 },
+    /// One token per row: the file is one document.
+    Plain,
+}
+
+/// The token column, and where its parts are among those of a batch.
+#[derive(Clone, Debug)]
+struct Column {
+    name: String,
+    kind: Kind,
+    dtype: Dtype,
+    /// Index of its first field node.
+    node: usize,
+    /// Index of its first buffer, but for the variable buffers of views before it.
+    buffer: usize,
+    /// Columns of view type before it, each with a number of buffers given per batch.
+    views: usize,
+}
+
+impl Column {
+    fn find(schema: &arrow_schema::Schema, wanted: Option<&str>, legacy_unions: bool) -> Result<Self> {
+        let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+        let name = choose_token_column(&names, wanted)?;
+        let mut counts = Counts { legacy_unions, ..Counts::default() };
+        for field in schema.fields() {
+            if field.name() != name {
+                counts.add(field.data_type());
+                continue;
+            }
+            let refused = || {
+                Error::data(format!(
+                    "token column `{name}` has type {}: expected a list, large list or fixed-size list of uint8, uint16, uint32, int32 or int64, or a \
+                     plain column of these",
+                    field.data_type()
+                ))
+            };
+            let (kind, element) = match field.data_type() {
+                DataType::List(item) => (Kind::List { offset_width: 4 }, item.data_type()),
+                DataType::LargeList(item) => (Kind::List { offset_width: 8 }, item.data_type()),
+                DataType::FixedSizeList(item, length) => {
+                    (Kind::FixedSizeList { length: u64::try_from(*length).map_err(|_| refused())? }, item.data_type())
+                }
+                other => (Kind::Plain, other),
+            };
+            let dtype = match element {
+                DataType::UInt8 => Dtype::U8,
+                DataType::UInt16 => Dtype::U16,
+                DataType::UInt32 => Dtype::U32,
+                DataType::Int32 => Dtype::I32,
+                DataType::Int64 => Dtype::I64,
+                _ => return Err(refused()),
+            };
+            return Ok(Self {
+                name: name.to_owned(),
+                kind,
+                dtype,
+                node: counts.nodes,
+                buffer: counts.buffers,
+                views: counts.views,
+            });
+        }
+        unreachable!("the column was chosen among these fields")
+    }
+}
+
+/// Field nodes and buffers that columns occupy in a batch.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    nodes: usize,
+    buffers: usize,
+    views: usize,
+    /// Before metadata version 5, unions had a validity buffer.
+    legacy_unions: bool,
+}
+
+impl Counts {
+    fn add(&mut self, data_type: &DataType) {
+        self.nodes += 1;
+        match data_type {
+            DataType::Null => {}
+            DataType::Utf8 | DataType::Binary | DataType::LargeUtf8 | DataType::LargeBinary => self.buffers += 3,
+            DataType::Utf8View | DataType::BinaryView => {
+                self.buffers += 2;
+                self.views += 1;
+            }
+            DataType::List(item) | DataType::LargeList(item) | DataType::Map(item, _) => {
+                self.buffers += 2;
+                self.add(item.data_type());
+            }
+            DataType::ListView(item) | DataType::LargeListView(item) => {
+                self.buffers += 3;
+                self.add(item.data_type());
+            }
+            DataType::FixedSizeList(item, _) => {
+                self.buffers += 1;
+                self.add(item.data_type());
+            }
+            DataType::Struct(fields) => {
+                self.buffers += 1;
+                fields.iter().for_each(|field| self.add(field.data_type()));
+            }
+            DataType::Union(fields, mode) => {
+                self.buffers +=
+                    1 + usize::from(*mode == arrow_schema::UnionMode::Dense) + usize::from(self.legacy_unions);
+                fields.iter().for_each(|(_, field)| self.add(field.data_type()));
+            }
+            DataType::RunEndEncoded(ends, values) => {
+                self.add(ends.data_type());
+                self.add(values.data_type());
+            }
+            // Dictionaries hold their indices here; everything else has a fixed width.
+            _ => self.buffers += 2,
+        }
+    }
+}
+
+/// A run of documents of a batch whose tokens lie side by side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    /// First row, counted in the batch.
+    row: u64,
+    rows: u64,
+    /// First token, counted in the batch's values.
+    start: u64,
+    tokens: u64,
+    /// Documents with tokens.
+    filled: u64,
+}
+
+/// Opens the file of `reads`, whose content is known to be Arrow IPC of `format`.
+pub(crate) fn open(mut reads: Reads, format: Format, options: &OpenOptions) -> Result<Box<dyn Shard>> {
+    let messages = messages::Messages::read(&mut reads, format, options)?;
+    let file = reads.into_file();
+    if messages.batches.iter().any(|batch| batch.compression.is_some()) {
+        return Ok(Box::new(compressed::CompressedArrow::new(file, messages, options)?));
+    }
+    Ok(Box::new(random::MappedArrow::new(file, messages)))
+}
+
+/// Cuts the documents of `batch` into runs of at most about `run_tokens` tokens and `run_rows` rows, and adds them to `out`.
+///
+/// `offsets`, `validity` and `child_validity` are the batch's buffers, where it has them. Null documents count as empty; those that cover tokens all
+/// the same end a run. Offsets are checked: not negative, never falling, inside of the values. A null token in a document is an error.
+fn runs(
+    column: &Column,
+    batch: &Batch,
+    (offsets, validity, child_validity): (&[u8], &[u8], &[u8]),
+    limits: (u64, u64),
+    out: &mut Vec<Run>,
+) -> Result<()> {
+    if batch.rows == 0 {
+        return Ok(());
+    }
+    let enough = |count: usize| {
+        let missing =
+            || Error::data(format!("list offsets end after {} bytes, offset {count} is missing", offsets.len()));
+        if batch.rows < count as u64 { Ok(()) } else { Err(missing()) }
+    };
+    let bits = (validity, child_validity);
+    match column.kind {
+        Kind::List { offset_width: 4 } => {
+            let (offsets, _) = offsets.as_chunks();
+            enough(offsets.len())?;
+            cut(batch, |row| i64::from(i32::from_le_bytes(offsets[row as usize])), bits, false, limits, out)
+        }
+        Kind::List { .. } => {
+            let (offsets, _) = offsets.as_chunks();
+            enough(offsets.len())?;
+            cut(batch, |row| i64::from_le_bytes(offsets[row as usize]), bits, false, limits, out)
+        }
+        // As many as are stored.
+        Kind::FixedSizeList { length } => cut(batch, |row| (row * length) as i64, bits, false, limits, out),
+        Kind::Plain => cut(batch, |row| row as i64, bits, true, limits, out),
+    }
+}
+
+/// As [`runs`], with `end_at` where a number of rows ends; where documents are `plain` rows, none may be null.
+fn cut(
+    batch: &Batch,
+    end_at: impl Fn(u64) -> i64,
+    (validity, child_validity): (&[u8], &[u8]),
+    plain: bool,
+    (run_tokens, run_rows): (u64, u64),
+    out: &mut Vec<Run>,
+) -> Result<()> {
+    let is_null = |bits: &[u8], index: u64| !bits.is_empty() && bits[(index / 8) as usize] & (1 << (index % 8)) == 0;
+    let null_token =
+        |row: u64| Error::data("null token: every id in a document must be set").at_row(batch.first_row + row);
+    // Negative ones become larger than any count.
+    let mut start = end_at(0) as u64;
+    let mut run = Run { row: 0, rows: 0, start, tokens: 0, filled: 0 };
+    for row in 0..batch.rows {
+        let end = end_at(row + 1) as u64;
+        if end < start || end > batch.values {
+            let negative = [row, row + 1].into_iter().find(|row| end_at(*row) < 0);
+            return Err(Error::data(match negative {
+                Some(row) => format!("list offset {row} is negative: {}", end_at(row)),
+                None => format!(
+                    "list offsets are damaged: row {row} of a batch covers values {start}..{end} of {}",
+                    batch.values
+                ),
+            }));
+        }
+        let null = is_null(validity, row);
+        if plain && null {
+            return Err(null_token(row));
+        }
+        let ends_run = if null && end > start {
+            true
+        } else {
+            if !child_validity.is_empty() && (start..end).any(|token| is_null(child_validity, token)) {
+                return Err(null_token(row));
+            }
+            run.rows += 1;
+            run.tokens += end - start;
+            run.filled += u64::from(end > start);
+            run.tokens >= run_tokens || run.rows >= run_rows
+        };
+        if ends_run {
+            if run.tokens > 0 {
+                out.push(run);
+            }
+            run = Run { row: row + 1, rows: 0, start: end, tokens: 0, filled: 0 };
+        }
+        start = end;
+    }
+    if run.tokens > 0 {
+        out.push(run);
+    }
+    Ok(())
+}
+
+fn read_offset(offsets: &[u8], width: usize, index: u64) -> Result<u64> {
+    let at = index as usize * width;
+    let value = match (width, offsets.get(at..at + width)) {
+        (4, Some(b)) => i64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        (8, Some(b)) => i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
+        _ => {
+            return Err(Error::data(format!(
+                "list offsets end after {} bytes, offset {index} is missing",
+                offsets.len()
+            )));
+        }
+    };
+    u64::try_from(value).map_err(|_| Error::data(format!("list offset {index} is negative: {value}")))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+//! Uncompressed batches, read in place.
+
+use std::ops::Range;
+
+use super::messages::{Messages, Part};
+use super::{Column, Kind};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::{Access, BlockMeta, DecodedBlock, Ends, EndsScratch, Format, Shard};
+use crate::storage::local::SourceFile;
+use crate::tokens::{Dtype, Tokens};
+
+/// Batches below this many tokens cost more to index than to read.
+const SMALL_BATCH: u64 = 16 << 10;
+
+#[derive(Debug)]
+pub(super) struct MappedArrow {
+    file: SourceFile,
+    format: Format,
+    column: Column,
+    rows: u64,
+    batches: usize,
+    metas: Vec<BlockMeta>,
+    blocks: Vec<Block>,
+}
+
+/// Where a block lies in the file.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    tokens: Part,
+    /// Its list offsets, one more than it has rows.
+    offsets: Part,
+    /// Whether some of its documents are empty.
+    has_empty: bool,
+}
+
+impl MappedArrow {
+    pub(super) fn new(file: SourceFile, messages: Messages) -> Self {
+        let Messages { format, column, batches, runs, rows } = messages;
+        let width = column.dtype.size() as u64;
+        let (mut metas, mut blocks) = (Vec::with_capacity(runs.len()), Vec::with_capacity(runs.len()));
+        let mut runs = runs.into_iter();
+        let offset_width = if let Kind::List { offset_width } = column.kind { offset_width as u64 } else { 0 };
+        for batch in &batches {
+            for run in runs.by_ref().take(batch.runs) {
+                blocks.push(Block {
+                    tokens: Part { start: batch.tokens.start + run.start * width, len: run.tokens * width },
+                    offsets: Part {
+                        start: batch.offsets.start + run.row * offset_width,
+                        len: (run.rows + 1) * offset_width,
+                    },
+                    has_empty: run.filled < run.rows,
+                });
+                metas.push(BlockMeta {
+                    tokens: run.tokens,
+                    starts: run.filled,
+                    ends: run.filled,
+                    decoded_bytes: 0,
+                    first_row: batch.first_row + run.row,
+                });
+            }
+        }
+        if column.kind == Kind::Plain {
+            as_one_document(&mut metas);
+        }
+        file.advise_random();
+        Self { file, format, column, rows, batches: batches.len(), metas, blocks }
+    }
+}
+
+/// Marks blocks as parts of one document.
+pub(super) fn as_one_document(metas: &mut [BlockMeta]) {
+    let last = metas.len().saturating_sub(1);
+    for (index, meta) in metas.iter_mut().enumerate() {
+        meta.starts = u64::from(index == 0);
+        meta.ends = u64::from(index == last);
+    }
+}
+
+impl Shard for MappedArrow {
+    fn file(&self) -> &SourceFile {
+        &self.file
+    }
+
+    fn let_go(&mut self) {
+        self.file.let_go();
+    }
+
+    fn format(&self) -> Format {
+        self.format
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.column.dtype
+    }
+
+    fn access(&self) -> Access {
+        Access::Random
+    }
+
+    fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    fn blocks(&self) -> &[BlockMeta] {
+        &self.metas
+    }
+
+    fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {
+        self.file.check_window()?;
+        let width = self.column.dtype.size() as u64;
+        let all = self.blocks[block].tokens;
+        debug_assert!(range.end * width <= all.len, "window outside of its block");
+        let bytes = self.file.slice(all.start + range.start * width..all.start + range.end * width, scratch)?;
+        Ok(Tokens::new(self.column.dtype, bytes))
+    }
+
+    fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
+        let all = self.blocks[block].tokens;
+        let from = all.start + token * self.column.dtype.size() as u64;
+        self.file.mapped()?.get(from as usize..(all.start + all.len) as usize)
+    }
+
+    fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
+        let meta = &self.metas[block];
+        let width = match self.column.kind {
+            Kind::List { offset_width } => offset_width,
+            Kind::FixedSizeList { length } => return Ok(Ends::Fixed { length, count: meta.ends as usize }),
+            Kind::Plain => return Ok(Ends::Fixed { length: meta.tokens, count: meta.ends as usize }),
+        };
+        self.file.check_window()?;
+        let Block { offsets, has_empty, .. } = self.blocks[block];
+        let bytes = self.file.slice(offsets.range(), &mut scratch.bytes)?;
+        let all = Ends::Offsets { bytes, width };
+        if !has_empty {
+            return Ok(all);
+        }
+        scratch.list.clear();
+        let mut last = 0;
+        for index in 0..all.len() {
+            let end = all.get(index);
+            if end > last {
+                let end32 = u32::try_from(end).map_err(|_| {
+                    Error::data(
+                        "a block of more than 2^32 tokens holds empty documents; rewrite it with smaller batches",
+                    )
+                })?;
+                scratch.list.push(end32);
+            }
+            last = end;
+        }
+        Ok(Ends::List(&scratch.list))
+    }
+
+    fn will_need(&self, block: usize, range: Range<u64>) {
+        let width = self.column.dtype.size() as u64;
+        let start = self.blocks[block].tokens.start;
+        self.file.will_need(start + range.start * width..start + range.end * width);
+    }
+
+    fn is_resident(&self, block: usize, range: Range<u64>) -> bool {
+        self.file.is_resident(self.blocks[block].tokens.start + range.start * self.column.dtype.size() as u64)
+    }
+
+    fn decode_into(&self, _block: usize, _limit: Option<u64>, _out: &mut DecodedBlock) -> Result<()> {
+        Err(Error::new(ErrorKind::Internal, "an uncompressed Arrow shard is read in place, not decoded")
+            .at(self.path()))
+    }
+
+    fn index_bytes(&self) -> u64 {
+        (size_of_val(self) + size_of_val(self.metas.as_slice()) + size_of_val(self.blocks.as_slice())) as u64
+    }
+
+    fn advice(&self) -> Vec<String> {
+        let mut advice = Vec::new();
+        let tokens: u64 = self.metas.iter().map(|meta| meta.tokens).sum();
+        if self.batches > 1 && tokens / (self.batches as u64) < SMALL_BATCH {
+            advice.push(format!(
+                "record batches hold {} tokens on average: batches of {SMALL_BATCH} or more open faster",
+                tokens / self.batches as u64
+            ));
+        }
+        if self.column.dtype == Dtype::I64 {
+            advice.push("tokens take 8 bytes: int32 or uint16 halves or quarters the file and the reading".to_owned());
+        }
+        advice
+    }
+
+    fn describe(&self) -> String {
+        format!("column `{}`, {} record batches, uncompressed, read in place", self.column.name, self.batches)
+    }
+}

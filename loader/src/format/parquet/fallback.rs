@@ -1,0 +1,129 @@
+//! Whole row groups through the arrow reader: slower, but it knows every corner of the format.
+
+use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
+use arrow_array::{Array, ArrayRef};
+use arrow_schema::DataType;
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::errors::ParquetError;
+use parquet::file::reader::{ChunkReader, Length};
+
+use super::column::Column;
+use crate::error::{Error, Result};
+use crate::storage::local::SourceFile;
+use crate::tokens::Dtype;
+
+/// A decoded row group.
+#[derive(Debug, Default)]
+pub(super) struct Decoded {
+    /// Token ids in the logical width; null tokens have some value.
+    pub(super) bytes: Vec<u8>,
+    /// Ends of its non-empty documents; empty where rows are tokens.
+    pub(super) ends: Vec<u32>,
+    /// Row, counted from the row group's first, of each non-empty document.
+    pub(super) rows: Vec<u64>,
+    /// Row of the first null token.
+    pub(super) null: Option<u64>,
+}
+
+/// The file as the parquet crate wants it.
+struct Chunks(SourceFile);
+
+impl Length for Chunks {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+}
+
+impl ChunkReader for Chunks {
+    type T = Box<dyn Read>;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
+        // Only footers and page headers are read this way, a few kB each.
+        let end = self.0.len().min(start.saturating_add(1 << 20));
+        let bytes = self.0.bytes(start..end.max(start)).map_err(|error| ParquetError::External(Box::new(error)))?;
+        Ok(Box::new(std::io::Cursor::new(bytes)))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<bytes::Bytes> {
+        let end = start.saturating_add(length as u64);
+        self.0.bytes(start..end).map_err(|error| ParquetError::External(Box::new(error)))
+    }
+}
+
+/// Decodes row group `index`.
+pub(super) fn read(file: &SourceFile, column: &Column, index: usize) -> Result<Decoded> {
+    // The reader asserts on some kinds of damage that it could report.
+    catch_unwind(AssertUnwindSafe(|| read_inner(file, column, index)))
+        .unwrap_or_else(|_| Err(Error::data(format!("row group {index} is damaged: the arrow reader gave up on it"))))
+}
+
+fn read_inner(file: &SourceFile, column: &Column, index: usize) -> Result<Decoded> {
+    let failed = |error: ParquetError| Error::data(format!("cannot read row group {index}")).with_source(error);
+    let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
+    let builder =
+        ParquetRecordBatchReaderBuilder::try_new_with_options(Chunks(file.clone()), options).map_err(failed)?;
+    let mask = ProjectionMask::leaves(builder.parquet_schema(), [column.leaf]);
+    let reader = builder.with_projection(mask).with_row_groups(vec![index]).build().map_err(failed)?;
+    let mut decoded = Decoded::default();
+    let mut row = 0;
+    for batch in reader {
+        let batch = batch.map_err(|error| Error::data(format!("cannot read row group {index}")).with_source(error))?;
+        push(&mut decoded, column, batch.column(0), row)?;
+        row += batch.num_rows() as u64;
+    }
+    Ok(decoded)
+}
+
+fn push(decoded: &mut Decoded, column: &Column, array: &ArrayRef, first_row: u64) -> Result<()> {
+    let width = column.dtype.size();
+    let (values, offsets) = match array.data_type() {
+        DataType::List(_) => {
+            let list = array.as_list::<i32>();
+            (list.values(), list.offsets().iter().map(|&offset| offset as usize).collect::<Vec<_>>())
+        }
+        _ => (array, Vec::new()),
+    };
+    let bytes = raw(values, column.dtype)?;
+    if !column.lists {
+        if values.null_count() > 0 {
+            let at = (0..values.len()).find(|&i| values.is_null(i)).unwrap_or(0);
+            decoded.null.get_or_insert(first_row + at as u64);
+        }
+        decoded.bytes.extend_from_slice(bytes);
+        return Ok(());
+    }
+    for (i, pair) in offsets.windows(2).enumerate() {
+        let row = first_row + i as u64;
+        if array.is_null(i) || pair[0] == pair[1] {
+            continue;
+        }
+        if values.null_count() > 0 && (pair[0]..pair[1]).any(|at| values.is_null(at)) {
+            decoded.null.get_or_insert(row);
+        }
+        decoded.bytes.extend_from_slice(&bytes[pair[0] * width..pair[1] * width]);
+        let end = u32::try_from(decoded.bytes.len() / width)
+            .map_err(|_| Error::data("a row group has more than 2^32 tokens: write smaller row groups"))?;
+        decoded.ends.push(end);
+        decoded.rows.push(row);
+    }
+    Ok(())
+}
+
+fn raw(values: &ArrayRef, dtype: Dtype) -> Result<&[u8]> {
+    let bytes = match (values.data_type(), dtype) {
+        (DataType::UInt8, Dtype::U8) => values.as_primitive::<UInt8Type>().values().inner(),
+        (DataType::UInt16, Dtype::U16) => values.as_primitive::<UInt16Type>().values().inner(),
+        (DataType::UInt32, Dtype::U32) => values.as_primitive::<UInt32Type>().values().inner(),
+        (DataType::Int32, Dtype::I32) => values.as_primitive::<Int32Type>().values().inner(),
+        (DataType::Int64, Dtype::I64) => values.as_primitive::<Int64Type>().values().inner(),
+        (other, _) => {
+            return Err(Error::data(format!("the arrow reader gives {other}, expected {}", dtype.name())));
+        }
+    };
+    Ok(bytes.as_slice())
+}

@@ -1,0 +1,272 @@
+//! Page headers: the few fields of Thrift's compact protocol that a page walk needs.
+//!
+//! The parquet crate keeps its own parser private. This one skips what it does not know, never reads past the slice it
+//! is given and tells "cut off" from "damaged", so that the caller can come back with more bytes.
+
+/// Encodings by their numbers in the format's Thrift file.
+pub(super) mod code {
+    pub(in crate::format::parquet) const PLAIN: i32 = 0;
+    pub(in crate::format::parquet) const PLAIN_DICTIONARY: i32 = 2;
+    pub(in crate::format::parquet) const RLE: i32 = 3;
+    pub(in crate::format::parquet) const DELTA_BINARY_PACKED: i32 = 5;
+    pub(in crate::format::parquet) const RLE_DICTIONARY: i32 = 8;
+    pub(in crate::format::parquet) const BYTE_STREAM_SPLIT: i32 = 9;
+}
+
+/// A data page of either version.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct DataHeader {
+    pub(super) num_values: i32,
+    pub(super) encoding: i32,
+    pub(super) def_encoding: i32,
+    pub(super) rep_encoding: i32,
+    /// Byte lengths of repetition and definition levels, and whether the values are compressed; version 2 only.
+    pub(super) v2: Option<V2>,
+}
+
+/// What only pages of version 2 have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct V2 {
+    pub(super) rep_bytes: i32,
+    pub(super) def_bytes: i32,
+    pub(super) compressed: bool,
+}
+
+/// What a page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Data(DataHeader),
+    Dictionary {
+        num_values: i32,
+        encoding: i32,
+    },
+    /// Index pages and kinds still to come: passed over.
+    Other,
+}
+
+/// A parsed page header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) kind: Kind,
+    pub(super) uncompressed: i32,
+    pub(super) compressed: i32,
+    pub(super) crc: Option<u32>,
+    /// Bytes the header itself takes.
+    pub(super) length: usize,
+}
+
+/// Why there is no header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// The bytes end inside it.
+    CutOff,
+    /// It is not one; what is wrong.
+    Damaged(&'static str),
+}
+
+type Parse<T> = Result<T, Fault>;
+
+// Wire types of the compact protocol.
+const TRUE: u8 = 1;
+const FALSE: u8 = 2;
+const STRUCT: u8 = 12;
+
+/// Nesting and element limits; real headers stay far below.
+const MAX_DEPTH: u32 = 16;
+
+struct Cursor<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl Cursor<'_> {
+    fn byte(&mut self) -> Parse<u8> {
+        let byte = *self.bytes.get(self.at).ok_or(Fault::CutOff)?;
+        self.at += 1;
+        Ok(byte)
+    }
+
+    fn varint(&mut self) -> Parse<u64> {
+        let mut value = 0u64;
+        for shift in (0..64).step_by(7) {
+            let byte = self.byte()?;
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(value);
+            }
+        }
+        Err(Fault::Damaged("overlong integer"))
+    }
+
+    fn i32(&mut self) -> Parse<i32> {
+        let raw = self.varint()?;
+        let value = (raw >> 1) as i64 ^ -((raw & 1) as i64);
+        i32::try_from(value).map_err(|_| Fault::Damaged("integer out of range"))
+    }
+
+    fn pass(&mut self, bytes: u64) -> Parse<()> {
+        let left = (self.bytes.len() - self.at) as u64;
+        if bytes > left {
+            return Err(Fault::CutOff);
+        }
+        self.at += bytes as usize;
+        Ok(())
+    }
+
+    /// Next field of a struct as (id, wire type), or `None` at its end.
+    fn field(&mut self, last: &mut i32) -> Parse<Option<(i32, u8)>> {
+        let byte = self.byte()?;
+        let wire = byte & 0x0f;
+        if wire == 0 {
+            return Ok(None);
+        }
+        *last = match byte >> 4 {
+            0 => self.i32()?,
+            delta => last.checked_add(i32::from(delta)).ok_or(Fault::Damaged("field id out of range"))?,
+        };
+        Ok(Some((*last, wire)))
+    }
+
+    fn skip(&mut self, wire: u8, depth: u32) -> Parse<()> {
+        if depth > MAX_DEPTH {
+            return Err(Fault::Damaged("nested too deeply"));
+        }
+        match wire {
+            TRUE | FALSE => Ok(()),
+            3 => self.pass(1),
+            4..=6 => self.varint().map(drop),
+            7 => self.pass(8),
+            8 => {
+                let length = self.varint()?;
+                self.pass(length)
+            }
+            9 | 10 => {
+                let head = self.byte()?;
+                let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
+                for _ in 0..count {
+                    self.skip_element(head & 0x0f, depth)?;
+                }
+                Ok(())
+            }
+            11 => {
+                let count = self.varint()?;
+                if count > 0 {
+                    let types = self.byte()?;
+                    for _ in 0..count {
+                        self.skip_element(types >> 4, depth)?;
+                        self.skip_element(types & 0x0f, depth)?;
+                    }
+                }
+                Ok(())
+            }
+            STRUCT => {
+                let mut last = 0;
+                while let Some((_, wire)) = self.field(&mut last)? {
+                    self.skip(wire, depth + 1)?;
+                }
+                Ok(())
+            }
+            _ => Err(Fault::Damaged("unknown wire type")),
+        }
+    }
+
+    /// Inside containers a boolean takes a byte of its own. Every element thus takes at least one byte, which bounds
+    /// the loops above by the slice.
+    fn skip_element(&mut self, wire: u8, depth: u32) -> Parse<()> {
+        if matches!(wire, TRUE | FALSE) { self.pass(1) } else { self.skip(wire, depth + 1) }
+    }
+
+    /// Reads a struct whose integer and boolean fields go to `take`; everything else is skipped.
+    fn structure(&mut self, mut take: impl FnMut(i32, i32)) -> Parse<()> {
+        let mut last = 0;
+        while let Some((id, wire)) = self.field(&mut last)? {
+            match wire {
+                TRUE => take(id, 1),
+                FALSE => take(id, 0),
+                4 | 5 => take(id, self.i32()?),
+                _ => self.skip(wire, 0)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Parses the page header at the start of `bytes`.
+pub(super) fn parse(bytes: &[u8]) -> Parse<Header> {
+    let mut cursor = Cursor { bytes, at: 0 };
+    let mut last = 0;
+    let (mut kind, mut uncompressed, mut compressed, mut crc) = (None, None, None, None);
+    let (mut data, mut data2, mut dictionary) = (None, None, None);
+    while let Some((id, wire)) = cursor.field(&mut last)? {
+        match (id, wire) {
+            (1, 5) => kind = Some(cursor.i32()?),
+            (2, 5) => uncompressed = Some(cursor.i32()?),
+            (3, 5) => compressed = Some(cursor.i32()?),
+            (4, 5) => crc = Some(cursor.i32()? as u32),
+            (5, STRUCT) => {
+                let mut header = DataHeader { num_values: -1, encoding: -1, ..DataHeader::default() };
+                cursor.structure(|id, value| match id {
+                    1 => header.num_values = value,
+                    2 => header.encoding = value,
+                    3 => header.def_encoding = value,
+                    4 => header.rep_encoding = value,
+                    _ => {}
+                })?;
+                data = Some(header);
+            }
+            (7, STRUCT) => {
+                let (mut num_values, mut encoding) = (-1, -1);
+                cursor.structure(|id, value| match id {
+                    1 => num_values = value,
+                    2 => encoding = value,
+                    _ => {}
+                })?;
+                dictionary = Some(Kind::Dictionary { num_values, encoding });
+            }
+            (8, STRUCT) => {
+                let mut header = DataHeader {
+                    num_values: -1,
+                    encoding: -1,
+                    def_encoding: code::RLE,
+                    rep_encoding: code::RLE,
+                    v2: None,
+                };
+                let mut v2 = V2 { compressed: true, ..V2::default() };
+                cursor.structure(|id, value| match id {
+                    1 => header.num_values = value,
+                    4 => header.encoding = value,
+                    5 => v2.def_bytes = value,
+                    6 => v2.rep_bytes = value,
+                    7 => v2.compressed = value != 0,
+                    _ => {}
+                })?;
+                header.v2 = Some(v2);
+                data2 = Some(header);
+            }
+            _ => cursor.skip(wire, 0)?,
+        }
+    }
+    let missing = Fault::Damaged("a required field is missing");
+    let kind = match kind.ok_or(missing)? {
+        0 => Kind::Data(data.ok_or(missing)?),
+        2 => dictionary.ok_or(missing)?,
+        3 => Kind::Data(data2.ok_or(missing)?),
+        _ => Kind::Other,
+    };
+    let header = Header {
+        kind,
+        uncompressed: uncompressed.ok_or(missing)?,
+        compressed: compressed.ok_or(missing)?,
+        crc,
+        length: cursor.at,
+    };
+    let negative = match header.kind {
+        Kind::Data(data) => data.num_values < 0 || data.v2.is_some_and(|v2| v2.rep_bytes < 0 || v2.def_bytes < 0),
+        Kind::Dictionary { num_values, .. } => num_values < 0,
+        Kind::Other => false,
+    };
+    if negative || header.uncompressed < 0 || header.compressed < 0 {
+        return Err(Fault::Damaged("a size is negative"));
+    }
+    Ok(header)
+}

@@ -1,0 +1,677 @@
+//! Parquet shards: one integer list column, decoded page by page.
+//!
+//! Opening reads the footer and walks the page headers and levels of the token column ([`pages`]); after that every
+//! block, a run of adjacent pages, is known by its tokens and documents. Decoding goes from page bodies straight to ids
+//! in their logical width ([`values`]). Row groups with something unfamiliar are left to arrow-rs ([`fallback`]).
+//! Every byte of the file is untrusted.
+
+mod codec;
+mod column;
+mod fallback;
+mod header;
+mod kernels;
+mod levels;
+mod pages;
+mod runs;
+#[cfg(test)]
+mod tests;
+mod values;
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ::parquet::file::metadata::{FooterTail, ParquetMetaData, ParquetMetaDataReader};
+use ::parquet::file::statistics::Statistics;
+
+use self::codec::{Codec, Decompressor};
+use self::column::Column;
+use self::levels::Levels;
+use self::pages::{Body, Coding, Page, RowGroup, Walk, Walker, Window};
+use self::values::{Dictionary, Encoded};
+use super::{Access, BlockMeta, DecodedBlock, Ends, EndsScratch, Format, OpenOptions, Shard};
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::local::SourceFile;
+use crate::tokens::{Dtype, Tokens};
+
+/// Magic and footer length at the end of a file.
+const TAIL_BYTES: u64 = 8;
+
+/// Tokens a block may have, so that its ends fit 32 bits.
+const MAX_BLOCK_TOKENS: u64 = u32::MAX as u64;
+
+/// Opens `file`, whose content is known to be Parquet.
+pub(crate) fn open(file: SourceFile, options: &OpenOptions) -> Result<Box<dyn Shard>> {
+    Ok(Box::new(ParquetShard::open(file, options, Route::Pages)?))
+}
+
+/// Which decoder row groups get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Route {
+    /// Ours where it can, arrow-rs elsewhere.
+    Pages,
+    /// Arrow-rs for all, to compare the two.
+    #[cfg(test)]
+    Arrow,
+}
+
+/// An opened Parquet file.
+#[derive(Debug)]
+struct ParquetShard {
+    file: SourceFile,
+    /// What blocks are decoded to: its type is the smallest that holds all ids.
+    column: Column,
+    /// Type of the ids in the file.
+    dtype: Dtype,
+    rows: u64,
+    row_groups: Vec<RowGroup>,
+    pages: Vec<Page>,
+    blocks: Vec<BlockMeta>,
+    /// Pages of each block.
+    ranges: Vec<Range<usize>>,
+    /// Largest id, if all row groups have statistics.
+    max_id: Option<i64>,
+    /// The dictionary used last, and its row group. Dictionaries are small beside a block, so one is enough.
+    dictionary: Mutex<Option<(u32, Arc<Dictionary>)>>,
+}
+
+/// What decoding a page borrows from its thread's [`Scratch`].
+struct Context<'a> {
+    levels: &'a mut Levels,
+    decompressor: &'a mut Decompressor,
+    plain: &'a mut Vec<u8>,
+}
+
+/// Memory kept by a thread from block to block.
+#[derive(Default)]
+struct Scratch {
+    file: Vec<u8>,
+    page: Vec<u8>,
+    levels: Levels,
+    decompressor: Decompressor,
+}
+
+/// Buffers above this are given back after a block.
+const KEEP_BYTES: usize = 16 << 20;
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+fn read_footer(file: &SourceFile) -> Result<(ParquetMetaData, u64)> {
+    let len = file.len();
+    let damaged = |what: String| Error::data(format!("not a whole Parquet file: {what}"));
+    if len < TAIL_BYTES + 4 {
+        return Err(damaged(format!("{len} bytes are too few")));
+    }
+    let mut scratch = Vec::new();
+    let tail = file.slice(len - TAIL_BYTES..len, &mut scratch)?;
+    let tail: &[u8; TAIL_BYTES as usize] = tail.try_into().map_err(|_| damaged("its tail is missing".to_owned()))?;
+    if &tail[4..] == b"PARE" {
+        return Err(Error::data("encrypted Parquet files are not supported"));
+    }
+    let footer = FooterTail::try_new(tail).map_err(|error| {
+        damaged("it does not end in `PAR1`; it may be truncated, or still being written".to_owned()).with_source(error)
+    })?;
+    let size = footer.metadata_length() as u64;
+    let start = (len - TAIL_BYTES)
+        .checked_sub(size)
+        .ok_or_else(|| damaged(format!("its footer should have {size} bytes, the file has {len}")))?;
+    let mut scratch = Vec::new();
+    let bytes = file.slice(start..len - TAIL_BYTES, &mut scratch)?;
+    let metadata = ParquetMetaDataReader::decode_metadata(bytes)
+        .map_err(|error| damaged("its footer is damaged".to_owned()).with_source(error))?;
+    Ok((metadata, start))
+}
+
+impl ParquetShard {
+    fn open(file: SourceFile, options: &OpenOptions, route: Route) -> Result<Self> {
+        let path = file.path().to_owned();
+        Self::open_inner(file, options, route).map_err(|error| error.at(&path))
+    }
+
+    fn open_inner(file: SourceFile, options: &OpenOptions, route: Route) -> Result<Self> {
+        let (metadata, data_end) = read_footer(&file)?;
+        let info = metadata.file_metadata();
+        let rows = u64::try_from(info.num_rows()).map_err(|_| Error::data("footer is damaged: negative row count"))?;
+        let mut column = Column::choose(info.schema_descr(), options.token_column.as_deref())?;
+        let mut walker = Walker::default();
+        let mut window = Window::new(&file, data_end);
+        let (mut row_groups, mut pages) = (Vec::new(), Vec::new());
+        let mut rows_before = 0;
+        for (index, group) in metadata.row_groups().iter().enumerate() {
+            let number = u32::try_from(index).map_err(|_| Error::data("too many row groups"))?;
+            let walk = match route {
+                Route::Pages => walker.walk(&mut window, &column, group, number, rows_before)?,
+                #[cfg(test)]
+                Route::Arrow => Walk::Unfamiliar(String::new()),
+            };
+            match walk {
+                Walk::Pages(row_group, found) => {
+                    row_groups.push(row_group);
+                    pages.extend(found);
+                }
+                Walk::Unfamiliar(what) => {
+                    let codec = Codec::new(group.column(column.leaf).compression())?;
+                    row_groups.push(RowGroup { codec, dictionary: None });
+                    let decoded = fallback::read(&file, &column, index)
+                        .map_err(|error| if what.is_empty() { error } else { error.context(what) })?;
+                    pages.extend(whole_row_group(&column, &decoded, number, rows_before)?);
+                }
+            }
+            rows_before = rows_before.saturating_add(u64::try_from(group.num_rows()).unwrap_or(0));
+        }
+        if rows_before != rows {
+            return Err(Error::data(format!(
+                "footer is damaged: expected {rows} rows, its row groups have {rows_before}"
+            )));
+        }
+        if !column.lists {
+            // One document runs through the file.
+            if let Some(first) = pages.first_mut() {
+                (first.starts, first.opens) = (1, true);
+            }
+            if let Some(last) = pages.last_mut() {
+                last.closes = true;
+            }
+        }
+        let range = id_range(&metadata, &column);
+        let dtype = column.dtype;
+        // Half of the cache's memory, and of what is written and read again. Arrow-rs gives no smaller type than is stored.
+        let fits = range.is_some_and(|(least, most)| least >= 0 && most <= i64::from(u16::MAX));
+        if dtype == Dtype::I32 && fits && pages.iter().all(|page| page.coding != Coding::RowGroup) {
+            column.dtype = Dtype::U16;
+        }
+        let ranges = cut(&pages, options.block_tokens);
+        let blocks = ranges.iter().map(|range| describe_block(&pages[range.clone()], column.dtype)).collect();
+        let max_id = range.map(|(_, most)| most);
+        Ok(Self { file, column, dtype, rows, row_groups, pages, blocks, ranges, max_id, dictionary: Mutex::new(None) })
+    }
+
+    fn decode_block(
+        &self,
+        block: usize,
+        limit: Option<u64>,
+        scratch: &mut Scratch,
+        out: &mut DecodedBlock,
+    ) -> Result<()> {
+        self.file.check_unchanged()?;
+        let (Some(range), Some(meta)) = (self.ranges.get(block), self.blocks.get(block)) else {
+            return Err(Error::new(ErrorKind::Internal, format!("block {block} of {}", self.blocks.len())));
+        };
+        let all = &self.pages[range.clone()];
+        let mut tokens = 0;
+        let mut count = 0;
+        while count < all.len() && limit.is_none_or(|limit| tokens < limit) {
+            tokens += u64::from(all[count].tokens);
+            count += 1;
+        }
+        let pages = &all[..count];
+        let width = self.column.dtype.size();
+        out.complete = count == all.len();
+        let ends = if out.complete { meta.ends as usize } else { pages.iter().map(|page| page.starts as usize).sum() };
+        out.reset(tokens as usize * width, ends + 1)
+            .map_err(|error| Error::data(format!("no memory for a block of {tokens} tokens")).with_source(error))?;
+
+        let DecodedBlock { bytes: ids, ends: out_ends, pages: counted, .. } = out;
+        let mut rest = ids.as_mut_slice();
+        // Stream place of the first token of `rest`.
+        let mut base = 0;
+        let mut done = 0;
+        while done < pages.len() {
+            // Pages that touch are read at once where nothing is mapped.
+            let first = &pages[done];
+            let mut bytes = first.body.range();
+            let mut run = 1;
+            while let Some(next) = pages.get(done + run)
+                && next.row_group == first.row_group
+                && next.body.offset >= bytes.end
+                && next.body.range().end - bytes.start <= READ_RUN
+            {
+                bytes.end = next.body.range().end;
+                run += 1;
+            }
+            if first.coding == Coding::RowGroup {
+                let (ids, after) = std::mem::take(&mut rest).split_at_mut(first.tokens as usize * width);
+                rest = after;
+                self.decode_row_group(first, base, ids, out_ends)?;
+                base += first.tokens;
+                counted.count(first.coding);
+                done += 1;
+                continue;
+            }
+            let dictionary = match pages[done..done + run].iter().any(|page| page.coding == Coding::Dictionary) {
+                true => Some(self.dictionary(first.row_group, &mut scratch.decompressor, &mut scratch.page)?),
+                false => None,
+            };
+            let slice = self.file.slice(bytes.clone(), &mut scratch.file)?;
+            for page in &pages[done..done + run] {
+                let from = (page.body.offset - bytes.start) as usize;
+                let body = &slice[from..from + page.body.compressed as usize];
+                let (ids, after) = std::mem::take(&mut rest).split_at_mut(page.tokens as usize * width);
+                rest = after;
+                let context = Context {
+                    levels: &mut scratch.levels,
+                    decompressor: &mut scratch.decompressor,
+                    plain: &mut scratch.page,
+                };
+                self.decode_page(page, body, dictionary.as_deref(), context, base, ids, out_ends)?;
+                base += page.tokens;
+                counted.count(page.coding);
+            }
+            done += run;
+        }
+        if pages.last().is_some_and(|page| page.closes) {
+            out.ends.push(tokens as u32);
+        }
+        if out.complete && out.ends.len() as u64 != meta.ends {
+            return Err(Error::data(format!(
+                "block is damaged: expected {} document ends, found {}",
+                meta.ends,
+                out.ends.len()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Writes the ids of a page over `ids`, and appends where its documents begin to `ends`; its first token has place `base` in the block.
+    #[expect(clippy::too_many_arguments, reason = "what is borrowed apart cannot be one argument")]
+    fn decode_page(
+        &self,
+        page: &Page,
+        body: &[u8],
+        dictionary: Option<&Dictionary>,
+        context: Context<'_>,
+        base: u32,
+        ids: &mut [u8],
+        ends: &mut Vec<u32>,
+    ) -> Result<()> {
+        let Context { levels, decompressor, plain } = context;
+        check_crc(&page.body, body)?;
+        let column = &self.column;
+        let codec = self.row_groups[page.row_group as usize].codec;
+        let size = page.body.uncompressed as usize;
+        let (rep, def, values) = match page.v2 {
+            Some(v2) => {
+                let (rep, rest) = body.split_at(v2.rep_bytes as usize);
+                let (def, rest) = rest.split_at(v2.def_bytes as usize);
+                if v2.compressed && codec != Codec::Uncompressed && !rest.is_empty() {
+                    (rep, def, decompressor.whole(codec, rest, size - rep.len() - def.len(), plain)?)
+                } else {
+                    (rep, def, rest)
+                }
+            }
+            None if codec == Codec::Uncompressed => pages::split_v1(body, column)?,
+            None => pages::split_v1(decompressor.whole(codec, body, size, plain)?, column)?,
+        };
+        let entries = page.entries as usize;
+        let before = ends.len();
+        let fast = levels::push_starts(column, rep, def, entries, base, ends);
+        let starts = if column.lists { page.starts as usize } else { 0 };
+        if fast != Some((page.tokens as usize, starts)) {
+            // Something other than tokens, or a fault to be named.
+            ends.truncate(before);
+            levels.read(column, rep, def, entries)?;
+            let counts = levels.counts;
+            if let Some(index) = levels.first_null(column) {
+                return Err(null_token().at(self.path()).at_row(self.row_of(page, levels, index)));
+            }
+            if counts.tokens != page.tokens as usize || column.lists && counts.starts != starts {
+                return Err(Error::data(format!(
+                    "page is not what it was when the shard was opened: expected {} tokens in {} documents, found {} in {}",
+                    page.tokens, page.starts, counts.tokens, counts.starts
+                )));
+            }
+            levels.push_starts(base, ends);
+        }
+        let encoded = match page.coding {
+            Coding::Plain => Encoded::Plain,
+            Coding::Delta => Encoded::Delta,
+            Coding::ByteStreamSplit => Encoded::ByteStreamSplit,
+            Coding::Dictionary => Encoded::Dictionary(
+                dictionary.ok_or_else(|| Error::new(ErrorKind::Internal, "dictionary was not loaded"))?,
+            ),
+            Coding::RowGroup => return Err(Error::new(ErrorKind::Internal, "a row group is not a page")),
+        };
+        let place = |error: Error| error.at(self.path()).at_row(page.first_row);
+        if values::decode(encoded, values, column.dtype.size(), ids).map_err(place)? {
+            let ids = Tokens::new(column.dtype, ids);
+            if let Some(index) = ids.first_negative() {
+                levels.read(column, rep, def, entries)?;
+                return Err(negative_token(ids.get(index)).at(self.path()).at_row(self.row_of(page, levels, index)));
+            }
+        }
+        Ok(())
+    }
+
+    fn decode_row_group(&self, page: &Page, base: u32, out: &mut [u8], ends: &mut Vec<u32>) -> Result<()> {
+        let column = &self.column;
+        let width = column.dtype.size();
+        let decoded = fallback::read(&self.file, column, page.row_group as usize)?;
+        if let Some(row) = decoded.null {
+            return Err(null_token().at(self.path()).at_row(page.rows_before + row));
+        }
+        let found = decoded.bytes.len() / width;
+        if found != page.tokens as usize {
+            return Err(Error::data(format!(
+                "row group is not what it was when the shard was opened: expected {} tokens, found {found}",
+                page.tokens
+            )));
+        }
+        let ids = Tokens::new(column.dtype, &decoded.bytes);
+        if let Some(index) = ids.first_negative() {
+            let document = decoded.ends.partition_point(|&end| end as usize <= index);
+            let row = decoded.rows.get(document).copied().unwrap_or(index as u64);
+            return Err(negative_token(ids.get(index)).at(self.path()).at_row(page.rows_before + row));
+        }
+        if base > 0 && page.opens {
+            ends.push(base);
+        }
+        if let Some((_, inner)) = decoded.ends.split_last() {
+            ends.extend(inner.iter().map(|end| base + end));
+        }
+        out.copy_from_slice(&decoded.bytes);
+        Ok(())
+    }
+
+    fn row_of(&self, page: &Page, levels: &Levels, index: usize) -> u64 {
+        if self.column.lists {
+            (page.rows_before + levels.rows_until(index)).saturating_sub(1)
+        } else {
+            page.rows_before + index as u64
+        }
+    }
+
+    fn dictionary(
+        &self,
+        row_group: u32,
+        decompressor: &mut Decompressor,
+        plain: &mut Vec<u8>,
+    ) -> Result<Arc<Dictionary>> {
+        let held = self.dictionary.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some((of, dictionary)) = held
+            && of == row_group
+        {
+            return Ok(dictionary);
+        }
+        let RowGroup { codec, dictionary } = &self.row_groups[row_group as usize];
+        let Some((body, entries)) = dictionary else {
+            return Err(Error::new(ErrorKind::Internal, "row group has no dictionary"));
+        };
+        let mut scratch = Vec::new();
+        let bytes = self.file.slice(body.range(), &mut scratch)?;
+        check_crc(body, bytes)?;
+        let bytes = if *codec == Codec::Uncompressed {
+            bytes
+        } else {
+            decompressor.whole(*codec, bytes, body.uncompressed as usize, plain)?
+        };
+        let dictionary = Arc::new(Dictionary::new(bytes, *entries as usize, self.column.dtype.size())?);
+        *self.dictionary.lock().unwrap_or_else(PoisonError::into_inner) = Some((row_group, Arc::clone(&dictionary)));
+        Ok(dictionary)
+    }
+}
+
+/// Most bytes read in one call where nothing is mapped.
+const READ_RUN: u64 = 8 << 20;
+
+fn null_token() -> Error {
+    Error::data("null token: expected lists without null elements; drop them when writing the file")
+}
+
+fn negative_token(id: i64) -> Error {
+    Error::data(format!("token ids must not be negative: found {id}"))
+}
+
+fn check_crc(body: &Body, bytes: &[u8]) -> Result<()> {
+    match body.crc {
+        Some(expected) if crc32fast::hash(bytes) != expected => {
+            Err(Error::data(format!("page at byte {} is damaged: its checksum does not match", body.offset)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The index entry of a row group that arrow-rs decodes; `None` if it has no tokens.
+fn whole_row_group(
+    column: &Column,
+    decoded: &fallback::Decoded,
+    row_group: u32,
+    rows_before: u64,
+) -> Result<Option<Page>> {
+    let tokens = decoded.bytes.len() / column.dtype.size();
+    if tokens == 0 {
+        return Ok(None);
+    }
+    let tokens = u32::try_from(tokens)
+        .map_err(|_| Error::data(format!("row group {row_group} has {tokens} tokens: write smaller row groups")))?;
+    Ok(Some(Page {
+        body: Body { offset: 0, compressed: 0, uncompressed: 0, crc: None },
+        v2: None,
+        coding: Coding::RowGroup,
+        row_group,
+        entries: tokens,
+        tokens,
+        starts: decoded.ends.len() as u32,
+        opens: column.lists,
+        closes: column.lists,
+        rows_before,
+        first_row: rows_before + decoded.rows.first().copied().unwrap_or(0),
+    }))
+}
+
+/// Cuts pages into runs of about `block_tokens` tokens.
+fn cut(pages: &[Page], block_tokens: u64) -> Vec<Range<usize>> {
+    let target = block_tokens.clamp(1, MAX_BLOCK_TOKENS / 2);
+    let mut ranges = Vec::new();
+    let (mut start, mut tokens) = (0, 0u64);
+    for (i, page) in pages.iter().enumerate() {
+        let with = tokens + u64::from(page.tokens);
+        // Whichever of stopping before and after this page comes nearer to the target.
+        if tokens > 0 && with > target && (with - target > target.saturating_sub(tokens) || with > MAX_BLOCK_TOKENS) {
+            ranges.push(start..i);
+            (start, tokens) = (i, 0);
+        }
+        tokens += u64::from(page.tokens);
+    }
+    if start < pages.len() {
+        ranges.push(start..pages.len());
+    }
+    ranges
+}
+
+fn describe_block(pages: &[Page], dtype: Dtype) -> BlockMeta {
+    let (mut tokens, mut starts) = (0, 0);
+    for page in pages {
+        tokens += u64::from(page.tokens);
+        starts += u64::from(page.starts);
+    }
+    // Documents follow one another, so each start ends the one before; only the outer edges differ.
+    let opens = pages.first().is_some_and(|page| page.opens);
+    let closes = pages.last().is_some_and(|page| page.closes);
+    let ends = starts - u64::from(opens) + u64::from(closes);
+    let first = pages.iter().find(|page| page.starts > 0).or(pages.first());
+    BlockMeta {
+        tokens,
+        starts,
+        ends,
+        decoded_bytes: tokens * dtype.size() as u64 + 4 * ends,
+        first_row: first.map_or(0, |page| page.first_row),
+    }
+}
+
+/// Least and largest id, if all row groups have statistics.
+fn id_range(metadata: &ParquetMetaData, column: &Column) -> Option<(i64, i64)> {
+    let mut range: Option<(i64, i64)> = None;
+    for group in metadata.row_groups() {
+        let (min, max) = match group.column(column.leaf).statistics()? {
+            Statistics::Int32(values) if column.dtype.is_signed() => {
+                (i64::from(*values.min_opt()?), i64::from(*values.max_opt()?))
+            }
+            Statistics::Int64(values) => (*values.min_opt()?, *values.max_opt()?),
+            _ => return None,
+        };
+        range = Some(range.map_or((min, max), |(least, most)| (least.min(min), most.max(max))));
+    }
+    range
+}
+
+impl Shard for ParquetShard {
+    fn file(&self) -> &SourceFile {
+        &self.file
+    }
+
+    fn let_go(&mut self) {
+        self.file.let_go();
+    }
+
+    fn format(&self) -> Format {
+        Format::Parquet
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn block_dtype(&self) -> Dtype {
+        self.column.dtype
+    }
+
+    fn access(&self) -> Access {
+        Access::Block
+    }
+
+    fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    fn blocks(&self) -> &[BlockMeta] {
+        &self.blocks
+    }
+
+    fn tokens<'a>(&'a self, _block: usize, _range: Range<u64>, _scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {
+        Err(Error::new(ErrorKind::Internal, "Parquet shards are decoded by blocks").at(self.path()))
+    }
+
+    fn ends<'a>(&'a self, _block: usize, _scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
+        Err(Error::new(ErrorKind::Internal, "Parquet shards are decoded by blocks").at(self.path()))
+    }
+
+    fn will_need(&self, block: usize, _range: Range<u64>) {
+        let Some(range) = self.ranges.get(block) else { return };
+        let pages = &self.pages[range.clone()];
+        // Other columns lie between row groups: one request each.
+        for group in pages.chunk_by(|a, b| a.row_group == b.row_group) {
+            if let [first, ..] = group
+                && let [.., last] = group
+            {
+                self.file.will_need(first.body.offset..last.body.range().end);
+            }
+        }
+    }
+
+    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let result = self.decode_block(block, limit, scratch, out);
+            for buffer in [&mut scratch.file, &mut scratch.page] {
+                if buffer.capacity() > KEEP_BYTES {
+                    *buffer = Vec::new();
+                }
+            }
+            result.map_err(|error| error.at(self.path()).in_block(block as u64))
+        })
+    }
+
+    fn index_bytes(&self) -> u64 {
+        let tables = size_of_val(self.pages.as_slice())
+            + size_of_val(self.blocks.as_slice())
+            + size_of_val(self.ranges.as_slice())
+            + size_of_val(self.row_groups.as_slice());
+        (size_of_val(self) + tables) as u64
+    }
+
+    fn advice(&self) -> Vec<String> {
+        let mut advice = Vec::new();
+        let tokens: u64 = self.blocks.iter().map(|block| block.tokens).sum();
+        if tokens == 0 {
+            return vec!["it has no tokens: leave it out".to_owned()];
+        }
+        let pages = self.pages.len() as u64;
+        let groups = self.row_groups.len() as u64;
+        let by_arrow = self.pages.iter().filter(|page| page.coding == Coding::RowGroup).count();
+        if by_arrow > 0 {
+            advice.push(format!(
+                "{by_arrow} of {groups} row groups use encodings of the slow path: rewrite them with a current writer"
+            ));
+        }
+        if pages >= 16 && tokens / pages < 4096 {
+            advice.push(format!(
+                "pages hold {} tokens on average, so that headers cost more than tokens: write pages of 1 MiB and row groups of 64 MiB or more",
+                tokens / pages
+            ));
+        }
+        if let Some(most) = self.pages.iter().map(|page| page.tokens).max()
+            && most > 1 << 24
+        {
+            advice.push(format!(
+                "a page has {most} tokens, {} MiB decoded, and cannot be read in part: write pages of 1 MiB",
+                (u64::from(most) * self.column.dtype.size() as u64) >> 20
+            ));
+        }
+        if self.row_groups.iter().any(|group| group.codec == Codec::Gzip) {
+            advice.push(
+                "gzip decompresses several times slower than zstd at the same size: rewrite with zstd".to_owned(),
+            );
+        }
+        let whole = |page: &Page| {
+            page.v2.is_none()
+                && matches!(self.row_groups[page.row_group as usize].codec, Codec::Snappy | Codec::Lz4 | Codec::Lz4Raw)
+        };
+        if self.column.lists && self.pages.iter().any(whole) {
+            advice.push(
+                "data pages of version 1 keep list levels inside the compressed body, so that the first opening \
+                 decompresses every page: write `data_page_version=\"2.0\"`"
+                    .to_owned(),
+            );
+        }
+        if let Some(most) = self.max_id {
+            let fits = if most <= i64::from(u16::MAX) { Dtype::U16 } else { Dtype::I32 };
+            if most <= i64::from(i32::MAX) && fits.size() < self.dtype.size() {
+                advice.push(format!(
+                    "ids up to {most} are stored as {}: {} takes {} of {} bytes per token in memory",
+                    self.dtype.name(),
+                    fits.name(),
+                    fits.size(),
+                    self.dtype.size()
+                ));
+            }
+        }
+        advice
+    }
+
+    fn describe(&self) -> String {
+        let mut parts = Vec::new();
+        let kind = if self.column.lists { "list of " } else { "" };
+        parts.push(format!("column `{}`, {kind}{}", self.column.name, self.dtype.name()));
+        let mut codecs: Vec<_> = self.row_groups.iter().map(|group| group.codec.name()).collect();
+        codecs.dedup();
+        codecs.truncate(3);
+        parts.push(codecs.join(" and "));
+        for (coding, name) in [
+            (Coding::Plain, "plain"),
+            (Coding::Dictionary, "dictionary"),
+            (Coding::Delta, "delta"),
+            (Coding::ByteStreamSplit, "byte stream split"),
+            (Coding::RowGroup, "left to arrow-rs"),
+        ] {
+            let count = self.pages.iter().filter(|page| page.coding == coding).count();
+            if count > 0 {
+                let what = if coding == Coding::RowGroup { "row groups" } else { "pages" };
+                parts.push(format!("{count} {what} {name}"));
+            }
+        }
+        parts.push(format!("{} row groups, {} blocks", self.row_groups.len(), self.blocks.len()));
+        parts.retain(|part| !part.is_empty());
+        parts.join("; ")
+    }
+}

@@ -1,0 +1,338 @@
+//! Sources: the opened corpora of a run, and which sequence of which stands at a position.
+//!
+//! One corpus is a run of its own epochs, which may grow between two of them. Several are drawn from by a mixture's schedule.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::error::{Error, Result};
+use crate::layout::concat;
+use crate::loader::state::StateValue;
+use crate::order::holdout::Side;
+use crate::order::mixture::{Draw, Mixture};
+use crate::order::permutation::derive_key;
+use crate::order::{Arrangement, EpochOrder};
+use crate::read::Reader;
+use crate::settings::mixture::MixtureSettings;
+use crate::settings::{Config, Shuffle};
+
+/// Separates the seeds of a mixture's sources.
+const SOURCE: u64 = 5;
+/// Orders a worker keeps: of the few epochs that rows near each other belong to.
+const KEPT_ORDERS: usize = 256;
+
+/// One opened corpus.
+#[derive(Debug)]
+pub(crate) struct Source {
+    pub(crate) name: String,
+    pub(crate) reader: Reader,
+    seed: u64,
+}
+
+/// Shards in force from an epoch on, sorted by epoch; the first is from epoch 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Growth(Arc<[(u64, u64)]>);
+
+/// What an epoch of a source consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Extent {
+    layout: concat::Extent,
+    /// Full sequences on the side that is delivered.
+    sequences: u64,
+    /// Whether tokens are left over that some row has to deliver.
+    tail: bool,
+}
+
+/// All sources of a run.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    list: Vec<Source>,
+    mixture: Option<(MixtureSettings, Mixture)>,
+    settings: Settings,
+}
+
+/// The settings that say what stands where.
+#[derive(Clone, Copy, Debug)]
+struct Settings {
+    shuffle: Shuffle,
+    seq_len: u64,
+    chunk_tokens: u64,
+    window_tokens: u64,
+    lanes: u64,
+    side: Side,
+}
+
+/// What one row reads.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    pub(crate) source: usize,
+    /// Epoch of the source.
+    pub(crate) epoch: u64,
+    /// Sequence of the source, over both sides of a holdout.
+    pub(crate) sequence: u64,
+    pub(crate) tokens: Range<u64>,
+    /// Whether the tokens after it belong to another time of the epoch.
+    pub(crate) ends_chunk: bool,
+    /// Whether it was delivered before, and only fills the last batch.
+    pub(crate) repeated: bool,
+}
+
+/// Orders of the epochs that a worker is in.
+#[derive(Debug, Default)]
+pub(crate) struct Orders(Vec<((usize, u64), EpochOrder)>);
+
+impl Growth {
+    pub(crate) fn none(shards: u64) -> Self {
+        Self([(0, shards)].into())
+    }
+
+    /// This growth, and `shards` from `epoch` on, which has not begun yet.
+    pub(crate) fn with(&self, epoch: u64, shards: u64) -> Self {
+        let begun = self.0.iter().filter(|(from, _)| *from < epoch);
+        Self(begun.copied().chain([(epoch, shards)]).collect())
+    }
+
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let number = |text: &str| text.parse::<u64>().ok();
+        let entries = text.split(',').map(|part| {
+            let (epoch, shards) = part.split_once(':')?;
+            Some((number(epoch)?, number(shards)?))
+        });
+        let entries: Vec<(u64, u64)> = entries.collect::<Option<_>>()?;
+        let sound = entries[0].0 == 0 && entries.is_sorted_by(|a, b| a.0 < b.0 && a.1 < b.1);
+        sound.then(|| Self(entries.into()))
+    }
+
+    pub(crate) fn text(&self) -> String {
+        let entries: Vec<String> = self.0.iter().map(|(epoch, shards)| format!("{epoch}:{shards}")).collect();
+        entries.join(",")
+    }
+
+    /// Shards of the newest epochs.
+    pub(crate) fn latest(&self) -> u64 {
+        self.0.last().expect("has at least its first entry").1
+    }
+
+    /// Epochs at which shards join.
+    pub(crate) fn changes(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().map(|(epoch, _)| *epoch)
+    }
+
+    fn shards_at(&self, epoch: u64) -> u64 {
+        self.0[self.0.partition_point(|(from, _)| *from <= epoch) - 1].1
+    }
+}
+
+impl Source {
+    pub(crate) fn new(name: String, reader: Reader, seed: u64) -> Self {
+        Self { name, reader, seed }
+    }
+}
+
+impl Sources {
+    /// The sources of `config`, whose shuffling is decided.
+    pub(crate) fn new(config: &Config, mut list: Vec<Source>) -> Result<Self> {
+        let settings = Settings {
+            shuffle: config.shuffle,
+            seq_len: config.seq_len,
+            chunk_tokens: config.chunk_tokens,
+            window_tokens: config.window_tokens,
+            lanes: config.lanes,
+            side: Side::of(config),
+        };
+        let Some(text) = &config.mixture else { return Ok(Self { list, mixture: None, settings }) };
+        let recipe = MixtureSettings::parse(text)?;
+        let mut faults = Vec::new();
+        let mut sequences = Vec::with_capacity(list.len());
+        for (source, index) in list.iter_mut().zip(0..) {
+            source.seed = derive_key(config.seed, &[SOURCE, index]);
+            let count = settings.extent(source, source.shards()).sequences;
+            if count < config.lanes {
+                faults.push(Error::config(format!(
+                    "source `{}` has {count} sequences, fewer than `lanes` = {}, of which each needs one: lower `lanes`, or leave the source out",
+                    source.name, config.lanes
+                )));
+            }
+            sequences.push(count);
+        }
+        if !faults.is_empty() {
+            return Err(Error::all(faults));
+        }
+        let epochs: Vec<Option<u64>> = recipe.sources.iter().map(|source| source.epochs).collect();
+        let stages = recipe.stages(config.seq_len)?;
+        if let Some(count) = recipe.exact_per.filter(|count| !count.is_multiple_of(config.lanes)) {
+            return Err(Error::config(format!(
+                "`mixture`: `exact_per` must be a multiple of `lanes` = {}, found {count}",
+                config.lanes
+            )));
+        }
+        let mixture = Mixture::new(config.lanes, &sequences, &epochs, &stages, recipe.exhausted, recipe.exact_per);
+        Ok(Self { list, mixture: Some((recipe, mixture)), settings })
+    }
+
+    pub(crate) fn list(&self) -> &[Source] {
+        &self.list
+    }
+
+    pub(crate) fn mixture(&self) -> Option<&Mixture> {
+        self.mixture.as_ref().map(|(_, mixture)| mixture)
+    }
+
+    /// Shards of the corpus; 0 for a mixture, whose sources do not grow.
+    pub(crate) fn shards(&self) -> u64 {
+        if self.mixture.is_some() { 0 } else { self.list[0].shards() }
+    }
+
+    /// Rows of an epoch with all their tokens, over all ranks.
+    pub(crate) fn full_rows(&self, growth: &Growth, epoch: u64) -> u64 {
+        match &self.mixture {
+            Some((_, mixture)) => mixture.positions(),
+            None => self.extent_at(growth, epoch).sequences,
+        }
+    }
+
+    /// Whether an epoch has tokens after its last full row.
+    pub(crate) fn has_tail(&self, growth: &Growth, epoch: u64) -> bool {
+        self.mixture.is_none() && self.extent_at(growth, epoch).tail
+    }
+
+    /// Tokens of an epoch, delivered or in its remainder.
+    pub(crate) fn tokens(&self, growth: &Growth, epoch: u64) -> u64 {
+        let extent = self.extent_at(growth, epoch);
+        match (&self.mixture, self.settings.side) {
+            (Some((_, mixture)), _) => mixture.positions().saturating_mul(self.settings.seq_len),
+            (None, Side::All) => extent.layout.stream_len(),
+            (None, Side::Train(_)) => {
+                extent.layout.stream_len() - (extent.layout.num_sequences() - extent.sequences) * self.settings.seq_len
+            }
+            (None, Side::Holdout(_)) => extent.sequences * self.settings.seq_len,
+        }
+    }
+
+    /// Sequences of the corpus in the newest epochs, over both sides of a holdout.
+    pub(crate) fn all_sequences(&self, growth: &Growth) -> u64 {
+        if self.mixture.is_some() {
+            0
+        } else {
+            self.settings.extent(&self.list[0], growth.latest()).layout.num_sequences()
+        }
+    }
+
+    /// Sequences that an epoch of a mixture's source has.
+    pub(crate) fn sequences_of(&self, source: &Source) -> u64 {
+        self.settings.extent(source, source.shards()).sequences
+    }
+
+    /// An epoch of source `index` under its newest shards: what stands in the corpus, its full sequences that are delivered, and their order.
+    pub(crate) fn order_of(&self, index: usize, epoch: u64) -> (concat::Extent, Arrangement, EpochOrder) {
+        let source = &self.list[index];
+        let Extent { layout, sequences, .. } = self.settings.extent(source, source.shards());
+        let arrangement = self.settings.arrangement(sequences);
+        (layout, arrangement, EpochOrder::new(sequences, arrangement, source.seed, epoch))
+    }
+
+    fn extent_at(&self, growth: &Growth, epoch: u64) -> Extent {
+        let source = &self.list[0];
+        let shards = if self.mixture.is_some() { source.shards() } else { growth.shards_at(epoch) };
+        self.settings.extent(source, shards)
+    }
+
+    /// What stands at `position` of `epoch`, which lies within it.
+    pub(crate) fn place(&self, growth: &Growth, orders: &mut Orders, epoch: u64, position: u64) -> Place {
+        let (draw, shards) = match &self.mixture {
+            Some((_, mixture)) => {
+                let draw = mixture.draw(epoch, position);
+                (draw, self.list[draw.source].shards())
+            }
+            None => (Draw { source: 0, epoch, position }, growth.shards_at(epoch)),
+        };
+        let Draw { source: index, epoch, position } = draw;
+        let source = &self.list[index];
+        let extent = self.settings.extent(source, shards);
+        if position >= extent.sequences {
+            let sequence = extent.layout.num_sequences();
+            return Place {
+                source: index,
+                epoch,
+                sequence,
+                tokens: extent.layout.row(sequence),
+                ends_chunk: false,
+                repeated: false,
+            };
+        }
+        let order = orders.get((index, epoch), || {
+            let arrangement = self.settings.arrangement(extent.sequences);
+            EpochOrder::new(extent.sequences, arrangement, source.seed, epoch)
+        });
+        let at = order.sequence_at(position);
+        let sequence = self.settings.side.sequence(at);
+        let ends_chunk = order.ends_chunk(at);
+        Place { source: index, epoch, sequence, tokens: extent.layout.row(sequence), ends_chunk, repeated: false }
+    }
+
+    /// Digest of all that has decided an epoch's order before `position`: stages begun and the sources they draw from.
+    pub(crate) fn mixture_digest(&self, position: u64) -> StateValue {
+        let Some((recipe, _)) = &self.mixture else { return "none".into() };
+        let stages = recipe.stages(self.settings.seq_len).expect("checked when opened");
+        let mut text = format!("{:?} {:?}", recipe.exhausted, recipe.exact_per);
+        let mut drawn = vec![false; self.list.len()];
+        for stage in stages.iter().filter(|stage| stage.start < position.max(1)) {
+            text.push_str(&format!("\n{} {}", stage.start, stage.ramp));
+            for (index, weight) in stage.weights.iter().enumerate().filter(|(_, weight)| **weight > 0) {
+                text.push_str(&format!(" {index}:{weight}"));
+                drawn[index] = true;
+            }
+        }
+        for (index, (source, given)) in
+            self.list.iter().zip(&recipe.sources).enumerate().filter(|(index, _)| drawn[*index])
+        {
+            text.push_str(&format!(
+                "\n{index} {} {} {:?}",
+                source.name,
+                source.reader.corpus().fingerprint(),
+                given.epochs
+            ));
+        }
+        StateValue::Text(format!("{:032x}", xxh3_128(text.as_bytes())))
+    }
+}
+
+impl Source {
+    fn shards(&self) -> u64 {
+        self.reader.corpus().len() as u64
+    }
+}
+
+impl Settings {
+    fn extent(&self, source: &Source, shards: u64) -> Extent {
+        let layout = source.reader.layout().prefix(shards as usize);
+        let tail = layout.tail_tokens() > 0 && !matches!(self.side, Side::Holdout(_));
+        Extent { layout, sequences: self.side.count(layout.num_sequences()), tail }
+    }
+
+    fn arrangement(&self, sequences: u64) -> Arrangement {
+        match self.shuffle {
+            Shuffle::Off | Shuffle::On => Arrangement::Sequential,
+            Shuffle::Global => Arrangement::Global,
+            Shuffle::Block => {
+                Arrangement::block(sequences, self.seq_len, self.chunk_tokens, self.window_tokens, self.lanes)
+            }
+        }
+    }
+}
+
+impl Orders {
+    fn get(&mut self, key: (usize, u64), make: impl FnOnce() -> EpochOrder) -> &EpochOrder {
+        let found = self.0.iter().position(|(kept, _)| *kept == key);
+        let index = found.unwrap_or_else(|| {
+            if self.0.len() >= KEPT_ORDERS {
+                self.0.clear();
+            }
+            self.0.push((key, make()));
+            self.0.len() - 1
+        });
+        &self.0[index].1
+    }
+}

@@ -1,0 +1,138 @@
+//! Where worker threads run, and how much they give way to others.
+//!
+//! Checked against what the process may do when a loader is opened, and applied by each worker to itself. Linux alone has both for single threads.
+
+#[cfg(not(target_os = "linux"))]
+use crate::error::Error;
+use crate::error::Result;
+use crate::settings::Config;
+
+/// What a worker does about its own scheduling.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Placement {
+    cpus: Option<Vec<u64>>,
+    nice: u64,
+}
+
+impl Placement {
+    /// What `config` asks for. Fails where this process cannot do it.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn of(config: &Config) -> Result<Self> {
+        if let Some(cpus) = &config.cpu_affinity {
+            linux::check(cpus)?;
+        }
+        Ok(Self { cpus: config.cpu_affinity.clone(), nice: config.thread_priority })
+    }
+
+    /// What `config` asks for. Fails where this process cannot do it.
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn of(config: &Config) -> Result<Self> {
+        if config.cpu_affinity.is_some() {
+            return Err(Error::config("`cpu_affinity` is for Linux: this system places single threads by itself"));
+        }
+        if config.thread_priority != 0 {
+            return Err(Error::config("`thread_priority` is for Linux: elsewhere `nice` is of whole processes"));
+        }
+        Ok(Self::default())
+    }
+
+    /// Does so to the calling thread.
+    pub(crate) fn apply(&self) {
+        #[cfg(target_os = "linux")]
+        {
+            if let Some(cpus) = &self.cpus {
+                linux::pin(cpus);
+            }
+            if self.nice > 0 {
+                linux::lower(self.nice);
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (&self.cpus, self.nice);
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use crate::error::{Error, Result};
+    use crate::settings::{MOST_CPUS, cpus_text};
+
+    /// A bit per CPU, as the system call has it.
+    type Mask = [u64; MOST_CPUS as usize / 64];
+
+    /// CPUs that the calling thread may run on.
+    pub(super) fn allowed() -> Option<Vec<u64>> {
+        let mut mask: Mask = [0; MOST_CPUS as usize / 64];
+        // SAFETY: the call writes at most the size it is given to the mask, which has that size; any bits are valid.
+        let got = unsafe { libc::sched_getaffinity(0, size_of::<Mask>(), mask.as_mut_ptr().cast()) };
+        let is_set = |cpu: &u64| mask[(cpu / 64) as usize] >> (cpu % 64) & 1 == 1;
+        (got == 0).then(|| (0..MOST_CPUS).filter(is_set).collect())
+    }
+
+    pub(super) fn check(cpus: &[u64]) -> Result<()> {
+        // Where the system does not say, pinning fails for single workers, which then run anywhere.
+        let Some(allowed) = allowed() else { return Ok(()) };
+        let missing: Vec<u64> = cpus.iter().copied().filter(|cpu| allowed.binary_search(cpu).is_err()).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(Error::config(format!(
+            "`cpu_affinity` names CPUs that this process may not run on: {}; it may run on {}",
+            cpus_text(&missing),
+            cpus_text(&allowed)
+        )))
+    }
+
+    pub(super) fn pin(cpus: &[u64]) {
+        let mut mask: Mask = [0; MOST_CPUS as usize / 64];
+        for cpu in cpus {
+            mask[(cpu / 64) as usize] |= 1 << (cpu % 64);
+        }
+        // The CPUs were allowed when the loader was opened; where a container lost some since, the rest or any other is as good.
+        // SAFETY: the call reads the size it is given from the mask, which has that size.
+        let _ = unsafe { libc::sched_setaffinity(0, size_of::<Mask>(), mask.as_ptr().cast()) };
+    }
+
+    pub(super) fn lower(by: u64) {
+        // On Linux, process 0 here is the calling thread, which begins with the priority of the one that started it. Lowering one's own is always allowed.
+        // SAFETY: calls without memory.
+        unsafe {
+            let now = libc::getpriority(libc::PRIO_PROCESS, 0);
+            let _ = libc::setpriority(libc::PRIO_PROCESS, 0, (now + by as i32).min(19));
+        }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    fn placement(cpus: Option<Vec<u64>>, nice: u64) -> Result<Placement> {
+        Placement::of(&Config { cpu_affinity: cpus, thread_priority: nice, ..Config::default() })
+    }
+
+    #[test]
+    fn a_worker_is_where_it_was_sent_and_gives_way() {
+        let allowed = linux::allowed().unwrap();
+        let last = *allowed.last().unwrap();
+        let placement = placement(Some(vec![last]), 7).unwrap();
+        // SAFETY: a call without memory.
+        let nice = || unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+        let before = nice();
+        let found = std::thread::scope(|scope| {
+            let worker = || {
+                placement.apply();
+                (linux::allowed().unwrap(), nice())
+            };
+            scope.spawn(worker).join().unwrap()
+        });
+        assert_eq!(found, (vec![last], (before + 7).min(19)));
+        assert_eq!((linux::allowed().unwrap(), nice()), (allowed, before), "of that thread alone");
+    }
+
+    #[test]
+    fn cpus_that_are_not_there_are_named() {
+        let error = placement(Some(vec![0, 8000, 8001]), 0).unwrap_err().to_string();
+        assert!(error.contains("8000-8001") && error.contains("it may run on"), "{error}");
+    }
+}

@@ -1,0 +1,159 @@
+//! Checksum: what was delivered, as a number that does not depend on the order of delivery.
+//!
+//! Every row is hashed under a key of its own, drawn from its source and its number there, and the hashes are added up modulo 2^128. Sums of ranks,
+//! launches and epochs add up in turn. Two sums are equal only if the same rows with the same tokens went into them (chance: 2^-128): a row that is
+//! repeated, missing, altered, or delivered under another's number changes the sum. It is no cryptographic hash: it finds mistakes, not forgers.
+
+use std::fmt;
+use std::ops::{Add, AddAssign};
+
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::order::permutation::derive_key;
+
+/// Separates the keys of rows from those of orders.
+const ROW: u64 = 0x726f_7700;
+/// Tokens turned into bytes at a time.
+const PIECE: usize = 128;
+
+/// Hash of the row `sequence` of source `source`, which holds `tokens`: all that are real, none that pad it.
+pub fn row_hash(source: u64, sequence: u64, tokens: &[i64]) -> u128 {
+    let mut hash = Xxh3::with_seed(derive_key(ROW, &[source, sequence]));
+    let mut bytes = [0; PIECE * 8];
+    for tokens in tokens.chunks(PIECE) {
+        for (bytes, token) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(tokens) {
+            *bytes = token.to_le_bytes();
+        }
+        hash.update(&bytes[..tokens.len() * 8]);
+    }
+    hash.digest128()
+}
+
+/// Rows that were delivered, or that should have been.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Checksum {
+    /// How many rows.
+    pub rows: u64,
+    /// Tokens in them; where targets are shifted, a row has one more than `seq_len`.
+    pub tokens: u64,
+    /// Sum of their hashes modulo 2^128.
+    pub hash: u128,
+}
+
+impl Checksum {
+    /// Adds one row.
+    pub fn add_row(&mut self, source: u64, sequence: u64, tokens: &[i64]) {
+        self.rows += 1;
+        self.tokens += tokens.len() as u64;
+        self.hash = self.hash.wrapping_add(row_hash(source, sequence, tokens));
+    }
+
+    /// The hash as 32 hexadecimal digits.
+    pub fn hash_text(&self) -> String {
+        format!("{:032x}", self.hash)
+    }
+}
+
+impl AddAssign for Checksum {
+    fn add_assign(&mut self, other: Self) {
+        self.rows += other.rows;
+        self.tokens += other.tokens;
+        self.hash = self.hash.wrapping_add(other.hash);
+    }
+}
+
+impl Add for Checksum {
+    type Output = Self;
+
+    fn add(mut self, other: Self) -> Self {
+        self += other;
+        self
+    }
+}
+
+impl std::iter::Sum for Checksum {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), Add::add)
+    }
+}
+
+impl fmt::Display for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rows, {} tokens, hash {:032x}", self.rows, self.tokens, self.hash)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::OnceLock;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const ROWS: u64 = 1_000_000;
+
+    fn tokens(sequence: u64) -> [i64; 4] {
+        std::array::from_fn(|at| ((sequence * 4 + at as u64) % 50_000) as i64)
+    }
+
+    /// The sum over a million rows, which every case below changes by one fault.
+    fn whole() -> Checksum {
+        static WHOLE: OnceLock<Checksum> = OnceLock::new();
+        *WHOLE.get_or_init(|| {
+            let mut whole = Checksum::default();
+            (0..ROWS).for_each(|sequence| whole.add_row(0, sequence, &tokens(sequence)));
+            whole
+        })
+    }
+
+    fn row(sequence: u64, tokens: &[i64]) -> u128 {
+        row_hash(0, sequence, tokens)
+    }
+
+    proptest! {
+        #[test]
+        fn one_fault_in_a_million_rows_is_noticed(a in 0..ROWS, b in 0..ROWS, at in 0usize..4, change in 1i64..1000) {
+            let hash = whole().hash;
+            let (in_a, in_b) = (tokens(a), tokens(b));
+            prop_assert_ne!(hash, hash.wrapping_add(row(a, &in_a)), "repeated");
+            prop_assert_ne!(hash, hash.wrapping_sub(row(a, &in_a)), "missing");
+            let mut altered = in_a;
+            altered[at] += change;
+            let without_a = hash.wrapping_sub(row(a, &in_a));
+            prop_assert_ne!(hash, without_a.wrapping_add(row(a, &altered)), "altered");
+            prop_assert_ne!(hash, without_a.wrapping_add(row(a, &in_a[..3])), "cut short");
+            if a != b {
+                prop_assert_ne!(hash, without_a.wrapping_add(row(b, &in_b)), "one repeated, one missing");
+                let without_both = without_a.wrapping_sub(row(b, &in_b));
+                let swapped = without_both.wrapping_add(row(a, &in_b)).wrapping_add(row(b, &in_a));
+                // Rows of equal tokens may change places.
+                prop_assert_eq!(hash == swapped, in_a == in_b, "contents swapped");
+            }
+            prop_assert_ne!(row(a, &in_a), row_hash(1, a, &in_a), "another source");
+        }
+
+        #[test]
+        fn sums_do_not_depend_on_how_rows_are_shared_out(owners in prop::collection::vec(0usize..5, 1..200)) {
+            let mut parts = [Checksum::default(); 5];
+            let mut all = Checksum::default();
+            for (sequence, owner) in owners.iter().enumerate().rev() {
+                parts[*owner].add_row(0, sequence as u64, &tokens(sequence as u64));
+            }
+            for sequence in 0..owners.len() as u64 {
+                all.add_row(0, sequence, &tokens(sequence));
+            }
+            prop_assert_eq!(parts.into_iter().sum::<Checksum>(), all);
+        }
+    }
+
+    #[test]
+    fn a_hash_is_of_the_tokens_as_little_endian_bytes() {
+        for len in [0, 1, PIECE - 1, PIECE, PIECE + 1, 5 * PIECE + 3] {
+            let tokens: Vec<i64> = (0..len as i64).map(|token| token * 7919).collect();
+            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+            let seed = derive_key(ROW, &[2, 3]);
+            assert_eq!(row_hash(2, 3, &tokens), xxhash_rust::xxh3::xxh3_128_with_seed(&bytes, seed), "{len}");
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! Delivery log: one line for every batch that was handed over, so that a run can prove afterwards what it was trained on.
+//!
+//! Each rank appends to a file of its own, `rank-00003.jsonl`: a `begin` line when a pass starts, then a line per batch, written before the batch is
+//! returned. A process that is killed leaves at most its last line torn, and the next launch begins a new one. Reading puts the ranks' lines
+//! together to global batches and looks for a chain of whole ones from the start of an epoch to its end. Launches overlap where
+//! one was killed after its last checkpoint: what both delivered must be equal, and the later one counts.
+
+mod tiling;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value, json};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::proof::checksum::Checksum;
+
+pub use tiling::{Conflict, Double, GlobalBatch, Span, Tiling};
+
+/// Version of the lines.
+pub const VERSION: u64 = 1;
+
+/// A pass over an epoch, as its `begin` line says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pass {
+    /// Name of the pass, in each of its lines.
+    pub run: String,
+    /// Milliseconds since 1970.
+    pub time_ms: u64,
+    /// What the launcher calls this start of the job, where it has a name for it.
+    pub launch: Option<String>,
+    /// Epoch it began in.
+    pub epoch: u64,
+    /// Position it began at.
+    pub position: u64,
+    /// Data-parallel rank.
+    pub rank: u64,
+    /// Data-parallel size.
+    pub world_size: u64,
+    /// Rows per rank and step.
+    pub batch_size: u64,
+    /// Digest of the content settings and the corpus.
+    pub content: String,
+    /// The content settings.
+    pub settings: Vec<(String, String)>,
+    /// Fingerprint of the corpus.
+    pub fingerprint: String,
+    /// Shards of the corpus from each epoch on, as a state has them.
+    pub growth: String,
+}
+
+/// A batch that a rank was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Epoch and position of the first row of its global batch.
+    pub start: (u64, u64),
+    /// Epoch and position that a state saved after it names.
+    pub end: (u64, u64),
+    /// What it held.
+    pub checksum: Checksum,
+}
+
+/// Writes the lines of one pass.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    path: PathBuf,
+    file: File,
+    pass: Pass,
+    failure: Option<Error>,
+}
+
+impl Writer {
+    /// Begins `pass`, whose name and time are filled in here, in the file of its rank under `folder`.
+    pub(crate) fn begin(folder: &Path, mut pass: Pass) -> Result<Self> {
+        static PASSES: AtomicU64 = AtomicU64::new(0);
+        let path = folder.join(format!("rank-{:05}.jsonl", pass.rank));
+        let failed = |error| Error::io("cannot write the delivery log", error).at(&path);
+        std::fs::create_dir_all(folder).map_err(failed)?;
+        let mut file = File::options().create(true).read(true).append(true).open(&path).map_err(failed)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let number = PASSES.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{} {} {number} {}", now.as_nanos(), std::process::id(), pass.rank);
+        pass.run = format!("{:016x}", xxh3_64(name.as_bytes()));
+        pass.time_ms = now.as_millis() as u64;
+        let line = json!({
+            "delivery_log": VERSION,
+            "run": pass.run,
+            "time_ms": pass.time_ms,
+            "launch": pass.launch,
+            "epoch": pass.epoch,
+            "position": pass.position,
+            "rank": pass.rank,
+            "world_size": pass.world_size,
+            "batch_size": pass.batch_size,
+            "content": pass.content,
+            "settings": pass.settings.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect::<Map<_, _>>(),
+            "fingerprint": pass.fingerprint,
+            "growth": pass.growth,
+        });
+        // A line that was torn stays one of its own.
+        let torn = is_torn(&mut file).map_err(failed)?;
+        let line = format!("{}{line}\n", if torn { "\n" } else { "" });
+        file.write_all(line.as_bytes()).map_err(failed)?;
+        Ok(Self { path, file, pass, failure: None })
+    }
+
+    /// Writes the line of a batch. After a failure every later call fails the same way.
+    pub(crate) fn write(&mut self, entry: &Entry) -> Result<()> {
+        self.check()?;
+        let Entry { start, end, checksum } = entry;
+        // One write for the line, so that a kill leaves it whole or absent on a local file system.
+        let line = format!(
+            "{{\"run\":\"{}\",\"epoch\":{},\"position\":{},\"end_epoch\":{},\"end\":{},\"rank\":{},\"world_size\":{},\"batch_size\":{},\
+             \"rows\":{},\"tokens\":{},\"hash\":\"{}\"}}\n",
+            self.pass.run,
+            start.0,
+            start.1,
+            end.0,
+            end.1,
+            self.pass.rank,
+            self.pass.world_size,
+            self.pass.batch_size,
+            checksum.rows,
+            checksum.tokens,
+            checksum.hash_text(),
+        );
+        self.file.write_all(line.as_bytes()).map_err(|error| {
+            let text = format!("cannot write the delivery log at position {} of epoch {}", start.1, start.0);
+            let error = Error::io(text, error).at(&self.path);
+            self.failure = Some(error.clone());
+            error
+        })
+    }
+
+    /// Fails if a line could not be written.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.failure.clone().map_or(Ok(()), Err)
+    }
+}
+
+fn settings_of(begin: &Value) -> Option<Vec<(String, String)>> {
+    let settings = begin.get("settings")?.as_object()?;
+    settings.iter().map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
+}
+
+fn is_torn(file: &mut File) -> std::io::Result<bool> {
+    if file.seek(SeekFrom::End(0))? == 0 {
+        return Ok(false);
+    }
+    file.seek(SeekFrom::End(-1))?;
+    let mut last = [0];
+    file.read_exact(&mut last)?;
+    Ok(last != *b"\n")
+}
+
+/// The lines of all ranks.
+#[derive(Debug, Default)]
+pub struct DeliveryLog {
+    files: Vec<PathBuf>,
+    passes: Vec<Pass>,
+    /// File, first and last line of each pass, counted from 0.
+    spans: Vec<(usize, Range<u64>)>,
+    entries: Vec<(u32, Entry)>,
+    torn: Vec<String>,
+}
+
+impl DeliveryLog {
+    /// Reads every `rank-*.jsonl` of `folder` and of the folders in it.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let mut delivery_log = Self::default();
+        delivery_log.find(folder)?;
+        delivery_log.files.sort();
+        if delivery_log.files.is_empty() {
+            return Err(
+                Error::new(ErrorKind::NotFound, "no delivery log: expected files named `rank-*.jsonl`").at(folder)
+            );
+        }
+        for index in 0..delivery_log.files.len() {
+            let path = delivery_log.files[index].clone();
+            let content =
+                std::fs::read(&path).map_err(|error| Error::io("cannot read the delivery log", error).at(&path))?;
+            delivery_log.read_file(index, &content).map_err(|error| error.at(&path))?;
+        }
+        Ok(delivery_log)
+    }
+
+    fn find(&mut self, folder: &Path) -> Result<()> {
+        let failed = |error| Error::io("cannot read the delivery log", error).at(folder);
+        for entry in std::fs::read_dir(folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if entry.path().is_dir() {
+                self.find(&entry.path())?;
+            } else if name.starts_with("rank-") && name.ends_with(".jsonl") {
+                self.files.push(entry.path());
+            }
+        }
+        Ok(())
+    }
+
+    fn read_file(&mut self, file: usize, content: &[u8]) -> Result<()> {
+        let lines: Vec<&[u8]> = content.split(|byte| *byte == b'\n').collect();
+        let parse = |line: &[u8]| serde_json::from_slice::<Value>(line).ok().filter(Value::is_object);
+        let is_begin = |line: &[u8]| parse(line).is_some_and(|value| value.get("delivery_log").is_some());
+        // Of this file alone: the number of a pass by its name.
+        let mut passes: HashMap<String, u32> = HashMap::new();
+        for (number, line) in lines.iter().enumerate().filter(|(_, line)| !line.is_empty()) {
+            let at = |text: &str| Error::data(format!("delivery log is damaged in line {}: {text}", number + 1));
+            let Some(value) = parse(line) else {
+                // Only what was written last can be torn: the end of the file, or of a launch that was followed by another.
+                if lines.get(number + 1).is_none_or(|next| is_begin(next)) {
+                    self.torn.push(format!("{} line {}", self.files[file].display(), number + 1));
+                    continue;
+                }
+                return Err(at("it is torn and others of the same launch follow"));
+            };
+            let int = |key: &str| {
+                value.get(key).and_then(Value::as_u64).ok_or_else(|| at(&format!("`{key}` is missing or no number")))
+            };
+            let text = |key: &str| {
+                let found = value.get(key).and_then(Value::as_str);
+                found.map(str::to_owned).ok_or_else(|| at(&format!("`{key}` is missing or no text")))
+            };
+            let run = text("run")?;
+            if value.get("delivery_log").is_some() {
+                let version = int("delivery_log")?;
+                if version != VERSION {
+                    return Err(at(&format!("it has version {version}, this forebay reads version {VERSION}")));
+                }
+                let index = u32::try_from(self.passes.len()).map_err(|_| at("there are more than 2^32 passes"))?;
+                passes.insert(run.clone(), index);
+                self.spans.push((file, number as u64..number as u64));
+                self.passes.push(Pass {
+                    run,
+                    time_ms: int("time_ms")?,
+                    launch: value.get("launch").and_then(Value::as_str).map(str::to_owned),
+                    epoch: int("epoch")?,
+                    position: int("position")?,
+                    rank: int("rank")?,
+                    world_size: int("world_size")?,
+                    batch_size: int("batch_size")?,
+                    content: text("content")?,
+                    settings: settings_of(&value).ok_or_else(|| at("`settings` is missing or no object of texts"))?,
+                    fingerprint: text("fingerprint")?,
+                    growth: text("growth")?,
+                });
+                continue;
+            }
+            let pass = *passes.get(&run).ok_or_else(|| at(&format!("its run `{run}` has no `delivery_log` line")))?;
+            let hash = u128::from_str_radix(&text("hash")?, 16).map_err(|_| at("`hash` is not hexadecimal"))?;
+            let checksum = Checksum { rows: int("rows")?, tokens: int("tokens")?, hash };
+            let entry =
+                Entry { start: (int("epoch")?, int("position")?), end: (int("end_epoch")?, int("end")?), checksum };
+            if entry.end <= entry.start {
+                return Err(at("the batch ends where it starts"));
+            }
+            self.spans[pass as usize].1.end = number as u64;
+            self.entries.push((pass, entry));
+        }
+        Ok(())
+    }
+
+    /// Files that were read.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// Every pass, in the order of files and lines.
+    pub fn passes(&self) -> &[Pass] {
+        &self.passes
+    }
+
+    /// Places of lines that a kill has torn.
+    pub fn torn(&self) -> &[String] {
+        &self.torn
+    }
+
+    /// The lines of the passes over `content`.
+    pub fn entries(&self, content: &str) -> impl Iterator<Item = (&Pass, &Entry)> {
+        let entries = self.entries.iter().map(|(pass, entry)| (&self.passes[*pass as usize], entry));
+        entries.filter(move |(pass, _)| pass.content == content)
+    }
+
+    /// Epochs of `content` that can be proved: one by one, and together where a batch crosses from one to the next.
+    pub fn epochs(&self, content: &str) -> Vec<Range<u64>> {
+        let mut spans: Vec<Range<u64>> = self
+            .entries(content)
+            .map(|(_, entry)| entry.start.0..entry.end.0 + u64::from(entry.end.1 > 0 || entry.end.0 == entry.start.0))
+            .collect();
+        spans.sort_unstable_by_key(|span| (span.start, span.end));
+        let mut epochs: Vec<Range<u64>> = Vec::new();
+        for span in spans {
+            match epochs.last_mut() {
+                Some(last) if span.start < last.end => last.end = last.end.max(span.end),
+                _ => epochs.push(span),
+            }
+        }
+        epochs
+    }
+}
+
+#[cfg(test)]
+mod tests;

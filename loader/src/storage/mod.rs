@@ -1,0 +1,3 @@
+//! Storage: the bytes of files, wherever they lie.
+
+pub mod local;
