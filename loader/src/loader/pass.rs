@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
-use super::{Core, Cursor, FIRST_AHEAD, TOKENS_AHEAD, WINDOWS_AHEAD, Worker, slots_into};
+use super::compute::Worker;
+use super::{Core, Cursor, FIRST_AHEAD, TOKENS_AHEAD, WINDOWS_AHEAD, slots_into};
 use crate::buffer::Lease;
 use crate::corpus::Corpus;
 use crate::error::{Error, ErrorKind, Result};

@@ -1,0 +1,228 @@
+//! Computes a batch from its rows alone.
+//!
+//! Iteration, `batch_at` and `sequences_at` share [`Core::compute`]. Workers also look ahead from here: they ask for the windows of
+//! batches to come, and decode the blocks that these will read.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::batch::{Batch, BatchLayout, IGNORED_LABEL, Kind};
+use super::pass::PassRange;
+use super::{Core, Slot, slots_into};
+use crate::buffer::pool::Pool;
+use crate::buffer::{Lease, Source as Memory};
+use crate::error::{Error, Result};
+use crate::fill::{Ahead, Id, Row};
+use crate::loader::sources::{Growth, Orders, Place};
+use crate::proof::checksum::Checksum;
+use crate::read::{Prepared, Scratch, StreamLocation};
+use crate::settings::Remainder;
+use crate::tokens::Dtype;
+
+/// While everything is found in memory, only every 16th batch is looked at.
+const LOOK_EVERY: u64 = 16;
+
+/// Memory and times of one worker.
+#[derive(Debug, Default)]
+pub(super) struct Worker {
+    pub(super) index: usize,
+    pub(super) scratch: Scratch,
+    pub(super) orders: Orders,
+    /// A row of ids on its way to two arrays, one token apart.
+    pub(super) row: Vec<i64>,
+    pub(super) slots: Vec<Slot>,
+    pub(super) places: Vec<Option<Place>>,
+}
+
+impl Core {
+    /// The batch of `slots`, in memory of its own.
+    pub(super) fn compute_alone(
+        &self,
+        growth: &Growth,
+        start: (u64, u64),
+        step: u64,
+        slots: &[Slot],
+    ) -> Result<Arc<Batch>> {
+        let mut worker = Worker::default();
+        let mut places = Vec::with_capacity(slots.len());
+        self.places(growth, slots, &mut worker.orders, &mut places);
+        let bytes = self.layout(&places).bytes;
+        let memory: Arc<dyn Memory> = Arc::new(Pool::new(bytes, 0));
+        let lease = Lease::new(&memory, bytes);
+        Ok(Arc::new(self.compute(start, step, &places, lease, &mut worker)?))
+    }
+
+    /// Whether a row holds fewer tokens than it has places.
+    fn has_padding(&self, places: &[Option<Place>]) -> bool {
+        let full = |place: &Place| place.tokens.end - place.tokens.start == self.config.row_tokens();
+        self.grouping.remainder != Remainder::Wrap && !places.iter().all(|place| place.as_ref().is_some_and(full))
+    }
+
+    /// The layout of a batch of `rows`.
+    fn layout(&self, rows: &[Option<Place>]) -> Cow<'_, BatchLayout> {
+        let padded = self.has_padding(rows);
+        if !padded && rows.len() == self.layout.rows {
+            return Cow::Borrowed(&self.layout);
+        }
+        Cow::Owned(BatchLayout::new(&self.config, rows.len(), padded))
+    }
+
+    /// The batch of `rows`, the first of which stands at `start` of global batch `step`, in the memory of `lease`.
+    pub(super) fn compute(
+        &self,
+        start: (u64, u64),
+        step: u64,
+        rows: &[Option<Place>],
+        mut lease: Lease,
+        worker: &mut Worker,
+    ) -> Result<Batch> {
+        let seq_len = self.config.seq_len as usize;
+        let row_tokens = self.config.row_tokens() as usize;
+        let layout = self.layout(rows);
+        let targets_at = |index| layout.targets_at + index * seq_len * 8;
+        let mut next = rows.first().and_then(|row| self.find(row));
+        for (index, row) in rows.iter().enumerate() {
+            let spot = std::mem::replace(&mut next, rows.get(index + 1).and_then(|row| self.find(row)));
+            let ahead = next.map_or(Ahead::NONE, |spot| spot.ahead);
+            let row = row.as_ref().map(|place| (place, spot, ahead));
+            match (layout.kind, layout.input_dtype) {
+                (Kind::Overlapping, _) => {
+                    let ids = lease.i64s(index * row_tokens * 8, row_tokens);
+                    self.fill_row(row, Row::of_ids(ids), worker)?;
+                }
+                (Kind::InPlace, Dtype::I32) => {
+                    let (ids, labels) = lease.i32s_and_i64s(index * seq_len * 4, targets_at(index), seq_len);
+                    self.fill_row(row, Row::with_labels(ids, labels), worker)?;
+                }
+                (Kind::InPlace, _) => {
+                    let (ids, labels) = lease.i64s_and_i64s(index * seq_len * 8, targets_at(index), seq_len);
+                    self.fill_row(row, Row::with_labels(ids, labels), worker)?;
+                }
+                (Kind::Apart, dtype) => {
+                    let mut ids = std::mem::take(&mut worker.row);
+                    ids.resize(row_tokens, 0);
+                    let filled = self.fill_row(row, Row::of_ids(&mut ids), worker)?;
+                    if dtype == Dtype::I32 {
+                        let out = lease.i32s(index * seq_len * 4, seq_len);
+                        for (out, id) in out.iter_mut().zip(&ids) {
+                            *out = i32::try_from(*id).map_err(|_| {
+                                Error::data(format!("token id {id} does not fit `input_dtype` = int32: use int64"))
+                            })?;
+                        }
+                    } else {
+                        lease.i64s(index * seq_len * 8, seq_len).copy_from_slice(&ids[..seq_len]);
+                    }
+                    let shift = row_tokens - seq_len;
+                    let targets = lease.i64s(targets_at(index), seq_len);
+                    let real = filled.saturating_sub(shift);
+                    targets[..real].copy_from_slice(&ids[shift..shift + real]);
+                    targets[real..].fill(IGNORED_LABEL);
+                    worker.row = ids;
+                }
+            }
+        }
+        if let Some([sources_at, indices_at]) = layout.ids_at {
+            let ids =
+                |of: fn(&Place) -> u64| rows.iter().map(move |row| row.as_ref().map_or(-1, |place| of(place) as i64));
+            for (out, id) in lease.i64s(sources_at, rows.len()).iter_mut().zip(ids(|place| place.source as u64)) {
+                *out = id;
+            }
+            for (out, id) in lease.i64s(indices_at, rows.len()).iter_mut().zip(ids(|place| place.sequence)) {
+                *out = id;
+            }
+        }
+        let (epoch, position) = start;
+        let fields = Arc::clone(&layout.fields);
+        let mut batch = Batch { epoch, step, position, rows: rows.len(), fields, checksum: None, lease };
+        if self.covers.load(Ordering::Relaxed) {
+            let mut checksum = Checksum::default();
+            for (index, place) in rows.iter().enumerate() {
+                if let Some(place) = place.as_ref().filter(|place| !place.repeated) {
+                    let tokens = batch.tokens(index, (place.tokens.end - place.tokens.start) as usize)?;
+                    checksum.add_row(place.source as u64, place.sequence, &tokens);
+                }
+            }
+            batch.checksum = Some(checksum);
+        }
+        Ok(batch)
+    }
+
+    /// Decodes a block that batch `number` of a pass, at index `start`, will read, and nobody has.
+    pub(super) fn decode_ahead(
+        &self,
+        run: &PassRange,
+        start: u64,
+        number: u64,
+        worker: &mut Worker,
+    ) -> Result<Prepared> {
+        let Worker { orders, slots, places, scratch, .. } = worker;
+        slots_into(self.grouping, &run.epochs, start, slots);
+        self.places(&run.growth, slots, orders, places);
+        for place in places.drain(..).flatten() {
+            let reader = &self.sources.list()[place.source].reader;
+            if reader.decodes() {
+                let prepared = reader.decode_ahead(place.tokens, place.ends_chunk, number, scratch)?;
+                if prepared != Prepared::Nothing {
+                    return Ok(prepared);
+                }
+            }
+        }
+        Ok(Prepared::Nothing)
+    }
+
+    /// Asks for what batch `number` of a pass, at index `start`, will read: always while files are cold, and else now and then, to notice
+    /// that they have become so.
+    pub(super) fn read_ahead(&self, run: &PassRange, number: u64, start: u64, worker: &mut Worker) {
+        let cold = self.cold.load(Ordering::Relaxed);
+        if !cold && !number.is_multiple_of(LOOK_EVERY) {
+            return;
+        }
+        if run.epochs.len().is_some_and(|end| start >= end) {
+            return;
+        }
+        let mut asked = false;
+        let Worker { orders, slots, places, .. } = worker;
+        slots_into(self.grouping, &run.epochs, start, slots);
+        self.places(&run.growth, slots, orders, places);
+        for place in places.drain(..).flatten() {
+            asked |= self.sources.list()[place.source].reader.read_ahead(place.tokens);
+        }
+        if asked != cold {
+            self.cold.store(asked, Ordering::Relaxed);
+        }
+    }
+
+    /// Where a row begins, if that is to be known without reading or decoding anything.
+    fn find(&self, row: &Option<Place>) -> Option<StreamLocation> {
+        let place = row.as_ref().filter(|place| !place.tokens.is_empty())?;
+        self.sources.list()[place.source].reader.find(place.tokens.start)
+    }
+
+    /// Writes the tokens of one row; the places after them hold `pad_id`, and their labels [`IGNORED_LABEL`]. Returns how many are tokens.
+    fn fill_row<T: Id>(
+        &self,
+        place: Option<(&Place, Option<StreamLocation>, Ahead)>,
+        row: Row<'_, T>,
+        worker: &mut Worker,
+    ) -> Result<usize> {
+        let Some((place, spot, ahead)) = place else {
+            row.pad(self.config.pad_id, IGNORED_LABEL);
+            return Ok(0);
+        };
+        let reader = &self.sources.list()[place.source].reader;
+        let (len, filled) = (row.len(), (place.tokens.end - place.tokens.start) as usize);
+        let (tokens, mut rest) = row.split_at(filled);
+        reader.fill(place.tokens.clone(), place.ends_chunk, tokens, spot, ahead, &mut worker.scratch)?;
+        if self.grouping.remainder == Remainder::Wrap && filled < len {
+            let stream_len = place.tokens.end;
+            while rest.len() > 0 {
+                let take = (rest.len() as u64).min(stream_len);
+                reader.fill(0..take, false, rest.take(take as usize), None, Ahead::NONE, &mut worker.scratch)?;
+            }
+            return Ok(len);
+        }
+        rest.pad(self.config.pad_id, IGNORED_LABEL);
+        Ok(filled)
+    }
+}
