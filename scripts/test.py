@@ -48,6 +48,8 @@ class Lane:
     counts: dict[str, int] = field(default_factory=lambda: {"passed": 0, "failed": 0, "skipped": 0})
     seconds: float = 0.0
     why: str = ""
+    #: What the lane left out without being skipped as a whole.
+    note: str = ""
 
     def count(self, line: str) -> None:
         if CLOSING_LINE.match(line):
@@ -119,6 +121,8 @@ def rust(lane: Lane) -> None:
 def pytest(lane: Lane, venv: str, group: str, *arguments: str) -> None:
     if set_up(lane, "venv", venv, group) and set_up(lane, "wheel", venv):
         run(lane, f"{venv}/bin/python", "-m", "pytest", "tests/python", "-q", "-ra", *arguments)
+        if not os.environ.get("FOREBAY_TEST_FILES"):
+            lane.note = "SKIPPED in it: files of other projects (FOREBAY_TEST_FILES names no folder)"
 
 
 def trainers(lane: Lane, *groups: str) -> None:
@@ -204,7 +208,10 @@ def main() -> int:
     for lane in lanes:
         state = "FAILED" if lane.counts["failed"] else "skipped" if lane.why else "ok"
         numbers = ", ".join(f"{number} {word}" for word, number in lane.counts.items())
-        print(f"{lane.name:13} {state:7} {numbers} in {lane.seconds:.0f} s{'  ' + lane.why if lane.why else ''}")
+        print(
+            f"{lane.name:13} {state:7} {numbers} in {lane.seconds:.0f} s"
+            + "".join(f"  {text}" for text in (lane.why, lane.note) if text)
+        )
     total = {word: sum(lane.counts[word] for lane in lanes) for word in ("passed", "failed", "skipped")}
     print(", ".join(f"{number} {word}" for word, number in total.items()))
     return 1 if total["failed"] else 0

@@ -13,6 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("writer", "format", "codec", "encoding", "type")
 
+#: Folder with test files of other projects, which this one does not hold; see test_public_files.py.
+TEST_FILES = os.environ.get("FOREBAY_TEST_FILES", "")
+
 # A rank or setting of the machine that runs the tests is none of theirs.
 for _name in [name for name in os.environ if name.startswith(("FOREBAY_", "SLURM_", "OMPI_", "PMI_"))]:
     del os.environ[_name]
