@@ -162,10 +162,9 @@ class Job:
 
 def verify(corpus: Path, delivery_log: Path) -> dict[str, Any]:
     settings = [f"--set={name}={value}" for name, value in CONTENT.items()]
-    command = [sys.executable, "-m", "forebay", "verify", corpus, "--delivery-log", delivery_log, "--epoch=0", "--json", *settings]
-    ran = subprocess.run(
-        [str(part) for part in command], env=clean_environment(), capture_output=True, text=True, timeout=120
-    )
+    paths = [str(corpus), "--delivery-log", str(delivery_log)]
+    command = [sys.executable, "-m", "forebay", "verify", *paths, "--epoch=0", "--json", *settings]
+    ran = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
     found: dict[str, Any] = json.loads(ran.stdout)
     return found

@@ -12,7 +12,7 @@ use crate::settings::suggest::nearest_of;
 use crate::settings::{self, Kind, Setting};
 
 /// Variables that are no settings.
-const OTHER_VARIABLES: [&str; 8] = [
+const OTHER_VARIABLES: [&str; 9] = [
     "FOREBAY_CONFIG",
     "FOREBAY_STRICT_ENV",
     "FOREBAY_LOG",
@@ -20,6 +20,7 @@ const OTHER_VARIABLES: [&str; 8] = [
     "FOREBAY_PROGRESS",
     "FOREBAY_PYTHON_FT",
     "FOREBAY_DEMO_QUICK",
+    "FOREBAY_TEST_FILES",
     "FOREBAY_WHEEL_PROFILE",
 ];
 
