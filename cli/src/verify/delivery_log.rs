@@ -7,7 +7,7 @@ use std::path::Path;
 use forebay::loader::state::State;
 use forebay::order::epochs::EpochChain;
 use forebay::proof::checksum::Checksum;
-use forebay::proof::delivery_log::{Conflict, DeliveryLog, GlobalBatch, Pass, Span, Tiling};
+use forebay::proof::delivery_log::{DeliveryLog, DeliveryPair, GlobalBatch, LoggedPass, ProofRange, Tiling};
 use forebay::settings::Remainder;
 use forebay::{Error, ErrorKind, Loader};
 use serde_json::{Value, json};
@@ -86,7 +86,7 @@ impl<'a> Found<'a> {
             .map(|epochs| {
                 let may_drop = loader.config().remainder == Remainder::Drop;
                 let (chain, _) = loader.epoch_chain(epochs.clone());
-                let mut span = Span { epochs: epochs.clone(), chain: &chain, from: 0, may_drop };
+                let mut span = ProofRange { epochs: epochs.clone(), chain: &chain, from: 0, may_drop };
                 span.from = state.map_or(0, |state| span.index((state.epoch(), state.position())));
                 let (len, from, tiling) = (span.len(), span.from, delivery_log.tile(&content, &span));
                 Group { epochs, chain, len, from, tiling }
@@ -186,7 +186,7 @@ impl<'a> Found<'a> {
 }
 
 /// How the run differs from what is given here.
-fn differences(loader: &Loader, pass: &Pass) -> String {
+fn differences(loader: &Loader, pass: &LoggedPass) -> String {
     let here = loader.content_settings();
     let was = |name: &str| pass.settings.iter().find(|(other, _)| other == name).map_or("not set", |(_, value)| value);
     let mut found: Vec<String> = here
@@ -293,8 +293,8 @@ impl Judged<'_> {
 
     fn json(&self, found: &Found<'_>) -> Value {
         let tiling = &self.group.tiling;
-        let faults = |faults: &[Conflict]| -> Vec<Value> {
-            let fault = |fault: &Conflict| {
+        let faults = |faults: &[DeliveryPair]| -> Vec<Value> {
+            let fault = |fault: &DeliveryPair| {
                 json!({"epoch": fault.epoch, "position": fault.position, "rank": fault.rank,
                     "world_size": fault.world_size, "runs": fault.runs})
             };
@@ -328,8 +328,8 @@ impl Judged<'_> {
     }
 }
 
-fn place_of(fault: &Conflict) -> String {
-    let Conflict { epoch, position, world_size, runs: [first, second], .. } = fault;
+fn place_of(fault: &DeliveryPair) -> String {
+    let DeliveryPair { epoch, position, world_size, runs: [first, second], .. } = fault;
     let ranks = fault.rank.map_or("all ranks".to_owned(), |rank| format!("rank {rank}"));
     format!("epoch {epoch}, position {position}, {ranks} of {world_size} (in {first} and {second})")
 }

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::loader::sources::{Growth, Orders, Place};
 use crate::loader::state::{StateValue, refused};
 use crate::order::epochs::EpochChain;
-use crate::proof::delivery_log::{self, Pass};
+use crate::proof::delivery_log::{self, LoggedPass};
 use crate::settings::environment;
 use crate::sync::lock;
 
@@ -91,10 +91,10 @@ impl Core {
     }
 
     /// Begins the delivery log of a pass, where there is one.
-    pub(super) fn begin_delivery_log(&self, heading: &PassRange) -> Result<Option<delivery_log::Writer>> {
+    pub(super) fn begin_delivery_log(&self, heading: &PassRange) -> Result<Option<delivery_log::LogWriter>> {
         let Some(folder) = &self.config.delivery_log else { return Ok(None) };
         let (epoch, position) = heading.epochs.state_at(heading.start);
-        let pass = Pass {
+        let pass = LoggedPass {
             run: String::new(),
             time_ms: 0,
             launch: environment::launch(),
@@ -108,6 +108,6 @@ impl Core {
             fingerprint: self.sources.list()[0].reader.corpus().fingerprint().to_owned(),
             growth: heading.growth.text(),
         };
-        delivery_log::Writer::begin(Path::new(folder), pass).map(Some)
+        delivery_log::LogWriter::begin(Path::new(folder), pass).map(Some)
     }
 }

@@ -15,7 +15,7 @@ use crate::loader::sources::Growth;
 use crate::observe::trace::Tracer;
 use crate::order::epochs::EpochChain;
 use crate::pipeline::{Pipeline, Plan, Taken, WaitPolicy, Work};
-use crate::proof::delivery_log::{self, Entry};
+use crate::proof::delivery_log::{self, LoggedBatch};
 use crate::read::Prepared;
 use crate::settings::Epochs;
 use crate::storage::local;
@@ -177,7 +177,7 @@ pub(super) struct Started {
     pipeline: Pipeline<Job>,
     heading: Arc<PassRange>,
     delivered: AtomicU64,
-    delivery_log: Option<Mutex<delivery_log::Writer>>,
+    delivery_log: Option<Mutex<delivery_log::LogWriter>>,
 }
 
 /// Where a pass goes.
@@ -396,6 +396,6 @@ impl Started {
     fn write_delivery_log(&self, batch: &Batch, end: (u64, u64)) -> Result<()> {
         let Some(delivery_log) = &self.delivery_log else { return Ok(()) };
         let checksum = batch.checksum.ok_or_else(|| Error::new(ErrorKind::Internal, "a batch was not hashed"))?;
-        lock(delivery_log).write(&Entry { start: (batch.epoch, batch.position), end, checksum })
+        lock(delivery_log).write(&LoggedBatch { start: (batch.epoch, batch.position), end, checksum })
     }
 }

@@ -1,9 +1,17 @@
-//! Delivery log: one line for every batch that was handed over, so that a run can prove afterwards what it was trained on.
+//! The delivery log: one line for every batch that a rank received, so that a run can prove later
+//! which rows it was trained on.
 //!
-//! Each rank appends to a file of its own, `rank-00003.jsonl`: a `begin` line when a pass starts, then a line per batch, written before the batch is
-//! returned. A process that is killed leaves at most its last line torn, and the next launch begins a new one. Reading puts the ranks' lines
-//! together to global batches and looks for a chain of whole ones from the start of an epoch to its end. Launches overlap where
-//! one was killed after its last checkpoint: what both delivered must be equal, and the later one counts.
+//! Each rank appends to a file of its own, for example `rank-00003.jsonl`. A pass writes a `begin`
+//! line when it starts. It then writes one line per batch, before the loader returns that batch. A
+//! killed process leaves at most its last line torn, and the next launch begins a new line.
+//!
+//! The reader joins the ranks' lines to global batches. It then looks for a chain of complete
+//! global batches from the start of an epoch to its end. Launches overlap where a process was
+//! killed after its last checkpoint. The batches that both launches delivered must be equal; the
+//! later launch counts.
+//!
+//! `forebay verify` computes the checksums that these lines must have; this module only reads and
+//! joins the lines.
 
 mod tiling;
 
@@ -21,23 +29,23 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::error::{Error, ErrorKind, Result};
 use crate::proof::checksum::Checksum;
 
-pub use tiling::{Conflict, Double, GlobalBatch, Span, Tiling};
+pub use tiling::{DeliveryPair, GlobalBatch, ProofRange, Tiling};
 
-/// Version of the lines.
+/// Version of the format of the lines.
 pub const VERSION: u64 = 1;
 
-/// A pass over an epoch, as its `begin` line says.
+/// One pass over the data on one rank, as its `begin` line describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pass {
-    /// Name of the pass, in each of its lines.
+pub struct LoggedPass {
+    /// Name of the pass. Each of its lines contains this name.
     pub run: String,
-    /// Milliseconds since 1970.
+    /// Start of the pass, in milliseconds since 1970.
     pub time_ms: u64,
-    /// What the launcher calls this start of the job, where it has a name for it.
+    /// The launcher's name for this start of the job, if the launcher has one.
     pub launch: Option<String>,
-    /// Epoch it began in.
+    /// Epoch in which the pass began.
     pub epoch: u64,
-    /// Position it began at.
+    /// Position at which the pass began.
     pub position: u64,
     /// Data-parallel rank.
     pub rank: u64,
@@ -45,39 +53,42 @@ pub struct Pass {
     pub world_size: u64,
     /// Rows per rank and step.
     pub batch_size: u64,
-    /// Digest of the content settings and the corpus.
+    /// Digest of the content settings and the corpus. Passes with equal digests deliver the same
+    /// rows.
     pub content: String,
-    /// The content settings.
+    /// The content settings, as names and printed values.
     pub settings: Vec<(String, String)>,
     /// Fingerprint of the corpus.
     pub fingerprint: String,
-    /// Shards of the corpus from each epoch on, as a state has them.
+    /// Number of shards of the corpus from each epoch on, in the form that a state uses.
     pub growth: String,
 }
 
-/// A batch that a rank was given.
+/// One batch that a rank received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct LoggedBatch {
     /// Epoch and position of the first row of its global batch.
     pub start: (u64, u64),
-    /// Epoch and position that a state saved after it names.
+    /// Epoch and position that a state saved right after this batch contains.
     pub end: (u64, u64),
-    /// What it held.
+    /// Checksum of the delivered rows.
     pub checksum: Checksum,
 }
 
-/// Writes the lines of one pass.
+/// Writes the lines of one pass. Its owner serialises the calls.
 #[derive(Debug)]
-pub(crate) struct Writer {
+pub(crate) struct LogWriter {
     path: PathBuf,
     file: File,
-    pass: Pass,
+    pass: LoggedPass,
     failure: Option<Error>,
 }
 
-impl Writer {
-    /// Begins `pass`, whose name and time are filled in here, in the file of its rank under `folder`.
-    pub(crate) fn begin(folder: &Path, mut pass: Pass) -> Result<Self> {
+impl LogWriter {
+    /// Begins `pass` in the file of its rank under `folder`, and fills in the pass's name and time.
+    ///
+    /// Appends to an existing file, and creates the folder and the file if they are missing.
+    pub(crate) fn begin(folder: &Path, mut pass: LoggedPass) -> Result<Self> {
         static PASSES: AtomicU64 = AtomicU64::new(0);
         let path = folder.join(format!("rank-{:05}.jsonl", pass.rank));
         let failed = |error| Error::io("cannot write the delivery log", error).at(&path);
@@ -103,18 +114,20 @@ impl Writer {
             "fingerprint": pass.fingerprint,
             "growth": pass.growth,
         });
-        // A line that was torn stays one of its own.
+        // If the file ends with a torn line, begin a new line, so that the torn line stays
+        // separate.
         let torn = is_torn(&mut file).map_err(failed)?;
         let line = format!("{}{line}\n", if torn { "\n" } else { "" });
         file.write_all(line.as_bytes()).map_err(failed)?;
         Ok(Self { path, file, pass, failure: None })
     }
 
-    /// Writes the line of a batch. After a failure every later call fails the same way.
-    pub(crate) fn write(&mut self, entry: &Entry) -> Result<()> {
+    /// Writes the line of one batch. After a failure, every later call fails with the same error.
+    pub(crate) fn write(&mut self, batch: &LoggedBatch) -> Result<()> {
         self.check()?;
-        let Entry { start, end, checksum } = entry;
-        // One write for the line, so that a kill leaves it whole or absent on a local file system.
+        let LoggedBatch { start, end, checksum } = batch;
+        // Use one write for the line. A kill then leaves either the whole line or nothing on a
+        // local file system.
         let line = format!(
             "{{\"run\":\"{}\",\"epoch\":{},\"position\":{},\"end_epoch\":{},\"end\":{},\"rank\":{},\"world_size\":{},\"batch_size\":{},\
              \"rows\":{},\"tokens\":{},\"hash\":\"{}\"}}\n",
@@ -138,7 +151,7 @@ impl Writer {
         })
     }
 
-    /// Fails if a line could not be written.
+    /// Fails if an earlier line could not be written.
     pub(crate) fn check(&self) -> Result<()> {
         self.failure.clone().map_or(Ok(()), Err)
     }
@@ -159,19 +172,22 @@ fn is_torn(file: &mut File) -> std::io::Result<bool> {
     Ok(last != *b"\n")
 }
 
-/// The lines of all ranks.
+/// The lines of all ranks, as read from the log's files.
 #[derive(Debug, Default)]
 pub struct DeliveryLog {
     files: Vec<PathBuf>,
-    passes: Vec<Pass>,
-    /// File, first and last line of each pass, counted from 0.
-    spans: Vec<(usize, Range<u64>)>,
-    entries: Vec<(u32, Entry)>,
+    passes: Vec<LoggedPass>,
+    /// For each pass: its file, and its first and last line in that file, counted from 0.
+    lines_of_passes: Vec<(usize, Range<u64>)>,
+    batches: Vec<(u32, LoggedBatch)>,
     torn: Vec<String>,
 }
 
 impl DeliveryLog {
-    /// Reads every `rank-*.jsonl` of `folder` and of the folders in it.
+    /// Reads every `rank-*.jsonl` file of `folder` and of all folders inside it.
+    ///
+    /// Skips torn lines at the places where a kill can leave them. Fails, with the file and the
+    /// line, on any other damage.
     pub fn read(folder: &Path) -> Result<Self> {
         let mut delivery_log = Self::default();
         delivery_log.find(folder)?;
@@ -209,12 +225,13 @@ impl DeliveryLog {
         let lines: Vec<&[u8]> = content.split(|byte| *byte == b'\n').collect();
         let parse = |line: &[u8]| serde_json::from_slice::<Value>(line).ok().filter(Value::is_object);
         let is_begin = |line: &[u8]| parse(line).is_some_and(|value| value.get("delivery_log").is_some());
-        // Of this file alone: the number of a pass by its name.
+        // Number of each pass of this file, by the pass's name.
         let mut passes: HashMap<String, u32> = HashMap::new();
         for (number, line) in lines.iter().enumerate().filter(|(_, line)| !line.is_empty()) {
             let at = |text: &str| Error::data(format!("delivery log is damaged in line {}: {text}", number + 1));
             let Some(value) = parse(line) else {
-                // Only what was written last can be torn: the end of the file, or of a launch that was followed by another.
+                // A kill tears only the last line of a launch: the last line of the file, or the
+                // line before the next launch's `begin` line.
                 if lines.get(number + 1).is_none_or(|next| is_begin(next)) {
                     self.torn.push(format!("{} line {}", self.files[file].display(), number + 1));
                     continue;
@@ -236,8 +253,8 @@ impl DeliveryLog {
                 }
                 let index = u32::try_from(self.passes.len()).map_err(|_| at("there are more than 2^32 passes"))?;
                 passes.insert(run.clone(), index);
-                self.spans.push((file, number as u64..number as u64));
-                self.passes.push(Pass {
+                self.lines_of_passes.push((file, number as u64..number as u64));
+                self.passes.push(LoggedPass {
                     run,
                     time_ms: int("time_ms")?,
                     launch: value.get("launch").and_then(Value::as_str).map(str::to_owned),
@@ -256,50 +273,55 @@ impl DeliveryLog {
             let pass = *passes.get(&run).ok_or_else(|| at(&format!("its run `{run}` has no `delivery_log` line")))?;
             let hash = u128::from_str_radix(&text("hash")?, 16).map_err(|_| at("`hash` is not hexadecimal"))?;
             let checksum = Checksum { rows: int("rows")?, tokens: int("tokens")?, hash };
-            let entry =
-                Entry { start: (int("epoch")?, int("position")?), end: (int("end_epoch")?, int("end")?), checksum };
-            if entry.end <= entry.start {
+            let batch = LoggedBatch {
+                start: (int("epoch")?, int("position")?),
+                end: (int("end_epoch")?, int("end")?),
+                checksum,
+            };
+            if batch.end <= batch.start {
                 return Err(at("the batch ends where it starts"));
             }
-            self.spans[pass as usize].1.end = number as u64;
-            self.entries.push((pass, entry));
+            self.lines_of_passes[pass as usize].1.end = number as u64;
+            self.batches.push((pass, batch));
         }
         Ok(())
     }
 
-    /// Files that were read.
+    /// The files that were read, sorted by path.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
     }
 
     /// Every pass, in the order of files and lines.
-    pub fn passes(&self) -> &[Pass] {
+    pub fn passes(&self) -> &[LoggedPass] {
         &self.passes
     }
 
-    /// Places of lines that a kill has torn.
+    /// File and line number of each torn line.
     pub fn torn(&self) -> &[String] {
         &self.torn
     }
 
-    /// The lines of the passes over `content`.
-    pub fn entries(&self, content: &str) -> impl Iterator<Item = (&Pass, &Entry)> {
-        let entries = self.entries.iter().map(|(pass, entry)| (&self.passes[*pass as usize], entry));
-        entries.filter(move |(pass, _)| pass.content == content)
+    /// The lines of those passes whose content digest equals `content`.
+    pub fn batches(&self, content: &str) -> impl Iterator<Item = (&LoggedPass, &LoggedBatch)> {
+        let batches = self.batches.iter().map(|(pass, batch)| (&self.passes[*pass as usize], batch));
+        batches.filter(move |(pass, _)| pass.content == content)
     }
 
-    /// Epochs of `content` that can be proved: one by one, and together where a batch crosses from one to the next.
+    /// Ranges of epochs of `content` that can be proved.
+    ///
+    /// A range has one epoch, or several epochs where a batch crosses from one epoch into the next.
     pub fn epochs(&self, content: &str) -> Vec<Range<u64>> {
-        let mut spans: Vec<Range<u64>> = self
-            .entries(content)
-            .map(|(_, entry)| entry.start.0..entry.end.0 + u64::from(entry.end.1 > 0 || entry.end.0 == entry.start.0))
+        let mut ranges: Vec<Range<u64>> = self
+            .batches(content)
+            .map(|(_, batch)| batch.start.0..batch.end.0 + u64::from(batch.end.1 > 0 || batch.end.0 == batch.start.0))
             .collect();
-        spans.sort_unstable_by_key(|span| (span.start, span.end));
+        ranges.sort_unstable_by_key(|range| (range.start, range.end));
         let mut epochs: Vec<Range<u64>> = Vec::new();
-        for span in spans {
+        for range in ranges {
             match epochs.last_mut() {
-                Some(last) if span.start < last.end => last.end = last.end.max(span.end),
-                _ => epochs.push(span),
+                Some(last) if range.start < last.end => last.end = last.end.max(range.end),
+                _ => epochs.push(range),
             }
         }
         epochs

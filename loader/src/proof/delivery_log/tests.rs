@@ -1,5 +1,6 @@
-//! Protects: a delivery log is read as it was written, and what is wrong with it is named.
-#![allow(clippy::single_range_in_vec_init)] // of one hole
+//! Tests that a delivery log is read as it was written, and that every fault in it is named.
+// A `vec![8..12]` here is one hole.
+#![allow(clippy::single_range_in_vec_init)]
 
 use proptest::prelude::*;
 
@@ -8,18 +9,18 @@ use crate::order::epochs::EpochChain;
 
 const CONTENT: &str = "content";
 
-/// The rows of a batch, by the rule that all ranks follow.
-fn entry(position: u64, rank: u64, world_size: u64, batch_size: u64) -> Entry {
+/// One rank's batch, with the rows that the rule for all ranks gives it.
+fn logged(position: u64, rank: u64, world_size: u64, batch_size: u64) -> LoggedBatch {
     let mut checksum = Checksum::default();
     for row in 0..batch_size {
         let sequence = position + row * world_size + rank;
         checksum.add_row(0, sequence, &[sequence as i64; 3]);
     }
-    Entry { start: (0, position), end: (0, position + world_size * batch_size), checksum }
+    LoggedBatch { start: (0, position), end: (0, position + world_size * batch_size), checksum }
 }
 
-fn pass(rank: u64, world_size: u64, batch_size: u64, position: u64) -> Pass {
-    Pass {
+fn pass(rank: u64, world_size: u64, batch_size: u64, position: u64) -> LoggedPass {
+    LoggedPass {
         run: String::new(),
         time_ms: 0,
         launch: None,
@@ -35,26 +36,26 @@ fn pass(rank: u64, world_size: u64, batch_size: u64, position: u64) -> Pass {
     }
 }
 
-/// A launch that goes through `positions`, and is killed there.
+/// Writes the log of a launch that delivers `positions` and is then killed.
 fn launch(folder: &Path, world_size: u64, batch_size: u64, positions: Range<u64>) {
     for rank in 0..world_size {
-        let mut writer = Writer::begin(folder, pass(rank, world_size, batch_size, positions.start)).unwrap();
+        let mut writer = LogWriter::begin(folder, pass(rank, world_size, batch_size, positions.start)).unwrap();
         for start in positions.clone().step_by((world_size * batch_size) as usize) {
-            writer.write(&entry(start, rank, world_size, batch_size)).unwrap();
+            writer.write(&logged(start, rank, world_size, batch_size)).unwrap();
         }
     }
-    // So that launches differ in their time.
+    // Launches must differ in their time.
     std::thread::sleep(std::time::Duration::from_millis(2));
 }
 
 fn tile(folder: &Path, positions: u64, may_drop: bool) -> Tiling {
     let delivery_log = DeliveryLog::read(folder).unwrap();
     let chain = EpochChain::new(0, Some(1), &[], [], |_| positions);
-    delivery_log.tile(CONTENT, &Span { epochs: 0..1, chain: &chain, from: 0, may_drop })
+    delivery_log.tile(CONTENT, &ProofRange { epochs: 0..1, chain: &chain, from: 0, may_drop })
 }
 
 fn all(positions: u64) -> Checksum {
-    entry(0, 0, 1, positions).checksum
+    logged(0, 0, 1, positions).checksum
 }
 
 fn append(path: &Path, text: &str) {
@@ -74,7 +75,7 @@ fn launches_of_changing_world_size_make_one_chain() {
     let sizes: Vec<_> = tiling.chain.iter().map(|batch| (batch.position, batch.world_size)).collect();
     let expected: Vec<_> = [(0, 4), (12, 4), (24, 4), (36, 2), (48, 2), (60, 2), (72, 1), (84, 2), (92, 2)].into();
     assert_eq!(sizes[..9], expected, "the later launch counts");
-    // Two steps of four ranks and two of two ranks were handed over again.
+    // The log has two steps of four ranks and two steps of two ranks twice.
     assert_eq!((tiling.spare, tiling.conflicts.len(), tiling.doubles.len()), (2 * 4 + 2 * 2, 0, 0));
     assert_eq!(tile(folder.path(), 120, false).holes, [116..120]);
 }
@@ -88,8 +89,8 @@ fn a_batch_that_two_launches_had_must_be_the_same() {
     assert_eq!((tiling.checksum(), tiling.spare, tiling.conflicts.len()), (all(16), 4, 0));
     assert_eq!(tiling.doubles, []);
 
-    let mut writer = Writer::begin(folder.path(), pass(1, 2, 2, 8)).unwrap();
-    writer.write(&Entry { checksum: all(2), ..entry(8, 1, 2, 2) }).unwrap();
+    let mut writer = LogWriter::begin(folder.path(), pass(1, 2, 2, 8)).unwrap();
+    writer.write(&LoggedBatch { checksum: all(2), ..logged(8, 1, 2, 2) }).unwrap();
     let tiling = tile(folder.path(), 16, false);
     let [conflict] = tiling.conflicts.as_slice() else { panic!("{:?}", tiling.conflicts) };
     assert_eq!((conflict.position, conflict.rank, conflict.world_size), (8, Some(1), 2));
@@ -99,14 +100,14 @@ fn a_batch_that_two_launches_had_must_be_the_same() {
 fn a_global_batch_must_be_the_same_on_any_number_of_ranks() {
     let folder = tempfile::tempdir().unwrap();
     launch(folder.path(), 2, 2, 0..8);
-    let mut writer = Writer::begin(folder.path(), pass(0, 1, 4, 4)).unwrap();
-    writer.write(&entry(4, 0, 1, 4)).unwrap();
+    let mut writer = LogWriter::begin(folder.path(), pass(0, 1, 4, 4)).unwrap();
+    writer.write(&logged(4, 0, 1, 4)).unwrap();
     assert_eq!(tile(folder.path(), 8, false).conflicts, []);
-    let mut writer = Writer::begin(folder.path(), pass(0, 4, 1, 4)).unwrap();
-    writer.write(&Entry { checksum: all(1), ..entry(4, 0, 4, 1) }).unwrap();
+    let mut writer = LogWriter::begin(folder.path(), pass(0, 4, 1, 4)).unwrap();
+    writer.write(&LoggedBatch { checksum: all(1), ..logged(4, 0, 4, 1) }).unwrap();
     for rank in 1..4 {
-        let mut writer = Writer::begin(folder.path(), pass(rank, 4, 1, 4)).unwrap();
-        writer.write(&entry(4, rank, 4, 1)).unwrap();
+        let mut writer = LogWriter::begin(folder.path(), pass(rank, 4, 1, 4)).unwrap();
+        writer.write(&logged(4, rank, 4, 1)).unwrap();
     }
     let tiling = tile(folder.path(), 8, false);
     let [conflict] = tiling.conflicts.as_slice() else { panic!("{:?}", tiling.conflicts) };
@@ -116,9 +117,9 @@ fn a_global_batch_must_be_the_same_on_any_number_of_ranks() {
 #[test]
 fn two_processes_of_one_rank_are_told_from_two_launches() {
     let folder = tempfile::tempdir().unwrap();
-    let mut writers = [(); 2].map(|()| Writer::begin(folder.path(), pass(0, 1, 2, 0)).unwrap());
+    let mut writers = [(); 2].map(|()| LogWriter::begin(folder.path(), pass(0, 1, 2, 0)).unwrap());
     for start in [0, 2, 4] {
-        writers.iter_mut().for_each(|writer| writer.write(&entry(start, 0, 1, 2)).unwrap());
+        writers.iter_mut().for_each(|writer| writer.write(&logged(start, 0, 1, 2)).unwrap());
     }
     let tiling = tile(folder.path(), 6, false);
     assert_eq!(tiling.doubles.iter().map(|double| double.position).collect::<Vec<_>>(), [0, 2, 4]);
@@ -130,9 +131,9 @@ fn what_is_missing_is_a_hole() {
     let folder = tempfile::tempdir().unwrap();
     launch(folder.path(), 2, 2, 0..8);
     launch(folder.path(), 2, 2, 12..20);
-    // Rank 1 never came to the batch at 20.
-    let mut writer = Writer::begin(folder.path(), pass(0, 2, 2, 20)).unwrap();
-    writer.write(&entry(20, 0, 2, 2)).unwrap();
+    // Rank 1 never received the batch at 20.
+    let mut writer = LogWriter::begin(folder.path(), pass(0, 2, 2, 20)).unwrap();
+    writer.write(&logged(20, 0, 2, 2)).unwrap();
     let tiling = tile(folder.path(), 25, true);
     assert_eq!((tiling.holes.clone(), tiling.partial), (vec![8..12, 20..25], 1));
     assert!(!tiling.is_unfinished(25));
@@ -149,12 +150,12 @@ fn a_torn_line_is_passed_over_only_where_a_kill_leaves_one() {
     launch(folder.path(), 1, 4, 0..8);
     append(&path, "{\"run\":\"01");
     let delivery_log = DeliveryLog::read(folder.path()).unwrap();
-    assert_eq!((delivery_log.torn().len(), delivery_log.entries(CONTENT).count()), (1, 2));
+    assert_eq!((delivery_log.torn().len(), delivery_log.batches(CONTENT).count()), (1, 2));
     // The next launch begins a line of its own.
     launch(folder.path(), 1, 4, 8..16);
     let delivery_log = DeliveryLog::read(folder.path()).unwrap();
     assert_eq!((delivery_log.torn().len(), delivery_log.passes().len()), (1, 2));
-    let first = Pass { run: String::new(), time_ms: 0, ..delivery_log.passes()[0].clone() };
+    let first = LoggedPass { run: String::new(), time_ms: 0, ..delivery_log.passes()[0].clone() };
     assert_eq!(first, pass(0, 1, 4, 0));
     assert_eq!(tile(folder.path(), 16, false).checksum(), all(16));
 
@@ -181,11 +182,11 @@ fn a_torn_line_is_passed_over_only_where_a_kill_leaves_one() {
 #[test]
 fn a_line_that_cannot_be_written_fails_now_and_later() {
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = Writer::begin(folder.path(), pass(0, 1, 4, 0)).unwrap();
-    // Stands for a full disk.
+    let mut writer = LogWriter::begin(folder.path(), pass(0, 1, 4, 0)).unwrap();
+    // Simulates a full disk.
     writer.file = File::open(folder.path().join("rank-00000.jsonl")).unwrap();
     for _ in 0..2 {
-        let error = writer.write(&entry(4, 0, 1, 4)).unwrap_err();
+        let error = writer.write(&logged(4, 0, 1, 4)).unwrap_err();
         assert!(error.to_string().contains("cannot write the delivery log at position 4 of epoch 0"), "{error}");
     }
     assert!(writer.check().is_err());
@@ -194,19 +195,19 @@ fn a_line_that_cannot_be_written_fails_now_and_later() {
 #[test]
 fn epochs_that_a_batch_crosses_are_proved_together() {
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = Writer::begin(folder.path(), pass(0, 1, 4, 0)).unwrap();
+    let mut writer = LogWriter::begin(folder.path(), pass(0, 1, 4, 0)).unwrap();
     // Epochs of 6, 6 and 4 positions.
     for (start, end) in [((0, 0), (0, 4)), ((0, 4), (1, 2)), ((1, 2), (1, 6)), ((2, 0), (2, 4))] {
-        writer.write(&Entry { start, end, checksum: all(4) }).unwrap();
+        writer.write(&LoggedBatch { start, end, checksum: all(4) }).unwrap();
     }
     let delivery_log = DeliveryLog::read(folder.path()).unwrap();
     assert_eq!(delivery_log.epochs(CONTENT), [0..2, 2..3]);
     assert_eq!(delivery_log.epochs("other"), []);
     let chain = EpochChain::new(0, Some(2), &[], [], |_| 6);
-    let span = Span { epochs: 0..2, chain: &chain, from: 0, may_drop: false };
-    let tiling = delivery_log.tile(CONTENT, &span);
-    assert_eq!((tiling.chain.len(), tiling.holes.len(), span.len()), (3, 0, 12));
-    assert_eq!((chain.at(7), span.index((1, 1)), chain.state_at(12)), ((1, 1), 7, (1, 6)));
+    let range = ProofRange { epochs: 0..2, chain: &chain, from: 0, may_drop: false };
+    let tiling = delivery_log.tile(CONTENT, &range);
+    assert_eq!((tiling.chain.len(), tiling.holes.len(), range.len()), (3, 0, 12));
+    assert_eq!((chain.at(7), range.index((1, 1)), chain.state_at(12)), ((1, 1), 7, (1, 6)));
 }
 
 proptest! {

@@ -1,35 +1,40 @@
-//! Tiling: the lines of all ranks as global batches, and of these a chain from the start of an epoch to its end.
+//! Tiling: joins the lines of all ranks to global batches, and the global batches to a chain.
+//!
+//! Takes the parsed lines of a delivery log and the range of positions to prove. Gives the chain of
+//! complete global batches with the fewest positions missing, the holes in it, and every pair of
+//! deliveries that contradict each other. Does not compare the chain with the files; `forebay
+//! verify` does that.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 
 use crate::order::epochs::{ENDLESS, EpochChain};
 use crate::proof::checksum::Checksum;
-use crate::proof::delivery_log::{DeliveryLog, Entry, Pass};
+use crate::proof::delivery_log::{DeliveryLog, LoggedBatch, LoggedPass};
 
 impl DeliveryLog {
-    /// Puts the batches of `content` together to a chain over `span`.
-    pub fn tile(&self, content: &str, span: &Span<'_>) -> Tiling {
+    /// Joins the logged batches of `content` to a chain of global batches over `range`.
+    pub fn tile(&self, content: &str, range: &ProofRange<'_>) -> Tiling {
         let mut tiling = Tiling::default();
-        let mut batches: BTreeMap<Key, Gathered> = BTreeMap::new();
-        for (pass, entry) in &self.entries {
-            let Pass { rank, world_size, batch_size, .. } = self.passes[*pass as usize];
-            if self.passes[*pass as usize].content != content || !span.epochs.contains(&entry.start.0) {
+        let mut batches: BTreeMap<BatchKey, GatheredBatch> = BTreeMap::new();
+        for (pass, logged) in &self.batches {
+            let LoggedPass { rank, world_size, batch_size, .. } = self.passes[*pass as usize];
+            if self.passes[*pass as usize].content != content || !range.epochs.contains(&logged.start.0) {
                 continue;
             }
-            let start = span.index(entry.start);
-            if start < span.from {
+            let start = range.index(logged.start);
+            if start < range.from {
                 continue;
             }
-            let key = Key { start, world_size, batch_size };
-            let batch = batches.entry(key).or_insert_with(|| Gathered::new(entry, span.index(entry.end)));
+            let key = BatchKey { start, world_size, batch_size };
+            let batch = batches.entry(key).or_insert_with(|| GatheredBatch::new(logged, range.index(logged.end)));
             let deliveries = batch.ranks.entry(rank).or_default();
             if let Some((other, first)) = deliveries.first()
-                && first.checksum != entry.checksum
+                && first.checksum != logged.checksum
             {
-                tiling.conflicts.push(Conflict {
-                    epoch: entry.start.0,
-                    position: entry.start.1,
+                tiling.conflicts.push(DeliveryPair {
+                    epoch: logged.start.0,
+                    position: logged.start.1,
                     rank: Some(rank),
                     world_size,
                     runs: [*other, *pass].map(|pass| self.passes[pass as usize].run.clone()),
@@ -37,18 +42,18 @@ impl DeliveryLog {
             }
             for (other, _) in deliveries.iter() {
                 if self.overlap(*other, *pass) {
-                    tiling.doubles.push(Double {
-                        epoch: entry.start.0,
-                        position: entry.start.1,
+                    tiling.doubles.push(DeliveryPair {
+                        epoch: logged.start.0,
+                        position: logged.start.1,
                         rank: Some(rank),
                         world_size,
                         runs: [*other, *pass].map(|pass| self.passes[pass as usize].run.clone()),
                     });
                 }
             }
-            deliveries.push((*pass, *entry));
+            deliveries.push((*pass, *logged));
         }
-        let entries: usize = batches.values().flat_map(|batch| batch.ranks.values()).map(Vec::len).sum();
+        let deliveries: usize = batches.values().flat_map(|batch| batch.ranks.values()).map(Vec::len).sum();
 
         let mut edges: BTreeMap<u64, Vec<GlobalBatch>> = BTreeMap::new();
         for (key, batch) in batches {
@@ -57,7 +62,7 @@ impl DeliveryLog {
                 let others = edges.entry(key.start).or_default();
                 let differs = |other: &&GlobalBatch| other.indices == whole.indices && other.checksum != whole.checksum;
                 if let Some(other) = others.iter().find(differs) {
-                    tiling.conflicts.push(Conflict {
+                    tiling.conflicts.push(DeliveryPair {
                         epoch: whole.epoch,
                         position: whole.position,
                         rank: None,
@@ -70,13 +75,14 @@ impl DeliveryLog {
                 tiling.partial += 1;
             }
         }
-        tiling.chain(edges, span);
-        tiling.spare = entries as u64 - tiling.chain.iter().map(|batch| batch.world_size).sum::<u64>();
+        tiling.chain(edges, range);
+        tiling.spare = deliveries as u64 - tiling.chain.iter().map(|batch| batch.world_size).sum::<u64>();
         tiling
     }
 
-    /// A global batch that every rank was given.
-    fn whole(&self, key: Key, batch: Gathered) -> GlobalBatch {
+    /// Builds the global batch from the deliveries of all its ranks. The latest delivery of each
+    /// rank counts.
+    fn whole(&self, key: BatchKey, batch: GatheredBatch) -> GlobalBatch {
         let mut whole = GlobalBatch {
             epoch: batch.start.0,
             position: batch.start.1,
@@ -90,9 +96,9 @@ impl DeliveryLog {
         let mut launches = BTreeSet::new();
         for deliveries in batch.ranks.values() {
             let latest = deliveries.iter().max_by_key(|(pass, _)| self.passes[*pass as usize].time_ms);
-            let (pass, entry) = latest.expect("a rank is listed with its first batch");
+            let (pass, logged) = latest.expect("a rank is listed with its first batch");
             let pass = &self.passes[*pass as usize];
-            whole.checksum += entry.checksum;
+            whole.checksum += logged.checksum;
             whole.time_ms = whole.time_ms.min(pass.time_ms);
             launches.insert(pass.launch.clone().unwrap_or_else(|| pass.run.clone()));
         }
@@ -100,48 +106,50 @@ impl DeliveryLog {
         whole
     }
 
-    /// Whether two passes wrote to one file in turns: two processes had the same rank at the same time.
+    /// Tells whether two passes wrote to the same file in turns. Then two processes had the same
+    /// rank at the same time.
     fn overlap(&self, a: u32, b: u32) -> bool {
-        let [(file_a, a), (file_b, b)] = [a, b].map(|pass| &self.spans[pass as usize]);
+        let [(file_a, a), (file_b, b)] = [a, b].map(|pass| &self.lines_of_passes[pass as usize]);
         file_a == file_b && a.start < b.end && b.start < a.end
     }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Key {
+struct BatchKey {
     start: u64,
     world_size: u64,
     batch_size: u64,
 }
 
-/// What the ranks say of one global batch.
-struct Gathered {
+/// The deliveries of all ranks for one global batch.
+struct GatheredBatch {
     start: (u64, u64),
     end: u64,
-    /// Deliveries of each rank, and the passes they were in.
-    ranks: BTreeMap<u64, Vec<(u32, Entry)>>,
+    /// Deliveries of each rank, each with the number of its pass.
+    ranks: BTreeMap<u64, Vec<(u32, LoggedBatch)>>,
 }
 
-impl Gathered {
-    fn new(entry: &Entry, end: u64) -> Self {
-        Self { start: entry.start, end, ranks: BTreeMap::new() }
+impl GatheredBatch {
+    fn new(logged: &LoggedBatch, end: u64) -> Self {
+        Self { start: logged.start, end, ranks: BTreeMap::new() }
     }
 }
 
-/// The positions to be proved: those of some epochs, one after the other, as one row of indices.
-pub struct Span<'a> {
-    /// The epochs.
+/// The positions to prove: the delivered positions of consecutive epochs, numbered by one row of
+/// indices.
+pub struct ProofRange<'a> {
+    /// The epochs to prove.
     pub epochs: Range<u64>,
-    /// What is delivered of them.
+    /// The delivered positions of these epochs.
     pub chain: &'a EpochChain,
-    /// Index to begin at.
+    /// First index to prove.
     pub from: u64,
-    /// Whether positions that fill no global batch at the end may be missing.
+    /// Whether the last positions may be missing if they do not fill a global batch.
     pub may_drop: bool,
 }
 
-impl Span<'_> {
-    /// Indices of all epochs.
+impl ProofRange<'_> {
+    /// Number of indices in all epochs.
     pub fn len(&self) -> u64 {
         self.chain.len().unwrap_or(ENDLESS)
     }
@@ -151,99 +159,101 @@ impl Span<'_> {
         self.len() == 0
     }
 
-    /// Index of a position.
+    /// Index of a position. Positions past the end have the index of the end.
     pub fn index(&self, (epoch, position): (u64, u64)) -> u64 {
         self.chain.index_of(epoch, position).min(self.len())
     }
 }
 
-/// A global batch in a chain.
+/// One complete global batch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GlobalBatch {
     /// Epoch of its first row.
     pub epoch: u64,
     /// Position of its first row.
     pub position: u64,
-    /// The same, and its end, as indices of the span.
+    /// Indices of its first row and of the row after its last, as the range to prove counts them.
     pub indices: Range<u64>,
     /// Data-parallel size.
     pub world_size: u64,
     /// Rows per rank.
     pub batch_size: u64,
-    /// Of all ranks together.
+    /// Checksum of all ranks' rows together.
     pub checksum: Checksum,
-    /// When its launch began, in milliseconds since 1970.
+    /// Start of the earliest pass that delivered it, in milliseconds since 1970.
     pub time_ms: u64,
-    /// Launches, or runs where these have no names, that it was handed over in last.
+    /// Launches that delivered it last. A run's name stands for a launch that has no name.
     pub launches: Vec<String>,
 }
 
-/// A batch that two launches were given differently.
+/// Two deliveries of one batch that contradict each other, or that overlap in time.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Conflict {
-    /// Its epoch.
+pub struct DeliveryPair {
+    /// Epoch of the batch.
     pub epoch: u64,
     /// Position of its global batch.
     pub position: u64,
-    /// The rank that was given it; none where all ranks together had different rows than on another number of ranks.
+    /// The rank that received both. `None` if the ranks received different rows in total than with
+    /// another number of ranks.
     pub rank: Option<u64>,
     /// Data-parallel size.
     pub world_size: u64,
-    /// The two runs, or the launches of all ranks.
+    /// Names of the two runs, or the launches of all ranks.
     pub runs: [String; 2],
 }
 
-/// A batch that was handed over twice at the same time.
-pub type Double = Conflict;
-
-/// What the lines of all ranks come to.
+/// Result of [`DeliveryLog::tile`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tiling {
     /// The chain, in order.
     pub chain: Vec<GlobalBatch>,
-    /// Indices that no global batch of the chain covers.
+    /// Ranges of indices that no global batch of the chain covers.
     pub holes: Vec<Range<u64>>,
-    /// Indices at the end that fill no global batch, where the remainder rule drops them.
+    /// Last indices, which the remainder rule drops because they do not fill a global batch.
     pub dropped: Range<u64>,
-    /// Batches of ranks that do not count: handed over again by a later launch, or not on every rank.
+    /// Batches of single ranks that do not count: a later launch delivered them again, or other
+    /// ranks lack them.
     pub spare: u64,
-    /// Global batches that not every rank was given.
+    /// Global batches that some ranks did not receive.
     pub partial: u64,
-    /// Batches that two launches were given differently.
-    pub conflicts: Vec<Conflict>,
-    /// Batches handed over by two processes of the same rank at the same time.
-    pub doubles: Vec<Double>,
+    /// Batches that two launches delivered with different rows.
+    pub conflicts: Vec<DeliveryPair>,
+    /// Batches that two processes of the same rank delivered at the same time.
+    pub doubles: Vec<DeliveryPair>,
 }
 
 impl Tiling {
-    /// What the chain covers.
+    /// Checksum of everything that the chain covers.
     pub fn checksum(&self) -> Checksum {
         self.chain.iter().map(|batch| batch.checksum).sum()
     }
 
-    /// Whether the only hole is at the end: a run that has not come so far yet.
+    /// Tells whether the only hole is at the end: the run has not reached the end yet.
     pub fn is_unfinished(&self, end: u64) -> bool {
         matches!(self.holes.as_slice(), [hole] if hole.end == end) && !self.chain.is_empty()
     }
 
-    /// Chooses the global batches with the fewest indices left out between them, and of equal ones those of the later launch.
-    fn chain(&mut self, mut edges: BTreeMap<u64, Vec<GlobalBatch>>, span: &Span<'_>) {
-        let end = span.len();
-        let from = span.from.min(end);
+    /// Chooses the chain with the fewest indices left out. Among equally good global batches, the
+    /// later launch's wins.
+    fn chain(&mut self, mut edges: BTreeMap<u64, Vec<GlobalBatch>>, range: &ProofRange<'_>) {
+        let end = range.len();
+        let from = range.from.min(end);
         let all = || edges.values().flatten();
         let mut nodes: Vec<u64> = all().flat_map(|batch| [batch.indices.start, batch.indices.end]).collect();
         nodes.extend([from, end]);
         nodes.sort_unstable();
         nodes.dedup();
-        // Where the last global batch ended, what is left is no hole if it fills no further one.
+        // The indices after the last global batch are no hole if they do not fill another global
+        // batch.
         let mut droppable: BTreeMap<u64, u64> = BTreeMap::new();
-        for batch in all().filter(|_| span.may_drop) {
+        for batch in all().filter(|_| range.may_drop) {
             let size = droppable.entry(batch.indices.end).or_default();
             *size = (*size).max(batch.world_size * batch.batch_size);
         }
         let drops = |at: u64| at < end && droppable.get(&at).is_some_and(|size| end - at < *size);
 
-        // Indices left out from each node on, from the last node backwards.
+        // Number of indices left out from each node to the end, computed from the last node
+        // backwards.
         let mut left_out: HashMap<u64, u64> = HashMap::from([(end, 0)]);
         for pair in nodes.windows(2).rev() {
             let [at, next] = [pair[0], pair[1]];
