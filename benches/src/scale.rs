@@ -11,7 +11,7 @@ use std::time::Instant;
 use forebay::Loader;
 use forebay::loader::plan::{self, BlockPlace, MOST_ROWS, Reads, Simulated};
 use forebay::loader::state::StateValue;
-use forebay::order::partition::{Grouping, Row};
+use forebay::order::partition::{BatchRow, Grouping};
 use forebay::order::permutation::{Permutation, derive_key};
 use forebay::order::{Arrangement, EpochOrder};
 use forebay::settings::{Config, Remainder, Shuffle};
@@ -156,7 +156,7 @@ fn first_batch(name: &str, table: &Table, arrangement: Arrangement, rank: u64, s
         let mut shards = BTreeSet::new();
         for step in steps {
             for row in grouping.rows(step * grouping.global_batch(), table.sequences(), 0) {
-                let Row::Index(position) = row else { continue };
+                let BatchRow::Index(position) = row else { continue };
                 let start = order.sequence_at(position) * SEQ_LEN;
                 shards.extend(table.shard(start)..=table.shard(start + SEQ_LEN - 1));
             }
@@ -178,7 +178,7 @@ fn planned(name: &str, table: &Table, arrangement: Arrangement) -> Value {
     let rows = |rank, step: u64| {
         let grouping = grouping(rank);
         let read = |row| {
-            let Row::Index(position) = row else { return None };
+            let BatchRow::Index(position) = row else { return None };
             let sequence = order.sequence_at(position);
             let tokens = sequence * SEQ_LEN..(sequence + 1) * SEQ_LEN;
             Some(Reads { source: 0, tokens, ends_chunk: order.ends_chunk(sequence) })

@@ -33,7 +33,7 @@ use crate::loader::state::{State, StateValue, refused};
 use crate::observe::stats::{Counters, SourceStats, Stats};
 use crate::observe::trace::Trace;
 use crate::order::epochs::{self, ENDLESS, EpochChain};
-use crate::order::partition::{self, Grouping};
+use crate::order::partition::{BatchRow, Grouping};
 use crate::pipeline::affinity::Placement;
 use crate::read::{BlockCache, Reader};
 use crate::settings;
@@ -578,9 +578,9 @@ fn slots_into(grouping: Grouping, epochs: &EpochChain, start: u64, slots: &mut V
         Slot::Position { epoch, position, repeated }
     };
     let slot = |row| match row {
-        partition::Row::Index(index) => at(index, false),
-        partition::Row::Repeated(index) => at(index, true),
-        partition::Row::Padding => Slot::Padding,
+        BatchRow::Index(index) => at(index, false),
+        BatchRow::Repeated(index) => at(index, true),
+        BatchRow::Padding => Slot::Padding,
     };
     slots.clear();
     slots.extend(grouping.rows(start, end, epochs.last_epoch()).map(slot));

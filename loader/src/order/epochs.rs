@@ -1,38 +1,46 @@
-//! EpochChain: the positions of one epoch, or of several one after the other, as one row of indices without those that are skipped.
+//! EpochChain: numbers the delivered positions of consecutive epochs by one row of indices.
 //!
-//! Positions keep their numbers when some are skipped, so that a saved position means the same whatever is skipped after it. Epochs differ in
-//! length where positions are skipped in one of them or the corpus grew between two; all others are counted by multiplication.
+//! Takes the length of each epoch and the skipped positions. Gives the index of any position, and
+//! the position at any index. Both cost a binary search over a handful of pieces and no list.
+//! Ranks, steps and limits are arithmetic on these indices.
+//!
+//! Skipping does not renumber positions. A saved position therefore means the same sequence,
+//! whatever is skipped after it. Epochs have different lengths only where positions are skipped or
+//! where the corpus grew between two epochs. All other epochs are counted by multiplication.
 
 use crate::settings::Skip;
 
-/// Positions of an epoch that has no end.
+/// Number of positions of an epoch that has no end.
 pub const ENDLESS: u64 = 1 << 63;
 
-/// What one pass goes through.
+/// The positions that one pass delivers, in order.
 #[derive(Clone, Debug)]
 pub struct EpochChain {
-    /// Sorted, disjoint.
+    /// Sorted and disjoint.
     skips: Vec<Skip>,
-    /// Sorted by epoch; the last one goes on without end.
-    pieces: Vec<Piece>,
-    /// Epoch after the last one; none where there is no end.
+    /// Sorted by epoch. The last piece has no end.
+    pieces: Vec<EqualEpochs>,
+    /// The epoch after the last one. `None` if the chain has no end.
     end_epoch: Option<u64>,
 }
 
-/// Epochs of one length.
+/// Consecutive epochs of equal length.
 #[derive(Clone, Copy, Debug)]
-struct Piece {
+struct EqualEpochs {
     first_epoch: u64,
-    /// Index of its first position.
+    /// Index of the first delivered position of `first_epoch`.
     start: u64,
-    /// Positions of an epoch.
+    /// Number of positions of each epoch.
     positions: u64,
-    /// Of these, how many are delivered.
+    /// Number of these positions that are delivered.
     delivered: u64,
 }
 
 impl EpochChain {
-    /// Epochs from `first` on, `count` of them or without end. `positions` gives an epoch's length, and `changes` are the epochs at which it may change.
+    /// Chains `count` epochs, beginning with epoch `first`; `None` chains epochs without end.
+    ///
+    /// `positions` gives the length of an epoch. `changes` lists the epochs at which this length
+    /// may change.
     pub fn new(
         first: u64,
         count: Option<u64>,
@@ -48,43 +56,43 @@ impl EpochChain {
             .collect();
         borders.sort_unstable();
         borders.dedup();
-        let mut pieces: Vec<Piece> = Vec::with_capacity(borders.len());
+        let mut pieces: Vec<EqualEpochs> = Vec::with_capacity(borders.len());
         for epoch in borders {
             let start = pieces.last().map_or(0, |piece| piece.start_of(epoch));
             let positions = positions(epoch);
             let left_out: u64 = of_epoch(&skips, epoch).map(|skip| within(skip, positions)).sum();
-            pieces.push(Piece { first_epoch: epoch, start, positions, delivered: positions - left_out });
+            pieces.push(EqualEpochs { first_epoch: epoch, start, positions, delivered: positions - left_out });
         }
         Self { skips, pieces, end_epoch: count.map(|count| first.saturating_add(count)) }
     }
 
-    /// Indices in all; none where there is no end.
+    /// Number of indices. `None` if the chain has no end.
     pub fn len(&self) -> Option<u64> {
         let end = self.end_epoch?;
         Some(self.start_of(end)).filter(|len| *len < ENDLESS / 2)
     }
 
-    /// Epoch after the last one; none where there is no end.
+    /// The epoch after the last one. `None` if the chain has no end.
     pub fn end_epoch(&self) -> Option<u64> {
         self.len().and(self.end_epoch)
     }
 
-    /// Whether nothing is delivered.
+    /// Whether the chain delivers nothing.
     pub fn is_empty(&self) -> bool {
         self.len() == Some(0)
     }
 
-    /// Index of the first position of `epoch`.
+    /// Index of the first delivered position of `epoch`.
     pub fn start_of(&self, epoch: u64) -> u64 {
         self.piece_of(epoch).start_of(epoch)
     }
 
-    /// Delivered positions of `epoch`.
+    /// Number of delivered positions of `epoch`.
     pub fn delivered(&self, epoch: u64) -> u64 {
         self.piece_of(epoch).delivered
     }
 
-    /// Index of the first position of the last epoch that has any.
+    /// Index of the first position of the last epoch that delivers any.
     pub fn last_epoch(&self) -> u64 {
         let (Some(len), Some(end)) = (self.len(), self.end_epoch) else { return 0 };
         if len == 0 {
@@ -95,7 +103,7 @@ impl EpochChain {
         self.start_of(epoch)
     }
 
-    /// Epochs that begin before `index`.
+    /// Number of epochs that begin before `index`.
     pub fn epochs_before(&self, index: u64) -> u64 {
         if index == 0 { 0 } else { self.at(index - 1).0 + 1 - self.pieces[0].first_epoch }
     }
@@ -103,10 +111,10 @@ impl EpochChain {
     /// Epoch and position of `index`.
     ///
     /// # Panics
-    /// When the epochs ends before it.
+    /// If the chain ends before `index`.
     pub fn at(&self, index: u64) -> (u64, u64) {
         let at = self.pieces.partition_point(|piece| piece.start <= index);
-        // Of pieces that start together, only the last one has positions.
+        // Several pieces can have the same start. Only the last of them has positions.
         let piece = &self.pieces[at - 1];
         assert!(piece.delivered > 0, "index {index} is past the end");
         let epoch = piece.first_epoch + (index - piece.start) / piece.delivered;
@@ -120,7 +128,8 @@ impl EpochChain {
         (epoch, position)
     }
 
-    /// Index of the first delivered position at or after `position` of `epoch`, which may be the index of a later epoch's first.
+    /// Index of the first delivered position at or after `position` of `epoch`. It may belong to a
+    /// later epoch.
     pub fn index_of(&self, epoch: u64, position: u64) -> u64 {
         let piece = self.piece_of(epoch);
         let position = position.min(piece.positions);
@@ -128,7 +137,9 @@ impl EpochChain {
         piece.start_of(epoch).saturating_add(position - left_out)
     }
 
-    /// Epoch and position that a state at `index` names: at an epoch's end, its length, unless a further epoch follows.
+    /// Epoch and position that a state at `index` contains.
+    ///
+    /// At the end of the chain, the position is the length of the last epoch.
     pub fn state_at(&self, index: u64) -> (u64, u64) {
         match (self.len(), self.end_epoch) {
             (Some(len), Some(end)) if index >= len => match end.checked_sub(1) {
@@ -139,13 +150,13 @@ impl EpochChain {
         }
     }
 
-    fn piece_of(&self, epoch: u64) -> &Piece {
+    fn piece_of(&self, epoch: u64) -> &EqualEpochs {
         let at = self.pieces.partition_point(|piece| piece.first_epoch <= epoch);
         &self.pieces[at.max(1) - 1]
     }
 }
 
-impl Piece {
+impl EqualEpochs {
     fn start_of(&self, epoch: u64) -> u64 {
         epoch.saturating_sub(self.first_epoch).saturating_mul(self.delivered).saturating_add(self.start)
     }
@@ -156,12 +167,12 @@ fn of_epoch(skips: &[Skip], epoch: u64) -> impl Iterator<Item = &Skip> {
     skips[first..].iter().take_while(move |skip| skip.epoch == epoch)
 }
 
-/// How much of `skip` lies before `position`.
+/// Number of positions that `skip` has before `position`.
 fn within(skip: &Skip, position: u64) -> u64 {
     skip.end.min(position).saturating_sub(skip.start)
 }
 
-/// Sorted, without empty ones, and those that touch as one.
+/// Sorts `skips`, removes empty ones, and joins those that touch or overlap.
 pub fn merged(skips: &[Skip]) -> Vec<Skip> {
     let mut sorted: Vec<Skip> = skips.iter().copied().filter(|skip| skip.start < skip.end).collect();
     sorted.sort_unstable();
@@ -181,7 +192,7 @@ mod tests {
 
     use super::*;
 
-    /// Every epoch and position of a epochs, listed by hand.
+    /// Lists every delivered position with its epoch by brute force.
     fn listed(first: u64, count: u64, skips: &[Skip], positions: impl Fn(u64) -> u64) -> Vec<(u64, u64)> {
         let skipped = |epoch, position| {
             skips.iter().any(|skip| skip.epoch == epoch && (skip.start..skip.end).contains(&position))
@@ -221,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_course_without_end_counts_on() {
+    fn a_chain_without_end_counts_on() {
         let skip = Skip { epoch: 1, start: 0, end: 4 };
         let epochs = EpochChain::new(0, None, &[skip], [], |_| 10);
         assert_eq!(epochs.len(), None);

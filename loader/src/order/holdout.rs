@@ -1,27 +1,29 @@
-//! Holdout: sequences kept out of training, as a closed form.
+//! Holdout: keeps some sequences out of training, by a formula instead of a list.
 //!
-//! Of every run of `every` consecutive sequences one is held out, at a place that a fixed hash of the run's number draws. The choice depends on no
-//! seed and not on the corpus' length, so that no other run of a training, and no corpus that grew, ever mixes the two sides.
+//! Each run of `every` consecutive sequences holds out one sequence. A fixed hash of the run's
+//! number draws its place in the run. The choice depends neither on the seed nor on the length of
+//! the corpus. So no other run of the same training mixes the two sides, and neither does a corpus
+//! that grew.
 
 use super::permutation::{derive_key, reduce};
 use crate::settings::{Config, Split};
 
 const KEY: u64 = 0x686f_6c64_6f75_7400;
 
-/// One side of a corpus whose sequences are split in two.
+/// One side of a corpus whose sequences are split into training and holdout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Side {
-    /// Nothing is held out.
+    /// All sequences; the corpus has no holdout.
     #[default]
     All,
-    /// All but one of each run of so many sequences; at least 2.
+    /// All sequences except one of each run. The value is the length of a run, at least 2.
     Train(u64),
-    /// That one.
+    /// The held-out sequence of each run. The value is the length of a run, at least 2.
     Holdout(u64),
 }
 
 impl Side {
-    /// The side of each corpus that `config` delivers.
+    /// The side that `config` delivers of each corpus.
     pub fn of(config: &Config) -> Self {
         match (config.holdout, config.split) {
             (None, _) => Self::All,
@@ -30,7 +32,7 @@ impl Side {
         }
     }
 
-    /// Sequences of this side among the first `sequences` of the corpus.
+    /// Number of sequences of this side among the first `sequences` of the corpus.
     pub fn count(self, sequences: u64) -> u64 {
         let held = |every: u64| {
             let rest = sequences % every;
@@ -43,7 +45,7 @@ impl Side {
         }
     }
 
-    /// The corpus' sequence that is number `index` of this side.
+    /// The corpus's number of the sequence that is number `index` of this side.
     pub fn sequence(self, index: u64) -> u64 {
         match self {
             Self::All => index,

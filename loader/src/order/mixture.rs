@@ -1,80 +1,94 @@
-//! Mixture: which source stands at which position, and which of its sequences.
+//! Mixture: decides which source stands at which position, and which of its sequences.
 //!
-//! Every lane runs the schedule by itself, at a phase of its own, and draws from its own lane of each source, so that the ranks that own a lane
-//! decode no other. In a lane, sources take turns in a cycle of as many places as the weights sum up to; how many turns each had after any number of
-//! places follows from one division per source (a tree of balanced two-letter words: one half of the sources against the other), so that after each
-//! cycle the shares are exact, and in between a source is off by no more turns than the tree is deep.
+//! Takes the sources' sizes and epochs and the stages of weights. Gives the draw at any position
+//! without a list, by one division per source. Knows neither names nor files of sources.
 //!
-//! Where exact counts are asked for in every global batch of so many sequences, the cycle has that length: the lanes' phases then make each
-//! global batch one whole cycle.
+//! Every lane runs the schedule by itself, with a phase of its own. It draws from its own lane of
+//! each source, so the ranks that own a lane decode no other lane.
 //!
-//! Draw `k` of a source in a lane is place `k mod n` of its epoch `k / n`, `n` being the lane's share of that source: each source's epochs are
-//! complete, whatever the weights. Weights change at stages; a source that has had all its epochs either ends the lane or leaves the schedule.
+//! Inside a lane, the sources take turns. One cycle has as many places as the sum of the weights. A
+//! balanced binary tree shares the places out between one half of the sources and the other half.
+//! So one division per source gives the number of its turns before any place. The shares are exact
+//! after each cycle. In between, a source is off by at most as many turns as the tree is deep.
+//!
+//! If every global batch must have exact counts, the cycle has the length of a global batch. The
+//! phases of the lanes then make each global batch one whole cycle.
+//!
+//! Draw `k` of a source in a lane is place `k mod n` of the source's epoch `k / n`, where `n` is
+//! the lane's share of that source. Each epoch of a source is therefore complete under all weights.
+//! Weights change at stages. A source that has delivered all its epochs either ends the lane or
+//! leaves the schedule.
 
 use crate::order::epochs::ENDLESS;
 use crate::settings::mixture::{Exhausted, Stage, apportioned};
 
-/// Steps in which weights move from one stage's to the next one's.
+/// Number of steps in which the weights move from one stage to the next.
 pub const RAMP_STEPS: u64 = 64;
 
-/// Places at an epoch's end that only some lanes have, of which more are left out: where a source is drawn once in millions of places.
+/// Largest number of places that only some lanes have at the end of an epoch.
+///
+/// The mixture leaves out these places if they are more. This happens where a source is drawn once
+/// in millions of places.
 const MAX_REST: u64 = 1 << 22;
 
-/// The schedule of a mixture.
+/// The schedule of a mixture's sources over all lanes.
 #[derive(Clone, Debug)]
 pub struct Mixture {
     lanes: Vec<Lane>,
-    /// Positions of an epoch.
+    /// Number of positions of an epoch.
     positions: u64,
-    /// Places that every lane has, and after them the rest, by place and lane.
+    /// Places that every lane has. `rest` lists the further places, each as a lane and its place,
+    /// sorted by place.
     even: u64,
     rest: Vec<(u64, u64)>,
 }
 
 #[derive(Clone, Debug)]
 struct Lane {
-    /// Each source's sequences in this lane.
+    /// Number of each source's sequences in this lane.
     shares: Vec<u64>,
-    pieces: Vec<Piece>,
-    /// Places; [`ENDLESS`] if they do not end.
+    periods: Vec<Period>,
+    /// Number of places, or [`ENDLESS`].
     len: u64,
 }
 
-/// Weights from a position on.
+/// Weights that hold from a position on. A ramp consists of many such changes.
 #[derive(Clone, Debug)]
-struct Step {
+struct WeightChange {
     start: u64,
     weights: Vec<u64>,
-    /// Sum that the weights are scaled to, where counts are to be exact.
+    /// The sum to which the weights are scaled if each global batch has exact counts.
     cycle: Option<u64>,
 }
 
-/// Places of a lane under the same weights.
+/// Places of a lane with the same weights.
 #[derive(Clone, Debug)]
-struct Piece {
+struct Period {
     start: u64,
     weights: Vec<u64>,
-    /// Turns before `start`.
+    /// Number of turns of each source before `start`.
     base: Vec<u64>,
-    /// Where in the cycle it begins.
+    /// Place in the cycle at which the period begins.
     phase: u64,
 }
 
-/// A row of the mixture.
+/// The sequence that stands at a position of the mixture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draw {
     /// Index of the source.
     pub source: usize,
-    /// Epoch of that source.
+    /// Epoch of this source.
     pub epoch: u64,
-    /// Position in it.
+    /// Position in this epoch of the source.
     pub position: u64,
 }
 
 impl Mixture {
-    /// The schedule for sources of so many sequences, each at least `lanes`, with at most so many epochs each.
+    /// Builds the schedule over `lanes` lanes.
     ///
-    /// `stages` are sorted by their start, the first one begins at 0, and each has a positive weight. `exact_per` is a multiple of `lanes`.
+    /// `sequences` gives the number of sequences of each source, at least `lanes` each. `epochs`
+    /// limits the number of epochs of each source. `stages` are sorted by their start; the first
+    /// one begins at 0, and each has a positive weight. `exact_per` is a multiple of `lanes`.
     pub fn new(
         lanes: u64,
         sequences: &[u64],
@@ -83,15 +97,15 @@ impl Mixture {
         exhausted: Exhausted,
         exact_per: Option<u64>,
     ) -> Self {
-        let mut steps = steps(stages);
+        let mut changes = weight_changes(stages);
         if let Some(cycle) = exact_per {
-            for step in &mut steps {
-                step.start = step.start.next_multiple_of(cycle);
-                step.cycle = Some(cycle);
+            for change in &mut changes {
+                change.start = change.start.next_multiple_of(cycle);
+                change.cycle = Some(cycle);
             }
         }
         let lanes: Vec<Lane> =
-            (0..lanes).map(|lane| Lane::new(lane, lanes, sequences, epochs, &steps, exhausted)).collect();
+            (0..lanes).map(|number| Lane::new(number, lanes, sequences, epochs, &changes, exhausted)).collect();
         let even = lanes.iter().map(|lane| lane.len).min().unwrap_or(0);
         let mut rest = Vec::new();
         let left: u64 = lanes.iter().map(|lane| lane.len.saturating_sub(even)).fold(0, u64::saturating_add);
@@ -105,26 +119,26 @@ impl Mixture {
         Self { lanes, positions, even, rest }
     }
 
-    /// Positions of an epoch; [`ENDLESS`] if it does not end.
+    /// Number of positions of an epoch, or [`ENDLESS`].
     pub fn positions(&self) -> u64 {
         self.positions
     }
 
-    /// What stands at `position` of `epoch`.
+    /// The draw at `position` of `epoch`.
     ///
     /// # Panics
-    /// When `position` is not below [`Mixture::positions`].
+    /// If `position` is not below [`Mixture::positions`].
     pub fn draw(&self, epoch: u64, position: u64) -> Draw {
         let (lane, place) = self.place(position);
         let at = &self.lanes[lane as usize];
-        let piece = at.piece(place);
-        let (source, turns) = piece.turn(place);
+        let period = at.period(place);
+        let (source, turns) = period.turn(place);
         let draws = if epoch == 0 { turns } else { epoch * at.counts(at.len)[source] + turns };
         let share = at.shares[source];
         Draw { source, epoch: draws / share, position: draws % share * self.lanes.len() as u64 + lane }
     }
 
-    /// Sequences that each source has given before `position` of an epoch.
+    /// Number of sequences that each source has delivered before `position` of an epoch.
     pub fn counts(&self, position: u64) -> Vec<u64> {
         let count = self.lanes.len() as u64;
         let mut counts = vec![0; self.lanes.first().map_or(0, |lane| lane.shares.len())];
@@ -132,7 +146,7 @@ impl Mixture {
             let even = position.min(self.even.saturating_mul(count));
             let mut places = even / count + u64::from(index < even % count);
             let after = usize::try_from(position - even).unwrap_or(usize::MAX).min(self.rest.len());
-            places += self.rest[..after].iter().filter(|(of, _)| *of == index).count() as u64;
+            places += self.rest[..after].iter().filter(|(lane, _)| *lane == index).count() as u64;
             for (sum, turns) in counts.iter_mut().zip(lane.counts(places)) {
                 *sum += turns;
             }
@@ -152,106 +166,111 @@ impl Mixture {
 
 impl Lane {
     fn new(
-        lane: u64,
+        number: u64,
         lanes: u64,
         sequences: &[u64],
         epochs: &[Option<u64>],
-        steps: &[Step],
+        changes: &[WeightChange],
         exhausted: Exhausted,
     ) -> Self {
-        let shares: Vec<u64> = sequences.iter().map(|n| n / lanes + u64::from(lane < n % lanes)).collect();
+        let shares: Vec<u64> = sequences.iter().map(|n| n / lanes + u64::from(number < n % lanes)).collect();
         let limits: Vec<Option<u64>> = epochs
             .iter()
             .zip(&shares)
             .map(|(epochs, share)| epochs.map(|epochs| epochs.saturating_mul(*share)))
             .collect();
-        let mut this = Self { shares, pieces: Vec::new(), len: ENDLESS };
+        let mut lane = Self { shares, periods: Vec::new(), len: ENDLESS };
         let (mut start, mut base) = (0, vec![0; sequences.len()]);
         let mut gone = vec![false; sequences.len()];
-        let mut step = 0;
+        let mut current = 0;
         loop {
-            while steps.get(step + 1).is_some_and(|next| next.start.div_ceil(lanes) <= start) {
-                step += 1;
+            while changes.get(current + 1).is_some_and(|next| next.start.div_ceil(lanes) <= start) {
+                current += 1;
             }
-            let mut weights: Vec<u64> =
-                steps[step].weights.iter().zip(&gone).map(|(weight, gone)| if *gone { 0 } else { *weight }).collect();
-            if let Some(cycle) = steps[step].cycle {
+            let mut weights: Vec<u64> = changes[current]
+                .weights
+                .iter()
+                .zip(&gone)
+                .map(|(weight, gone)| if *gone { 0 } else { *weight })
+                .collect();
+            if let Some(cycle) = changes[current].cycle {
                 weights = apportioned(&weights, cycle);
             }
-            let next = steps.get(step + 1).map(|next| next.start.div_ceil(lanes));
+            let next = changes.get(current + 1).map(|next| next.start.div_ceil(lanes));
             let cycle: u64 = weights.iter().sum();
             if cycle == 0 {
-                // All that this stage draws from is gone; a later stage may have more.
+                // Every source of this stage has left the schedule. A later stage may have other
+                // sources.
                 match next {
-                    Some(_) if exhausted == Exhausted::Drop && step + 1 < steps.len() => {
-                        step += 1;
+                    Some(_) if exhausted == Exhausted::Drop && current + 1 < changes.len() => {
+                        current += 1;
                         continue;
                     }
                     _ => {
-                        this.len = start;
-                        return this;
+                        lane.len = start;
+                        return lane;
                     }
                 }
             }
-            let phase = (u128::from(cycle) * u128::from(lane) / u128::from(lanes)) as u64;
-            let piece = Piece { start, weights, base: base.clone(), phase };
+            let phase = (u128::from(cycle) * u128::from(number) / u128::from(lanes)) as u64;
+            let period = Period { start, weights, base: base.clone(), phase };
             let first_gone = (0..limits.len())
-                .filter(|source| piece.weights[*source] > 0)
-                .filter_map(|source| limits[source].map(|limit| piece.start_without(source, limit)))
+                .filter(|source| period.weights[*source] > 0)
+                .filter_map(|source| limits[source].map(|limit| period.start_without(source, limit)))
                 .min();
             let end = next.into_iter().chain(first_gone).min();
             let Some(end) = end else {
-                this.pieces.push(piece);
-                return this;
+                lane.periods.push(period);
+                return lane;
             };
-            base = piece.counts(end);
+            base = period.counts(end);
             if end > start {
-                this.pieces.push(piece);
+                lane.periods.push(period);
             }
             start = end;
             for (source, limit) in limits.iter().enumerate() {
                 gone[source] |= limit.is_some_and(|limit| base[source] >= limit);
             }
             if exhausted == Exhausted::Stop && first_gone == Some(end) {
-                this.len = end;
-                return this;
+                lane.len = end;
+                return lane;
             }
         }
     }
 
-    fn piece(&self, place: u64) -> &Piece {
-        &self.pieces[self.pieces.partition_point(|piece| piece.start <= place) - 1]
+    fn period(&self, place: u64) -> &Period {
+        &self.periods[self.periods.partition_point(|period| period.start <= place) - 1]
     }
 
-    /// Turns of each source before `place`.
+    /// Number of turns of each source before `place`.
     fn counts(&self, place: u64) -> Vec<u64> {
-        match self.pieces.partition_point(|piece| piece.start <= place) {
+        match self.periods.partition_point(|period| period.start <= place) {
             0 => vec![0; self.shares.len()],
-            after => self.pieces[after - 1].counts(place),
+            after => self.periods[after - 1].counts(place),
         }
     }
 }
 
-impl Piece {
-    /// Turns of each source before `place`, which is not before the piece.
+impl Period {
+    /// Number of turns of each source before `place`, which is not before the period's start.
     fn counts(&self, place: u64) -> Vec<u64> {
         let before = turns(&self.weights, self.phase);
         let until = turns(&self.weights, self.phase + (place - self.start));
         (0..before.len()).map(|source| self.base[source] + (until[source] - before[source])).collect()
     }
 
-    /// Whose turn is at `place`, and how many turns it had before.
+    /// The source that has its turn at `place`, and the number of its earlier turns.
     fn turn(&self, place: u64) -> (usize, u64) {
         let (now, after) = (self.counts(place), self.counts(place + 1));
         let source = (0..now.len()).find(|source| after[*source] > now[*source]).expect("a place is somebody's turn");
         (source, now[source])
     }
 
-    /// First place at which `source` has had `limit` turns.
+    /// First place before which `source` has had `limit` turns.
     fn start_without(&self, source: usize, limit: u64) -> u64 {
         let cycle: u64 = self.weights.iter().sum();
         let left = limit.saturating_sub(self.base[source]);
-        // Whole cycles are exact; one more holds what is left of the shares.
+        // Whole cycles have exact counts. The two additional cycles cover the rest of the shares.
         let cycles = u128::from(left / self.weights[source]) + 2;
         let (mut low, mut high) =
             (self.start, self.start.saturating_add(u64::try_from(cycles * u128::from(cycle)).unwrap_or(ENDLESS)));
@@ -263,14 +282,14 @@ impl Piece {
     }
 }
 
-/// Turns of each source among the first `places` places of a schedule with these weights.
+/// Number of turns of each source among the first `places` places of a schedule with these weights.
 fn turns(weights: &[u64], places: u64) -> Vec<u64> {
     let mut turns = vec![0; weights.len()];
     share_out(weights, places, &mut turns);
     turns
 }
 
-/// Shares `places` out between both halves of the sources, and so on.
+/// Shares `places` out between the two halves of the sources, and then inside each half.
 fn share_out(weights: &[u64], places: u64, turns: &mut [u64]) {
     if let [turns] = turns {
         *turns = places;
@@ -284,9 +303,10 @@ fn share_out(weights: &[u64], places: u64, turns: &mut [u64]) {
     share_out(second, places - part, of_second);
 }
 
-/// Stages with their ramps as stages of their own, with weights in lowest terms.
-fn steps(stages: &[Stage]) -> Vec<Step> {
-    let mut steps: Vec<Step> = Vec::new();
+/// Converts stages to changes of weights. A ramp becomes many changes. The weights are in lowest
+/// terms.
+fn weight_changes(stages: &[Stage]) -> Vec<WeightChange> {
+    let mut changes: Vec<WeightChange> = Vec::new();
     for (index, stage) in stages.iter().enumerate() {
         let from = if index == 0 || stage.ramp == 0 { None } else { Some(&stages[index - 1].weights) };
         if let Some(from) = from {
@@ -297,20 +317,20 @@ fn steps(stages: &[Stage]) -> Vec<Step> {
                     u128::from(*from) * u128::from(new) * u128::from(RAMP_STEPS - step)
                         + u128::from(*to) * u128::from(old) * u128::from(step)
                 });
-                steps.push(Step { start: at, weights: lowest(mixed.collect()), cycle: None });
+                changes.push(WeightChange { start: at, weights: lowest(mixed.collect()), cycle: None });
             }
         }
         let end = stage.start + if from.is_some() { stage.ramp - stage.ramp / RAMP_STEPS } else { 0 };
         let weights = lowest(stage.weights.iter().map(|weight| u128::from(*weight)).collect());
-        steps.push(Step { start: end, weights, cycle: None });
+        changes.push(WeightChange { start: end, weights, cycle: None });
     }
-    // Of steps that begin together the last one counts.
-    let mut kept: Vec<Step> = Vec::with_capacity(steps.len());
-    for step in steps {
-        if kept.last().is_some_and(|last| last.start == step.start) {
+    // If several changes begin at the same position, the last one counts.
+    let mut kept: Vec<WeightChange> = Vec::with_capacity(changes.len());
+    for change in changes {
+        if kept.last().is_some_and(|last| last.start == change.start) {
             kept.pop();
         }
-        kept.push(step);
+        kept.push(change);
     }
     kept
 }
@@ -366,11 +386,11 @@ mod tests {
                 }
                 prop_assert!(seen.values().all(|count| *count == 1), "{:?}", seen);
                 prop_assert_eq!(&mixture.counts(mixture.positions()), &counts);
-                // Whoever ends the epoch is at the end of an epoch of its own, on every lane.
+                // A source that ends the epoch has completed an epoch of its own on every lane.
                 let whole = |source: usize| counts[source] == sequences[source] * sources[source].1;
                 prop_assert!(run > 0 || lanes > 1 || (0..counts.len()).any(whole));
                 if exhausted == Exhausted::Drop && run == 0 {
-                    // What the last stage weighs is drawn to its last epoch.
+                    // Every source with a weight in the last stage delivers all its epochs.
                     for (source, weight) in last.iter().enumerate() {
                         prop_assert!(*weight == 0 || counts[source] == sequences[source] * sources[source].1);
                     }
@@ -391,7 +411,7 @@ mod tests {
             for (weight, count) in weights.iter().zip(mixture.counts(places * lanes)) {
                 let share = u128::from(places) * u128::from(lanes) * u128::from(*weight);
                 let error = (u128::from(count) * u128::from(total)).abs_diff(share);
-                // The tree's depth, once for the place and once for the lane's phase.
+                // The tree's depth counts twice: for the place and for the lane's phase.
                 let most = 2 * u128::from(weights.len().next_power_of_two().ilog2()) * u128::from(lanes);
                 prop_assert!(error <= u128::from(total) * most, "{} of {}", count, share / u128::from(total));
             }

@@ -1,14 +1,18 @@
-//! Order: which sequence stands at which position of an epoch.
+//! Order: decides which sequence stands at which position of an epoch.
 //!
-//! Takes the number of full sequences, the content settings and the epoch; gives the sequence at any position without a
-//! list. Depends on nothing physical, neither files nor blocks nor ranks, so every format gives the same order.
+//! Takes the number of full sequences, the content settings and the epoch. Gives the sequence at
+//! any position, without a list. The order depends on nothing physical: files, blocks and ranks
+//! have no influence, so every format gives the same order.
 //!
-//! `Global` is one keyed permutation. `Block` keeps neighbours near each other so that few decoded blocks serve many
-//! sequences: runs of consecutive sequences (chunks) are permuted over the corpus; the resulting list is cut into equal
-//! lanes; inside a lane, windows of it are permuted. Position `p` is on lane `p mod L`, so a world size that divides `L` gives
-//! each rank whole lanes. Window borders are staggered from lane to lane, so that not all of them begin at the same step.
+//! `Global` is one keyed permutation. `Block` keeps neighbours near each other, so that few decoded
+//! blocks serve many sequences. It permutes *chunks*, runs of consecutive sequences, over the
+//! corpus. It cuts the resulting list into equal lanes, and permutes windows inside each lane.
+//! Position `p` is on lane `p mod L`. A world size that divides `L` therefore gives each rank whole
+//! lanes. Window borders are staggered from lane to lane, so that the lanes do not begin new
+//! windows at the same step.
 //!
-//! The algorithm is named by [`VERSION`] and pinned by golden tests: changing it is a new version.
+//! [`VERSION`] names the algorithm, and golden tests pin it. A change of the algorithm is a new
+//! version.
 
 pub mod epochs;
 pub mod holdout;
@@ -21,32 +25,33 @@ use permutation::{Permutation, derive_key};
 /// Name and version of the algorithm, saved with every state.
 pub const VERSION: &str = "feistel8-1";
 
-// Domains of the keys, so that no two permutations of an epoch share one.
+// Domains of the keys. They prevent two permutations of an epoch from using the same key.
 const EPOCH: u64 = 1;
 const GLOBAL: u64 = 2;
 const CHUNKS: u64 = 3;
 const WINDOW: u64 = 4;
 
-/// How the full sequences of an epoch are arranged.
+/// Arrangement of the full sequences of an epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrangement {
-    /// Corpus order.
+    /// The order of the corpus.
     Sequential,
-    /// One permutation.
+    /// One permutation of all sequences.
     Global,
-    /// Chunks, lanes and windows, all counted in sequences.
+    /// Permuted chunks in lanes, with permuted windows. All counts are numbers of sequences.
     Block {
-        /// Consecutive sequences of a chunk, at least 1.
+        /// Consecutive sequences of one chunk, at least 1.
         chunk: u64,
-        /// Lanes, at least 1.
+        /// Number of lanes, at least 1.
         lanes: u64,
-        /// Sequences of a window of one lane, at least 1.
+        /// Sequences of one lane's window, at least 1.
         window: u64,
     },
 }
 
 impl Arrangement {
-    /// The block arrangement that settings in tokens mean for `sequences` sequences of `seq_len` tokens.
+    /// Converts settings that count tokens to the block arrangement of `sequences` sequences of
+    /// `seq_len` tokens.
     pub fn block(sequences: u64, seq_len: u64, chunk_tokens: u64, window_tokens: u64, lanes: u64) -> Self {
         let lanes = lanes.min(sequences).max(1);
         Self::Block { chunk: (chunk_tokens / seq_len).max(1), lanes, window: (window_tokens / seq_len / lanes).max(1) }
@@ -57,26 +62,26 @@ impl Arrangement {
 #[derive(Clone, Debug)]
 pub struct EpochOrder {
     sequences: u64,
-    kind: Kind,
+    algorithm: Algorithm,
 }
 
 #[derive(Clone, Debug)]
-enum Kind {
+enum Algorithm {
     Sequential,
     Global(Permutation),
-    Block(Block),
+    Block(BlockOrder),
 }
 
 #[derive(Clone, Debug)]
-struct Block {
+struct BlockOrder {
     key: u64,
     chunk: u64,
     lanes: u64,
     window: u64,
     chunks: Permutation,
-    /// Slot of the last chunk, the only one that may be short.
+    /// Slot of the last chunk. Only this chunk may be shorter than the others.
     last_slot: u64,
-    /// Sequences of the last chunk.
+    /// Number of sequences of the last chunk.
     last_len: u64,
 }
 
@@ -84,15 +89,15 @@ impl EpochOrder {
     /// The order of `epoch` over `sequences` full sequences.
     pub fn new(sequences: u64, arrangement: Arrangement, seed: u64, epoch: u64) -> Self {
         let key = derive_key(seed, &[EPOCH, epoch]);
-        let kind = match arrangement {
-            Arrangement::Sequential => Kind::Sequential,
-            Arrangement::Global => Kind::Global(Permutation::new(sequences, derive_key(key, &[GLOBAL]))),
-            Arrangement::Block { .. } if sequences == 0 => Kind::Sequential,
+        let algorithm = match arrangement {
+            Arrangement::Sequential => Algorithm::Sequential,
+            Arrangement::Global => Algorithm::Global(Permutation::new(sequences, derive_key(key, &[GLOBAL]))),
+            Arrangement::Block { .. } if sequences == 0 => Algorithm::Sequential,
             Arrangement::Block { chunk, lanes, window } => {
                 let count = sequences.div_ceil(chunk);
                 let chunks = Permutation::new(count, derive_key(key, &[CHUNKS]));
                 let last_slot = chunks.position_of(count - 1);
-                Kind::Block(Block {
+                Algorithm::Block(BlockOrder {
                     key,
                     chunk,
                     lanes,
@@ -103,15 +108,15 @@ impl EpochOrder {
                 })
             }
         };
-        Self { sequences, kind }
+        Self { sequences, algorithm }
     }
 
-    /// Full sequences of the epoch.
+    /// Number of full sequences of the epoch.
     pub fn len(&self) -> u64 {
         self.sequences
     }
 
-    /// Whether there are none.
+    /// Whether the epoch has no full sequences.
     pub fn is_empty(&self) -> bool {
         self.sequences == 0
     }
@@ -119,33 +124,34 @@ impl EpochOrder {
     /// The sequence at `position`.
     ///
     /// # Panics
-    /// When `position` is not below [`EpochOrder::len`].
+    /// If `position` is not below [`EpochOrder::len`].
     pub fn sequence_at(&self, position: u64) -> u64 {
         assert!(position < self.sequences, "position {position} of {}", self.sequences);
-        match &self.kind {
-            Kind::Sequential => position,
-            Kind::Global(permutation) => permutation.apply(position),
-            Kind::Block(block) => block.sequence_at(self.sequences, position),
+        match &self.algorithm {
+            Algorithm::Sequential => position,
+            Algorithm::Global(permutation) => permutation.apply(position),
+            Algorithm::Block(block) => block.sequence_at(self.sequences, position),
         }
     }
 
-    /// Whether `sequence` is the last of its chunk, so that the tokens after it belong to another time of the epoch.
+    /// Tells whether `sequence` is the last of its chunk. The tokens after it then belong to
+    /// another time of the epoch.
     pub fn ends_chunk(&self, sequence: u64) -> bool {
-        match &self.kind {
-            Kind::Sequential | Kind::Global(_) => false,
-            Kind::Block(block) => (sequence + 1).is_multiple_of(block.chunk),
+        match &self.algorithm {
+            Algorithm::Sequential | Algorithm::Global(_) => false,
+            Algorithm::Block(block) => (sequence + 1).is_multiple_of(block.chunk),
         }
     }
 }
 
-impl Block {
+impl BlockOrder {
     fn sequence_at(&self, sequences: u64, position: u64) -> u64 {
         let (lane, at) = (position % self.lanes, position / self.lanes);
         let (quotient, rest) = (sequences / self.lanes, sequences % self.lanes);
         let lane_start = lane * quotient + lane.min(rest);
         let lane_len = quotient + u64::from(lane < rest);
 
-        // The first window is shortened by the lane's phase.
+        // The lane's phase shortens its first window.
         let phase = (u128::from(self.window) * u128::from(lane) / u128::from(self.lanes)) as u64;
         let window = (at + phase) / self.window;
         let start = (window * self.window).saturating_sub(phase);
@@ -154,7 +160,7 @@ impl Block {
         self.list(lane_start + start + Permutation::apply_once(end - start, key, at - start))
     }
 
-    /// Entry `index` of the list of sequences in the order of their permuted chunks.
+    /// Entry `index` of the list of all sequences in the order of their permuted chunks.
     fn list(&self, index: u64) -> u64 {
         let before_last = self.last_slot * self.chunk;
         let (slot, within) = if index < before_last {
@@ -207,7 +213,8 @@ mod tests {
         }
     }
 
-    /// Chi-squared over epochs of which chunks stand at an epoch's first two positions, on two lanes, against its mean and five standard deviations.
+    /// Compares chi-squared with its mean and five standard deviations over many epochs. It counts
+    /// which chunks stand at the first two positions of an epoch, which are on two lanes.
     #[test]
     fn chunks_come_anywhere_alike() {
         let (chunk, chunks, epochs) = (10, 30, 40_000);
@@ -217,7 +224,7 @@ mod tests {
             let [first, second] = [0, 1].map(|position| order.sequence_at(position) / chunk);
             pairs[(first * chunks + second) as usize] += 1;
         }
-        // Lanes are five chunks long, so the two are of different chunks.
+        // A lane is five chunks long, so the two positions are in different chunks.
         let freedom = (chunks * (chunks - 1) - 1) as f64;
         let expected = epochs as f64 / (freedom + 1.0);
         let apart = pairs.iter().zip(0..).filter(|(_, index)| index / chunks != index % chunks);
@@ -234,7 +241,7 @@ mod tests {
         assert_eq!((global, block), (GOLDEN_GLOBAL.to_vec(), GOLDEN_BLOCK.to_vec()));
     }
 
-    // Taken from the Python reference in tests/python, which shares no code with this.
+    // Golden values of the Python reference in tests/python, which shares no code with this module.
     const GOLDEN_GLOBAL: [u64; 8] = [942, 168, 574, 359, 989, 982, 502, 371];
     const GOLDEN_BLOCK: [u64; 8] = [893, 985, 166, 914, 897, 983, 162, 912];
 }

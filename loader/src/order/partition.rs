@@ -1,13 +1,13 @@
-//! Partition: which positions a rank gets at which step.
+//! Partition: decides which positions a rank receives at which step.
 //!
-//! A global batch is a run of consecutive positions, by their index in a epochs; row `j` of rank `r` of `W` is index
-//! `step * batch_size * W + j * W + r`.
-//! Every rank has the same number of steps, whatever the remainder rule.
+//! A global batch is a run of consecutive indices of an [`EpochChain`](super::epochs::EpochChain).
+//! Row `j` of rank `r` of `W` ranks has the index `step * batch_size * W + j * W + r`. Every rank
+//! has the same number of steps under every remainder rule.
 
 use crate::error::{Error, Result};
 use crate::settings::Remainder;
 
-/// How positions are grouped.
+/// The rule that groups indices into batches, for one rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grouping {
     /// Rows per rank and step.
@@ -16,28 +16,29 @@ pub struct Grouping {
     pub rank: u64,
     /// Data-parallel size.
     pub world_size: u64,
-    /// What happens at the end.
+    /// The rule for positions that do not fill the last global batch.
     pub remainder: Remainder,
 }
 
-/// What stands in one row.
+/// The content of one row of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Row {
-    /// Index of a position in the epochs.
+pub enum BatchRow {
+    /// The position with this index in the chain of epochs.
     Index(u64),
-    /// The same, for the second time: it fills the last batch.
+    /// The position with this index, delivered a second time to fill the last batch.
     Repeated(u64),
-    /// Nothing: padding.
+    /// Padding, without any position.
     Padding,
 }
 
 impl Grouping {
-    /// Positions of one global batch.
+    /// Number of positions of one global batch.
     pub fn global_batch(&self) -> u64 {
         self.batch_size * self.world_size
     }
 
-    /// How many of `lanes` lanes a rank draws from: a position is on lane `position` modulo `lanes`.
+    /// Number of lanes, out of `lanes`, from which a rank draws. A position is on lane `position`
+    /// modulo `lanes`.
     pub fn lanes(&self, lanes: u64) -> u64 {
         let (mut divisor, mut rest) = (lanes, self.world_size);
         while rest > 0 {
@@ -46,12 +47,13 @@ impl Grouping {
         lanes / divisor
     }
 
-    /// Positions of an epoch with `full` full sequences and, if `tail`, tokens left over after them.
+    /// Number of positions of an epoch with `full` full sequences. `tail` tells whether tokens are
+    /// left over after them.
     pub fn positions(&self, full: u64, tail: bool) -> u64 {
         full + u64::from(tail && self.remainder != Remainder::Drop)
     }
 
-    /// Steps of an epoch of `positions` positions, the same on every rank.
+    /// Number of steps of an epoch of `positions` positions. It is the same on every rank.
     pub fn steps(&self, positions: u64) -> u64 {
         match self.remainder {
             Remainder::Drop => positions / self.global_batch(),
@@ -59,7 +61,7 @@ impl Grouping {
         }
     }
 
-    /// Fails where `Short` would leave a rank without a row at the last step.
+    /// Fails if `Remainder::Short` would leave a rank without a row at the last step.
     pub fn check(&self, positions: u64) -> Result<()> {
         let last = positions % self.global_batch();
         if self.remainder == Remainder::Short && last != 0 && last < self.world_size {
@@ -74,16 +76,18 @@ impl Grouping {
         Ok(())
     }
 
-    /// Rows of this rank in the global batch that starts at index `start`, of a epochs of `end` indices whose last epoch begins at `last_epoch`.
-    pub fn rows(&self, start: u64, end: u64, last_epoch: u64) -> impl Iterator<Item = Row> + use<> {
+    /// Rows of this rank in the global batch that starts at index `start`.
+    ///
+    /// The chain of epochs has `end` indices, and its last epoch begins at index `last_epoch`.
+    pub fn rows(&self, start: u64, end: u64, last_epoch: u64) -> impl Iterator<Item = BatchRow> + use<> {
         let Self { rank, world_size, remainder, .. } = *self;
         (0..self.batch_size).map(move |row| start + row * world_size + rank).filter_map(move |index| {
             if index < end {
-                return Some(Row::Index(index));
+                return Some(BatchRow::Index(index));
             }
             match remainder {
-                Remainder::Pad => Some(Row::Padding),
-                Remainder::Wrap => Some(Row::Repeated(last_epoch + (index - end) % (end - last_epoch))),
+                Remainder::Pad => Some(BatchRow::Padding),
+                Remainder::Wrap => Some(BatchRow::Repeated(last_epoch + (index - end) % (end - last_epoch))),
                 Remainder::Drop | Remainder::Short => None,
             }
         })
@@ -103,7 +107,7 @@ mod tests {
             let positions = 3 * world_size * lanes;
             let mut seen: Vec<u64> = (0..lanes)
                 .flat_map(|step| grouping.rows(step * grouping.global_batch(), positions, 0))
-                .filter_map(|row| if let Row::Index(position) = row { Some(position % lanes) } else { None })
+                .filter_map(|row| if let BatchRow::Index(position) = row { Some(position % lanes) } else { None })
                 .collect();
             seen.sort_unstable();
             seen.dedup();
@@ -123,11 +127,11 @@ mod tests {
             let mut seen = vec![0u32; positions as usize];
             for step in 0..steps {
                 for rank in 0..world_size {
-                    let rows: Vec<Row> = of(rank).rows(step * of(rank).global_batch(), positions, 0).collect();
+                    let rows: Vec<BatchRow> = of(rank).rows(step * of(rank).global_batch(), positions, 0).collect();
                     prop_assert!(!rows.is_empty());
                     prop_assert!(remainder == Remainder::Short || rows.len() as u64 == batch_size);
                     for row in rows {
-                        if let Row::Index(position) | Row::Repeated(position) = row { seen[position as usize] += 1; }
+                        if let BatchRow::Index(position) | BatchRow::Repeated(position) = row { seen[position as usize] += 1; }
                     }
                 }
             }

@@ -1,30 +1,34 @@
-//! A keyed bijection of `0..n` that needs no memory: a mixed-radix Feistel network.
+//! Permutation: a keyed bijection of `0..n` that needs no memory, by a mixed-radix Feistel network.
 //!
-//! `n` is covered by a rectangle `a x b` barely larger than it, so that walking out of range and back (cycle walking) is rare
-//! for every `n`; the power-of-two form walks up to four steps. Rounds add a keyed hash of one half to the other, modulo its
-//! radix. Generalised Feistel networks over `a x b`: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains",
-//! CT-RSA 2002. Up to 256 elements are shuffled in a table (Fisher-Yates), because a small domain is visibly not uniform under
-//! eight rounds. The hash is the finaliser of splitmix64 (G. Steele, D. Lea, C. Flood, OOPSLA 2014).
+//! A rectangle `a x b` barely larger than `n` covers `0..n`. A value outside `0..n` goes through
+//! the network again (cycle walking). This is rare for every `n`; the power-of-two form walks up to
+//! four steps. Each round adds a keyed hash of one half to the other half, modulo its radix.
+//! Generalised Feistel networks over `a x b`: J. Black and P. Rogaway, "Ciphers with Arbitrary
+//! Finite Domains", CT-RSA 2002.
+//!
+//! A table holds up to 256 elements, shuffled by Fisher-Yates, because a small domain is visibly
+//! not uniform under eight rounds. The hash is the finaliser of splitmix64 (G. Steele, D. Lea, C.
+//! Flood, OOPSLA 2014).
 
 const ROUNDS: usize = 8;
 const SMALL: u64 = 256;
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
-/// Separates round keys from the keys of permutations.
+/// Separates the keys of rounds from the keys of permutations.
 const ROUND_DOMAIN: u64 = 16;
 
-/// Mixes 64 bits; a bijection.
+/// Mixes 64 bits. The function is a bijection.
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
 }
 
-/// A key for each path of words below `key`.
+/// Derives a key from `key` for a path of words. Different paths give independent keys.
 pub fn derive_key(key: u64, words: &[u64]) -> u64 {
     words.iter().fold(key, |key, word| mix(key.wrapping_add(GOLDEN) ^ mix(*word)))
 }
 
-/// `hash` scaled to `0..m`.
+/// Scales `hash` to `0..m`.
 pub(super) fn reduce(hash: u64, m: u64) -> u64 {
     ((u128::from(hash) * u128::from(m)) >> 64) as u64
 }
@@ -33,11 +37,11 @@ pub(super) fn reduce(hash: u64, m: u64) -> u64 {
 #[derive(Clone, Debug)]
 pub struct Permutation {
     n: u64,
-    kind: Kind,
+    method: Method,
 }
 
 #[derive(Clone, Debug)]
-enum Kind {
+enum Method {
     Table(Box<[u8]>),
     Feistel(Feistel),
 }
@@ -52,43 +56,44 @@ struct Feistel {
 impl Permutation {
     /// The permutation of `0..n` under `key`.
     pub fn new(n: u64, key: u64) -> Self {
-        let kind = if n <= SMALL {
+        let method = if n <= SMALL {
             let mut table = [0; SMALL as usize];
-            Kind::Table(shuffled(n, key, &mut table).into())
+            Method::Table(shuffled(n, key, &mut table).into())
         } else {
-            Kind::Feistel(Feistel::new(n, key))
+            Method::Feistel(Feistel::new(n, key))
         };
-        Self { n, kind }
+        Self { n, method }
     }
 
-    /// Where `index` goes.
+    /// The value to which the permutation maps `index`.
     ///
     /// # Panics
-    /// When `index` is not below `n`.
+    /// If `index` is not below `n`.
     pub fn apply(&self, index: u64) -> u64 {
         assert!(index < self.n, "index {index} of {}", self.n);
-        match &self.kind {
-            Kind::Table(table) => u64::from(table[index as usize]),
-            Kind::Feistel(feistel) => feistel.apply(self.n, index),
+        match &self.method {
+            Method::Table(table) => u64::from(table[index as usize]),
+            Method::Feistel(feistel) => feistel.apply(self.n, index),
         }
     }
 
-    /// Which index goes to `value`.
+    /// The index that the permutation maps to `value`.
     ///
     /// # Panics
-    /// When `value` is not below `n`.
+    /// If `value` is not below `n`.
     pub fn position_of(&self, value: u64) -> u64 {
         assert!(value < self.n, "value {value} of {}", self.n);
-        match &self.kind {
-            Kind::Table(table) => {
+        match &self.method {
+            Method::Table(table) => {
                 table.iter().position(|entry| u64::from(*entry) == value).expect("a permutation holds every value")
                     as u64
             }
-            Kind::Feistel(feistel) => feistel.invert(self.n, value),
+            Method::Feistel(feistel) => feistel.invert(self.n, value),
         }
     }
 
-    /// [`Permutation::apply`] of a permutation that is used once, without an allocation.
+    /// Does the same as [`Permutation::apply`] for a permutation that is used once, without an
+    /// allocation.
     pub fn apply_once(n: u64, key: u64, index: u64) -> u64 {
         assert!(index < n, "index {index} of {n}");
         if n <= SMALL {
@@ -100,7 +105,7 @@ impl Permutation {
     }
 }
 
-/// `0..n` shuffled by Fisher and Yates, for `n` up to 256.
+/// Shuffles `0..n` by Fisher-Yates, for `n` up to 256.
 fn shuffled(n: u64, key: u64, table: &mut [u8; SMALL as usize]) -> &[u8] {
     let table = &mut table[..n as usize];
     for (value, entry) in table.iter_mut().enumerate() {
@@ -116,7 +121,7 @@ fn shuffled(n: u64, key: u64, table: &mut [u8; SMALL as usize]) -> &[u8] {
 
 impl Feistel {
     fn new(n: u64, key: u64) -> Self {
-        // Keeps `a * b` within 64 bits.
+        // The limit keeps `a * b` within 64 bits.
         assert!(n <= 1 << 63, "{n} elements are more than 2^63");
         let root = n.isqrt();
         let a = if root * root < n { root + 1 } else { root };
@@ -161,7 +166,8 @@ impl Feistel {
     }
 }
 
-/// `x + y` modulo `m`, for `x < m` and `y <= m`; both halves are below 2^33, so the sum cannot overflow.
+/// `x + y` modulo `m`, for `x < m` and `y <= m`. Both halves are below 2^33, so the sum cannot
+/// overflow.
 fn add(x: u64, y: u64, m: u64) -> u64 {
     let sum = x + y;
     if sum >= m { sum - m } else { sum }
@@ -195,7 +201,8 @@ mod tests {
         }
     }
 
-    /// Chi-squared of where index 0 and the pair (0, 1) go over many keys, against its mean and five standard deviations.
+    /// Compares chi-squared with its mean and five standard deviations, over many keys. The
+    /// statistics are the image of index 0 and the distance between the images of 0 and 1.
     #[test]
     fn small_and_middling_domains_are_uniform() {
         for n in [2u64, 3, 5, 8, 100, 257, 300] {
@@ -222,7 +229,7 @@ mod tests {
         }
     }
 
-    /// Standard deviations by which chi-squared exceeds its mean.
+    /// Number of standard deviations by which chi-squared exceeds its mean.
     fn excess(counts: impl Iterator<Item = (u64, f64)>) -> f64 {
         let (mut sum, mut classes) = (0.0, 0.0);
         for (count, expected) in counts {
@@ -256,7 +263,8 @@ mod tests {
                 let (places, mut classes) = (1u64 << 16, [0u64; 32]);
                 for place in 0..places {
                     let from = (u128::from(place) * u128::from(n) / u128::from(places)) as u64;
-                    // The share of pairs of places that are nearer to each other: even in 0..1 for a random permutation.
+                    // The share of pairs of places with a smaller distance. A random permutation
+                    // spreads it evenly over 0..1.
                     let left = 1.0 - permutation.apply(from).abs_diff(from) as f64 / n as f64;
                     classes[((1.0 - left * left) * 32.0).min(31.0) as usize] += 1;
                 }
