@@ -1,7 +1,9 @@
-//! One opaque error: what kind of failure, what was expected and found, and where in the data it happened.
+//! Error: one opaque type that holds the kind of a failure, its message, its place in the data and
+//! its cause.
 //!
-//! Messages are lower case without a full stop and name the remedy where one is known. The location is kept apart
-//! from the message so that callers can act on it and every rendering shows it the same way.
+//! A message says what was expected, what was found, and the remedy if it is known. It is in lower
+//! case and has no full stop. The location is separate from the message. Callers can act on it, and
+//! every rendering shows it in the same way.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Result of every fallible call of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, coarse enough to choose an exception type or an exit code by.
+/// Kind of a failure, coarse enough to choose an exception type or an exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -19,9 +21,10 @@ pub enum ErrorKind {
     NotFound,
     /// The operating system failed to open, map or read a file.
     Io,
-    /// A file's content is damaged, of an unsupported type, or not what its own metadata announced.
+    /// A file's content is damaged, has an unsupported type, or contradicts the file's own
+    /// metadata.
     Data,
-    /// A file is no longer the one that was opened.
+    /// A file is no longer the file that was opened.
     Changed,
     /// A saved state belongs to another corpus or to other content settings.
     State,
@@ -31,10 +34,10 @@ pub enum ErrorKind {
     Internal,
 }
 
-/// Place in the data: a shard, and what is known of the place inside it.
+/// A place in the data: a shard, and the known part of the place inside it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Location {
-    /// The shard's path; empty while the error has not reached whoever knows it.
+    /// Path of the shard. Empty until the error reaches code that knows the path.
     pub path: PathBuf,
     /// Block of the shard, counted from 0.
     pub block: Option<u64>,
@@ -54,7 +57,7 @@ impl fmt::Display for Location {
     }
 }
 
-/// Why an operation failed, and where.
+/// Describes why an operation failed, and where.
 #[derive(Clone, Debug)]
 pub struct Error(Box<Inner>);
 
@@ -63,36 +66,37 @@ struct Inner {
     kind: ErrorKind,
     message: String,
     location: Option<Location>,
-    // `Arc` keeps the error cloneable: one failed block can fail several batches.
+    // `Arc` keeps the error cloneable, because one failed block can fail several batches.
     source: Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
-    /// An error of `kind` that says `message`.
+    /// Makes an error of `kind` with `message`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner { kind, message: message.into(), location: None, source: None }))
     }
 
-    /// An unusable setting.
+    /// Makes an error about an unusable setting.
     pub fn config(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Config, message)
     }
 
-    /// Damaged or unsupported content.
+    /// Makes an error about damaged or unsupported content.
     pub fn data(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::Data, message)
     }
 
-    /// A failed call to the operating system.
+    /// Makes an error about a failed call to the operating system.
     pub fn io(message: impl Into<String>, source: std::io::Error) -> Self {
         let kind = if source.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
         Self::new(kind, message).with_source(source)
     }
 
-    /// Several faults found together, listed one per line; the kind is that of the first.
+    /// Joins several errors to one, which lists them one per line. It has the kind of the first
+    /// error.
     ///
     /// # Panics
-    /// When `errors` is empty.
+    /// If `errors` is empty.
     pub fn all(mut errors: Vec<Self>) -> Self {
         assert!(!errors.is_empty(), "a list of faults has at least one");
         if errors.len() == 1 {
@@ -111,7 +115,7 @@ impl Error {
         self.0.location.get_or_insert_default()
     }
 
-    /// The same error at `path`, unless it has a path already.
+    /// Adds `path` to the location, unless it has a path already.
     #[must_use]
     pub fn at(mut self, path: &Path) -> Self {
         let location = self.location_mut();
@@ -121,45 +125,45 @@ impl Error {
         self
     }
 
-    /// The same error in block `block` of its shard, unless it has a block already.
+    /// Adds the block number `block` to the location, unless it has one already.
     #[must_use]
     pub fn in_block(mut self, block: u64) -> Self {
         self.location_mut().block.get_or_insert(block);
         self
     }
 
-    /// The same error at row `row` of its shard, unless it has a row already.
+    /// Adds the row number `row` to the location, unless it has one already.
     #[must_use]
     pub fn at_row(mut self, row: u64) -> Self {
         self.location_mut().row.get_or_insert(row);
         self
     }
 
-    /// The same error with the lower-level cause that led to it.
+    /// Adds the lower-level error that caused this one.
     #[must_use]
     pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         self.0.source = Some(std::sync::Arc::new(source));
         self
     }
 
-    /// The same error with `text` before its message.
+    /// Puts `text` and a colon before the message.
     #[must_use]
     pub fn context(mut self, text: impl fmt::Display) -> Self {
         self.0.message = format!("{text}: {}", self.0.message);
         self
     }
 
-    /// What kind of failure this is.
+    /// Kind of the failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// Where in the data it happened, if it has a place there.
+    /// Place in the data where the failure happened, if it has a place there.
     pub fn location(&self) -> Option<&Location> {
         self.0.location.as_ref()
     }
 
-    /// The message, its place and every cause, on one line.
+    /// Formats the message, its place and every cause on one line.
     pub fn report(&self) -> String {
         let mut text = self.to_string();
         let mut cause = std::error::Error::source(self);

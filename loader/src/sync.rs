@@ -1,15 +1,19 @@
-//! Locks whose holders never leave them half-way: a panic in one thread must not end the others by poisoning.
+//! Sync: locks that survive a panic, and a guard against forked children.
+//!
+//! No holder of a lock in this crate leaves its data half changed. A panic in one thread therefore
+//! does not invalidate the data, and these functions ignore poisoning, so that the other threads go
+//! on.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
-/// Locks `mutex`.
+/// Locks `mutex`, poisoned or not.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits on `condvar`.
+/// Waits on `condvar` until another thread notifies it. Wakes up without a notification at times.
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }
@@ -19,20 +23,25 @@ pub(crate) fn wait_timeout<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, t
     condvar.wait_timeout(guard, timeout).unwrap_or_else(PoisonError::into_inner).0
 }
 
-/// The process that something was made in.
+/// The process that made the value which holds this guard.
 ///
-/// A forked child has a copy of every lock, held for ever if another thread held it at the fork: what runs in destructors must not take one there.
+/// A forked child has a copy of every lock. If another thread held a lock at the fork, the copy
+/// stays locked for ever. Destructors must therefore take no lock in a forked child.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ForkGuard {
     process: u32,
     forks: u32,
 }
 
-/// Forks that this process is the child of. Asking the system who one is costs more than handing a small batch over.
+/// Number of forks between the process that loaded this crate and the current process.
+///
+/// The fork handler adds 1 in each child; every guard reads. The accesses are relaxed: a new child
+/// has one thread, and no other data depends on the number. Asking the system for the process id
+/// costs more than delivering a small batch.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
 impl ForkGuard {
-    /// This process.
+    /// Makes a guard for the current process.
     pub(crate) fn new() -> Self {
         #[cfg(unix)]
         {
@@ -41,7 +50,8 @@ impl ForkGuard {
                 FORKS.fetch_add(1, Ordering::Relaxed);
             }
             COUNTS.call_once(|| {
-                // SAFETY: a handler that may run after any fork, of a library that is never unloaded.
+                // SAFETY: the handler may run after any fork, and the library that contains it is
+                // never unloaded.
                 let code = unsafe { libc::pthread_atfork(None, None, Some(forked)) };
                 assert_eq!(code, 0, "out of memory for a fork handler");
             });
@@ -49,12 +59,12 @@ impl ForkGuard {
         Self { process: std::process::id(), forks: FORKS.load(Ordering::Relaxed) }
     }
 
-    /// The process' number.
+    /// Id of the process that made the guard.
     pub(crate) fn process(self) -> u32 {
         self.process
     }
 
-    /// Whether this process is a forked child of that one.
+    /// Whether the current process is a forked child of the process that made the guard.
     pub(crate) fn is_forked_child(self) -> bool {
         self.forks != FORKS.load(Ordering::Relaxed)
     }

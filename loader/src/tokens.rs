@@ -1,4 +1,7 @@
-//! Token ids as they lie in a shard: little-endian integers of one of five widths, borrowed, never copied here.
+//! Tokens: a run of token ids in the type that they have on disk.
+//!
+//! Ids are little-endian integers of one of five types. This module borrows their bytes and never
+//! copies them. It reads single ids and finds negative ones; `fill` widens whole runs into rows.
 
 use crate::error::{Error, Result};
 
@@ -45,7 +48,7 @@ impl Dtype {
     }
 }
 
-/// A run of token ids in their type on disk. The bytes need not be aligned.
+/// A run of token ids in the type that they have on disk. The bytes may have any alignment.
 #[derive(Clone, Copy, Debug)]
 pub struct Tokens<'a> {
     dtype: Dtype,
@@ -53,13 +56,13 @@ pub struct Tokens<'a> {
 }
 
 impl<'a> Tokens<'a> {
-    /// Token ids from little-endian `bytes`, a whole number of values.
+    /// Interprets little-endian `bytes` as token ids. `bytes` must hold a whole number of values.
     pub fn new(dtype: Dtype, bytes: &'a [u8]) -> Self {
         debug_assert_eq!(bytes.len() % dtype.size(), 0);
         Self { dtype, bytes }
     }
 
-    /// Type on disk.
+    /// Type of the ids on disk.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -69,29 +72,29 @@ impl<'a> Tokens<'a> {
         self.bytes.len() / self.dtype.size()
     }
 
-    /// Whether there are none.
+    /// Whether the run has no ids.
     pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
 
-    /// The little-endian bytes.
+    /// The little-endian bytes of the ids.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
-    /// The ids in `range`, counted from the start of this run.
+    /// The ids in `range`, which counts from the start of this run.
     ///
     /// # Panics
-    /// When `range` reaches past the end.
+    /// If `range` reaches past the end.
     #[must_use]
     pub fn slice(&self, range: std::ops::Range<usize>) -> Self {
         let size = self.dtype.size();
         Self { dtype: self.dtype, bytes: &self.bytes[range.start * size..range.end * size] }
     }
 
-    /// Index of the first negative id, for data that was never checked.
+    /// Index of the first negative id. Shards whose ids were never checked need this.
     pub fn first_negative(&self) -> Option<usize> {
-        // Or-ing sign bits first keeps the common case at memory speed.
+        // Joining the sign bits by OR first keeps the common case at memory speed.
         match self.dtype {
             Dtype::I32 => {
                 let ids = self.bytes.as_chunks::<4>().0;
@@ -107,10 +110,10 @@ impl<'a> Tokens<'a> {
         }
     }
 
-    /// The id at `index`, widened.
+    /// The id at `index`, widened to 64 bits.
     ///
     /// # Panics
-    /// When `index` is past the end.
+    /// If `index` is past the end.
     pub fn get(&self, index: usize) -> i64 {
         let size = self.dtype.size();
         let b = &self.bytes[index * size..(index + 1) * size];
@@ -123,7 +126,7 @@ impl<'a> Tokens<'a> {
         }
     }
 
-    /// Fails on the first negative id, naming it.
+    /// Fails on the first negative id, with its value and index.
     pub fn check_ids(&self) -> Result<()> {
         match self.first_negative() {
             None => Ok(()),

@@ -1,8 +1,9 @@
-//! Pool of equal buffers in ordinary memory.
+//! Pool: equal buffers in ordinary memory, reused from batch to batch.
 //!
-//! A thread is given the buffer that it filled last, of those that came back: it is the likeliest to be in that core's cache still, while
-//! one that another core has written costs a transfer between caches for every line. The pool grows to what is in use at once, and keeps a bounded
-//! number of idle buffers, so that a caller who held many batches for a while does not keep that memory.
+//! A thread receives the idle buffer that it filled last, because the cache of its core may still
+//! hold that buffer. A buffer written by another core costs a transfer between caches for every
+//! line. The pool grows to the number of buffers in use at once, and keeps a bounded number of idle
+//! ones. A caller that held many batches for a while therefore does not keep their memory.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
@@ -11,7 +12,7 @@ use std::sync::Mutex;
 use super::{ALIGNMENT, Source};
 use crate::sync::{ForkGuard, lock};
 
-/// Buffers of one size.
+/// A pool of buffers of one size. Every thread may take and return buffers.
 #[derive(Debug)]
 pub struct Pool {
     bytes: usize,
@@ -22,19 +23,20 @@ pub struct Pool {
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// The one that came back last is last.
+    /// Ordered by the time of their return; the last one came back last.
     idle: Vec<Buffer>,
-    given: Vec<Buffer>,
+    lent: Vec<Buffer>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Buffer {
     start: NonNull<u8>,
-    /// The thread that it was given to.
+    /// The thread that received the buffer last.
     thread: usize,
 }
 
-// SAFETY: an idle buffer is memory that no one but the pool refers to, and of a given one only the address is used.
+// SAFETY: only the pool refers to the memory of an idle buffer. The pool uses only the address of a
+// lent buffer.
 unsafe impl Send for Buffer {}
 
 /// A number that no other living thread has.
@@ -44,7 +46,7 @@ fn this_thread() -> usize {
 }
 
 impl Pool {
-    /// A pool of buffers of `bytes` bytes that keeps at most `max_idle` unused ones.
+    /// Makes a pool of buffers of `bytes` bytes. It keeps at most `max_idle` unused buffers.
     pub fn new(bytes: usize, max_idle: usize) -> Self {
         Self { bytes, max_idle, home: ForkGuard::new(), inner: Mutex::default() }
     }
@@ -59,45 +61,46 @@ impl Source for Pool {
         assert_eq!(bytes, self.bytes, "the pool holds buffers of one size");
         let thread = this_thread();
         let mut inner = lock(&self.inner);
-        let Inner { idle, given } = &mut *inner;
+        let Inner { idle, lent } = &mut *inner;
         let own = idle.iter().rposition(|buffer| buffer.thread == thread);
-        let full = idle.len() + given.len() >= self.max_idle;
-        // Another thread's is better than more memory, and best the one that has been out of use for longest.
+        let full = idle.len() + lent.len() >= self.max_idle;
+        // Another thread's buffer is better than more memory. Take the buffer that has been idle
+        // for longest.
         if let Some(index) = own.or_else(|| (full && !idle.is_empty()).then_some(0)) {
             let buffer = Buffer { thread, ..idle.remove(index) };
-            given.push(buffer);
+            lent.push(buffer);
             return buffer.start;
         }
         drop(inner);
         // SAFETY: the layout's size is not zero.
         let start = unsafe { alloc_zeroed(self.layout()) };
         let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(self.layout()));
-        lock(&self.inner).given.push(Buffer { start, thread });
+        lock(&self.inner).lent.push(Buffer { start, thread });
         start
     }
 
     fn give_back(&self, buffer: NonNull<u8>, bytes: usize) {
         debug_assert_eq!(bytes, self.bytes);
         if self.home.is_forked_child() {
-            // The child's copy of the memory ends with the child.
+            // The child process's copy of the memory ends with the child.
             return;
         }
         let mut inner = lock(&self.inner);
-        // Near the end, as batches do not live long.
-        let index = inner.given.iter().rposition(|given| given.start == buffer).expect("it was given");
-        let given = inner.given.swap_remove(index);
+        // Search from the end, because batches do not live long.
+        let index = inner.lent.iter().rposition(|lent| lent.start == buffer).expect("it was lent");
+        let lent = inner.lent.swap_remove(index);
         if inner.idle.len() < self.max_idle {
-            inner.idle.push(given);
+            inner.idle.push(lent);
             return;
         }
         drop(inner);
-        // SAFETY: allocated in `take` with this layout, and given back for good.
+        // SAFETY: `take` allocated the buffer with this layout, and its lease has ended.
         unsafe { dealloc(buffer.as_ptr(), self.layout()) }
     }
 
     fn held_bytes(&self) -> usize {
         let inner = lock(&self.inner);
-        (inner.idle.len() + inner.given.len()) * self.bytes
+        (inner.idle.len() + inner.lent.len()) * self.bytes
     }
 }
 
@@ -107,7 +110,8 @@ impl Drop for Pool {
             return;
         }
         for buffer in lock(&self.inner).idle.drain(..) {
-            // SAFETY: allocated in `take` with this layout; leases keep the pool alive, so none is out.
+            // SAFETY: `take` allocated the buffer with this layout. Leases keep the pool alive, so
+            // no buffer is lent.
             unsafe { dealloc(buffer.start.as_ptr(), self.layout()) }
         }
     }

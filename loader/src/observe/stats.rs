@@ -1,4 +1,8 @@
-//! Stats: what happened, counted without locks by the threads it happened on.
+//! Stats: counts batches, tokens, bytes and times, and shows them as a snapshot.
+//!
+//! Workers count into atomics of their own, without locks. Consumers count under one mutex, once
+//! per batch. A snapshot reads both at any time and may miss the most recent events. It leaves the
+//! fields of the cache, the buffers and the mixture at zero; the loader fills these in.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,27 +13,28 @@ use crossbeam::utils::CachePadded;
 use crate::format::DecodedPages;
 use crate::sync::lock;
 
-/// Waits kept for percentiles: the most recent ones.
+/// Number of waits kept for the percentiles: the most recent ones.
 const KEPT_WAITS: usize = 8192;
-/// Waiting below this share of the time is the trainer's pace, not the loader's.
+/// Below this share of the time, waiting is due to the trainer's pace and not to the loader.
 const TRAINER_BOUND_SHARE: f64 = 0.02;
 
-/// Counters of a loader; every thread writes its own cache line.
+/// Counters of a loader. Each worker writes to its own cache line.
 #[derive(Debug)]
 pub(crate) struct Counters {
-    workers: Vec<CachePadded<Worker>>,
-    consumer: Mutex<Consumer>,
+    workers: Vec<CachePadded<WorkerCounters>>,
+    consumer: Mutex<ConsumerCounters>,
 }
 
-/// Written by one worker, read by whoever asks; relaxed, because nothing else depends on them.
+/// Counters of one worker. The worker adds, and any thread that takes a snapshot reads. The
+/// accesses are relaxed, because no other data depends on them.
 #[derive(Debug, Default)]
-struct Worker {
+struct WorkerCounters {
     decode_nanos: AtomicU64,
     fill_nanos: AtomicU64,
 }
 
 #[derive(Debug)]
-struct Consumer {
+struct ConsumerCounters {
     since: Option<Instant>,
     batches: u64,
     tokens: u64,
@@ -39,67 +44,69 @@ struct Consumer {
     depth_sum: u64,
 }
 
-/// What a source of a mixture has given.
+/// Statistics of one source of a mixture.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SourceStats {
-    /// Its name.
+    /// Name of the source.
     pub name: String,
-    /// Sequences, to all ranks together, since the start of the run.
+    /// Sequences delivered to all ranks together since the start of the run.
     pub sequences: u64,
-    /// Their tokens.
+    /// Tokens of these sequences.
     pub tokens: u64,
-    /// Epochs of the source, whole and begun ones.
+    /// Epochs of the source, complete and begun ones.
     pub epochs: f64,
-    /// Share of all sources' sequences.
+    /// Share of this source in the sequences of all sources.
     pub share: f64,
 }
 
-/// A snapshot; times are in seconds.
+/// A snapshot of what a loader has done. Times are in seconds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stats {
-    /// Sources of a mixture.
+    /// Statistics of each source of a mixture.
     pub sources: Vec<SourceStats>,
-    /// Batches handed over.
+    /// Batches delivered.
     pub batches: u64,
-    /// Tokens handed over as inputs.
+    /// Tokens delivered as inputs.
     pub tokens: u64,
-    /// Bytes handed over.
+    /// Bytes delivered.
     pub bytes: u64,
     /// Time since the first request for a batch.
     pub elapsed_seconds: f64,
-    /// Tokens per second of that time.
+    /// Tokens per second of the elapsed time.
     pub tokens_per_second: f64,
-    /// Bytes per second of that time.
+    /// Bytes per second of the elapsed time.
     pub bytes_per_second: f64,
-    /// Time consumers waited for batches, all together.
+    /// Time that all consumers together waited for batches.
     pub wait_seconds: f64,
-    /// That time as a share of the elapsed time.
+    /// Waiting time as a share of the elapsed time.
     pub wait_share: f64,
     /// Median wait of the last 8192 requests.
     pub wait_p50_seconds: f64,
-    /// 99th percentile of the same.
+    /// 99th percentile of the waits of the last 8192 requests.
     pub wait_p99_seconds: f64,
-    /// Batches that were ready when a consumer asked, on average.
+    /// Mean number of batches that were ready when a consumer asked.
     pub queue_depth_mean: f64,
-    /// Time of each worker spent decoding blocks, or waiting for another worker to decode one; and last, of callers who helped.
+    /// Time that each worker spent decoding blocks or waiting for another worker to decode one. The
+    /// last entry counts consumers that computed batches themselves.
     pub decode_seconds: Vec<f64>,
-    /// Time of each worker spent writing rows; and last, of callers who helped.
+    /// Time that each worker spent writing rows. The last entry counts consumers that computed
+    /// batches themselves.
     pub fill_seconds: Vec<f64>,
     /// Blocks decoded.
     pub decoded_blocks: u64,
-    /// Bytes they decoded to.
+    /// Bytes of these blocks after decoding.
     pub decoded_bytes: u64,
-    /// Parquet pages by the decoder that took them.
+    /// Parquet pages, by the decoder that read them.
     pub decoded_pages: DecodedPages,
-    /// Bytes of decoded blocks held now.
+    /// Bytes of decoded blocks in the cache now.
     pub cache_bytes: u64,
-    /// Bytes of batches held now: in flight, handed over, and kept for reuse.
+    /// Bytes of batches held now: in flight, held by consumers, and kept for reuse.
     pub buffer_bytes: u64,
 }
 
 impl Counters {
     pub(crate) fn new(workers: usize) -> Self {
-        let consumer = Consumer {
+        let consumer = ConsumerCounters {
             since: None,
             batches: 0,
             tokens: 0,
@@ -108,7 +115,7 @@ impl Counters {
             waits: Vec::new(),
             depth_sum: 0,
         };
-        // One more for the threads of callers who compute batches themselves.
+        // The additional counters are for consumers that compute batches themselves.
         Self { workers: (0..=workers).map(|_| CachePadded::default()).collect(), consumer: Mutex::new(consumer) }
     }
 
@@ -118,14 +125,15 @@ impl Counters {
         counters.fill_nanos.fetch_add(fill.as_nanos() as u64, Ordering::Relaxed);
     }
 
-    /// A consumer that asked then got nothing until now.
+    /// Counts a consumer's wait that began at `asked` and ends now without a batch.
     pub(crate) fn waited(&self, asked: Instant) {
         let mut consumer = lock(&self.consumer);
         consumer.since.get_or_insert(asked);
         consumer.waited += asked.elapsed();
     }
 
-    /// A consumer that asked then got a batch now; of these, `depth` were ready when it asked.
+    /// Counts a batch that a consumer requested at `asked` and receives now. `depth` batches were
+    /// ready at the time of the request.
     pub(crate) fn delivered(&self, tokens: u64, bytes: u64, asked: Instant, depth: usize) {
         let wait = asked.elapsed();
         let mut consumer = lock(&self.consumer);
@@ -174,7 +182,7 @@ impl Counters {
 }
 
 impl Stats {
-    /// Who waits for whom, in one line.
+    /// Tells in one line whether the trainer or the loader is the bottleneck.
     pub fn verdict(&self) -> String {
         if self.batches == 0 {
             return "no batches yet".to_owned();

@@ -1,8 +1,13 @@
-//! A trace of what each thread does, in the trace event format that ui.perfetto.dev and chrome://tracing open.
+//! Trace: writes what each thread does, in the trace event format that ui.perfetto.dev and
+//! chrome://tracing open.
 //!
-//! A thread puts spans into a [`Tracer`] of its own, which hands them to the file by the hundred and when it is dropped. Without a trace a tracer is
-//! empty, and a span costs one branch. After each writing the file is valid JSON: the end of the array is written every time, and overwritten the next.
-//! Times are those of the monotonic clock, so that the traces of the ranks of one machine have one time line.
+//! Takes spans: a name, a thread, a start and an end. A worker puts its spans into a [`Tracer`] of
+//! its own. The tracer writes them to the file by the hundred, and when it is dropped. Without a
+//! trace, a tracer is empty and a span costs one branch.
+//!
+//! The file is valid JSON after each write: each write ends with the end of the array, and the next
+//! one overwrites it. Times come from the monotonic clock, so that all ranks of a machine share one
+//! time line. Does not know what a span means.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -16,15 +21,16 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::sync::lock;
 
-/// Spans that a thread keeps before it writes them.
+/// Number of spans that a thread keeps before it writes them.
 const KEPT: usize = 512;
-/// The end of the array, over which the next events are written.
+/// The end of the array. The next events overwrite it.
 const CLOSER: &str = "\n]\n";
 
-/// The traces of this process by what was asked for. Loaders that ask for the same one share its file, which stays open.
+/// The open traces of this process. Loaders that name the same trace share its file, which stays
+/// open.
 static OPEN: Mutex<Option<Traces>> = Mutex::new(None);
 
-/// By path and process.
+/// Traces by path and process id.
 type Traces = HashMap<(String, u32), Arc<Trace>>;
 
 /// A file of events.
@@ -33,25 +39,25 @@ pub(crate) struct Trace {
     path: PathBuf,
     elsewhere: bool,
     pid: u32,
-    /// An instant, and its time on the clock that all processes share.
+    /// An instant, and its time on the clock that all processes of the machine share.
     origin: (Instant, Duration),
     sink: Mutex<Sink>,
-    /// Spans of threads that are not the loader's, which have no tracer of their own.
+    /// Spans of threads that have no tracer, such as consumers.
     consumers: Mutex<Vec<Span>>,
 }
 
 #[derive(Debug)]
 struct Sink {
     file: File,
-    /// Where the closer stands.
+    /// Offset of the closer in the file.
     end: u64,
-    /// Threads whose names are in the file.
+    /// Threads whose names are in the file already.
     named: Vec<u64>,
-    /// After a failure nothing more is written: a trace must not end a run.
+    /// Set by the first failed write. Later writes do nothing, because a trace must not end a run.
     failed: bool,
 }
 
-/// Something that took time.
+/// A stretch of time that a thread spent on one thing.
 #[derive(Clone, Copy, Debug)]
 struct Span {
     name: &'static str,
@@ -62,11 +68,13 @@ struct Span {
 }
 
 impl Trace {
-    /// The trace that `asked` names, in which `{rank}` and `{pid}` stand for those of this process. Where another process writes that file, the pid is
-    /// put into its name.
-    pub(crate) fn open(asked: &str, rank: u64, world_size: u64) -> Result<Arc<Self>> {
+    /// Opens the trace that `pattern` names, or returns the open one.
+    ///
+    /// `{rank}` and `{pid}` in the pattern stand for this process's values. If another process
+    /// writes that file, the name of the new file contains the process id.
+    pub(crate) fn open(pattern: &str, rank: u64, world_size: u64) -> Result<Arc<Self>> {
         let pid = std::process::id();
-        let path = asked.replace("{rank}", &rank.to_string()).replace("{pid}", &pid.to_string());
+        let path = pattern.replace("{rank}", &rank.to_string()).replace("{pid}", &pid.to_string());
         let mut open = lock(&OPEN);
         let open = open.get_or_insert_default();
         if let Some(trace) = open.get(&(path.clone(), pid)) {
@@ -74,23 +82,23 @@ impl Trace {
         }
         let failed =
             |path: &Path, error| Error::io("cannot write the trace, which `FOREBAY_TRACE` names", error).at(path);
-        let mut place = PathBuf::from(&path);
-        let (mut file, free) = claim(&place).map_err(|error| failed(&place, error))?;
+        let mut target = PathBuf::from(&path);
+        let (mut file, free) = claim(&target).map_err(|error| failed(&target, error))?;
         if !free {
-            let suffix = place.extension().map_or_else(String::new, |suffix| format!(".{}", suffix.to_string_lossy()));
-            place.set_extension(format!("{pid}{suffix}"));
-            file = claim(&place).map_err(|error| failed(&place, error))?.0;
+            let suffix = target.extension().map_or_else(String::new, |suffix| format!(".{}", suffix.to_string_lossy()));
+            target.set_extension(format!("{pid}{suffix}"));
+            file = claim(&target).map_err(|error| failed(&target, error))?.0;
         }
         let head = format!(
             "[\n{{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":{pid},\"args\":{{\"name\":\"forebay rank {rank} of {world_size}, pid {pid}\"}}}}"
         );
         file.set_len(0)
             .and_then(|()| file.write_all(format!("{head}{CLOSER}").as_bytes()))
-            .map_err(|error| failed(&place, error))?;
+            .map_err(|error| failed(&target, error))?;
         let sink = Sink { file, end: head.len() as u64, named: Vec::new(), failed: false };
         let origin = (Instant::now(), since_boot());
         let trace = Arc::new(Self {
-            path: place,
+            path: target,
             elsewhere: !free,
             pid,
             origin,
@@ -101,7 +109,7 @@ impl Trace {
         Ok(trace)
     }
 
-    /// A span of a thread that has no tracer, which began at `began` and ends now.
+    /// Records a span of a thread without a tracer. The span began at `began` and ends now.
     pub(crate) fn span(&self, name: &'static str, began: Instant, number: Option<u64>) {
         let (thread, ended) = (self.thread(), Instant::now());
         let mut spans = lock(&self.consumers);
@@ -113,17 +121,18 @@ impl Trace {
         }
     }
 
-    /// Writes what threads without a tracer have left.
+    /// Writes the pending spans of threads without a tracer.
     pub(crate) fn flush(&self) {
         let spans = std::mem::take(&mut *lock(&self.consumers));
         self.write(&spans);
     }
 
-    /// The number of the calling thread, whose name is written when it is first asked for.
+    /// Number of the calling thread. The first call of a thread writes its name to the trace.
     fn thread(&self) -> u64 {
         thread_local!(static NUMBER: u64 = thread_number());
         let number = NUMBER.with(|number| *number);
-        // A handful of threads; each asks once per span, and finds itself among them.
+        // There is a handful of threads. Each looks here once per span and usually finds this
+        // trace.
         thread_local!(static NAMED: std::cell::Cell<*const Trace> = const { std::cell::Cell::new(std::ptr::null()) });
         if NAMED.replace(self) != std::ptr::from_ref(self) {
             self.name_thread(number);
@@ -154,7 +163,7 @@ impl Trace {
         for span in spans {
             let began = self.origin.1.saturating_add(span.began.saturating_duration_since(self.origin.0)).as_nanos();
             let took = span.ended.saturating_duration_since(span.began).as_nanos();
-            // Times are in microseconds, written as decimals so that nothing of a nanosecond is lost.
+            // Times are microseconds with three decimals, so that no nanosecond is lost.
             let _ = write!(
                 text,
                 ",\n{{\"name\":\"{}\",\"ph\":\"X\",\"pid\":{},\"tid\":{},\"ts\":{}.{:03},\"dur\":{}.{:03}",
@@ -174,19 +183,19 @@ impl Trace {
         lock(&self.sink).append(&text);
     }
 
-    /// Where it is written.
+    /// Path of the file.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether that is not the file that was asked for, since another process writes it.
+    /// Whether the file is not the requested one, because another process writes that.
     pub(crate) fn is_elsewhere(&self) -> bool {
         self.elsewhere
     }
 }
 
 impl Sink {
-    /// Writes `text` over the end of the array, and a new end, at once.
+    /// Writes `text` over the end of the array, followed by a new end, in one call.
     fn append(&mut self, text: &str) {
         if self.failed {
             return;
@@ -200,13 +209,13 @@ impl Sink {
     }
 }
 
-/// Opens or creates `path`, and says whether no other process writes it.
+/// Opens or creates `path`, and tells whether no other process writes it.
 fn claim(path: &Path) -> std::io::Result<(File, bool)> {
     let file = File::options().create(true).truncate(false).write(true).open(path)?;
     #[cfg(unix)]
     {
         use std::os::fd::AsRawFd;
-        // SAFETY: a call on an open descriptor; it touches no memory of ours.
+        // SAFETY: the call takes an open descriptor and touches none of our memory.
         let locked = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0;
         Ok((file, locked))
     }
@@ -214,21 +223,21 @@ fn claim(path: &Path) -> std::io::Result<(File, bool)> {
     Ok((file, true))
 }
 
-/// The number that the system knows the calling thread by, or one of our own.
+/// The system's number of the calling thread, or a number of our own where the system gives none.
 fn thread_number() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
-    // On Linux a link to `<pid>/task/<thread>`.
+    // On Linux, this is a link to `<pid>/task/<thread>`.
     let system = std::fs::read_link("/proc/thread-self").ok();
     let system = system.and_then(|path| path.file_name()?.to_str()?.parse().ok());
     system.unwrap_or_else(|| NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// The monotonic clock, as all processes of this machine see it.
+/// Time of the monotonic clock, which all processes of this machine share.
 fn since_boot() -> Duration {
     #[cfg(unix)]
     {
         let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the call writes one `timespec` to the pointer, which points to one.
+        // SAFETY: the call writes one `timespec` to the pointer, which points to a valid one.
         if unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) } == 0 {
             return Duration::new(now.tv_sec as u64, now.tv_nsec as u32);
         }
@@ -236,17 +245,17 @@ fn since_boot() -> Duration {
     Duration::ZERO
 }
 
-/// The spans of one worker; of none where nothing is traced.
+/// The spans of one worker. Empty if nothing is traced.
 #[derive(Debug, Default)]
-pub(crate) struct Tracer(Option<Box<Lane>>);
+pub(crate) struct Tracer(Option<Box<ThreadSpans>>);
 
 #[derive(Debug)]
-struct Lane {
+struct ThreadSpans {
     trace: Arc<Trace>,
     spans: Vec<Span>,
 }
 
-impl Drop for Lane {
+impl Drop for ThreadSpans {
     fn drop(&mut self) {
         self.trace.write(&self.spans);
     }
@@ -254,32 +263,32 @@ impl Drop for Lane {
 
 impl Tracer {
     pub(crate) fn new(trace: Option<&Arc<Trace>>) -> Self {
-        Self(trace.map(|trace| Box::new(Lane { trace: Arc::clone(trace), spans: Vec::with_capacity(KEPT) })))
+        Self(trace.map(|trace| Box::new(ThreadSpans { trace: Arc::clone(trace), spans: Vec::with_capacity(KEPT) })))
     }
 
-    /// When a span begins, where spans are kept.
+    /// Start time of a new span, if spans are recorded.
     #[inline]
     pub(crate) fn begin(&self) -> Option<Instant> {
         self.0.as_ref().map(|_| Instant::now())
     }
 
-    /// The span that began at `began` ends now. It belongs to batch `number`, if to any.
+    /// Ends the span that began at `began`. `number` is the batch that the span belongs to, if any.
     #[inline]
     pub(crate) fn end(&mut self, name: &'static str, began: Option<Instant>, number: Option<u64>) {
-        if let (Some(lane), Some(began)) = (&mut self.0, began) {
-            lane.add(name, began, Instant::now(), number);
+        if let (Some(own), Some(began)) = (&mut self.0, began) {
+            own.add(name, began, Instant::now(), number);
         }
     }
 
-    /// A span from `began` to `ended`, of no batch.
+    /// Adds a span from `began` to `ended` that belongs to no batch.
     pub(crate) fn add(&mut self, name: &'static str, began: Instant, ended: Instant) {
-        if let Some(lane) = &mut self.0 {
-            lane.add(name, began, ended, None);
+        if let Some(own) = &mut self.0 {
+            own.add(name, began, ended, None);
         }
     }
 }
 
-impl Lane {
+impl ThreadSpans {
     #[cold]
     fn add(&mut self, name: &'static str, began: Instant, ended: Instant, number: Option<u64>) {
         self.spans.push(Span { name, thread: self.trace.thread(), began, ended, number });
@@ -341,7 +350,7 @@ mod tests {
         };
         for (batch, fill) in batches.iter().zip(&fills) {
             let ((thread, began, ended), (inside, from, to)) = (place(batch), place(fill));
-            // A nanosecond is what is left of a time of this size in a float.
+            // A float of this size resolves about one nanosecond.
             assert!(thread == inside && began <= from + 1e-3 && to <= ended + 1e-3, "{batch} {fill}");
         }
         assert_eq!(named(&events, "wait")[0]["args"]["batch"], 7);
@@ -358,7 +367,7 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &Trace::open(asked, 0, 1).unwrap()));
         assert_eq!((events(first.path()).len(), first.is_elsewhere()), (1, false));
 
-        // `flock` tells open files apart as it does processes.
+        // `flock` distinguishes open files of one process as it distinguishes processes.
         let other = folder.path().join("other.json");
         let (_held, free) = claim(&other).unwrap();
         assert!(free);
