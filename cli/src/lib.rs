@@ -12,6 +12,7 @@ mod progress;
 mod report;
 mod rewrite;
 mod sequential;
+mod token_column;
 mod verify;
 
 use std::ffi::OsString;

@@ -12,15 +12,11 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::{ArrowPrimitiveType, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_ipc::reader::{FileReader, StreamReader};
-use arrow_schema::{ArrowError, DataType, SchemaRef};
-use forebay::format::TOKEN_COLUMNS;
+use arrow_schema::{ArrowError, DataType};
 use forebay::settings::{Config, Targets};
 use forebay::{Error, Result};
-use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
-/// Rows that parquet decodes at once.
-const PARQUET_ROWS: usize = 4096;
+use crate::token_column::{self, unsound};
 
 /// What is made of the stream while it is read.
 pub(crate) trait Visitor {
@@ -129,22 +125,19 @@ fn read_file(path: &Path, column: Option<&str>, stream: &mut Stream<'_>) -> Resu
         Ok::<_, Error>(())
     };
     if magic.starts_with(b"PAR1") {
-        let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(unsound)?;
-        let index = column_of(builder.schema(), column)?;
-        let mask = ProjectionMask::roots(builder.parquet_schema(), [index]);
-        let reader = builder.with_projection(mask).with_batch_size(PARQUET_ROWS).build().map_err(unsound)?;
+        let reader = token_column::parquet(file, column)?.builder.build().map_err(unsound)?;
         for batch in reader {
             each(batch, 0)?;
         }
     } else if magic == b"ARROW1" {
         let reader = FileReader::try_new(BufReader::new(file), None).map_err(unsound)?;
-        let index = column_of(&reader.schema(), column)?;
+        let index = token_column::arrow(&reader.schema(), column)?;
         for batch in reader {
             each(batch, index)?;
         }
     } else {
         let reader = StreamReader::try_new(BufReader::new(file), None).map_err(unsound)?;
-        let index = column_of(&reader.schema(), column)?;
+        let index = token_column::arrow(&reader.schema(), column)?;
         for batch in reader {
             each(batch, index)?;
         }
@@ -152,18 +145,6 @@ fn read_file(path: &Path, column: Option<&str>, stream: &mut Stream<'_>) -> Resu
     // A plain column is one document.
     stream.end();
     Ok(())
-}
-
-fn unsound(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::data("arrow-rs cannot read the shard").with_source(error)
-}
-
-fn column_of(schema: &SchemaRef, wanted: Option<&str>) -> Result<usize> {
-    let found = match wanted {
-        Some(name) => schema.index_of(name).ok(),
-        None => TOKEN_COLUMNS.iter().find_map(|name| schema.index_of(name).ok()),
-    };
-    found.ok_or_else(|| Error::data("no token column: name it with `token_column`"))
 }
 
 /// Adds the rows of a token column, of which `before` came already.

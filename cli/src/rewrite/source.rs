@@ -16,15 +16,13 @@ use arrow_ipc::reader::{FileDecoder, FileReader, StreamDecoder, StreamReader, re
 use arrow_ipc::{Block, convert::try_fb_to_schema, root_as_footer};
 use arrow_schema::{DataType, SchemaRef};
 use forebay::corpus::discover::ShardFile;
-use forebay::format::{self, Format, OpenOptions, ShardFacts, TOKEN_COLUMNS};
+use forebay::format::{self, Format, OpenOptions, ShardFacts};
 use forebay::settings::Io;
 use forebay::storage::local::SourceFile;
 use forebay::{Error, Result};
-use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
-/// Tokens that parquet decodes at once, if its documents are about as long as the mean.
-const DECODED_TOKENS: u64 = 1 << 20;
+use crate::token_column::{self, ParquetColumn, unsound};
 
 /// A shard to be rewritten.
 #[derive(Clone, Debug)]
@@ -43,28 +41,16 @@ impl Source {
     /// Looks at the metadata of `file`.
     pub(super) fn open(file: &ShardFile, options: &OpenOptions) -> Result<Self> {
         let facts = format::open(&file.path, options)?.facts();
-        let schema = Reader::open(&file.path, facts.format, options.io, None)?.1;
-        let wanted = options.token_column.as_deref();
-        let column = match wanted {
-            Some(name) => schema.column_with_name(name),
-            None => TOKEN_COLUMNS.iter().find_map(|name| schema.column_with_name(name)),
-        };
-        let (index, field) = column.ok_or_else(|| Error::data("no token column").at(&file.path))?;
-        let others = schema.fields().iter().enumerate().filter(|(other, _)| *other != index);
-        Ok(Self {
-            file: file.clone(),
-            facts,
-            column: field.name().clone(),
-            plain: !field.data_type().is_nested(),
-            others: others.map(|(_, field)| field.name().clone()).collect(),
-        })
+        let column = Column::find(&file.path, facts.format, options.token_column.as_deref());
+        let Column { name, plain, others } = column.map_err(|error| error.at(&file.path))?;
+        Ok(Self { file: file.clone(), facts, column: name, plain, others })
     }
 
     /// Its rows from `first_row` on.
     pub(super) fn rows(&self, first_row: u64, io: Io) -> Result<Rows> {
         let path = &self.file.path;
-        let mut rows =
-            Rows { reader: Reader::open(path, self.facts.format, io, Some((self, first_row)))?.0, skip: 0, row: 0 };
+        let reader = Reader::open(path, self.facts.format, io, &self.column, first_row);
+        let mut rows = Rows { reader: reader.map_err(|error| error.at(path))?, skip: 0, row: 0 };
         match rows.reader {
             // It has passed over them by its index.
             Reader::Parquet(_) => rows.row = first_row,
@@ -83,32 +69,47 @@ enum Reader {
     Stream(StreamReader<BufReader<File>>),
 }
 
-fn unsound(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::data("arrow-rs cannot read the shard").with_source(error)
+/// What the schema of a shard says of its token column.
+struct Column {
+    name: String,
+    plain: bool,
+    others: Vec<String>,
+}
+
+impl Column {
+    fn find(path: &Path, format: Format, wanted: Option<&str>) -> Result<Self> {
+        let schema = match format {
+            Format::Parquet => {
+                let ParquetColumn { name, others, builder } = token_column::parquet(open_file(path)?, wanted)?;
+                let plain = !builder.schema().field(0).data_type().is_nested();
+                return Ok(Self { name, plain, others });
+            }
+            Format::ArrowFile => FileReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?.schema(),
+            Format::ArrowStream => {
+                StreamReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?.schema()
+            }
+        };
+        let index = token_column::arrow(&schema, wanted)?;
+        let others = schema.fields().iter().enumerate().filter(|(other, _)| *other != index);
+        Ok(Self {
+            name: schema.field(index).name().clone(),
+            plain: !schema.field(index).data_type().is_nested(),
+            others: others.map(|(_, field)| field.name().clone()).collect(),
+        })
+    }
+}
+
+fn open_file(path: &Path) -> Result<File> {
+    File::open(path).map_err(|error| Error::io("cannot open shard", error))
 }
 
 impl Reader {
-    /// Opens a shard for one column from a row on, or for its schema alone.
-    fn open(path: &Path, format: Format, io: Io, wanted: Option<(&Source, u64)>) -> Result<(Self, SchemaRef)> {
-        Self::open_here(path, format, io, wanted).map_err(|error| error.at(path))
-    }
-
-    fn open_here(path: &Path, format: Format, io: Io, wanted: Option<(&Source, u64)>) -> Result<(Self, SchemaRef)> {
-        let open = || File::open(path).map_err(|error| Error::io("cannot open shard", error));
-        let index = |schema: &SchemaRef| -> Result<usize> {
-            wanted.map_or(Ok(0), |(source, _)| schema.index_of(&source.column).map_err(unsound))
-        };
+    /// Opens a shard for its token column, from a row on where its format can pass over rows.
+    fn open(path: &Path, format: Format, io: Io, column: &str, first_row: u64) -> Result<Self> {
+        let index = |schema: &SchemaRef| token_column::arrow(schema, Some(column));
         if format == Format::Parquet {
-            let builder = ParquetRecordBatchReaderBuilder::try_new(open()?).map_err(unsound)?;
-            let schema = builder.schema().clone();
-            let mask = ProjectionMask::roots(builder.parquet_schema(), [index(&schema)?]);
-            let mut builder = builder.with_projection(mask);
-            if let Some((source, first_row)) = wanted {
-                let per_row = source.facts.counts.tokens.div_ceil(source.facts.rows.max(1)).max(1);
-                builder = builder.with_batch_size((DECODED_TOKENS / per_row).clamp(1, 1 << 16) as usize);
-                builder = builder.with_offset(first_row as usize);
-            }
-            return Ok((Self::Parquet(builder.build().map_err(unsound)?), schema));
+            let builder = token_column::parquet(open_file(path)?, Some(column))?.builder;
+            return Ok(Self::Parquet(builder.with_offset(first_row as usize).build().map_err(unsound)?));
         }
         let file = SourceFile::open(path, io)?;
         let mapped = if file.mapped().is_some() { Some(Buffer::from(file.bytes(0..file.len())?)) } else { None };
@@ -119,24 +120,24 @@ impl Reader {
                     decoder.read_dictionary(&block, &block_bytes(&bytes, &block)?).map_err(unsound)?;
                 }
                 let decoder = decoder.with_projection(vec![index(&schema)?]);
-                Ok((Self::MappedFile { decoder, blocks: blocks.into_iter(), bytes }, schema))
+                Ok(Self::MappedFile { decoder, blocks: blocks.into_iter(), bytes })
             }
             (Some(bytes), _) => {
-                let schema = StreamReader::try_new(BufReader::new(open()?), None).map_err(unsound)?.schema();
-                let column = index(&schema)?;
-                Ok((Self::MappedStream { decoder: StreamDecoder::new(), rest: bytes, column }, schema))
+                let reader = StreamReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?;
+                let column = index(&reader.schema())?;
+                Ok(Self::MappedStream { decoder: StreamDecoder::new(), rest: bytes, column })
             }
             (None, Format::ArrowFile) => {
-                let schema = FileReader::try_new(BufReader::new(open()?), None).map_err(unsound)?.schema();
-                let projection = Some(vec![index(&schema)?]);
-                let reader = FileReader::try_new(BufReader::new(open()?), projection).map_err(unsound)?;
-                Ok((Self::File(reader), schema))
+                let whole = FileReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?;
+                let projection = Some(vec![index(&whole.schema())?]);
+                let reader = FileReader::try_new(BufReader::new(open_file(path)?), projection).map_err(unsound)?;
+                Ok(Self::File(reader))
             }
             (None, _) => {
-                let schema = StreamReader::try_new(BufReader::new(open()?), None).map_err(unsound)?.schema();
-                let projection = Some(vec![index(&schema)?]);
-                let reader = StreamReader::try_new(BufReader::new(open()?), projection).map_err(unsound)?;
-                Ok((Self::Stream(reader), schema))
+                let whole = StreamReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?;
+                let projection = Some(vec![index(&whole.schema())?]);
+                let reader = StreamReader::try_new(BufReader::new(open_file(path)?), projection).map_err(unsound)?;
+                Ok(Self::Stream(reader))
             }
         }
     }
