@@ -44,7 +44,7 @@ def test_seek_goes_to_a_position(corpus: Path) -> None:
         assert sequences(loader) == whole[36:]
         loader.seek(7)
         assert first_ids(next(iter(loader)))[0] // SEQ_LEN == whole[7]
-        with pytest.raises(ConfigError, match="position 1001 of epoch 0 is sought, which has 1000"):
+        with pytest.raises(ConfigError, match="cannot seek to position 1001: epoch 0 has 1000 positions"):
             loader.seek(1001)
         for bad in (-1, 1.5, "3", None):
             with pytest.raises(ConfigError, match="`position` must be a whole number from 0"):

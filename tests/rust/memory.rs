@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use forebay::buffer::{ALIGNMENT, Source};
+use forebay::buffer::{ALIGNMENT, BufferSource};
 use forebay::settings::{Config, Shuffle};
 use forebay::tokens::Dtype;
 use forebay::{Loader, Next};
@@ -21,7 +21,8 @@ struct Poisoning {
     returned: Mutex<Vec<(usize, usize)>>,
 }
 
-impl Source for Poisoning {
+// SAFETY: `take` gives fresh memory of this alignment and size, written over, that is freed only after it came back.
+unsafe impl BufferSource for Poisoning {
     fn take(&self, bytes: usize) -> NonNull<u8> {
         self.given.fetch_add(1, Ordering::Relaxed);
         let layout = Layout::from_size_align(bytes, ALIGNMENT).unwrap();
@@ -33,7 +34,7 @@ impl Source for Poisoning {
         }
     }
 
-    fn give_back(&self, buffer: NonNull<u8>, bytes: usize) {
+    unsafe fn give_back(&self, buffer: NonNull<u8>, bytes: usize) {
         // SAFETY: given out by `take` with this length, and no longer used by the caller.
         unsafe { buffer.as_ptr().write_bytes(POISON, bytes) };
         self.returned.lock().unwrap().push((buffer.as_ptr() as usize, bytes));
@@ -82,7 +83,7 @@ fn buffers_are_written_only_between_lease_and_hand_over() {
             prefetch_batches: 6,
             ..Config::default()
         },
-        |_, _| Arc::clone(&source) as Arc<dyn Source>,
+        |_, _| Arc::clone(&source) as Arc<dyn BufferSource>,
     )
     .unwrap();
     let mut held = Vec::new();

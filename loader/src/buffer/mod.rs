@@ -1,8 +1,8 @@
-//! Output memory: leased for one batch, held by whoever holds the batch, returned when the last holder drops it.
+//! Output memory: leased for one batch, held by every holder of the batch, returned when the last holder drops it.
 //!
-//! A [`Lease`] is the only way to a buffer's bytes, and it gives them out mutably once, to the worker that fills the batch.
-//! Where the memory comes from is a [`Source`]: the [`pool::Pool`] of this crate, or buffers that the caller submits (page-locked
-//! tensors, say), whose owner is kept until the batch is dropped.
+//! A [`Lease`] is the only way to a buffer's bytes. It gives them out mutably once, to the worker that fills the batch.
+//! The memory comes from a [`BufferSource`]: the [`pool::Pool`] of this crate, or buffers that the caller submits (for
+//! example page-locked tensors), whose owner is kept until the batch is dropped.
 
 pub mod pool;
 
@@ -14,15 +14,24 @@ use std::sync::Arc;
 /// Alignment of every buffer: a cache line, and the widest vector store.
 pub const ALIGNMENT: usize = 64;
 
-/// Where buffers come from and go back to.
-pub trait Source: Send + Sync + fmt::Debug {
-    /// A buffer of `bytes` bytes, aligned to [`ALIGNMENT`], that nobody else uses. Its content is unspecified but initialised.
+/// Gives out buffers and takes them back.
+///
+/// # Safety
+/// A lease reads and writes its buffer without further checks, from any thread. So the memory that `take` returns must
+/// be aligned to [`ALIGNMENT`], must be valid for reads and writes of `bytes` bytes until `give_back` gets it, must be
+/// initialised, and must not be accessed by anyone else meanwhile.
+pub unsafe trait BufferSource: Send + Sync + fmt::Debug {
+    /// Gives out a buffer of `bytes` bytes. Its content is unspecified but initialised.
     fn take(&self, bytes: usize) -> NonNull<u8>;
 
-    /// Takes back a buffer given out by `take(bytes)`. No one reads or writes it any more.
-    fn give_back(&self, buffer: NonNull<u8>, bytes: usize);
+    /// Takes a buffer back.
+    ///
+    /// # Safety
+    /// `take(bytes)` of this source gave `buffer` out, it is given back for the first time, and nobody reads or writes it
+    /// any more.
+    unsafe fn give_back(&self, buffer: NonNull<u8>, bytes: usize);
 
-    /// Bytes held: given out and kept for later.
+    /// Bytes held: given out, and kept for later.
     fn held_bytes(&self) -> usize;
 }
 
@@ -34,14 +43,14 @@ pub struct Lease {
 }
 
 enum Owner {
-    Source(Arc<dyn Source>),
+    Source(Arc<dyn BufferSource>),
     /// Kept, not used: dropping it releases the memory.
     Caller {
         _keep: Box<dyn Any + Send + Sync>,
     },
 }
 
-// SAFETY: the buffer belongs to this lease alone (contract of `Source::take` and of `Lease::from_caller`), so it may move between
+// SAFETY: the buffer belongs to this lease alone (contract of `BufferSource` and of `Lease::from_caller`), so it may move between
 // threads and be read from several; writing needs `&mut`.
 unsafe impl Send for Lease {}
 // SAFETY: as above; shared references only read.
@@ -49,7 +58,7 @@ unsafe impl Sync for Lease {}
 
 impl Lease {
     /// A buffer of `len` bytes from `source`.
-    pub fn new(source: &Arc<dyn Source>, len: usize) -> Self {
+    pub fn new(source: &Arc<dyn BufferSource>, len: usize) -> Self {
         Self { start: source.take(len), len, owner: Owner::Source(Arc::clone(source)) }
     }
 
@@ -119,7 +128,8 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if let Owner::Source(source) = &self.owner {
-            source.give_back(self.start, self.len);
+            // SAFETY: `Lease::new` took it from this source with this length, and the lease, its only user, ends here.
+            unsafe { source.give_back(self.start, self.len) };
         }
     }
 }

@@ -9,7 +9,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::Mutex;
 
-use super::{ALIGNMENT, Source};
+use super::{ALIGNMENT, BufferSource};
 use crate::sync::{ForkGuard, lock};
 
 /// A pool of buffers of one size. Every thread may take and return buffers.
@@ -56,7 +56,8 @@ impl Pool {
     }
 }
 
-impl Source for Pool {
+// SAFETY: `take` gives memory that it allocated with this alignment and size, zeroed, and that is neither idle nor given.
+unsafe impl BufferSource for Pool {
     fn take(&self, bytes: usize) -> NonNull<u8> {
         assert_eq!(bytes, self.bytes, "the pool holds buffers of one size");
         let thread = this_thread();
@@ -79,7 +80,7 @@ impl Source for Pool {
         start
     }
 
-    fn give_back(&self, buffer: NonNull<u8>, bytes: usize) {
+    unsafe fn give_back(&self, buffer: NonNull<u8>, bytes: usize) {
         debug_assert_eq!(bytes, self.bytes);
         if self.home.is_forked_child() {
             // The child process's copy of the memory ends with the child.
@@ -126,7 +127,7 @@ mod tests {
 
     #[test]
     fn a_buffer_is_reused_only_after_its_lease_ended() {
-        let source: Arc<dyn Source> = Arc::new(Pool::new(128, 1));
+        let source: Arc<dyn BufferSource> = Arc::new(Pool::new(128, 1));
         let first = Lease::new(&source, 128);
         let second = Lease::new(&source, 128);
         assert_ne!(first.as_ptr(), second.as_ptr());

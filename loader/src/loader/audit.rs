@@ -3,14 +3,14 @@
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::Loader;
 use super::pass::PassRange;
-use super::{Core, Loader};
+use super::session::Session;
 use crate::error::Result;
-use crate::loader::sources::{Growth, Orders, Place};
+use crate::loader::sources::{Growth, Orders, RowRead};
 use crate::loader::state::{StateValue, refused};
 use crate::order::epochs::EpochChain;
 use crate::proof::delivery_log::{self, LoggedPass};
@@ -29,22 +29,18 @@ pub struct Sample {
 }
 
 impl Loader {
-    /// Hashes the rows of every batch that is begun from now on, so that [`Batch::checksum`] is there.
-    pub fn cover(&self) {
-        self.core.covers.store(true, Ordering::Relaxed);
-    }
-
     /// What passes over `epochs` go through, one after the other, and what stands at each of its indices.
     pub fn epoch_chain(&self, epochs: Range<u64>) -> (EpochChain, impl FnMut(u64) -> Sample + use<>) {
-        let core = Arc::clone(&self.core);
-        let growth = lock(&core.cursor).growth.clone();
-        let positions = |epoch| core.positions(&growth, epoch);
+        let session = Arc::clone(&self.session);
+        let growth = lock(&session.cursor).growth.clone();
+        let positions = |epoch| session.positions(&growth, epoch);
         let count = epochs.end.saturating_sub(epochs.start);
-        let epochs = EpochChain::new(epochs.start, Some(count), &core.config.skip, growth.changes(), positions);
+        let epochs = EpochChain::new(epochs.start, Some(count), &session.config.skip, growth.changes(), positions);
         let (at, mut orders) = (epochs.clone(), Orders::default());
         let sample = move |index| {
             let (epoch, position) = at.at(index);
-            let Place { source, epoch, sequence, .. } = core.sources.place(&growth, &mut orders, epoch, position);
+            let RowRead { source, epoch, sequence, .. } =
+                session.opened.sources.row_read(&growth, &mut orders, epoch, position);
             Sample { source, epoch, sequence }
         };
         (epochs, sample)
@@ -52,40 +48,43 @@ impl Loader {
 
     /// Takes the history of a corpus that grew from the `growth` of a state or a delivery log.
     pub fn assume_growth(&self, text: &str) -> Result<()> {
-        let shards = self.core.sources.shards();
+        let shards = self.session.opened.sources.shards();
         let growth = Growth::parse(text).filter(|growth| growth.latest() <= shards);
         let growth =
             growth.ok_or_else(|| refused(format!("growth `{text}` is not one of this corpus of {shards} shards")))?;
-        lock(&self.core.cursor).growth = growth;
+        lock(&self.session.cursor).growth = growth;
         Ok(())
     }
 
     /// Digest of the corpus and the content settings, which a delivery log names.
     pub fn content_digest(&self) -> String {
-        self.core.content_digest()
+        self.session.content_digest()
     }
 
     /// The content settings, which a delivery log names too.
     pub fn content_settings(&self) -> Vec<(String, String)> {
-        self.core.content_texts()
+        self.session.content_texts()
     }
 }
 
-impl Core {
+impl Session {
     /// Of all that decides what is trained on, but for what may change in the epochs of a run: shards and stages that were added, and skips.
     fn content_texts(&self) -> Vec<(String, String)> {
         let text = |value: &StateValue| match value {
             StateValue::Int(number) => number.to_string(),
             StateValue::Text(text) => text.clone(),
         };
-        self.content.iter().map(|(key, value)| ((*key).to_owned(), text(value))).collect()
+        self.opened.content.iter().map(|(key, value)| ((*key).to_owned(), text(value))).collect()
     }
 
     fn content_digest(&self) -> String {
-        let mut text: Vec<_> = self.content.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        text.push(match self.sources.mixture() {
-            None => self.sources.list()[0].reader.corpus().fingerprint_of(1.min(self.sources.shards() as usize)),
-            Some(_) => self.sources.mixture_digest(1).to_string(),
+        let mut text: Vec<_> = self.opened.content.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        text.push(match self.opened.sources.mixture() {
+            None => self.opened.sources.list()[0]
+                .reader
+                .corpus()
+                .fingerprint_of(1.min(self.opened.sources.shards() as usize)),
+            Some(_) => self.opened.sources.mixture_digest(1).to_string(),
         });
         format!("{:032x}", xxh3_128(text.join("\n").as_bytes()))
     }
@@ -105,7 +104,7 @@ impl Core {
             batch_size: self.grouping.batch_size,
             content: self.content_digest(),
             settings: self.content_texts(),
-            fingerprint: self.sources.list()[0].reader.corpus().fingerprint().to_owned(),
+            fingerprint: self.opened.sources.list()[0].reader.corpus().fingerprint().to_owned(),
             growth: heading.growth.text(),
         };
         delivery_log::LogWriter::begin(Path::new(folder), pass).map(Some)

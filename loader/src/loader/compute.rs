@@ -1,6 +1,6 @@
 //! Computes a batch from its rows alone.
 //!
-//! Iteration, `batch_at` and `sequences_at` share [`Core::compute`]. Workers also look ahead from here: they ask for the windows of
+//! Iteration, `batch_at` and `sequences_at` share [`Session::compute`]. Workers also look ahead from here: they ask for the windows of
 //! batches to come, and decode the blocks that these will read.
 
 use std::borrow::Cow;
@@ -9,12 +9,13 @@ use std::sync::atomic::Ordering;
 
 use super::batch::{Batch, BatchLayout, IGNORED_LABEL, Kind};
 use super::pass::PassRange;
-use super::{Core, Slot, slots_into};
+use super::rows::{PositionedRow, batch_rows_into};
+use super::session::Session;
 use crate::buffer::pool::Pool;
-use crate::buffer::{Lease, Source as Memory};
+use crate::buffer::{BufferSource, Lease};
 use crate::error::{Error, Result};
 use crate::fill::{Ahead, Id, Row};
-use crate::loader::sources::{Growth, Orders, Place};
+use crate::loader::sources::{Growth, Orders, RowRead};
 use crate::proof::checksum::Checksum;
 use crate::read::{Prepared, Scratch, StreamLocation};
 use crate::settings::Remainder;
@@ -25,42 +26,42 @@ const LOOK_EVERY: u64 = 16;
 
 /// Memory and times of one worker.
 #[derive(Debug, Default)]
-pub(super) struct Worker {
+pub(super) struct WorkerMemory {
     pub(super) index: usize,
     pub(super) scratch: Scratch,
     pub(super) orders: Orders,
     /// A row of ids on its way to two arrays, one token apart.
     pub(super) row: Vec<i64>,
-    pub(super) slots: Vec<Slot>,
-    pub(super) places: Vec<Option<Place>>,
+    pub(super) rows: Vec<PositionedRow>,
+    pub(super) reads: Vec<Option<RowRead>>,
 }
 
-impl Core {
-    /// The batch of `slots`, in memory of its own.
+impl Session {
+    /// The batch of `rows`, in memory of its own.
     pub(super) fn compute_alone(
         &self,
         growth: &Growth,
         start: (u64, u64),
         step: u64,
-        slots: &[Slot],
+        rows: &[PositionedRow],
     ) -> Result<Arc<Batch>> {
-        let mut worker = Worker::default();
-        let mut places = Vec::with_capacity(slots.len());
-        self.places(growth, slots, &mut worker.orders, &mut places);
-        let bytes = self.layout(&places).bytes;
-        let memory: Arc<dyn Memory> = Arc::new(Pool::new(bytes, 0));
+        let mut worker = WorkerMemory::default();
+        let mut reads = Vec::with_capacity(rows.len());
+        self.reads_into(growth, rows, &mut worker.orders, &mut reads);
+        let bytes = self.layout(&reads).bytes;
+        let memory: Arc<dyn BufferSource> = Arc::new(Pool::new(bytes, 0));
         let lease = Lease::new(&memory, bytes);
-        Ok(Arc::new(self.compute(start, step, &places, lease, &mut worker)?))
+        Ok(Arc::new(self.compute(start, step, &reads, lease, &mut worker)?))
     }
 
     /// Whether a row holds fewer tokens than it has places.
-    fn has_padding(&self, places: &[Option<Place>]) -> bool {
-        let full = |place: &Place| place.tokens.end - place.tokens.start == self.config.row_tokens();
+    fn has_padding(&self, places: &[Option<RowRead>]) -> bool {
+        let full = |place: &RowRead| place.tokens.end - place.tokens.start == self.config.row_tokens();
         self.grouping.remainder != Remainder::Wrap && !places.iter().all(|place| place.as_ref().is_some_and(full))
     }
 
     /// The layout of a batch of `rows`.
-    fn layout(&self, rows: &[Option<Place>]) -> Cow<'_, BatchLayout> {
+    fn layout(&self, rows: &[Option<RowRead>]) -> Cow<'_, BatchLayout> {
         let padded = self.has_padding(rows);
         if !padded && rows.len() == self.layout.rows {
             return Cow::Borrowed(&self.layout);
@@ -73,9 +74,9 @@ impl Core {
         &self,
         start: (u64, u64),
         step: u64,
-        rows: &[Option<Place>],
+        rows: &[Option<RowRead>],
         mut lease: Lease,
-        worker: &mut Worker,
+        worker: &mut WorkerMemory,
     ) -> Result<Batch> {
         let seq_len = self.config.seq_len as usize;
         let row_tokens = self.config.row_tokens() as usize;
@@ -124,7 +125,7 @@ impl Core {
         }
         if let Some([sources_at, indices_at]) = layout.ids_at {
             let ids =
-                |of: fn(&Place) -> u64| rows.iter().map(move |row| row.as_ref().map_or(-1, |place| of(place) as i64));
+                |of: fn(&RowRead) -> u64| rows.iter().map(move |row| row.as_ref().map_or(-1, |place| of(place) as i64));
             for (out, id) in lease.i64s(sources_at, rows.len()).iter_mut().zip(ids(|place| place.source as u64)) {
                 *out = id;
             }
@@ -154,13 +155,13 @@ impl Core {
         run: &PassRange,
         start: u64,
         number: u64,
-        worker: &mut Worker,
+        worker: &mut WorkerMemory,
     ) -> Result<Prepared> {
-        let Worker { orders, slots, places, scratch, .. } = worker;
-        slots_into(self.grouping, &run.epochs, start, slots);
-        self.places(&run.growth, slots, orders, places);
-        for place in places.drain(..).flatten() {
-            let reader = &self.sources.list()[place.source].reader;
+        let WorkerMemory { orders, rows, reads, scratch, .. } = worker;
+        batch_rows_into(self.grouping, &run.epochs, start, rows);
+        self.reads_into(&run.growth, rows, orders, reads);
+        for place in reads.drain(..).flatten() {
+            let reader = &self.opened.sources.list()[place.source].reader;
             if reader.decodes() {
                 let prepared = reader.decode_ahead(place.tokens, place.ends_chunk, number, scratch)?;
                 if prepared != Prepared::Nothing {
@@ -173,7 +174,7 @@ impl Core {
 
     /// Asks for what batch `number` of a pass, at index `start`, will read: always while files are cold, and else now and then, to notice
     /// that they have become so.
-    pub(super) fn read_ahead(&self, run: &PassRange, number: u64, start: u64, worker: &mut Worker) {
+    pub(super) fn read_ahead(&self, run: &PassRange, number: u64, start: u64, worker: &mut WorkerMemory) {
         let cold = self.cold.load(Ordering::Relaxed);
         if !cold && !number.is_multiple_of(LOOK_EVERY) {
             return;
@@ -182,11 +183,11 @@ impl Core {
             return;
         }
         let mut asked = false;
-        let Worker { orders, slots, places, .. } = worker;
-        slots_into(self.grouping, &run.epochs, start, slots);
-        self.places(&run.growth, slots, orders, places);
-        for place in places.drain(..).flatten() {
-            asked |= self.sources.list()[place.source].reader.read_ahead(place.tokens);
+        let WorkerMemory { orders, rows, reads, .. } = worker;
+        batch_rows_into(self.grouping, &run.epochs, start, rows);
+        self.reads_into(&run.growth, rows, orders, reads);
+        for place in reads.drain(..).flatten() {
+            asked |= self.opened.sources.list()[place.source].reader.read_ahead(place.tokens);
         }
         if asked != cold {
             self.cold.store(asked, Ordering::Relaxed);
@@ -194,23 +195,23 @@ impl Core {
     }
 
     /// Where a row begins, if that is to be known without reading or decoding anything.
-    fn find(&self, row: &Option<Place>) -> Option<StreamLocation> {
+    fn find(&self, row: &Option<RowRead>) -> Option<StreamLocation> {
         let place = row.as_ref().filter(|place| !place.tokens.is_empty())?;
-        self.sources.list()[place.source].reader.find(place.tokens.start)
+        self.opened.sources.list()[place.source].reader.find(place.tokens.start)
     }
 
     /// Writes the tokens of one row; the places after them hold `pad_id`, and their labels [`IGNORED_LABEL`]. Returns how many are tokens.
     fn fill_row<T: Id>(
         &self,
-        place: Option<(&Place, Option<StreamLocation>, Ahead)>,
+        place: Option<(&RowRead, Option<StreamLocation>, Ahead)>,
         row: Row<'_, T>,
-        worker: &mut Worker,
+        worker: &mut WorkerMemory,
     ) -> Result<usize> {
         let Some((place, spot, ahead)) = place else {
             row.pad(self.config.pad_id, IGNORED_LABEL);
             return Ok(0);
         };
-        let reader = &self.sources.list()[place.source].reader;
+        let reader = &self.opened.sources.list()[place.source].reader;
         let (len, filled) = (row.len(), (place.tokens.end - place.tokens.start) as usize);
         let (tokens, mut rest) = row.split_at(filled);
         reader.fill(place.tokens.clone(), place.ends_chunk, tokens, spot, ahead, &mut worker.scratch)?;

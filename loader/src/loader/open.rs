@@ -1,21 +1,138 @@
-//! What opening a loader decides: its corpora, the room for decoded blocks, and what its states belong to.
+//! Opens what all sessions share: the corpora, the cache of decoded blocks, and the content settings.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use super::sources::{CorpusSource, CorpusSources};
 use crate::corpus::Corpus;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Access, OpenOptions};
+use crate::layout::concat::{Concat, Specials};
 use crate::loader::state::StateValue;
 use crate::order;
 use crate::order::partition::Grouping;
+use crate::read::{BlockCache, Reader};
+use crate::settings::environment;
 use crate::settings::{Config, Shuffle, Split, Targets};
 
-/// Opens the corpora of `config`, side by side; all faults of all of them are reported.
-pub(super) fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String, Corpus)>> {
+/// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
+///
+/// Several loaders may share one ([`super::Loader::new`]). They share the open files, the cache of decoded blocks and
+/// `memory_budget`: each loader takes the bytes of its batches and of the blocks that its threads hold, and the rest is
+/// the cache's.
+#[derive(Debug)]
+pub struct Opened {
+    config: Config,
+    pub(super) sources: CorpusSources,
+    pub(super) cache: Arc<BlockCache>,
+    /// What a state belongs to, except for what depends on the position.
+    pub(super) content: Vec<(&'static str, StateValue)>,
+    pub(super) warnings: Vec<String>,
+    pub(super) largest_block_bytes: u64,
+}
+
+impl Opened {
+    /// Opens and indexes the corpora of `config`. Reports every fault that opening can see, all together.
+    ///
+    /// Reads the data and content settings of `config`, its `memory_budget`, and how files are opened. Ignores ranks,
+    /// batches and epochs.
+    pub fn open(config: &Config) -> Result<Self> {
+        config.validate()?;
+        let mut config = config.clone();
+        let threads = config.num_threads.unwrap_or_else(environment::default_threads);
+        let corpora = open_corpora(&config, threads)?;
+        let access = if corpora.iter().any(|(_, corpus)| corpus.access() == Access::Block) {
+            Access::Block
+        } else {
+            Access::Random
+        };
+        config.shuffle = decided(config.shuffle, access);
+        let warnings = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
+        let largest_block_bytes = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
+        let cache = Arc::new(BlockCache::new(config.memory_budget));
+        let specials = Specials { bos: config.bos_id, eos: config.eos_id };
+        let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
+            let layout = Concat::new(corpus.counts(), specials, config.seq_len, config.row_tokens());
+            let reader = Reader::new(Arc::new(corpus), layout, specials, Arc::clone(&cache), index);
+            CorpusSource::new(name, reader, config.seed)
+        });
+        let sources = CorpusSources::new(&config, sources.collect())?;
+        Ok(Self { content: content_of(&config), config, sources, cache, warnings, largest_block_bytes })
+    }
+
+    /// The settings that the corpus was opened with; the kind of shuffling is filled in.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Decides the shuffling of a session's `config`. Refuses data or content settings that are not those of this
+    /// corpus, and names both values.
+    pub(super) fn check(&self, config: &mut Config) -> Result<()> {
+        if config.shuffle == Shuffle::On {
+            config.shuffle = self.config.shuffle;
+        }
+        let mut differences = Vec::new();
+        for (name, differs) in [
+            ("data", config.data != self.config.data),
+            ("mixture", config.mixture != self.config.mixture),
+            ("memory_budget", config.memory_budget != self.config.memory_budget),
+        ] {
+            if differs {
+                differences.push(format!("another `{name}`"));
+            }
+        }
+        for ((name, value), (_, opened)) in content_of(config).iter().zip(&self.content) {
+            if value != opened {
+                differences.push(format!("`{name}` {value}, opened with {opened}"));
+            }
+        }
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(Error::config(format!(
+            "a loader of an opened corpus must keep the settings that it was opened with; found {}",
+            differences.join(", ")
+        )))
+    }
+
+    /// Takes from the cache the bytes of a session: `batches` for its batches in flight, and one block for each of its
+    /// `threads`. Returns the bytes taken, and the bytes left for the cache.
+    pub(super) fn reserve(&self, config: &Config, threads: u64, batches: u64) -> Result<(u64, u64)> {
+        let largest = self.largest_block_bytes;
+        let wanted = batches.saturating_add(threads.saturating_mul(largest));
+        self.cache.reserve(wanted, largest).map(|left| (wanted, left)).map_err(|others| {
+            let shared = if others == 0 {
+                String::new()
+            } else {
+                format!(", beside {others} bytes of other loaders of this corpus,")
+            };
+            Error::config(format!(
+                "`memory_budget` of {} bytes is too small: {batches} bytes for {} batches in flight, and {} blocks of up to {largest} bytes for \
+                 {threads} threads and the cache,{shared} are {} bytes; raise it, or lower `batch_size`, `prefetch_batches` or `num_threads`",
+                config.memory_budget,
+                config.prefetch_batches + 1,
+                threads + 1,
+                wanted.saturating_add(largest).saturating_add(others),
+            ))
+        })
+    }
+}
+
+/// The kind of shuffling that `shuffle` means for this access.
+fn decided(shuffle: Shuffle, access: Access) -> Shuffle {
+    match (shuffle, access) {
+        (Shuffle::On, Access::Random) => Shuffle::Global,
+        (Shuffle::On, Access::Block) => Shuffle::Block,
+        (other, _) => other,
+    }
+}
+
+/// Opens the corpora of `config`, side by side, and reports all faults of all of them.
+fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String, Corpus)>> {
     let options = OpenOptions::of(config);
     let cache = config.cache_dir.as_deref().map(Path::new);
     let wanted = config.corpora()?;
-    // Scoped, so that its threads have ended when opening has.
+    // Scoped, so that its threads end before opening does.
     let opened: Vec<(String, Result<Corpus>)> = rayon::ThreadPoolBuilder::new()
         .num_threads(threads as usize)
         .thread_name(|index| format!("forebay-open-{index}"))
@@ -44,30 +161,15 @@ pub(super) fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String,
     }
 }
 
-/// Bytes for the block cache: the budget less batches in flight and the blocks that workers hold while they fill from them.
-pub(super) fn cache_budget(config: &Config, largest: u64, threads: u64, batches: u64) -> Result<u64> {
-    let held = threads.saturating_mul(largest);
-    let needed = batches.saturating_add(held).saturating_add(largest);
-    config.memory_budget.checked_sub(batches.saturating_add(held)).filter(|cache| *cache >= largest).ok_or_else(|| {
-        Error::config(format!(
-            "`memory_budget` of {} bytes is too small: {batches} bytes for {} batches in flight, and {} blocks of up to {largest} bytes for \
-             {threads} threads and the cache, are {needed} bytes; raise it, or lower `batch_size`, `prefetch_batches` or `num_threads`",
-            config.memory_budget,
-            config.prefetch_batches + 1,
-            threads + 1,
-        ))
-    })
-}
-
 /// Bytes of the decoded blocks that a step may draw from.
-pub(super) fn windows_bytes(config: &Config, corpora: &[(String, Corpus)], grouping: &Grouping, largest: u64) -> u64 {
+pub(super) fn windows_bytes(config: &Config, sources: &CorpusSources, grouping: &Grouping, largest: u64) -> u64 {
     let of_corpus = |corpus: &Corpus| {
         let total = corpus.decoded_bytes();
         match config.shuffle {
             _ if corpus.access() == Access::Random => 0,
             Shuffle::Off | Shuffle::On => 0,
             Shuffle::Global => total,
-            // Each lane of this rank draws from its window, and from the blocks at both ends of it.
+            // Each lane of this rank draws from its window, and from the blocks at the window's two ends.
             Shuffle::Block => {
                 let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
                 let lanes = grouping.lanes(config.lanes);
@@ -76,10 +178,10 @@ pub(super) fn windows_bytes(config: &Config, corpora: &[(String, Corpus)], group
             }
         }
     };
-    corpora.iter().map(|(_, corpus)| of_corpus(corpus)).sum()
+    sources.list().iter().map(|source| of_corpus(source.reader.corpus())).sum()
 }
 
-/// Says so where the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
+/// Warns if the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
 pub(super) fn window_warning(windows: u64, cache_bytes: u64) -> Option<String> {
     (windows > cache_bytes).then(|| {
         format!(
@@ -91,8 +193,8 @@ pub(super) fn window_warning(windows: u64, cache_bytes: u64) -> Option<String> {
     })
 }
 
-/// What every state of these settings belongs to. Settings that do not take part in an order are not compared, so they read 0.
-pub(super) fn content_of(config: &Config) -> Vec<(&'static str, StateValue)> {
+/// What every state of these settings belongs to. A setting that takes no part in the order is not compared: its value is 0.
+fn content_of(config: &Config) -> Vec<(&'static str, StateValue)> {
     let special = |id: Option<u32>| id.map_or(StateValue::from("none"), |id| u64::from(id).into());
     let lanes = config.shuffle == Shuffle::Block || config.mixture.is_some();
     let where_in = |used: bool, value: u64| StateValue::from(if used { value } else { 0 });
@@ -121,7 +223,7 @@ pub(super) fn content_of(config: &Config) -> Vec<(&'static str, StateValue)> {
     ]
 }
 
-/// A text that a state can hold: long ones by their digest.
+/// A text that a state can hold: a long text is replaced by its digest.
 pub(super) fn short(text: String) -> String {
     if text.len() <= 120 { text } else { format!("xxh3:{:032x}", xxhash_rust::xxh3::xxh3_128(text.as_bytes())) }
 }

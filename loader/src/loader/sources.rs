@@ -1,4 +1,4 @@
-//! Sources: the opened corpora of a run, and which sequence of which stands at a position.
+//! CorpusSources: the opened corpora of a run, and which sequence of which stands at a position.
 //!
 //! One corpus is a run of its own epochs, which may grow between two of them. Several are drawn from by a mixture's schedule.
 
@@ -25,7 +25,7 @@ const KEPT_ORDERS: usize = 256;
 
 /// One opened corpus.
 #[derive(Debug)]
-pub(crate) struct Source {
+pub(crate) struct CorpusSource {
     pub(crate) name: String,
     pub(crate) reader: Reader,
     seed: u64,
@@ -47,15 +47,15 @@ struct Extent {
 
 /// All sources of a run.
 #[derive(Debug)]
-pub(crate) struct Sources {
-    list: Vec<Source>,
+pub(crate) struct CorpusSources {
+    list: Vec<CorpusSource>,
     mixture: Option<(MixtureSettings, Mixture)>,
-    settings: Settings,
+    settings: OrderSettings,
 }
 
 /// The settings that say what stands where.
 #[derive(Clone, Copy, Debug)]
-struct Settings {
+struct OrderSettings {
     shuffle: Shuffle,
     seq_len: u64,
     chunk_tokens: u64,
@@ -66,7 +66,7 @@ struct Settings {
 
 /// What one row reads.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
+pub(crate) struct RowRead {
     pub(crate) source: usize,
     /// Epoch of the source.
     pub(crate) epoch: u64,
@@ -125,16 +125,16 @@ impl Growth {
     }
 }
 
-impl Source {
+impl CorpusSource {
     pub(crate) fn new(name: String, reader: Reader, seed: u64) -> Self {
         Self { name, reader, seed }
     }
 }
 
-impl Sources {
+impl CorpusSources {
     /// The sources of `config`, whose shuffling is decided.
-    pub(crate) fn new(config: &Config, mut list: Vec<Source>) -> Result<Self> {
-        let settings = Settings {
+    pub(crate) fn new(config: &Config, mut list: Vec<CorpusSource>) -> Result<Self> {
+        let settings = OrderSettings {
             shuffle: config.shuffle,
             seq_len: config.seq_len,
             chunk_tokens: config.chunk_tokens,
@@ -172,7 +172,7 @@ impl Sources {
         Ok(Self { list, mixture: Some((recipe, mixture)), settings })
     }
 
-    pub(crate) fn list(&self) -> &[Source] {
+    pub(crate) fn list(&self) -> &[CorpusSource] {
         &self.list
     }
 
@@ -221,7 +221,7 @@ impl Sources {
     }
 
     /// Sequences that an epoch of a mixture's source has.
-    pub(crate) fn sequences_of(&self, source: &Source) -> u64 {
+    pub(crate) fn sequences_of(&self, source: &CorpusSource) -> u64 {
         self.settings.extent(source, source.shards()).sequences
     }
 
@@ -240,7 +240,7 @@ impl Sources {
     }
 
     /// What stands at `position` of `epoch`, which lies within it.
-    pub(crate) fn place(&self, growth: &Growth, orders: &mut Orders, epoch: u64, position: u64) -> Place {
+    pub(crate) fn row_read(&self, growth: &Growth, orders: &mut Orders, epoch: u64, position: u64) -> RowRead {
         let (draw, shards) = match &self.mixture {
             Some((_, mixture)) => {
                 let draw = mixture.draw(epoch, position);
@@ -253,7 +253,7 @@ impl Sources {
         let extent = self.settings.extent(source, shards);
         if position >= extent.sequences {
             let sequence = extent.layout.num_sequences();
-            return Place {
+            return RowRead {
                 source: index,
                 epoch,
                 sequence,
@@ -269,7 +269,7 @@ impl Sources {
         let at = order.sequence_at(position);
         let sequence = self.settings.side.sequence(at);
         let ends_chunk = order.ends_chunk(at);
-        Place { source: index, epoch, sequence, tokens: extent.layout.row(sequence), ends_chunk, repeated: false }
+        RowRead { source: index, epoch, sequence, tokens: extent.layout.row(sequence), ends_chunk, repeated: false }
     }
 
     /// Digest of all that has decided an epoch's order before `position`: stages begun and the sources they draw from.
@@ -299,14 +299,14 @@ impl Sources {
     }
 }
 
-impl Source {
+impl CorpusSource {
     fn shards(&self) -> u64 {
         self.reader.corpus().len() as u64
     }
 }
 
-impl Settings {
-    fn extent(&self, source: &Source, shards: u64) -> Extent {
+impl OrderSettings {
+    fn extent(&self, source: &CorpusSource, shards: u64) -> Extent {
         let layout = source.reader.layout().prefix(shards as usize);
         let tail = layout.tail_tokens() > 0 && !matches!(self.side, Side::Holdout(_));
         Extent { layout, sequences: self.side.count(layout.num_sequences()), tail }

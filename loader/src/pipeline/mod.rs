@@ -160,7 +160,7 @@ pub(crate) enum WaitPolicy {
 
 /// How a pipeline runs.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Plan {
+pub(crate) struct PipelineOptions {
     /// Workers; without any, consumers compute all items.
     pub(crate) threads: usize,
     pub(crate) window: usize,
@@ -172,14 +172,14 @@ pub(crate) struct Plan {
 
 impl<W: Work> Pipeline<W> {
     /// Starts the workers.
-    pub(crate) fn start(plan: Plan, work: W) -> Result<Self> {
+    pub(crate) fn start(options: PipelineOptions, work: W) -> Result<Self> {
         let ring = Ring {
             front: 0,
-            slots: VecDeque::with_capacity(plan.window),
-            end: plan.items,
-            window: plan.window,
-            threads: plan.threads,
-            leases: plan.leased.then(VecDeque::new),
+            slots: VecDeque::with_capacity(options.window),
+            end: options.items,
+            window: options.window,
+            threads: options.threads,
+            leases: options.leased.then(VecDeque::new),
             closed: false,
             idle: 0,
             waiting: 0,
@@ -194,12 +194,12 @@ impl<W: Work> Pipeline<W> {
             states: Mutex::default(),
         });
         let pipeline = Self { shared, workers: Mutex::default(), home: ForkGuard::new() };
-        for index in 0..plan.threads {
+        for index in 0..options.threads {
             let shared = Arc::clone(&pipeline.shared);
-            let worker = std::thread::Builder::new()
-                .name(format!("forebay-{index}"))
-                .spawn(move || shared.run(index))
-                .map_err(|error| Error::io(format!("cannot start worker thread {index} of {}", plan.threads), error))?;
+            let worker =
+                std::thread::Builder::new().name(format!("forebay-{index}")).spawn(move || shared.run(index)).map_err(
+                    |error| Error::io(format!("cannot start worker thread {index} of {}", options.threads), error),
+                )?;
             lock(&pipeline.workers).push(worker);
         }
         Ok(pipeline)
@@ -447,7 +447,7 @@ mod tests {
     where
         F: Fn(u64) -> Result<u64> + Send + Sync + 'static,
     {
-        Pipeline::start(Plan { threads, window, items, leased: false }, By(of)).unwrap()
+        Pipeline::start(PipelineOptions { threads, window, items, leased: false }, By(of)).unwrap()
     }
 
     #[test]
@@ -506,8 +506,8 @@ mod tests {
 
     #[test]
     fn closing_wakes_a_waiting_consumer_and_ends_the_workers() {
-        let plan = Plan { threads: 2, window: 4, items: 10, leased: true };
-        let pipeline = Pipeline::start(plan, By(Ok)).unwrap();
+        let options = PipelineOptions { threads: 2, window: 4, items: 10, leased: true };
+        let pipeline = Pipeline::start(options, By(Ok)).unwrap();
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| pipeline.take(HELP, |_| ()).err().map(|error| error.kind()));
             std::thread::sleep(Duration::from_millis(20));
@@ -566,8 +566,8 @@ mod tests {
                 first
             }
         }
-        let plan = Plan { threads: 1, window: 2, items: 9, leased: false };
-        let pipeline = Pipeline::start(plan, Prepared(Mutex::default())).unwrap();
+        let options = PipelineOptions { threads: 1, window: 2, items: 9, leased: false };
+        let pipeline = Pipeline::start(options, Prepared(Mutex::default())).unwrap();
         for number in 0..9 {
             let began = Instant::now();
             let is_prepared = |next| next == 9 || lock(&pipeline.shared.work.0).contains(&next);

@@ -23,7 +23,8 @@ pub(crate) enum Prepared {
 /// Decoded blocks, within a budget of bytes.
 #[derive(Debug)]
 pub(crate) struct BlockCache {
-    budget_bytes: u64,
+    /// Bytes of the whole budget, the sessions' part included.
+    total_bytes: u64,
     inner: Mutex<CacheInner>,
     loaded: Condvar,
     decoded_blocks: AtomicU64,
@@ -50,6 +51,8 @@ type BlockKey = (usize, BlockRef);
 struct CacheInner {
     entries: HashMap<BlockKey, Entry>,
     used_bytes: u64,
+    /// Bytes of the budget that sessions hold.
+    reserved_bytes: u64,
     clock: u64,
     /// Batches of the pass.
     batches: u64,
@@ -78,7 +81,7 @@ struct Entry {
 impl BlockCache {
     pub(crate) fn new(budget_bytes: u64) -> Self {
         Self {
-            budget_bytes,
+            total_bytes: budget_bytes,
             inner: Mutex::default(),
             loaded: Condvar::new(),
             decoded_blocks: AtomicU64::new(0),
@@ -90,7 +93,26 @@ impl BlockCache {
 
     /// Bytes that blocks may take.
     pub(crate) fn budget_bytes(&self) -> u64 {
-        self.budget_bytes
+        self.total_bytes - lock(&self.inner).reserved_bytes
+    }
+
+    /// Takes `bytes` from the budget, for a session's own memory, and returns the bytes that are left for blocks. Takes
+    /// nothing if less than `least` would be left, and returns the bytes that other sessions hold.
+    pub(crate) fn reserve(&self, bytes: u64, least: u64) -> std::result::Result<u64, u64> {
+        let mut inner = lock(&self.inner);
+        let reserved = inner.reserved_bytes.saturating_add(bytes);
+        match self.total_bytes.checked_sub(reserved).filter(|left| *left >= least) {
+            Some(left) => {
+                inner.reserved_bytes = reserved;
+                Ok(left)
+            }
+            None => Err(inner.reserved_bytes),
+        }
+    }
+
+    /// Gives back what [`BlockCache::reserve`] took.
+    pub(crate) fn release(&self, bytes: u64) {
+        lock(&self.inner).reserved_bytes -= bytes;
     }
 
     /// Blocks decoded so far, and their bytes.
@@ -158,8 +180,9 @@ impl BlockCache {
             return Ok(Prepared::Nothing);
         }
         // Memory that is used again may be a quarter larger.
-        let wanted = self.budget_bytes.min(bytes + bytes / 4);
-        if inner.used_bytes + wanted > self.budget_bytes + inner.idle_bytes() {
+        let budget_bytes = self.total_bytes - inner.reserved_bytes;
+        let wanted = budget_bytes.min(bytes + bytes / 4);
+        if inner.used_bytes + wanted > budget_bytes + inner.idle_bytes() {
             return Ok(Prepared::Full);
         }
         self.load(inner, key, bytes, number + 1, decode)?;
@@ -194,8 +217,9 @@ impl BlockCache {
         let mut dropped = Vec::new();
         // Blocks are of almost one size: rounded, the memory of any of them suits most others.
         let step = if bytes < ROUNDED_FROM_BYTES { 1 } else { bytes.next_power_of_two() / 32 };
-        let rounded = bytes.next_multiple_of(step).min(self.budget_bytes.max(bytes));
-        let reused = inner.make_room(bytes, rounded, self.budget_bytes, &mut dropped);
+        let budget_bytes = self.total_bytes - inner.reserved_bytes;
+        let rounded = bytes.next_multiple_of(step).min(budget_bytes.max(bytes));
+        let reused = inner.make_room(bytes, rounded, budget_bytes, &mut dropped);
         let bytes = reused.as_ref().map_or(rounded, |block| bytes.max(block.capacity_bytes()));
         let (used_at, read) = (inner.clock, inner.read_of(key.0));
         inner.entries.insert(key, Entry { block: None, bytes, used_at, read, needed_until });

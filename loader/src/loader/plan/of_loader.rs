@@ -2,45 +2,49 @@
 
 use std::cell::RefCell;
 
-use super::super::{Core, Loader, Slot, slots};
+use super::super::Loader;
+use super::super::rows::{PositionedRow, batch_rows};
+use super::super::session::Session;
 use crate::format::Access;
 use crate::loader::plan::{self, Decoding, MemoryPlan, PassCounts, PassPlan, Plan, Reads, Simulated, SourcePlan};
 use crate::loader::sources::{Growth, Orders};
 use crate::order::Arrangement;
 use crate::order::epochs::EpochChain;
+use crate::order::partition::Grouping;
 use crate::settings::Shuffle;
 
 impl Loader {
     /// What the first pass of these settings comes to and costs. Reads no token and opens no shard; takes about a second at most.
     pub fn plan(&self) -> Plan {
-        let core = &self.core;
-        let growth = Growth::none(core.sources.shards());
-        let epochs = core.epoch_chain(&growth, 0);
-        let pass = core.plan_pass(&growth, &epochs);
-        let sources = (0..core.sources.list().len()).map(|index| core.plan_source(index, &epochs, &pass));
-        let decodes = core.sources.list().iter().any(|source| source.reader.corpus().access() == Access::Block);
+        let session = &self.session;
+        let growth = Growth::none(session.opened.sources.shards());
+        let epochs = session.epoch_chain(&growth, 0);
+        let pass = session.plan_pass(&growth, &epochs);
+        let sources = (0..session.opened.sources.list().len()).map(|index| session.plan_source(index, &epochs, &pass));
+        let decodes =
+            session.opened.sources.list().iter().any(|source| source.reader.corpus().access() == Access::Block);
         Plan {
             sources: sources.collect(),
-            decoding: decodes.then(|| core.plan_decoding(&growth, &epochs, &pass)),
-            memory: core.plan_memory(),
+            decoding: decodes.then(|| session.plan_decoding(&growth, &epochs, &pass)),
+            memory: session.plan_memory(),
             pass,
         }
     }
 }
 
-impl Core {
+impl Session {
     fn plan_pass(&self, growth: &Growth, epochs: &EpochChain) -> PassPlan {
         let config = &self.config;
-        let full = self.sources.full_rows(growth, 0);
+        let full = self.opened.sources.full_rows(growth, 0);
         let rows = epochs.len();
         let delivered = PassPlan::steps(&self.grouping, rows, config.max_steps).map_or(0, |(_, rows)| rows);
         let count = epochs.epochs_before(rows.unwrap_or(0));
         let (mut tails, mut tail_tokens, mut rowless) = (0, 0, 0);
-        if self.sources.mixture().is_none() && rows.is_some() {
+        if self.opened.sources.mixture().is_none() && rows.is_some() {
             // Without growth, all epochs have the same tail, after the full rows.
-            let of_epoch = self.sources.tokens(growth, 0) - full * config.seq_len;
+            let of_epoch = self.opened.sources.tokens(growth, 0) - full * config.seq_len;
             if self.positions(growth, 0) > full {
-                tail_tokens = self.sources.order_of(0, 0).0.tail_tokens();
+                tail_tokens = self.opened.sources.order_of(0, 0).0.tail_tokens();
                 let has_tail = |epoch: &u64| {
                     let index = epochs.index_of(*epoch, full);
                     index < delivered && epochs.at(index) == (*epoch, full)
@@ -63,10 +67,10 @@ impl Core {
     }
 
     fn plan_source(&self, index: usize, epochs: &EpochChain, pass: &PassPlan) -> SourcePlan {
-        let source = &self.sources.list()[index];
+        let source = &self.opened.sources.list()[index];
         let corpus = source.reader.corpus();
-        let (extent, arrangement, order) = self.sources.order_of(index, 0);
-        let drawn_sequences = match self.sources.mixture() {
+        let (extent, arrangement, order) = self.opened.sources.order_of(index, 0);
+        let drawn_sequences = match self.opened.sources.mixture() {
             _ if pass.steps.is_none() => None,
             // Skipped positions are among those that are counted up to the last one.
             Some(mixture) => {
@@ -98,23 +102,23 @@ impl Core {
         let grouping = self.grouping;
         let orders = RefCell::new(Orders::default());
         let rows = |rank: u64, step: u64| {
-            let of_rank = super::Grouping { rank, ..grouping };
-            let (_, slots) = slots(of_rank, epochs, step * grouping.global_batch());
-            let read = |slot: &Slot| match *slot {
-                Slot::Position { epoch, position, .. } => {
-                    let place = self.sources.place(growth, &mut orders.borrow_mut(), epoch, position);
+            let of_rank = Grouping { rank, ..grouping };
+            let (_, rows) = batch_rows(of_rank, epochs, step * grouping.global_batch());
+            let read = |row: &PositionedRow| match *row {
+                PositionedRow::Position { epoch, position, .. } => {
+                    let place = self.opened.sources.row_read(growth, &mut orders.borrow_mut(), epoch, position);
                     Some(Reads { source: place.source, tokens: place.tokens, ends_chunk: place.ends_chunk })
                 }
-                Slot::Padding => None,
+                PositionedRow::Padding => None,
             };
-            slots.iter().map(read).collect()
+            rows.iter().map(read).collect()
         };
-        let list = self.sources.list();
+        let list = self.opened.sources.list();
         let ratios: Vec<f64> = list
             .iter()
             .map(|source| source.reader.corpus().tokens() as f64 / source.reader.layout().stream_len().max(1) as f64)
             .collect();
-        let windows = (0..list.len()).map(|index| match self.sources.order_of(index, 0).1 {
+        let windows = (0..list.len()).map(|index| match self.opened.sources.order_of(index, 0).1 {
             Arrangement::Block { lanes, window, .. } => lanes * window,
             Arrangement::Sequential | Arrangement::Global => 1,
         });
@@ -126,7 +130,7 @@ impl Core {
             tokens_per_stream_token: &|source| ratios[source],
             // A source of a mixture goes through its windows as slowly as its share is small; they are taken to be equal.
             round: (windows.max().unwrap_or(1) * list.len() as u64).div_ceil(grouping.global_batch()),
-            cache_bytes: self.cache.budget_bytes(),
+            cache_bytes: self.opened.cache.budget_bytes(),
             most_rows: plan::MOST_ROWS,
         };
         simulated.decoding()
@@ -134,7 +138,7 @@ impl Core {
 
     fn plan_memory(&self) -> MemoryPlan {
         let config = &self.config;
-        let corpora = || self.sources.list().iter().map(|source| source.reader.corpus());
+        let corpora = || self.opened.sources.list().iter().map(|source| source.reader.corpus());
         let batch_bytes = self.batch_bytes as u64;
         let largest_block = corpora().map(|corpus| corpus.largest_block_bytes()).max().unwrap_or(0);
         let decoded_bytes = corpora().map(|corpus| corpus.decoded_bytes()).sum();
@@ -142,9 +146,9 @@ impl Core {
             batch_bytes,
             batches_bytes: (config.prefetch_batches + 1) * batch_bytes,
             held_blocks_bytes: config.num_threads.unwrap_or(1) * largest_block,
-            cache_bytes: self.cache.budget_bytes().min(decoded_bytes),
+            cache_bytes: self.opened.cache.budget_bytes().min(decoded_bytes),
             index_bytes: corpora().map(|corpus| corpus.index_bytes()).sum::<u64>()
-                + self.sources.list().iter().map(|source| source.reader.layout().index_bytes()).sum::<u64>(),
+                + self.opened.sources.list().iter().map(|source| source.reader.layout().index_bytes()).sum::<u64>(),
             budget_bytes: config.memory_budget,
         }
     }

@@ -1,0 +1,60 @@
+//! Gives batches by their place, without a pass: what a rank gets at a step, and the rows at some positions.
+
+use std::sync::Arc;
+
+use super::Loader;
+use super::batch::Batch;
+use super::rows::{PositionedRow, batch_rows};
+use crate::error::{Error, Result};
+use crate::order::partition::Grouping;
+use crate::sync::lock;
+
+impl Loader {
+    /// Gives the rows at positions `position..position + n` of `epoch`, over all ranks, as one batch. Skipped positions
+    /// have rows, too.
+    pub fn sequences_at(&self, epoch: u64, position: u64, n: u64) -> Result<Arc<Batch>> {
+        let session = &self.session;
+        session.check_process()?;
+        let growth = lock(&session.cursor).growth.clone();
+        let positions = session.positions(&growth, epoch);
+        if n == 0 || position.checked_add(n).is_none_or(|end| end > positions) {
+            return Err(Error::config(format!(
+                "cannot read positions {position}..{}: an epoch has positions 0..{positions}",
+                position.saturating_add(n)
+            )));
+        }
+        session.check_epoch(epoch)?;
+        let bytes = n.saturating_mul(session.config.row_tokens() * 16);
+        if bytes > session.config.memory_budget {
+            return Err(Error::config(format!(
+                "{n} rows at once take {bytes} bytes, more than the {} bytes of `memory_budget`: ask for fewer",
+                session.config.memory_budget
+            )));
+        }
+        let row = |position| PositionedRow::Position { epoch, position, repeated: false };
+        let rows: Vec<PositionedRow> = (position..position + n).map(row).collect();
+        session.compute_alone(&growth, (epoch, position), position / session.grouping.global_batch(), &rows)
+    }
+
+    /// Gives what rank `rank` of `world_size` gets at `step` of the pass that begins with `epoch`, with this loader's
+    /// batch size and remainder rule.
+    pub fn batch_at(&self, epoch: u64, step: u64, rank: u64, world_size: u64) -> Result<Arc<Batch>> {
+        let session = &self.session;
+        session.check_process()?;
+        if rank >= world_size {
+            return Err(Error::config(format!("`rank` must be below `world_size`: found rank {rank} of {world_size}")));
+        }
+        session.check_epoch(epoch)?;
+        let growth = lock(&session.cursor).growth.clone();
+        let epochs = session.epoch_chain(&growth, epoch);
+        let grouping = Grouping { rank, world_size, ..session.grouping };
+        let steps = epochs.len().map_or(u64::MAX, |end| grouping.steps(end));
+        if step >= steps {
+            return Err(Error::config(format!(
+                "cannot give step {step}: a pass has {steps} steps for {world_size} ranks, counted from 0"
+            )));
+        }
+        let (start, rows) = batch_rows(grouping, &epochs, step * grouping.global_batch());
+        session.compute_alone(&growth, start, step, &rows)
+    }
+}

@@ -1,0 +1,191 @@
+//! The work of a pass: computes its batches by number, and looks ahead for those to come.
+//!
+//! A worker that finds no batch to begin decodes blocks that later batches will read, in the order in which they need
+//! them. Before a batch is computed, the windows that batches some way ahead will read are asked for.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::batch::Batch;
+use super::compute::WorkerMemory;
+use super::pass::PassRange;
+use super::rows::batch_rows_into;
+use super::session::Session;
+use crate::buffer::Lease;
+use crate::corpus::Corpus;
+use crate::error::Result;
+use crate::observe::trace::Tracer;
+use crate::pipeline::Work;
+use crate::read::Prepared;
+use crate::storage::local;
+
+/// Windows read ahead of their use from the first batch on, if files are not in memory.
+const FIRST_AHEAD: u64 = 64;
+
+/// Windows read ahead later on, if they are small: as many as keep a disk's queue full.
+const WINDOWS_AHEAD: u64 = 256;
+
+/// Tokens of all windows read ahead, at most, beyond the first ones.
+const TOKENS_AHEAD: u64 = 8 << 20;
+
+/// Batches looked at before a worker asks again whether there is one to be computed.
+const LOOK_AT_ONCE: u64 = 32;
+
+/// Batches of the following pass for which blocks are decoded: mostly, all lanes have a row in them.
+const LOOK_BEYOND: u64 = 8;
+
+/// The batches of a pass, by their number.
+pub(super) struct PassWork {
+    session: Arc<Session>,
+    range: Arc<PassRange>,
+    /// Batches whose windows are read ahead: from the first batch on, and later.
+    ahead: RangeInclusive<u64>,
+    /// Batches of the pass.
+    items: u64,
+    /// Batches whose blocks are decoded ahead.
+    decoded_ahead: u64,
+    /// The pass that probably follows, if blocks are decoded ahead. The numbers of its first batches continue those of
+    /// this pass.
+    following: Option<PassRange>,
+    /// One past the last number of these batches.
+    end: u64,
+    /// The first batch that may miss a block. Workers write and read it; a stale value costs a second look.
+    looked_at: AtomicU64,
+}
+
+impl PassWork {
+    pub(super) fn new(session: &Arc<Session>, range: &Arc<PassRange>) -> Self {
+        let (config, grouping) = (&session.config, session.grouping);
+        let items = session.steps_from(range.start, &range.epochs);
+        let sources = session.opened.sources.list();
+        let decodes = sources.iter().any(|source| source.reader.decodes());
+        let next = range.epochs.end_epoch().filter(|epoch| decodes && session.check_epoch(*epoch).is_ok());
+        let following = next.map(|epoch| {
+            let growth = range.growth.clone();
+            PassRange { epochs: session.epoch_chain(&growth, epoch), growth, start: 0 }
+        });
+        let beyond =
+            following.as_ref().map_or(0, |following| session.steps_from(0, &following.epochs).min(LOOK_BEYOND));
+        let reads_ahead = sources.iter().any(|source| source.reader.reads_ahead());
+        let batches_of = |windows: u64| if reads_ahead { windows.div_ceil(config.batch_size) } else { 0 };
+        let windows_ahead = (TOKENS_AHEAD / config.seq_len).clamp(FIRST_AHEAD, WINDOWS_AHEAD);
+        // Each lane enters another window in that time.
+        let window = config.window_tokens / config.seq_len;
+        let batches = window.div_ceil(grouping.global_batch()).clamp(8, 4096);
+        // A block lies in two windows at most, and each rank reads its part of them.
+        let done_after = 2 * config.window_tokens.div_ceil(grouping.world_size);
+        session.opened.cache.begin_pass(items, done_after);
+        Self {
+            session: Arc::clone(session),
+            range: Arc::clone(range),
+            ahead: batches_of(FIRST_AHEAD)..=batches_of(windows_ahead),
+            items,
+            decoded_ahead: if decodes && session.threads() > 0 { batches } else { 0 },
+            following,
+            end: items.saturating_add(beyond),
+            looked_at: AtomicU64::new(0),
+        }
+    }
+
+    /// Batches of the pass.
+    pub(super) fn batches(&self) -> u64 {
+        self.items
+    }
+
+    /// Notes that batches from `next` on have not begun.
+    fn reached(&self, next: u64) {
+        if self.session.opened.cache.reached(next.saturating_sub(self.session.config.prefetch_batches)) {
+            self.looked_at.store(next, Ordering::Relaxed);
+        }
+    }
+
+    /// Decodes a block that batch `number` will read and that nobody has decoded.
+    fn decode_ahead(&self, number: u64, worker: &mut WorkerMemory) -> Result<Prepared> {
+        let (range, past) = match (&self.following, number.checked_sub(self.items)) {
+            (Some(following), Some(past)) => (following, past),
+            _ => (&*self.range, number),
+        };
+        self.session.decode_ahead(range, range.start + past * self.session.grouping.global_batch(), number, worker)
+    }
+}
+
+impl Work for PassWork {
+    type State = WorkerMemory;
+    type Item = Arc<Batch>;
+
+    fn begin(&self, worker: Option<usize>) -> WorkerMemory {
+        if worker.is_some() {
+            self.session.placement.apply();
+        }
+        if worker == Some(0) {
+            // Other workers and the consumer do not wait for this as long as the table has room.
+            let corpora = self.session.opened.sources.list().iter().map(|source| source.reader.corpus());
+            local::make_room_for(corpora.map(Corpus::most_open).sum());
+        }
+        let mut state = WorkerMemory { index: worker.unwrap_or(self.session.threads()), ..WorkerMemory::default() };
+        state.scratch.tracer = Tracer::new(self.session.trace.as_ref());
+        state
+    }
+
+    fn compute(&self, worker: &mut WorkerMemory, number: u64, lease: Option<Lease>) -> Result<Arc<Batch>> {
+        let (session, range) = (&*self.session, &*self.range);
+        let began = Instant::now();
+        let global_batch = session.grouping.global_batch();
+        let index = range.start + number * global_batch;
+        let traced = worker.scratch.tracer.begin();
+        if *self.ahead.end() > 0 {
+            // The reach grows by one batch with each batch, so that the first of a pass does not wait for many reads.
+            let reach = |number: u64| (self.ahead.start() + number).min(*self.ahead.end());
+            let first = number.checked_sub(1).map_or(1, reach);
+            for distance in (first..=reach(number)).take_while(|distance| number + distance < self.items) {
+                session.read_ahead(range, number + distance, index + distance * global_batch, worker);
+            }
+            worker.scratch.tracer.end("read ahead", traced, None);
+        }
+        if self.decoded_ahead > 0 && number >= self.looked_at.load(Ordering::Relaxed) {
+            self.reached(number);
+            // Comes before the rows, so that threads whose batches need the same blocks decode different ones.
+            while let Ok(Prepared::Decoded) = self.decode_ahead(number, worker) {}
+        }
+        let start = batch_rows_into(session.grouping, &range.epochs, index, &mut worker.rows);
+        let mut reads = std::mem::take(&mut worker.reads);
+        session.reads_into(&range.growth, &worker.rows, &mut worker.orders, &mut reads);
+        let lease = lease.unwrap_or_else(|| Lease::new(&session.pool, session.batch_bytes));
+        let filling = worker.scratch.tracer.begin();
+        let batch = session.compute(start, index / global_batch, &reads, lease, worker);
+        worker.scratch.tracer.end("fill", filling, None);
+        worker.scratch.tracer.end("batch", traced, Some(index / global_batch));
+        worker.reads = reads;
+        let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
+        session.counters.worked(worker.index, decode, began.elapsed().saturating_sub(decode));
+        batch.map(Arc::new)
+    }
+
+    fn waited(&self, worker: &mut WorkerMemory, began: Instant, ended: Instant) {
+        worker.scratch.tracer.add("idle", began, ended);
+    }
+
+    fn prepare(&self, worker: &mut WorkerMemory, next: u64) -> bool {
+        if self.decoded_ahead == 0 {
+            return false;
+        }
+        let end = next.saturating_add(self.decoded_ahead).min(self.end);
+        self.reached(next);
+        let start = self.looked_at.load(Ordering::Relaxed).max(next);
+        for number in start..end.min(start + LOOK_AT_ONCE) {
+            match self.decode_ahead(number, worker) {
+                Ok(Prepared::Decoded) => {
+                    let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
+                    self.session.counters.worked(worker.index, decode, Duration::ZERO);
+                    return true;
+                }
+                Ok(Prepared::Full) => return false,
+                // A block that fails here fails again at its batch.
+                Ok(Prepared::Nothing) | Err(_) => self.looked_at.fetch_max(number + 1, Ordering::Relaxed),
+            };
+        }
+        start < end
+    }
+}

@@ -1,0 +1,68 @@
+//! Finds the rows of a batch: the positions that one rank gets at one step, and what each of them reads.
+
+use super::session::Session;
+use super::sources::{Growth, Orders, RowRead};
+use crate::order::epochs::EpochChain;
+use crate::order::partition::{BatchRow, Grouping};
+
+/// A row of a batch, by its position.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum PositionedRow {
+    Position {
+        epoch: u64,
+        position: u64,
+        /// Whether the row was delivered before and only fills the last batch.
+        repeated: bool,
+    },
+    Padding,
+}
+
+/// Gives the rows of one rank in the global batch at index `start` of `epochs`, and the epoch and position of the
+/// batch's first row.
+pub(super) fn batch_rows(grouping: Grouping, epochs: &EpochChain, start: u64) -> ((u64, u64), Vec<PositionedRow>) {
+    let mut rows = Vec::new();
+    let first = batch_rows_into(grouping, epochs, start, &mut rows);
+    (first, rows)
+}
+
+/// Does what [`batch_rows`] does, and overwrites `rows`.
+pub(super) fn batch_rows_into(
+    grouping: Grouping,
+    epochs: &EpochChain,
+    start: u64,
+    rows: &mut Vec<PositionedRow>,
+) -> (u64, u64) {
+    let end = epochs.len().unwrap_or(u64::MAX);
+    let at = |index, repeated| {
+        let (epoch, position) = epochs.at(index);
+        PositionedRow::Position { epoch, position, repeated }
+    };
+    let row = |row| match row {
+        BatchRow::Index(index) => at(index, false),
+        BatchRow::Repeated(index) => at(index, true),
+        BatchRow::Padding => PositionedRow::Padding,
+    };
+    rows.clear();
+    rows.extend(grouping.rows(start, end, epochs.last_epoch()).map(row));
+    epochs.at(start)
+}
+
+impl Session {
+    /// Overwrites `reads` with what `rows` read; a row of padding reads nothing.
+    pub(super) fn reads_into(
+        &self,
+        growth: &Growth,
+        rows: &[PositionedRow],
+        orders: &mut Orders,
+        reads: &mut Vec<Option<RowRead>>,
+    ) {
+        let read = |row: &PositionedRow| match *row {
+            PositionedRow::Position { epoch, position, repeated } => {
+                Some(RowRead { repeated, ..self.opened.sources.row_read(growth, orders, epoch, position) })
+            }
+            PositionedRow::Padding => None,
+        };
+        reads.clear();
+        reads.extend(rows.iter().map(read));
+    }
+}
