@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use forebay::corpus::discover::ShardFile;
-use forebay::format::{self, OpenOptions};
+use forebay::format::{self, OpenOptions, Shard};
 use forebay::order::{Arrangement, EpochOrder};
 use forebay::settings::{Config, Shuffle};
 use forebay::{Loader, Next};
@@ -87,9 +87,10 @@ fn main() -> Result<()> {
     let file = File::open(path)?;
     let shard_file = ShardFile { path: PathBuf::from(path), name: "cold".to_owned() };
     let opened = format::open(&shard_file.path, &OpenOptions::of(&Config::default()))?;
+    let Shard::Random(opened) = opened else { return Err("its windows do not lie in the file".into()) };
     let tokens: u64 = opened.blocks().iter().map(|block| block.tokens).sum();
     let mut scratch = Vec::new();
-    let mapped = opened.file().mapped().ok_or("the file is not mapped: not on a local file system")?;
+    let mapped = opened.info().file.mapped().ok_or("the file is not mapped: not on a local file system")?;
     let first = opened.tokens(0, 0..1, &mut scratch)?.bytes().as_ptr() as usize;
     let seq_len = seq_len.parse()?;
     let job = Job {

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use forebay::corpus::discover::ShardFile;
-use forebay::format::{DecodedBlock, OpenOptions, Shard, open};
+use forebay::format::{BlockShard, DecodedBlock, OpenOptions, Shard, open};
 use forebay::settings::{Config, Shuffle};
 use forebay::tokens::Dtype;
 use forebay::{Loader, Next};
@@ -167,7 +167,7 @@ impl Limit<'_> {
     }
 }
 
-fn blocks(shard: &dyn Shard, width: usize, block: &mut DecodedBlock, out: &mut [i64]) -> Result<(), Failure> {
+fn blocks(shard: &dyn BlockShard, width: usize, block: &mut DecodedBlock, out: &mut [i64]) -> Result<(), Failure> {
     for index in 0..shard.blocks().len() {
         shard.decode_into(index, None, block)?;
         widen(&block.bytes, width, out);
@@ -193,9 +193,10 @@ fn measure(path: &Path, time: Duration) -> Result<serde_json::Value, Failure> {
     let config = Config::default();
     let file = ShardFile { path: path.to_owned(), name: path.to_string_lossy().into_owned() };
     let shard = open(&file.path, &OpenOptions::of(&config))?;
+    let Shard::Block(shard) = shard else { return Err("its blocks are not decoded".into()) };
     let tokens: u64 = shard.blocks().iter().map(|block| block.tokens).sum();
-    let width = shard.dtype().size();
-    assert!(matches!(shard.dtype(), Dtype::U16 | Dtype::I32), "{}", shard.dtype().name());
+    let width = shard.info().dtype.size();
+    assert!(matches!(shard.info().dtype, Dtype::U16 | Dtype::I32), "{}", shard.info().dtype.name());
     let bytes = fs::read(path)?;
     let (codec, bodies) = bodies(&bytes, path)?;
     let most = bodies.iter().map(|body| body.plain).max().unwrap_or(0);
@@ -237,7 +238,7 @@ fn measure(path: &Path, time: Duration) -> Result<serde_json::Value, Failure> {
     Ok(json!({
         "file": path.file_name().map(|name| name.to_string_lossy().into_owned()),
         "tokens": tokens,
-        "dtype": shard.dtype().name(),
+        "dtype": shard.info().dtype.name(),
         "pages": shard.describe(),
         "bytes_per_token": bytes.len() as f64 / tokens as f64,
         "turns": turns.len(),

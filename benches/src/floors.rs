@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use forebay::Config;
 use forebay::corpus::discover::ShardFile;
-use forebay::format::{self, OpenOptions};
+use forebay::format::{self, OpenOptions, Shard};
 use serde_json::{Value, json};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -55,6 +55,7 @@ fn footers(folder: &Path) -> Result<Value> {
 fn block(path: &Path) -> Result<Value> {
     let file = ShardFile { path: path.to_owned(), name: "floor".to_owned() };
     let shard = format::open(&file.path, &OpenOptions::of(&Config::default()))?;
+    let Shard::Block(shard) = shard else { return Err("its blocks are not decoded".into()) };
     let mut times: Vec<f64> = Vec::new();
     for index in 0..shard.blocks().len().min(9) {
         let began = Instant::now();

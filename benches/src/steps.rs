@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use forebay::corpus::discover::ShardFile;
-use forebay::format::{self, OpenOptions};
+use forebay::format::{self, OpenOptions, Shard};
 use forebay::order::{Arrangement, EpochOrder};
 use forebay::settings::{Config, Shuffle};
 use forebay::{Loader, Next};
@@ -188,6 +188,7 @@ fn work(folder: &Path) -> Result<()> {
         let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
         let file = ShardFile { path, name: name.clone() };
         let shard = format::open(&file.path, &OpenOptions::of(&Config::default()))?;
+        let Shard::Block(shard) = shard else { return Err("its blocks are not decoded".into()) };
         marked(&format!("decoding {} tokens, {name}", shard.blocks()[0].tokens), || Ok(shard.decode(0, None)?))?;
     }
     Ok(())

@@ -51,7 +51,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
 struct Findings {
     /// Files found, broken ones included.
     files: usize,
-    shards: Vec<Box<dyn Shard>>,
+    shards: Vec<Shard>,
     broken: Vec<Error>,
 }
 
@@ -82,13 +82,13 @@ fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
     }
 
     // By blocks, not shards, so that a large shard is not left to one thread at the end.
-    let blocks: Vec<(&dyn Shard, usize)> =
-        shards.iter().flat_map(|shard| (0..shard.blocks().len()).map(|block| (&**shard, block))).collect();
-    let tokens = shards.iter().map(|shard| tokens_of(&**shard)).sum();
+    let blocks: Vec<(&Shard, usize)> =
+        shards.iter().flat_map(|shard| (0..shard.blocks().len()).map(move |block| (shard, block))).collect();
+    let tokens = shards.iter().map(tokens_of).sum();
     let bar = progress::bar(tokens, TEMPLATE, context.env)?.with_message("reading");
     let read: Vec<Option<Error>> = pool.install(|| {
         let read = blocks.par_iter().map_init(Scratch::default, |scratch, (shard, block)| {
-            let fault = read_block(*shard, *block, scratch, &bar).err();
+            let fault = read_block(shard, *block, scratch, &bar).err();
             fault.map(|error| error.at(shard.path()).in_block(*block as u64))
         });
         read.collect()
@@ -105,15 +105,15 @@ struct Scratch {
 }
 
 /// Reads all of a block, as a loader would.
-fn read_block(shard: &dyn Shard, block: usize, scratch: &mut Scratch, bar: &ProgressBar) -> forebay::Result<()> {
+fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &ProgressBar) -> forebay::Result<()> {
     let meta = shard.blocks()[block];
-    match shard.access() {
-        Access::Block => {
+    match shard {
+        Shard::Block(shard) => {
             shard.decode(block, None)?;
             bar.inc(meta.tokens);
         }
-        Access::Random => {
-            shard.check_unchanged()?;
+        Shard::Random(shard) => {
+            shard.info().file.check_unchanged()?;
             let mut start = 0;
             while start < meta.tokens {
                 let end = meta.tokens.min(start + PIECE_TOKENS);
@@ -133,21 +133,21 @@ fn read_block(shard: &dyn Shard, block: usize, scratch: &mut Scratch, bar: &Prog
     Ok(())
 }
 
-fn tokens_of(shard: &dyn Shard) -> u64 {
+fn tokens_of(shard: &Shard) -> u64 {
     shard.blocks().iter().map(|block| block.tokens).sum()
 }
 
 impl Findings {
-    fn total(&self, of: impl Fn(&dyn Shard) -> u64) -> u64 {
-        self.shards.iter().map(|shard| of(&**shard)).sum()
+    fn total(&self, of: impl Fn(&Shard) -> u64) -> u64 {
+        self.shards.iter().map(of).sum()
     }
 
     fn documents(&self) -> u64 {
         self.total(|shard| shard.blocks().iter().map(|block| block.starts).sum())
     }
 
-    fn names(&self, of: impl Fn(&dyn Shard) -> &'static str) -> Vec<&'static str> {
-        self.shards.iter().map(|shard| of(&**shard)).collect()
+    fn names(&self, of: impl Fn(&Shard) -> &'static str) -> Vec<&'static str> {
+        self.shards.iter().map(of).collect()
     }
 
     fn access(&self) -> Vec<&'static str> {
@@ -167,7 +167,7 @@ impl Findings {
 
     /// Tokens of the largest shard over those of the median one.
     fn skew(&self) -> Option<f64> {
-        let (_, [_, median, largest]) = spread(self.shards.iter().map(|shard| tokens_of(&**shard)).collect())?;
+        let (_, [_, median, largest]) = spread(self.shards.iter().map(tokens_of).collect())?;
         (median > 0).then(|| largest as f64 / median as f64)
     }
 
@@ -180,12 +180,12 @@ impl Findings {
     }
 
     fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
-        let size = self.total(|shard| shard.size_bytes());
+        let size = self.total(|shard| shard.info().file.len());
         line(out, "shards", &format!("{}, {}", grouped(self.files as u64), bytes(size)))?;
-        line(out, "format", &counted(self.names(|shard| shard.format().name())))?;
-        line(out, "dtype", &counted(self.names(|shard| shard.dtype().name())))?;
+        line(out, "format", &counted(self.names(|shard| shard.info().format.name())))?;
+        line(out, "dtype", &counted(self.names(|shard| shard.info().dtype.name())))?;
         line(out, "access", &counted(self.access()))?;
-        line(out, "rows", &grouped(self.total(|shard| shard.rows())))?;
+        line(out, "rows", &grouped(self.total(|shard| shard.info().rows)))?;
         line(out, "documents", &grouped(self.documents()))?;
         line(out, "tokens", &grouped(self.total(tokens_of)))?;
         if let Some((count, [min, median, max])) = self.block_tokens() {
@@ -242,11 +242,11 @@ impl Findings {
         json!({
             "sound": self.broken.is_empty(),
             "shards": self.files,
-            "bytes": self.total(|shard| shard.size_bytes()),
-            "format": names(self.names(|shard| shard.format().name())),
-            "dtype": names(self.names(|shard| shard.dtype().name())),
+            "bytes": self.total(|shard| shard.info().file.len()),
+            "format": names(self.names(|shard| shard.info().format.name())),
+            "dtype": names(self.names(|shard| shard.info().dtype.name())),
             "access": names(self.access()),
-            "rows": self.total(|shard| shard.rows()),
+            "rows": self.total(|shard| shard.info().rows),
             "documents": self.documents(),
             "tokens": self.total(tokens_of),
             "blocks": {"count": blocks, "tokens_min": min, "tokens_median": median, "tokens_max": max},

@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use clap::ValueEnum;
 use forebay::corpus::discover;
-use forebay::format::{self, Access, OpenOptions};
+use forebay::format::{self, OpenOptions};
 use forebay::settings::{Config, Io};
 use forebay::tokens::Dtype;
 use forebay::{Error, ErrorKind, settings};
@@ -322,7 +322,7 @@ fn smallest_dtype(sources: &[Source], open: &OpenOptions, bar: &ProgressBar) -> 
                 return Ok(());
             }
             let found =
-                largest_id(&*shard, *block).map_err(|error| error.at(&source.file.path).in_block(*block as u64))?;
+                largest_id(&shard, *block).map_err(|error| error.at(&source.file.path).in_block(*block as u64))?;
             largest.fetch_max(found, Ordering::Relaxed);
             bar.inc(shard.blocks()[*block].tokens);
             Ok(())
@@ -331,15 +331,19 @@ fn smallest_dtype(sources: &[Source], open: &OpenOptions, bar: &ProgressBar) -> 
     Ok(fitting(largest.into_inner()))
 }
 
-fn largest_id(shard: &dyn format::Shard, block: usize) -> forebay::Result<i64> {
+fn largest_id(shard: &format::Shard, block: usize) -> forebay::Result<i64> {
     const PIECE_TOKENS: u64 = 1 << 20;
     let (mut bytes, mut ids) = (Vec::new(), Vec::new());
     let tokens = shard.blocks()[block].tokens;
-    if shard.access() == Access::Block {
-        let decoded = shard.decode(block, None)?;
-        return Ok(output::largest_id(&forebay::tokens::Tokens::new(shard.block_dtype(), &decoded.bytes), &mut ids));
-    }
-    shard.check_unchanged()?;
+    let shard = match shard {
+        format::Shard::Random(shard) => shard,
+        format::Shard::Block(shard) => {
+            let decoded = shard.decode(block, None)?;
+            let tokens = forebay::tokens::Tokens::new(shard.block_dtype(), &decoded.bytes);
+            return Ok(output::largest_id(&tokens, &mut ids));
+        }
+    };
+    shard.info().file.check_unchanged()?;
     let mut largest = 0;
     for start in (0..tokens).step_by(PIECE_TOKENS as usize) {
         let piece = shard.tokens(block, start..tokens.min(start + PIECE_TOKENS), &mut bytes)?;

@@ -11,7 +11,7 @@ use arrow_buffer::OffsetBuffer;
 use arrow_ipc::writer::FileWriter;
 use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
 use forebay::corpus::discover::ShardFile;
-use forebay::format::{self, Access, EndsScratch, OpenOptions};
+use forebay::format::{self, EndsScratch, OpenOptions, Shard};
 use forebay::tokens::{Dtype, Tokens};
 use forebay::{Error, ErrorKind, Result};
 use parquet::arrow::ArrowWriter;
@@ -292,8 +292,8 @@ fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
     let (mut bytes, mut scratch, mut ids) = (Vec::new(), EndsScratch::default(), Vec::new());
     for (block, meta) in shard.blocks().iter().enumerate() {
         let before = digest.tokens;
-        match shard.access() {
-            Access::Random => {
+        match &shard {
+            Shard::Random(shard) => {
                 for start in (0..meta.tokens).step_by(PIECE_TOKENS as usize) {
                     let end = meta.tokens.min(start + PIECE_TOKENS);
                     widen(&shard.tokens(block, start..end, &mut bytes)?, &mut ids);
@@ -302,7 +302,7 @@ fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
                 let ends = shard.ends(block, &mut scratch)?;
                 (0..ends.len()).for_each(|index| digest.end(before + ends.get(index)));
             }
-            Access::Block => {
+            Shard::Block(shard) => {
                 let decoded = shard.decode(block, None)?;
                 widen(&Tokens::new(shard.block_dtype(), &decoded.bytes), &mut ids);
                 digest.ids(&ids);
@@ -310,7 +310,7 @@ fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
             }
         }
     }
-    Ok(digest.content(shard.rows()))
+    Ok(digest.content(shard.info().rows))
 }
 
 /// Puts the ids of `tokens` in place of those in `ids`.

@@ -10,12 +10,11 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::suffixes;
 use crate::settings::DataFormat;
 
-/// Suffixes of the files that are taken from folders.
 /// Where `forebay rewrite` notes what it has done, beside the shards.
 pub const REWRITING: &str = "_forebay_rewrite.jsonl";
-const SUFFIXES: [&str; 6] = ["parquet", "pq", "arrow", "arrows", "feather", "ipc"];
 
 /// A shard to be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,17 +123,18 @@ fn check_rewriting(folder: &Path) -> Result<()> {
 }
 
 fn find_in_folder(folder: &Path, format: DataFormat) -> Result<Vec<ShardFile>> {
-    let mut search = Search { root: folder, format, found: Vec::new(), other: 0, folders: Vec::new() };
+    let mut search =
+        Search { root: folder, suffixes: suffixes(format), found: Vec::new(), other: 0, folders: Vec::new() };
     search.walk(folder, "")?;
     search.found.sort_by(|a, b| sorted_by(a).cmp(sorted_by(b)));
-    let shards: Vec<ShardFile> = search.found.into_iter().map(|(_, shard)| shard).collect();
+    let shards: Vec<ShardFile> = std::mem::take(&mut search.found).into_iter().map(|(_, shard)| shard).collect();
     if shards.is_empty() {
         return Err(Error::new(
             ErrorKind::NotFound,
             format!(
                 "no shards found: searched `{}` and the folders in it for files ending in .{}, found {} other files; name files or a pattern instead",
                 folder.display(),
-                suffixes(format).join(", ."),
+                search.suffixes.join(", ."),
                 search.other
             ),
         ));
@@ -207,7 +207,7 @@ fn find_saved_dataset(folder: &Path) -> Result<Vec<ShardFile>> {
 
 struct Search<'a> {
     root: &'a Path,
-    format: DataFormat,
+    suffixes: Vec<&'static str>,
     /// Shards, each with what it is sorted by in place of its name: the folder's, where a saved dataset has its own order.
     found: Vec<(Option<String>, ShardFile)>,
     /// Files passed over.
@@ -260,7 +260,7 @@ impl Search<'_> {
                 self.walk(&path, &format!("{prefix}{name}/"))?;
             } else if path
                 .extension()
-                .is_some_and(|suffix| suffixes(self.format).iter().any(|known| suffix.eq_ignore_ascii_case(known)))
+                .is_some_and(|suffix| self.suffixes.iter().any(|known| suffix.eq_ignore_ascii_case(known)))
             {
                 self.found.push((None, ShardFile { path, name: format!("{prefix}{name}") }));
             } else {
@@ -269,14 +269,6 @@ impl Search<'_> {
         }
         self.folders.pop();
         Ok(())
-    }
-}
-
-fn suffixes(format: DataFormat) -> &'static [&'static str] {
-    match format {
-        DataFormat::Auto => &SUFFIXES,
-        DataFormat::Parquet => &SUFFIXES[..2],
-        DataFormat::Arrow => &SUFFIXES[2..],
     }
 }
 

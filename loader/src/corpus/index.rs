@@ -18,7 +18,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::corpus::discover::ShardFile;
 use crate::error::{Error, Result};
-use crate::format::{Access, Counts, Format, OpenOptions, ShardFacts};
+use crate::format::{Access, Counts, FORMATS, OpenOptions, ShardFacts};
 use crate::settings::{DataFormat, Io};
 use crate::storage::local::SourceFile;
 use crate::tokens::Dtype;
@@ -33,7 +33,6 @@ const RECORD: usize = 96;
 /// In place of nanoseconds, where a file system has no modification times.
 const NO_TIME: u32 = u32::MAX;
 
-const FORMATS: [Format; 3] = [Format::Parquet, Format::ArrowFile, Format::ArrowStream];
 const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I32, Dtype::I64];
 const ACCESSES: [Access; 2] = [Access::Random, Access::Block];
 
@@ -251,7 +250,7 @@ impl SavedIndex {
         let facts = ShardFacts {
             size_bytes: u64_at(record, 16),
             modified: time_of(u64_at(record, 24) as i64, u32_at(record, 32)),
-            format: *FORMATS.get(usize::from(record[36]))?,
+            format: FORMATS.get(usize::from(record[36]))?.format,
             dtype: *DTYPES.get(usize::from(record[37]))?,
             access: *ACCESSES.get(usize::from(record[38]))?,
             rows: word(0),
@@ -272,7 +271,7 @@ fn push_record(bytes: &mut Vec<u8>, place: Place, facts: &ShardFacts) {
     bytes.extend_from_slice(&facts.size_bytes.to_le_bytes());
     bytes.extend_from_slice(&seconds.to_le_bytes());
     bytes.extend_from_slice(&nanos.to_le_bytes());
-    bytes.push(number(FORMATS.iter().position(|format| *format == facts.format)));
+    bytes.push(number(FORMATS.iter().position(|entry| entry.format == facts.format)));
     bytes.push(number(DTYPES.iter().position(|dtype| *dtype == facts.dtype)));
     bytes.push(number(ACCESSES.iter().position(|access| *access == facts.access)));
     bytes.push(0);
@@ -347,7 +346,7 @@ mod tests {
                 let facts = ShardFacts {
                     size_bytes: 100 + number,
                     modified,
-                    format: FORMATS[number as usize % 3],
+                    format: FORMATS[number as usize % 3].format,
                     dtype: DTYPES[number as usize % 5],
                     access: ACCESSES[number as usize % 2],
                     rows: 7,

@@ -37,12 +37,12 @@ pub struct BlockRef {
 /// An opened shard, and what stands before each of its blocks.
 #[derive(Debug)]
 pub struct OpenShard {
-    shard: Box<dyn Shard>,
+    shard: Shard,
     before: Vec<Counts>,
 }
 
 impl OpenShard {
-    fn new(shard: Box<dyn Shard>) -> Self {
+    fn new(shard: Shard) -> Self {
         let mut before = Vec::with_capacity(shard.blocks().len() + 1);
         let mut sum = Counts::default();
         before.push(sum);
@@ -54,8 +54,8 @@ impl OpenShard {
     }
 
     /// The shard.
-    pub fn shard(&self) -> &dyn Shard {
-        self.shard.as_ref()
+    pub fn shard(&self) -> &Shard {
+        &self.shard
     }
 
     /// What is before each block and, last, in all of them.
@@ -501,12 +501,10 @@ pub fn mixed_shards<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)> + C
 
 /// The first shard of another format than the setting `format` allows.
 fn unexpected_shard<'a>(mut shards: impl Iterator<Item = (&'a Path, ShardFacts)>, format: DataFormat) -> Option<Error> {
-    let expected = match format {
-        DataFormat::Auto => return None,
-        DataFormat::Parquet => "parquet",
-        DataFormat::Arrow => "arrow",
-    };
-    let (path, facts) = shards.find(|(_, facts)| facts.format.family() != expected)?;
-    let message = format!("`format` is {expected}, but this shard is {}", facts.format.name());
+    if format == DataFormat::Auto {
+        return None;
+    }
+    let (path, facts) = shards.find(|(_, facts)| facts.format.family() != format)?;
+    let message = format!("`format` is {}, but this shard is {}", format.name(), facts.format.name());
     Some(Error::data(message).at(path))
 }

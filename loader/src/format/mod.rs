@@ -1,8 +1,8 @@
 //! Shards: one file each, opened, described by blocks, and read.
 //!
 //! A shard knows its blocks from metadata alone: how many tokens each holds and how many non-empty documents start
-//! and end in it. Reading comes in two ways, and a shard supports exactly one of them (see [`Access`]): windows
-//! straight from the file, or whole blocks decoded into memory. Nothing here knows of layouts, orders or batches.
+//! and end in it. Its content decides how it is read (see [`Shard`]): windows straight from the file, or whole blocks
+//! decoded into memory. [`FORMATS`] lists the formats. Nothing here knows of layouts, orders or batches.
 
 pub mod arrow;
 pub mod parquet;
@@ -14,11 +14,11 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use crate::error::{Error, Result};
-use crate::settings::{Config, Io};
+use crate::settings::{Config, DataFormat, Io};
 use crate::storage::local;
 use crate::tokens::{Dtype, Tokens};
 
-/// Container format of a shard.
+/// Container format of a shard: a row of [`FORMATS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
     /// Apache Parquet.
@@ -29,31 +29,116 @@ pub enum Format {
     ArrowStream,
 }
 
-impl Format {
+/// Every format that shards may have, in the order in which a file's content is compared with them.
+///
+/// Discovery, the setting `format`, opening, the saved index and the messages read this table. A saved index stores
+/// positions in it, so a new format goes to the end or raises the version of the index.
+pub static FORMATS: [FormatEntry; 3] = [
+    FormatEntry {
+        format: Format::Parquet,
+        name: "parquet",
+        family: DataFormat::Parquet,
+        suffixes: &["parquet", "pq"],
+        begins: "`PAR1`",
+        recognise: parquet::recognise,
+        open: |reads, options| parquet::open(reads.into_file(), options),
+    },
+    FormatEntry {
+        format: Format::ArrowFile,
+        name: "arrow file",
+        family: DataFormat::Arrow,
+        suffixes: &["arrow", "feather", "ipc"],
+        begins: "`ARROW1`",
+        recognise: arrow::recognise_file,
+        open: |reads, options| arrow::open(reads, Format::ArrowFile, options),
+    },
+    FormatEntry {
+        format: Format::ArrowStream,
+        name: "arrow stream",
+        family: DataFormat::Arrow,
+        suffixes: &["arrow", "arrows"],
+        begins: "an Arrow stream marker",
+        recognise: arrow::recognise_stream,
+        open: |reads, options| arrow::open(reads, Format::ArrowStream, options),
+    },
+];
+
+/// What the core has to know of a format.
+#[derive(Debug)]
+pub struct FormatEntry {
+    /// The format that this row describes.
+    pub format: Format,
     /// Name shown to users.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Parquet => "parquet",
-            Self::ArrowFile => "arrow file",
-            Self::ArrowStream => "arrow stream",
-        }
+    pub name: &'static str,
+    /// Formats of one family may be mixed in one corpus. The setting `format` names a family.
+    pub family: DataFormat,
+    /// Suffixes of the files that a search of a folder takes.
+    pub suffixes: &'static [&'static str],
+    /// The bytes that a file begins with, for messages.
+    begins: &'static str,
+    /// Tells whether a file has this format. The file's name says nothing.
+    recognise: fn(&Sample<'_>) -> Recognised,
+    /// Opens a file whose content is known to have this format.
+    open: fn(local::Reads, &OpenOptions) -> Result<Shard>,
+}
+
+/// The beginning and the end of a file, from which its format is recognised.
+#[derive(Debug)]
+pub(crate) struct Sample<'a> {
+    /// Bytes of the file.
+    pub(crate) len: u64,
+    /// Its first 8 bytes, or all of a shorter file.
+    pub(crate) head: &'a [u8],
+    /// Its last 6 bytes, or all of a shorter file.
+    pub(crate) tail: &'a [u8],
+}
+
+/// What a format says of a file.
+#[derive(Debug)]
+pub(crate) enum Recognised {
+    /// The file has another format.
+    No,
+    /// The file has this format.
+    Yes,
+    /// The file has this format and cannot be read, for the reason given.
+    Refused(&'static str),
+}
+
+impl Format {
+    /// Its row in the table.
+    pub fn entry(self) -> &'static FormatEntry {
+        FORMATS.iter().find(|entry| entry.format == self).expect("the table has every format")
     }
 
-    /// Name of the family that may be mixed in one corpus.
-    pub const fn family(self) -> &'static str {
-        match self {
-            Self::Parquet => "parquet",
-            Self::ArrowFile | Self::ArrowStream => "arrow",
+    /// Name shown to users.
+    pub fn name(self) -> &'static str {
+        self.entry().name
+    }
+
+    /// The family of formats that may be mixed in one corpus.
+    pub fn family(self) -> DataFormat {
+        self.entry().family
+    }
+}
+
+/// Suffixes of the files that a search of a folder takes if the setting `format` is `wanted`.
+pub fn suffixes(wanted: DataFormat) -> Vec<&'static str> {
+    let mut suffixes = Vec::new();
+    for entry in &FORMATS {
+        if wanted == DataFormat::Auto || wanted == entry.family {
+            let new = entry.suffixes.iter().filter(|suffix| !suffixes.contains(*suffix)).copied();
+            suffixes.extend(new.collect::<Vec<_>>());
         }
     }
+    suffixes
 }
 
 /// How the tokens of a shard can be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
-    /// Any window of tokens lies in the file as it is: [`Shard::tokens`] and [`Shard::ends`].
+    /// Any window of tokens lies in the file as it is: [`RandomShard`].
     Random,
-    /// A block has to be decoded first: [`Shard::decode`].
+    /// A block has to be decoded first: [`BlockShard`].
     Block,
 }
 
@@ -194,7 +279,7 @@ fn offset_at(bytes: &[u8], width: usize, index: usize) -> u64 {
     }
 }
 
-/// A block in memory, in the width of [`Shard::block_dtype`].
+/// A block in memory, in the width of [`BlockShard::block_dtype`].
 #[derive(Debug, Default)]
 pub struct DecodedBlock {
     /// Little-endian token ids.
@@ -243,59 +328,155 @@ pub struct DecodedPages {
     pub row_groups_by_arrow: u64,
 }
 
-/// One opened file. Implementations are immutable after opening and shared by all threads.
-pub trait Shard: Send + Sync + fmt::Debug {
+/// What every opened file tells of itself, whichever way it is read. It does not change after opening.
+#[derive(Debug)]
+pub struct ShardInfo {
     /// The opened file.
-    fn file(&self) -> &local::SourceFile;
-
-    /// Closes the file until its next use, which fails if it changed meanwhile.
-    fn let_go(&mut self);
-
+    pub file: local::SourceFile,
     /// Its container format.
-    fn format(&self) -> Format;
-
+    pub format: Format,
     /// Type of its token ids.
-    fn dtype(&self) -> Dtype;
-
-    /// Type of the ids in a decoded block: [`Shard::dtype`], or a smaller one that holds all of the file's.
-    fn block_dtype(&self) -> Dtype {
-        self.dtype()
-    }
-
-    /// How its tokens are reached. The same for every block, and decided by content alone, never by location.
-    fn access(&self) -> Access;
-
+    pub dtype: Dtype,
     /// Rows of the file, empty and null ones included.
-    fn rows(&self) -> u64;
+    pub rows: u64,
+    /// Its blocks in file order. Blocks without tokens are left out.
+    pub blocks: Vec<BlockMeta>,
+}
+
+impl ShardInfo {
+    /// The path that the file was opened by.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+}
+
+/// The part that both kinds of shards have. Implementations are immutable after opening; all threads share them.
+pub trait AnyShard: Send + Sync + fmt::Debug {
+    /// What is known of the file.
+    fn info(&self) -> &ShardInfo;
 
     /// Its blocks in file order. Blocks without tokens are left out.
-    fn blocks(&self) -> &[BlockMeta];
-
-    /// The path it was opened by.
-    fn path(&self) -> &Path {
-        self.file().path()
+    fn blocks(&self) -> &[BlockMeta] {
+        &self.info().blocks
     }
 
-    /// Bytes of the file.
-    fn size_bytes(&self) -> u64 {
-        self.file().len()
+    /// The same as [`AnyShard::info`], to be changed while the shard is not shared yet.
+    fn info_mut(&mut self) -> &mut ShardInfo;
+
+    /// Bytes of the tables that it keeps in memory to find its tokens, without [`ShardInfo::blocks`].
+    fn index_bytes(&self) -> u64;
+
+    /// One line per property that makes the file slow to read, with the remedy; for `forebay check`.
+    fn advice(&self) -> Vec<String>;
+
+    /// Column, encodings and codec; for `forebay check`.
+    fn describe(&self) -> String;
+}
+
+/// A shard whose windows lie in the file as they are.
+pub trait RandomShard: AnyShard {
+    /// The ids of `range` (token offsets in block `block`), borrowed from the mapping, or read into `scratch`.
+    fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>>;
+
+    /// The bytes from token `token` of block `block` on, if they are mapped.
+    fn mapped(&self, block: usize, token: u64) -> Option<&[u8]>;
+
+    /// Document ends of block `block`, borrowed from the mapping where possible, or built in `scratch`.
+    fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>>;
+
+    /// Asks the operating system to read the window ahead of its use. Never fails; may do nothing.
+    fn will_need(&self, block: usize, range: Range<u64>);
+
+    /// Tells whether the first page of the window is in memory already. A guess: the page may leave at any time.
+    fn is_resident(&self, block: usize, range: Range<u64>) -> bool;
+}
+
+/// A shard whose blocks have to be decoded before their tokens can be used.
+pub trait BlockShard: AnyShard {
+    /// Type of the ids in a decoded block: the type of the file's ids, or a smaller one that holds all of them.
+    fn block_dtype(&self) -> Dtype;
+
+    /// Decodes block `block`, or at least its first `limit` tokens, into `out`, whose memory is used again.
+    ///
+    /// The block is checked against its [`BlockMeta`]. Negative ids, null tokens and counts that differ from the index
+    /// are errors with path, block and row. After an error `out` holds anything.
+    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()>;
+
+    /// Decodes as [`BlockShard::decode_into`] does, into new memory.
+    fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock> {
+        let mut out = DecodedBlock::default();
+        self.decode_into(block, limit, &mut out)?;
+        Ok(out)
+    }
+}
+
+/// One opened file. Its content alone decides how it is read, never the place where it lies.
+#[derive(Debug)]
+pub enum Shard {
+    /// Its windows are read straight from the file.
+    Random(Box<dyn RandomShard>),
+    /// Its blocks are decoded.
+    Block(Box<dyn BlockShard>),
+}
+
+impl Shard {
+    fn any(&self) -> &dyn AnyShard {
+        match self {
+            Self::Random(shard) => shard.as_ref(),
+            Self::Block(shard) => shard.as_ref(),
+        }
+    }
+
+    /// What is known of the file, however it is read.
+    pub fn info(&self) -> &ShardInfo {
+        match self {
+            Self::Random(shard) => shard.info(),
+            Self::Block(shard) => shard.info(),
+        }
+    }
+
+    /// The path that the file was opened by.
+    pub fn path(&self) -> &Path {
+        self.info().path()
+    }
+
+    /// Its blocks in file order. Blocks without tokens are left out.
+    pub fn blocks(&self) -> &[BlockMeta] {
+        &self.info().blocks
+    }
+
+    /// How its tokens are reached.
+    pub fn access(&self) -> Access {
+        match self {
+            Self::Random(_) => Access::Random,
+            Self::Block(_) => Access::Block,
+        }
+    }
+
+    /// Closes the file until its next use, which fails if the file changed meanwhile.
+    pub fn let_go(&mut self) {
+        let info = match self {
+            Self::Random(shard) => shard.info_mut(),
+            Self::Block(shard) => shard.info_mut(),
+        };
+        info.file.let_go();
     }
 
     /// Fails if the file is no longer the one that was opened (size or modification time).
-    fn check_unchanged(&self) -> Result<()> {
-        self.file().check_unchanged()
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.info().file.check_unchanged()
     }
 
     /// What is known of it without its blocks.
-    fn facts(&self) -> ShardFacts {
-        let blocks = self.blocks();
+    pub fn facts(&self) -> ShardFacts {
+        let ShardInfo { file, format, dtype, rows, blocks } = self.info();
         ShardFacts {
-            size_bytes: self.size_bytes(),
-            modified: self.file().modified(),
-            format: self.format(),
-            dtype: self.dtype(),
+            size_bytes: file.len(),
+            modified: file.modified(),
+            format: *format,
+            dtype: *dtype,
             access: self.access(),
-            rows: self.rows(),
+            rows: *rows,
             blocks: blocks.len() as u64,
             counts: blocks.iter().map(BlockMeta::counts).sum(),
             decoded_bytes: blocks.iter().map(|block| block.decoded_bytes).sum(),
@@ -303,54 +484,23 @@ pub trait Shard: Send + Sync + fmt::Debug {
         }
     }
 
-    /// Random access: the ids of `range` (token offsets in block `block`), borrowed from the mapping, or read into `scratch`.
-    fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>>;
-
-    /// Random access: the bytes from token `token` of block `block` on, if they are mapped.
-    fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
-        let _ = (block, token);
-        None
+    /// Bytes of the tables that it keeps in memory to find its tokens.
+    pub fn index_bytes(&self) -> u64 {
+        self.any().index_bytes() + size_of_val(self.blocks()) as u64
     }
 
-    /// Random access: document ends of block `block`, borrowed from the mapping where possible, or built in `scratch`.
-    fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>>;
-
-    /// Asks the operating system to read the window, or the block, ahead of its use. Never fails; may do nothing.
-    fn will_need(&self, block: usize, range: Range<u64>);
-
-    /// Random access: whether the first page of the window is in memory already. A guess: it may leave at any time.
-    fn is_resident(&self, block: usize, range: Range<u64>) -> bool {
-        let _ = (block, range);
-        true
+    /// One line per property that makes the file slow to read, with the remedy; for `forebay check`.
+    pub fn advice(&self) -> Vec<String> {
+        self.any().advice()
     }
 
-    /// Block access: decodes block `block`, or at least its first `limit` tokens, checked against its [`BlockMeta`].
-    ///
-    /// Negative ids, null tokens and counts that differ from the index are errors with path, block and row.
-    fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock> {
-        let mut out = DecodedBlock::default();
-        self.decode_into(block, limit, &mut out)?;
-        Ok(out)
-    }
-
-    /// As [`Shard::decode`], over a block that is no longer needed, whose memory is used again. After an error it holds anything.
-    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()>;
-
-    /// Bytes of what it keeps in memory to find its tokens.
-    fn index_bytes(&self) -> u64;
-
-    /// One line per thing that makes the file slow to read, with the remedy; for `forebay check`.
-    fn advice(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    /// Column, encodings, codec and the like, for `forebay check`.
-    fn describe(&self) -> String {
-        String::new()
+    /// Column, encodings and codec; for `forebay check`.
+    pub fn describe(&self) -> String {
+        self.any().describe()
     }
 }
 
-/// Reused memory for [`Shard::ends`].
+/// Reused memory for [`RandomShard::ends`].
 #[derive(Debug, Default)]
 pub struct EndsScratch {
     /// Offsets as read.
@@ -399,54 +549,32 @@ pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>)
         }
     })
 }
-/// Opens `file`, whose format is recognised by its content.
-pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Shard>> {
+
+/// Opens the file at `path`, whose format is recognised by its content.
+pub fn open(path: &Path, options: &OpenOptions) -> Result<Shard> {
     let source = local::SourceFile::open(path, options.io)?;
-    let mut reads = local::Reads::new(source);
-    let shard = match recognise(&mut reads).map_err(|error| error.at(path))? {
-        Format::Parquet => parquet::open(reads.into_file(), options),
-        format => arrow::open(reads, format, options),
-    };
-    shard.map_err(|error| error.at(path))
+    let open = |mut reads| (recognise(&mut reads)?.open)(reads, options);
+    open(local::Reads::new(source)).map_err(|error| error.at(path))
 }
 
-/// The format of a file by its first and last bytes; its name says nothing.
-fn recognise(reads: &mut local::Reads) -> Result<Format> {
+/// The row of the format that a file has by its first and last bytes.
+fn recognise(reads: &mut local::Reads) -> Result<&'static FormatEntry> {
     let len = reads.file().len();
     let mut head = [0; 8];
     let head = &mut head[..len.min(8) as usize];
     head.copy_from_slice(reads.get(0..head.len() as u64)?);
-    let tail = reads.last(6.min(len))?;
-    if head.starts_with(b"PAR1") {
-        if tail.ends_with(b"PAR1") {
-            return Ok(Format::Parquet);
+    let sample = Sample { len, head, tail: reads.last(6.min(len))? };
+    for entry in &FORMATS {
+        match (entry.recognise)(&sample) {
+            Recognised::Yes => return Ok(entry),
+            Recognised::Refused(why) => return Err(Error::data(why)),
+            Recognised::No => {}
         }
-        return Err(Error::data(
-            "Parquet file is truncated: it begins with `PAR1` and does not end with it; write or copy it again",
-        ));
     }
-    if head.starts_with(b"PARE") || tail.ends_with(b"PARE") {
-        return Err(Error::data("Parquet file is encrypted, which is not supported; write it without encryption"));
-    }
-    if head.starts_with(b"ARROW1") {
-        if tail.ends_with(b"ARROW1") {
-            return Ok(Format::ArrowFile);
-        }
-        return Err(Error::data(
-            "Arrow file is truncated: it begins with `ARROW1` and does not end with it; write or copy it again",
-        ));
-    }
-    if head.starts_with(b"FEA1") {
-        return Err(Error::data("Feather version 1 is not supported; write Arrow IPC (Feather version 2) instead"));
-    }
-    let word = |at: usize| head.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-    // A stream begins with a continuation marker, or (before Arrow 0.15) with the length of its schema.
-    let plausible = |length: u32| length > 0 && u64::from(length) + 4 <= len && length.is_multiple_of(4);
-    match (word(0), word(4)) {
-        (Some(u32::MAX), _) => Ok(Format::ArrowStream),
-        (Some(length), Some(_)) if plausible(length) && length < 1 << 24 => Ok(Format::ArrowStream),
-        _ => Err(Error::data(format!(
-            "neither a Parquet nor an Arrow file: expected it to begin with `PAR1`, `ARROW1` or a stream marker, found {head:02x?}"
-        ))),
-    }
+    let [begins @ .., last] = FORMATS.each_ref().map(|entry| entry.begins);
+    Err(Error::data(format!(
+        "not a file of a known format: expected it to begin with {} or {last}, found {:02x?}",
+        begins.join(", "),
+        sample.head
+    )))
 }

@@ -13,7 +13,7 @@ use super::block_cache::{BlockCache, Prepared};
 use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::Result;
 use crate::fill::{Ahead, Id, Piece, Row, pieces, widen};
-use crate::format::{Access, DecodedBlock, Ends, EndsScratch};
+use crate::format::{Access, DecodedBlock, Ends, EndsScratch, Shard};
 use crate::layout::concat::{Concat, Specials};
 use crate::observe::trace::Tracer;
 use crate::tokens::Tokens;
@@ -95,7 +95,10 @@ impl Reader {
         let block = self.specials.block_at(opened.before(), within);
         // With specials, places in the stream run ahead of tokens: too far by some lines at most.
         let token = within - self.specials.stream_len(opened.before()[block]);
-        let ahead = opened.shard().mapped(block, token).map_or(Ahead::NONE, Ahead::of);
+        let ahead = match opened.shard() {
+            Shard::Random(shard) => shard.mapped(block, token).map_or(Ahead::NONE, Ahead::of),
+            Shard::Block(_) => Ahead::NONE,
+        };
         Some(StreamLocation { at, shard, within, block, ahead })
     }
 
@@ -160,22 +163,22 @@ impl Reader {
         ahead: Ahead,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let (shard, index) = (opened.shard(), block.block as usize);
-        let meta = &shard.blocks()[index];
-        let dtype = shard.block_dtype();
-        match shard.access() {
-            Access::Random if self.specials.none() => {
+        let index = block.block as usize;
+        match opened.shard() {
+            Shard::Random(shard) if self.specials.none() => {
                 let tokens = shard.tokens(index, range, &mut scratch.tokens)?;
                 widen(row, &tokens, ahead)
             }
-            Access::Random => {
+            Shard::Random(shard) => {
+                let meta = &shard.info().blocks[index];
                 let ends = shard.ends(index, &mut scratch.ends)?;
                 let buffer = &mut scratch.tokens;
                 self.fill_pieces(&ends, meta.tokens, opened.continues(index), range, row, |part, tokens| {
                     widen(part, &shard.tokens(index, tokens, buffer)?, ahead)
                 })
             }
-            Access::Block => {
+            Shard::Block(shard) => {
+                let meta = &shard.info().blocks[index];
                 let started = Instant::now();
                 let mut decoded_here = false;
                 let key = (self.source, block);
@@ -200,7 +203,7 @@ impl Reader {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
                     scratch.tracer.end("decode", Some(started), None);
                 }
-                let all = Tokens::new(dtype, &decoded.bytes);
+                let all = Tokens::new(shard.block_dtype(), &decoded.bytes);
                 let slice = |tokens: Range<u64>| all.slice(tokens.start as usize..tokens.end as usize);
                 if self.specials.none() {
                     return widen(row, &slice(range), ahead);
@@ -292,14 +295,14 @@ impl Reader {
         while at < range.end {
             let (index, within) = self.layout.locate(at);
             let opened = self.corpus.shard(index)?;
-            let shard = opened.shard();
+            let Shard::Block(shard) = opened.shard() else { return Ok(Prepared::Nothing) };
             for (block, part) in self.stretches(&opened, None, within, range.end - at) {
                 if ends_chunk && at > range.start {
                     // Just its beginning will be read.
                     return Ok(Prepared::Nothing);
                 }
                 at += part.end - part.start;
-                let bytes = shard.blocks()[block].decoded_bytes;
+                let bytes = shard.info().blocks[block].decoded_bytes;
                 let key = (self.source, BlockRef { shard: index as u32, block: block as u32 });
                 let started = Instant::now();
                 let prepared = self.cache.prepare(key, bytes, number, |out| shard.decode_into(block, None, out))?;
@@ -328,10 +331,10 @@ impl Reader {
             let (index, within) = self.layout.locate(at);
             // Opening a shard is left to whoever reads it: the first batch must not wait for those of all windows ahead.
             let Some(opened) = self.corpus.opened(index) else { return true };
-            let shard = opened.shard();
+            let Shard::Random(shard) = opened.shard() else { return false };
             for (block, part) in self.stretches(&opened, None, within, range.end - at) {
                 at += part.end - part.start;
-                let tokens = shard.blocks()[block].tokens;
+                let tokens = shard.info().blocks[block].tokens;
                 // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
                 let wanted = part.start.min(tokens)..part.end.min(tokens);
                 if !shard.is_resident(block, wanted.clone()) {

@@ -105,6 +105,16 @@ pub enum DataFormat {
     Arrow,
 }
 
+impl DataFormat {
+    /// The values by the names that users give them.
+    pub const CHOICES: &[(&str, Self)] = &[("auto", Self::Auto), ("parquet", Self::Parquet), ("arrow", Self::Arrow)];
+
+    /// Name shown to users.
+    pub fn name(self) -> &'static str {
+        Self::CHOICES.iter().find(|(_, value)| *value == self).map_or("", |(name, _)| name)
+    }
+}
+
 /// Every setting of a loader. Build one with struct update syntax from [`Config::default`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {

@@ -434,8 +434,7 @@ const SETTINGS: &[Setting] = &[
 /// More than any system has.
 pub(crate) const MOST_CPUS: u64 = 1 << 13;
 
-const FORMATS: &[(&str, DataFormat)] =
-    &[("auto", DataFormat::Auto), ("parquet", DataFormat::Parquet), ("arrow", DataFormat::Arrow)];
+const FORMATS: &[(&str, DataFormat)] = DataFormat::CHOICES;
 const TARGETS: &[(&str, Targets)] = &[("labels", Targets::Labels), ("shifted", Targets::Shifted)];
 const SHUFFLES: &[(&str, Shuffle)] =
     &[("false", Shuffle::Off), ("true", Shuffle::On), ("global", Shuffle::Global), ("block", Shuffle::Block)];

@@ -8,8 +8,8 @@ use arrow_ipc::CompressionType;
 use super::messages::{Batch, Messages, Part};
 use super::random::as_one_document;
 use super::{Column, Kind, Run, runs};
-use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Access, BlockMeta, DecodedBlock, Ends, EndsScratch, Format, OpenOptions, Shard};
+use crate::error::{Error, Result};
+use crate::format::{AnyShard, BlockMeta, BlockShard, DecodedBlock, OpenOptions, ShardInfo};
 use crate::storage::local::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
@@ -18,20 +18,18 @@ const MAX_RATIO: u64 = 1 << 16;
 
 #[derive(Debug)]
 pub(super) struct CompressedArrow {
-    file: SourceFile,
-    format: Format,
+    info: ShardInfo,
     column: Column,
-    rows: u64,
     batches: Vec<Batch>,
-    metas: Vec<BlockMeta>,
-    /// Batches of each block.
-    blocks: Vec<Range<usize>>,
+    /// Batches of each of `info.blocks`.
+    ranges: Vec<Range<usize>>,
 }
 
 impl CompressedArrow {
     pub(super) fn new(file: SourceFile, messages: Messages, options: &OpenOptions) -> Result<Self> {
         let Messages { format, column, batches, rows, .. } = messages;
-        let mut shard = Self { file, format, column, rows, batches, metas: Vec::new(), blocks: Vec::new() };
+        let info = ShardInfo { file, format, dtype: column.dtype, rows, blocks: Vec::new() };
+        let mut shard = Self { info, column, batches, ranges: Vec::new() };
         let mut pending: Option<(BlockMeta, Range<usize>)> = None;
         for index in 0..shard.batches.len() {
             let runs = shard.runs(index)?;
@@ -58,15 +56,15 @@ impl CompressedArrow {
             shard.push(block);
         }
         if shard.column.kind == Kind::Plain {
-            as_one_document(&mut shard.metas);
+            as_one_document(&mut shard.info.blocks);
         }
         Ok(shard)
     }
 
     fn push(&mut self, (mut meta, batches): (BlockMeta, Range<usize>)) {
         meta.decoded_bytes = meta.tokens * self.column.dtype.size() as u64 + meta.ends * 4;
-        self.metas.push(meta);
-        self.blocks.push(batches);
+        self.info.blocks.push(meta);
+        self.ranges.push(batches);
     }
 
     /// The runs of documents of batch `index`; its tokens stay compressed.
@@ -90,7 +88,7 @@ impl CompressedArrow {
             return Ok(part.len);
         }
         let mut bytes = Vec::new();
-        let prefix = self.file.slice(part.start..part.start + part.len.min(8), &mut bytes)?;
+        let prefix = self.info.file.slice(part.start..part.start + part.len.min(8), &mut bytes)?;
         let prefix: [u8; 8] =
             prefix.try_into().map_err(|_| Error::data("a compressed buffer is shorter than its length"))?;
         match i64::from_le_bytes(prefix) {
@@ -105,7 +103,7 @@ impl CompressedArrow {
         let plain_len = self.plain_len(batch, part)?;
         let wanted = limit.unwrap_or(u64::MAX).min(plain_len) as usize;
         let mut scratch = Vec::new();
-        let stored = self.file.slice(part.range(), &mut scratch)?;
+        let stored = self.info.file.slice(part.range(), &mut scratch)?;
         let Some(codec) = batch.compression else { return Ok(stored[..wanted].to_vec()) };
         let Some((prefix, stored)) = stored.split_at_checked(8) else { return Ok(Vec::new()) };
         if prefix == (-1i64).to_le_bytes() {
@@ -206,85 +204,23 @@ impl CompressedArrow {
     }
 }
 
-impl Shard for CompressedArrow {
-    fn file(&self) -> &SourceFile {
-        &self.file
+impl AnyShard for CompressedArrow {
+    fn info(&self) -> &ShardInfo {
+        &self.info
     }
 
-    fn let_go(&mut self) {
-        self.file.let_go();
-    }
-
-    fn format(&self) -> Format {
-        self.format
-    }
-
-    fn dtype(&self) -> Dtype {
-        self.column.dtype
-    }
-
-    fn access(&self) -> Access {
-        Access::Block
-    }
-
-    fn rows(&self) -> u64 {
-        self.rows
-    }
-
-    fn blocks(&self) -> &[BlockMeta] {
-        &self.metas
-    }
-
-    fn tokens<'a>(&'a self, _block: usize, _range: Range<u64>, _scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {
-        Err(Error::new(ErrorKind::Internal, "a compressed Arrow shard is decoded, not read in place").at(self.path()))
-    }
-
-    fn ends<'a>(&'a self, _block: usize, _scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
-        Err(Error::new(ErrorKind::Internal, "a compressed Arrow shard is decoded, not read in place").at(self.path()))
-    }
-
-    fn will_need(&self, block: usize, _range: Range<u64>) {
-        for batch in &self.batches[self.blocks[block].clone()] {
-            self.file.will_need(batch.tokens.range());
-        }
-    }
-
-    fn decode_into(&self, block: usize, limit: Option<u64>, decoded: &mut DecodedBlock) -> Result<()> {
-        let meta = &self.metas[block];
-        let place = |error: Error| error.at(self.path()).in_block(block as u64);
-        self.file.check_unchanged().map_err(place)?;
-        let width = self.column.dtype.size() as u64;
-        decoded.bytes.clear();
-        decoded.ends.clear();
-        decoded.bytes.reserve_exact((limit.unwrap_or(u64::MAX).min(meta.tokens) * width) as usize);
-        for index in self.blocks[block].clone() {
-            let have = decoded.bytes.len() as u64 / width;
-            if limit.is_some_and(|limit| have >= limit) {
-                break;
-            }
-            self.decode_batch(index, limit.map(|limit| limit - have), decoded).map_err(place)?;
-        }
-        let tokens = decoded.bytes.len() as u64 / width;
-        decoded.complete = tokens == meta.tokens;
-        if !decoded.complete && limit.is_none_or(|limit| tokens < limit) {
-            return Err(place(Error::data(format!("expected {} tokens, found {tokens}", meta.tokens))));
-        }
-        if self.column.kind == Kind::Plain && decoded.complete && meta.ends == 1 {
-            let end = u32::try_from(tokens).map_err(|_| place(Error::data("a block holds more than 2^32 tokens")))?;
-            decoded.ends.push(end);
-        }
-        Ok(())
+    fn info_mut(&mut self) -> &mut ShardInfo {
+        &mut self.info
     }
 
     fn index_bytes(&self) -> u64 {
-        let blocks = size_of_val(self.metas.as_slice()) + size_of_val(self.blocks.as_slice());
-        (size_of_val(self) + blocks + size_of_val(self.batches.as_slice())) as u64
+        (size_of_val(self) + size_of_val(self.ranges.as_slice()) + size_of_val(self.batches.as_slice())) as u64
     }
 
     fn advice(&self) -> Vec<String> {
         let mut advice =
             vec!["compressed Arrow has to be decoded: uncompressed Arrow is read in place, Parquet is decoded in smaller parts".to_owned()];
-        let largest = self.metas.iter().map(|meta| meta.tokens).max().unwrap_or(0);
+        let largest = self.info.blocks.iter().map(|meta| meta.tokens).max().unwrap_or(0);
         if largest > 4 << 20 {
             advice.push(format!(
                 "a record batch holds {largest} tokens and cannot be split: write batches of about 128 Ki tokens"
@@ -304,5 +240,38 @@ impl Shard for CompressedArrow {
             self.batches.len(),
             codec.unwrap_or("uncompressed")
         )
+    }
+}
+
+impl BlockShard for CompressedArrow {
+    fn block_dtype(&self) -> Dtype {
+        self.column.dtype
+    }
+
+    fn decode_into(&self, block: usize, limit: Option<u64>, decoded: &mut DecodedBlock) -> Result<()> {
+        let meta = &self.info.blocks[block];
+        let place = |error: Error| error.at(self.info.path()).in_block(block as u64);
+        self.info.file.check_unchanged().map_err(place)?;
+        let width = self.column.dtype.size() as u64;
+        decoded.bytes.clear();
+        decoded.ends.clear();
+        decoded.bytes.reserve_exact((limit.unwrap_or(u64::MAX).min(meta.tokens) * width) as usize);
+        for index in self.ranges[block].clone() {
+            let have = decoded.bytes.len() as u64 / width;
+            if limit.is_some_and(|limit| have >= limit) {
+                break;
+            }
+            self.decode_batch(index, limit.map(|limit| limit - have), decoded).map_err(place)?;
+        }
+        let tokens = decoded.bytes.len() as u64 / width;
+        decoded.complete = tokens == meta.tokens;
+        if !decoded.complete && limit.is_none_or(|limit| tokens < limit) {
+            return Err(place(Error::data(format!("expected {} tokens, found {tokens}", meta.tokens))));
+        }
+        if self.column.kind == Kind::Plain && decoded.complete && meta.ends == 1 {
+            let end = u32::try_from(tokens).map_err(|_| place(Error::data("a block holds more than 2^32 tokens")))?;
+            decoded.ends.push(end);
+        }
+        Ok(())
     }
 }

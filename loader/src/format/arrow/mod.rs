@@ -10,7 +10,7 @@ mod random;
 
 use arrow_schema::DataType;
 
-use super::{Format, OpenOptions, Shard, choose_token_column};
+use super::{Format, OpenOptions, Recognised, Sample, Shard, choose_token_column};
 use crate::error::{Error, Result};
 use crate::storage::local::Reads;
 use crate::tokens::Dtype;
@@ -151,14 +151,40 @@ struct Run {
     filled: u64,
 }
 
+/// Recognises the Arrow IPC file format by the magic at both ends of the file.
+pub(crate) fn recognise_file(sample: &Sample<'_>) -> Recognised {
+    match (sample.head.starts_with(b"ARROW1"), sample.tail.ends_with(b"ARROW1")) {
+        (true, true) => Recognised::Yes,
+        (true, false) => Recognised::Refused(
+            "Arrow file is truncated: it begins with `ARROW1` and does not end with it; write or copy it again",
+        ),
+        _ if sample.head.starts_with(b"FEA1") => {
+            Recognised::Refused("Feather version 1 is not supported; write Arrow IPC (Feather version 2) instead")
+        }
+        _ => Recognised::No,
+    }
+}
+
+/// Recognises the Arrow IPC stream format by the first message.
+pub(crate) fn recognise_stream(sample: &Sample<'_>) -> Recognised {
+    let word = |at: usize| sample.head.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    // A stream begins with a continuation marker, or (before Arrow 0.15) with the length of its schema.
+    let plausible = |length: u32| length > 0 && u64::from(length) + 4 <= sample.len && length.is_multiple_of(4);
+    match (word(0), word(4)) {
+        (Some(u32::MAX), _) => Recognised::Yes,
+        (Some(length), Some(_)) if plausible(length) && length < 1 << 24 => Recognised::Yes,
+        _ => Recognised::No,
+    }
+}
+
 /// Opens the file of `reads`, whose content is known to be Arrow IPC of `format`.
-pub(crate) fn open(mut reads: Reads, format: Format, options: &OpenOptions) -> Result<Box<dyn Shard>> {
+pub(crate) fn open(mut reads: Reads, format: Format, options: &OpenOptions) -> Result<Shard> {
     let messages = messages::Messages::read(&mut reads, format, options)?;
     let file = reads.into_file();
     if messages.batches.iter().any(|batch| batch.compression.is_some()) {
-        return Ok(Box::new(compressed::CompressedArrow::new(file, messages, options)?));
+        return Ok(Shard::Block(Box::new(compressed::CompressedArrow::new(file, messages, options)?)));
     }
-    Ok(Box::new(random::MappedArrow::new(file, messages)))
+    Ok(Shard::Random(Box::new(random::MappedArrow::new(file, messages))))
 }
 
 /// Cuts the documents of `batch` into runs of at most about `run_tokens` tokens and `run_rows` rows, and adds them to `out`.

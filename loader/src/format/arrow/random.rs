@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use super::messages::{Messages, Part};
 use super::{Column, Kind};
-use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Access, BlockMeta, DecodedBlock, Ends, EndsScratch, Format, Shard};
+use crate::error::{Error, Result};
+use crate::format::{AnyShard, BlockMeta, Ends, EndsScratch, RandomShard, ShardInfo};
 use crate::storage::local::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
@@ -14,13 +14,11 @@ const SMALL_BATCH: u64 = 16 << 10;
 
 #[derive(Debug)]
 pub(super) struct MappedArrow {
-    file: SourceFile,
-    format: Format,
+    info: ShardInfo,
     column: Column,
-    rows: u64,
     batches: usize,
-    metas: Vec<BlockMeta>,
-    blocks: Vec<Block>,
+    /// Where each of `info.blocks` lies.
+    places: Vec<Block>,
 }
 
 /// Where a block lies in the file.
@@ -63,7 +61,8 @@ impl MappedArrow {
             as_one_document(&mut metas);
         }
         file.advise_random();
-        Self { file, format, column, rows, batches: batches.len(), metas, blocks }
+        let info = ShardInfo { file, format, dtype: column.dtype, rows, blocks: metas };
+        Self { info, column, batches: batches.len(), places: blocks }
     }
 }
 
@@ -76,60 +75,65 @@ pub(super) fn as_one_document(metas: &mut [BlockMeta]) {
     }
 }
 
-impl Shard for MappedArrow {
-    fn file(&self) -> &SourceFile {
-        &self.file
+impl AnyShard for MappedArrow {
+    fn info(&self) -> &ShardInfo {
+        &self.info
     }
 
-    fn let_go(&mut self) {
-        self.file.let_go();
+    fn info_mut(&mut self) -> &mut ShardInfo {
+        &mut self.info
     }
 
-    fn format(&self) -> Format {
-        self.format
+    fn index_bytes(&self) -> u64 {
+        (size_of_val(self) + size_of_val(self.places.as_slice())) as u64
     }
 
-    fn dtype(&self) -> Dtype {
-        self.column.dtype
+    fn advice(&self) -> Vec<String> {
+        let mut advice = Vec::new();
+        let tokens: u64 = self.info.blocks.iter().map(|meta| meta.tokens).sum();
+        if self.batches > 1 && tokens / (self.batches as u64) < SMALL_BATCH {
+            advice.push(format!(
+                "record batches hold {} tokens on average: batches of {SMALL_BATCH} or more open faster",
+                tokens / self.batches as u64
+            ));
+        }
+        if self.column.dtype == Dtype::I64 {
+            advice.push("tokens take 8 bytes: int32 or uint16 halves or quarters the file and the reading".to_owned());
+        }
+        advice
     }
 
-    fn access(&self) -> Access {
-        Access::Random
+    fn describe(&self) -> String {
+        format!("column `{}`, {} record batches, uncompressed, read in place", self.column.name, self.batches)
     }
+}
 
-    fn rows(&self) -> u64 {
-        self.rows
-    }
-
-    fn blocks(&self) -> &[BlockMeta] {
-        &self.metas
-    }
-
+impl RandomShard for MappedArrow {
     fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {
-        self.file.check_window()?;
+        self.info.file.check_window()?;
         let width = self.column.dtype.size() as u64;
-        let all = self.blocks[block].tokens;
+        let all = self.places[block].tokens;
         debug_assert!(range.end * width <= all.len, "window outside of its block");
-        let bytes = self.file.slice(all.start + range.start * width..all.start + range.end * width, scratch)?;
+        let bytes = self.info.file.slice(all.start + range.start * width..all.start + range.end * width, scratch)?;
         Ok(Tokens::new(self.column.dtype, bytes))
     }
 
     fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
-        let all = self.blocks[block].tokens;
+        let all = self.places[block].tokens;
         let from = all.start + token * self.column.dtype.size() as u64;
-        self.file.mapped()?.get(from as usize..(all.start + all.len) as usize)
+        self.info.file.mapped()?.get(from as usize..(all.start + all.len) as usize)
     }
 
     fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
-        let meta = &self.metas[block];
+        let meta = &self.info.blocks[block];
         let width = match self.column.kind {
             Kind::List { offset_width } => offset_width,
             Kind::FixedSizeList { length } => return Ok(Ends::Fixed { length, count: meta.ends as usize }),
             Kind::Plain => return Ok(Ends::Fixed { length: meta.tokens, count: meta.ends as usize }),
         };
-        self.file.check_window()?;
-        let Block { offsets, has_empty, .. } = self.blocks[block];
-        let bytes = self.file.slice(offsets.range(), &mut scratch.bytes)?;
+        self.info.file.check_window()?;
+        let Block { offsets, has_empty, .. } = self.places[block];
+        let bytes = self.info.file.slice(offsets.range(), &mut scratch.bytes)?;
         let all = Ends::Offsets { bytes, width };
         if !has_empty {
             return Ok(all);
@@ -153,39 +157,11 @@ impl Shard for MappedArrow {
 
     fn will_need(&self, block: usize, range: Range<u64>) {
         let width = self.column.dtype.size() as u64;
-        let start = self.blocks[block].tokens.start;
-        self.file.will_need(start + range.start * width..start + range.end * width);
+        let start = self.places[block].tokens.start;
+        self.info.file.will_need(start + range.start * width..start + range.end * width);
     }
 
     fn is_resident(&self, block: usize, range: Range<u64>) -> bool {
-        self.file.is_resident(self.blocks[block].tokens.start + range.start * self.column.dtype.size() as u64)
-    }
-
-    fn decode_into(&self, _block: usize, _limit: Option<u64>, _out: &mut DecodedBlock) -> Result<()> {
-        Err(Error::new(ErrorKind::Internal, "an uncompressed Arrow shard is read in place, not decoded")
-            .at(self.path()))
-    }
-
-    fn index_bytes(&self) -> u64 {
-        (size_of_val(self) + size_of_val(self.metas.as_slice()) + size_of_val(self.blocks.as_slice())) as u64
-    }
-
-    fn advice(&self) -> Vec<String> {
-        let mut advice = Vec::new();
-        let tokens: u64 = self.metas.iter().map(|meta| meta.tokens).sum();
-        if self.batches > 1 && tokens / (self.batches as u64) < SMALL_BATCH {
-            advice.push(format!(
-                "record batches hold {} tokens on average: batches of {SMALL_BATCH} or more open faster",
-                tokens / self.batches as u64
-            ));
-        }
-        if self.column.dtype == Dtype::I64 {
-            advice.push("tokens take 8 bytes: int32 or uint16 halves or quarters the file and the reading".to_owned());
-        }
-        advice
-    }
-
-    fn describe(&self) -> String {
-        format!("column `{}`, {} record batches, uncompressed, read in place", self.column.name, self.batches)
+        self.info.file.is_resident(self.places[block].tokens.start + range.start * self.column.dtype.size() as u64)
     }
 }

@@ -10,7 +10,7 @@ use arrow_schema::{Field, Fields};
 use proptest::prelude::*;
 
 use super::*;
-use crate::format::{Access, EndsScratch};
+use crate::format::EndsScratch;
 use crate::settings::Io;
 use crate::storage::local::SourceFile;
 use crate::tokens::Tokens;
@@ -35,37 +35,40 @@ fn written(batches: &[RecordBatch], stream: bool, codec: Option<CompressionType>
     bytes
 }
 
-fn opened(bytes: &[u8], options: &OpenOptions) -> Result<Box<dyn Shard>> {
+fn opened(bytes: &[u8], options: &OpenOptions) -> Result<Shard> {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), bytes).unwrap();
     open_at(file.path(), options)
 }
 
 /// Whatever the end of the file looks like.
-fn open_at(path: &Path, options: &OpenOptions) -> Result<Box<dyn Shard>> {
+fn open_at(path: &Path, options: &OpenOptions) -> Result<Shard> {
     let mut reads = Reads::new(SourceFile::open(path, options.io)?);
     let is_file = reads.get(0..reads.file().len().min(6))? == b"ARROW1";
     open(reads, if is_file { Format::ArrowFile } else { Format::ArrowStream }, options)
 }
 
 /// The documents with tokens of a shard, by way of its blocks.
-fn documents(shard: &dyn Shard) -> Result<Vec<Vec<i64>>> {
+fn documents(shard: &Shard) -> Result<Vec<Vec<i64>>> {
     let mut documents = Vec::new();
     for (index, meta) in shard.blocks().iter().enumerate() {
-        let (tokens, ends): (Vec<i64>, Vec<u64>) = if shard.access() == Access::Random {
-            let (mut bytes, mut scratch) = (Vec::new(), EndsScratch::default());
-            let tokens = shard.tokens(index, 0..meta.tokens, &mut bytes)?;
-            let ends = shard.ends(index, &mut scratch)?;
-            ((0..tokens.len()).map(|at| tokens.get(at)).collect(), (0..ends.len()).map(|at| ends.get(at)).collect())
-        } else {
-            let block = shard.decode(index, None)?;
-            assert!(block.complete);
-            assert!(block.bytes.len() as u64 + 4 * block.ends.len() as u64 <= meta.decoded_bytes);
-            let tokens = Tokens::new(shard.dtype(), &block.bytes);
-            (
-                (0..tokens.len()).map(|at| tokens.get(at)).collect(),
-                block.ends.iter().map(|end| u64::from(*end)).collect(),
-            )
+        let (tokens, ends): (Vec<i64>, Vec<u64>) = match shard {
+            Shard::Random(shard) => {
+                let (mut bytes, mut scratch) = (Vec::new(), EndsScratch::default());
+                let tokens = shard.tokens(index, 0..meta.tokens, &mut bytes)?;
+                let ends = shard.ends(index, &mut scratch)?;
+                ((0..tokens.len()).map(|at| tokens.get(at)).collect(), (0..ends.len()).map(|at| ends.get(at)).collect())
+            }
+            Shard::Block(shard) => {
+                let block = shard.decode(index, None)?;
+                assert!(block.complete);
+                assert!(block.bytes.len() as u64 + 4 * block.ends.len() as u64 <= meta.decoded_bytes);
+                let tokens = Tokens::new(shard.block_dtype(), &block.bytes);
+                (
+                    (0..tokens.len()).map(|at| tokens.get(at)).collect(),
+                    block.ends.iter().map(|end| u64::from(*end)).collect(),
+                )
+            }
         };
         assert_eq!((tokens.len() as u64, ends.len() as u64), (meta.tokens, meta.ends));
         assert_eq!(meta.starts, meta.ends);
@@ -149,9 +152,9 @@ proptest! {
         for (stream, codec) in containers() {
             let bytes = written(&batches, stream, codec);
             let shard = opened(&bytes, &options(io, block_tokens)).unwrap();
-            prop_assert_eq!(shard.rows(), lists.len() as u64);
-            prop_assert_eq!(documents(shard.as_ref()).unwrap(), expected.clone());
-            if shard.access() == Access::Block {
+            prop_assert_eq!(shard.info().rows, lists.len() as u64);
+            prop_assert_eq!(documents(&shard).unwrap(), expected.clone());
+            if let Shard::Block(shard) = &shard {
                 for (index, meta) in shard.blocks().iter().enumerate() {
                     let whole = shard.decode(index, None).unwrap();
                     for limit in 1..=meta.tokens {
@@ -176,11 +179,11 @@ proptest! {
             }
             if let Ok(shard) = opened(&bytes, &options(Io::Mmap, 10)) {
                 for (index, meta) in shard.blocks().iter().enumerate() {
-                    if shard.access() == Access::Random {
+                    match &shard { Shard::Random(shard) => {
                         let _ = shard.tokens(index, 0..meta.tokens, &mut Vec::new()).map(|tokens| tokens.check_ids());
                         let _ = shard.ends(index, &mut EndsScratch::default()).map(|ends| ends.len());
-                    } else {
-                        let _ = shard.decode(index, None);
+                    }
+                    Shard::Block(shard) => drop(shard.decode(index, None)),
                     }
                 }
             }
@@ -202,7 +205,7 @@ fn a_file_cut_anywhere_is_an_error_or_shorter_by_whole_batches() {
             if let Ok(shard) = open_at(file.path(), &options) {
                 // A stream may end with its file after any batch.
                 assert!(stream, "{len} of {} bytes", bytes.len());
-                assert!(documents(shard.as_ref()).unwrap().len() <= 2);
+                assert!(documents(&shard).unwrap().len() <= 2);
                 sound += 1;
             }
         }

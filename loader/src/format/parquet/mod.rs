@@ -29,7 +29,7 @@ use self::column::Column;
 use self::levels::Levels;
 use self::pages::{Body, Coding, Page, RowGroup, Walk, Walker, Window};
 use self::values::{Dictionary, Encoded};
-use super::{Access, BlockMeta, DecodedBlock, Ends, EndsScratch, Format, OpenOptions, Shard};
+use super::{AnyShard, BlockMeta, BlockShard, DecodedBlock, Format, OpenOptions, Recognised, Sample, Shard, ShardInfo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::local::SourceFile;
 use crate::tokens::{Dtype, Tokens};
@@ -41,8 +41,24 @@ const TAIL_BYTES: u64 = 8;
 const MAX_BLOCK_TOKENS: u64 = u32::MAX as u64;
 
 /// Opens `file`, whose content is known to be Parquet.
-pub(crate) fn open(file: SourceFile, options: &OpenOptions) -> Result<Box<dyn Shard>> {
-    Ok(Box::new(ParquetShard::open(file, options, Route::Pages)?))
+pub(crate) fn open(file: SourceFile, options: &OpenOptions) -> Result<Shard> {
+    Ok(Shard::Block(Box::new(ParquetShard::open(file, options, Route::Pages)?)))
+}
+
+/// Recognises Parquet by the magic at both ends of the file.
+pub(crate) fn recognise(sample: &Sample<'_>) -> Recognised {
+    if sample.head.starts_with(b"PAR1") {
+        return match sample.tail.ends_with(b"PAR1") {
+            true => Recognised::Yes,
+            false => Recognised::Refused(
+                "Parquet file is truncated: it begins with `PAR1` and does not end with it; write or copy it again",
+            ),
+        };
+    }
+    if sample.head.starts_with(b"PARE") || sample.tail.ends_with(b"PARE") {
+        return Recognised::Refused("Parquet file is encrypted, which is not supported; write it without encryption");
+    }
+    Recognised::No
 }
 
 /// Which decoder row groups get.
@@ -58,15 +74,11 @@ enum Route {
 /// An opened Parquet file.
 #[derive(Debug)]
 struct ParquetShard {
-    file: SourceFile,
-    /// What blocks are decoded to: its type is the smallest that holds all ids.
+    info: ShardInfo,
+    /// The column that is decoded, with the type of the ids in decoded blocks: the smallest that holds all ids.
     column: Column,
-    /// Type of the ids in the file.
-    dtype: Dtype,
-    rows: u64,
     row_groups: Vec<RowGroup>,
     pages: Vec<Page>,
-    blocks: Vec<BlockMeta>,
     /// Pages of each block.
     ranges: Vec<Range<usize>>,
     /// Largest id, if all row groups have statistics.
@@ -185,7 +197,8 @@ impl ParquetShard {
         let ranges = cut(&pages, options.block_tokens);
         let blocks = ranges.iter().map(|range| describe_block(&pages[range.clone()], column.dtype)).collect();
         let max_id = range.map(|(_, most)| most);
-        Ok(Self { file, column, dtype, rows, row_groups, pages, blocks, ranges, max_id, dictionary: Mutex::new(None) })
+        let info = ShardInfo { file, format: Format::Parquet, dtype, rows, blocks };
+        Ok(Self { info, column, row_groups, pages, ranges, max_id, dictionary: Mutex::new(None) })
     }
 
     fn decode_block(
@@ -195,9 +208,9 @@ impl ParquetShard {
         scratch: &mut Scratch,
         out: &mut DecodedBlock,
     ) -> Result<()> {
-        self.file.check_unchanged()?;
-        let (Some(range), Some(meta)) = (self.ranges.get(block), self.blocks.get(block)) else {
-            return Err(Error::new(ErrorKind::Internal, format!("block {block} of {}", self.blocks.len())));
+        self.info.file.check_unchanged()?;
+        let (Some(range), Some(meta)) = (self.ranges.get(block), self.info.blocks.get(block)) else {
+            return Err(Error::new(ErrorKind::Internal, format!("block {block} of {}", self.info.blocks.len())));
         };
         let all = &self.pages[range.clone()];
         let mut tokens = 0;
@@ -244,7 +257,7 @@ impl ParquetShard {
                 true => Some(self.dictionary(first.row_group, &mut scratch.decompressor, &mut scratch.page)?),
                 false => None,
             };
-            let slice = self.file.slice(bytes.clone(), &mut scratch.file)?;
+            let slice = self.info.file.slice(bytes.clone(), &mut scratch.file)?;
             for page in &pages[done..done + run] {
                 let from = (page.body.offset - bytes.start) as usize;
                 let body = &slice[from..from + page.body.compressed as usize];
@@ -314,7 +327,7 @@ impl ParquetShard {
             levels.read(column, rep, def, entries)?;
             let counts = levels.counts;
             if let Some(index) = levels.first_null(column) {
-                return Err(null_token().at(self.path()).at_row(self.row_of(page, levels, index)));
+                return Err(null_token().at(self.info.path()).at_row(self.row_of(page, levels, index)));
             }
             if counts.tokens != page.tokens as usize || column.lists && counts.starts != starts {
                 return Err(Error::data(format!(
@@ -333,12 +346,14 @@ impl ParquetShard {
             ),
             Coding::RowGroup => return Err(Error::new(ErrorKind::Internal, "a row group is not a page")),
         };
-        let place = |error: Error| error.at(self.path()).at_row(page.first_row);
+        let place = |error: Error| error.at(self.info.path()).at_row(page.first_row);
         if values::decode(encoded, values, column.dtype.size(), ids).map_err(place)? {
             let ids = Tokens::new(column.dtype, ids);
             if let Some(index) = ids.first_negative() {
                 levels.read(column, rep, def, entries)?;
-                return Err(negative_token(ids.get(index)).at(self.path()).at_row(self.row_of(page, levels, index)));
+                return Err(negative_token(ids.get(index))
+                    .at(self.info.path())
+                    .at_row(self.row_of(page, levels, index)));
             }
         }
         Ok(())
@@ -347,9 +362,9 @@ impl ParquetShard {
     fn decode_row_group(&self, page: &Page, base: u32, out: &mut [u8], ends: &mut Vec<u32>) -> Result<()> {
         let column = &self.column;
         let width = column.dtype.size();
-        let decoded = fallback::read(&self.file, column, page.row_group as usize)?;
+        let decoded = fallback::read(&self.info.file, column, page.row_group as usize)?;
         if let Some(row) = decoded.null {
-            return Err(null_token().at(self.path()).at_row(page.rows_before + row));
+            return Err(null_token().at(self.info.path()).at_row(page.rows_before + row));
         }
         let found = decoded.bytes.len() / width;
         if found != page.tokens as usize {
@@ -362,7 +377,7 @@ impl ParquetShard {
         if let Some(index) = ids.first_negative() {
             let document = decoded.ends.partition_point(|&end| end as usize <= index);
             let row = decoded.rows.get(document).copied().unwrap_or(index as u64);
-            return Err(negative_token(ids.get(index)).at(self.path()).at_row(page.rows_before + row));
+            return Err(negative_token(ids.get(index)).at(self.info.path()).at_row(page.rows_before + row));
         }
         if base > 0 && page.opens {
             ends.push(base);
@@ -399,7 +414,7 @@ impl ParquetShard {
             return Err(Error::new(ErrorKind::Internal, "row group has no dictionary"));
         };
         let mut scratch = Vec::new();
-        let bytes = self.file.slice(body.range(), &mut scratch)?;
+        let bytes = self.info.file.slice(body.range(), &mut scratch)?;
         check_crc(body, bytes)?;
         let bytes = if *codec == Codec::Uncompressed {
             bytes
@@ -516,75 +531,17 @@ fn id_range(metadata: &ParquetMetaData, column: &Column) -> Option<(i64, i64)> {
     range
 }
 
-impl Shard for ParquetShard {
-    fn file(&self) -> &SourceFile {
-        &self.file
+impl AnyShard for ParquetShard {
+    fn info(&self) -> &ShardInfo {
+        &self.info
     }
 
-    fn let_go(&mut self) {
-        self.file.let_go();
-    }
-
-    fn format(&self) -> Format {
-        Format::Parquet
-    }
-
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn block_dtype(&self) -> Dtype {
-        self.column.dtype
-    }
-
-    fn access(&self) -> Access {
-        Access::Block
-    }
-
-    fn rows(&self) -> u64 {
-        self.rows
-    }
-
-    fn blocks(&self) -> &[BlockMeta] {
-        &self.blocks
-    }
-
-    fn tokens<'a>(&'a self, _block: usize, _range: Range<u64>, _scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {
-        Err(Error::new(ErrorKind::Internal, "Parquet shards are decoded by blocks").at(self.path()))
-    }
-
-    fn ends<'a>(&'a self, _block: usize, _scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
-        Err(Error::new(ErrorKind::Internal, "Parquet shards are decoded by blocks").at(self.path()))
-    }
-
-    fn will_need(&self, block: usize, _range: Range<u64>) {
-        let Some(range) = self.ranges.get(block) else { return };
-        let pages = &self.pages[range.clone()];
-        // Other columns lie between row groups: one request each.
-        for group in pages.chunk_by(|a, b| a.row_group == b.row_group) {
-            if let [first, ..] = group
-                && let [.., last] = group
-            {
-                self.file.will_need(first.body.offset..last.body.range().end);
-            }
-        }
-    }
-
-    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()> {
-        SCRATCH.with_borrow_mut(|scratch| {
-            let result = self.decode_block(block, limit, scratch, out);
-            for buffer in [&mut scratch.file, &mut scratch.page] {
-                if buffer.capacity() > KEEP_BYTES {
-                    *buffer = Vec::new();
-                }
-            }
-            result.map_err(|error| error.at(self.path()).in_block(block as u64))
-        })
+    fn info_mut(&mut self) -> &mut ShardInfo {
+        &mut self.info
     }
 
     fn index_bytes(&self) -> u64 {
         let tables = size_of_val(self.pages.as_slice())
-            + size_of_val(self.blocks.as_slice())
             + size_of_val(self.ranges.as_slice())
             + size_of_val(self.row_groups.as_slice());
         (size_of_val(self) + tables) as u64
@@ -592,7 +549,7 @@ impl Shard for ParquetShard {
 
     fn advice(&self) -> Vec<String> {
         let mut advice = Vec::new();
-        let tokens: u64 = self.blocks.iter().map(|block| block.tokens).sum();
+        let tokens: u64 = self.info.blocks.iter().map(|block| block.tokens).sum();
         if tokens == 0 {
             return vec!["it has no tokens: leave it out".to_owned()];
         }
@@ -636,13 +593,13 @@ impl Shard for ParquetShard {
         }
         if let Some(most) = self.max_id {
             let fits = if most <= i64::from(u16::MAX) { Dtype::U16 } else { Dtype::I32 };
-            if most <= i64::from(i32::MAX) && fits.size() < self.dtype.size() {
+            if most <= i64::from(i32::MAX) && fits.size() < self.info.dtype.size() {
                 advice.push(format!(
                     "ids up to {most} are stored as {}: {} takes {} of {} bytes per token in memory",
-                    self.dtype.name(),
+                    self.info.dtype.name(),
                     fits.name(),
                     fits.size(),
-                    self.dtype.size()
+                    self.info.dtype.size()
                 ));
             }
         }
@@ -652,7 +609,7 @@ impl Shard for ParquetShard {
     fn describe(&self) -> String {
         let mut parts = Vec::new();
         let kind = if self.column.lists { "list of " } else { "" };
-        parts.push(format!("column `{}`, {kind}{}", self.column.name, self.dtype.name()));
+        parts.push(format!("column `{}`, {kind}{}", self.column.name, self.info.dtype.name()));
         let mut codecs: Vec<_> = self.row_groups.iter().map(|group| group.codec.name()).collect();
         codecs.dedup();
         codecs.truncate(3);
@@ -670,8 +627,26 @@ impl Shard for ParquetShard {
                 parts.push(format!("{count} {what} {name}"));
             }
         }
-        parts.push(format!("{} row groups, {} blocks", self.row_groups.len(), self.blocks.len()));
+        parts.push(format!("{} row groups, {} blocks", self.row_groups.len(), self.info.blocks.len()));
         parts.retain(|part| !part.is_empty());
         parts.join("; ")
+    }
+}
+
+impl BlockShard for ParquetShard {
+    fn block_dtype(&self) -> Dtype {
+        self.column.dtype
+    }
+
+    fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let result = self.decode_block(block, limit, scratch, out);
+            for buffer in [&mut scratch.file, &mut scratch.page] {
+                if buffer.capacity() > KEEP_BYTES {
+                    *buffer = Vec::new();
+                }
+            }
+            result.map_err(|error| error.at(self.info.path()).in_block(block as u64))
+        })
     }
 }

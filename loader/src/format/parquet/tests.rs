@@ -23,7 +23,7 @@ use tempfile::TempDir;
 
 use super::{ParquetShard, Route};
 use crate::error::{ErrorKind, Result};
-use crate::format::{OpenOptions, Shard};
+use crate::format::{AnyShard, BlockShard, OpenOptions};
 use crate::settings::Io;
 use crate::storage::local::SourceFile;
 use crate::tokens::{Dtype, Tokens};
@@ -204,7 +204,7 @@ fn check(bytes: &[u8], rows: &Rows, block_tokens: u64) {
     let expected = non_empty(rows);
     for io in [Io::Mmap, Io::Pread] {
         let shard = open_as(&saved, block_tokens, io, Route::Pages).unwrap();
-        assert_eq!(shard.rows(), rows.len() as u64);
+        assert_eq!(shard.info.rows, rows.len() as u64);
         assert_eq!(read_all(&shard).unwrap(), expected);
         assert_eq!(left_to_arrow(&shard), 0, "our decoder takes all pages");
         check_prefixes(&shard);
@@ -359,7 +359,7 @@ fn rows_of_one_token_are_one_document() {
                 for route in [Route::Pages, Route::Arrow] {
                     let shard = open_as(&saved, 150, Io::Mmap, route).unwrap();
                     assert_eq!(read_all(&shard).unwrap(), std::slice::from_ref(&tokens));
-                    assert_eq!(shard.rows(), 1000);
+                    assert_eq!(shard.info.rows, 1000);
                     assert!(shard.blocks().len() > 1);
                 }
             }
@@ -377,7 +377,7 @@ fn fixed_size_lists_read_as_written() {
     let expected: Vec<Vec<i64>> =
         (0..100).map(|row| (row * 6..row * 6 + 6).map(|i| i * 91 % 60_000).collect()).collect();
     assert_eq!(read_all(&shard).unwrap(), expected);
-    assert_eq!(shard.dtype(), Dtype::U16);
+    assert_eq!(shard.info.dtype, Dtype::U16);
 }
 
 /// Writes the INT32 leaf of `message` with the given levels.
@@ -414,7 +414,7 @@ fn legacy_spellings_of_lists_are_read() {
         let bytes = write_leaf(message, &[1, 2, 3], &[token, token, empty, token], &[0, 1, 0, 0]);
         let shard = open(&save(&bytes), 100).unwrap();
         assert_eq!(read_all(&shard).unwrap(), [vec![1, 2], vec![3]], "{message}");
-        assert_eq!((shard.rows(), shard.dtype()), (3, Dtype::U16));
+        assert_eq!((shard.info.rows, shard.info.dtype), (3, Dtype::U16));
     }
 }
 
@@ -453,7 +453,7 @@ fn files_without_rows_or_tokens_have_no_blocks() {
         let bytes = write(&Writing::default(), &rows);
         for route in [Route::Pages, Route::Arrow] {
             let shard = open_as(&save(&bytes), 100, Io::Mmap, route).unwrap();
-            assert_eq!(shard.rows(), rows.len() as u64);
+            assert_eq!(shard.info.rows, rows.len() as u64);
             assert!(shard.blocks().is_empty());
             assert!(shard.decode(0, None).is_err());
         }
@@ -560,7 +560,7 @@ fn a_shard_that_changes_is_an_error() {
     let shard = open(&saved, 100).unwrap();
     fs::write(&saved.path, [&bytes[..], b"more"].concat()).unwrap();
     assert_eq!(shard.decode(0, None).unwrap_err().kind(), ErrorKind::Changed);
-    assert_eq!(shard.check_unchanged().unwrap_err().kind(), ErrorKind::Changed);
+    assert_eq!(shard.info.file.check_unchanged().unwrap_err().kind(), ErrorKind::Changed);
 }
 
 /// Opens and reads everything; whatever comes of it, it is not a panic.
@@ -568,7 +568,6 @@ fn read_anything(bytes: &[u8]) -> Result<()> {
     let shard = open(&save(bytes), 64)?;
     shard.advice();
     shard.describe();
-    shard.will_need(0, 0..1);
     (0..shard.blocks().len()).try_for_each(|block| shard.decode(block, None).map(drop))
 }
 
@@ -590,7 +589,7 @@ fn ids_whose_statistics_fit_16_bits_are_decoded_to_these() {
         let rows = vec![Some(vec![id, 7]), Some(vec![8; 5])];
         let saved = save(&write(&Writing::default(), &rows));
         let shard = open(&saved, 100).unwrap();
-        assert_eq!((shard.dtype(), shard.block_dtype()), (Dtype::I32, expected), "{id}");
+        assert_eq!((shard.info.dtype, shard.block_dtype()), (Dtype::I32, expected), "{id}");
         if id >= 0 {
             assert_eq!(read_all(&shard).unwrap(), [vec![id, 7], vec![8; 5]]);
         }
