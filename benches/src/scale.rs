@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use forebay::Loader;
+use forebay::layout::Segment;
 use forebay::loader::plan::{self, BlockPlace, MOST_ROWS, Reads, Simulated};
 use forebay::loader::state::StateValue;
 use forebay::order::partition::{BatchRow, Grouping};
@@ -180,10 +181,10 @@ fn planned(name: &str, table: &Table, arrangement: Arrangement) -> Value {
         let read = |row| {
             let BatchRow::Index(position) = row else { return None };
             let sequence = order.sequence_at(position);
-            let tokens = sequence * SEQ_LEN..(sequence + 1) * SEQ_LEN;
-            Some(Reads { source: 0, tokens, ends_chunk: order.ends_chunk(sequence) })
+            let segments = vec![Segment::joined(sequence * SEQ_LEN, SEQ_LEN, 0)];
+            Some(Reads { source: 0, segments, ends_chunk: order.ends_chunk(sequence) })
         };
-        grouping.rows(step * grouping.global_batch(), table.sequences(), 0).map(read).collect()
+        Ok(grouping.rows(step * grouping.global_batch(), table.sequences(), 0).map(read).collect())
     };
     let round = if let Arrangement::Block { lanes, window, .. } = arrangement { lanes * window } else { 1 };
     let simulated = Simulated {
@@ -200,7 +201,7 @@ fn planned(name: &str, table: &Table, arrangement: Arrangement) -> Value {
     let (displacement, neighbours) = (plan::displacement(&order, arrangement), plan::neighbours(&order, arrangement));
     let distances_seconds = began.elapsed().as_secs_f64();
     let began = Instant::now();
-    let decoding = simulated.decoding();
+    let decoding = simulated.decoding().expect("its rows read nothing that can fail");
     json!({
         "kind": "scale-plan", "name": name,
         "distances_seconds": distances_seconds, "decoding_seconds": began.elapsed().as_secs_f64(),

@@ -45,7 +45,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let open = opening.elapsed();
     let start = Start { open, first_batch: first_batch(&loader)? };
     let planning = Instant::now();
-    let plan = loader.plan();
+    let plan = loader.plan()?;
     let planned = Planned { loader, start, plan, took: planning.elapsed() };
     if options.json {
         writeln!(context.out, "{}", planned.json())?;

@@ -90,7 +90,7 @@ fn run_epoch(config: &Config, world_size: u64, epoch: u64) -> Ran {
         }
         ran.steps.push(steps);
         // All ids fit into 16 bits, and a block holds where its documents end.
-        let sources = loader.plan().sources;
+        let sources = loader.plan().unwrap().sources;
         let documents: u64 = sources.iter().map(|source| source.documents).sum();
         let tokens: u64 = sources.iter().map(|source| source.tokens).sum();
         let per_token = 2.0 + 4.0 * documents as f64 / tokens as f64;
@@ -101,7 +101,7 @@ fn run_epoch(config: &Config, world_size: u64, epoch: u64) -> Ran {
 
 fn plan(config: &Config, world_size: u64) -> Plan {
     let config = Config { dp_rank: Some(0), dp_world_size: Some(world_size), ..config.clone() };
-    Loader::open(config).unwrap().plan()
+    Loader::open(config).unwrap().plan().unwrap()
 }
 
 #[test]
@@ -282,7 +282,7 @@ fn sequences_move_as_far_as_planned() {
     }
     for shuffle in [Shuffle::Off, Shuffle::Global, Shuffle::Block] {
         let loader = Loader::open(Config { shuffle, ..base.clone() }).unwrap();
-        let source = loader.plan().sources.remove(0);
+        let source = loader.plan().unwrap().sources.remove(0);
         let delivered = loader.sequences_at(0, 0, n).unwrap();
         let order: Vec<u64> = (0..n).map(|row| places[&delivered.row("input_ids", row as usize)]).collect();
         let mut moved: Vec<u64> = order.iter().zip(0..).map(|(place, position)| place.abs_diff(position)).collect();

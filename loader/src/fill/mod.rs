@@ -236,6 +236,8 @@ pub(crate) enum Piece {
     Tokens { start: u64, len: u64 },
     /// `eos_id`.
     Eos,
+    /// The end of a document, which takes no place.
+    End,
 }
 
 /// Calls `each` with the pieces of stream places `from..to` of a block, in order.
@@ -291,6 +293,9 @@ pub(crate) fn pieces<E>(
             }
             place += 1;
         }
+        if ends_here && at == place {
+            each(Piece::End)?;
+        }
         document += 1;
     }
     Ok(())
@@ -311,24 +316,31 @@ mod tests {
             let tokens = u64::from(*ends.last().unwrap());
             if unfinished { ends.pop(); }
             let mut stream = Vec::new();
+            let mut borders = Vec::new();
             let mut token = 0;
             for (document, len) in lengths.iter().enumerate() {
                 if bos && !(document == 0 && continues) { stream.push(-1); }
                 for _ in 0..*len { stream.push(token); token += 1; }
-                if eos && !(unfinished && document + 1 == lengths.len()) { stream.push(-2); }
+                if !(unfinished && document + 1 == lengths.len()) {
+                    if eos { stream.push(-2); }
+                    borders.push(stream.len());
+                }
             }
             for from in 0..stream.len() {
                 for to in from..=stream.len() {
-                    let mut got = Vec::new();
+                    let (mut got, mut ended) = (Vec::new(), Vec::new());
                     pieces::<()>(&Ends::List(&ends), tokens, continues, (bos, eos), from as u64, to as u64, |piece| {
                         match piece {
                             Piece::Bos => got.push(-1),
                             Piece::Eos => got.push(-2),
                             Piece::Tokens { start, len } => got.extend((start as i64)..(start + len) as i64),
+                            Piece::End => ended.push(from + got.len()),
                         }
                         Ok(())
                     }).unwrap();
                     prop_assert_eq!(&got, &stream[from..to], "{}..{}", from, to);
+                    let inside: Vec<usize> = borders.iter().copied().filter(|end| (from + 1..=to).contains(end)).collect();
+                    prop_assert_eq!(ended, inside, "{}..{}", from, to);
                 }
             }
         }

@@ -307,6 +307,11 @@ impl DecodedBlock {
         Ok(())
     }
 
+    /// Where the documents of the block end.
+    pub fn document_ends(&self) -> Ends<'_> {
+        Ends::List(&self.ends)
+    }
+
     /// Bytes of memory it takes.
     pub(crate) fn capacity_bytes(&self) -> u64 {
         (self.bytes.capacity() + 4 * self.ends.capacity()) as u64

@@ -1,3 +1,165 @@
-//! Layout: which tokens of the corpus make which sequence.
+//! Layout: which segments of a source's stream make each row.
+//!
+//! The *stream* of a source ([`Stream`]) joins its non-empty documents in corpus order, with `bos_id` and
+//! `eos_id` around each where these are set. A *segment* is a stretch of the stream at a place in a row. A
+//! [`Layout`] says which segments make row `i`, in two pure steps:
+//!
+//! ```text
+//! locate(row)           -> (window, row in the window)
+//! plan(window, lengths) -> the segments of the window's rows
+//! ```
+//!
+//! A layout reads no file. The room `read` supplies the document lengths that a window asks for, and keeps plans
+//! of windows. Every layout is one file here, and a line in [`name_of`] and
+//! [`open`]; no other room names a layout.
 
-pub mod concat;
+mod concat;
+mod stream;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+pub use stream::{Specials, Stream};
+
+use crate::error::Result;
+use crate::settings::Config;
+
+/// A stretch of the stream at a place in a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// First place of the stretch in the stream.
+    pub start: u64,
+    /// Length in stream tokens; never 0.
+    pub len: u64,
+    /// Place of its first token in the row. Places that no segment covers are padding.
+    pub place: u64,
+    /// The documents that the stretch holds.
+    pub documents: Documents,
+}
+
+impl Segment {
+    /// A stretch of the joined stream.
+    pub fn joined(start: u64, len: u64, place: u64) -> Self {
+        Self { start, len, place, documents: Documents::Joined }
+    }
+
+    /// The stream tokens of the segment.
+    pub fn stream(&self) -> Range<u64> {
+        self.start..self.start + self.len
+    }
+}
+
+/// What a segment says about the documents in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Documents {
+    /// Any number of documents, cut anywhere. Their borders are found in the shards.
+    Joined,
+    /// A piece of one document.
+    One {
+        /// Number of the document among the non-empty ones of its shard.
+        number: u64,
+        /// Whether the document ends with this segment.
+        ends: bool,
+    },
+}
+
+/// What a corpus, or its first shards, come to in rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Tokens of the stream, specials included.
+    pub stream_len: u64,
+    /// Full rows.
+    pub rows: u64,
+    /// Stream tokens after the full rows that one more, shorter row delivers. That row has the number `rows`.
+    pub tail_tokens: u64,
+}
+
+/// A run of rows that are planned together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayoutWindow {
+    /// Number of the window in its layout.
+    pub number: u64,
+    /// Stream tokens of the window.
+    pub stream: Range<u64>,
+    /// The documents whose lengths the plan needs: a shard, and numbers among its non-empty documents. `None` where
+    /// arithmetic is enough.
+    pub documents: Option<(usize, Range<u64>)>,
+}
+
+/// The segments of a window's rows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WindowPlan {
+    segments: Vec<Segment>,
+    /// Segments up to the end of each row.
+    row_ends: Vec<u32>,
+}
+
+impl WindowPlan {
+    /// Removes all rows, and keeps the memory.
+    pub fn clear(&mut self) {
+        self.segments.clear();
+        self.row_ends.clear();
+    }
+
+    /// Adds a row of `segments`, which are sorted by their place.
+    pub fn push_row(&mut self, segments: &[Segment]) {
+        self.segments.extend_from_slice(segments);
+        self.row_ends.push(self.segments.len() as u32);
+    }
+
+    /// Rows planned.
+    pub fn len(&self) -> usize {
+        self.row_ends.len()
+    }
+
+    /// Whether the plan has no row.
+    pub fn is_empty(&self) -> bool {
+        self.row_ends.is_empty()
+    }
+
+    /// The segments of row `row` of the window.
+    ///
+    /// # Panics
+    /// When the window has fewer rows.
+    pub fn row(&self, row: usize) -> &[Segment] {
+        let start = if row == 0 { 0 } else { self.row_ends[row - 1] as usize };
+        &self.segments[start..self.row_ends[row] as usize]
+    }
+}
+
+/// A rule that makes rows from documents: a pure function of the shards' counts and of document lengths.
+///
+/// The rows of the first k shards are the rows of a corpus of these shards alone, so that a corpus may grow at its
+/// end. All methods are called by several threads at once.
+pub trait Layout: fmt::Debug + Send + Sync {
+    /// The extent of the first `shards` shards.
+    ///
+    /// # Panics
+    /// When there are fewer shards.
+    fn extent(&self, shards: usize) -> Extent;
+
+    /// The window that holds row `row` of `extent`, and the row's number in the window. The tail is row `extent.rows`.
+    fn locate(&self, extent: &Extent, row: u64) -> (LayoutWindow, usize);
+
+    /// Writes the rows of `window` to `plan`, which is empty. `lengths` are the tokens of the documents that the window
+    /// asks for, without specials.
+    fn plan(&self, window: &LayoutWindow, lengths: &[u32], plan: &mut WindowPlan);
+
+    /// Bytes of the layout's own tables.
+    fn index_bytes(&self) -> u64;
+}
+
+/// The lengths of all non-empty documents of a shard, in tokens without specials. Reading them may fail.
+pub type Lengths<'a> = &'a dyn Fn(usize) -> Result<Arc<[u32]>>;
+
+/// The name of the layout that `config` asks for. Saved states carry it.
+pub fn name_of(_config: &Config) -> &'static str {
+    concat::NAME
+}
+
+/// The layout that `config` asks for, over `stream`. A layout whose tables need document lengths reads them here,
+/// shard by shard.
+pub fn open(config: &Config, stream: &Arc<Stream>, _lengths: Lengths<'_>) -> Result<Box<dyn Layout>> {
+    Ok(Box::new(concat::Concat::new(Arc::clone(stream), config.seq_len, config.row_tokens())))
+}

@@ -15,9 +15,9 @@ use crate::buffer::pool::Pool;
 use crate::buffer::{BufferSource, Lease};
 use crate::error::{Error, Result};
 use crate::fill::{Ahead, Id, Row};
-use crate::loader::sources::{Growth, Orders, RowRead};
+use crate::loader::sources::{Growth, Orders, RowRead, RowReads};
 use crate::proof::checksum::Checksum;
-use crate::read::{Prepared, Scratch, StreamLocation};
+use crate::read::{Padding, Prepared, RowRequest, Scratch, StreamLocation};
 use crate::settings::Remainder;
 use crate::tokens::Dtype;
 
@@ -33,7 +33,7 @@ pub(super) struct WorkerMemory {
     /// A row of ids on its way to two arrays, one token apart.
     pub(super) row: Vec<i64>,
     pub(super) rows: Vec<PositionedRow>,
-    pub(super) reads: Vec<Option<RowRead>>,
+    pub(super) reads: RowReads,
 }
 
 impl Session {
@@ -46,18 +46,18 @@ impl Session {
         rows: &[PositionedRow],
     ) -> Result<Arc<Batch>> {
         let mut worker = WorkerMemory::default();
-        let mut reads = Vec::with_capacity(rows.len());
-        self.reads_into(growth, rows, &mut worker.orders, &mut reads);
-        let bytes = self.layout(&reads).bytes;
+        let mut reads = RowReads::default();
+        self.reads_into(growth, rows, &mut worker.orders, &mut worker.scratch, &mut reads)?;
+        let bytes = self.layout(&reads.rows).bytes;
         let memory: Arc<dyn BufferSource> = Arc::new(Pool::new(bytes, 0));
         let lease = Lease::new(&memory, bytes);
         Ok(Arc::new(self.compute(start, step, &reads, lease, &mut worker)?))
     }
 
     /// Whether a row holds fewer tokens than it has places.
-    fn has_padding(&self, places: &[Option<RowRead>]) -> bool {
-        let full = |place: &RowRead| place.tokens.end - place.tokens.start == self.config.row_tokens();
-        self.grouping.remainder != Remainder::Wrap && !places.iter().all(|place| place.as_ref().is_some_and(full))
+    fn has_padding(&self, rows: &[Option<RowRead>]) -> bool {
+        let full = |row: &RowRead| row.tokens == self.config.row_tokens();
+        self.grouping.remainder != Remainder::Wrap && !rows.iter().all(|row| row.as_ref().is_some_and(full))
     }
 
     /// The layout of a batch of `rows`.
@@ -74,19 +74,23 @@ impl Session {
         &self,
         start: (u64, u64),
         step: u64,
-        rows: &[Option<RowRead>],
+        reads: &RowReads,
         mut lease: Lease,
         worker: &mut WorkerMemory,
     ) -> Result<Batch> {
         let seq_len = self.config.seq_len as usize;
         let row_tokens = self.config.row_tokens() as usize;
+        let rows = &reads.rows;
         let layout = self.layout(rows);
         let targets_at = |index| layout.targets_at + index * seq_len * 8;
-        let mut next = rows.first().and_then(|row| self.find(row));
+        let mut next = rows.first().and_then(|row| self.find(reads, row));
         for (index, row) in rows.iter().enumerate() {
-            let spot = std::mem::replace(&mut next, rows.get(index + 1).and_then(|row| self.find(row)));
+            let spot = std::mem::replace(&mut next, rows.get(index + 1).and_then(|row| self.find(reads, row)));
             let ahead = next.map_or(Ahead::NONE, |spot| spot.ahead);
-            let row = row.as_ref().map(|place| (place, spot, ahead));
+            let row = row.as_ref().map(|place| {
+                let segments = reads.segments(place);
+                (place, RowRequest { segments, ends_chunk: place.ends_chunk, begin: spot, ahead })
+            });
             match (layout.kind, layout.input_dtype) {
                 (Kind::Overlapping, _) => {
                     let ids = lease.i64s(index * row_tokens * 8, row_tokens);
@@ -140,7 +144,7 @@ impl Session {
             let mut checksum = Checksum::default();
             for (index, place) in rows.iter().enumerate() {
                 if let Some(place) = place.as_ref().filter(|place| !place.repeated) {
-                    let tokens = batch.tokens(index, (place.tokens.end - place.tokens.start) as usize)?;
+                    let tokens = batch.tokens(index, place.tokens as usize)?;
                     checksum.add_row(place.source as u64, place.sequence, &tokens);
                 }
             }
@@ -159,11 +163,15 @@ impl Session {
     ) -> Result<Prepared> {
         let WorkerMemory { orders, rows, reads, scratch, .. } = worker;
         batch_rows_into(self.grouping, &run.epochs, start, rows);
-        self.reads_into(&run.growth, rows, orders, reads);
-        for place in reads.drain(..).flatten() {
+        self.reads_into(&run.growth, rows, orders, scratch, reads)?;
+        for (place, segments) in reads.iter() {
             let reader = &self.opened.sources.list()[place.source].reader;
-            if reader.decodes() {
-                let prepared = reader.decode_ahead(place.tokens, place.ends_chunk, number, scratch)?;
+            if !reader.decodes() {
+                continue;
+            }
+            for (index, segment) in segments.iter().enumerate() {
+                let ends_chunk = place.ends_chunk && index + 1 == segments.len();
+                let prepared = reader.decode_ahead(segment, ends_chunk, number, scratch)?;
                 if prepared != Prepared::Nothing {
                     return Ok(prepared);
                 }
@@ -183,47 +191,45 @@ impl Session {
             return;
         }
         let mut asked = false;
-        let WorkerMemory { orders, rows, reads, .. } = worker;
+        let WorkerMemory { orders, rows, reads, scratch, .. } = worker;
         batch_rows_into(self.grouping, &run.epochs, start, rows);
-        self.reads_into(&run.growth, rows, orders, reads);
-        for place in reads.drain(..).flatten() {
-            asked |= self.opened.sources.list()[place.source].reader.read_ahead(place.tokens);
+        // What fails here fails again when the batch is computed.
+        if self.reads_into(&run.growth, rows, orders, scratch, reads).is_err() {
+            return;
+        }
+        for (place, segments) in reads.iter() {
+            let reader = &self.opened.sources.list()[place.source].reader;
+            for segment in segments {
+                asked |= reader.read_ahead(segment);
+            }
         }
         if asked != cold {
             self.cold.store(asked, Ordering::Relaxed);
         }
     }
 
-    /// Where a row begins, if that is to be known without reading or decoding anything.
-    fn find(&self, row: &Option<RowRead>) -> Option<StreamLocation> {
-        let place = row.as_ref().filter(|place| !place.tokens.is_empty())?;
-        self.opened.sources.list()[place.source].reader.find(place.tokens.start)
+    /// Where a row begins, if that is known without reading or decoding anything.
+    fn find(&self, reads: &RowReads, row: &Option<RowRead>) -> Option<StreamLocation> {
+        let place = row.as_ref()?;
+        let first = reads.segments(place).first()?;
+        self.opened.sources.list()[place.source].reader.find(first.start)
     }
 
-    /// Writes the tokens of one row; the places after them hold `pad_id`, and their labels [`IGNORED_LABEL`]. Returns how many are tokens.
+    /// Writes one row; without a request the row is padding. Padded places hold `pad_id`, and their labels
+    /// [`IGNORED_LABEL`]. Returns how many places are not padded.
     fn fill_row<T: Id>(
         &self,
-        place: Option<(&RowRead, Option<StreamLocation>, Ahead)>,
+        request: Option<(&RowRead, RowRequest<'_>)>,
         row: Row<'_, T>,
         worker: &mut WorkerMemory,
     ) -> Result<usize> {
-        let Some((place, spot, ahead)) = place else {
-            row.pad(self.config.pad_id, IGNORED_LABEL);
+        let padding = Padding { id: self.config.pad_id, label: IGNORED_LABEL };
+        let Some((place, request)) = request else {
+            row.pad(padding.id, padding.label);
             return Ok(0);
         };
-        let reader = &self.opened.sources.list()[place.source].reader;
-        let (len, filled) = (row.len(), (place.tokens.end - place.tokens.start) as usize);
-        let (tokens, mut rest) = row.split_at(filled);
-        reader.fill(place.tokens.clone(), place.ends_chunk, tokens, spot, ahead, &mut worker.scratch)?;
-        if self.grouping.remainder == Remainder::Wrap && filled < len {
-            let stream_len = place.tokens.end;
-            while rest.len() > 0 {
-                let take = (rest.len() as u64).min(stream_len);
-                reader.fill(0..take, false, rest.take(take as usize), None, Ahead::NONE, &mut worker.scratch)?;
-            }
-            return Ok(len);
-        }
-        rest.pad(self.config.pad_id, IGNORED_LABEL);
-        Ok(filled)
+        let filled = request.segments.last().map_or(0, |segment| segment.place + segment.len);
+        self.opened.sources.list()[place.source].reader.fill(request, padding, row, &mut worker.scratch)?;
+        Ok(filled as usize)
     }
 }

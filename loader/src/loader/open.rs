@@ -7,7 +7,7 @@ use super::sources::{CorpusSource, CorpusSources};
 use crate::corpus::Corpus;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Access, OpenOptions};
-use crate::layout::concat::{Concat, Specials};
+use crate::layout;
 use crate::loader::state::StateValue;
 use crate::order;
 use crate::order::partition::Grouping;
@@ -50,13 +50,11 @@ impl Opened {
         let warnings = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
         let largest_block_bytes = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
         let cache = Arc::new(BlockCache::new(config.memory_budget));
-        let specials = Specials { bos: config.bos_id, eos: config.eos_id };
         let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
-            let layout = Concat::new(corpus.counts(), specials, config.seq_len, config.row_tokens());
-            let reader = Reader::new(Arc::new(corpus), layout, specials, Arc::clone(&cache), index);
-            CorpusSource::new(name, reader, config.seed)
+            let reader = Reader::new(Arc::new(corpus), &config, layout::open, Arc::clone(&cache), index)?;
+            Ok(CorpusSource::new(name, reader, config.seed))
         });
-        let sources = CorpusSources::new(&config, sources.collect())?;
+        let sources = CorpusSources::new(&config, sources.collect::<Result<_>>()?)?;
         Ok(Self { content: content_of(&config), config, sources, cache, warnings, largest_block_bytes })
     }
 
@@ -200,7 +198,7 @@ fn content_of(config: &Config) -> Vec<(&'static str, StateValue)> {
     let where_in = |used: bool, value: u64| StateValue::from(if used { value } else { 0 });
     vec![
         ("order", order::VERSION.into()),
-        ("layout", "concat".into()),
+        ("layout", layout::name_of(config).into()),
         ("seq_len", config.seq_len.into()),
         ("targets", if config.targets == Targets::Shifted { "shifted" } else { "labels" }.into()),
         ("bos_id", special(config.bos_id)),

@@ -151,7 +151,7 @@ impl Work for PassWork {
         }
         let start = batch_rows_into(session.grouping, &range.epochs, index, &mut worker.rows);
         let mut reads = std::mem::take(&mut worker.reads);
-        session.reads_into(&range.growth, &worker.rows, &mut worker.orders, &mut reads);
+        session.reads_into(&range.growth, &worker.rows, &mut worker.orders, &mut worker.scratch, &mut reads)?;
         let lease = lease.unwrap_or_else(|| Lease::new(&session.pool, session.batch_bytes));
         let filling = worker.scratch.tracer.begin();
         let batch = session.compute(start, index / global_batch, &reads, lease, worker);

@@ -1,9 +1,12 @@
 //! Finds the rows of a batch: the positions that one rank gets at one step, and what each of them reads.
 
 use super::session::Session;
-use super::sources::{Growth, Orders, RowRead};
+use super::sources::{Growth, Orders, RowReads};
+use crate::error::Result;
 use crate::order::epochs::EpochChain;
 use crate::order::partition::{BatchRow, Grouping};
+use crate::read::Scratch;
+use crate::settings::Remainder;
 
 /// A row of a batch, by its position.
 #[derive(Clone, Copy, Debug)]
@@ -54,15 +57,22 @@ impl Session {
         growth: &Growth,
         rows: &[PositionedRow],
         orders: &mut Orders,
-        reads: &mut Vec<Option<RowRead>>,
-    ) {
-        let read = |row: &PositionedRow| match *row {
-            PositionedRow::Position { epoch, position, repeated } => {
-                Some(RowRead { repeated, ..self.opened.sources.row_read(growth, orders, epoch, position) })
-            }
-            PositionedRow::Padding => None,
-        };
+        scratch: &mut Scratch,
+        reads: &mut RowReads,
+    ) -> Result<()> {
+        let sources = &self.opened.sources;
+        let wrap_to = (self.grouping.remainder == Remainder::Wrap).then(|| self.config.row_tokens());
         reads.clear();
-        reads.extend(rows.iter().map(read));
+        for row in rows {
+            match *row {
+                PositionedRow::Position { epoch, position, repeated } => {
+                    let mut read = sources.row_read(growth, orders, epoch, position);
+                    read.repeated = repeated;
+                    sources.add_row(read, wrap_to, scratch, reads)?;
+                }
+                PositionedRow::Padding => reads.rows.push(None),
+            }
+        }
+        Ok(())
     }
 }

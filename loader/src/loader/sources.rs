@@ -1,4 +1,4 @@
-//! CorpusSources: the opened corpora of a run, and which sequence of which stands at a position.
+//! Sources: the opened corpora of a run, and which sequence of which stands at a position.
 //!
 //! One corpus is a run of its own epochs, which may grow between two of them. Several are drawn from by a mixture's schedule.
 
@@ -8,13 +8,13 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::error::{Error, Result};
-use crate::layout::concat;
+use crate::layout::{self, Segment};
 use crate::loader::state::StateValue;
 use crate::order::holdout::Side;
 use crate::order::mixture::{Draw, Mixture};
 use crate::order::permutation::derive_key;
 use crate::order::{Arrangement, EpochOrder};
-use crate::read::Reader;
+use crate::read::{Reader, Scratch};
 use crate::settings::mixture::MixtureSettings;
 use crate::settings::{Config, Shuffle};
 
@@ -38,7 +38,7 @@ pub(crate) struct Growth(Arc<[(u64, u64)]>);
 /// What an epoch of a source consists of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Extent {
-    layout: concat::Extent,
+    layout: layout::Extent,
     /// Full sequences on the side that is delivered.
     sequences: u64,
     /// Whether tokens are left over that some row has to deliver.
@@ -72,11 +72,42 @@ pub(crate) struct RowRead {
     pub(crate) epoch: u64,
     /// Sequence of the source, over both sides of a holdout.
     pub(crate) sequence: u64,
-    pub(crate) tokens: Range<u64>,
+    /// The extent of the source in that epoch.
+    extent: layout::Extent,
+    /// Its segments, among those of its [`RowReads`].
+    segments: Range<u32>,
+    /// Tokens that it holds for the first time; the rest of the row is padding, or repeated.
+    pub(crate) tokens: u64,
     /// Whether the tokens after it belong to another time of the epoch.
     pub(crate) ends_chunk: bool,
     /// Whether it was delivered before, and only fills the last batch.
     pub(crate) repeated: bool,
+}
+
+/// What the rows of a batch read, and the segments of all of them. The memory is used again from batch to batch.
+#[derive(Debug, Default)]
+pub(crate) struct RowReads {
+    /// What each row reads; nothing where the row is padding.
+    pub(crate) rows: Vec<Option<RowRead>>,
+    segments: Vec<Segment>,
+}
+
+impl RowReads {
+    /// Removes all rows.
+    pub(crate) fn clear(&mut self) {
+        self.rows.clear();
+        self.segments.clear();
+    }
+
+    /// The segments of `read`, which is one of these rows.
+    pub(crate) fn segments(&self, read: &RowRead) -> &[Segment] {
+        &self.segments[read.segments.start as usize..read.segments.end as usize]
+    }
+
+    /// The rows that are not padding, each with its segments.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&RowRead, &[Segment])> {
+        self.rows.iter().flatten().map(|read| (read, self.segments(read)))
+    }
 }
 
 /// Orders of the epochs that a worker is in.
@@ -203,9 +234,9 @@ impl CorpusSources {
         let extent = self.extent_at(growth, epoch);
         match (&self.mixture, self.settings.side) {
             (Some((_, mixture)), _) => mixture.positions().saturating_mul(self.settings.seq_len),
-            (None, Side::All) => extent.layout.stream_len(),
+            (None, Side::All) => extent.layout.stream_len,
             (None, Side::Train(_)) => {
-                extent.layout.stream_len() - (extent.layout.num_sequences() - extent.sequences) * self.settings.seq_len
+                extent.layout.stream_len - (extent.layout.rows - extent.sequences) * self.settings.seq_len
             }
             (None, Side::Holdout(_)) => extent.sequences * self.settings.seq_len,
         }
@@ -213,11 +244,7 @@ impl CorpusSources {
 
     /// Sequences of the corpus in the newest epochs, over both sides of a holdout.
     pub(crate) fn all_sequences(&self, growth: &Growth) -> u64 {
-        if self.mixture.is_some() {
-            0
-        } else {
-            self.settings.extent(&self.list[0], growth.latest()).layout.num_sequences()
-        }
+        if self.mixture.is_some() { 0 } else { self.settings.extent(&self.list[0], growth.latest()).layout.rows }
     }
 
     /// Sequences that an epoch of a mixture's source has.
@@ -226,7 +253,7 @@ impl CorpusSources {
     }
 
     /// An epoch of source `index` under its newest shards: what stands in the corpus, its full sequences that are delivered, and their order.
-    pub(crate) fn order_of(&self, index: usize, epoch: u64) -> (concat::Extent, Arrangement, EpochOrder) {
+    pub(crate) fn order_of(&self, index: usize, epoch: u64) -> (layout::Extent, Arrangement, EpochOrder) {
         let source = &self.list[index];
         let Extent { layout, sequences, .. } = self.settings.extent(source, source.shards());
         let arrangement = self.settings.arrangement(sequences);
@@ -239,7 +266,7 @@ impl CorpusSources {
         self.settings.extent(source, shards)
     }
 
-    /// What stands at `position` of `epoch`, which lies within it.
+    /// What stands at `position` of `epoch`, which lies within it. Its segments are found by [`CorpusSources::add_row`].
     pub(crate) fn row_read(&self, growth: &Growth, orders: &mut Orders, epoch: u64, position: u64) -> RowRead {
         let (draw, shards) = match &self.mixture {
             Some((_, mixture)) => {
@@ -251,25 +278,49 @@ impl CorpusSources {
         let Draw { source: index, epoch, position } = draw;
         let source = &self.list[index];
         let extent = self.settings.extent(source, shards);
+        let read = |sequence, ends_chunk| RowRead {
+            source: index,
+            epoch,
+            sequence,
+            extent: extent.layout,
+            segments: 0..0,
+            tokens: 0,
+            ends_chunk,
+            repeated: false,
+        };
         if position >= extent.sequences {
-            let sequence = extent.layout.num_sequences();
-            return RowRead {
-                source: index,
-                epoch,
-                sequence,
-                tokens: extent.layout.row(sequence),
-                ends_chunk: false,
-                repeated: false,
-            };
+            return read(extent.layout.rows, false);
         }
         let order = orders.get((index, epoch), || {
             let arrangement = self.settings.arrangement(extent.sequences);
             EpochOrder::new(extent.sequences, arrangement, source.seed, epoch)
         });
         let at = order.sequence_at(position);
-        let sequence = self.settings.side.sequence(at);
-        let ends_chunk = order.ends_chunk(at);
-        RowRead { source: index, epoch, sequence, tokens: extent.layout.row(sequence), ends_chunk, repeated: false }
+        read(self.settings.side.sequence(at), order.ends_chunk(at))
+    }
+
+    /// Adds `read` to `reads`, with its segments. With `wrap_to`, a shorter row goes on with the start of the stream
+    /// until it has so many tokens.
+    pub(crate) fn add_row(
+        &self,
+        mut read: RowRead,
+        wrap_to: Option<u64>,
+        scratch: &mut Scratch,
+        reads: &mut RowReads,
+    ) -> Result<()> {
+        let segments = &mut reads.segments;
+        let first = segments.len();
+        self.list[read.source].reader.plan_row(&read.extent, read.sequence, scratch, segments)?;
+        read.tokens = segments[first..].iter().map(|segment| segment.len).sum();
+        let mut len = read.tokens;
+        while let Some(missing) = wrap_to.and_then(|wanted| wanted.checked_sub(len)).filter(|missing| *missing > 0) {
+            let again = missing.min(read.extent.stream_len);
+            segments.push(Segment::joined(0, again, len));
+            len += again;
+        }
+        read.segments = first as u32..segments.len() as u32;
+        reads.rows.push(Some(read));
+        Ok(())
     }
 
     /// Digest of all that has decided an epoch's order before `position`: stages begun and the sources they draw from.
@@ -307,9 +358,9 @@ impl CorpusSource {
 
 impl OrderSettings {
     fn extent(&self, source: &CorpusSource, shards: u64) -> Extent {
-        let layout = source.reader.layout().prefix(shards as usize);
-        let tail = layout.tail_tokens() > 0 && !matches!(self.side, Side::Holdout(_));
-        Extent { layout, sequences: self.side.count(layout.num_sequences()), tail }
+        let layout = source.reader.layout().extent(shards as usize);
+        let tail = layout.tail_tokens > 0 && !matches!(self.side, Side::Holdout(_));
+        Extent { layout, sequences: self.side.count(layout.rows), tail }
     }
 
     fn arrangement(&self, sequences: u64) -> Arrangement {

@@ -1,8 +1,11 @@
-//! Read: any stretch of the stream, written into a row.
+//! Read: writes the segments of a row into the row, and supplies what layouts ask for.
 
 mod block_cache;
+mod lengths;
 mod reader;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use block_cache::{BlockCache, Prepared};
 pub use reader::BlockPlace;
-pub(crate) use reader::{Reader, Scratch, StreamLocation};
+pub(crate) use reader::{Padding, Reader, RowRequest, Scratch, StreamLocation};

@@ -1,52 +1,95 @@
-//! Read: any stretch of the stream, written into a row.
+//! Reads the segments of a row into the row.
 //!
-//! Random-access blocks are borrowed from the mapping window by window. Other blocks are decoded whole into a cache that all
-//! workers share and that stays within its budget: a block in demand by several workers is decoded by one of them. Where it is known what
-//! batches to come will read, blocks that none of them needs make room first; else the block that was not used for longest. A row that only
-//! runs on into a block takes just the first tokens of it.
+//! Random-access blocks are borrowed from the mapping window by window. Other blocks are decoded whole into a
+//! cache that all workers share and that stays within its budget: when several workers need a block, one decodes
+//! it and the others wait. Blocks that no upcoming batch needs make room first. A row that ends a chunk and runs
+//! on into a block decodes only the first tokens of that block.
+//!
+//! The layout says which segments make a row. Where a layout asks for document lengths, this room supplies them
+//! and keeps the plans of windows.
 
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::block_cache::{BlockCache, Prepared};
+use super::lengths::DocumentLengths;
 use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::Result;
 use crate::fill::{Ahead, Id, Piece, Row, pieces, widen};
 use crate::format::{Access, DecodedBlock, Ends, EndsScratch, Shard};
-use crate::layout::concat::{Concat, Specials};
+use crate::layout::{Documents, Extent, Layout, LayoutWindow, Lengths, Segment, Specials, Stream, WindowPlan};
 use crate::observe::trace::Tracer;
+use crate::settings::Config;
+use crate::sync::lock;
 use crate::tokens::Tokens;
+
+/// Plans of windows that a reader keeps. A rank draws from two windows of each of its lanes.
+const KEPT_PLANS: usize = 64;
+
+/// Document lengths may take one byte in so many of `memory_budget`. A layout that asks for lengths has to leave that
+/// room; `concat` asks for none.
+const LENGTHS_SHARE: u64 = 8;
 
 /// Memory of one worker, reused from row to row.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
+    /// Ids of a window that is not mapped.
     tokens: Vec<u8>,
     ends: EndsScratch,
-    /// The beginning of a block that is not kept.
+    /// The first tokens of a block that the cache does not keep.
     prefix: DecodedBlock,
-    /// Time this worker spent decoding since it was last asked.
+    /// The plan of a window that needs no lengths.
+    plan: WindowPlan,
+    /// Where documents end in the rows read, if a caller asks for it: places just after each document.
+    pub(crate) borders: Option<Vec<u64>>,
+    /// Nanoseconds that this worker spent decoding since the last time they were taken.
     pub(crate) decode_nanos: u64,
     pub(crate) tracer: Tracer,
 }
 
-/// Where a stretch of the stream begins.
+/// Where a segment begins: its shard, its block, and its bytes if they are mapped.
+///
+/// The reader finds it for the next row while it fills this one, so that the next row's bytes can be fetched
+/// ahead.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StreamLocation {
-    /// Place in the stream.
+    /// Place in the stream of the source.
     at: u64,
     shard: usize,
     /// Place in the shard's stream.
     within: u64,
     block: usize,
-    /// Its bytes, where they are mapped.
+    /// The bytes there, if they are mapped.
     pub(crate) ahead: Ahead,
 }
 
-/// Where a block lies in the stream.
+/// What a row reads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowRequest<'a> {
+    /// The segments of the row, sorted by their place.
+    pub(crate) segments: &'a [Segment],
+    /// Whether the tokens after the row are read at another time of the epoch. Blocks that begin inside the last
+    /// segment are then decoded no further than needed.
+    pub(crate) ends_chunk: bool,
+    /// Where the first segment begins, if that was found before.
+    pub(crate) begin: Option<StreamLocation>,
+    /// Bytes that are read next.
+    pub(crate) ahead: Ahead,
+}
+
+/// Values of the places of a row that no segment covers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Padding {
+    pub(crate) id: u32,
+    pub(crate) label: i64,
+}
+
+/// Where a block lies in the stream of its source, and its size. The plan of a run simulates decoding with it.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockPlace {
-    /// The block's number in the corpus.
+    /// The block's number in the corpus: the shard in the upper 32 bits.
     pub block: u64,
     /// Its first stream token.
     pub start: u64,
@@ -58,39 +101,112 @@ pub struct BlockPlace {
     pub bytes: u64,
 }
 
-/// The stream of a corpus.
+/// A stretch of one block, at a place in a row.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    block: BlockRef,
+    /// First place in the block's stream, and the place after the last one.
+    from: u64,
+    to: u64,
+    /// Place of the stretch in the row.
+    place: u64,
+    /// Whether the block is decoded no further than the stretch needs.
+    prefix_only: bool,
+    /// Whether the ends of documents are looked up in the block.
+    borders: bool,
+}
+
+/// Reads the rows of one source.
 #[derive(Debug)]
 pub(crate) struct Reader {
     corpus: Arc<Corpus>,
-    layout: Concat,
+    stream: Arc<Stream>,
     specials: Specials,
-    /// Shared with the readers of other sources, among which this one's blocks go by `source`.
+    layout: Box<dyn Layout>,
+    lengths: DocumentLengths,
+    /// Plans of windows by their number; the oldest first.
+    plans: Mutex<VecDeque<(u64, Arc<WindowPlan>)>>,
+    /// Shared with the readers of other sources. Keys of blocks name the `source`.
     cache: Arc<BlockCache>,
     source: usize,
 }
 
 impl Reader {
+    /// A reader of `corpus` with the layout that `open` makes of its stream, usually [`crate::layout::open`].
     pub(crate) fn new(
         corpus: Arc<Corpus>,
-        layout: Concat,
-        specials: Specials,
+        config: &Config,
+        open: impl FnOnce(&Config, &Arc<Stream>, Lengths<'_>) -> Result<Box<dyn Layout>>,
         cache: Arc<BlockCache>,
         source: usize,
-    ) -> Self {
-        Self { corpus, layout, specials, cache, source }
+    ) -> Result<Self> {
+        let specials = Specials::of(config);
+        let stream = Arc::new(Stream::new(corpus.counts(), specials));
+        let lengths = DocumentLengths::new(Arc::clone(&corpus), config.memory_budget / LENGTHS_SHARE);
+        let layout = open(config, &stream, &|shard| lengths.of_shard(shard))?;
+        Ok(Self { corpus, stream, specials, layout, lengths, plans: Mutex::default(), cache, source })
     }
 
     pub(crate) fn corpus(&self) -> &Corpus {
         &self.corpus
     }
 
-    pub(crate) fn layout(&self) -> &Concat {
-        &self.layout
+    pub(crate) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    pub(crate) fn layout(&self) -> &dyn Layout {
+        &*self.layout
+    }
+
+    /// Bytes of the tables that place shards and rows.
+    pub(crate) fn index_bytes(&self) -> u64 {
+        self.stream.index_bytes() + self.layout.index_bytes()
+    }
+
+    /// Appends the segments of row `row` of `extent` to `segments`. Fails where the layout needs document lengths and
+    /// these cannot be read.
+    pub(crate) fn plan_row(
+        &self,
+        extent: &Extent,
+        row: u64,
+        scratch: &mut Scratch,
+        segments: &mut Vec<Segment>,
+    ) -> Result<()> {
+        let (window, row) = self.layout.locate(extent, row);
+        match &window.documents {
+            None => {
+                scratch.plan.clear();
+                self.layout.plan(&window, &[], &mut scratch.plan);
+                segments.extend_from_slice(scratch.plan.row(row));
+            }
+            Some((shard, documents)) => {
+                segments.extend_from_slice(self.plan_of(&window, *shard, documents)?.row(row));
+            }
+        }
+        Ok(())
+    }
+
+    /// The plan of a window that needs the lengths of `documents` of shard `shard`.
+    fn plan_of(&self, window: &LayoutWindow, shard: usize, documents: &Range<u64>) -> Result<Arc<WindowPlan>> {
+        if let Some((_, plan)) = lock(&self.plans).iter().find(|(number, _)| *number == window.number) {
+            return Ok(Arc::clone(plan));
+        }
+        let lengths = self.lengths.of_shard(shard)?;
+        let mut plan = WindowPlan::default();
+        self.layout.plan(window, &lengths[documents.start as usize..documents.end as usize], &mut plan);
+        let plan = Arc::new(plan);
+        let mut plans = lock(&self.plans);
+        if plans.len() >= KEPT_PLANS {
+            plans.pop_front();
+        }
+        plans.push_back((window.number, Arc::clone(&plan)));
+        Ok(plan)
     }
 
     /// Finds stream token `at`, where that takes no opening of its shard.
     pub(crate) fn find(&self, at: u64) -> Option<StreamLocation> {
-        let (shard, within) = self.layout.locate(at);
+        let (shard, within) = self.stream.locate(at);
         let opened = self.corpus.opened(shard)?;
         let block = self.specials.block_at(opened.before(), within);
         // With specials, places in the stream run ahead of tokens: too far by some lines at most.
@@ -102,39 +218,74 @@ impl Reader {
         Some(StreamLocation { at, shard, within, block, ahead })
     }
 
-    /// Writes stream tokens `range` over `row`. With `ends_chunk`, blocks that begin inside the row are read no further than needed.
-    /// `spot` is where the range begins, if that was found before, and what is read next lies `ahead`.
+    /// Writes what `request` asks for to `row`, and `padding` to the places that no segment covers.
     pub(crate) fn fill<T: Id>(
         &self,
-        range: Range<u64>,
+        request: RowRequest<'_>,
+        padding: Padding,
+        mut row: Row<'_, T>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let RowRequest { segments, ends_chunk, mut begin, ahead } = request;
+        let mut place = 0;
+        for (index, segment) in segments.iter().enumerate() {
+            if segment.place > place {
+                row.take((segment.place - place) as usize).pad(padding.id, padding.label);
+            }
+            let last = index + 1 == segments.len();
+            let part = row.take(segment.len as usize);
+            self.fill_segment(segment, ends_chunk && last, part, begin.take(), ahead, scratch)?;
+            place = segment.place + segment.len;
+        }
+        row.pad(padding.id, padding.label);
+        Ok(())
+    }
+
+    fn fill_segment<T: Id>(
+        &self,
+        segment: &Segment,
         ends_chunk: bool,
         mut row: Row<'_, T>,
-        spot: Option<StreamLocation>,
+        begin: Option<StreamLocation>,
         ahead: Ahead,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        debug_assert_eq!(range.end - range.start, row.len() as u64);
+        let range = segment.stream();
+        let borders = match (segment.documents, &mut scratch.borders) {
+            (_, None) => false,
+            (Documents::Joined, Some(_)) => true,
+            (Documents::One { ends, .. }, Some(borders)) => {
+                borders.extend(ends.then_some(segment.place + segment.len));
+                false
+            }
+        };
         let mut at = range.start;
         while at < range.end {
-            let found = spot.filter(|spot| spot.at == at);
-            let (index, within) = found.map_or_else(|| self.layout.locate(at), |spot| (spot.shard, spot.within));
+            let found = begin.filter(|begin| begin.at == at);
+            let (index, within) = found.map_or_else(|| self.stream.locate(at), |begin| (begin.shard, begin.within));
             let shard = self.corpus.shard(index)?;
-            let first = found.map(|spot| spot.block);
+            let first = found.map(|begin| begin.block);
             for (block, part) in self.stretches(&shard, first, within, range.end - at) {
                 let filled = row.take((part.end - part.start) as usize);
                 let next = at + filled.len() as u64;
-                let prefix_only = ends_chunk && at > range.start;
-                let block = BlockRef { shard: index as u32, block: block as u32 };
-                self.fill_from_block(&shard, block, part, prefix_only, filled, ahead, scratch)
-                    .map_err(|error| error.at(shard.shard().path()).in_block(u64::from(block.block)))?;
+                let stretch = Stretch {
+                    block: BlockRef { shard: index as u32, block: block as u32 },
+                    from: part.start,
+                    to: part.end,
+                    place: segment.place + (at - range.start),
+                    prefix_only: ends_chunk && at > range.start,
+                    borders,
+                };
+                self.fill_stretch(&shard, stretch, filled, ahead, scratch)
+                    .map_err(|error| error.at(shard.shard().path()).in_block(block as u64))?;
                 at = next;
             }
         }
         Ok(())
     }
 
-    /// The blocks that hold the up to `len` tokens from `within` of a shard's stream, each with its stretch of its own stream; the first one is
-    /// searched for if it is not known.
+    /// The blocks that hold up to `len` tokens from place `within` of a shard's stream, each with a stretch of the
+    /// block's own stream. The first block is searched for if it is not known.
     fn stretches<'a>(
         &self,
         shard: &'a OpenShard,
@@ -152,28 +303,27 @@ impl Reader {
         })
     }
 
-    #[allow(clippy::too_many_arguments)] // each is a different fact about the one stretch
-    fn fill_from_block<T: Id>(
+    fn fill_stretch<T: Id>(
         &self,
         opened: &OpenShard,
-        block: BlockRef,
-        range: Range<u64>,
-        prefix_only: bool,
+        stretch: Stretch,
         row: Row<'_, T>,
         ahead: Ahead,
         scratch: &mut Scratch,
     ) -> Result<()> {
+        let Stretch { block, from, to, prefix_only, .. } = stretch;
         let index = block.block as usize;
+        let tokens_alone = self.specials.none() && !stretch.borders;
         match opened.shard() {
-            Shard::Random(shard) if self.specials.none() => {
-                let tokens = shard.tokens(index, range, &mut scratch.tokens)?;
+            Shard::Random(shard) if tokens_alone => {
+                let tokens = shard.tokens(index, from..to, &mut scratch.tokens)?;
                 widen(row, &tokens, ahead)
             }
             Shard::Random(shard) => {
                 let meta = &shard.info().blocks[index];
                 let ends = shard.ends(index, &mut scratch.ends)?;
-                let buffer = &mut scratch.tokens;
-                self.fill_pieces(&ends, meta.tokens, opened.continues(index), range, row, |part, tokens| {
+                let (buffer, borders) = (&mut scratch.tokens, &mut scratch.borders);
+                self.fill_pieces(&ends, meta.tokens, opened.continues(index), stretch, row, borders, |part, tokens| {
                     widen(part, &shard.tokens(index, tokens, buffer)?, ahead)
                 })
             }
@@ -183,16 +333,16 @@ impl Reader {
                 let mut decoded_here = false;
                 let key = (self.source, block);
                 let shared;
-                let held = if prefix_only { self.cache.held(key, range.end - range.start) } else { None };
+                let held = if prefix_only { self.cache.held(key, to - from) } else { None };
                 let decoded = if prefix_only && held.is_none() {
                     decoded_here = true;
-                    shard.decode_into(index, Some(range.end), &mut scratch.prefix)?;
+                    shard.decode_into(index, Some(to), &mut scratch.prefix)?;
                     self.cache.count(&scratch.prefix);
                     &scratch.prefix
                 } else {
                     shared = match held {
                         Some(block) => block,
-                        None => self.cache.get(key, range.end - range.start, meta.decoded_bytes, |block| {
+                        None => self.cache.get(key, to - from, meta.decoded_bytes, |block| {
                             decoded_here = true;
                             shard.decode_into(index, None, block)
                         })?,
@@ -205,32 +355,45 @@ impl Reader {
                 }
                 let all = Tokens::new(shard.block_dtype(), &decoded.bytes);
                 let slice = |tokens: Range<u64>| all.slice(tokens.start as usize..tokens.end as usize);
-                if self.specials.none() {
-                    return widen(row, &slice(range), ahead);
+                if tokens_alone {
+                    return widen(row, &slice(from..to), ahead);
                 }
-                let ends = Ends::List(&decoded.ends);
                 // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
-                self.fill_pieces(&ends, tokens, opened.continues(index), range, row, |part, tokens| {
+                let (ends, borders) = (decoded.document_ends(), &mut scratch.borders);
+                self.fill_pieces(&ends, tokens, opened.continues(index), stretch, row, borders, |part, tokens| {
                     widen(part, &slice(tokens), ahead)
                 })
             }
         }
     }
 
+    #[allow(clippy::too_many_arguments)] // each is a different fact about the one stretch
     fn fill_pieces<T: Id>(
         &self,
         ends: &Ends<'_>,
         tokens: u64,
         continues: bool,
-        range: Range<u64>,
+        stretch: Stretch,
         mut row: Row<'_, T>,
+        borders: &mut Option<Vec<u64>>,
         mut fill: impl FnMut(Row<'_, T>, Range<u64>) -> Result<()>,
     ) -> Result<()> {
         let Specials { bos, eos } = self.specials;
-        pieces(ends, tokens, continues, (bos.is_some(), eos.is_some()), range.start, range.end, |piece| {
-            let len = if let Piece::Tokens { len, .. } = piece { len as usize } else { 1 };
-            let part = row.take(len);
+        let Stretch { from, to, mut place, .. } = stretch;
+        pieces(ends, tokens, continues, (bos.is_some(), eos.is_some()), from, to, |piece| {
+            let len = match piece {
+                Piece::Tokens { len, .. } => len,
+                Piece::Bos | Piece::Eos => 1,
+                Piece::End => {
+                    if let Some(borders) = borders.as_mut().filter(|_| stretch.borders) {
+                        borders.push(place);
+                    }
+                    return Ok(());
+                }
+            };
+            let part = row.take(len as usize);
+            place += len;
             let special = |part: Row<'_, T>, id: Option<u32>| {
                 let id = id.expect("asked for only if set");
                 part.pad(id, i64::from(id));
@@ -239,14 +402,15 @@ impl Reader {
                 Piece::Bos => special(part, bos),
                 Piece::Eos => special(part, eos),
                 Piece::Tokens { start, len } => fill(part, start..start + len)?,
+                Piece::End => {}
             }
             Ok(())
         })
     }
 
-    /// The block that holds stream token `at`; in a shard that is not open, blocks are taken to be equal.
+    /// The block that holds stream token `at`. Blocks of a shard that is not open are taken to be equal.
     pub(crate) fn block_at(&self, at: u64) -> BlockPlace {
-        let (index, within) = self.layout.locate(at);
+        let (index, within) = self.stream.locate(at);
         let shard_start = at - within;
         let number = |block: u64| ((index as u64) << 32) + block;
         if let Some(opened) = self.corpus.opened(index) {
@@ -283,17 +447,18 @@ impl Reader {
         self.corpus.access() == Access::Block
     }
 
-    /// Decodes the first block of stream tokens `range` that nobody has, for batch `number`, if there is room for it.
+    /// Decodes the first block of `segment` that nobody has, for batch `number`, if there is room for it.
     pub(crate) fn decode_ahead(
         &self,
-        range: Range<u64>,
+        segment: &Segment,
         ends_chunk: bool,
         number: u64,
         scratch: &mut Scratch,
     ) -> Result<Prepared> {
+        let range = segment.stream();
         let mut at = range.start;
         while at < range.end {
-            let (index, within) = self.layout.locate(at);
+            let (index, within) = self.stream.locate(at);
             let opened = self.corpus.shard(index)?;
             let Shard::Block(shard) = opened.shard() else { return Ok(Prepared::Nothing) };
             for (block, part) in self.stretches(&opened, None, within, range.end - at) {
@@ -323,19 +488,21 @@ impl Reader {
         self.corpus.access() == Access::Random
     }
 
-    /// Asks for the windows of stream tokens `range` that are not in memory to be read ahead. Returns whether there were any.
-    pub(crate) fn read_ahead(&self, range: Range<u64>) -> bool {
+    /// Asks the system to read the windows of `segment` that are not in memory. Returns whether there were any.
+    pub(crate) fn read_ahead(&self, segment: &Segment) -> bool {
+        let range = segment.stream();
         let mut at = range.start;
         let mut asked = false;
         while at < range.end {
-            let (index, within) = self.layout.locate(at);
-            // Opening a shard is left to whoever reads it: the first batch must not wait for those of all windows ahead.
+            let (index, within) = self.stream.locate(at);
+            // The worker that reads a shard opens it: the first batch must not wait for the shards of all windows
+            // ahead.
             let Some(opened) = self.corpus.opened(index) else { return true };
             let Shard::Random(shard) = opened.shard() else { return false };
             for (block, part) in self.stretches(&opened, None, within, range.end - at) {
                 at += part.end - part.start;
                 let tokens = shard.info().blocks[block].tokens;
-                // With specials, stream places run ahead of tokens by at most one per document: asking a little too far is harmless.
+                // With specials, places in the stream run ahead of tokens: asking a little too far is harmless.
                 let wanted = part.start.min(tokens)..part.end.min(tokens);
                 if !shard.is_resident(block, wanted.clone()) {
                     shard.will_need(block, wanted);

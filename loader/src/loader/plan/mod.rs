@@ -9,6 +9,8 @@ mod of_loader;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
+use crate::error::Result;
+use crate::layout::Segment;
 use crate::order::partition::Grouping;
 use crate::order::permutation::Permutation;
 use crate::order::{Arrangement, EpochOrder};
@@ -292,8 +294,8 @@ pub fn neighbours(order: &EpochOrder, arrangement: Arrangement) -> Distance {
 pub struct Reads {
     /// The source.
     pub source: usize,
-    /// Tokens of its stream.
-    pub tokens: Range<u64>,
+    /// Stretches of its stream.
+    pub segments: Vec<Segment>,
     /// Whether the tokens after it belong to another time of the epoch.
     pub ends_chunk: bool,
 }
@@ -306,7 +308,7 @@ pub struct Simulated<'a> {
     /// Steps of the pass.
     pub steps: u64,
     /// What a rank's rows of a step read; nothing for padding.
-    pub rows: &'a dyn Fn(u64, u64) -> Vec<Option<Reads>>,
+    pub rows: &'a dyn Fn(u64, u64) -> Result<Vec<Option<Reads>>>,
     /// The block of a source that holds a stream token.
     pub block_at: &'a dyn Fn(usize, u64) -> BlockPlace,
     /// Tokens of its files per token of a source's stream.
@@ -321,21 +323,21 @@ pub struct Simulated<'a> {
 
 impl Simulated<'_> {
     /// Decodes in thought what the ranks would decode.
-    pub fn decoding(&self) -> Decoding {
+    pub fn decoding(&self) -> Result<Decoding> {
         let Grouping { rank, world_size, batch_size, .. } = self.grouping;
         let rank_rows = self.steps.saturating_mul(batch_size);
         let mut total = Cache::default();
         if rank_rows.saturating_mul(world_size) <= self.most_rows {
             for rank in 0..world_size {
                 let mut one = Cache::default();
-                self.simulate(&mut one, rank, 0..self.steps);
+                self.simulate(&mut one, rank, 0..self.steps)?;
                 total.add(&one);
             }
-            return Decoding { ranks: world_size, whole_pass: true, ..total.decoding(0) };
+            return Ok(Decoding { ranks: world_size, whole_pass: true, ..total.decoding(0) });
         }
         if rank_rows <= self.most_rows {
-            self.simulate(&mut total, rank, 0..self.steps);
-            return Decoding { ranks: 1, whole_pass: true, ..total.decoding(0) };
+            self.simulate(&mut total, rank, 0..self.steps)?;
+            return Ok(Decoding { ranks: 1, whole_pass: true, ..total.decoding(0) });
         }
 
         // From the middle of the pass, after as many rows as bring the cache to what it holds from then on.
@@ -345,33 +347,42 @@ impl Simulated<'_> {
         let mut warm = begin;
         while warm < begin + half && (warm < begin + round || !total.evicted) {
             let end = (warm + round.min(64)).min(begin + half);
-            self.simulate(&mut total, rank, warm..end);
+            self.simulate(&mut total, rank, warm..end)?;
             warm = end;
         }
         let warm_up_rows = total.rows;
         total.forget_counts();
         // Whole rounds of windows, where one fits: a part of a round decodes more at its start than at its end.
         let measured = if round <= half { half / round * round } else { half };
-        self.simulate(&mut total, rank, warm..(warm + measured).min(self.steps));
-        Decoding { ranks: 1, whole_pass: false, ..total.decoding(warm_up_rows) }
+        self.simulate(&mut total, rank, warm..(warm + measured).min(self.steps))?;
+        Ok(Decoding { ranks: 1, whole_pass: false, ..total.decoding(warm_up_rows) })
     }
 
-    fn simulate(&self, cache: &mut Cache, rank: u64, steps: Range<u64>) {
+    fn simulate(&self, cache: &mut Cache, rank: u64, steps: Range<u64>) -> Result<()> {
         for step in steps {
-            for row in (self.rows)(rank, step) {
+            for row in (self.rows)(rank, step)? {
                 cache.rows += 1;
-                let Some(Reads { source, tokens, ends_chunk }) = row else { continue };
-                cache.delivered_tokens += (tokens.end - tokens.start) as f64 * (self.tokens_per_stream_token)(source);
-                let mut at = tokens.start;
-                while at < tokens.end {
-                    let place = (self.block_at)(source, at);
-                    // As `Reader::fill`: a block that a chunk's last row only runs on into is read no further than that.
-                    let prefix = (ends_chunk && place.start > tokens.start)
-                        .then(|| (tokens.end.min(place.start + place.len) - place.start).min(place.tokens));
-                    cache.read(source, place, prefix, self.cache_bytes);
-                    at = place.start + place.len;
+                let Some(Reads { source, segments, ends_chunk }) = row else { continue };
+                for (index, segment) in segments.iter().enumerate() {
+                    let ends_chunk = ends_chunk && index + 1 == segments.len();
+                    self.read(cache, source, segment.stream(), ends_chunk);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Reads `tokens` of a source's stream in thought.
+    fn read(&self, cache: &mut Cache, source: usize, tokens: Range<u64>, ends_chunk: bool) {
+        cache.delivered_tokens += (tokens.end - tokens.start) as f64 * (self.tokens_per_stream_token)(source);
+        let mut at = tokens.start;
+        while at < tokens.end {
+            let place = (self.block_at)(source, at);
+            // As `Reader::fill`: a block that a chunk's last row only runs on into is read no further than that.
+            let prefix = (ends_chunk && place.start > tokens.start)
+                .then(|| (tokens.end.min(place.start + place.len) - place.start).min(place.tokens));
+            cache.read(source, place, prefix, self.cache_bytes);
+            at = place.start + place.len;
         }
     }
 }
@@ -471,10 +482,10 @@ mod tests {
         let rows = |rank: u64, step: u64| {
             let read = |row: u64| {
                 let sequence = order.sequence_at(step * 4 * world_size + row * world_size + rank);
-                let tokens = sequence * 16..(sequence + 1) * 16;
-                Some(Reads { source: 0, tokens, ends_chunk: order.ends_chunk(sequence) })
+                let segments = vec![Segment::joined(sequence * 16, 16, 0)];
+                Some(Reads { source: 0, segments, ends_chunk: order.ends_chunk(sequence) })
             };
-            (0..4).map(read).collect()
+            Ok((0..4).map(read).collect())
         };
         let block_at = |_, at: u64| {
             let block = at / BLOCK;
@@ -491,7 +502,7 @@ mod tests {
             cache_bytes: cache_blocks * BLOCK * 4,
             most_rows,
         };
-        simulated.decoding()
+        simulated.decoding().unwrap()
     }
 
     #[test]

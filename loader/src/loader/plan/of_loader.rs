@@ -3,11 +3,13 @@
 use std::cell::RefCell;
 
 use super::super::Loader;
-use super::super::rows::{PositionedRow, batch_rows};
+use super::super::compute::WorkerMemory;
+use super::super::rows::batch_rows;
 use super::super::session::Session;
+use crate::error::Result;
 use crate::format::Access;
 use crate::loader::plan::{self, Decoding, MemoryPlan, PassCounts, PassPlan, Plan, Reads, Simulated, SourcePlan};
-use crate::loader::sources::{Growth, Orders};
+use crate::loader::sources::{Growth, RowRead};
 use crate::order::Arrangement;
 use crate::order::epochs::EpochChain;
 use crate::order::partition::Grouping;
@@ -15,7 +17,7 @@ use crate::settings::Shuffle;
 
 impl Loader {
     /// What the first pass of these settings comes to and costs. Reads no token and opens no shard; takes about a second at most.
-    pub fn plan(&self) -> Plan {
+    pub fn plan(&self) -> Result<Plan> {
         let session = &self.session;
         let growth = Growth::none(session.opened.sources.shards());
         let epochs = session.epoch_chain(&growth, 0);
@@ -23,12 +25,12 @@ impl Loader {
         let sources = (0..session.opened.sources.list().len()).map(|index| session.plan_source(index, &epochs, &pass));
         let decodes =
             session.opened.sources.list().iter().any(|source| source.reader.corpus().access() == Access::Block);
-        Plan {
+        Ok(Plan {
             sources: sources.collect(),
-            decoding: decodes.then(|| session.plan_decoding(&growth, &epochs, &pass)),
+            decoding: decodes.then(|| session.plan_decoding(&growth, &epochs, &pass)).transpose()?,
             memory: session.plan_memory(),
             pass,
-        }
+        })
     }
 }
 
@@ -44,7 +46,7 @@ impl Session {
             // Without growth, all epochs have the same tail, after the full rows.
             let of_epoch = self.opened.sources.tokens(growth, 0) - full * config.seq_len;
             if self.positions(growth, 0) > full {
-                tail_tokens = self.opened.sources.order_of(0, 0).0.tail_tokens();
+                tail_tokens = self.opened.sources.order_of(0, 0).0.tail_tokens;
                 let has_tail = |epoch: &u64| {
                     let index = epochs.index_of(*epoch, full);
                     index < delivered && epochs.at(index) == (*epoch, full)
@@ -87,10 +89,10 @@ impl Session {
             blocks: corpus.blocks(),
             documents: corpus.documents(),
             tokens: corpus.tokens(),
-            stream_tokens: extent.stream_len(),
+            stream_tokens: extent.stream_len,
             sequences: order.len(),
-            held_out_sequences: extent.num_sequences() - order.len(),
-            tail_tokens: extent.tail_tokens(),
+            held_out_sequences: extent.rows - order.len(),
+            tail_tokens: extent.tail_tokens,
             drawn_sequences,
             arrangement,
             displacement: plan::displacement(&order, arrangement),
@@ -98,25 +100,25 @@ impl Session {
         }
     }
 
-    fn plan_decoding(&self, growth: &Growth, epochs: &EpochChain, pass: &PassPlan) -> Decoding {
+    fn plan_decoding(&self, growth: &Growth, epochs: &EpochChain, pass: &PassPlan) -> Result<Decoding> {
         let grouping = self.grouping;
-        let orders = RefCell::new(Orders::default());
+        let memory = RefCell::new(WorkerMemory::default());
         let rows = |rank: u64, step: u64| {
             let of_rank = Grouping { rank, ..grouping };
             let (_, rows) = batch_rows(of_rank, epochs, step * grouping.global_batch());
-            let read = |row: &PositionedRow| match *row {
-                PositionedRow::Position { epoch, position, .. } => {
-                    let place = self.opened.sources.row_read(growth, &mut orders.borrow_mut(), epoch, position);
-                    Some(Reads { source: place.source, tokens: place.tokens, ends_chunk: place.ends_chunk })
-                }
-                PositionedRow::Padding => None,
+            let WorkerMemory { orders, scratch, reads, .. } = &mut *memory.borrow_mut();
+            self.reads_into(growth, &rows, orders, scratch, reads)?;
+            let simulated = |read: &RowRead| Reads {
+                source: read.source,
+                segments: reads.segments(read).to_vec(),
+                ends_chunk: read.ends_chunk,
             };
-            rows.iter().map(read).collect()
+            Ok(reads.rows.iter().map(|read| read.as_ref().map(simulated)).collect())
         };
         let list = self.opened.sources.list();
         let ratios: Vec<f64> = list
             .iter()
-            .map(|source| source.reader.corpus().tokens() as f64 / source.reader.layout().stream_len().max(1) as f64)
+            .map(|source| source.reader.corpus().tokens() as f64 / source.reader.stream().len().max(1) as f64)
             .collect();
         let windows = (0..list.len()).map(|index| match self.opened.sources.order_of(index, 0).1 {
             Arrangement::Block { lanes, window, .. } => lanes * window,
@@ -148,7 +150,7 @@ impl Session {
             held_blocks_bytes: config.num_threads.unwrap_or(1) * largest_block,
             cache_bytes: self.opened.cache.budget_bytes().min(decoded_bytes),
             index_bytes: corpora().map(|corpus| corpus.index_bytes()).sum::<u64>()
-                + self.opened.sources.list().iter().map(|source| source.reader.layout().index_bytes()).sum::<u64>(),
+                + self.opened.sources.list().iter().map(|source| source.reader.index_bytes()).sum::<u64>(),
             budget_bytes: config.memory_budget,
         }
     }
