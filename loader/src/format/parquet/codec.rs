@@ -1,7 +1,8 @@
-//! Decompression of page bodies: whole, or only as far as the levels at the beginning of a version 1 page reach.
+//! Codec: decompresses page bodies, whole or only as far as the levels reach.
 //!
-//! The sizes in page headers are checked before memory is taken for them, and a body that does not decompress to
-//! exactly its announced size is an error.
+//! The levels stand at the beginning of a version 1 page, so indexing needs only a prefix of the
+//! body. The sizes in page headers are untrusted. This module checks them before it allocates
+//! memory. It reports a body that does not decompress to exactly its announced size.
 
 use std::io::Read;
 
@@ -16,7 +17,8 @@ pub(super) enum Codec {
     Uncompressed,
     Snappy,
     Gzip,
-    /// Hadoop's framing, the frame format or raw blocks: writers disagreed.
+    /// Hadoop's framing, the LZ4 frame format or raw blocks. Writers disagreed about the meaning of
+    /// this codec.
     Lz4,
     Lz4Raw,
     Zstd,
@@ -50,7 +52,8 @@ impl Codec {
         }
     }
 
-    /// Most bytes that one compressed byte can become, rounded up; what announces more is damaged.
+    /// Largest number of bytes that one compressed byte can become, rounded up. A header that
+    /// announces more is damaged.
     const fn max_ratio(self) -> usize {
         match self {
             Self::Uncompressed => 1,
@@ -67,7 +70,7 @@ fn damaged(codec: Codec) -> Error {
     Error::data(format!("page does not decompress as {}", codec.name()))
 }
 
-/// Contexts kept from page to page.
+/// Decompression contexts, kept from page to page.
 #[derive(Default)]
 pub(super) struct Decompressor {
     zstd: Option<zstd::bulk::Decompressor<'static>>,
@@ -76,7 +79,7 @@ pub(super) struct Decompressor {
 }
 
 impl Decompressor {
-    /// The `size` bytes that `input` decompresses to, at the beginning of `out`.
+    /// Decompresses `input` to `size` bytes at the beginning of `out`, and returns them.
     pub(super) fn whole<'a>(
         &mut self,
         codec: Codec,
@@ -118,9 +121,11 @@ impl Decompressor {
         Ok(out)
     }
 
-    /// Like [`Decompressor::whole`], but stops as soon as `enough` says how many leading bytes are needed and they are
-    /// there; `enough` is asked again with more bytes as long as it wants more than it was shown. `out` then holds
-    /// that prefix, and maybe more.
+    /// Decompresses only the prefix of `input` that the caller needs.
+    ///
+    /// `enough` receives the bytes so far and returns the number of leading bytes needed. It is
+    /// called again with more bytes until it needs no more than it received. `out` then holds that
+    /// prefix, and maybe more.
     pub(super) fn prefix(
         &mut self,
         codec: Codec,
@@ -170,8 +175,8 @@ impl Decompressor {
                     gzip.read_exact(&mut out[have..]).map_err(failed)?;
                 }
             }
-            Codec::Snappy => unpack(codec, snappy_body(input, size)?, size, out, enough, snappy_step),
-            Codec::Lz4Raw => unpack(codec, input, size, out, enough, lz4_step),
+            Codec::Snappy => unpack(codec, snappy_body(input, size)?, size, out, enough, snappy_element),
+            Codec::Lz4Raw => unpack(codec, input, size, out, enough, lz4_element),
             Codec::Uncompressed | Codec::Lz4 => {
                 self.whole(codec, input, size, out)?;
                 out.truncate(size);
@@ -181,30 +186,31 @@ impl Decompressor {
     }
 }
 
-/// Bytes to append as they are, and then how far back to go for how many more.
-type Step<'a> = (&'a [u8], Option<(usize, usize)>);
+/// One element of a compressed stream: bytes to append, then a copy of (distance back, length).
+type Element<'a> = (&'a [u8], Option<(usize, usize)>);
 
-/// Decompresses by `step`, which takes one from the front of its input, until `enough` is there.
+/// Decompresses with `next`, which takes one element from the front of its input, until `enough` is
+/// satisfied.
 fn unpack<'a>(
     codec: Codec,
     mut input: &'a [u8],
     size: usize,
     out: &mut Vec<u8>,
     enough: impl Fn(&[u8]) -> usize,
-    step: impl Fn(&mut &'a [u8]) -> Option<Step<'a>>,
+    next: impl Fn(&mut &'a [u8]) -> Option<Element<'a>>,
 ) -> Result<()> {
     check_size(codec, input, size)?;
     out.clear();
     let mut wanted = enough(out).min(size);
     while out.len() < wanted {
-        let (literal, copy) = step(&mut input).ok_or_else(|| damaged(codec))?;
+        let (literal, copy) = next(&mut input).ok_or_else(|| damaged(codec))?;
         out.extend_from_slice(literal);
         if let Some((back, len)) = copy {
             let start = out.len().checked_sub(back).filter(|_| back > 0).ok_or_else(|| damaged(codec))?;
             if len > size.saturating_sub(out.len()) {
                 return Err(damaged(codec));
             }
-            // What is appended may be what is copied next.
+            // The copy may include bytes that it has just appended.
             for at in start..start + len {
                 out.push(out[at]);
             }
@@ -225,12 +231,12 @@ fn take<'a>(input: &mut &'a [u8], count: usize) -> Option<&'a [u8]> {
     Some(taken)
 }
 
-/// A little-endian number of `count` bytes.
+/// Reads a little-endian number of `count` bytes.
 fn number(input: &mut &[u8], count: usize) -> Option<usize> {
     Some(take(input, count)?.iter().rev().fold(0, |number, byte| number << 8 | usize::from(*byte)))
 }
 
-/// The elements of a raw Snappy stream, after its length, which must be `size`.
+/// The elements of a raw Snappy stream. They follow the stream's length, which must be `size`.
 fn snappy_body(input: &[u8], size: usize) -> Result<&[u8]> {
     let announced = snap::raw::decompress_len(input).map_err(|error| damaged(Codec::Snappy).with_source(error))?;
     if announced != size {
@@ -240,8 +246,9 @@ fn snappy_body(input: &[u8], size: usize) -> Result<&[u8]> {
     input.get(length..).ok_or_else(|| damaged(Codec::Snappy))
 }
 
-/// An element of Snappy's format: a literal, or a copy whose offset takes one, two or four bytes.
-fn snappy_step<'a>(input: &mut &'a [u8]) -> Option<Step<'a>> {
+/// Reads one element of Snappy's format: a literal, or a copy whose offset takes one, two or four
+/// bytes.
+fn snappy_element<'a>(input: &mut &'a [u8]) -> Option<Element<'a>> {
     let tag = number(input, 1)?;
     let len = (tag >> 2) + 1;
     Some(match tag & 3 {
@@ -256,8 +263,8 @@ fn snappy_step<'a>(input: &mut &'a [u8]) -> Option<Step<'a>> {
     })
 }
 
-/// A sequence of LZ4's block format: literals, and then a copy, but in the last one.
-fn lz4_step<'a>(input: &mut &'a [u8]) -> Option<Step<'a>> {
+/// Reads one sequence of LZ4's block format: literals and a copy. The last sequence has no copy.
+fn lz4_element<'a>(input: &mut &'a [u8]) -> Option<Element<'a>> {
     let long = |input: &mut &'a [u8], short: usize| {
         let mut len = short;
         while len >= 15 && (len - 15).is_multiple_of(255) {
@@ -291,7 +298,8 @@ fn check_size(codec: Codec, input: &[u8], size: usize) -> Result<()> {
     Ok(())
 }
 
-/// The first `size` bytes of `out`, which holds whatever was there: clearing what is written over takes time.
+/// The first `size` bytes of `out`, with unspecified content. Clearing bytes that are overwritten
+/// anyway takes time.
 fn room<'a>(codec: Codec, input: &[u8], size: usize, out: &'a mut Vec<u8>) -> Result<&'a mut [u8]> {
     check_size(codec, input, size)?;
     if size > out.capacity() {
@@ -306,7 +314,7 @@ fn room<'a>(codec: Codec, input: &[u8], size: usize, out: &'a mut Vec<u8>) -> Re
     Ok(&mut out[..size])
 }
 
-/// Fills `out` and counts one byte more where the stream goes on.
+/// Fills `out` and returns the number of bytes read. Counts one byte more if the stream goes on.
 fn read_to(mut reader: impl Read, out: &mut [u8]) -> std::io::Result<usize> {
     let mut at = 0;
     while at < out.len() {
@@ -328,7 +336,8 @@ fn legacy_lz4(input: &[u8], out: &mut [u8]) -> std::io::Result<usize> {
     lz4_flex::block::decompress_into(input, out).map_err(std::io::Error::other)
 }
 
-/// Frames of big-endian (decompressed size, compressed size, block); `None` where the bytes are not that.
+/// Reads frames of (decompressed size, compressed size, block) with big-endian sizes. Returns
+/// `None` if the bytes have another form.
 fn hadoop_lz4(mut input: &[u8], out: &mut [u8]) -> Option<usize> {
     let mut at = 0usize;
     while !input.is_empty() {
@@ -358,7 +367,7 @@ mod tests {
         }
     }
 
-    /// Runs of few and of many different bytes, as levels and values are.
+    /// Short and long runs with few and many different bytes, as levels and values have them.
     fn page() -> impl Strategy<Value = Vec<u8>> {
         let run =
             (prop::collection::vec(any::<u8>(), 1..40), 1usize..400).prop_map(|(bytes, times)| bytes.repeat(times));

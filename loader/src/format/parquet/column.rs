@@ -1,4 +1,7 @@
-//! The token column: which leaf it is, what shape its rows have and how wide its ids are.
+//! Column: chooses the token column of a schema.
+//!
+//! Gives the index of its leaf, the shape of its rows and the type of its ids. Fails, with the
+//! accepted types, on a column of any other type.
 
 use parquet::basic::{ConvertedType, LogicalType, Repetition, Type as Physical};
 use parquet::schema::types::{SchemaDescriptor, Type};
@@ -7,21 +10,21 @@ use super::super::choose_token_column;
 use crate::error::{Error, Result};
 use crate::tokens::Dtype;
 
-/// Types of ids, for messages.
+/// Accepted types of ids, for messages.
 const ACCEPTED: &str = "a list of, or plain, uint8, uint16, uint32, int32 or int64";
 
-/// The chosen column.
+/// The chosen token column.
 #[derive(Clone, Debug)]
 pub(super) struct Column {
     pub(super) name: String,
     /// Index among the leaves of the schema.
     pub(super) leaf: usize,
     pub(super) dtype: Dtype,
-    /// Whether a row is a list; otherwise it is one token.
+    /// Whether a row is a list. Otherwise a row is one token.
     pub(super) lists: bool,
-    /// Definition level of a token that is there.
+    /// Definition level of a token that is not null.
     pub(super) max_def: u32,
-    /// Definition level from which on an entry is a token, null or not.
+    /// Lowest definition level of an entry that is a token, null or not.
     pub(super) list_def: u32,
 }
 
@@ -47,8 +50,8 @@ impl Column {
         let descriptor = schema.column(leaf);
         let lists = descriptor.max_rep_level() == 1;
         let max_def = descriptor.max_def_level().unsigned_abs().into();
-        // Every optional node above the repeated one, and the repeated one itself, raise the level at which a list
-        // has an entry; an optional element below it raises it once more.
+        // Every optional node above the repeated one, and the repeated one itself, raise the level
+        // at which a list has an entry. An optional element below it raises the level once more.
         let list_def = match lists {
             false => 0,
             true if field.is_primitive() => 1,
@@ -57,12 +60,12 @@ impl Column {
         Ok(Self { name: name.to_owned(), leaf, dtype, lists, max_def, list_def })
     }
 
-    /// Bits of a definition level.
+    /// Number of bits of a definition level.
     pub(super) const fn def_width(&self) -> u32 {
         u32::BITS - self.max_def.leading_zeros()
     }
 
-    /// Bytes of a value in the physical type.
+    /// Number of bytes of a value in the physical type.
     pub(super) const fn physical_size(&self) -> usize {
         if self.dtype.size() == 8 { 8 } else { 4 }
     }
@@ -81,7 +84,8 @@ fn is_list(node: &Type) -> bool {
     info.converted_type() == ConvertedType::LIST || matches!(info.logical_type_ref(), Some(LogicalType::List))
 }
 
-/// The element node, if the field is a number, a repeated number, or a list of numbers in any of its spellings.
+/// The element node of `field`. The field must be a number, a repeated number, or a list of numbers
+/// in any of its spellings.
 fn shape(field: &Type) -> Option<&Type> {
     if field.is_primitive() {
         return Some(field);

@@ -1,4 +1,7 @@
-//! Whole row groups through the arrow reader: slower, but it knows every corner of the format.
+//! Fallback: decodes whole row groups with the arrow reader.
+//!
+//! The arrow reader is slower than [`super::values`], but it knows every corner of the format. The
+//! shard uses it for row groups with encodings that [`super::pages`] does not know.
 
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,20 +20,20 @@ use crate::error::{Error, Result};
 use crate::storage::local::SourceFile;
 use crate::tokens::Dtype;
 
-/// A decoded row group.
+/// One decoded row group.
 #[derive(Debug, Default)]
 pub(super) struct Decoded {
-    /// Token ids in the logical width; null tokens have some value.
+    /// Token ids in the logical width. Null tokens have an arbitrary value.
     pub(super) bytes: Vec<u8>,
-    /// Ends of its non-empty documents; empty where rows are tokens.
+    /// Ends of the non-empty documents. Empty if each row is a token.
     pub(super) ends: Vec<u32>,
-    /// Row, counted from the row group's first, of each non-empty document.
+    /// Row of each non-empty document, counted from the row group's first row.
     pub(super) rows: Vec<u64>,
     /// Row of the first null token.
     pub(super) null: Option<u64>,
 }
 
-/// The file as the parquet crate wants it.
+/// Gives the parquet crate access to the bytes of a file.
 struct Chunks(SourceFile);
 
 impl Length for Chunks {
@@ -43,7 +46,7 @@ impl ChunkReader for Chunks {
     type T = Box<dyn Read>;
 
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
-        // Only footers and page headers are read this way, a few kB each.
+        // The reader reads only footers and page headers this way, a few kB each.
         let end = self.0.len().min(start.saturating_add(1 << 20));
         let bytes = self.0.bytes(start..end.max(start)).map_err(|error| ParquetError::External(Box::new(error)))?;
         Ok(Box::new(std::io::Cursor::new(bytes)))
@@ -57,7 +60,7 @@ impl ChunkReader for Chunks {
 
 /// Decodes row group `index`.
 pub(super) fn read(file: &SourceFile, column: &Column, index: usize) -> Result<Decoded> {
-    // The reader asserts on some kinds of damage that it could report.
+    // The reader panics on some kinds of damage that it could report.
     catch_unwind(AssertUnwindSafe(|| read_inner(file, column, index)))
         .unwrap_or_else(|_| Err(Error::data(format!("row group {index} is damaged: the arrow reader gave up on it"))))
 }

@@ -1,7 +1,8 @@
-//! Page headers: the few fields of Thrift's compact protocol that a page walk needs.
+//! Header: parses page headers, which are structs of Thrift's compact protocol.
 //!
-//! The parquet crate keeps its own parser private. This one skips what it does not know, never reads past the slice it
-//! is given and tells "cut off" from "damaged", so that the caller can come back with more bytes.
+//! Reads the few fields that a walk over the pages needs, and skips all others. The parquet crate
+//! keeps its own parser private. This parser never reads past its slice. It distinguishes a header
+//! that is cut off from a damaged one, so that the caller can come back with more bytes.
 
 /// Encodings by their numbers in the format's Thrift file.
 pub(super) mod code {
@@ -13,65 +14,66 @@ pub(super) mod code {
     pub(in crate::format::parquet) const BYTE_STREAM_SPLIT: i32 = 9;
 }
 
-/// A data page of either version.
+/// Header of a data page, of either version.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct DataHeader {
     pub(super) num_values: i32,
     pub(super) encoding: i32,
     pub(super) def_encoding: i32,
     pub(super) rep_encoding: i32,
-    /// Byte lengths of repetition and definition levels, and whether the values are compressed; version 2 only.
-    pub(super) v2: Option<V2>,
+    /// Fields that only version 2 has.
+    pub(super) v2: Option<HeaderV2>,
 }
 
-/// What only pages of version 2 have.
+/// Byte lengths of the levels, and whether the values are compressed. Only pages of version 2 have
+/// these fields.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct V2 {
+pub(super) struct HeaderV2 {
     pub(super) rep_bytes: i32,
     pub(super) def_bytes: i32,
     pub(super) compressed: bool,
 }
 
-/// What a page is.
+/// Type of a page, with the fields of its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum PageKind {
     Data(DataHeader),
     Dictionary {
         num_values: i32,
         encoding: i32,
     },
-    /// Index pages and kinds still to come: passed over.
+    /// Index pages and page types of later versions. The walk skips them.
     Other,
 }
 
-/// A parsed page header.
+/// One parsed page header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
-    pub(super) kind: Kind,
+pub(super) struct PageHeader {
+    pub(super) kind: PageKind,
     pub(super) uncompressed: i32,
     pub(super) compressed: i32,
     pub(super) crc: Option<u32>,
-    /// Bytes the header itself takes.
+    /// Number of bytes of the header itself.
     pub(super) length: usize,
 }
 
-/// Why there is no header.
+/// Describes why parsing a header failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fault {
-    /// The bytes end inside it.
+pub(super) enum HeaderFault {
+    /// The bytes end inside the header.
     CutOff,
-    /// It is not one; what is wrong.
+    /// The bytes are not a valid header. The text describes the fault.
     Damaged(&'static str),
 }
 
-type Parse<T> = Result<T, Fault>;
+type Parse<T> = Result<T, HeaderFault>;
 
 // Wire types of the compact protocol.
 const TRUE: u8 = 1;
 const FALSE: u8 = 2;
 const STRUCT: u8 = 12;
 
-/// Nesting and element limits; real headers stay far below.
+/// Limit of nesting. Real headers stay far below it.
 const MAX_DEPTH: u32 = 16;
 
 struct Cursor<'a> {
@@ -81,7 +83,7 @@ struct Cursor<'a> {
 
 impl Cursor<'_> {
     fn byte(&mut self) -> Parse<u8> {
-        let byte = *self.bytes.get(self.at).ok_or(Fault::CutOff)?;
+        let byte = *self.bytes.get(self.at).ok_or(HeaderFault::CutOff)?;
         self.at += 1;
         Ok(byte)
     }
@@ -95,25 +97,25 @@ impl Cursor<'_> {
                 return Ok(value);
             }
         }
-        Err(Fault::Damaged("overlong integer"))
+        Err(HeaderFault::Damaged("overlong integer"))
     }
 
     fn i32(&mut self) -> Parse<i32> {
         let raw = self.varint()?;
         let value = (raw >> 1) as i64 ^ -((raw & 1) as i64);
-        i32::try_from(value).map_err(|_| Fault::Damaged("integer out of range"))
+        i32::try_from(value).map_err(|_| HeaderFault::Damaged("integer out of range"))
     }
 
     fn pass(&mut self, bytes: u64) -> Parse<()> {
         let left = (self.bytes.len() - self.at) as u64;
         if bytes > left {
-            return Err(Fault::CutOff);
+            return Err(HeaderFault::CutOff);
         }
         self.at += bytes as usize;
         Ok(())
     }
 
-    /// Next field of a struct as (id, wire type), or `None` at its end.
+    /// Next field of a struct as (id, wire type), or `None` at the end of the struct.
     fn field(&mut self, last: &mut i32) -> Parse<Option<(i32, u8)>> {
         let byte = self.byte()?;
         let wire = byte & 0x0f;
@@ -122,14 +124,14 @@ impl Cursor<'_> {
         }
         *last = match byte >> 4 {
             0 => self.i32()?,
-            delta => last.checked_add(i32::from(delta)).ok_or(Fault::Damaged("field id out of range"))?,
+            delta => last.checked_add(i32::from(delta)).ok_or(HeaderFault::Damaged("field id out of range"))?,
         };
         Ok(Some((*last, wire)))
     }
 
     fn skip(&mut self, wire: u8, depth: u32) -> Parse<()> {
         if depth > MAX_DEPTH {
-            return Err(Fault::Damaged("nested too deeply"));
+            return Err(HeaderFault::Damaged("nested too deeply"));
         }
         match wire {
             TRUE | FALSE => Ok(()),
@@ -166,17 +168,17 @@ impl Cursor<'_> {
                 }
                 Ok(())
             }
-            _ => Err(Fault::Damaged("unknown wire type")),
+            _ => Err(HeaderFault::Damaged("unknown wire type")),
         }
     }
 
-    /// Inside containers a boolean takes a byte of its own. Every element thus takes at least one byte, which bounds
-    /// the loops above by the slice.
+    /// Skips an element of a container. A boolean takes a byte of its own there. Every element thus
+    /// takes at least one byte, so the slice bounds the loops above.
     fn skip_element(&mut self, wire: u8, depth: u32) -> Parse<()> {
         if matches!(wire, TRUE | FALSE) { self.pass(1) } else { self.skip(wire, depth + 1) }
     }
 
-    /// Reads a struct whose integer and boolean fields go to `take`; everything else is skipped.
+    /// Reads a struct and passes its integer and boolean fields to `take`. Skips all other fields.
     fn structure(&mut self, mut take: impl FnMut(i32, i32)) -> Parse<()> {
         let mut last = 0;
         while let Some((id, wire)) = self.field(&mut last)? {
@@ -192,7 +194,7 @@ impl Cursor<'_> {
 }
 
 /// Parses the page header at the start of `bytes`.
-pub(super) fn parse(bytes: &[u8]) -> Parse<Header> {
+pub(super) fn parse(bytes: &[u8]) -> Parse<PageHeader> {
     let mut cursor = Cursor { bytes, at: 0 };
     let mut last = 0;
     let (mut kind, mut uncompressed, mut compressed, mut crc) = (None, None, None, None);
@@ -221,7 +223,7 @@ pub(super) fn parse(bytes: &[u8]) -> Parse<Header> {
                     2 => encoding = value,
                     _ => {}
                 })?;
-                dictionary = Some(Kind::Dictionary { num_values, encoding });
+                dictionary = Some(PageKind::Dictionary { num_values, encoding });
             }
             (8, STRUCT) => {
                 let mut header = DataHeader {
@@ -231,7 +233,7 @@ pub(super) fn parse(bytes: &[u8]) -> Parse<Header> {
                     rep_encoding: code::RLE,
                     v2: None,
                 };
-                let mut v2 = V2 { compressed: true, ..V2::default() };
+                let mut v2 = HeaderV2 { compressed: true, ..HeaderV2::default() };
                 cursor.structure(|id, value| match id {
                     1 => header.num_values = value,
                     4 => header.encoding = value,
@@ -246,14 +248,14 @@ pub(super) fn parse(bytes: &[u8]) -> Parse<Header> {
             _ => cursor.skip(wire, 0)?,
         }
     }
-    let missing = Fault::Damaged("a required field is missing");
+    let missing = HeaderFault::Damaged("a required field is missing");
     let kind = match kind.ok_or(missing)? {
-        0 => Kind::Data(data.ok_or(missing)?),
+        0 => PageKind::Data(data.ok_or(missing)?),
         2 => dictionary.ok_or(missing)?,
-        3 => Kind::Data(data2.ok_or(missing)?),
-        _ => Kind::Other,
+        3 => PageKind::Data(data2.ok_or(missing)?),
+        _ => PageKind::Other,
     };
-    let header = Header {
+    let header = PageHeader {
         kind,
         uncompressed: uncompressed.ok_or(missing)?,
         compressed: compressed.ok_or(missing)?,
@@ -261,12 +263,12 @@ pub(super) fn parse(bytes: &[u8]) -> Parse<Header> {
         length: cursor.at,
     };
     let negative = match header.kind {
-        Kind::Data(data) => data.num_values < 0 || data.v2.is_some_and(|v2| v2.rep_bytes < 0 || v2.def_bytes < 0),
-        Kind::Dictionary { num_values, .. } => num_values < 0,
-        Kind::Other => false,
+        PageKind::Data(data) => data.num_values < 0 || data.v2.is_some_and(|v2| v2.rep_bytes < 0 || v2.def_bytes < 0),
+        PageKind::Dictionary { num_values, .. } => num_values < 0,
+        PageKind::Other => false,
     };
     if negative || header.uncompressed < 0 || header.compressed < 0 {
-        return Err(Fault::Damaged("a size is negative"));
+        return Err(HeaderFault::Damaged("a size is negative"));
     }
     Ok(header)
 }

@@ -1,12 +1,16 @@
-//! The inner loops of decoding, as portable code and for AVX2, chosen at run time.
+//! Kernels: the inner loops of decoding, as portable code and for AVX2. The choice is made at run
+//! time.
 //!
-//! Every kernel writes all of its output and nothing else, reads nothing outside of what it is given, and tells of what it met (an index too
-//! large, bits that ids must not have) instead of branching on it per value. Tests hold both versions against each other.
+//! Every kernel writes all of its output and nothing else, and reads nothing outside its input. It
+//! does not branch per value. Instead it returns evidence of unusual values: the largest index, or
+//! all bits that any id had. The caller checks this evidence once. Tests compare both versions of
+//! each kernel.
 
 use super::runs::{unpack_run, unpack_wide};
 use crate::error::Result;
 
-/// Widest values that the vector kernels unpack: a value and the bits before it in its first byte fit 32 bits.
+/// Widest values that the vector kernels unpack. A value and the bits before it in its first byte
+/// fit 32 bits.
 const MOST_BITS: u32 = 25;
 
 #[cfg(target_arch = "x86_64")]
@@ -19,18 +23,19 @@ pub(super) fn low<const W: usize>(value: u64) -> [u8; W] {
     std::array::from_fn(|i| bytes[i])
 }
 
-/// Unpacks an index of `width` bits for each of `out` and copies the entries they name. Returns the largest index; above `last`, what was written
-/// has no meaning.
+/// Unpacks one index of `width` bits per element of `out`, and copies the entries that the indices
+/// name.
 ///
-/// `packed` holds all of the indices, and may go on.
+/// Returns the largest index. If it is above `last`, the written ids have no meaning. `packed`
+/// holds all of the indices, and may be longer.
 ///
 /// # Panics
-/// When `entries` are not `last + 1` or more.
+/// If `entries` holds fewer than `last + 1` entries.
 pub(super) fn gather<const W: usize>(entries: &[u8], last: u32, packed: &[u8], width: u32, out: &mut [[u8; W]]) -> u32 {
     assert!(entries.len() / W > last as usize, "there are {} entries, and {last} is the last", entries.len() / W);
     #[cfg(target_arch = "x86_64")]
     if width <= MOST_BITS && has_avx2() {
-        // SAFETY: the processor has AVX2, just asked.
+        // SAFETY: `has_avx2` has just shown that the processor has AVX2.
         return unsafe { x86::gather(entries, last, packed, width, out) };
     }
     gather_portable(entries, last, packed, width, out)
@@ -38,30 +43,33 @@ pub(super) fn gather<const W: usize>(entries: &[u8], last: u32, packed: &[u8], w
 
 fn gather_portable<const W: usize>(entries: &[u8], last: u32, packed: &[u8], width: u32, out: &mut [[u8; W]]) -> u32 {
     let entries = &entries.as_chunks::<W>().0[..=last as usize];
-    let mut most = 0;
+    let mut largest = 0;
     let count = out.len();
     unpack_run(packed, width, count, |from, indices, valid| {
         for (id, &index) in out[from..from + valid].iter_mut().zip(indices) {
-            most = most.max(index);
+            largest = largest.max(index);
             *id = entries[index.min(last) as usize];
         }
     });
-    most
+    largest
 }
 
-/// Deltas of one width.
+/// Packed deltas of equal width.
 pub(super) struct Deltas<'a> {
-    /// How much more each is than what is packed.
+    /// Number to add to each packed delta.
     pub(super) minimum: u32,
-    /// At most 64; of more than 32 bits, the lower ones count.
+    /// Bits of a packed delta, at most 64. Of more than 32 bits, the lower 32 count.
     pub(super) width: u32,
-    /// Their bytes, and what follows them.
+    /// Bytes of the deltas, followed by further bytes.
     pub(super) packed: &'a [u8],
     pub(super) count: usize,
 }
 
-/// Fills `out` with running sums, from `value` on, of the deltas that `next` gives when told how many are wanted: one or more, and no more than
-/// that. Returns the bits that any sum had.
+/// Fills `out` with running sums of deltas, beginning with `value`. Returns the bits that any sum
+/// had.
+///
+/// `next` receives the number of deltas still needed. It returns at least one, and at most that
+/// many.
 pub(super) fn sums<'a, const W: usize>(
     value: u32,
     out: &mut [[u8; W]],
@@ -69,7 +77,7 @@ pub(super) fn sums<'a, const W: usize>(
 ) -> Result<u32> {
     #[cfg(target_arch = "x86_64")]
     if (W == 2 || W == 4) && has_avx2() {
-        // SAFETY: the processor has AVX2, just asked.
+        // SAFETY: `has_avx2` has just shown that the processor has AVX2.
         return unsafe { x86::sums(value, out, next) };
     }
     sums_portable(value, out, next)
@@ -84,8 +92,8 @@ fn sums_portable<'a, const W: usize>(
     while !out.is_empty() {
         let deltas = next(out.len())?;
         let (now, after) = out.split_at_mut(deltas.count);
-        let (last, met) = sum_portable(deltas.packed, deltas.width, deltas.minimum, value, now);
-        (value, bits, out) = (last, bits | met, after);
+        let (last, seen) = sum_portable(deltas.packed, deltas.width, deltas.minimum, value, now);
+        (value, bits, out) = (last, bits | seen, after);
     }
     Ok(bits)
 }
@@ -110,24 +118,25 @@ fn sum_portable<const W: usize>(
         return (value, bits);
     }
     unpack_run(packed, width, count, |from, deltas, valid| {
-        // Copies, because captured variables would go through memory once per id.
-        let (mut current, mut met) = (value, 0);
+        // These are local copies, because captured variables would go through memory once per id.
+        let (mut current, mut seen) = (value, 0);
         for (id, &delta) in out[from..from + valid].iter_mut().zip(deltas) {
             current = current.wrapping_add(minimum.wrapping_add(delta));
-            met |= current;
+            seen |= current;
             *id = low(u64::from(current));
         }
         value = current;
-        bits |= met;
+        bits |= seen;
     });
     (value, bits)
 }
 
-/// Copies 32-bit integers without their upper bytes; returns the bits that any had. `bytes` holds as many as `out`, or more.
+/// Copies 32-bit integers without their upper bytes, and returns the bits that any had. `bytes`
+/// holds at least as many integers as `out`.
 pub(super) fn narrow<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> u32 {
     #[cfg(target_arch = "x86_64")]
     if has_avx2() {
-        // SAFETY: the processor has AVX2, just asked.
+        // SAFETY: `has_avx2` has just shown that the processor has AVX2.
         return unsafe { x86::narrow(bytes, out) };
     }
     narrow_portable(bytes, out)
@@ -144,11 +153,11 @@ fn narrow_portable<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> u32 {
     bits
 }
 
-/// The bits that any of the 32-bit integers in `bytes` has.
+/// All bits that any of the 32-bit integers in `bytes` has.
 pub(super) fn any_bits(bytes: &[u8]) -> u32 {
     #[cfg(target_arch = "x86_64")]
     if has_avx2() {
-        // SAFETY: the processor has AVX2, just asked.
+        // SAFETY: `has_avx2` has just shown that the processor has AVX2.
         return unsafe { x86::any_bits(bytes) };
     }
     any_bits_portable(bytes)
@@ -159,12 +168,13 @@ fn any_bits_portable(bytes: &[u8]) -> u32 {
     bytes.as_chunks::<4>().0.iter().fold(0, |bits, word| bits | u32::from_le_bytes(*word))
 }
 
-/// Puts 32-bit integers together from their four streams of bytes, each as long as `out`; returns the bits that any had.
+/// Joins 32-bit integers from their four streams of bytes, and returns the bits that any had. Each
+/// stream is as long as `out`.
 pub(super) fn join<const W: usize>(streams: [&[u8]; 4], out: &mut [[u8; W]]) -> u32 {
     let streams = streams.map(|stream| &stream[..out.len()]);
     #[cfg(target_arch = "x86_64")]
     if (W == 2 || W == 4) && has_avx2() {
-        // SAFETY: the processor has AVX2, just asked.
+        // SAFETY: `has_avx2` has just shown that the processor has AVX2.
         return unsafe { x86::join(streams, out) };
     }
     join_portable(streams, out)
@@ -187,13 +197,14 @@ mod x86 {
 
     use super::*;
 
-    /// How eight values of one width are unpacked: four-byte windows that hold a value each are shuffled together, and shifted.
+    /// Instructions to unpack eight values of one width. A shuffle brings four-byte windows, each
+    /// with one value, together; a shift then aligns the values.
     #[derive(Clone, Copy)]
     #[repr(C, align(32))]
     struct Pattern {
         shuffle: [u8; 32],
         shifts: [u32; 8],
-        /// Byte of the second half.
+        /// First byte of the second four values.
         half: usize,
         mask: u32,
     }
@@ -235,8 +246,10 @@ mod x86 {
         width: usize,
     }
 
-    /// Bytes from which 16 values of up to [`MOST_BITS`] bits can be unpacked: the second eight begin at byte 25 at most, their second half 12
-    /// after that, and 16 bytes are loaded there.
+    /// Number of bytes from which 16 values of up to [`MOST_BITS`] bits can be unpacked.
+    ///
+    /// The second eight values begin at byte 25 at most. Their second half begins 12 bytes later,
+    /// and 16 bytes are loaded there.
     const WINDOW: usize = 64;
 
     impl Unpacker {
@@ -247,7 +260,7 @@ mod x86 {
             Self {
                 // SAFETY: both arrays are 32 bytes long.
                 shuffle: unsafe { _mm256_loadu_si256(pattern.shuffle.as_ptr().cast()) },
-                // SAFETY: as above.
+                // SAFETY: as above, both arrays are 32 bytes long.
                 shifts: unsafe { _mm256_loadu_si256(pattern.shifts.as_ptr().cast()) },
                 mask: _mm256_set1_epi32(pattern.mask as i32),
                 half: pattern.half,
@@ -255,13 +268,14 @@ mod x86 {
             }
         }
 
-        /// Values `8 * group..8 * group + 8`, of which there are two groups.
+        /// Values `8 * group..8 * group + 8`. There are two groups.
         #[inline]
         #[target_feature(enable = "avx2")]
         fn eight(&self, window: &[u8; WINDOW], group: usize) -> __m256i {
             debug_assert!(group < 2 && self.width <= MOST_BITS as usize);
             let at = group * self.width;
-            // SAFETY: `at` is 25 at most and `half` 12, so that both loads end within 53 of the window's bytes.
+            // SAFETY: `at` is 25 at most and `half` is 12 at most, so both loads end within the
+            // first 53 of the window's 64 bytes.
             let (low, high) = unsafe {
                 let start = window.as_ptr().add(at);
                 (_mm_loadu_si128(start.cast()), _mm_loadu_si128(start.add(self.half).cast()))
@@ -270,14 +284,15 @@ mod x86 {
             _mm256_and_si256(_mm256_srlv_epi32(bytes, self.shifts), self.mask)
         }
 
-        /// Bytes of 16 values.
+        /// Number of bytes of 16 values.
         #[inline]
         fn step(&self) -> usize {
             2 * self.width
         }
     }
 
-    /// The window at `at`; near the end of `packed`, its bytes and zeros in `padded`.
+    /// The window at `at`. Near the end of `packed`, `padded` receives the remaining bytes and
+    /// zeros.
     #[inline]
     fn window<'a>(packed: &'a [u8], at: usize, padded: &'a mut [u8; WINDOW]) -> &'a [u8; WINDOW] {
         match packed.get(at..).and_then(|rest| rest.first_chunk()) {
@@ -316,10 +331,10 @@ mod x86 {
         if W == 2 {
             let low = _mm256_set1_epi32(0xffff);
             let packed = _mm256_packus_epi32(_mm256_and_si256(first, low), _mm256_and_si256(second, low));
-            // SAFETY: `out` are 32 bytes.
+            // SAFETY: `out` is 32 bytes long.
             unsafe { _mm256_storeu_si256(out.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(packed)) };
         } else {
-            // SAFETY: `out` are 64 bytes.
+            // SAFETY: `out` is 64 bytes long.
             unsafe {
                 _mm256_storeu_si256(out.cast(), first);
                 _mm256_storeu_si256(out.add(8).cast(), second);
@@ -327,7 +342,7 @@ mod x86 {
         }
     }
 
-    /// The values of one window.
+    /// The 16 values of one window.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn values(unpacker: &Unpacker, window: &[u8; WINDOW]) -> [u32; 16] {
@@ -352,7 +367,7 @@ mod x86 {
         let unpacker = Unpacker::new(width);
         let mut padded = [0; WINDOW];
         let limit = _mm256_set1_epi32(last as i32);
-        let mut most = _mm256_setzero_si256();
+        let mut largest = _mm256_setzero_si256();
         let mut at = 0;
         let (wholes, rest) = out.as_chunks_mut::<16>();
         for ids in wholes {
@@ -360,32 +375,34 @@ mod x86 {
             let mut indices = [0u32; 16];
             for group in 0..2 {
                 let eight = unpacker.eight(window, group);
-                most = _mm256_max_epu32(most, eight);
-                // SAFETY: the array is 64 bytes long, of which the groups take 32 each.
+                largest = _mm256_max_epu32(largest, eight);
+                // SAFETY: the array is 64 bytes long, and each of the two groups takes 32 of them.
                 unsafe {
                     let at = indices.as_mut_ptr().add(8 * group);
                     _mm256_storeu_si256(at.cast(), _mm256_min_epu32(eight, limit));
                 }
             }
             for (id, index) in ids.iter_mut().zip(indices) {
-                // SAFETY: every index is `last` at most, and the caller found `last + 1` entries.
+                // SAFETY: every index is at most `last`, and the caller checked that there are
+                // `last + 1` entries.
                 *id = unsafe { *entries.as_ptr().cast::<[u8; W]>().add(index as usize) };
             }
             at += unpacker.step();
         }
-        let mut most = max_all(most);
+        let mut largest = max_all(largest);
         if !rest.is_empty() {
             let entries = &entries.as_chunks::<W>().0[..=last as usize];
             let values = values(&unpacker, window(packed, at, &mut padded));
             for (id, index) in rest.iter_mut().zip(values) {
-                most = most.max(index);
+                largest = largest.max(index);
                 *id = entries[index.min(last) as usize];
             }
         }
-        most
+        largest
     }
 
-    /// [`store`], for callers that are generic over more widths than they are called with.
+    /// Does the same as [`store`], for callers that are generic over more widths than they are
+    /// called with.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn store_any<const W: usize>(out: &mut [[u8; W]; 16], first: __m256i, second: __m256i) {
@@ -409,7 +426,7 @@ mod x86 {
         let mut padded = [0; WINDOW];
         let seventh = _mm256_set1_epi32(7);
         let mut bits = _mm256_setzero_si256();
-        // The last sum, in all places.
+        // The last sum, in all eight places.
         let mut carry = _mm256_set1_epi32(value as i32);
         while !out.is_empty() {
             let deltas = next(out.len())?;
@@ -418,9 +435,9 @@ mod x86 {
             let (wholes, rest) = now.as_chunks_mut::<16>();
             if deltas.width > MOST_BITS || !rest.is_empty() {
                 let value = _mm256_cvtsi256_si32(carry) as u32;
-                let (value, met) = sum_portable(deltas.packed, deltas.width, deltas.minimum, value, now);
+                let (value, seen) = sum_portable(deltas.packed, deltas.width, deltas.minimum, value, now);
                 carry = _mm256_set1_epi32(value as i32);
-                bits = _mm256_or_si256(bits, _mm256_set1_epi32(met as i32));
+                bits = _mm256_or_si256(bits, _mm256_set1_epi32(seen as i32));
                 continue;
             }
             let unpacker = Unpacker::new(deltas.width);
@@ -432,12 +449,13 @@ mod x86 {
                     let deltas = _mm256_add_epi32(unpacker.eight(window, group), least);
                     let pairs = _mm256_add_epi32(deltas, _mm256_slli_si256::<4>(deltas));
                     let lanes = _mm256_add_epi32(pairs, _mm256_slli_si256::<8>(pairs));
-                    // The lower lane's sum goes to all of the upper lane.
+                    // The sum of the lower lane goes to all places of the upper lane.
                     let lower = _mm256_shuffle_epi32::<0xff>(_mm256_permute2x128_si256::<0x08>(lanes, lanes));
                     _mm256_add_epi32(lanes, lower)
                 };
                 let (first, second) = (eight(0), eight(1));
-                // The chain from one carry to the next is what bounds the speed, so that it is as short as can be.
+                // The chain from one carry to the next limits the speed, so it is as short as
+                // possible.
                 let all = _mm256_add_epi32(
                     _mm256_permutevar8x32_epi32(first, seventh),
                     _mm256_permutevar8x32_epi32(second, seventh),
@@ -463,7 +481,7 @@ mod x86 {
         let (words, rest) = bytes[..4 * out.len()].as_chunks::<64>();
         let (wholes, ids) = out.as_chunks_mut::<16>();
         for (ids, words) in wholes.iter_mut().zip(words) {
-            // SAFETY: `words` are 64 bytes.
+            // SAFETY: `words` is 64 bytes long.
             let [first, second] = unsafe {
                 let start = words.as_ptr().cast::<__m256i>();
                 [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
@@ -489,16 +507,16 @@ mod x86 {
         for ((((ids, a), b), c), d) in wholes.iter_mut().zip(a).zip(b).zip(c).zip(d) {
             let mut load = [_mm256_setzero_si256(); 4];
             for ((load, bits), stream) in load.iter_mut().zip(&mut bits).zip([a, b, c, d]) {
-                // SAFETY: a chunk of a stream is 32 bytes.
+                // SAFETY: a chunk of a stream is 32 bytes long.
                 *load = unsafe { _mm256_loadu_si256(stream.as_ptr().cast()) };
                 *bits = _mm256_or_si256(*bits, *load);
             }
             let [a, b, c, d] = load;
             let out = ids.as_mut_ptr().cast::<__m256i>();
-            // Each lane unpacks by itself, which the stores put right.
+            // Each lane unpacks by itself. The stores below restore the order.
             let (low, high) = (_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b));
             if W == 2 {
-                // SAFETY: `ids` are 64 bytes.
+                // SAFETY: `ids` is 64 bytes long.
                 unsafe {
                     _mm256_storeu_si256(out, _mm256_permute2x128_si256::<0x20>(low, high));
                     _mm256_storeu_si256(out.add(1), _mm256_permute2x128_si256::<0x31>(low, high));
@@ -508,7 +526,7 @@ mod x86 {
             let (upper_low, upper_high) = (_mm256_unpacklo_epi8(c, d), _mm256_unpackhi_epi8(c, d));
             let (q0, q1) = (_mm256_unpacklo_epi16(low, upper_low), _mm256_unpackhi_epi16(low, upper_low));
             let (q2, q3) = (_mm256_unpacklo_epi16(high, upper_high), _mm256_unpackhi_epi16(high, upper_high));
-            // SAFETY: `ids` are 128 bytes.
+            // SAFETY: `ids` is 128 bytes long.
             unsafe {
                 _mm256_storeu_si256(out, _mm256_permute2x128_si256::<0x20>(q0, q1));
                 _mm256_storeu_si256(out.add(1), _mm256_permute2x128_si256::<0x20>(q2, q3));
@@ -540,7 +558,7 @@ mod tests {
         (0..length).map(|_| next()).collect()
     }
 
-    /// Value `index` of a packed run, bit by bit.
+    /// Value `index` of a packed run, read bit by bit.
     fn unpacked(packed: &[u8], width: u32, index: usize) -> u32 {
         (0..width as usize).fold(0, |value, bit| {
             let at = index * width as usize + bit;
@@ -564,10 +582,10 @@ mod tests {
         let last = entries as u32 - 1;
         let expected: Vec<[u8; W]> =
             indices.iter().map(|&index| table.as_chunks::<W>().0[index.min(last) as usize]).collect();
-        let most = indices.iter().copied().max().unwrap_or(0);
+        let largest = indices.iter().copied().max().unwrap_or(0);
         for kernel in [gather::<W>, gather_portable::<W>] {
             let mut out = vec![[0; W]; count];
-            assert_eq!(kernel(&table, last, &packed, width, &mut out), most);
+            assert_eq!(kernel(&table, last, &packed, width, &mut out), largest);
             assert_eq!(out, expected, "{width} bits, {count} values");
         }
 
@@ -581,7 +599,7 @@ mod tests {
                 low(u64::from(value & mask))
             })
             .collect();
-        // In portions of which only the last is odd.
+        // All portions but the last have an even length.
         let portion = [32, 64, 16, 300][seed as usize % 4];
         for vector in [true, false] {
             let mut out = vec![[0; W]; count];
@@ -592,8 +610,9 @@ mod tests {
                 done += count;
                 Ok(Deltas { minimum, width, packed: &packed[from..], count })
             };
-            let met = if vector { sums::<W>(start, &mut out, next) } else { sums_portable::<W>(start, &mut out, next) };
-            assert_eq!(met.unwrap(), bits);
+            let seen =
+                if vector { sums::<W>(start, &mut out, next) } else { sums_portable::<W>(start, &mut out, next) };
+            assert_eq!(seen.unwrap(), bits);
             assert_eq!(out, expected, "{width} bits, {count} values");
         }
     }

@@ -1,39 +1,42 @@
-//! Repetition and definition levels, as bitmaps of rows and tokens.
+//! Levels: reads repetition and definition levels as bitmaps of rows and tokens.
 //!
-//! Levels come in long runs, so they are spread into bit planes 64 entries at a time and counted with population
-//! counts. An *entry* is one pair of levels: a token, a null token, or the mark of an empty or null list.
+//! Takes the encoded levels of a page. Gives counts of its tokens, rows and documents, the offsets
+//! at which documents begin, and null tokens. Levels come in long runs. This module spreads them
+//! into bit planes, 64 entries at a time, and counts with population counts.
+//!
+//! An *entry* is one pair of levels: a token, a null token, or the mark of an empty or null list.
 
 use super::column::Column;
 use super::runs::{Run, Runs};
 use crate::error::{Error, Result};
 
-/// Levels of one page. Reused from page to page.
+/// The levels of one page. Reused from page to page.
 #[derive(Debug, Default)]
 pub(super) struct Levels {
     entries: usize,
-    /// Bit set where an entry continues its row.
+    /// A bit is set where an entry continues its row.
     continued: Vec<u64>,
-    /// Lower and upper bit of the definition levels; unused where all entries are tokens.
+    /// Lower and upper bits of the definition levels. Unused if all entries are tokens.
     low: Vec<u64>,
     high: Vec<u64>,
-    /// Bit set where an entry is a token (null or not); unused where all are.
+    /// A bit is set where an entry is a token, null or not. Unused if all entries are tokens.
     tokens: Vec<u64>,
     all_tokens: bool,
     lists: bool,
-    /// What was counted.
-    pub(super) counts: Counts,
+    /// Totals of the page's levels.
+    pub(super) counts: LevelCounts,
 }
 
 /// Totals of the levels of a page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counts {
-    /// Tokens, null ones included.
+pub(super) struct LevelCounts {
+    /// Number of tokens, null ones included.
     pub(super) tokens: usize,
-    /// Rows that begin.
+    /// Number of rows that begin in the page.
     pub(super) rows: usize,
-    /// Non-empty documents that begin.
+    /// Number of non-empty documents that begin in the page.
     pub(super) starts: usize,
-    /// Whether a token is null.
+    /// Whether any token is null.
     pub(super) nulls: bool,
     /// Whether the first entry begins a row.
     pub(super) begins_row: bool,
@@ -41,7 +44,8 @@ pub(super) struct Counts {
     pub(super) opens: bool,
     /// Whether the last entry is an empty row.
     pub(super) ends_empty: bool,
-    /// Which of the rows that begin holds the first document that begins.
+    /// Number of the row that contains the first document start, among the rows that begin in the
+    /// page.
     pub(super) first_start_row: usize,
 }
 
@@ -64,7 +68,7 @@ impl Levels {
     }
 
     fn count(&mut self, column: &Column) -> Result<()> {
-        let mut counts = Counts::default();
+        let mut counts = LevelCounts::default();
         let words = self.entries.div_ceil(64);
         self.tokens.clear();
         let (mut found_token, mut found_start) = (false, false);
@@ -73,7 +77,7 @@ impl Levels {
             let valid = self.valid(word);
             let row = self.row_bits(word) & valid;
             if self.all_tokens && row == 0 && found_token && valid == u64::MAX {
-                // Inside of a long document.
+                // These 64 entries lie inside a long document.
                 counts.tokens += 64;
                 continue;
             }
@@ -121,7 +125,7 @@ impl Levels {
         Ok(())
     }
 
-    /// Appends the token offsets at which documents begin, plus `base`, to `out`; offset 0 is left out.
+    /// Appends the token offset of each document start, plus `base`, to `out`. Leaves out offset 0.
     pub(super) fn push_starts(&self, base: u32, out: &mut Vec<u32>) {
         if !self.lists {
             return;
@@ -146,7 +150,7 @@ impl Levels {
         }
     }
 
-    /// How many rows have begun up to and with token `index` of the page.
+    /// Number of rows that begin up to token `index` of the page, its own row included.
     pub(super) fn rows_until(&self, index: usize) -> u64 {
         let (mut tokens, mut rows) = (0, 0u64);
         for word in 0..self.entries.div_ceil(64) {
@@ -165,7 +169,7 @@ impl Levels {
         rows
     }
 
-    /// Index, among the tokens of the page, of the first that is null.
+    /// Index of the first null token, among the tokens of the page.
     pub(super) fn first_null(&self, column: &Column) -> Option<usize> {
         if self.all_tokens {
             return None;
@@ -197,8 +201,11 @@ impl Levels {
     }
 }
 
-/// Appends the token offsets at which documents begin, plus `base`, to `out`, 0 left out; returns the tokens and the documents that begin. Takes
-/// nothing but the levels as they come in runs, and `None` of whatever is not a token, or damaged: [`Levels`] knows it all.
+/// Appends the token offset of each document start, plus `base`, to `out`, and leaves out offset 0.
+/// Returns the number of tokens and of document starts.
+///
+/// Reads the runs directly and builds no bitmaps. Returns `None` if any entry is not a token or the
+/// levels are damaged; [`Levels`] handles these pages.
 pub(super) fn push_starts(
     column: &Column,
     rep: &[u8],
@@ -252,7 +259,7 @@ fn damaged(what: &str) -> Error {
     Error::data(format!("page levels are damaged: {what}"))
 }
 
-/// Bits of the entries whose two-bit level is `level` or more.
+/// Bits of the entries whose two-bit level is at least `level`.
 fn at_least(low: u64, high: u64, level: u32) -> u64 {
     match level {
         0 => u64::MAX,
@@ -263,7 +270,7 @@ fn at_least(low: u64, high: u64, level: u32) -> u64 {
     }
 }
 
-/// The level all entries have, if runs alone say so.
+/// The level that all entries have, if the stream consists of runs of it.
 fn uniform(bytes: &[u8], width: u32, entries: usize) -> Result<Option<u32>> {
     let mut runs = Runs::new(bytes, width);
     let (mut level, mut left) = (None, entries);
@@ -333,7 +340,7 @@ fn little(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// The bits at even places, moved together.
+/// Moves the bits at even places together.
 fn even_bits(mut bits: u64) -> u64 {
     bits &= 0x5555_5555_5555_5555;
     bits = (bits | bits >> 1) & 0x3333_3333_3333_3333;
@@ -343,7 +350,7 @@ fn even_bits(mut bits: u64) -> u64 {
     (bits | bits >> 16) & 0x0000_0000_ffff_ffff
 }
 
-/// Sets `count` bits from bit `at` on.
+/// Sets `count` bits, beginning with bit `at`.
 fn set(plane: &mut [u64], at: usize, count: usize) {
     let (first, last) = (at / 64, (at + count - 1) / 64);
     let head = u64::MAX << (at % 64);
@@ -357,7 +364,7 @@ fn set(plane: &mut [u64], at: usize, count: usize) {
     }
 }
 
-/// Writes the lowest `count` of `bits` from bit `at` on, where zeros are so far.
+/// Writes the lowest `count` bits of `bits`, beginning with bit `at`. The plane has zeros there.
 fn append(plane: &mut [u64], at: usize, bits: u64, count: usize) {
     let bits = if count == 64 { bits } else { bits & ((1 << count) - 1) };
     let shift = at % 64;

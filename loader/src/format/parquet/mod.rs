@@ -1,9 +1,10 @@
 //! Parquet shards: one integer list column, decoded page by page.
 //!
-//! Opening reads the footer and walks the page headers and levels of the token column ([`pages`]); after that every
-//! block, a run of adjacent pages, is known by its tokens and documents. Decoding goes from page bodies straight to ids
-//! in their logical width ([`values`]). Row groups with something unfamiliar are left to arrow-rs ([`fallback`]).
-//! Every byte of the file is untrusted.
+//! Opening reads the footer and walks the page headers and levels of the token column ([`pages`]).
+//! A block is a run of adjacent pages; opening finds each block's number of tokens and documents.
+//! Decoding goes directly from page bodies to ids in their logical width ([`values`]). The arrow
+//! reader decodes row groups with unknown features ([`fallback`]). Every byte of the file is
+//! untrusted.
 
 mod codec;
 mod column;
@@ -27,17 +28,17 @@ use ::parquet::file::statistics::Statistics;
 use self::codec::{Codec, Decompressor};
 use self::column::Column;
 use self::levels::Levels;
-use self::pages::{Body, Coding, Page, RowGroup, Walk, Walker, Window};
+use self::pages::{Body, Coding, Page, RowGroup, Walk, Walker, ForwardReader};
 use self::values::{Dictionary, Encoded};
 use super::{AnyShard, BlockMeta, BlockShard, DecodedBlock, Format, OpenOptions, Recognised, Sample, Shard, ShardInfo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::local::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
-/// Magic and footer length at the end of a file.
+/// Number of bytes of the magic and the footer length at the end of a file.
 const TAIL_BYTES: u64 = 8;
 
-/// Tokens a block may have, so that its ends fit 32 bits.
+/// Largest number of tokens of a block, so that its ends fit 32 bits.
 const MAX_BLOCK_TOKENS: u64 = u32::MAX as u64;
 
 /// Opens `file`, whose content is known to be Parquet.
@@ -61,21 +62,22 @@ pub(crate) fn recognise(sample: &Sample<'_>) -> Recognised {
     Recognised::No
 }
 
-/// Which decoder row groups get.
+/// Decoder of the row groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Route {
-    /// Ours where it can, arrow-rs elsewhere.
+    /// Our page decoder for the row groups that it knows, and arrow-rs for the others.
     Pages,
-    /// Arrow-rs for all, to compare the two.
+    /// Arrow-rs for all row groups. Tests compare the two decoders.
     #[cfg(test)]
     Arrow,
 }
 
-/// An opened Parquet file.
+/// One open Parquet file.
 #[derive(Debug)]
 struct ParquetShard {
     info: ShardInfo,
-    /// The column that is decoded, with the type of the ids in decoded blocks: the smallest that holds all ids.
+    /// The token column. Its type is the type of decoded blocks: the smallest type that holds all
+    /// ids.
     column: Column,
     row_groups: Vec<RowGroup>,
     pages: Vec<Page>,
@@ -83,18 +85,19 @@ struct ParquetShard {
     ranges: Vec<Range<usize>>,
     /// Largest id, if all row groups have statistics.
     max_id: Option<i64>,
-    /// The dictionary used last, and its row group. Dictionaries are small beside a block, so one is enough.
+    /// The dictionary used last, and its row group. Any thread that decodes a block reads and
+    /// replaces it. Dictionaries are small compared with a block, so the shard keeps only one.
     dictionary: Mutex<Option<(u32, Arc<Dictionary>)>>,
 }
 
-/// What decoding a page borrows from its thread's [`Scratch`].
+/// Memory that decoding a page borrows from its thread's [`Scratch`].
 struct Context<'a> {
     levels: &'a mut Levels,
     decompressor: &'a mut Decompressor,
     plain: &'a mut Vec<u8>,
 }
 
-/// Memory kept by a thread from block to block.
+/// Memory that a thread keeps from block to block.
 #[derive(Default)]
 struct Scratch {
     file: Vec<u8>,
@@ -103,7 +106,7 @@ struct Scratch {
     decompressor: Decompressor,
 }
 
-/// Buffers above this are given back after a block.
+/// A thread frees buffers larger than this after a block.
 const KEEP_BYTES: usize = 16 << 20;
 
 thread_local! {
@@ -148,13 +151,13 @@ impl ParquetShard {
         let rows = u64::try_from(info.num_rows()).map_err(|_| Error::data("footer is damaged: negative row count"))?;
         let mut column = Column::choose(info.schema_descr(), options.token_column.as_deref())?;
         let mut walker = Walker::default();
-        let mut window = Window::new(&file, data_end);
+        let mut reader = ForwardReader::new(&file, data_end);
         let (mut row_groups, mut pages) = (Vec::new(), Vec::new());
         let mut rows_before = 0;
         for (index, group) in metadata.row_groups().iter().enumerate() {
             let number = u32::try_from(index).map_err(|_| Error::data("too many row groups"))?;
             let walk = match route {
-                Route::Pages => walker.walk(&mut window, &column, group, number, rows_before)?,
+                Route::Pages => walker.walk(&mut reader, &column, group, number, rows_before)?,
                 #[cfg(test)]
                 Route::Arrow => Walk::Unfamiliar(String::new()),
             };
@@ -179,7 +182,7 @@ impl ParquetShard {
             )));
         }
         if !column.lists {
-            // One document runs through the file.
+            // One document runs through the whole file.
             if let Some(first) = pages.first_mut() {
                 (first.starts, first.opens) = (1, true);
             }
@@ -189,7 +192,8 @@ impl ParquetShard {
         }
         let range = id_range(&metadata, &column);
         let dtype = column.dtype;
-        // Half of the cache's memory, and of what is written and read again. Arrow-rs gives no smaller type than is stored.
+        // Ids of two bytes take half of the cache's memory, and half of what is written and read
+        // again. Arrow-rs gives no smaller type than the stored one.
         let fits = range.is_some_and(|(least, most)| least >= 0 && most <= i64::from(u16::MAX));
         if dtype == Dtype::I32 && fits && pages.iter().all(|page| page.coding != Coding::RowGroup) {
             column.dtype = Dtype::U16;
@@ -228,11 +232,11 @@ impl ParquetShard {
 
         let DecodedBlock { bytes: ids, ends: out_ends, pages: counted, .. } = out;
         let mut rest = ids.as_mut_slice();
-        // Stream place of the first token of `rest`.
+        // Offset in the block of the first token of `rest`.
         let mut base = 0;
         let mut done = 0;
         while done < pages.len() {
-            // Pages that touch are read at once where nothing is mapped.
+            // Pages that touch are read in one call if the file is not mapped.
             let first = &pages[done];
             let mut bytes = first.body.range();
             let mut run = 1;
@@ -287,7 +291,8 @@ impl ParquetShard {
         Ok(())
     }
 
-    /// Writes the ids of a page over `ids`, and appends where its documents begin to `ends`; its first token has place `base` in the block.
+    /// Writes the ids of a page to `ids`, and appends the starts of its documents to `ends`. The
+    /// first token of the page has offset `base` in the block.
     #[expect(clippy::too_many_arguments, reason = "what is borrowed apart cannot be one argument")]
     fn decode_page(
         &self,
@@ -322,7 +327,7 @@ impl ParquetShard {
         let fast = levels::push_starts(column, rep, def, entries, base, ends);
         let starts = if column.lists { page.starts as usize } else { 0 };
         if fast != Some((page.tokens as usize, starts)) {
-            // Something other than tokens, or a fault to be named.
+            // The page has something other than tokens, or a fault. Read all levels to find out.
             ends.truncate(before);
             levels.read(column, rep, def, entries)?;
             let counts = levels.counts;
@@ -427,7 +432,7 @@ impl ParquetShard {
     }
 }
 
-/// Most bytes read in one call where nothing is mapped.
+/// Largest number of bytes read in one call if the file is not mapped.
 const READ_RUN: u64 = 8 << 20;
 
 fn null_token() -> Error {
@@ -447,7 +452,7 @@ fn check_crc(body: &Body, bytes: &[u8]) -> Result<()> {
     }
 }
 
-/// The index entry of a row group that arrow-rs decodes; `None` if it has no tokens.
+/// The index entry of a row group that arrow-rs decodes. `None` if the row group has no tokens.
 fn whole_row_group(
     column: &Column,
     decoded: &fallback::Decoded,
@@ -482,7 +487,7 @@ fn cut(pages: &[Page], block_tokens: u64) -> Vec<Range<usize>> {
     let (mut start, mut tokens) = (0, 0u64);
     for (i, page) in pages.iter().enumerate() {
         let with = tokens + u64::from(page.tokens);
-        // Whichever of stopping before and after this page comes nearer to the target.
+        // Stop before or after this page, whichever comes nearer to the target.
         if tokens > 0 && with > target && (with - target > target.saturating_sub(tokens) || with > MAX_BLOCK_TOKENS) {
             ranges.push(start..i);
             (start, tokens) = (i, 0);
@@ -501,7 +506,8 @@ fn describe_block(pages: &[Page], dtype: Dtype) -> BlockMeta {
         tokens += u64::from(page.tokens);
         starts += u64::from(page.starts);
     }
-    // Documents follow one another, so each start ends the one before; only the outer edges differ.
+    // Documents follow one another, so each start ends the document before it. Only the first and
+    // the last document of a block differ.
     let opens = pages.first().is_some_and(|page| page.opens);
     let closes = pages.last().is_some_and(|page| page.closes);
     let ends = starts - u64::from(opens) + u64::from(closes);
@@ -515,7 +521,7 @@ fn describe_block(pages: &[Page], dtype: Dtype) -> BlockMeta {
     }
 }
 
-/// Least and largest id, if all row groups have statistics.
+/// Smallest and largest id, if all row groups have statistics.
 fn id_range(metadata: &ParquetMetaData, column: &Column) -> Option<(i64, i64)> {
     let mut range: Option<(i64, i64)> = None;
     for group in metadata.row_groups() {

@@ -1,7 +1,10 @@
-//! The index of a file: a walk over the page headers and levels of the token column.
+//! Pages: builds the index of a file by a walk over the page headers and levels of the token
+//! column.
 //!
-//! Levels have to be read because no statistic tells exactly what is wanted: `num_values` counts empty and null lists,
-//! and writers differ in what `null_count` counts.
+//! Takes the footer's description of a row group. Gives each page's place, size, encoding and
+//! number of tokens and documents. The walk must read the levels, because no statistic gives these
+//! numbers exactly: `num_values` counts empty and null lists, and writers disagree about what
+//! `null_count` counts. Decodes no values.
 
 use std::ops::Range;
 
@@ -9,20 +12,20 @@ use parquet::file::metadata::RowGroupMetaData;
 
 use super::codec::{Codec, Decompressor};
 use super::column::Column;
-use super::header::{self, DataHeader, Fault, Kind, code};
+use super::header::{self, DataHeader, HeaderFault, PageKind, code};
 use super::levels::Levels;
 use crate::error::{Error, Result};
 use crate::format::DecodedPages;
 use crate::storage::local::SourceFile;
 
-/// How the values of a page are decoded.
+/// Encoding of a page's values, which selects the decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Coding {
     Plain,
     Dictionary,
     Delta,
     ByteStreamSplit,
-    /// Not a page but a whole row group, left to the arrow reader.
+    /// A whole row group instead of a page. The arrow reader decodes it.
     RowGroup,
 }
 
@@ -39,7 +42,7 @@ impl DecodedPages {
     }
 }
 
-/// Where a body lies and how large it is.
+/// Place and sizes of a page's body.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Body {
     pub(super) offset: u64,
@@ -54,9 +57,9 @@ impl Body {
     }
 }
 
-/// Level sizes of a page of version 2.
+/// Sizes of the levels of a version 2 page.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct V2 {
+pub(super) struct LevelSizes {
     pub(super) rep_bytes: u32,
     pub(super) def_bytes: u32,
     pub(super) compressed: bool,
@@ -66,56 +69,58 @@ pub(super) struct V2 {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Page {
     pub(super) body: Body,
-    pub(super) v2: Option<V2>,
+    pub(super) v2: Option<LevelSizes>,
     pub(super) coding: Coding,
     pub(super) row_group: u32,
-    /// Pairs of levels.
+    /// Number of pairs of levels.
     pub(super) entries: u32,
     pub(super) tokens: u32,
-    /// Non-empty documents that begin in it.
+    /// Number of non-empty documents that begin in the page.
     pub(super) starts: u32,
-    /// Whether its first token begins a document, and whether its last token ends one.
+    /// Whether the first token begins a document, and whether the last token ends one.
     pub(super) opens: bool,
     pub(super) closes: bool,
-    /// Rows of the shard that begin before it.
+    /// Number of the shard's rows that begin before the page.
     pub(super) rows_before: u64,
-    /// Row of the first non-empty document that begins in it, or of its first token where none does.
+    /// Row of the first non-empty document that begins in the page. If none does, the row of the
+    /// first token.
     pub(super) first_row: u64,
 }
 
-/// What is kept of a row group.
+/// The part of a row group's metadata that decoding needs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RowGroup {
     pub(super) codec: Codec,
-    /// Dictionary page and how many entries it has.
+    /// The dictionary page and its number of entries.
     pub(super) dictionary: Option<(Body, u32)>,
 }
 
 /// Outcome of a walk over one row group.
 pub(super) enum Walk {
     Pages(RowGroup, Vec<Page>),
-    /// Something the pages' decoder does not know.
+    /// The row group uses a feature that the page decoder does not know. The text describes it.
     Unfamiliar(String),
 }
 
-/// Borrows file ranges in ascending order: from the mapping, or from a buffer that reads ahead.
-pub(super) struct Window<'a> {
+/// Reads ranges of a file in ascending order, from the mapping or from a buffer that reads ahead.
+pub(super) struct ForwardReader<'a> {
     file: &'a SourceFile,
     buffer: Vec<u8>,
     start: u64,
     end: u64,
 }
 
-/// Bytes read at once where nothing is mapped: several headers with small pages, little waste with large ones.
+/// Bytes read at once if the file is not mapped. This holds several headers with small pages, and
+/// wastes little with large ones.
 const READ_AHEAD: u64 = 64 << 10;
 
-impl<'a> Window<'a> {
-    /// A window over the bytes of `file` below `end`.
+impl<'a> ForwardReader<'a> {
+    /// Makes a reader of the bytes of `file` before `end`.
     pub(super) fn new(file: &'a SourceFile, end: u64) -> Self {
         Self { file, buffer: Vec::new(), start: 0, end }
     }
 
-    /// The bytes of `range`, less what lies past the end.
+    /// The bytes of `range`, without those past the end.
     fn upto(&mut self, range: Range<u64>) -> Result<&[u8]> {
         self.get(range.start.min(self.end)..range.end.min(self.end))
     }
@@ -151,10 +156,10 @@ pub(super) struct Walker {
 }
 
 impl Walker {
-    /// Walks row group `index`, before which `rows_before` rows lie.
+    /// Walks over row group `index`. `rows_before` rows of the shard come before it.
     pub(super) fn walk(
         &mut self,
-        window: &mut Window<'_>,
+        reader: &mut ForwardReader<'_>,
         column: &Column,
         group: &RowGroupMetaData,
         index: u32,
@@ -176,18 +181,18 @@ impl Walker {
         let size = u64::try_from(chunk.compressed_size()).map_err(|_| damaged("negative size"))?;
         let data_at = u64::try_from(chunk.data_page_offset()).map_err(|_| damaged("negative offset"))?;
         let mut at = match chunk.dictionary_page_offset() {
-            // Some writers put 0 for none.
+            // Some writers put 0 if there is no dictionary.
             Some(offset) if offset > 0 && (offset as u64) < data_at => offset as u64,
             _ => data_at,
         };
-        // Old writers left the dictionary header out of the size; hence some slack.
-        let end = at.saturating_add(size).saturating_add(128).min(window.end);
+        // Old writers did not count the header of the dictionary in the size, so allow some slack.
+        let end = at.saturating_add(size).saturating_add(128).min(reader.end);
 
         let mut dictionary = None;
         let mut pages: Vec<Page> = Vec::new();
         let (mut seen, mut rows, mut tail_empty) = (0, 0, false);
         while seen < expected {
-            let header = read_header(window, at, end)?;
+            let header = read_header(reader, at, end)?;
             let offset = at + header.length as u64;
             let body = Body {
                 offset,
@@ -200,8 +205,8 @@ impl Walker {
                 return Err(damaged(&format!("a page reaches to byte {at}, the column ends at {end}")));
             }
             let data = match header.kind {
-                Kind::Other => continue,
-                Kind::Dictionary { num_values, encoding } => {
+                PageKind::Other => continue,
+                PageKind::Dictionary { num_values, encoding } => {
                     if !matches!(encoding, code::PLAIN | code::PLAIN_DICTIONARY) {
                         return Ok(Walk::Unfamiliar(format!("dictionary encoding {encoding}")));
                     }
@@ -210,7 +215,7 @@ impl Walker {
                     }
                     continue;
                 }
-                Kind::Data(data) => data,
+                PageKind::Data(data) => data,
             };
             let coding = match data.encoding {
                 code::PLAIN => Coding::Plain,
@@ -244,7 +249,7 @@ impl Walker {
                 first_row: rows_before + rows,
             };
             if column.lists {
-                self.read_levels(window, column, codec, &page)?;
+                self.read_levels(reader, column, codec, &page)?;
                 let counts = self.levels.counts;
                 if !counts.begins_row && (seen == u64::from(entries) || tail_empty) {
                     return Err(damaged("a page continues a row that has not begun"));
@@ -269,7 +274,7 @@ impl Walker {
             }
             if matches!(coding, Coding::Plain | Coding::ByteStreamSplit)
                 && (page.tokens as usize).saturating_mul(column.physical_size()) > body.uncompressed as usize
-                // Null tokens take no bytes, and are reported when they are met.
+                // Null tokens take no bytes. The decoder reports them when it meets them.
                 && column.max_def == column.list_def
             {
                 return Err(damaged(&format!("{} tokens in a page of {} bytes", page.tokens, body.uncompressed)));
@@ -288,12 +293,18 @@ impl Walker {
         Ok(Walk::Pages(RowGroup { codec, dictionary }, pages))
     }
 
-    fn read_levels(&mut self, window: &mut Window<'_>, column: &Column, codec: Codec, page: &Page) -> Result<()> {
+    fn read_levels(
+        &mut self,
+        reader: &mut ForwardReader<'_>,
+        column: &Column,
+        codec: Codec,
+        page: &Page,
+    ) -> Result<()> {
         let entries = page.entries as usize;
         let body = &page.body;
         if let Some(v2) = page.v2 {
             let (rep_bytes, def_bytes) = (u64::from(v2.rep_bytes), u64::from(v2.def_bytes));
-            let bytes = window.get(body.offset..body.offset + rep_bytes + def_bytes)?;
+            let bytes = reader.get(body.offset..body.offset + rep_bytes + def_bytes)?;
             let (rep, def) = bytes.split_at(rep_bytes as usize);
             return self.levels.read(column, rep, def, entries);
         }
@@ -302,7 +313,7 @@ impl Walker {
         if codec == Codec::Uncompressed {
             let mut have = 0;
             loop {
-                let bytes = window.get(body.offset..body.offset + have as u64)?;
+                let bytes = reader.get(body.offset..body.offset + have as u64)?;
                 let wanted = levels_length(bytes, count);
                 if wanted <= have {
                     let (rep, def, _) = split_v1(bytes, column)?;
@@ -314,16 +325,16 @@ impl Walker {
                 have = wanted;
             }
         }
-        let input = window.get(body.range())?;
+        let input = reader.get(body.range())?;
         self.decompressor.prefix(codec, input, size, &mut self.bytes, |bytes| levels_length(bytes, count))?;
         let (rep, def, _) = split_v1(&self.bytes, column)?;
         self.levels.read(column, rep, def, entries)
     }
 }
 
-fn v2(data: &DataHeader, body: &Body) -> Result<Option<V2>> {
+fn v2(data: &DataHeader, body: &Body) -> Result<Option<LevelSizes>> {
     let Some(v2) = data.v2 else { return Ok(None) };
-    let v2 = V2 { rep_bytes: v2.rep_bytes as u32, def_bytes: v2.def_bytes as u32, compressed: v2.compressed };
+    let v2 = LevelSizes { rep_bytes: v2.rep_bytes as u32, def_bytes: v2.def_bytes as u32, compressed: v2.compressed };
     let levels = u64::from(v2.rep_bytes) + u64::from(v2.def_bytes);
     if levels > u64::from(body.compressed.min(body.uncompressed)) {
         return Err(Error::data(format!(
@@ -334,16 +345,16 @@ fn v2(data: &DataHeader, body: &Body) -> Result<Option<V2>> {
     Ok(Some(v2))
 }
 
-fn read_header(window: &mut Window<'_>, at: u64, end: u64) -> Result<header::Header> {
-    // Statistics can make headers long; few are above 100 bytes.
+fn read_header(reader: &mut ForwardReader<'_>, at: u64, end: u64) -> Result<header::PageHeader> {
+    // Statistics can make headers long. Few headers are longer than 100 bytes.
     for size in [1 << 10, 1 << 20] {
-        let bytes = window.upto(at..at.saturating_add(size).min(end))?;
+        let bytes = reader.upto(at..at.saturating_add(size).min(end))?;
         let whole = (bytes.len() as u64) < size;
         match header::parse(bytes) {
             Ok(header) => return Ok(header),
-            Err(Fault::CutOff) if !whole => {}
-            Err(Fault::CutOff) => break,
-            Err(Fault::Damaged(what)) => {
+            Err(HeaderFault::CutOff) if !whole => {}
+            Err(HeaderFault::CutOff) => break,
+            Err(HeaderFault::Damaged(what)) => {
                 return Err(Error::data(format!("page header at byte {at} is damaged: {what}")));
             }
         }
@@ -351,12 +362,12 @@ fn read_header(window: &mut Window<'_>, at: u64, end: u64) -> Result<header::Hea
     Err(Error::data(format!("page header at byte {at} is damaged or cut off")))
 }
 
-/// Level streams at the beginning of a version 1 page.
+/// Number of level streams at the beginning of a version 1 page.
 fn level_streams(column: &Column) -> usize {
     usize::from(column.lists) + usize::from(column.max_def > 0)
 }
 
-/// How many bytes the `streams` level streams take, as far as `bytes` tell.
+/// Length of the `streams` level streams in bytes, as far as `bytes` shows it.
 fn levels_length(bytes: &[u8], streams: usize) -> usize {
     let mut at = 0usize;
     for _ in 0..streams {

@@ -1,12 +1,16 @@
-//! The hybrid of runs and bit-packed groups that levels and dictionary indices share, and unpacking of bits.
+//! Runs: reads the hybrid encoding of runs and bit-packed groups, and unpacks bits.
+//!
+//! Levels and dictionary indices have this encoding. The reader gives one run at a time and checks
+//! every length; the functions below unpack the packed groups of a run.
 
 use crate::error::{Error, Result};
 
-/// One run.
+/// One run of the stream.
 pub(super) enum Run<'a> {
-    /// `count` times `value`.
+    /// `value`, repeated `count` times.
     Repeated { value: u32, count: usize },
-    /// `count` values of the stream's width, packed from the lowest bit up; the bytes suffice for all of them, and go on to the stream's end.
+    /// `count` values of the stream's width, packed from the lowest bit up. `bytes` holds all of
+    /// them, and continues to the end of the stream.
     Packed { bytes: &'a [u8], count: usize },
 }
 
@@ -17,20 +21,20 @@ pub(super) struct Runs<'a> {
 }
 
 impl<'a> Runs<'a> {
-    /// A stream of values of `width` bits, at most 32.
+    /// Makes a reader of values of `width` bits, at most 32.
     pub(super) fn new(bytes: &'a [u8], width: u32) -> Self {
         debug_assert!(width <= 32);
         Self { bytes, width }
     }
 
-    /// The next run, cut to `left` values. Never empty.
+    /// The next run, cut to `left` values. It is never empty.
     pub(super) fn next(&mut self, left: usize) -> Result<Run<'a>> {
         let cut_off = || Error::data(format!("run-length data is damaged: it ends {left} values early"));
         loop {
             let head = self.varint().ok_or_else(cut_off)?;
             let length = usize::try_from(head >> 1).map_err(|_| cut_off())?;
             if length == 0 {
-                // Writers may emit empty runs; the bytes still shrink, so this ends.
+                // Writers may emit empty runs. Each takes bytes, so the loop ends.
                 if head & 1 == 0 {
                     self.take(self.width.div_ceil(8) as usize).ok_or_else(cut_off)?;
                 }
@@ -46,7 +50,7 @@ impl<'a> Runs<'a> {
             let width = self.width as usize;
             let announced = length.saturating_mul(width);
             let count = count.min(left);
-            // The last group may be cut after the bytes in use.
+            // The last group may end after the bytes that are in use.
             let needed = (count * width).div_ceil(8);
             let taken = announced.min(self.bytes.len());
             if taken < needed {
@@ -78,16 +82,16 @@ impl<'a> Runs<'a> {
     }
 }
 
-/// Values unpacked at once.
+/// Number of values unpacked at once.
 pub(super) const GROUP: usize = 32;
 
-/// Unpacks [`GROUP`] values of up to 32 bits; the input holds `4 * width` bytes or more.
+/// Unpacks [`GROUP`] values of up to 32 bits. The input holds at least `4 * width` bytes.
 pub(super) type Unpack32 = fn(&[u8], &mut [u32; GROUP]);
-/// Unpacks [`GROUP`] values of up to 64 bits; the input holds `4 * width` bytes or more.
+/// Unpacks [`GROUP`] values of up to 64 bits. The input holds at least `4 * width` bytes.
 pub(super) type Unpack64 = fn(&[u8], &mut [u64; GROUP]);
 
-/// Repeats a body for `I` from 0 to 31. The compiler keeps such loops rolled, and shifts by a variable then cost twice
-/// the time of shifts by a constant.
+/// Repeats a body for `I` from 0 to 31. The compiler keeps such loops rolled, and a shift by a
+/// variable then costs twice the time of a shift by a constant.
 macro_rules! unrolled {
     ($body:block) => { unrolled!($body 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31) };
     ($body:block $($i:literal)*) => { $({ const I: usize = $i; $body })* };
@@ -109,7 +113,7 @@ fn unpack32<const WIDTH: usize>(bytes: &[u8], out: &mut [u32; GROUP]) {
     });
 }
 
-// Rarely used, so left rolled.
+// This function is rarely used, so its loop stays rolled.
 fn unpack64<const WIDTH: usize>(bytes: &[u8], out: &mut [u64; GROUP]) {
     let mut words = [0u32; 2 * GROUP + 2];
     for (word, raw) in words.iter_mut().zip(bytes[..4 * WIDTH].as_chunks::<4>().0) {
@@ -137,7 +141,7 @@ static UNPACK64: [Unpack64; 65] = table!(unpack64:
 /// The unpacker for values of `width` bits.
 ///
 /// # Panics
-/// When `width` is above 32.
+/// If `width` is above 32.
 pub(super) fn unpacker32(width: u32) -> Unpack32 {
     UNPACK32[width as usize]
 }
@@ -145,12 +149,13 @@ pub(super) fn unpacker32(width: u32) -> Unpack32 {
 /// The unpacker for values of `width` bits.
 ///
 /// # Panics
-/// When `width` is above 64.
+/// If `width` is above 64.
 pub(super) fn unpacker64(width: u32) -> Unpack64 {
     UNPACK64[width as usize]
 }
 
-/// Calls `each` with groups of unpacked values: where they begin, and how many of them count, which is all but in the last group.
+/// Calls `each` with groups of unpacked values: the number of the first value, the group, and the
+/// number of valid values. Only the last group may have fewer than [`GROUP`] valid values.
 #[inline]
 pub(super) fn unpack_run(bytes: &[u8], width: u32, count: usize, mut each: impl FnMut(usize, &[u32; GROUP], usize)) {
     let unpack = unpacker32(width);
@@ -172,7 +177,7 @@ pub(super) fn unpack_run(bytes: &[u8], width: u32, count: usize, mut each: impl 
     }
 }
 
-/// As [`unpack_run`], for values of up to 64 bits.
+/// Does the same as [`unpack_run`] for values of up to 64 bits, and passes only valid values.
 pub(super) fn unpack_wide(bytes: &[u8], width: u32, count: usize, mut each: impl FnMut(usize, &[u64])) {
     let unpack = unpacker64(width);
     let step = 4 * width as usize;

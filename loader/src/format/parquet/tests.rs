@@ -1,5 +1,7 @@
-//! Protects: our decoder gives what was written and what arrow-rs reads, for every encoding, codec, page version,
-//! type, shape and nullability; metadata announce exactly what decoding yields; and no damaged byte causes a panic.
+//! Tests of Parquet shards, for every encoding, codec, page version, type, shape and nullability.
+//!
+//! The decoder gives what was written and what arrow-rs reads. Metadata announce exactly what
+//! decoding yields. No damaged byte causes a panic.
 
 use std::fs;
 use std::path::PathBuf;
@@ -32,7 +34,7 @@ type Rows = Vec<Option<Vec<i64>>>;
 
 const TYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I32, Dtype::I64];
 
-/// How a file is written.
+/// Settings for writing a file.
 #[derive(Clone, Debug)]
 struct Writing {
     dtype: Dtype,
@@ -116,7 +118,7 @@ fn list_array(writing: &Writing, rows: &[Option<Vec<i64>>]) -> ArrayRef {
     }
 }
 
-/// Writes one column `input_ids`, between two others so that its chunks do not touch.
+/// Writes the column `input_ids` between two others, so that its chunks do not touch.
 fn write_array(array: ArrayRef, nullable: bool, properties: WriterProperties) -> Vec<u8> {
     let other: ArrayRef = Arc::new(StringArray::from_iter_values((0..array.len()).map(|i| format!("row {i}"))));
     let schema = Arc::new(Schema::new(vec![
@@ -165,7 +167,7 @@ fn ids(dtype: Dtype, bytes: &[u8]) -> Vec<i64> {
     (0..tokens.len()).map(|i| tokens.get(i)).collect()
 }
 
-/// Reads all blocks, checking each against its metadata, and puts the documents together again.
+/// Reads all blocks, checks each against its metadata, and joins the documents.
 fn read_all(shard: &ParquetShard) -> Result<Vec<Vec<i64>>> {
     let mut documents = Vec::new();
     let mut open: Vec<i64> = Vec::new();
@@ -198,7 +200,8 @@ fn non_empty(rows: &Rows) -> Vec<Vec<i64>> {
     rows.iter().flatten().filter(|row| !row.is_empty()).cloned().collect()
 }
 
-/// Checks a file against what was written, by both routes and both ways of reaching bytes.
+/// Compares a file with the rows that were written, by both decoders and both ways of reading
+/// bytes.
 fn check(bytes: &[u8], rows: &Rows, block_tokens: u64) {
     let saved = save(bytes);
     let expected = non_empty(rows);
@@ -215,7 +218,8 @@ fn check(bytes: &[u8], rows: &Rows, block_tokens: u64) {
     assert_eq!(left_to_arrow(&arrow), arrow.pages.len() as u64);
 }
 
-/// Row groups that decoding leaves to arrow-rs; the pages that it does not are counted, too.
+/// Number of row groups that decoding leaves to arrow-rs. Also counts the pages that it decodes
+/// itself.
 fn left_to_arrow(shard: &ParquetShard) -> u64 {
     let mut all = 0;
     let left = (0..shard.blocks().len())
@@ -258,7 +262,7 @@ fn check_first_rows(shard: &ParquetShard, rows: &Rows) {
     }
 }
 
-/// Rows with empty, null, short and long lists; ids below `most`.
+/// Makes rows with empty, null, short and long lists. All ids are below `most`.
 fn some_rows(count: usize, most: i64, seed: u64) -> Rows {
     let mut state = seed | 1;
     let mut next = move || {
@@ -288,7 +292,7 @@ fn most(dtype: Dtype) -> i64 {
     }
 }
 
-/// `None` is the dictionary.
+/// `None` means the dictionary encoding.
 const ENCODINGS: [Option<Encoding>; 4] =
     [None, Some(Encoding::PLAIN), Some(Encoding::DELTA_BINARY_PACKED), Some(Encoding::BYTE_STREAM_SPLIT)];
 
@@ -399,7 +403,7 @@ fn write_leaf(message: &str, ids: &[i32], def: &[i16], rep: &[i16]) -> Vec<u8> {
 
 #[test]
 fn legacy_spellings_of_lists_are_read() {
-    // [1, 2], [], [3]; the second column is the definition level of a token.
+    // The rows are [1, 2], [] and [3]. The second column is the definition level of a token.
     for (message, token) in [
         ("message m { repeated int32 tokens (UINT_16); }", 1),
         ("message m { required group tokens (LIST) { repeated int32 element (UINT_16); } }", 1),
@@ -533,8 +537,10 @@ fn blocks_are_near_the_wanted_size_for_any_row_groups() {
     }
 }
 
-/// Files written by pyarrow 12, whose version 1 pages break inside of rows (`data_page_size=512`, `write_batch_size=64`;
-/// plain with zstd, dictionary with snappy).
+/// Reads files of pyarrow 12, whose version 1 pages break inside rows.
+///
+/// Written with `data_page_size=512` and `write_batch_size=64`; plain with zstd, dictionary with
+/// snappy.
 #[test]
 fn documents_longer_than_pages_are_put_together() {
     let squares = |n: i64, factor, modulus| (0..n).map(|i| i * i * factor % modulus).collect::<Vec<_>>();
@@ -563,7 +569,7 @@ fn a_shard_that_changes_is_an_error() {
     assert_eq!(shard.info.file.check_unchanged().unwrap_err().kind(), ErrorKind::Changed);
 }
 
-/// Opens and reads everything; whatever comes of it, it is not a panic.
+/// Opens and reads everything. The result may be an error, but not a panic.
 fn read_anything(bytes: &[u8]) -> Result<()> {
     let shard = open(&save(bytes), 64)?;
     shard.advice();

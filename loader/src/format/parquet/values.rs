@@ -1,8 +1,9 @@
-//! Values of a page, from each integer encoding straight to the width that the ids logically have.
+//! Values: decodes a page's values from each integer encoding directly to the logical width of the
+//! ids.
 //!
-//! `W` is that width in bytes. Ids of one or two bytes are stored as 32-bit integers, so what does not fit is looked
-//! for by or-ing all bits, and so are negative ids. Nothing here branches per value, and nothing trusts a length it has
-//! not checked.
+//! `W` is the logical width in bytes. Parquet stores ids of one or two bytes as 32-bit integers. To
+//! find ids that do not fit, and negative ids, the decoders join the bits of all values by OR. No
+//! code here branches per value, and none trusts an unchecked length.
 
 use super::kernels::{self, Deltas, low};
 use super::runs::{GROUP, Run, Runs, unpack_wide};
@@ -13,7 +14,7 @@ use crate::error::{Error, Result};
 pub(super) struct Dictionary {
     bytes: Vec<u8>,
     entries: usize,
-    /// Whether the top bit of one is set.
+    /// Whether any entry has its top bit set.
     top_bit: bool,
 }
 
@@ -31,7 +32,7 @@ impl Dictionary {
     }
 }
 
-/// How the values of a page are stored.
+/// Encoding of a page's values, with the dictionary if the encoding needs one.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Encoded<'a> {
     Plain,
@@ -40,7 +41,8 @@ pub(super) enum Encoded<'a> {
     ByteStreamSplit,
 }
 
-/// Fills `out` with values of `width` bytes. Returns whether one may have its top bit set, and so be negative if it has a sign.
+/// Fills `out` with values of `width` bytes. Returns whether any value may have its top bit set.
+/// Such a value is negative if the type is signed.
 pub(super) fn decode(encoded: Encoded<'_>, bytes: &[u8], width: usize, out: &mut [u8]) -> Result<bool> {
     match width {
         1 => decode_as::<1>(encoded, bytes, out.as_chunks_mut().0),
@@ -62,7 +64,7 @@ fn decode_as<const W: usize>(encoded: Encoded<'_>, bytes: &[u8], out: &mut [[u8;
         Encoded::ByteStreamSplit => split(bytes, out)?,
     };
     if bits & upper(W) != 0 {
-        // Rare enough to look again which one it was.
+        // This fault is rare enough to search for the value again.
         let wide = match encoded {
             Encoded::Plain => bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)).collect(),
             Encoded::ByteStreamSplit => words(bytes, out.len()),
@@ -83,7 +85,7 @@ fn short(what: &str, expected: usize, found: usize) -> Error {
     Error::data(format!("{what} page is damaged: expected {expected} values, found {found}"))
 }
 
-/// Bits of a 32-bit integer that an id of `W` bytes must not have.
+/// Bits of a 32-bit integer that an id of `width` bytes must not have.
 const fn upper(width: usize) -> u32 {
     match width {
         1 => !0xff,
@@ -92,7 +94,8 @@ const fn upper(width: usize) -> u32 {
     }
 }
 
-/// PLAIN values; returns the bits that any had, of 64-bit ones the upper half's.
+/// Copies PLAIN values and returns the bits that any had. For 64-bit values, returns the bits of
+/// the upper halves.
 fn plain<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<u32> {
     let physical = if W == 8 { 8 } else { 4 };
     let Some(bytes) = bytes.get(..out.len() * physical) else {
@@ -105,7 +108,7 @@ fn plain<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<u32> {
     Ok(if W == 8 { upper_bits(out) } else { kernels::any_bits(bytes) })
 }
 
-/// The bits of the upper halves of 64-bit values.
+/// All bits of the upper halves of 64-bit values.
 fn upper_bits<const W: usize>(ids: &[[u8; W]]) -> u32 {
     let bits = ids.as_flattened().as_chunks::<8>().0.iter().fold(0, |bits, id| bits | u64::from_le_bytes(*id));
     (bits >> 32) as u32
@@ -123,7 +126,7 @@ fn gather<const W: usize>(dictionary: &Dictionary, bytes: &[u8], mut out: &mut [
     if width > 32 {
         return Err(Error::data(format!("dictionary indices of {width} bits: expected at most 32")));
     }
-    // Entries are counted in 31 bits.
+    // The number of entries fits 31 bits.
     let Some(last) = (limit as u32).checked_sub(1) else { return Err(outside(0)) };
     let mut runs = Runs::new(bytes, u32::from(width));
     while !out.is_empty() {
@@ -156,7 +159,8 @@ fn words(bytes: &[u8], count: usize) -> Vec<u32> {
 
 fn split<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<u32> {
     let physical = if W == 8 { 8 } else { 4 };
-    // Streams are as long as the page has values, which is all of `out`: partial pages are never asked for.
+    // Each stream has one byte per value of the page. `out` has all values, because partial pages
+    // are never requested.
     let n = out.len();
     if bytes.len() < n * physical {
         return Err(short("byte-stream-split", n, bytes.len() / physical));
@@ -171,18 +175,18 @@ fn split<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<u32> {
     Ok(kernels::join(std::array::from_fn(|k| &bytes[k * n..(k + 1) * n]), out))
 }
 
-/// Header and miniblock layout of DELTA_BINARY_PACKED.
-struct Delta<'a> {
+/// State of decoding a DELTA_BINARY_PACKED page: its header, and the layout of its miniblocks.
+struct DeltaStream<'a> {
     bytes: &'a [u8],
     miniblocks: usize,
     per_miniblock: usize,
     first: u64,
-    /// Minimum of the block begun, and widths of its miniblocks to come.
+    /// Minimum of the current block, and the widths of its remaining miniblocks.
     minimum: u64,
     widths: &'a [u8],
 }
 
-impl<'a> Delta<'a> {
+impl<'a> DeltaStream<'a> {
     fn new(mut bytes: &'a [u8], expected: usize) -> Result<Self> {
         let cut_off = || short("delta", expected, 0);
         let block = varint(&mut bytes).ok_or_else(cut_off)?;
@@ -206,7 +210,7 @@ impl<'a> Delta<'a> {
         Ok(Self { bytes, miniblocks: miniblocks as usize, per_miniblock, first, minimum: 0, widths: &[] })
     }
 
-    /// The next miniblock, of which `left` deltas at most are wanted.
+    /// The next miniblock, cut to `left` deltas.
     fn next(&mut self, left: usize) -> Result<Miniblock<'a>> {
         let cut_off = || Error::data(format!("delta page is damaged: it ends {left} values early"));
         let (&width, widths) = match self.widths.split_first() {
@@ -234,19 +238,19 @@ impl<'a> Delta<'a> {
     }
 }
 
-/// Deltas of one width.
+/// Packed deltas of equal width.
 struct Miniblock<'a> {
     minimum: u64,
     width: u32,
-    /// Their bytes, and what follows them.
+    /// Bytes of the deltas, followed by further bytes.
     packed: &'a [u8],
     count: usize,
 }
 
 fn delta32<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<u32> {
     let Some((first, rest)) = out.split_first_mut() else { return Ok(0) };
-    let mut delta = Delta::new(bytes, rest.len() + 1)?;
-    // Arithmetic wraps at the physical width, as the format says.
+    let mut delta = DeltaStream::new(bytes, rest.len() + 1)?;
+    // Arithmetic wraps at the physical width, as the format specifies.
     let value = delta.first as u32;
     *first = low(u64::from(value));
     let bits = kernels::sums(value, rest, |left| {
@@ -256,10 +260,10 @@ fn delta32<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<u32> {
     Ok(bits | value)
 }
 
-/// Returns the bits that any upper half had.
+/// Decodes 64-bit values and returns the bits that any upper half had.
 fn delta64<const W: usize>(bytes: &[u8], out: &mut [[u8; W]]) -> Result<u32> {
     let Some((first, mut rest)) = out.split_first_mut() else { return Ok(0) };
-    let mut delta = Delta::new(bytes, rest.len() + 1)?;
+    let mut delta = DeltaStream::new(bytes, rest.len() + 1)?;
     let mut value = delta.first;
     let mut bits = value;
     *first = low(value);
