@@ -28,7 +28,7 @@ use ::parquet::file::statistics::Statistics;
 use self::codec::{Codec, Decompressor};
 use self::column::Column;
 use self::levels::Levels;
-use self::pages::{Body, Coding, Page, RowGroup, Walk, Walker, ForwardReader};
+use self::pages::{Body, Coding, ForwardReader, Page, RowGroup, Walk, Walker};
 use self::values::{Dictionary, Encoded};
 use super::{AnyShard, BlockMeta, BlockShard, DecodedBlock, Format, OpenOptions, Recognised, Sample, Shard, ShardInfo};
 use crate::error::{Error, ErrorKind, Result};

@@ -218,8 +218,7 @@ fn check(bytes: &[u8], rows: &Rows, block_tokens: u64) {
     assert_eq!(left_to_arrow(&arrow), arrow.pages.len() as u64);
 }
 
-/// Number of row groups that decoding leaves to arrow-rs. Also counts the pages that it decodes
-/// itself.
+/// Number of row groups that decoding leaves to arrow-rs. Asserts that every page is counted once.
 fn left_to_arrow(shard: &ParquetShard) -> u64 {
     let mut all = 0;
     let left = (0..shard.blocks().len())
