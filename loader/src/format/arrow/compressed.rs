@@ -1,27 +1,30 @@
-//! Compressed batches, decoded whole; several tiny ones make one block.
+//! Compressed Arrow shards: record batches are decoded whole.
+//!
+//! Several tiny record batches make one block. Opening decompresses the offsets of every batch to
+//! find its documents; tokens stay compressed until a block is read.
 
 use std::io::Read;
 use std::ops::Range;
 
 use arrow_ipc::CompressionType;
 
-use super::messages::{Batch, Messages, Part};
+use super::messages::{BatchParts, FileRange, Messages};
 use super::random::as_one_document;
-use super::{Column, Kind, Run, runs};
+use super::{Column, DocumentRun, RowShape, runs};
 use crate::error::{Error, Result};
 use crate::format::{AnyShard, BlockMeta, BlockShard, DecodedBlock, OpenOptions, ShardInfo};
 use crate::storage::local::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
-/// More than any codec makes of a byte of input; a buffer that claims to be longer is damaged.
+/// Larger than the ratio of any codec. A buffer that claims to decompress to more is damaged.
 const MAX_RATIO: u64 = 1 << 16;
 
 #[derive(Debug)]
 pub(super) struct CompressedArrow {
     info: ShardInfo,
     column: Column,
-    batches: Vec<Batch>,
-    /// Batches of each of `info.blocks`.
+    batches: Vec<BatchParts>,
+    /// Record batches of each of `info.blocks`.
     ranges: Vec<Range<usize>>,
 }
 
@@ -55,7 +58,7 @@ impl CompressedArrow {
         if let Some(block) = pending {
             shard.push(block);
         }
-        if shard.column.kind == Kind::Plain {
+        if shard.column.kind == RowShape::Plain {
             as_one_document(&mut shard.info.blocks);
         }
         Ok(shard)
@@ -67,10 +70,10 @@ impl CompressedArrow {
         self.ranges.push(batches);
     }
 
-    /// The runs of documents of batch `index`; its tokens stay compressed.
-    fn runs(&self, index: usize) -> Result<Vec<Run>> {
+    /// Finds the runs of documents of batch `index`. The tokens stay compressed.
+    fn runs(&self, index: usize) -> Result<Vec<DocumentRun>> {
         let batch = &self.batches[index];
-        let whole = |part: Part| self.decompress(batch, part, None);
+        let whole = |part: FileRange| self.decompress(batch, part, None);
         let (offsets, validity, child_validity) =
             (whole(batch.offsets)?, whole(batch.validity)?, whole(batch.child_validity)?);
         let tokens = self.plain_len(batch, batch.tokens)?;
@@ -82,8 +85,8 @@ impl CompressedArrow {
         Ok(found)
     }
 
-    /// Bytes that `part` has when decompressed.
-    fn plain_len(&self, batch: &Batch, part: Part) -> Result<u64> {
+    /// Number of bytes of `part` after decompression.
+    fn plain_len(&self, batch: &BatchParts, part: FileRange) -> Result<u64> {
         if batch.compression.is_none() || part.len == 0 {
             return Ok(part.len);
         }
@@ -98,8 +101,8 @@ impl CompressedArrow {
         }
     }
 
-    /// The first `limit` bytes of `part`, or all of it, decompressed.
-    fn decompress(&self, batch: &Batch, part: Part, limit: Option<u64>) -> Result<Vec<u8>> {
+    /// Decompresses the first `limit` bytes of `part`, or all of it.
+    fn decompress(&self, batch: &BatchParts, part: FileRange, limit: Option<u64>) -> Result<Vec<u8>> {
         let plain_len = self.plain_len(batch, part)?;
         let wanted = limit.unwrap_or(u64::MAX).min(plain_len) as usize;
         let mut scratch = Vec::new();
@@ -127,7 +130,7 @@ impl CompressedArrow {
         Ok(plain)
     }
 
-    /// Appends the tokens and document ends of batch `index`, of which no more than `limit` tokens are needed.
+    /// Appends the tokens and document ends of batch `index`. At most `limit` tokens are needed.
     fn decode_batch(&self, index: usize, limit: Option<u64>, block: &mut DecodedBlock) -> Result<()> {
         let width = self.column.dtype.size();
         let batch = &self.batches[index];
@@ -137,7 +140,7 @@ impl CompressedArrow {
         let mut found = Vec::new();
         runs(&self.column, batch, (&offsets, &validity, &child_validity), (u64::MAX, u64::MAX), &mut found)?;
 
-        // How far into the values the wanted tokens reach.
+        // End of the needed tokens in the values.
         let mut left = limit.unwrap_or(u64::MAX);
         let mut reach = 0;
         for run in &found {
@@ -169,13 +172,13 @@ impl CompressedArrow {
         Ok(())
     }
 
-    fn push_ends(&self, offsets: &[u8], run: &Run, reach: u64, base: u64, ends: &mut Vec<u32>) -> Result<()> {
+    fn push_ends(&self, offsets: &[u8], run: &DocumentRun, reach: u64, base: u64, ends: &mut Vec<u32>) -> Result<()> {
         let mut last = run.start;
         for row in run.row..run.row + run.rows {
             let end = match self.column.kind {
-                Kind::List { offset_width } => super::read_offset(offsets, offset_width, row + 1)?,
-                Kind::FixedSizeList { length } => (row + 1) * length,
-                Kind::Plain => return Ok(()),
+                RowShape::List { offset_width } => super::read_offset(offsets, offset_width, row + 1)?,
+                RowShape::FixedSizeList { length } => (row + 1) * length,
+                RowShape::Plain => return Ok(()),
             };
             if end > reach {
                 break;
@@ -191,14 +194,14 @@ impl CompressedArrow {
         Ok(())
     }
 
-    /// Row of the shard that holds value `value` of `batch`.
-    fn row_of(&self, batch: &Batch, offsets: &[u8], run: &Run, value: u64) -> u64 {
+    /// Row of the shard that contains value `value` of `batch`.
+    fn row_of(&self, batch: &BatchParts, offsets: &[u8], run: &DocumentRun, value: u64) -> u64 {
         let row = match self.column.kind {
-            Kind::List { offset_width } => (run.row..run.row + run.rows)
+            RowShape::List { offset_width } => (run.row..run.row + run.rows)
                 .find(|row| super::read_offset(offsets, offset_width, row + 1).is_ok_and(|end| end > value))
                 .unwrap_or(run.row),
-            Kind::FixedSizeList { length } => value / length.max(1),
-            Kind::Plain => value,
+            RowShape::FixedSizeList { length } => value / length.max(1),
+            RowShape::Plain => value,
         };
         batch.first_row + row
     }
@@ -268,7 +271,7 @@ impl BlockShard for CompressedArrow {
         if !decoded.complete && limit.is_none_or(|limit| tokens < limit) {
             return Err(place(Error::data(format!("expected {} tokens, found {tokens}", meta.tokens))));
         }
-        if self.column.kind == Kind::Plain && decoded.complete && meta.ends == 1 {
+        if self.column.kind == RowShape::Plain && decoded.complete && meta.ends == 1 {
             let end = u32::try_from(tokens).map_err(|_| place(Error::data("a block holds more than 2^32 tokens")))?;
             decoded.ends.push(end);
         }

@@ -1,59 +1,63 @@
-//! The messages of an Arrow IPC file or stream, reduced to where the token column lies in each record batch.
+//! Messages: reads the messages of an Arrow IPC file or stream.
+//!
+//! Gives the place of the token column in each record batch, the runs of its documents, and the
+//! number of rows. Checks every length and offset against the file. Reads no tokens.
 
 use arrow_ipc::{CompressionType, Endianness, Message, MessageHeader, MetadataVersion};
 
-use super::{Column, Kind, Run, runs};
+use super::{Column, DocumentRun, RowShape, runs};
 use crate::error::{Error, Result};
 use crate::format::{Format, OpenOptions};
 use crate::storage::local::Reads;
 
 const MAGIC: &[u8] = b"ARROW1";
 const CONTINUATION: u32 = u32::MAX;
-/// Metadata of a batch is a few hundred bytes; far larger lengths are damage.
+/// Metadata of a record batch has a few hundred bytes. A far larger length is damage.
 const MAX_METADATA: u64 = 1 << 28;
-/// Keeps the cost of finding a document in a block small where empty documents make a search impossible.
+/// This limit keeps the cost of finding a document in a block small. Empty documents make a search
+/// impossible.
 const MAX_ROWS: u64 = 4096;
 
-/// A stretch of the file.
+/// A range of bytes of the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct FileRange {
     pub(super) start: u64,
     pub(super) len: u64,
 }
 
-impl Part {
+impl FileRange {
     pub(super) fn range(self) -> std::ops::Range<u64> {
         self.start..self.start + self.len
     }
 }
 
-/// A record batch, as far as the token column goes.
+/// The parts of a record batch that the token column needs.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Batch {
+pub(super) struct BatchParts {
     pub(super) rows: u64,
-    /// Row of the shard that its first row is.
+    /// Row of the shard that is the batch's first row.
     pub(super) first_row: u64,
-    /// Tokens of the child array, or rows of a plain column.
+    /// Number of tokens of the child array, or of rows of a plain column.
     pub(super) values: u64,
-    /// Empty where no document is null.
-    pub(super) validity: Part,
-    pub(super) offsets: Part,
-    /// Empty where no token is null.
-    pub(super) child_validity: Part,
-    pub(super) tokens: Part,
+    /// Empty if no document is null.
+    pub(super) validity: FileRange,
+    pub(super) offsets: FileRange,
+    /// Empty if no token is null.
+    pub(super) child_validity: FileRange,
+    pub(super) tokens: FileRange,
     pub(super) compression: Option<CompressionType>,
-    /// How many runs it has.
+    /// Number of runs of documents.
     pub(super) runs: usize,
 }
 
-/// What opening found.
+/// Everything that opening finds in the messages.
 #[derive(Debug)]
 pub(super) struct Messages {
     pub(super) format: Format,
     pub(super) column: Column,
-    pub(super) batches: Vec<Batch>,
-    /// Of all batches, but for compressed ones.
-    pub(super) runs: Vec<Run>,
+    pub(super) batches: Vec<BatchParts>,
+    /// Runs of all record batches that are not compressed.
+    pub(super) runs: Vec<DocumentRun>,
     pub(super) rows: u64,
 }
 
@@ -66,7 +70,7 @@ impl Messages {
     }
 
     fn read_file(reads: &mut Reads, options: &OpenOptions) -> Result<Self> {
-        // ARROW1, padding, messages, footer, its length in 4 bytes, ARROW1.
+        // The file has ARROW1, padding, messages, the footer, its length in 4 bytes, and ARROW1.
         let tail_len = 4 + MAGIC.len() as u64;
         let len = reads.file().len();
         let tail_at = len
@@ -155,8 +159,8 @@ impl Messages {
         Ok(Self { format, column, batches: Vec::new(), runs: Vec::new(), rows: 0 })
     }
 
-    /// What `message`, of a file of `file_len` bytes, says of the next batch.
-    fn batch(&self, file_len: u64, message: &Found<'_>) -> Result<Batch> {
+    /// Reads the parts of the next record batch from `message`, in a file of `file_len` bytes.
+    fn batch(&self, file_len: u64, message: &LocatedMessage<'_>) -> Result<BatchParts> {
         let number = self.batches.len();
         let broken = |what: &str| Error::data(format!("record batch {number} is damaged: {what}"));
         let batch = message.message.header_as_record_batch().ok_or_else(|| broken("it is no record batch"))?;
@@ -179,7 +183,7 @@ impl Messages {
                 .then(|| nodes.get(index))
                 .ok_or_else(|| broken("a field node of the token column is missing"))
         };
-        let part = |index: usize| -> Result<Part> {
+        let part = |index: usize| -> Result<FileRange> {
             if index >= buffers.len() {
                 return Err(broken("a buffer of the token column is missing"));
             }
@@ -192,9 +196,9 @@ impl Messages {
                     message.body.len
                 )));
             }
-            Ok(Part { start: message.body.start + offset, len })
+            Ok(FileRange { start: message.body.start + offset, len })
         };
-        let used = |part: Part, nulls: u64| if nulls == 0 { Part::default() } else { part };
+        let used = |part: FileRange, nulls: u64| if nulls == 0 { FileRange::default() } else { part };
 
         let list = node(self.column.node)?;
         let (rows, nulls) = (count(list.length(), "a row count")?, count(list.null_count(), "a null count")?);
@@ -203,25 +207,25 @@ impl Messages {
         }
         let validity = used(part(first)?, nulls);
         let (child, offsets, after) = match self.column.kind {
-            Kind::List { .. } => (Some(node(self.column.node + 1)?), part(first + 1)?, first + 2),
-            Kind::FixedSizeList { .. } => (Some(node(self.column.node + 1)?), Part::default(), first + 1),
-            Kind::Plain => (None, Part::default(), first),
+            RowShape::List { .. } => (Some(node(self.column.node + 1)?), part(first + 1)?, first + 2),
+            RowShape::FixedSizeList { .. } => (Some(node(self.column.node + 1)?), FileRange::default(), first + 1),
+            RowShape::Plain => (None, FileRange::default(), first),
         };
         let (values, child_validity) = match child {
             Some(child) => {
                 let nulls = count(child.null_count(), "a null count")?;
                 (count(child.length(), "a value count")?, used(part(after)?, nulls))
             }
-            None => (rows, Part::default()),
+            None => (rows, FileRange::default()),
         };
         let tokens = part(after + 1)?;
-        if let Kind::FixedSizeList { length } = self.column.kind
+        if let RowShape::FixedSizeList { length } = self.column.kind
             && rows.checked_mul(length) != Some(values)
         {
             return Err(broken(&format!("{rows} lists of {length} tokens have {values} values")));
         }
         let compression = batch.compression().map(|compression| compression.codec());
-        let batch = Batch {
+        let batch = BatchParts {
             rows,
             first_row: self.rows,
             values,
@@ -233,13 +237,14 @@ impl Messages {
             runs: 0,
         };
         if compression.is_none() {
-            // Compressed buffers say how long they are only when they are read.
+            // The lengths of compressed buffers are known only after they are read.
             self.column
                 .check_lengths(&batch, validity.len, offsets.len, child_validity.len, tokens.len)
                 .map_err(|text| broken(&text))?;
         }
-        // Rows are stored, so there cannot be more of them than bits in the file; an empty list still takes an offset.
-        if self.column.kind != (Kind::FixedSizeList { length: 0 }) && rows / 8 > file_len.saturating_mul(1 << 12) {
+        // Rows are stored, so there cannot be more of them than bits in the file. An empty list
+        // still takes an offset.
+        if self.column.kind != (RowShape::FixedSizeList { length: 0 }) && rows / 8 > file_len.saturating_mul(1 << 12) {
             return Err(broken("it has more rows than its file could hold"));
         }
         if self.rows.checked_add(rows).is_none() {
@@ -248,8 +253,9 @@ impl Messages {
         Ok(batch)
     }
 
-    /// Adds `batch`, and finds its documents now that its offsets, which follow its message, may have been read with it.
-    fn add(&mut self, reads: &mut Reads, mut batch: Batch, options: &OpenOptions) -> Result<()> {
+    /// Adds `batch`, and finds its documents. Its offsets follow its message, so they may have been
+    /// read together with it.
+    fn add(&mut self, reads: &mut Reads, mut batch: BatchParts, options: &OpenOptions) -> Result<()> {
         if batch.compression.is_none() {
             let validity = reads.get(batch.validity.range())?.to_vec();
             let child_validity = reads.get(batch.child_validity.range())?.to_vec();
@@ -266,10 +272,10 @@ impl Messages {
 }
 
 impl Column {
-    /// Fails where uncompressed buffers of these lengths are too short for `batch`.
+    /// Fails if uncompressed buffers of these lengths are too short for `batch`.
     pub(super) fn check_lengths(
         &self,
-        batch: &Batch,
+        batch: &BatchParts,
         validity: u64,
         offsets: u64,
         child_validity: u64,
@@ -287,7 +293,7 @@ impl Column {
         };
         optional("validity bits", validity, batch.rows)?;
         optional("validity bits of tokens", child_validity, batch.values)?;
-        if let Kind::List { offset_width } = self.kind
+        if let RowShape::List { offset_width } = self.kind
             && batch.rows > 0
         {
             need(
@@ -300,14 +306,14 @@ impl Column {
     }
 }
 
-/// A message and where its body lies.
-struct Found<'a> {
+/// A message and the place of its body.
+struct LocatedMessage<'a> {
     message: Message<'a>,
-    body: Part,
+    body: FileRange,
 }
 
-/// The message at byte `at`, or `None` if the stream ends there.
-fn read_message(reads: &mut Reads, at: u64) -> Result<Option<Found<'_>>> {
+/// Reads the message at byte `at`. Returns `None` if the stream ends there.
+fn read_message(reads: &mut Reads, at: u64) -> Result<Option<LocatedMessage<'_>>> {
     let file_len = reads.file().len();
     let truncated = |end: u64| {
         Error::data(format!(
@@ -339,9 +345,9 @@ fn read_message(reads: &mut Reads, at: u64) -> Result<Option<Found<'_>>> {
         arrow_ipc::root_as_message(bytes).map_err(|error| damaged(&format!("message at byte {at}"), &error))?;
     let body_len = u64::try_from(message.bodyLength())
         .map_err(|_| Error::data("Arrow data is damaged: a body has a negative length"))?;
-    let body = Part { start: start + len, len: body_len };
+    let body = FileRange { start: start + len, len: body_len };
     match body.start.checked_add(body.len) {
-        Some(end) if end <= file_len => Ok(Some(Found { message, body })),
+        Some(end) if end <= file_len => Ok(Some(LocatedMessage { message, body })),
         end => Err(truncated(end.unwrap_or(u64::MAX))),
     }
 }

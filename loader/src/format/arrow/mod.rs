@@ -1,8 +1,10 @@
-//! Arrow IPC shards, file and stream.
+//! Arrow IPC shards, as files and as streams.
 //!
-//! The messages are walked by their flatbuffers alone and no Arrow arrays are built: opening finds where the offsets and the values of the token
-//! column lie in each record batch, checks every buffer against the file, and scans the list offsets once. Uncompressed batches are then read in
-//! place; compressed ones are decoded whole. Format: the Arrow columnar specification, "Serialization and Interprocess Communication".
+//! Opening walks the messages by their flatbuffers alone and builds no Arrow arrays. It finds the
+//! offsets and the values of the token column in each record batch, checks every buffer against the
+//! file, and scans the list offsets once. Uncompressed batches are then read in place; compressed
+//! batches are decoded whole. Format: the Arrow columnar specification, "Serialization and
+//! Interprocess Communication".
 
 mod compressed;
 mod messages;
@@ -14,30 +16,31 @@ use super::{Format, OpenOptions, Recognised, Sample, Shard, choose_token_column}
 use crate::error::{Error, Result};
 use crate::storage::local::Reads;
 use crate::tokens::Dtype;
-use messages::Batch;
+use messages::BatchParts;
 
-/// How the documents of the token column lie.
+/// Shape of the rows of the token column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// Lists with offsets of so many bytes.
+enum RowShape {
+    /// Lists of any length. The value is the number of bytes of an offset.
     List { offset_width: usize },
-    /// Lists of one length.
+    /// Lists of equal length.
     FixedSizeList { length: u64 },
-    /// One token per row: the file is one document.
+    /// One token per row. The file is one document.
     Plain,
 }
 
-/// The token column, and where its parts are among those of a batch.
+/// The token column, and the places of its parts among the parts of a record batch.
 #[derive(Clone, Debug)]
 struct Column {
     name: String,
-    kind: Kind,
+    kind: RowShape,
     dtype: Dtype,
-    /// Index of its first field node.
+    /// Index of the column's first field node.
     node: usize,
-    /// Index of its first buffer, but for the variable buffers of views before it.
+    /// Index of the column's first buffer, without the variable buffers of views before it.
     buffer: usize,
-    /// Columns of view type before it, each with a number of buffers given per batch.
+    /// Number of columns of view type before it. Each record batch gives the number of their
+    /// buffers.
     views: usize,
 }
 
@@ -45,7 +48,7 @@ impl Column {
     fn find(schema: &arrow_schema::Schema, wanted: Option<&str>, legacy_unions: bool) -> Result<Self> {
         let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
         let name = choose_token_column(&names, wanted)?;
-        let mut counts = Counts { legacy_unions, ..Counts::default() };
+        let mut counts = NodeCounts { legacy_unions, ..NodeCounts::default() };
         for field in schema.fields() {
             if field.name() != name {
                 counts.add(field.data_type());
@@ -59,12 +62,13 @@ impl Column {
                 ))
             };
             let (kind, element) = match field.data_type() {
-                DataType::List(item) => (Kind::List { offset_width: 4 }, item.data_type()),
-                DataType::LargeList(item) => (Kind::List { offset_width: 8 }, item.data_type()),
-                DataType::FixedSizeList(item, length) => {
-                    (Kind::FixedSizeList { length: u64::try_from(*length).map_err(|_| refused())? }, item.data_type())
-                }
-                other => (Kind::Plain, other),
+                DataType::List(item) => (RowShape::List { offset_width: 4 }, item.data_type()),
+                DataType::LargeList(item) => (RowShape::List { offset_width: 8 }, item.data_type()),
+                DataType::FixedSizeList(item, length) => (
+                    RowShape::FixedSizeList { length: u64::try_from(*length).map_err(|_| refused())? },
+                    item.data_type(),
+                ),
+                other => (RowShape::Plain, other),
             };
             let dtype = match element {
                 DataType::UInt8 => Dtype::U8,
@@ -87,9 +91,9 @@ impl Column {
     }
 }
 
-/// Field nodes and buffers that columns occupy in a batch.
+/// Number of field nodes and buffers that columns occupy in a record batch.
 #[derive(Clone, Copy, Debug, Default)]
-struct Counts {
+struct NodeCounts {
     nodes: usize,
     buffers: usize,
     views: usize,
@@ -97,7 +101,7 @@ struct Counts {
     legacy_unions: bool,
 }
 
-impl Counts {
+impl NodeCounts {
     fn add(&mut self, data_type: &DataType) {
         self.nodes += 1;
         match data_type {
@@ -132,22 +136,22 @@ impl Counts {
                 self.add(ends.data_type());
                 self.add(values.data_type());
             }
-            // Dictionaries hold their indices here; everything else has a fixed width.
+            // Dictionaries store their indices here. All other types have a fixed width.
             _ => self.buffers += 2,
         }
     }
 }
 
-/// A run of documents of a batch whose tokens lie side by side.
+/// A run of documents of a record batch whose tokens are adjacent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Run {
-    /// First row, counted in the batch.
+struct DocumentRun {
+    /// First row, counted in the record batch.
     row: u64,
     rows: u64,
-    /// First token, counted in the batch's values.
+    /// First token, counted in the record batch's values.
     start: u64,
     tokens: u64,
-    /// Documents with tokens.
+    /// Number of documents with tokens.
     filled: u64,
 }
 
@@ -168,7 +172,8 @@ pub(crate) fn recognise_file(sample: &Sample<'_>) -> Recognised {
 /// Recognises the Arrow IPC stream format by the first message.
 pub(crate) fn recognise_stream(sample: &Sample<'_>) -> Recognised {
     let word = |at: usize| sample.head.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-    // A stream begins with a continuation marker, or (before Arrow 0.15) with the length of its schema.
+    // A stream begins with a continuation marker. Before Arrow 0.15, it began with the length of
+    // its schema.
     let plausible = |length: u32| length > 0 && u64::from(length) + 4 <= sample.len && length.is_multiple_of(4);
     match (word(0), word(4)) {
         (Some(u32::MAX), _) => Recognised::Yes,
@@ -187,16 +192,19 @@ pub(crate) fn open(mut reads: Reads, format: Format, options: &OpenOptions) -> R
     Ok(Shard::Random(Box::new(random::MappedArrow::new(file, messages))))
 }
 
-/// Cuts the documents of `batch` into runs of at most about `run_tokens` tokens and `run_rows` rows, and adds them to `out`.
+/// Cuts the documents of `batch` into runs of at most about `run_tokens` tokens and `run_rows`
+/// rows, and adds them to `out`.
 ///
-/// `offsets`, `validity` and `child_validity` are the batch's buffers, where it has them. Null documents count as empty; those that cover tokens all
-/// the same end a run. Offsets are checked: not negative, never falling, inside of the values. A null token in a document is an error.
+/// `offsets`, `validity` and `child_validity` are the buffers of the record batch, empty if it has
+/// none. Null documents count as empty. A null document that covers tokens ends a run. Fails if an
+/// offset is negative, below the one before it, or outside the values, or if a document has a null
+/// token.
 fn runs(
     column: &Column,
-    batch: &Batch,
+    batch: &BatchParts,
     (offsets, validity, child_validity): (&[u8], &[u8], &[u8]),
     limits: (u64, u64),
-    out: &mut Vec<Run>,
+    out: &mut Vec<DocumentRun>,
 ) -> Result<()> {
     if batch.rows == 0 {
         return Ok(());
@@ -208,37 +216,38 @@ fn runs(
     };
     let bits = (validity, child_validity);
     match column.kind {
-        Kind::List { offset_width: 4 } => {
+        RowShape::List { offset_width: 4 } => {
             let (offsets, _) = offsets.as_chunks();
             enough(offsets.len())?;
             cut(batch, |row| i64::from(i32::from_le_bytes(offsets[row as usize])), bits, false, limits, out)
         }
-        Kind::List { .. } => {
+        RowShape::List { .. } => {
             let (offsets, _) = offsets.as_chunks();
             enough(offsets.len())?;
             cut(batch, |row| i64::from_le_bytes(offsets[row as usize]), bits, false, limits, out)
         }
-        // As many as are stored.
-        Kind::FixedSizeList { length } => cut(batch, |row| (row * length) as i64, bits, false, limits, out),
-        Kind::Plain => cut(batch, |row| row as i64, bits, true, limits, out),
+        // The values of lists of equal length have no gaps.
+        RowShape::FixedSizeList { length } => cut(batch, |row| (row * length) as i64, bits, false, limits, out),
+        RowShape::Plain => cut(batch, |row| row as i64, bits, true, limits, out),
     }
 }
 
-/// As [`runs`], with `end_at` where a number of rows ends; where documents are `plain` rows, none may be null.
+/// Does the work of [`runs`]. `end_at` gives the end of a number of rows. If documents are `plain`
+/// rows, none may be null.
 fn cut(
-    batch: &Batch,
+    batch: &BatchParts,
     end_at: impl Fn(u64) -> i64,
     (validity, child_validity): (&[u8], &[u8]),
     plain: bool,
     (run_tokens, run_rows): (u64, u64),
-    out: &mut Vec<Run>,
+    out: &mut Vec<DocumentRun>,
 ) -> Result<()> {
     let is_null = |bits: &[u8], index: u64| !bits.is_empty() && bits[(index / 8) as usize] & (1 << (index % 8)) == 0;
     let null_token =
         |row: u64| Error::data("null token: every id in a document must be set").at_row(batch.first_row + row);
-    // Negative ones become larger than any count.
+    // A negative offset becomes larger than any count.
     let mut start = end_at(0) as u64;
-    let mut run = Run { row: 0, rows: 0, start, tokens: 0, filled: 0 };
+    let mut run = DocumentRun { row: 0, rows: 0, start, tokens: 0, filled: 0 };
     for row in 0..batch.rows {
         let end = end_at(row + 1) as u64;
         if end < start || end > batch.values {
@@ -270,7 +279,7 @@ fn cut(
             if run.tokens > 0 {
                 out.push(run);
             }
-            run = Run { row: row + 1, rows: 0, start: end, tokens: 0, filled: 0 };
+            run = DocumentRun { row: row + 1, rows: 0, start: end, tokens: 0, filled: 0 };
         }
         start = end;
     }

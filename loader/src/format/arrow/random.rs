@@ -1,15 +1,18 @@
-//! Uncompressed batches, read in place.
+//! Uncompressed Arrow shards: tokens are read in place, from the mapping or by position.
+//!
+//! A block is a run of documents inside one record batch. The shard keeps the place of each block's
+//! tokens and offsets, and reads any window of a block without decoding.
 
 use std::ops::Range;
 
-use super::messages::{Messages, Part};
-use super::{Column, Kind};
+use super::messages::{FileRange, Messages};
+use super::{Column, RowShape};
 use crate::error::{Error, Result};
 use crate::format::{AnyShard, BlockMeta, Ends, EndsScratch, RandomShard, ShardInfo};
 use crate::storage::local::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
-/// Batches below this many tokens cost more to index than to read.
+/// Record batches with fewer tokens cost more to index than to read.
 const SMALL_BATCH: u64 = 16 << 10;
 
 #[derive(Debug)]
@@ -17,17 +20,17 @@ pub(super) struct MappedArrow {
     info: ShardInfo,
     column: Column,
     batches: usize,
-    /// Where each of `info.blocks` lies.
-    places: Vec<Block>,
+    /// Place of each of `info.blocks`.
+    locations: Vec<BlockLocation>,
 }
 
-/// Where a block lies in the file.
+/// Place of a block in the file.
 #[derive(Clone, Copy, Debug)]
-struct Block {
-    tokens: Part,
-    /// Its list offsets, one more than it has rows.
-    offsets: Part,
-    /// Whether some of its documents are empty.
+struct BlockLocation {
+    tokens: FileRange,
+    /// The list offsets of the block: one more than it has rows.
+    offsets: FileRange,
+    /// Whether any document of the block is empty.
     has_empty: bool,
 }
 
@@ -37,12 +40,12 @@ impl MappedArrow {
         let width = column.dtype.size() as u64;
         let (mut metas, mut blocks) = (Vec::with_capacity(runs.len()), Vec::with_capacity(runs.len()));
         let mut runs = runs.into_iter();
-        let offset_width = if let Kind::List { offset_width } = column.kind { offset_width as u64 } else { 0 };
+        let offset_width = if let RowShape::List { offset_width } = column.kind { offset_width as u64 } else { 0 };
         for batch in &batches {
             for run in runs.by_ref().take(batch.runs) {
-                blocks.push(Block {
-                    tokens: Part { start: batch.tokens.start + run.start * width, len: run.tokens * width },
-                    offsets: Part {
+                blocks.push(BlockLocation {
+                    tokens: FileRange { start: batch.tokens.start + run.start * width, len: run.tokens * width },
+                    offsets: FileRange {
                         start: batch.offsets.start + run.row * offset_width,
                         len: (run.rows + 1) * offset_width,
                     },
@@ -57,16 +60,16 @@ impl MappedArrow {
                 });
             }
         }
-        if column.kind == Kind::Plain {
+        if column.kind == RowShape::Plain {
             as_one_document(&mut metas);
         }
         file.advise_random();
         let info = ShardInfo { file, format, dtype: column.dtype, rows, blocks: metas };
-        Self { info, column, batches: batches.len(), places: blocks }
+        Self { info, column, batches: batches.len(), locations: blocks }
     }
 }
 
-/// Marks blocks as parts of one document.
+/// Marks all blocks as parts of one document.
 pub(super) fn as_one_document(metas: &mut [BlockMeta]) {
     let last = metas.len().saturating_sub(1);
     for (index, meta) in metas.iter_mut().enumerate() {
@@ -85,7 +88,7 @@ impl AnyShard for MappedArrow {
     }
 
     fn index_bytes(&self) -> u64 {
-        (size_of_val(self) + size_of_val(self.places.as_slice())) as u64
+        (size_of_val(self) + size_of_val(self.locations.as_slice())) as u64
     }
 
     fn advice(&self) -> Vec<String> {
@@ -112,14 +115,14 @@ impl RandomShard for MappedArrow {
     fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {
         self.info.file.check_window()?;
         let width = self.column.dtype.size() as u64;
-        let all = self.places[block].tokens;
+        let all = self.locations[block].tokens;
         debug_assert!(range.end * width <= all.len, "window outside of its block");
         let bytes = self.info.file.slice(all.start + range.start * width..all.start + range.end * width, scratch)?;
         Ok(Tokens::new(self.column.dtype, bytes))
     }
 
     fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
-        let all = self.places[block].tokens;
+        let all = self.locations[block].tokens;
         let from = all.start + token * self.column.dtype.size() as u64;
         self.info.file.mapped()?.get(from as usize..(all.start + all.len) as usize)
     }
@@ -127,12 +130,12 @@ impl RandomShard for MappedArrow {
     fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
         let meta = &self.info.blocks[block];
         let width = match self.column.kind {
-            Kind::List { offset_width } => offset_width,
-            Kind::FixedSizeList { length } => return Ok(Ends::Fixed { length, count: meta.ends as usize }),
-            Kind::Plain => return Ok(Ends::Fixed { length: meta.tokens, count: meta.ends as usize }),
+            RowShape::List { offset_width } => offset_width,
+            RowShape::FixedSizeList { length } => return Ok(Ends::Fixed { length, count: meta.ends as usize }),
+            RowShape::Plain => return Ok(Ends::Fixed { length: meta.tokens, count: meta.ends as usize }),
         };
         self.info.file.check_window()?;
-        let Block { offsets, has_empty, .. } = self.places[block];
+        let BlockLocation { offsets, has_empty, .. } = self.locations[block];
         let bytes = self.info.file.slice(offsets.range(), &mut scratch.bytes)?;
         let all = Ends::Offsets { bytes, width };
         if !has_empty {
@@ -157,11 +160,11 @@ impl RandomShard for MappedArrow {
 
     fn will_need(&self, block: usize, range: Range<u64>) {
         let width = self.column.dtype.size() as u64;
-        let start = self.places[block].tokens.start;
+        let start = self.locations[block].tokens.start;
         self.info.file.will_need(start + range.start * width..start + range.end * width);
     }
 
     fn is_resident(&self, block: usize, range: Range<u64>) -> bool {
-        self.info.file.is_resident(self.places[block].tokens.start + range.start * self.column.dtype.size() as u64)
+        self.info.file.is_resident(self.locations[block].tokens.start + range.start * self.column.dtype.size() as u64)
     }
 }

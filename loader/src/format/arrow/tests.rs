@@ -41,14 +41,14 @@ fn opened(bytes: &[u8], options: &OpenOptions) -> Result<Shard> {
     open_at(file.path(), options)
 }
 
-/// Whatever the end of the file looks like.
+/// Opens the shard in the format that its head shows, whatever the end of the file looks like.
 fn open_at(path: &Path, options: &OpenOptions) -> Result<Shard> {
     let mut reads = Reads::new(SourceFile::open(path, options.io)?);
     let is_file = reads.get(0..reads.file().len().min(6))? == b"ARROW1";
     open(reads, if is_file { Format::ArrowFile } else { Format::ArrowStream }, options)
 }
 
-/// The documents with tokens of a shard, by way of its blocks.
+/// Documents of a shard that have tokens, read block by block.
 fn documents(shard: &Shard) -> Result<Vec<Vec<i64>>> {
     let mut documents = Vec::new();
     for (index, meta) in shard.blocks().iter().enumerate() {
@@ -84,7 +84,8 @@ fn documents(shard: &Shard) -> Result<Vec<Vec<i64>>> {
 
 type Lists = Vec<Option<Vec<i32>>>;
 
-/// A list column whose null lists cover tokens all the same, as the format allows, after columns of many shapes.
+/// Makes a list column after columns of many shapes. Its null lists cover tokens, as the format
+/// allows.
 fn batch(lists: &Lists) -> RecordBatch {
     let mut offsets = vec![0i32];
     let mut values = Vec::new();
@@ -142,7 +143,7 @@ proptest! {
     ) {
         let io = if pread { Io::Pread } else { Io::Mmap };
         let batches: Vec<_> = lists.chunks(cuts).map(|lists| {
-            // Slicing away the first rows leaves offsets that do not begin at 0.
+            // Slicing off the first rows leaves offsets that do not begin at 0.
             let mut padded: Lists = vec![Some(vec![5; 3]); sliced];
             padded.extend(lists.iter().cloned());
             batch(&padded).slice(sliced, lists.len())
@@ -209,7 +210,8 @@ fn a_file_cut_anywhere_is_an_error_or_shorter_by_whole_batches() {
                 sound += 1;
             }
         }
-        // After the schema, each of the batches, and the marker without its length.
+        // The sound cuts are after the schema, after each batch, and after the marker without its
+        // length.
         assert!(sound <= 4, "{sound} cuts went unnoticed");
     }
 }
