@@ -15,8 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree
 
-State = dict[str, Any]
-
 
 class Event(Protocol):
     """The end of a copy."""
@@ -63,7 +61,7 @@ class Cuda:
 class Handed:
     """The position after the batches that were handed over, and not after those that are ahead."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: Any) -> None:
         self.state = state
 
 
@@ -74,13 +72,13 @@ class Ahead:
         self,
         link: Link,
         take: Callable[[float | None], Any],
-        state: Callable[[], State],
+        state: Callable[[], Any],
         began: Callable[[Handed], None],
         ahead: int,
     ) -> None:
         self._link, self._take, self._state, self._began, self._ahead = link, take, state, began, ahead
         self._lock = threading.Lock()
-        self._ready: deque[tuple[Any, list[tuple[torch.Tensor, Event]], State] | Exception] = deque()
+        self._ready: deque[tuple[Any, list[tuple[torch.Tensor, Event]], Any] | Exception] = deque()
         #: Host memory that a copy may still read, in the order of the copies.
         self._reading: deque[tuple[Event, Any]] = deque()
         self._handed: Handed | None = None

@@ -18,7 +18,7 @@ from forebay._loader import Loader, Skip, first_time, settings_of
 from forebay._split import Consumer, Split, check
 from forebay.torch.any_dataset.iterator import DatasetIterator
 from forebay.torch.any_dataset.order import State, is_plain
-from forebay.torch.any_dataset.state import Resume
+from forebay.torch.any_dataset.state import Failed, Resume
 from forebay.torch.dataset import TokenDataset
 from forebay.torch.device import Ahead, Cuda, Handed, Link
 from forebay.torch.native import Native, NativeIterator, Rows, Whole
@@ -67,11 +67,6 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
     ConfigError
         A setting is unusable, or the launcher's rank is not that of torch.distributed.
     """
-
-    #: The position after the batches handed over by the newest pass.
-    state_dict: Callable[[], dict[str, Any]]
-    #: The next pass continues there.
-    load_state_dict: Callable[[Mapping[str, Any]], None]
 
     def __init__(
         self,
@@ -269,18 +264,37 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         self._link = link
         self.device_prefetch = device_prefetch
         self._handed: Handed | None = None
-        # In `__dict__`, which wrappers of Lightning Fabric and Ray copy.
-        self.state_dict = self._state_handed_over
-        self.load_state_dict = self._load_state
+        # Wrappers of Lightning Fabric and Ray copy `__dict__`, and ask the copy. Methods of a subclass count.
+        self.__dict__.update(state_dict=self.state_dict, load_state_dict=self.load_state_dict)
 
-    def _state_handed_over(self) -> State:
-        return self._state_taken() if self._handed is None else dict(self._handed.state)
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batches handed over by the newest pass."""
+        if self._handed is None:
+            return self._state_taken()
+        if isinstance(self._handed.state, Failed):
+            raise self._handed.state.error
+        return dict(self._handed.state)
 
     def _state_taken(self) -> State:
         """The position after what was taken, which on the way to a device is ahead of what was handed over."""
         return self._resume.state(self) if self._native is None else self._native.loader.state_dict()
 
-    def _load_state(self, state_dict: Mapping[str, Any]) -> None:
+    def _state_ahead(self) -> State | Failed:
+        try:
+            return self._state_taken()
+        except Exception as error:
+            return Failed(error)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The next pass continues there; ``{}`` changes nothing.
+
+        Raises
+        ------
+        StateMismatchError
+            It belongs to another dataset, or to another kind of loader; both values are named.
+        TypeError
+            It is no mapping.
+        """
         if isinstance(state_dict, Mapping) and not state_dict:
             return
         if self._native is None:
@@ -296,13 +310,14 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         """What brings the batches of a new pass to the device."""
         if self._link is None:
             return None
-        return Ahead(self._link(), take, self._state_taken, self._begun_ahead, self.device_prefetch)
+        return Ahead(self._link(), take, self._state_ahead, self._begun_ahead, self.device_prefetch)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = self.__dict__.copy()
         if self._native is None:
-            state = self._state_handed_over()
-            kept["_resume"] = Resume(state if state["batches"] else None)
+            # A loader whose dataset cannot give its state is copied without a position.
+            state = self._state_ahead() if self._handed is None else self._handed.state
+            kept["_resume"] = Resume(None if isinstance(state, Failed) or not state["batches"] else state)
         del kept["state_dict"], kept["load_state_dict"]
         return kept
 
@@ -347,16 +362,12 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
     def set_epoch(self, epoch: int) -> None:
         """The next pass begins this epoch, unless a position of it was restored and not continued yet.
 
-        On the Python way, passed on to whichever of sampler, batch sampler and dataset has the method.
+        On the Python way, every sampler and dataset that has the method is told, also inside of others.
         """
         if self._native is not None:
             self._native.loader.set_epoch(epoch)
             return
-        for part in (self.sampler, self.batch_sampler, getattr(self.batch_sampler, "sampler", None), self.dataset):
-            set_epoch = getattr(part, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch)
-                return
+        self._resume.set_epoch(self, epoch)
 
     def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Tensors]]:
         """Consumers for `count` threads, that share this loader's threads, mapping and windows. Native loaders only.

@@ -33,7 +33,8 @@ def with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
         )
     assumed = (
         f"assuming pure data parallel over {here[1]} ranks (from torch.distributed); where tensor-, context- or "
-        "pipeline-parallel peers should read the same rows, set `mesh`, `model_parallel_size`, or `dp_rank` and `dp_world_size`"
+        "pipeline-parallel peers should read the same rows, set `mesh`, `model_parallel_size`, or `dp_rank` and "
+        "`dp_world_size`"
     )
     log_notes([], [assumed] if peers == 1 else [], here[0])
     return [*pairs, ("dp_rank", str(here[0])), ("dp_world_size", str(here[1]))]

@@ -1,4 +1,4 @@
-"""Passes over any torch dataset, on threads of this process."""
+"""One pass over any dataset of torch, on threads of this process or on the caller's."""
 
 from __future__ import annotations
 
@@ -8,31 +8,45 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch.utils.data
-from torch.utils.data import _DatasetKind, _utils, graph_settings
+from torch.utils.data import _DatasetKind, _utils
 from torch.utils.data import dataloader as torch_dataloader
-from torch.utils.data.datapipes.datapipe import IterDataPipe, MapDataPipe
 
 from forebay._loader import first_time, log_notes
-from forebay.torch.any_dataset.order import Order, State, is_stateful, restore_sampler
-from forebay.torch.any_dataset.random_state import drawn_seed, own_random_state
-from forebay.torch.any_dataset.state import Position, Resume, first_state, is_inside, size_of
-from forebay.torch.any_dataset.worker_info import answer_per_thread, here, make_worker_info, run_init_fn
-from forebay.torch.any_dataset.workers import Begin, Outcome, Workers, told_of_stop
+from forebay.torch.any_dataset.order import Order, State, chained, is_stateful
+from forebay.torch.any_dataset.random_state import OwnRandomState, drawn_seed
+from forebay.torch.any_dataset.state import (
+    Change,
+    Position,
+    Resume,
+    first_state,
+    is_inside,
+    keeps_dataset_state,
+    size_of,
+    state_of,
+)
+from forebay.torch.any_dataset.tasks import Caller, Fetched, Items, Recipe, tell_of_replay, tell_of_unkept
+from forebay.torch.any_dataset.worker_info import answer_per_thread
+from forebay.torch.any_dataset.workers import Outcome, Workers
 from forebay.torch.device import Ahead
 
 #: Makes the copies of a new pass to the device out of what takes its next batch; None for host memory.
 AheadOf = Callable[[Callable[[float | None], Any]], Ahead | None]
 
+#: What a pass continues of an earlier one.
+_CONTINUED = (
+    "batches", "ahead", "counts", "items", "ended", "datasets", "base_seed", "random", "seeds", "sampler", "digest",
+)  # fmt: skip
+
 
 class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
     """A pass over a dataset: on ``num_workers`` threads, or on the caller's for 0. It begins at the first ``next()``.
 
-    Threads share a map-style dataset; of an iterable one, each iterates a shallow copy of its own. Several threads may
-    take batches from one iterator.
+    Threads share a map-style dataset; each iterates a copy of its own of an iterable one. Several threads may take
+    batches from one iterator. A set-up that is interrupted or fails is begun again by the next ``next()``.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader[Any], resume: Resume, ahead_of: AheadOf) -> None:
@@ -40,26 +54,55 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._resume = resume
         self._taking = threading.RLock()
         self._position: Position | None = None
-        self._workers: Workers | _Caller | None = None
+        self._workers: Workers | Caller | None = None
         self._ahead = ahead_of(self._take_on_host)
         self._ended = False
         # Where there is one processor, or no lock, threads wait for nothing that could be had otherwise.
         self._hints = _has_gil() and len(os.sched_getaffinity(0)) > 1 if hasattr(os, "sched_getaffinity") else False
+        self._order = None if loader._dataset_kind == _DatasetKind.Iterable else Order(loader)
+        #: The index that is drawn and not given out, if there is one, and the task made of it.
+        self._pulled: list[Any] = []
+        self._task: tuple[int, Any] | None = None
+        self._draws = 0
         self._drawn = 0
         self._skipped: set[int] = set()
-        self._order = None if loader._dataset_kind == _DatasetKind.Iterable else Order(loader)
+        self._sampler_failed = False
+        #: Workers whose dataset raised at their last batch: an end that follows is not the end of their data.
+        self._broken: set[int] = set()
+        #: The batch that a thread is about to return, which an interrupt must not lose.
+        self._giving: dict[int, tuple[Outcome, Change | None]] = {}
         early = self._order is not None and not self._order.late
         self._mark = self._order.mark() if early and self._order is not None else []
         with contextlib.ExitStack() as stack:
             if is_inside(resume.restored):
                 # The interrupted run drew for this pass before its state was taken: drawing again would shift the
                 # numbers that the trainer gets.
-                stack.enter_context(own_random_state())
+                stack.enter_context(OwnRandomState())
             super().__init__(loader)
         if self._num_workers > 0:
             answer_per_thread()
         elif self._timeout > 0:
             raise ValueError("`timeout` needs `num_workers`: without threads, nothing can be given up")
+
+    def __next__(self) -> Any:
+        self._giving.pop(threading.get_ident(), None)
+        try:
+            return super().__next__()
+        except BaseException:
+            self._roll_back()
+            raise
+
+    def _roll_back(self) -> None:
+        """Keeps the batch that this thread was about to return for the next ``next()``."""
+        found = self._giving.pop(threading.get_ident(), None)
+        if found is None or self._ahead is not None:
+            return
+        with self._taking:
+            outcome, change = found
+            if change is not None:
+                change.undo()
+            if self._workers is not None:
+                self._workers.put_back(outcome)
 
     def _next_data(self) -> Any:
         found = self._take_on_host(None) if self._ahead is None else self._ahead.take(None)
@@ -80,6 +123,195 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
                 data = _utils.pin_memory.pin_memory(data, self._pin_memory_device)  # type: ignore[no-untyped-call]
             return (data,)
 
+    def _is_ready(self) -> bool:
+        return self._ended or (isinstance(self._workers, Workers) and self._workers.ready())
+
+    def _take(self) -> Any:
+        if self._ended:
+            raise StopIteration
+        if self._workers is None:
+            self._start()
+        assert self._workers is not None and self._position is not None
+        outcome = self._workers.peek(self._draw)
+        if outcome is None:
+            self._end()
+            raise StopIteration
+        if self._hints:
+            self._hint()
+        change = None if outcome.is_setup else self._change(outcome, self._position)
+        me = threading.get_ident()
+        self._giving[me] = outcome, change
+        if change is not None:
+            change.apply()
+        self._workers.done(outcome)
+        if outcome.error is None:
+            fetched: Fetched = outcome.result
+            return fetched.data
+        del self._giving[me]
+        error = outcome.raised()
+        try:
+            raise error
+        finally:
+            del outcome, error  # they are in their own traceback
+
+    def _change(self, outcome: Outcome, position: Position) -> Change | None:
+        """The step of the position that `outcome` makes."""
+        fetched: Fetched | None = outcome.result
+        if self._order is not None:
+            if outcome.index is None:
+                return None  # the sampler failed
+            # A batch that failed counts: it fails again wherever it is asked for.
+            return position.handed(outcome.index[0], self._whole, None if fetched is None else fetched.dataset_state)
+        assert self._workers is not None
+        if fetched is None:
+            self._broken.add(outcome.worker)
+            return None
+        self._broken.discard(outcome.worker)
+        if isinstance(self._workers, Caller):
+            items = self._workers.items
+            # The position outlives the pass: it must hold neither threads nor data that nobody needs.
+            if items is not None and items.is_stateful and position.asked is dict:
+                position.asked = _asker(items, self._taking)
+        ended = [worker for worker in self._workers.ended if worker not in self._broken]
+        return position.handed_by(outcome.worker, fetched.items, fetched.dataset_state, ended)
+
+    def _end(self) -> None:
+        self._ended = True
+        assert self._position is not None
+        # After an error, a generator only says that it has ended: the rest of the epoch was not handed over.
+        if not self._broken and not self._sampler_failed:
+            self._position.finish()
+
+    def _start(self) -> None:
+        """Sets the pass up. Nothing of the loader changes before all of it is there."""
+        with self._resume.starting:
+            self._start_from(self._resume.restored)
+
+    def _start_from(self, restored: State | None) -> None:
+        loader = self._owner
+        state = first_state(loader, self._resume.told)
+        told_another = restored is not None and any(
+            epoch not in (-1, now) for epoch, now in zip(restored["epochs"], state["epochs"], strict=True)
+        )
+        if told_another:
+            restored = None
+        self._pulled, self._draws, self._drawn, self._skipped = [], 0, 0, set()
+        if restored is not None and (not restored["finished"] or loader.num_workers <= 1):
+            state["dataset"] = restored["dataset"]
+        state["renew"] = restored is not None and bool(restored["finished"])
+        inside = restored if is_inside(restored) else None
+        base_seed: Any = self._base_seed
+        if self._order is not None:
+            base_seed = self._start_order(self._order, restored, inside, state, base_seed)
+            self._whole = size_of(self._index_sampler)
+        state["base_seed"] = int(base_seed)
+        if inside is not None:
+            state.update({name: inside[name] for name in _CONTINUED})
+            self._skipped, self._drawn = set(state["ahead"]), state["batches"]
+        if self._order is not None:
+            dataset: Any = self._dataset
+            for kept in state["dataset"]:
+                dataset.load_state_dict(copy.deepcopy(kept))
+            if not keeps_dataset_state(loader):
+                state["dataset"] = []
+        workers = self._made_workers(state)
+        del state["renew"]
+        position = Position(state)
+        if self._order is not None and self._num_workers > 1 and is_stateful(self._dataset):
+            position.asked = _teller(self._dataset, self._num_workers)
+        self._resume.begin(position)
+        self._position, self._workers = position, workers
+
+    def _start_order(
+        self, order: Order, restored: State | None, inside: State | None, state: State, base_seed: Any
+    ) -> Any:
+        """Lets the indices begin where they have to, and returns the base seed of the pass."""
+        if inside is not None:
+            if order.stateful is not None:
+                order.restore_sampler(inside["sampler"])
+                self._sampler_iter = iter(self._index_sampler)
+            else:
+                self._sampler_iter = order.again(inside["random"], inside["batches"], inside["digest"])
+            return inside["base_seed"]
+        if restored is not None and restored["finished"]:
+            if order.stateful is not None:
+                order.restore_sampler(restored["sampler"])
+                for _ in iter(self._index_sampler):
+                    pass
+            if order.kind == "generator":
+                order.again(restored["random"], None)
+            self._mark = order.mark() if not order.late else []
+            self._sampler_iter = iter(self._index_sampler)
+            if self._owner.generator is not None:
+                base_seed = drawn_seed(self._owner.generator)
+        mark = order.mark() if order.late else self._mark
+        used = self._resume.seeds
+        state["random"] = order.unused(mark, used) if self._resume.is_continued else mark
+        state["seeds"] = order.with_seed(state["random"], used)
+        if order.kind == "seed":
+            self._sampler_iter = order.seeded(state["random"][0])
+        elif state["random"] != mark:
+            self._sampler_iter = order.again(state["random"], 0)
+        return base_seed
+
+    def _draw(self, at: int) -> tuple[int, Any]:
+        """Number and index of the next batch; for another `at` than before, it goes on to the next."""
+        while at >= self._draws:
+            if not self._pulled:
+                try:
+                    # In one step: an interrupt comes before the index is drawn, or after it is kept.
+                    self._pulled.extend(itertools.islice(self._sampler_iter, 1))
+                except Exception:
+                    self._sampler_failed = True
+                    raise
+                if not self._pulled:
+                    raise StopIteration
+            number, index = self._drawn, self._pulled[0]
+            if self._order is not None:
+                assert self._position is not None
+                stateful = self._order.stateful
+                kept = [] if stateful is None else [state_of(stateful)]
+                self._position.drew(number, chained(self._position.digest_before(number), index), kept)
+            drawn = number not in self._skipped
+            # No calls from here on: interrupts come only where something is called.
+            del self._pulled[0]
+            self._drawn = number + 1
+            if drawn:
+                self._task = number, index
+                self._draws = at + 1
+        assert self._task is not None
+        return self._task
+
+    def _made_workers(self, state: State) -> Workers | Caller:
+        loader, iterable = self._owner, self._order is None
+        if iterable and state["batches"]:
+            tell_of_replay(self._dataset, state)
+        recipe = Recipe(
+            kind=self._dataset_kind,
+            auto_collation=self._auto_collation,
+            collate_fn=self._collate_fn,
+            drop_last=self._drop_last,
+            init_fn=loader.worker_init_fn,
+            workers=self._num_workers,
+            base_seed=state["base_seed"],
+            world=(self._world_size, self._rank),
+        )
+        keeps = keeps_dataset_state(loader)
+        if self._num_workers == 0:
+            return Caller(recipe.begin(self._dataset, None, dict(state), keeps and not iterable), iterable)
+        count = self._num_workers
+        own = [recipe.own_dataset(self._dataset, worker) for worker in range(count)]
+        return Workers(
+            [recipe.begin(own[worker], worker, dict(state), keeps or iterable) for worker in range(count)],
+            own_data=iterable,
+            window=count * (loader.prefetch_factor or 2),
+            in_order=loader.in_order,
+            timeout_s=self._timeout,
+            done=state["counts"],
+            ended=state["ended"],
+            together=loader.worker_init_fn is not None,
+        )
+
     def _hint(self) -> None:
         found = self._workers.contention() if isinstance(self._workers, Workers) else None
         if found is None:
@@ -94,159 +326,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             )
             log_notes([text], [], None)
 
-    def _is_ready(self) -> bool:
-        return self._ended or (isinstance(self._workers, Workers) and self._workers.ready())
-
-    def _take(self) -> Any:
-        if self._ended:
-            raise StopIteration
-        if self._workers is None:
-            self._start()
-        assert self._workers is not None and self._position is not None
-        outcome = self._workers.next(self._draw)
-        if outcome is None:
-            self._ended = True
-            self._position.finish()
-            raise StopIteration
-        if self._hints:
-            self._hint()
-        if self._order is not None:
-            # A batch that failed counts: it fails again wherever it is asked for.
-            self._position.handed(outcome.index[0], self._whole)
-        elif outcome.error is None:
-            state, outcome.result = outcome.result
-            self._position.handed_by(outcome.worker, state, self._workers.ended)
-        if outcome.error is None:
-            return outcome.result
-        try:
-            raise outcome.error
-        finally:
-            del outcome  # it is in its own traceback
-
-    def _start(self) -> None:
-        loader = self._owner
-        restored = self._resume.take()
-        state = first_state(loader)
-        if self._order is not None:
-            restored = self._start_order(self._order, restored, state)
-            self._whole = size_of(self._index_sampler)
-        state["base_seed"] = int(self._base_seed)
-        if restored is not None and is_inside(restored):
-            kept = ("batches", "ahead", "counts", "ended", "datasets", "base_seed", "random", "sampler")
-            state.update({name: copy.copy(restored[name]) for name in kept})
-            self._base_seed = state["base_seed"]
-            self._skipped = set(state["ahead"])
-            self._drawn = state["batches"]
-        self._position = Position(state)
-        self._workers = self._made_workers(state)
-        self._resume.newest = self._position
-
-    def _start_order(self, order: Order, restored: State | None, state: State) -> State | None:
-        """Draws what `restored` drew; what is left to continue: nothing if the sampler was told another epoch."""
-        if restored is not None and restored["epoch"] not in (-1, order.epoch()):
-            restored = None
-        if restored is not None and restored["finished"]:
-            if order.stateful is not None:
-                restore_sampler(order, restored)
-                for _ in iter(self._index_sampler):
-                    pass
-            if order.kind == "generator":
-                order.again(restored["random"], None)
-            self._mark = order.mark() if not order.late else []
-            self._sampler_iter = iter(self._index_sampler)
-            if self._owner.generator is not None:
-                self._base_seed = drawn_seed(self._owner.generator)
-            restored = None
-        if restored is None or not is_inside(restored):
-            state["random"] = order.mark() if order.late else self._mark
-            if order.kind == "seed":
-                self._sampler_iter = order.seeded(state["random"][0])
-            return None
-        if order.stateful is not None:
-            restore_sampler(order, restored)
-            self._sampler_iter = iter(self._index_sampler)
-        else:
-            self._sampler_iter = order.again(restored["random"], restored["batches"])
-        return restored
-
-    def _draw(self) -> tuple[int, Any]:
-        while True:
-            index = next(self._sampler_iter)
-            number = self._drawn
-            self._drawn += 1
-            if self._order is not None and self._order.stateful is not None:
-                assert self._position is not None
-                self._position.drew(number, copy.deepcopy(self._order.stateful.state_dict()))
-            if number not in self._skipped:
-                return number, index
-
-    def _made_workers(self, state: State) -> Workers | _Caller:
-        loader, iterable = self._owner, self._order is None
-        if iterable and state["batches"]:
-            _tell_of_replay(self._dataset, state)
-        if self._num_workers == 0:
-            return _Caller(self._begin(loader, None, state), iterable)
-        count = self._num_workers
-        return Workers(
-            [self._begin(loader, worker, state) for worker in range(count)],
-            own_data=iterable,
-            window=count * (loader.prefetch_factor or 2),
-            in_order=loader.in_order,
-            timeout_s=self._timeout,
-            done=state["counts"],
-            ended=state["ended"],
-            together=loader.worker_init_fn is not None,
-        )
-
-    def _begin(self, loader: torch.utils.data.DataLoader[Any], worker: int | None, state: State) -> Begin:
-        # Locals only: a thread that held the iterator would keep it alive.
-        source, count, base_seed = self._dataset, self._num_workers, int(self._base_seed)
-        kind, auto_collation = self._dataset_kind, self._auto_collation
-        collate_fn, drop_last, init_fn = self._collate_fn, self._drop_last, loader.worker_init_fn
-        iterable, world = self._order is None, (self._world_size, self._rank)
-        done = state["counts"][worker or 0] if iterable else 0
-        batch_size = loader.batch_size
-        dataset_state: State | None = state["datasets"][worker or 0] if done else None
-
-        def begin() -> Callable[[Any], Any]:
-            dataset: Any = source
-            if worker is not None:
-                if isinstance(source, (IterDataPipe, MapDataPipe)):
-                    dataset = copy.deepcopy(source)  # sharding is written into the pipes of the graph
-                elif iterable:
-                    dataset = _copied(source)
-                here.info = make_worker_info(worker, count, base_seed, dataset)
-            if isinstance(dataset, (IterDataPipe, MapDataPipe)):
-                shards = (world[0] * max(count, 1), (worker or 0) * world[0] + world[1])
-                graph_settings.apply_sharding(dataset, *shards)
-            if worker is not None and init_fn is not None:
-                run_init_fn(init_fn, worker, base_seed)
-            in_dataset = dataset_state is not None and dataset_state["of"] == "dataset"
-            if dataset_state is not None and in_dataset:
-                dataset.load_state_dict(dataset_state["state"])
-            fetcher: Any = _DatasetKind.create_fetcher(  # type: ignore[no-untyped-call]
-                kind, dataset, auto_collation, collate_fn, drop_last
-            )
-            if not iterable:
-                return lambda task: fetcher.fetch(task[1])
-            if dataset_state is not None and not in_dataset:
-                fetcher.dataset_iter.load_state_dict(dataset_state["state"])
-            elif done and not in_dataset:
-                _replay(fetcher.dataset_iter, done * (batch_size or 1))
-            owner = "iterator" if is_stateful(fetcher.dataset_iter) else "dataset"
-            stateful: Any = fetcher.dataset_iter if owner == "iterator" else dataset
-
-            def fetch(task: Any) -> Any:
-                data = fetcher.fetch(task[1])
-                kept = {"of": owner, "state": copy.deepcopy(stateful.state_dict())} if is_stateful(stateful) else None
-                return kept, data
-
-            return fetch
-
-        return begin
-
     def close(self) -> None:
-        """Ends the pass and waits for its threads to finish what they are at."""
+        """Ends the pass and waits until its threads finish their present items."""
         self._ended = True
         if isinstance(self._workers, Workers):
             self._workers.close()
@@ -254,59 +335,28 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             self._ahead.close()
 
 
-class _Caller:
-    """The tasks of ``num_workers=0``, done where the next batch is asked for."""
+def _asker(items: Items, taking: threading.RLock) -> Callable[[], State]:
+    """Makes the function that asks the dataset of `items` for its state, once a user asks for it."""
 
-    def __init__(self, begin: Begin, own_data: bool) -> None:
-        self._begin = begin
-        self._own_data = own_data
-        self._work: Callable[[Any], Any] | None = None
-        self.ended: list[int] = []
+    def asked() -> State:
+        # Another thread that is computing a batch holds the lock; the last known state will do then.
+        if not taking.acquire(blocking=False):
+            return {}
+        try:
+            return items.asked()
+        finally:
+            taking.release()
 
-    def next(self, next_index: Callable[[], Any]) -> Outcome | None:
-        if self._work is None:
-            self._work = self._begin()
-        try:
-            index = next_index()
-        except StopIteration:
-            return None
-        try:
-            outcome = Outcome(index, self._work(index))
-        except StopIteration as error:
-            if self._own_data:
-                return None
-            outcome = Outcome(index, error=told_of_stop(error))
-        except BaseException as error:
-            outcome = Outcome(index, error=error)
-        outcome.worker = 0
-        return outcome
+    return asked
+
+
+def _teller(dataset: Any, workers: int) -> Callable[[], State]:
+    def asked() -> State:
+        tell_of_unkept(dataset, workers)
+        return {}
+
+    return asked
 
 
 def _has_gil() -> bool:
     return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
-
-
-def _copied(source: Any) -> Any:
-    """A shallow copy with attributes of its own, which not every ``__setstate__`` gives it."""
-    copied = copy.copy(source)
-    if copied is not source and getattr(copied, "__dict__", None) is not getattr(source, "__dict__", copied):
-        return copied
-    copied = object.__new__(type(source))
-    copied.__dict__.update(source.__dict__)
-    return copied
-
-
-def _tell_of_replay(dataset: Any, state: State) -> None:
-    if any(count and kept is None for count, kept in zip(state["counts"], state["datasets"], strict=True)):
-        text = (
-            f"{type(dataset).__name__} has no `state_dict` and `load_state_dict`: to resume it, it is read again from "
-            "its start, and what was handed over is passed over"
-        )
-        if first_time(text):
-            log_notes([f"{text} ({state['batches']} batches)"], [], None)
-
-
-def _replay(items: Iterator[Any], count: int) -> None:
-    # The last batch may have been short: an end that comes early is the end of the pass.
-    for _ in itertools.islice(items, count):
-        pass

@@ -1,21 +1,28 @@
-"""The order of a map-style dataset: where its indices come from."""
+"""The order of a map-style dataset: the source of its indices, and the ways to draw them again.
+
+Also finds the objects that want to be told the epoch.
+"""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import itertools
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SequentialSampler
+import torch.utils.data
+from torch.utils.data import BatchSampler, Dataset, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from forebay._errors import StateMismatchError
 from forebay.torch.any_dataset.random_state import (
+    OwnRandomState,
+    derived_seed,
     from_text,
-    own_random_state,
     process_state,
+    seeded_process_state,
     set_process_state,
     to_text,
 )
@@ -23,6 +30,8 @@ from forebay.torch.any_dataset.random_state import (
 State = dict[str, Any]
 
 _FIXED = (SequentialSampler, DistributedSampler)
+#: Seeds of earlier epochs that a state keeps, beside the first one.
+_SEEDS_KEPT = 1000
 
 
 def is_plain(value: object, kind: type, *methods: str) -> bool:
@@ -31,13 +40,28 @@ def is_plain(value: object, kind: type, *methods: str) -> bool:
 
 
 def is_stateful(value: object) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+    """Whether `value` has ``state_dict()`` and ``load_state_dict(state)``, which take no further arguments."""
+    return _takes(value, "state_dict") and _takes(value, "load_state_dict", {})
+
+
+def _takes(value: object, name: str, *arguments: object) -> bool:
+    method = getattr(value, name, None)
+    if not callable(method):
+        return False
+    try:
+        inspect.signature(method).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # a method in C may have no signature
+    return True
 
 
 class Order:
-    """Where the indices of a pass come from, and what it takes to draw the same ones again.
+    """The source of a pass's indices, and what it takes to draw the same ones again.
 
-    `random` of a state is empty for what draws nothing; a seed; the state of a generator; or that of the process.
+    `kind` says what the order follows from: nothing (``"fixed"``), a sampler's own state, a seed that the pass draws,
+    the state of a generator, or the random state of the process.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader[Any]) -> None:
@@ -65,18 +89,38 @@ class Order:
             self.kind = "generator"
         else:
             self.kind = "process"
-        #: Whether its own code begins at the first index, and not where the iterator is made.
+        #: Whether the sampler's code begins at the first index, and not where the iterator is made.
         self.late = inspect.isgeneratorfunction(getattr(type(self.index_sampler), "__iter__", None))
 
     def mark(self) -> list[Any]:
         """Random state from which the indices follow."""
         if self.kind == "seed":
-            # What RandomSampler itself draws.
+            # RandomSampler draws its seed with these very calls.
             return [int(torch.empty((), dtype=torch.int64).random_().item())]
         if self.kind == "generator":
             assert self.generator is not None
             return [to_text(self.generator.get_state())]
         return [process_state()] if self.kind == "process" else []
+
+    def unused(self, marked: list[Any], used: list[Any]) -> list[Any]:
+        """`marked`, or a random state derived from it if an epoch of `used` began with it.
+
+        A script that seeds the process at its start gives every restart the random state of the first epoch.
+        """
+        if self.kind not in ("seed", "process") or not used or self.seed_of(marked) not in used:
+            return marked
+        seed = derived_seed([used[-1], len(used)])
+        return [seed] if self.kind == "seed" else [seeded_process_state(seed)]
+
+    def seed_of(self, marked: list[Any]) -> int:
+        seed: int = marked[0] if self.kind == "seed" else derived_seed(marked)
+        return seed
+
+    def with_seed(self, marked: list[Any], used: list[Any]) -> list[Any]:
+        """`used` and the seed of an epoch that begins with `marked`."""
+        if self.kind not in ("seed", "process"):
+            return []
+        return [*used[:1], *used[1:][-_SEEDS_KEPT:], self.seed_of(marked)]
 
     def seeded(self, seed: int) -> Iterator[Any]:
         """Indices of a RandomSampler that drew this seed."""
@@ -88,39 +132,100 @@ class Order:
         batch_sampler.sampler = sampler
         return iter(batch_sampler)
 
-    def again(self, marked: list[Any], skip: int | None) -> Iterator[Any]:
-        """Indices after the first `skip`, or after all of them."""
+    def again(self, marked: list[Any], skip: int | None, digest: str | None = None) -> Iterator[Any]:
+        """Indices after the first `skip`, or after all of them. Those passed over must have this `digest`."""
         if self.kind == "seed":
-            return self._skipped(self.seeded(marked[0]), skip)
+            return _skipped(self.seeded(marked[0]), skip, digest)
         if self.kind == "process":
-            with own_random_state():
+            with OwnRandomState():
                 set_process_state(marked[0])
-                return self._skipped(iter(self.index_sampler), skip)
+                indices = _skipped(iter(self.index_sampler), skip, digest)
+                # A generator draws at its first index, which has to happen here.
+                return itertools.chain(list(itertools.islice(indices, 1)), indices)
         if self.kind == "generator":
             assert self.generator is not None
             self.generator.set_state(from_text(marked[0]))
-        return self._skipped(iter(self.index_sampler), skip)
+        return _skipped(iter(self.index_sampler), skip, digest)
 
-    def _skipped(self, indices: Iterator[Any], skip: int | None) -> Iterator[Any]:
-        found = sum(1 for _ in itertools.islice(indices, skip))
-        if skip is not None and found < skip:
-            raise StateMismatchError(
-                f"the state is {skip} batches into its epoch, but the sampler gives only {found}: it is another sampler"
-            )
-        return indices
-
-    def epoch(self) -> int:
-        """What the sampler was told, -1 if it was told nothing."""
-        epoch = getattr(self._told(), "epoch", None)
-        return epoch if isinstance(epoch, int) else -1
-
-    def set_epoch(self, epoch: int) -> None:
-        self._told().set_epoch(epoch)
-
-    def _told(self) -> Any:
-        return next((part for part in (self.index_sampler, self.sampler) if hasattr(part, "set_epoch")), None)
+    def restore_sampler(self, states: list[Any]) -> None:
+        for state in states:
+            self.stateful.load_state_dict(copy.deepcopy(state))
 
 
-def restore_sampler(order: Order, restored: State) -> None:
-    for state in restored["sampler"]:
-        order.stateful.load_state_dict(copy.deepcopy(state))
+def _skipped(indices: Iterator[Any], skip: int | None, digest: str | None) -> Iterator[Any]:
+    found, passed = 0, ""
+    for index in itertools.islice(indices, skip):
+        found += 1
+        passed = chained(passed, index) if digest is not None else ""
+    if skip is not None and found < skip:
+        raise StateMismatchError(
+            f"the state is {skip} batches into its epoch, but the sampler gives only {found}: it is another sampler"
+        )
+    if digest is not None and passed != digest:
+        raise StateMismatchError(
+            f"the sampler draws other indices for the {skip} batches that were handed over: their digest is {passed} "
+            f"here, but {digest} in the state. Its order follows from something that the state does not hold: give it "
+            "`state_dict` and `load_state_dict`, or draw from a torch.Generator in its attribute `generator`"
+        )
+    return indices
+
+
+def chained(digest: str, index: Any) -> str:
+    """The digest of the indices before and of `index`."""
+    found = hashlib.blake2b(digest.encode(), digest_size=8)
+    try:
+        found.update(array("q", index if isinstance(index, (list, tuple)) else [index]).tobytes())
+    except (TypeError, ValueError, OverflowError):
+        found.update(_spelled(index).encode(errors="surrogatepass"))
+    return found.hexdigest()
+
+
+def _spelled(index: Any) -> str:
+    """`index` as a text that is the same in every process."""
+    if isinstance(index, (list, tuple)):
+        return f"[{','.join(map(_spelled, index))}]"
+    if hasattr(index, "tolist"):
+        return _spelled(index.tolist())
+    text = repr(index)
+    return type(index).__name__ if " at 0x" in text else text
+
+
+# Epochs.
+
+
+def told_of_epochs(loader: torch.utils.data.DataLoader[Any]) -> list[Any]:
+    """Every sampler and dataset of `loader` that has `set_epoch`, also inside of others.
+
+    A sampler or dataset that has the method tells the ones inside it itself, so the search ends there.
+    """
+    found: list[Any] = []
+    seen: set[int] = set()
+
+    def visit(part: Any, inside: tuple[type, ...], depth: int) -> None:
+        if part is None or id(part) in seen or depth > 16:
+            return
+        seen.add(id(part))
+        if callable(getattr(part, "set_epoch", None)):
+            found.append(part)
+            return
+        for value in list(getattr(part, "__dict__", {}).values()):
+            for item in value if isinstance(value, (list, tuple)) and len(value) <= 1000 else (value,):
+                if isinstance(item, inside) or (Sampler in inside and _is_sampler(item)):
+                    visit(item, inside, depth + 1)
+
+    visit(loader.batch_sampler, (Sampler,), 0)
+    visit(loader.sampler, (Sampler,), 0)
+    visit(loader.dataset, (Dataset,), 0)
+    return found
+
+
+def _is_sampler(value: Any) -> bool:
+    kind = type(value)
+    names = ("set_epoch", "sampler", "batch_sampler")
+    return not isinstance(value, Dataset) and hasattr(kind, "__iter__") and any(hasattr(value, name) for name in names)
+
+
+def epochs_of(parts: list[Any], told: int) -> list[int]:
+    """The epoch of each part. `told` stands for a part that does not say its epoch."""
+    epochs = [getattr(part, "epoch", None) for part in parts]
+    return [epoch if isinstance(epoch, int) else told for epoch in epochs]

@@ -1,16 +1,19 @@
-"""The random state of the process, as texts and numbers."""
+"""Reads, sets and protects the random state of the process: `random`, NumPy and torch."""
 
 from __future__ import annotations
 
 import base64
-import contextlib
+import hashlib
+import json
 import random
 import threading
-from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+
+_seeding = threading.RLock()
 
 
 def to_text(state: torch.Tensor) -> str:
@@ -21,23 +24,41 @@ def from_text(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-_seeding = threading.Lock()
+class OwnRandomState:
+    """Puts the random state of the process back at the end of a ``with`` block. One thread at a time may be inside.
 
+    This is a class because ``contextlib.contextmanager`` assigns to exceptions that pass through, and some refuse it.
+    """
 
-@contextlib.contextmanager
-def own_random_state() -> Iterator[None]:
-    """What is drawn or seeded inside leaves the state of `random`, NumPy and torch as it was. One thread at a time."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with _seeding, torch.random.fork_rng(devices=devices):
-        of_python, of_numpy = random.getstate(), np.random.get_state()
+    def __enter__(self) -> None:
+        _seeding.acquire()
         try:
-            yield
-        finally:
+            self._kept = random.getstate(), np.random.get_state(), torch.get_rng_state(), _device_states()
+        except BaseException:
+            _seeding.release()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            of_python, of_numpy, of_torch, of_devices = self._kept
             random.setstate(of_python)
             np.random.set_state(of_numpy)
+            torch.set_rng_state(of_torch)
+            if of_devices is not None:
+                torch.cuda.set_rng_state_all(of_devices)
+        finally:
+            _seeding.release()
+
+
+def _device_states() -> Any:
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if initialized else None
 
 
 def process_state() -> list[Any]:
+    """The random state of the process as texts and numbers."""
     version, words, gauss = random.getstate()
     of_numpy = np.random.get_state()
     assert isinstance(of_numpy, tuple)
@@ -52,5 +73,21 @@ def set_process_state(state: list[Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *more))
 
 
+def seeded_process_state(seed: int) -> list[Any]:
+    """The random state that `seed` gives the process, which keeps its own."""
+    with OwnRandomState():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        return process_state()
+
+
 def drawn_seed(generator: torch.Generator | None) -> int:
+    """Draws a seed as torch's loader and RandomSampler do."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+
+
+def derived_seed(value: Any) -> int:
+    """A seed that follows from `value`, which JSON can write, and from nothing else."""
+    digest = hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,64 +1,113 @@
-"""Positions in a pass."""
+"""Positions in a pass, and states: the form in which a user stores a position."""
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.utils.data
 from torch.utils.data import _DatasetKind
 
 from forebay._errors import StateMismatchError
-from forebay.torch.any_dataset.order import Order, State
+from forebay.torch.any_dataset.order import Order, State, epochs_of, is_stateful, told_of_epochs
 
-_VERSION = 1
+_VERSION = 2
+
+
+class Failed:
+    """An error of somebody's `state_dict`, kept until a user asks for the state."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def state_of(owner: Any) -> Any:
+    """A copy of the state of `owner`, or what raised. A pass must not fail because nobody can store its position."""
+    try:
+        return copy.deepcopy(owner.state_dict())
+    except Exception as error:
+        return Failed(error)
+
+
+class Change:
+    """A step of a position. Undone if the batch did not reach the consumer."""
+
+    def __init__(self, position: Position, after: State) -> None:
+        self._position, self._before, self._after = position, position.state, after
+
+    def apply(self) -> None:
+        self._position.state = self._after
+
+    def undo(self) -> None:
+        if self._position.state is self._after:
+            self._position.state = self._before
 
 
 class Position:
-    """What a pass has handed over. The pass writes it, any thread reads it; it holds neither threads nor data."""
+    """The batches that a pass has handed over. The pass writes it, any thread reads it; it holds no threads.
+
+    `state` is replaced and never changed, so that readers need no lock.
+    """
 
     def __init__(self, state: State) -> None:
-        self._lock = threading.Lock()
-        self._state = state
-        self._ahead: set[int] = set(state["ahead"])
-        #: States of the sampler after each batch that was drawn and not handed over in turn.
-        self._drawn: dict[int, Any] = {}
+        self.state = state
+        #: Gives entries of the state that are not kept, because only a user who asks needs them.
+        self.asked: Callable[[], State] = dict
+        #: Digest and sampler state after each batch that was drawn and not handed over in turn.
+        self._drawn: dict[int, tuple[str, Any]] = {}
 
-    def drew(self, number: int, sampler_state: Any) -> None:
-        with self._lock:
-            self._drawn[number] = sampler_state
+    def drew(self, number: int, digest: str, sampler_state: list[Any]) -> None:
+        self._drawn[number] = digest, sampler_state
 
-    def handed(self, number: int, whole: int | None) -> None:
-        """Batch `number` of the epoch was handed over; `whole` is how many there are."""
-        with self._lock:
-            state = self._state
-            self._ahead.add(number)
-            while state["batches"] in self._ahead:
-                number = state["batches"]
-                self._ahead.remove(number)
-                state["batches"] = number + 1
-                if number in self._drawn:
-                    state["sampler"] = [self._drawn.pop(number)]
-            state["finished"] = int(state["batches"] == whole)
+    def digest_before(self, number: int) -> str:
+        """The digest of the batches before `number`, which is the next one to be drawn."""
+        if number - 1 in self._drawn:
+            return self._drawn[number - 1][0]
+        digest: str = self.state["digest"]
+        return digest
 
-    def handed_by(self, worker: int, dataset_state: Any, ended: list[int]) -> None:
-        """A batch of this worker's own data was handed over."""
-        with self._lock:
-            state = self._state
-            state["batches"] += 1
-            state["counts"][worker] += 1
-            state["datasets"][worker] = dataset_state
-            state["ended"] = ended
+    def handed(self, number: int, whole: int | None, dataset_state: list[Any] | None) -> Change:
+        """Batch `number` of the epoch is handed over; `whole` is how many there are."""
+        state = dict(self.state)
+        ahead = {*state["ahead"], number}
+        while state["batches"] in ahead:
+            done = state["batches"]
+            ahead.remove(done)
+            state["batches"] = done + 1
+            state["digest"], state["sampler"] = self._drawn.get(done, (state["digest"], state["sampler"]))
+            self._drawn.pop(done - 16, None)
+        if dataset_state is not None:
+            state["dataset"] = dataset_state
+        state["ahead"] = sorted(ahead)
+        state["finished"] = int(state["batches"] == whole)
+        return Change(self, state)
+
+    def handed_by(self, worker: int, items: int, dataset_state: Any, ended: list[int]) -> Change:
+        """A batch of this worker's own data is handed over, after which it has read `items`."""
+        state = dict(self.state)
+        state["batches"] += 1
+        for name, value in (("counts", state["counts"][worker] + 1), ("items", items), ("datasets", dataset_state)):
+            state[name] = [*state[name][:worker], value, *state[name][worker + 1 :]]
+        state["ended"] = ended
+        return Change(self, state)
 
     def finish(self) -> None:
-        with self._lock:
-            self._state["finished"] = 1
+        self.state = {**self.state, "finished": 1}
 
     def snapshot(self) -> State:
-        with self._lock:
-            lists = {name: list(value) for name, value in self._state.items() if isinstance(value, list)}
-            return {**self._state, **lists, "ahead": sorted(self._ahead)}
+        """The state as a user gets it: it shares no object with the pass, a dataset or a sampler."""
+        return _shown({**self.state, **self.asked()})
+
+
+def _shown(state: State) -> State:
+    kept = [worker for worker in state["datasets"] if worker is not None]
+    of_workers = [found for worker in kept for found in (*worker["dataset"], *worker["iterator"])]
+    for found in (*state["sampler"], *state["dataset"], *of_workers):
+        if isinstance(found, Failed):
+            raise found.error
+    return copy.deepcopy(state)
 
 
 def size_of(dataset: Any) -> int:
@@ -68,11 +117,10 @@ def size_of(dataset: Any) -> int:
         return -1
 
 
-def first_state(loader: torch.utils.data.DataLoader[Any]) -> State:
+def first_state(loader: torch.utils.data.DataLoader[Any], told: int = -1) -> State:
     """The position before the first batch. Every state has these keys, and lists where their number could change."""
     iterable = loader._dataset_kind == _DatasetKind.Iterable
     streams = max(loader.num_workers, 1) if iterable else 0
-    order = None if iterable else Order(loader)
     return {
         "version": _VERSION,
         "kind": "iterable" if iterable else "map",
@@ -83,18 +131,22 @@ def first_state(loader: torch.utils.data.DataLoader[Any]) -> State:
         "ahead": [],
         "finished": 0,
         "counts": [0] * streams,
+        "items": [0] * streams,
         "ended": [],
         "datasets": [None] * streams,
-        "order": "stream" if order is None else order.kind,
-        "epoch": -1 if order is None else order.epoch(),
+        "dataset": [],
+        "order": "stream" if iterable else Order(loader).kind,
+        "epochs": epochs_of(told_of_epochs(loader), told),
         "base_seed": 0,
         "random": [],
+        "seeds": [],
         "sampler": [],
+        "digest": "",
     }
 
 
 def checked(loader: torch.utils.data.DataLoader[Any], state: Mapping[str, Any]) -> State:
-    """`state`, if it can be continued by `loader`."""
+    """A copy of `state`, if `loader` can continue it."""
     if not isinstance(state, Mapping):
         raise TypeError(f"a state is a dict, as `state_dict()` gives it; found {type(state).__name__}")
     ours = first_state(loader)
@@ -106,14 +158,17 @@ def checked(loader: torch.utils.data.DataLoader[Any], state: Mapping[str, Any]) 
     for name in ("version", "kind", "samples", "batch_size", "order"):
         if state[name] != ours[name]:
             raise StateMismatchError(f"`{name}` is {ours[name]} here, but {state[name]} in the state")
-    if (state["epoch"] == -1) != (ours["epoch"] == -1):
-        raise StateMismatchError(f"`epoch` of the sampler is {ours['epoch']} here, but {state['epoch']} in the state")
+    if len(state["epochs"]) != len(ours["epochs"]):
+        raise StateMismatchError(
+            f"{len(ours['epochs'])} samplers and datasets have `set_epoch` here, but {len(state['epochs'])} in the "
+            f"state, with epochs {state['epochs']}"
+        )
     if len(state["counts"]) != len(ours["counts"]):
         raise StateMismatchError(
             f"`num_workers` is {ours['workers']} here, but {state['workers']} in the state: an iterable dataset is "
             "split by worker id, so that the position of each worker means nothing for another number of them"
         )
-    return {name: state[name] for name in ours}
+    return copy.deepcopy({name: state[name] for name in ours})
 
 
 def is_inside(state: State | None) -> bool:
@@ -125,27 +180,54 @@ class Resume:
     """The position of a loader: restored and not continued yet, or that of its newest pass."""
 
     def __init__(self, restored: State | None = None) -> None:
-        self._lock = threading.Lock()
+        #: A state that the next pass continues.
         self.restored = restored
         self.newest: Position | None = None
+        #: Seeds of the epochs that began so far, those before a restart included.
+        self.seeds: list[Any] = [] if restored is None else list(restored["seeds"])
+        #: Whether a state was restored: only then could an epoch repeat the order of an earlier one.
+        self.is_continued = restored is not None
+        #: Held by a pass that sets itself up: only one of them continues what was restored.
+        self.starting = threading.RLock()
+        #: The epoch that the loader was told, for those parts that do not say theirs.
+        self.told = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Resume, (self.restored,)
 
     def state(self, loader: torch.utils.data.DataLoader[Any]) -> State:
+        """The position after the batches handed over by the newest pass, for a user to keep."""
         if self.restored is not None:
-            return dict(self.restored)
-        return first_state(loader) if self.newest is None else self.newest.snapshot()
+            return copy.deepcopy(self.restored)
+        if self.newest is not None:
+            return self.newest.snapshot()
+        state = first_state(loader, self.told)
+        if keeps_dataset_state(loader):
+            state["dataset"] = [state_of(loader.dataset)]
+        return _shown(state)
 
     def load(self, loader: torch.utils.data.DataLoader[Any], state_dict: Mapping[str, Any]) -> None:
+        """Lets the next pass continue there. Tells samplers and datasets the epoch of the state."""
         state = checked(loader, state_dict)
-        if state["epoch"] != -1:
-            # The sampler is told where to go on; who tells it of another epoch later begins that one.
-            Order(loader).set_epoch(state["epoch"])
+        for part, epoch in zip(told_of_epochs(loader), state["epochs"], strict=True):
+            # Whoever tells a part another epoch later begins that epoch.
+            if epoch != -1:
+                part.set_epoch(epoch)
+                self.told = epoch
+        self.seeds, self.is_continued = list(state["seeds"]), True
         self.restored = state
 
-    def take(self) -> State | None:
-        """The state that the pass which begins now has to continue."""
-        with self._lock:
-            state, self.restored = self.restored, None
-            return state
+    def begin(self, position: Position) -> None:
+        """Notes that a pass has begun. No calls here: an interrupt must not separate the two."""
+        self.restored, self.newest, self.seeds = None, position, position.state["seeds"]
+
+    def set_epoch(self, loader: torch.utils.data.DataLoader[Any], epoch: int) -> None:
+        for part in told_of_epochs(loader):
+            part.set_epoch(epoch)
+        self.told = epoch
+
+
+def keeps_dataset_state(loader: torch.utils.data.DataLoader[Any]) -> bool:
+    """Whether a state holds the state of the dataset itself: one that threads share has none at a given batch."""
+    iterable = loader._dataset_kind == _DatasetKind.Iterable
+    return loader.num_workers <= (0 if iterable else 1) and is_stateful(loader.dataset)

@@ -1,42 +1,69 @@
-"""Worker threads for datasets written in Python: tasks are handed out, results are taken in order. Free of torch."""
+"""Runs numbered tasks on threads and gives their results in order. Knows nothing of torch.
+
+The consumer looks at a result with `peek` and removes it with `done`. An interrupt may come between any two lines, so
+each step either has not happened yet or can be repeated: tasks are noted before they are sent, a task that is sent
+twice is done once, and `put_back` undoes `done`.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import contextvars
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
-#: A thread's set-up; returns what turns the index of a task into its result.
+#: The set-up of a thread; returns the function that turns the index of a task into its result.
 Begin = Callable[[], Callable[[Any], Any]]
 Tasks = SimpleQueue[tuple[int, Any] | None]
 
 
-class Outcome:
-    """What a task came to: a result, an exception, or the end of its worker's data."""
+class Draw(Protocol):
+    """Gives the indices of tasks, in the consumer's thread."""
 
-    __slots__ = ("error", "index", "result", "worker", "worker_ended")
+    def __call__(self, at: int) -> Any:
+        """Index `at`, counted from 0, as often as it is asked for. Raises StopIteration after the last."""
+
+
+class Outcome:
+    """The end of a task: a result, an exception, or the end of its worker's data."""
+
+    __slots__ = ("error", "index", "is_setup", "number", "result", "traceback", "worker", "worker_ended")
 
     def __init__(
         self, index: Any, result: Any = None, error: BaseException | None = None, worker_ended: bool = False
     ) -> None:
         self.index, self.result, self.error, self.worker_ended = index, result, error, worker_ended
-        #: Whose data it is of, where workers have data of their own.
-        self.worker = -1
+        #: The traceback as it was in the worker: raising the error again lengthens its own.
+        self.traceback: TracebackType | None = None if error is None else error.__traceback__
+        self.number = -1
+        #: The worker whose own data the result is from.
+        self.worker = 0
+        #: Whether the set-up of the thread failed: no task of the thread can be done.
+        self.is_setup = False
+
+    def raised(self) -> BaseException:
+        """The error, ready to be raised, however often it was raised before."""
+        assert self.error is not None
+        # ``with_traceback`` does not go through ``__setattr__``, which some exceptions forbid.
+        return self.error.with_traceback(self.traceback)
 
 
 _starting = threading.Lock()
 _EXIT_LIMIT_S = 5.0
+_CLAIMS_KEPT = 1 << 16
 
 
 @atexit.register
 def _end_all() -> None:
-    """Stops and awaits the threads: one that is still in C++ when the interpreter is taken down aborts the process."""
+    """Stops and awaits the threads. A thread that is in C++ when the interpreter goes down aborts the process."""
     with _starting:
         live = list(_live)
     for shared in live:
@@ -47,7 +74,7 @@ def _end_all() -> None:
 
 
 class _Shared:
-    """What the consumer and the threads share. Threads hold nothing else, so that dropping `Workers` ends them."""
+    """State of the consumer and the threads. Threads hold nothing else, so dropping `Workers` ends them."""
 
     def __init__(self, queues: list[Tasks]) -> None:
         self.queues = queues
@@ -55,21 +82,40 @@ class _Shared:
         self.outcomes: dict[int, Outcome] = {}
         self.begun = 0
         self.stopped = False
+        #: The errors of set-ups that failed, by worker.
+        self.failed: dict[int, Outcome] = {}
+        #: Name and error of a thread that ended though it should not have.
+        self.died: tuple[str, BaseException] | None = None
+        #: Numbers that a thread took; old ones are forgotten.
+        self.claimed: set[int] = set()
         #: Seconds that threads spent on tasks, and of these the seconds on a processor.
         self.busy_s = self.cpu_s = 0.0
         self.threads: list[threading.Thread] = []
         with _starting:
             _live.add(self)
 
-    def note_begun(self) -> None:
+    def note_begun(self, failed: Outcome | None) -> None:
         with self.changed:
             self.begun += 1
+            if failed is not None:
+                self.failed[failed.worker] = failed
             self.changed.notify_all()
 
     def wait_begun(self, count: int, timeout_s: float) -> None:
         with self.changed:
-            if not self.changed.wait_for(lambda: self.begun >= count or self.stopped, timeout_s or None):
-                raise RuntimeError(f"DataLoader timed out after {timeout_s} seconds")
+            if not self.changed.wait_for(lambda: self.begun >= count or self.stopped or self.died, timeout_s or None):
+                raise _timed_out(timeout_s)
+
+    def claim(self, number: int) -> bool:
+        """Whether no thread has this task yet. A task that is sent twice is sent twice in a row."""
+        with self.changed:
+            if number in self.claimed:
+                return False
+            self.claimed.add(number)
+            if len(self.claimed) > _CLAIMS_KEPT:
+                oldest = sorted(self.claimed)[: _CLAIMS_KEPT // 2]
+                self.claimed.difference_update(oldest)
+            return True
 
     def put(self, number: int, outcome: Outcome, busy_s: float = 0.0, cpu_s: float = 0.0) -> None:
         with self.changed:
@@ -78,6 +124,11 @@ class _Shared:
             if not self.stopped:
                 self.outcomes[number] = outcome
                 self.changed.notify_all()
+
+    def note_death(self, error: BaseException) -> None:
+        with self.changed:
+            self.died = self.died or (threading.current_thread().name, error)
+            self.changed.notify_all()
 
     def stop(self) -> None:
         with self.changed:
@@ -92,12 +143,12 @@ _live: weakref.WeakSet[_Shared] = weakref.WeakSet()
 
 
 class Workers:
-    """Threads over numbered tasks.
+    """Threads for numbered tasks.
 
     `own_data`: each thread goes through data of its own and gets every `len(begins)`-th number, until its data raises
-    ``StopIteration``; results come from them in turn. Otherwise the next task goes to whichever thread is free.
+    ``StopIteration``; results come from the threads in turn. Otherwise the next free thread takes the next task.
     At most `window` tasks are given and not delivered. `done` and `ended` continue an earlier pass over own data: how
-    many results each worker delivered there, and which of them came to their end. `together`: nothing is delivered
+    many results each worker delivered there, and which workers came to their end. `together`: nothing is delivered
     before every thread is set up.
     """
 
@@ -121,10 +172,15 @@ class Workers:
         shared_queue: Tasks = SimpleQueue()
         self._shared = _Shared([SimpleQueue() if own_data else shared_queue for _ in begins])
         self._threads: list[threading.Thread] = []
-        self._given = 0
+        self._process = os.getpid()
+        self._given = self._drawn = 0
         self._given_to = list(done) or [0] * len(begins)
         self._first = list(self._given_to)
-        self._pending: set[int] = set()
+        #: Numbers that are given and not delivered.
+        self._pending: dict[int, bool] = {}
+        #: Tasks that are given and perhaps not in a queue yet.
+        self._unsent: dict[int, Any] = {}
+        self._exhausted = False
         self._ended: set[int] = set(ended)
         self._front = 0
         self._together = together
@@ -136,27 +192,54 @@ class Workers:
         """Workers whose data came to its end."""
         return sorted(self._ended)
 
-    def next(self, next_index: Callable[[], Any]) -> Outcome | None:
-        """What the next task came to, None after the last.
-
-        `next_index` is called here, in the consumer's thread, until it raises ``StopIteration``.
-        """
-        if not self._threads:
-            self._start(next_index)
-        while self._pending:
-            outcome = self._take(next_index)
+    def peek(self, draw: Draw) -> Outcome | None:
+        """Waits for the outcome that is delivered next, None after the last. It stays until `done`."""
+        if os.getpid() != self._process:
+            raise RuntimeError("this pass belongs to the process that began it: begin a new one after a fork")
+        self._start()
+        if self._together:
+            self._shared.wait_begun(len(self._begins), self._timeout_s)
+            if (failed := self._failed_setup()) is not None:
+                return failed
+        while True:
+            self._fill(draw)
+            if not self._is_pending():
+                self._stop()
+                return None
+            outcome = self._wait()
             if not outcome.worker_ended:
                 return outcome
-        self._stop()
-        return None
+            self._ended.add(outcome.worker)
+            self.done(outcome)
+
+    def done(self, outcome: Outcome) -> None:
+        """Removes an outcome that was delivered."""
+        if outcome.is_setup:
+            return
+        number = outcome.number
+        with self._shared.changed:
+            self._shared.outcomes.pop(number, None)
+        if number in self._pending:
+            del self._pending[number]
+        self._front = max(self._front, number + 1)
+
+    def put_back(self, outcome: Outcome) -> None:
+        """Undoes `done`, where the outcome did not reach the consumer."""
+        number = outcome.number
+        if outcome.is_setup or self._shared.stopped:
+            return
+        with self._shared.changed:
+            self._shared.outcomes[number] = outcome
+        self._pending[number] = True
+        self._front = min(self._front, number)
 
     def ready(self) -> bool:
-        """Whether `next` would not wait."""
+        """Whether `peek` would not wait."""
         with self._shared.changed:
-            return not self._pending or (bool(self._threads) and self._ready() is not None)
+            return bool(self._threads) and (not self._is_pending() or self._ready() is not None)
 
     def close(self) -> None:
-        """Ends the threads and waits for what they are at."""
+        """Ends the threads and waits until they finish their present tasks."""
         self._stop()
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -177,38 +260,95 @@ class Workers:
             return None
         return (cpu_s, gone_s) if busy_s - _queued_s(self._threads) > 1.6 * cpu_s else None
 
-    def _start(self, next_index: Callable[[], Any]) -> None:
-        self._started_s = time.monotonic()
-        for worker, begin in enumerate(self._begins):
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the consumer waited."""
+        return self._waited_s
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that threads spent on tasks, all threads together."""
+        with self._shared.changed:
+            return self._shared.busy_s
+
+    def _start(self) -> None:
+        while len(self._threads) < len(self._begins):
+            self._started_s = self._started_s or time.monotonic()
+            worker = len(self._threads)
+            # The dataset's code finds the context variables of the thread that began the pass.
             thread = threading.Thread(
-                target=_work,
-                args=(self._shared, self._shared.queues[worker], begin, self._own_data),
+                target=contextvars.copy_context().run,
+                args=(_run, self._shared, self._shared.queues[worker], self._begins[worker], self._own_data, worker),
                 name=f"forebay-python-{worker}",
                 daemon=True,
             )
-            self._threads.append(thread)
             self._shared.threads.append(thread)
             thread.start()
-        if self._together:
-            self._shared.wait_begun(len(self._begins), self._timeout_s)
-        for turn in range(self._window):
-            self._give(turn % len(self._begins), next_index)
+            self._threads.append(thread)
 
-    def _give(self, worker: int, next_index: Callable[[], Any]) -> None:
-        if worker in self._ended:
-            return
-        try:
-            index = next_index()
-        except StopIteration:
-            return
-        number = self._given_to[worker] * len(self._begins) + worker if self._own_data else self._given
+    def _failed_setup(self) -> Outcome | None:
+        """The set-up that failed and is waited for; each worker of its own data fails in its turn."""
+        failed = self._shared.failed
+        if self._own_data and self._in_order and not self._together:
+            return failed.get(self._front % len(self._begins))
+        return failed[min(failed)] if failed else None
+
+    def _fill(self, draw: Draw) -> None:
+        """Gives tasks until the window is full. Indices are drawn in the order of the numbers."""
+        count = len(self._begins)
+        while not self._exhausted and len(self._pending) < self._window:
+            worker = self._next_worker() if self._own_data else 0
+            if worker is None:
+                break
+            number = self._given_to[worker] * count + worker if self._own_data else self._given
+            try:
+                index = draw(self._drawn)
+            except StopIteration:
+                self._exhausted = True
+                break
+            except Exception as error:
+                # It stands at its number, so that the batches before it are delivered first.
+                self._keep_failed_draw(number, worker, error)
+                continue
+            self._unsent[number] = (worker, index)
+            self._note_given(number, worker, 1)
+        while self._unsent:
+            number = next(iter(self._unsent))
+            worker, index = self._unsent[number]
+            self._shared.queues[worker].put((number, index))
+            del self._unsent[number]
+
+    def _keep_failed_draw(self, number: int, worker: int, error: Exception) -> None:
+        outcome = Outcome(None, error=error)
+        outcome.number, outcome.worker = number, worker
+        self._shared.put(number, outcome)
+        self._note_given(number, worker, 0)
+
+    def _note_given(self, number: int, worker: int, drawn: int) -> None:
+        # No calls here: interrupts come only where something is called.
+        self._pending[number] = True
         self._given += 1
         self._given_to[worker] += 1
-        self._pending.add(number)
-        self._shared.queues[worker].put((number, index))
+        self._drawn += drawn
+
+    def _next_worker(self) -> int | None:
+        """The worker that has the fewest tasks of its own, None if each has its share."""
+        count = len(self._begins)
+        pending = [0] * count
+        for number in self._pending:
+            pending[number % count] += 1
+        open_to = [worker for worker in range(count) if worker not in self._ended]
+        worker = min(open_to, key=lambda worker: (pending[worker], self._given_to[worker], worker), default=None)
+        return None if worker is None or pending[worker] >= max(self._window // count, 1) else worker
+
+    def _is_pending(self) -> bool:
+        # A worker whose data ended computes nothing that it was given beyond its end.
+        if not self._own_data:
+            return bool(self._pending)
+        return any(number % len(self._begins) not in self._ended for number in self._pending)
 
     def _ready(self) -> int | None:
-        """Number of an outcome that can be delivered now."""
+        """The number of an outcome that can be delivered now."""
         outcomes, count = self._shared.outcomes, len(self._begins)
         if not self._in_order:
             return next(iter(outcomes), None)
@@ -218,59 +358,75 @@ class Workers:
             self._front += 1
         return self._front if self._front in outcomes else None
 
-    def _take(self, next_index: Callable[[], Any]) -> Outcome:
+    def _wait(self) -> Outcome:
         count, shared = len(self._begins), self._shared
         start = time.monotonic()
         deadline = start + self._timeout_s if self._timeout_s > 0 else None
         with shared.changed:
             while (number := self._ready()) is None:
+                if (failed := self._failed_setup()) is not None:
+                    return failed
                 if shared.stopped:
                     raise RuntimeError("this pass was closed")
+                if shared.died is not None:
+                    name, error = shared.died
+                    raise RuntimeError(f"thread {name} ended by {type(error).__name__}, with a task undone") from error
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
-                    raise RuntimeError(f"DataLoader timed out after {self._timeout_s} seconds")
+                    raise _timed_out(self._timeout_s)
                 shared.changed.wait(left)
-            outcome = shared.outcomes.pop(number)
+            outcome = shared.outcomes[number]
         self._waited_s += time.monotonic() - start
+        outcome.number = number
         if self._own_data:
             outcome.worker = number % count
-        self._pending.discard(number)
-        self._front = max(self._front, number + 1)
-        if outcome.worker_ended:
-            self._ended.add(number % count)
-            # What it was given beyond its end will not be computed.
-            self._pending = {other for other in self._pending if other % count != number % count}
-        else:
-            self._give(number % count, next_index)
         return outcome
 
 
-def _work(shared: _Shared, tasks: Tasks, begin: Begin, own_data: bool) -> None:
-    work: Callable[[Any], Any] | None = None
-    failed: BaseException | None = None
+def _timed_out(timeout_s: float) -> RuntimeError:
+    return RuntimeError(f"DataLoader timed out after {timeout_s} seconds")
+
+
+def _run(shared: _Shared, tasks: Tasks, begin: Begin, own_data: bool, worker: int) -> None:
+    try:
+        _work(shared, tasks, begin, own_data, worker)
+    except BaseException as error:
+        # However a thread ends, the consumer must not wait for it.
+        shared.note_death(error)
+
+
+def _work(shared: _Shared, tasks: Tasks, begin: Begin, own_data: bool, worker: int) -> None:
     try:
         work = begin()
     except BaseException as error:
-        failed = error
-    shared.note_begun()
+        outcome = Outcome(None, error=_noted(error))
+        outcome.is_setup, outcome.worker = True, worker
+        shared.note_begun(outcome)
+        return
+    shared.note_begun(None)
     while (task := tasks.get()) is not None and not shared.stopped:
         number, index = task
+        if not shared.claim(number):
+            continue
         start, start_cpu = time.perf_counter(), time.thread_time()
         try:
-            if work is None:
-                assert failed is not None
-                raise failed
             outcome = Outcome(index, work(index))
         except StopIteration as error:
-            if own_data and failed is None:
+            if own_data:
                 shared.put(number, Outcome(index, worker_ended=True))
                 return
             outcome = Outcome(index, error=told_of_stop(error))
         except BaseException as error:
-            error.add_note(f"raised in thread {threading.current_thread().name}")
-            outcome = Outcome(index, error=error)
+            outcome = Outcome(index, error=_noted(error))
         shared.put(number, outcome, time.perf_counter() - start, time.thread_time() - start_cpu)
         del outcome, task, index
+
+
+def _noted(error: BaseException) -> BaseException:
+    # A frozen dataclass refuses notes, and a `__setattr__` may raise anything.
+    with contextlib.suppress(BaseException):
+        error.add_note(f"raised in thread {threading.current_thread().name}")
+    return error
 
 
 def _queued_s(threads: Iterable[threading.Thread]) -> float:
@@ -283,7 +439,7 @@ def _queued_s(threads: Iterable[threading.Thread]) -> float:
 
 
 def told_of_stop(error: StopIteration) -> RuntimeError:
-    """Raised as it is, a StopIteration of the dataset would end the epoch without a word."""
+    """An error to raise in place of a StopIteration of the dataset, which would end the epoch silently."""
     told = RuntimeError("the dataset raised StopIteration")
     told.__cause__ = error
     return told
