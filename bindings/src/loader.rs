@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use forebay::loader::MAX_EPOCH;
 use forebay::loader::state::{State, StateValue};
-use forebay::settings::environment::{self, Environment, Resolved, Scope};
-use forebay::settings::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Split, Targets};
+use forebay::settings::environment::Environment;
+use forebay::settings::{self, Config, DataFormat, Epochs, Io, Remainder, Resolved, Scope, Shuffle, Split, Targets};
 use forebay::{Error, ErrorKind, Next};
 use pyo3::exceptions::PyTimeoutError;
 use pyo3::prelude::*;
@@ -38,7 +38,7 @@ pub(crate) fn resolve<'py>(
 
 fn resolved(settings: &[(String, String)], from_env: bool) -> forebay::Result<Resolved> {
     let scope = if from_env { Scope::All } else { Scope::OperationalOnly };
-    environment::resolve(settings, &Environment::current(), scope)
+    settings::resolve(settings, &Environment::current(), scope)
 }
 
 /// Every setting as a Python value.

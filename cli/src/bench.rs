@@ -257,7 +257,7 @@ impl Measured {
     fn settings(&self) -> Vec<(&'static str, String)> {
         let shown = ["seq_len", "batch_size", "shuffle", "num_threads", "prefetch_batches", "memory_budget", "io"];
         let shown = shown.iter().filter_map(|name| forebay::settings::find(name));
-        shown.map(|setting| (setting.name, (setting.get)(&self.config))).collect()
+        shown.map(|setting| (setting.name, setting.text(&self.config))).collect()
     }
 
     fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {

@@ -1,6 +1,6 @@
 //! `forebay config`: the settings in force, and where each came from.
 
-use forebay::settings::environment::{self, Scope};
+use forebay::settings::{self, Scope};
 
 use crate::{Context, Failure, Sets};
 
@@ -14,7 +14,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
-    let resolved = environment::resolve(&options.sets.sets, context.env, Scope::All)?;
+    let resolved = settings::resolve(&options.sets.sets, context.env, Scope::All)?;
     let mut rows = vec![("setting", "value", "origin")];
     for origin in &resolved.origins {
         let value = if origin.value.is_empty() { "-" } else { origin.value.as_str() };

@@ -20,7 +20,8 @@ use std::io::Write;
 
 use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand};
-use forebay::settings::environment::{self, Environment, Resolved, Scope};
+use forebay::settings::environment::Environment;
+use forebay::settings::{Resolved, Scope};
 use forebay::{Error, ErrorKind, settings};
 
 /// Failure of the data.
@@ -111,7 +112,7 @@ impl Sets {
         if !paths.is_empty() {
             explicit.push(("data".to_owned(), settings::list_text(paths)));
         }
-        let resolved = environment::resolve(&explicit, context.env, Scope::All)?;
+        let resolved = settings::resolve(&explicit, context.env, Scope::All)?;
         for warning in &resolved.warnings {
             writeln!(context.err, "warning: {warning}")?;
         }

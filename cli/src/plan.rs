@@ -111,7 +111,7 @@ impl Planned {
     fn json(&self) -> Value {
         let settings: serde_json::Map<_, _> = forebay::settings::all()
             .iter()
-            .map(|setting| (setting.name.to_owned(), (setting.get)(self.loader.config()).into()))
+            .map(|setting| (setting.name.to_owned(), setting.text(self.loader.config()).into()))
             .collect();
         let sources: Vec<_> = self
             .plan

@@ -12,8 +12,7 @@ use crate::loader::state::StateValue;
 use crate::order;
 use crate::order::partition::Grouping;
 use crate::read::{BlockCache, Reader};
-use crate::settings::environment;
-use crate::settings::{Config, Shuffle, Split, Targets};
+use crate::settings::{Config, Shuffle, Split, Targets, default_threads};
 
 /// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
 ///
@@ -39,7 +38,7 @@ impl Opened {
     pub fn open(config: &Config) -> Result<Self> {
         config.validate()?;
         let mut config = config.clone();
-        let threads = config.num_threads.unwrap_or_else(environment::default_threads);
+        let threads = config.num_threads.unwrap_or_else(default_threads);
         let corpora = open_corpora(&config, threads)?;
         let access = if corpora.iter().any(|(_, corpus)| corpus.access() == Access::Block) {
             Access::Block

@@ -19,7 +19,7 @@ use crate::order::epochs::{ENDLESS, EpochChain};
 use crate::order::partition::Grouping;
 use crate::pipeline::affinity::Placement;
 use crate::settings::environment;
-use crate::settings::{Config, Epochs};
+use crate::settings::{Config, Epochs, default_threads};
 use crate::sync::{ForkGuard, lock};
 
 #[derive(Debug)]
@@ -59,7 +59,7 @@ impl Session {
     ) -> Result<Self> {
         config.validate()?;
         opened.check(&mut config)?;
-        let threads = *config.num_threads.get_or_insert_with(environment::default_threads);
+        let threads = *config.num_threads.get_or_insert_with(default_threads);
         let rank = *config.dp_rank.get_or_insert(0);
         let world_size = *config.dp_world_size.get_or_insert(1);
         let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };

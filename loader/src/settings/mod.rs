@@ -1,15 +1,41 @@
-//! Settings: their values, their one table, and the places that they are read from.
+//! Settings: the table that defines them, and the sources that their values come from.
 //!
-//! [`Config`] holds the values. The table describes each setting by name, and the environment, the
-//! configuration file, the command line and the documentation are made from it. Mixtures of corpora
-//! are a setting with a syntax of its own.
+//! [`table`] defines each setting once. [`Config`] holds their values. [`resolve`] finds the values
+//! in arguments, the environment and the configuration file, and decides the rank and the number of
+//! threads. [`mixture`] is the syntax of one setting: several corpora with weights.
 
-pub mod config;
+mod config;
 pub mod environment;
+mod forms;
 pub mod mixture;
+mod ranks;
+mod reference;
+mod resolve;
+mod setting;
+mod sources;
 pub(crate) mod suggest;
 mod table;
+mod values;
 
 pub use config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Skip, Split, Targets};
-pub use table::{Kind, Setting, all, find, list_text, markdown, nearest, size};
-pub(crate) use table::{MOST_CPUS, boolean, cpus_text, integer, skips_text};
+pub use ranks::default_threads;
+pub use reference::markdown;
+pub use resolve::{Origin, Resolved, Scope, resolve};
+pub use setting::{Compared, Setting, SettingKind, Taker};
+pub(crate) use values::{MOST_CPUS, cpus_text, skips_text};
+pub use values::{Value, list_text, size};
+
+/// Every setting, in the order of the table.
+pub fn all() -> &'static [Setting] {
+    table::SETTINGS
+}
+
+/// The setting called `name`.
+pub fn find(name: &str) -> Option<&'static Setting> {
+    all().iter().find(|setting| setting.name == name)
+}
+
+/// The setting that a mistyped `name` most likely means.
+pub fn nearest(name: &str) -> Option<&'static str> {
+    suggest::nearest_of(name, all().iter().map(|setting| setting.name))
+}
