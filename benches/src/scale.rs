@@ -195,6 +195,9 @@ fn planned(name: &str, table: &Table, arrangement: Arrangement) -> Value {
         tokens_per_stream_token: &|_| 1.0,
         round: round.div_ceil(grouping(0).global_batch()),
         cache_bytes: CACHE_BYTES,
+        prefetch: 4,
+        decoded_ahead: (LANE_WINDOW_TOKENS * RANKS / SEQ_LEN).div_ceil(grouping(0).global_batch()).clamp(8, 4096),
+        done_after: 2 * LANE_WINDOW_TOKENS,
         most_rows: MOST_ROWS,
     };
     let began = Instant::now();

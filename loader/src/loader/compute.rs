@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::fill::{Ahead, Id, Row};
 use crate::loader::sources::{Growth, Orders, RowRead, RowReads};
 use crate::proof::checksum::Checksum;
-use crate::read::{Padding, Prepared, RowRequest, Scratch, StreamLocation};
+use crate::read::{NeededBy, Padding, Prepared, RowRequest, Scratch, StreamLocation};
 use crate::settings::Remainder;
 use crate::tokens::Dtype;
 
@@ -153,16 +153,12 @@ impl Session {
         Ok(batch)
     }
 
-    /// Decodes a block that batch `number` of a pass, at index `start`, will read, and nobody has.
-    pub(super) fn decode_ahead(
-        &self,
-        run: &PassRange,
-        start: u64,
-        number: u64,
-        worker: &mut WorkerMemory,
-    ) -> Result<Prepared> {
+    /// Decodes a block that the batch at index `start` of a pass will read and that nobody has decoded.
+    pub(super) fn decode_ahead(&self, run: &PassRange, start: u64, worker: &mut WorkerMemory) -> Result<Prepared> {
         let WorkerMemory { orders, rows, reads, scratch, .. } = worker;
-        batch_rows_into(self.grouping, &run.epochs, start, rows);
+        let (epoch, position) = batch_rows_into(self.grouping, &run.epochs, start, rows);
+        let needed =
+            NeededBy { session: self.in_cache, position: self.opened.sources.global_position(epoch, position) };
         self.reads_into(&run.growth, rows, orders, scratch, reads)?;
         for (place, segments) in reads.iter() {
             let reader = &self.opened.sources.list()[place.source].reader;
@@ -171,7 +167,7 @@ impl Session {
             }
             for (index, segment) in segments.iter().enumerate() {
                 let ends_chunk = place.ends_chunk && index + 1 == segments.len();
-                let prepared = reader.decode_ahead(segment, ends_chunk, number, scratch)?;
+                let prepared = reader.decode_ahead(segment, ends_chunk, needed, scratch)?;
                 if prepared != Prepared::Nothing {
                     return Ok(prepared);
                 }

@@ -11,7 +11,7 @@ use crate::layout;
 use crate::loader::state::StateValue;
 use crate::order;
 use crate::order::partition::Grouping;
-use crate::read::{BlockCache, Reader};
+use crate::read::{BlockCache, Reader, SessionId};
 use crate::settings::{Config, Shuffle, Split, Targets, default_threads};
 
 /// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
@@ -92,12 +92,14 @@ impl Opened {
         )))
     }
 
-    /// Takes from the cache the bytes of a session: `batches` for its batches in flight, and one block for each of its
-    /// `threads`. Returns the bytes taken, and the bytes left for the cache.
-    pub(super) fn reserve(&self, config: &Config, threads: u64, batches: u64) -> Result<(u64, u64)> {
+    /// Adds a session to the cache, and takes its bytes from there: `batches` for its batches in flight, and one block for
+    /// each of its `threads`. Returns the bytes taken, and those left for blocks.
+    pub(super) fn join(&self, config: &Config, threads: u64, batches: u64) -> Result<(SessionId, u64, u64)> {
         let largest = self.largest_block_bytes;
         let wanted = batches.saturating_add(threads.saturating_mul(largest));
-        self.cache.reserve(wanted, largest).map(|left| (wanted, left)).map_err(|others| {
+        let window = config.window_tokens / config.seq_len;
+        let joined = self.cache.join(wanted, largest, window);
+        joined.map(|(session, left)| (session, wanted, left)).map_err(|others| {
             let shared = if others == 0 {
                 String::new()
             } else {

@@ -17,8 +17,10 @@ use crate::buffer::Lease;
 use crate::corpus::Corpus;
 use crate::error::Result;
 use crate::observe::trace::Tracer;
+use crate::order::partition::Grouping;
 use crate::pipeline::Work;
 use crate::read::Prepared;
+use crate::settings::Config;
 use crate::storage::local;
 
 /// Windows read ahead of their use from the first batch on, if files are not in memory.
@@ -35,6 +37,20 @@ const LOOK_AT_ONCE: u64 = 32;
 
 /// Batches of the following pass for which blocks are decoded: mostly, all lanes have a row in them.
 const LOOK_BEYOND: u64 = 8;
+
+/// Batches whose blocks are decoded ahead: so many that each lane enters another window in that time. None without
+/// workers.
+pub(super) fn decoded_ahead(config: &Config, grouping: Grouping) -> u64 {
+    let window = config.window_tokens / config.seq_len;
+    let batches = window.div_ceil(grouping.global_batch()).clamp(8, 4096);
+    if config.num_threads == Some(0) { 0 } else { batches }
+}
+
+/// Tokens that a rank reads of a source while its rows go through two windows. A block lies in two windows at most, and
+/// each rank reads its part of them.
+pub(super) fn done_after(config: &Config, grouping: Grouping) -> u64 {
+    2 * config.window_tokens.div_ceil(grouping.world_size)
+}
 
 /// The batches of a pass, by their number.
 pub(super) struct PassWork {
@@ -71,18 +87,14 @@ impl PassWork {
         let reads_ahead = sources.iter().any(|source| source.reader.reads_ahead());
         let batches_of = |windows: u64| if reads_ahead { windows.div_ceil(config.batch_size) } else { 0 };
         let windows_ahead = (TOKENS_AHEAD / config.seq_len).clamp(FIRST_AHEAD, WINDOWS_AHEAD);
-        // Each lane enters another window in that time.
-        let window = config.window_tokens / config.seq_len;
-        let batches = window.div_ceil(grouping.global_batch()).clamp(8, 4096);
-        // A block lies in two windows at most, and each rank reads its part of them.
-        let done_after = 2 * config.window_tokens.div_ceil(grouping.world_size);
-        session.opened.cache.begin_pass(items, done_after);
+        let begins_at = session.global_position(range, range.start);
+        session.opened.cache.begin_pass(session.in_cache, begins_at, done_after(config, grouping));
         Self {
             session: Arc::clone(session),
             range: Arc::clone(range),
             ahead: batches_of(FIRST_AHEAD)..=batches_of(windows_ahead),
             items,
-            decoded_ahead: if decodes && session.threads() > 0 { batches } else { 0 },
+            decoded_ahead: if decodes { decoded_ahead(config, grouping) } else { 0 },
             following,
             end: items.saturating_add(beyond),
             looked_at: AtomicU64::new(0),
@@ -96,7 +108,10 @@ impl PassWork {
 
     /// Notes that batches from `next` on have not begun.
     fn reached(&self, next: u64) {
-        if self.session.opened.cache.reached(next.saturating_sub(self.session.config.prefetch_batches)) {
+        let session = &self.session;
+        let done = next.saturating_sub(session.config.prefetch_batches) * session.grouping.global_batch();
+        let position = session.global_position(&self.range, self.range.start + done);
+        if session.opened.cache.reached(session.in_cache, position) {
             self.looked_at.store(next, Ordering::Relaxed);
         }
     }
@@ -107,7 +122,7 @@ impl PassWork {
             (Some(following), Some(past)) => (following, past),
             _ => (&*self.range, number),
         };
-        self.session.decode_ahead(range, range.start + past * self.session.grouping.global_batch(), number, worker)
+        self.session.decode_ahead(range, range.start + past * self.session.grouping.global_batch(), worker)
     }
 }
 

@@ -10,6 +10,7 @@ use super::MAX_EPOCH;
 use super::batch::BatchLayout;
 use super::cursor::Cursor;
 use super::open::{Opened, window_warning, windows_bytes};
+use super::pass::PassRange;
 use crate::buffer::BufferSource;
 use crate::error::{Error, ErrorKind, Result};
 use crate::loader::sources::{CorpusSource, Growth};
@@ -18,6 +19,7 @@ use crate::observe::trace::Trace;
 use crate::order::epochs::{ENDLESS, EpochChain};
 use crate::order::partition::Grouping;
 use crate::pipeline::affinity::Placement;
+use crate::read::SessionId;
 use crate::settings::environment;
 use crate::settings::{Config, Epochs, default_threads};
 use crate::sync::{ForkGuard, lock};
@@ -34,7 +36,9 @@ pub(super) struct Session {
     pub(super) layout: BatchLayout,
     /// Bytes of every batch's memory.
     pub(super) batch_bytes: usize,
-    /// Bytes of the budget that this session keeps from the cache.
+    /// This session in the block cache.
+    pub(super) in_cache: SessionId,
+    /// Bytes of the budget that it keeps from blocks.
     reserved_bytes: u64,
     pub(super) counters: Counters,
     pub(super) cursor: Mutex<Cursor>,
@@ -69,7 +73,7 @@ impl Session {
         let batch_bytes = BatchLayout::largest_bytes(&config);
         let layout = BatchLayout::new(&config, config.batch_size as usize, false);
         let in_flight = config.prefetch_batches + 1;
-        let (reserved_bytes, cache_bytes) = opened.reserve(&config, threads, in_flight * batch_bytes as u64)?;
+        let (in_cache, reserved_bytes, cache_bytes) = opened.join(&config, threads, in_flight * batch_bytes as u64)?;
         let mut warnings = opened.warnings.clone();
         let elsewhere = trace.as_ref().filter(|trace| trace.is_elsewhere());
         warnings.extend(elsewhere.map(|trace| {
@@ -86,6 +90,7 @@ impl Session {
             pool: buffers(batch_bytes, in_flight as usize),
             layout,
             batch_bytes,
+            in_cache,
             reserved_bytes,
             counters: Counters::new(threads as usize),
             cursor: Mutex::new(Cursor::new(opened.sources.shards())),
@@ -131,6 +136,12 @@ impl Session {
                 self.home.process()
             ),
         ))
+    }
+
+    /// The number of index `index` of a pass among the positions of all epochs, for the block cache.
+    pub(super) fn global_position(&self, range: &PassRange, index: u64) -> u64 {
+        let (epoch, position) = range.epochs.state_at(index);
+        self.opened.sources.global_position(epoch, position)
     }
 
     /// Positions of an epoch under the remainder rule.
@@ -213,7 +224,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         // In a forked child, a thread that is gone may hold the cache's lock.
         if !self.home.is_forked_child() {
-            self.opened.cache.release(self.reserved_bytes);
+            self.opened.cache.leave(self.in_cache, self.reserved_bytes);
         }
     }
 }

@@ -51,6 +51,8 @@ pub(crate) struct CorpusSources {
     list: Vec<CorpusSource>,
     mixture: Option<(MixtureSettings, Mixture)>,
     settings: OrderSettings,
+    /// Positions of an epoch at most, its tail and its end included.
+    most_positions: u64,
 }
 
 /// The settings that say what stands where.
@@ -173,7 +175,10 @@ impl CorpusSources {
             lanes: config.lanes,
             side: Side::of(config),
         };
-        let Some(text) = &config.mixture else { return Ok(Self { list, mixture: None, settings }) };
+        let Some(text) = &config.mixture else {
+            let most_positions = settings.extent(&list[0], list[0].shards()).sequences + 2;
+            return Ok(Self { list, mixture: None, settings, most_positions });
+        };
         let recipe = MixtureSettings::parse(text)?;
         let mut faults = Vec::new();
         let mut sequences = Vec::with_capacity(list.len());
@@ -200,7 +205,8 @@ impl CorpusSources {
             )));
         }
         let mixture = Mixture::new(config.lanes, &sequences, &epochs, &stages, recipe.exhausted, recipe.exact_per);
-        Ok(Self { list, mixture: Some((recipe, mixture)), settings })
+        let most_positions = mixture.positions() + 2;
+        Ok(Self { list, mixture: Some((recipe, mixture)), settings, most_positions })
     }
 
     pub(crate) fn list(&self) -> &[CorpusSource] {
@@ -214,6 +220,12 @@ impl CorpusSources {
     /// Shards of the corpus; 0 for a mixture, whose sources do not grow.
     pub(crate) fn shards(&self) -> u64 {
         if self.mixture.is_some() { 0 } else { self.list[0].shards() }
+    }
+
+    /// The number of a position among those of all epochs, for the block cache. It grows with the epoch and the position;
+    /// epochs that are shorter than the newest one leave gaps.
+    pub(crate) fn global_position(&self, epoch: u64, position: u64) -> u64 {
+        epoch.saturating_mul(self.most_positions).saturating_add(position)
     }
 
     /// Rows of an epoch with all their tokens, over all ranks.

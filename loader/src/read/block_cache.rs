@@ -1,23 +1,34 @@
-//! The cache of decoded blocks, which all workers share and which stays within a budget of bytes.
+//! The cache of decoded blocks, which all workers of all sessions share and which stays within a budget of bytes.
+//!
+//! If several workers need the same block, one decodes it and the others wait. Sessions note which blocks their coming
+//! batches need, and may decode them ahead as long as only blocks make room that nobody needs. [`EvictionPolicy`] decides
+//! which blocks make room.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
+use super::eviction::{EvictionPolicy, SessionId, Slot};
 use crate::corpus::BlockRef;
 use crate::error::Result;
 use crate::format::{DecodedBlock, DecodedPages};
 use crate::sync::{lock, wait};
 
-/// What decoding ahead came to.
+/// The outcome of decoding ahead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Prepared {
     /// A block was decoded.
     Decoded,
-    /// There is no room but that of blocks which are needed before.
+    /// There is no room except that of blocks which are needed before.
     Full,
-    /// All is there, or about to be.
+    /// Every block is there, or about to be.
     Nothing,
+}
+
+/// The session that needs a block, and the global position of the batch that reads it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NeededBy {
+    pub(crate) session: SessionId,
+    pub(crate) position: u64,
 }
 
 /// Decoded blocks, within a budget of bytes.
@@ -41,48 +52,27 @@ const ROUNDED_FROM_BYTES: u64 = 64 << 10;
 /// Freed memory that the allocator may keep.
 const TRIM_AFTER_BYTES: u64 = 16 << 20;
 
-/// One byte for so many that are decoded: dictionaries, and pages that needed a larger buffer, leave holes in each thread's part of the allocator.
+/// Decoding frees one byte for every four that it decodes: dictionaries, and pages that needed a larger buffer, leave
+/// holes in each thread's part of the allocator.
 const SCRAPS: u64 = 4;
 
 /// Source, and block of it.
 type BlockKey = (usize, BlockRef);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct CacheInner {
-    entries: HashMap<BlockKey, Entry>,
-    used_bytes: u64,
+    policy: EvictionPolicy<BlockKey>,
+    /// The blocks by their slots; none while a worker decodes it.
+    blocks: Vec<Option<Arc<DecodedBlock>>>,
     /// Bytes of the budget that sessions hold.
     reserved_bytes: u64,
-    clock: u64,
-    /// Batches of the pass.
-    batches: u64,
-    /// Batches before this one need nothing more.
-    current: u64,
-    /// Whether a block that a batch to come needs had to make room.
-    lost: bool,
-    /// Tokens read of each source.
-    read: Vec<u64>,
-    /// Once that many tokens of its source were read and none of them from a block, no row of the epoch needs that one any more.
-    done_after: Option<u64>,
-}
-
-#[derive(Debug)]
-struct Entry {
-    /// None while a worker decodes it.
-    block: Option<Arc<DecodedBlock>>,
-    bytes: u64,
-    used_at: u64,
-    /// Tokens read of its source by then.
-    read: u64,
-    /// One past the last batch that is known to need it.
-    needed_until: u64,
 }
 
 impl BlockCache {
     pub(crate) fn new(budget_bytes: u64) -> Self {
         Self {
             total_bytes: budget_bytes,
-            inner: Mutex::default(),
+            inner: Mutex::new(CacheInner { policy: EvictionPolicy::new(), blocks: Vec::new(), reserved_bytes: 0 }),
             loaded: Condvar::new(),
             decoded_blocks: AtomicU64::new(0),
             decoded_bytes: AtomicU64::new(0),
@@ -96,23 +86,27 @@ impl BlockCache {
         self.total_bytes - lock(&self.inner).reserved_bytes
     }
 
-    /// Takes `bytes` from the budget, for a session's own memory, and returns the bytes that are left for blocks. Takes
-    /// nothing if less than `least` would be left, and returns the bytes that other sessions hold.
-    pub(crate) fn reserve(&self, bytes: u64, least: u64) -> std::result::Result<u64, u64> {
+    /// Adds a session, whose needs may lag by `window` positions behind those of the first session, and takes `bytes`
+    /// from the budget for its own memory. Returns the bytes that are left for blocks.
+    ///
+    /// If less than `least` would be left, adds nothing and returns the bytes that other sessions hold.
+    pub(crate) fn join(&self, bytes: u64, least: u64, window: u64) -> std::result::Result<(SessionId, u64), u64> {
         let mut inner = lock(&self.inner);
         let reserved = inner.reserved_bytes.saturating_add(bytes);
         match self.total_bytes.checked_sub(reserved).filter(|left| *left >= least) {
             Some(left) => {
                 inner.reserved_bytes = reserved;
-                Ok(left)
+                Ok((inner.policy.join(window), left))
             }
             None => Err(inner.reserved_bytes),
         }
     }
 
-    /// Gives back what [`BlockCache::reserve`] took.
-    pub(crate) fn release(&self, bytes: u64) {
-        lock(&self.inner).reserved_bytes -= bytes;
+    /// Ends a session that took `bytes` from the budget.
+    pub(crate) fn leave(&self, session: SessionId, bytes: u64) {
+        let mut inner = lock(&self.inner);
+        inner.policy.leave(session);
+        inner.reserved_bytes -= bytes;
     }
 
     /// Blocks decoded so far, and their bytes.
@@ -130,31 +124,35 @@ impl BlockCache {
 
     /// Bytes of the blocks held.
     pub(crate) fn used_bytes(&self) -> u64 {
-        lock(&self.inner).used_bytes
+        lock(&self.inner).policy.used_bytes()
     }
 
-    /// Block `key`, if it is there, or about to be, to read `tokens` tokens of it; else the lock under which that was seen.
+    /// Block `key`, to read `tokens` tokens of it, if it is there or about to be; otherwise the lock under which it was
+    /// missing.
     fn wait_for(
         &self,
         key: BlockKey,
         tokens: u64,
     ) -> std::result::Result<Arc<DecodedBlock>, MutexGuard<'_, CacheInner>> {
         let mut inner = lock(&self.inner);
+        let mut found = inner.policy.read(key, key.0, tokens);
         loop {
-            match inner.find(key, tokens) {
-                Found::Ready(block) => return Ok(block),
-                Found::Loading => inner = wait(&self.loaded, inner),
-                Found::Nothing => return Err(inner),
+            let Some(slot) = found else { return Err(inner) };
+            if let Some(block) = &inner.blocks[slot as usize] {
+                return Ok(Arc::clone(block));
             }
+            inner = wait(&self.loaded, inner);
+            found = inner.policy.find(key);
         }
     }
 
-    /// Block `key`, if it is there, or about to be, to read `tokens` tokens of it.
+    /// Block `key`, to read `tokens` tokens of it, if it is there or about to be.
     pub(super) fn held(&self, key: BlockKey, tokens: u64) -> Option<Arc<DecodedBlock>> {
         self.wait_for(key, tokens).ok()
     }
 
-    /// Block `key` of `bytes` bytes, to read `tokens` tokens of it; decoded by `decode` if it is not there, over memory of a block that made room for it.
+    /// Block `key` of `bytes` bytes, to read `tokens` tokens of it. If it is not there, `decode` decodes it, over the
+    /// memory of a block that made room for it.
     pub(super) fn get(
         &self,
         key: BlockKey,
@@ -162,48 +160,43 @@ impl BlockCache {
         bytes: u64,
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
-        self.wait_for(key, tokens).or_else(|inner| self.load(inner, key, bytes, 0, decode))
+        self.wait_for(key, tokens).or_else(|inner| self.load(inner, key, bytes, None, decode))
     }
 
-    /// Notes that batch `number` needs block `key` of `bytes` bytes, and decodes it if it is not there and none that is needed before would have to go.
-    /// Asked in the order of batches, this drops just what is needed later than what it decodes.
+    /// Notes that a session needs block `key` of `bytes` bytes. Decodes it if it is not there and the blocks that nobody
+    /// needs give enough room.
+    ///
+    /// If a session asks in the order of its batches, only blocks make room that it needs later than this one, if ever.
     pub(super) fn prepare(
         &self,
         key: BlockKey,
         bytes: u64,
-        number: u64,
+        needed: NeededBy,
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Prepared> {
         let mut inner = lock(&self.inner);
-        if let Some(entry) = inner.entries.get_mut(&key) {
-            entry.needed_until = entry.needed_until.max(number + 1);
+        if let Some(slot) = inner.policy.find(key) {
+            inner.policy.need(needed.session, slot, needed.position);
             return Ok(Prepared::Nothing);
         }
-        // Memory that is used again may be a quarter larger.
         let budget_bytes = self.total_bytes - inner.reserved_bytes;
-        let wanted = budget_bytes.min(bytes + bytes / 4);
-        if inner.used_bytes + wanted > budget_bytes + inner.idle_bytes() {
+        if !inner.policy.has_idle_room(bytes, budget_bytes) {
             return Ok(Prepared::Full);
         }
-        self.load(inner, key, bytes, number + 1, decode)?;
+        self.load(inner, key, bytes, Some(needed), decode)?;
         Ok(Prepared::Decoded)
     }
 
-    /// Batches before `current` are done. Returns whether a block was dropped that a later one needs, as far as that was known.
-    pub(crate) fn reached(&self, current: u64) -> bool {
-        let mut inner = lock(&self.inner);
-        inner.current = inner.current.max(current);
-        std::mem::take(&mut inner.lost)
+    /// Notes that a session is done with everything before a global position. Returns whether a block that it needs has
+    /// made room since the last call.
+    pub(crate) fn reached(&self, session: SessionId, position: u64) -> bool {
+        lock(&self.inner).policy.reached(session, position)
     }
 
-    /// A pass of `batches` batches begins: they are numbered anew, and are those that were looked at beyond the last one of the pass before.
-    /// Once `done_after` tokens of its source were read and none of them from a block, no row of the epoch needs that one any more.
-    pub(crate) fn begin_pass(&self, batches: u64, done_after: u64) {
-        let mut inner = lock(&self.inner);
-        inner.done_after = Some(done_after);
-        let before = std::mem::replace(&mut inner.batches, batches);
-        inner.current = 0;
-        inner.entries.values_mut().for_each(|entry| entry.needed_until = entry.needed_until.saturating_sub(before));
+    /// Begins a pass of a session at a global position. Once the session has read `done_after` tokens of a source, its
+    /// rows have gone through two windows.
+    pub(crate) fn begin_pass(&self, session: SessionId, position: u64, done_after: u64) {
+        lock(&self.inner).policy.begin(session, position, done_after);
     }
 
     fn load(
@@ -211,7 +204,7 @@ impl BlockCache {
         mut inner: MutexGuard<'_, CacheInner>,
         key: BlockKey,
         bytes: u64,
-        needed_until: u64,
+        needed: Option<NeededBy>,
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
         let mut dropped = Vec::new();
@@ -220,33 +213,37 @@ impl BlockCache {
         let budget_bytes = self.total_bytes - inner.reserved_bytes;
         let rounded = bytes.next_multiple_of(step).min(budget_bytes.max(bytes));
         let reused = inner.make_room(bytes, rounded, budget_bytes, &mut dropped);
-        let bytes = reused.as_ref().map_or(rounded, |block| bytes.max(block.capacity_bytes()));
-        let (used_at, read) = (inner.clock, inner.read_of(key.0));
-        inner.entries.insert(key, Entry { block: None, bytes, used_at, read, needed_until });
-        inner.used_bytes += bytes;
+        let charged = reused.as_ref().map_or(rounded, |block| bytes.max(block.capacity_bytes()));
+        let slot = inner.insert(key, charged);
+        if let Some(NeededBy { session, position }) = needed {
+            inner.policy.need(session, slot, position);
+        }
         drop(inner);
-        self.free(dropped, bytes / SCRAPS);
+        self.free(dropped, charged / SCRAPS);
 
-        // Removes the entry if decoding fails or panics, so that no one waits for it for ever.
-        let loading = Loading { cache: self, key };
+        // Removes the entry if decoding fails or panics, so that nobody waits for it for ever.
+        let loading = Loading { cache: self, slot };
         let mut block = reused.unwrap_or_default();
         if block.bytes.capacity() == 0 {
-            // Where there is no memory for it, decoding says so.
+            // If there is no memory for it, decoding says so.
             let _ = block.bytes.try_reserve_exact(rounded as usize);
         }
         decode(&mut block)?;
         let block = Arc::new(block);
         self.count(&block);
         std::mem::forget(loading);
-        if let Some(entry) = lock(&self.inner).entries.get_mut(&key) {
-            entry.block = Some(Arc::clone(&block));
-        }
+        let mut inner = lock(&self.inner);
+        inner.blocks[slot as usize] = Some(Arc::clone(&block));
+        inner.policy.loaded(slot);
+        drop(inner);
         self.loaded.notify_all();
         Ok(block)
     }
 
-    /// Frees blocks whose memory suited no other one; decoding frees `scraps` bytes besides. The allocator keeps what it cannot join to more, which came to
-    /// half of the budget after some gigabytes: it is told to let go of that now and then.
+    /// Frees blocks whose memory suited no other one; decoding frees `scraps` bytes besides.
+    ///
+    /// The allocator keeps memory that it cannot join to larger pieces, half of the budget after some gigabytes. So it is
+    /// told to let go of that now and then.
     fn free(&self, dropped: Vec<Arc<DecodedBlock>>, scraps: u64) {
         let bytes = dropped.iter().map(|block| block.capacity_bytes()).sum::<u64>() + scraps;
         drop(dropped);
@@ -261,6 +258,7 @@ impl BlockCache {
         }
     }
 
+    /// Counts a decoded block, or the beginning of one.
     pub(super) fn count(&self, block: &DecodedBlock) {
         self.decoded_blocks.fetch_add(1, Ordering::Relaxed);
         self.decoded_bytes.fetch_add(block.bytes.len() as u64, Ordering::Relaxed);
@@ -274,39 +272,20 @@ impl BlockCache {
     }
 }
 
-enum Found {
-    Ready(Arc<DecodedBlock>),
-    Loading,
-    Nothing,
-}
-
 impl CacheInner {
-    fn find(&mut self, key: BlockKey, tokens: u64) -> Found {
-        self.clock += 1;
-        if self.read.len() <= key.0 {
-            self.read.resize(key.0 + 1, 0);
+    /// Adds a block that is being decoded.
+    fn insert(&mut self, key: BlockKey, bytes: u64) -> Slot {
+        let slot = self.policy.insert(key, key.0, bytes);
+        if slot as usize == self.blocks.len() {
+            self.blocks.push(None);
         }
-        self.read[key.0] += tokens;
-        let Some(entry) = self.entries.get_mut(&key) else { return Found::Nothing };
-        (entry.used_at, entry.read) = (self.clock, self.read[key.0]);
-        entry.block.as_ref().map_or(Found::Loading, |block| Found::Ready(Arc::clone(block)))
+        slot
     }
 
-    /// Tokens read of a source.
-    fn read_of(&self, source: usize) -> u64 {
-        self.read.get(source).copied().unwrap_or(0)
-    }
-
-    /// Bytes of the blocks that no batch is known to need.
-    fn idle_bytes(&self) -> u64 {
-        let idle = |entry: &&Entry| entry.block.is_some() && entry.needed_until <= self.current;
-        self.entries.values().filter(idle).map(|entry| entry.bytes).sum()
-    }
-
-    /// Lets go of blocks until there is room for `bytes`, which take `fresh_bytes` of memory of their own: of those that the epoch is done with, which were
-    /// used last, so that the others are there in the next epoch; then of those that were not used for longest; and last of needed ones.
-    /// Returns one whose memory suits the new block: fresh memory costs a page fault for every 4 kB of it. The others go to `dropped`, to be freed
-    /// outside of the lock.
+    /// Lets go of blocks until there is room for `bytes`, which take `fresh_bytes` of memory of their own.
+    ///
+    /// Returns a block whose memory suits the new one: fresh memory costs a page fault for every 4 kB of it. The others
+    /// go to `dropped`, to be freed outside of the lock.
     fn make_room(
         &mut self,
         bytes: u64,
@@ -315,32 +294,17 @@ impl CacheInner {
         dropped: &mut Vec<Arc<DecodedBlock>>,
     ) -> Option<DecodedBlock> {
         let mut reused: Option<DecodedBlock> = None;
-        let suits = |block: &DecodedBlock| (bytes..=bytes + bytes / 4).contains(&block.capacity_bytes());
-        let needed = |reused: &Option<DecodedBlock>| {
+        let suiting = bytes..=bytes + bytes / 4;
+        let wanted = |reused: &Option<DecodedBlock>| {
             reused.as_ref().map_or(fresh_bytes, |block| bytes.max(block.capacity_bytes()))
         };
-        while self.used_bytes + needed(&reused) > budget_bytes {
-            let current = self.current;
-            let rank = |((source, _), entry): (&BlockKey, &Entry), block: &DecodedBlock| match entry.needed_until {
-                until if until > current => (2, u64::MAX - until, entry.used_at),
-                _ if self.done_after.is_some_and(|tokens| self.read_of(*source) > entry.read + tokens) => {
-                    (0, u64::from(!suits(block)), u64::MAX - entry.used_at)
-                }
-                _ => (1, 0, entry.used_at),
-            };
-            let ready = self.entries.iter().filter_map(|(key, entry)| {
-                let block = entry.block.as_deref()?;
-                Some((rank((key, entry), block), *key))
-            });
-            let Some((_, key)) = ready.min_by_key(|(rank, _)| *rank) else { break };
-            let Some(Entry { block: Some(block), bytes: freed, needed_until, .. }) = self.entries.remove(&key) else {
-                break;
-            };
-            self.used_bytes -= freed;
-            self.lost |= needed_until > current;
-            match if reused.is_none() && suits(&block) { Arc::try_unwrap(block) } else { Err(block) } {
+        while self.policy.used_bytes() + wanted(&reused) > budget_bytes {
+            let Some(evicted) = self.policy.evict(&suiting) else { break };
+            let Some(block) = self.blocks[evicted.slot as usize].take() else { continue };
+            let suits = reused.is_none() && suiting.contains(&block.capacity_bytes());
+            match if suits { Arc::try_unwrap(block) } else { Err(block) } {
                 Ok(block) => reused = Some(block),
-                // Whoever holds it frees it.
+                // The worker that still reads it frees it.
                 Err(block) => dropped.push(block),
             }
         }
@@ -350,16 +314,12 @@ impl CacheInner {
 
 struct Loading<'a> {
     cache: &'a BlockCache,
-    key: BlockKey,
+    slot: Slot,
 }
 
 impl Drop for Loading<'_> {
     fn drop(&mut self) {
-        let mut inner = lock(&self.cache.inner);
-        if let Some(entry) = inner.entries.remove(&self.key) {
-            inner.used_bytes -= entry.bytes;
-        }
-        drop(inner);
+        lock(&self.cache.inner).policy.remove(self.slot);
         self.cache.loaded.notify_all();
     }
 }
@@ -422,31 +382,33 @@ mod tests {
     #[test]
     fn blocks_decoded_ahead_take_the_place_of_those_that_nothing_needs() {
         let cache = BlockCache::new(300);
-        cache.begin_pass(5, 1000);
+        let (session, _) = cache.join(0, 0, 100).unwrap();
+        cache.begin_pass(session, 0, 1000);
         let key = |index: u32| (0, BlockRef { shard: 0, block: index });
-        let prepare = |index: u32, number: u64| {
+        let prepare = |index: u32, position: u64| {
             cache
-                .prepare(key(index), 80, number, |block| {
+                .prepare(key(index), 80, NeededBy { session, position }, |block| {
                     fill(block, 80);
                     Ok(())
                 })
                 .unwrap()
         };
-        let is_there = |index: u32| lock(&cache.inner).entries.contains_key(&key(index));
+        let is_there = |index: u32| lock(&cache.inner).policy.find(key(index)).is_some();
         assert_eq!(
-            [(0, 0), (1, 1), (1, 4), (2, 2), (3, 3)].map(|(index, number)| prepare(index, number)),
+            [(0, 0), (1, 1), (1, 4), (2, 2), (3, 3)].map(|(index, position)| prepare(index, position)),
             [Prepared::Decoded, Prepared::Decoded, Prepared::Nothing, Prepared::Decoded, Prepared::Full]
         );
-        assert!(!cache.reached(1), "nothing needed was lost");
+        assert!(!cache.reached(session, 1), "nothing needed was lost");
         assert_eq!(prepare(3, 3), Prepared::Decoded, "batch 0 is done");
         assert!(!is_there(0) && is_there(1) && is_there(2));
         cache.get(key(1), 1, 80, |_| panic!("it is there")).unwrap();
         cache.get(key(4), 1, 80, |_| Ok(())).unwrap();
         assert!(!is_there(1), "of those that are needed, it would be for longest");
-        assert!(cache.reached(1) && !cache.reached(1));
-        cache.begin_pass(5, 1000);
-        assert_eq!(prepare(5, 0), Prepared::Decoded, "nothing is needed");
-        assert!(cache.prepare(key(6), 10, 1, |_| Err(Error::data("broken"))).is_err());
+        assert!(cache.reached(session, 1) && !cache.reached(session, 1));
+        cache.begin_pass(session, 5, 1000);
+        assert_eq!(prepare(5, 5), Prepared::Decoded, "nothing is needed");
+        let needed = NeededBy { session, position: 6 };
+        assert!(cache.prepare(key(6), 10, needed, |_| Err(Error::data("broken"))).is_err());
         assert_eq!(cache.used_bytes(), 240);
     }
 
@@ -464,10 +426,11 @@ mod tests {
             decoded
         };
         let of_six = || (0..6).filter(|index| read(0, *index, 10)).count();
-        cache.begin_pass(100, 5);
+        let (session, _) = cache.join(0, 0, 100).unwrap();
+        cache.begin_pass(session, 0, 5);
         assert_eq!(of_six(), 6);
         assert_eq!(of_six(), 3, "0, 1 and the last are there; 2 takes the place of 1");
-        cache.begin_pass(100, 15);
+        cache.begin_pass(session, 100, 15);
         assert!(read(1, 0, 1000), "over 0: 4 and 5 may be needed");
         assert!(read(1, 1, 1), "over 4, not used for longest: what is read of another source does not count");
         assert!(!read(0, 5, 10));

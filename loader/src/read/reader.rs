@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use super::block_cache::{BlockCache, Prepared};
+use super::block_cache::{BlockCache, NeededBy, Prepared};
 use super::lengths::DocumentLengths;
 use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::Result;
@@ -447,12 +447,12 @@ impl Reader {
         self.corpus.access() == Access::Block
     }
 
-    /// Decodes the first block of `segment` that nobody has, for batch `number`, if there is room for it.
+    /// Decodes the first block of `segment` that nobody has decoded, for the batch that needs it, if there is room.
     pub(crate) fn decode_ahead(
         &self,
         segment: &Segment,
         ends_chunk: bool,
-        number: u64,
+        needed: NeededBy,
         scratch: &mut Scratch,
     ) -> Result<Prepared> {
         let range = segment.stream();
@@ -470,7 +470,7 @@ impl Reader {
                 let bytes = shard.info().blocks[block].decoded_bytes;
                 let key = (self.source, BlockRef { shard: index as u32, block: block as u32 });
                 let started = Instant::now();
-                let prepared = self.cache.prepare(key, bytes, number, |out| shard.decode_into(block, None, out))?;
+                let prepared = self.cache.prepare(key, bytes, needed, |out| shard.decode_into(block, None, out))?;
                 if prepared == Prepared::Decoded {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
                     scratch.tracer.end("decode", Some(started), None);

@@ -6,7 +6,7 @@
 
 mod of_loader;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::error::Result;
@@ -15,6 +15,7 @@ use crate::order::partition::Grouping;
 use crate::order::permutation::Permutation;
 use crate::order::{Arrangement, EpochOrder};
 pub use crate::read::BlockPlace;
+use crate::read::{EvictionPolicy, SessionId};
 use crate::settings::Remainder;
 
 /// Rows simulated at most: about a second of work.
@@ -317,6 +318,12 @@ pub struct Simulated<'a> {
     pub round: u64,
     /// Room for decoded blocks.
     pub cache_bytes: u64,
+    /// Batches computed ahead.
+    pub prefetch: u64,
+    /// Batches whose blocks are decoded ahead; 0 without workers.
+    pub decoded_ahead: u64,
+    /// Tokens that a rank reads of a source while its rows go through two windows.
+    pub done_after: u64,
     /// Rows to simulate at most, such as [`MOST_ROWS`].
     pub most_rows: u64,
 }
@@ -326,63 +333,220 @@ impl Simulated<'_> {
     pub fn decoding(&self) -> Result<Decoding> {
         let Grouping { rank, world_size, batch_size, .. } = self.grouping;
         let rank_rows = self.steps.saturating_mul(batch_size);
-        let mut total = Cache::default();
         if rank_rows.saturating_mul(world_size) <= self.most_rows {
+            let mut total = Counts::default();
             for rank in 0..world_size {
-                let mut one = Cache::default();
-                self.simulate(&mut one, rank, 0..self.steps)?;
-                total.add(&one);
+                let mut one = Simulation::new(self, rank, 0);
+                one.run(self.steps)?;
+                total.add(&one.counts);
             }
             return Ok(Decoding { ranks: world_size, whole_pass: true, ..total.decoding(0) });
         }
         if rank_rows <= self.most_rows {
-            self.simulate(&mut total, rank, 0..self.steps)?;
-            return Ok(Decoding { ranks: 1, whole_pass: true, ..total.decoding(0) });
+            let mut one = Simulation::new(self, rank, 0);
+            one.run(self.steps)?;
+            return Ok(Decoding { ranks: 1, whole_pass: true, ..one.counts.decoding(0) });
         }
 
         // From the middle of the pass, after as many rows as bring the cache to what it holds from then on.
         let half = (self.most_rows / 2 / batch_size).max(1);
         let round = self.round.max(1);
         let begin = (self.steps / 2).min(self.steps.saturating_sub(2 * half));
-        let mut warm = begin;
-        while warm < begin + half && (warm < begin + round || !total.evicted) {
-            let end = (warm + round.min(64)).min(begin + half);
-            self.simulate(&mut total, rank, warm..end)?;
-            warm = end;
+        let mut one = Simulation::new(self, rank, begin);
+        while one.step < begin + half && (one.step < begin + round || !one.evicted) {
+            one.run((one.step + round.min(64)).min(begin + half))?;
         }
-        let warm_up_rows = total.rows;
-        total.forget_counts();
-        // Whole rounds of windows, where one fits: a part of a round decodes more at its start than at its end.
+        let warm_up_rows = one.counts.rows;
+        one.counts = Counts::default();
+        // Whole rounds of windows, if one fits: a part of a round decodes more at its start than at its end.
         let measured = if round <= half { half / round * round } else { half };
-        self.simulate(&mut total, rank, warm..(warm + measured).min(self.steps))?;
-        Ok(Decoding { ranks: 1, whole_pass: false, ..total.decoding(warm_up_rows) })
+        one.run((one.step + measured).min(self.steps))?;
+        Ok(Decoding { ranks: 1, whole_pass: false, ..one.counts.decoding(warm_up_rows) })
     }
 
-    fn simulate(&self, cache: &mut Cache, rank: u64, steps: Range<u64>) -> Result<()> {
-        for step in steps {
-            for row in (self.rows)(rank, step)? {
-                cache.rows += 1;
-                let Some(Reads { source, segments, ends_chunk }) = row else { continue };
-                for (index, segment) in segments.iter().enumerate() {
-                    let ends_chunk = ends_chunk && index + 1 == segments.len();
-                    self.read(cache, source, segment.stream(), ends_chunk);
+    /// The blocks that the rows of a rank read at a step.
+    fn blocks_of(&self, rank: u64, step: u64) -> Result<StepBlocks> {
+        let rows = (self.rows)(rank, step)?;
+        let mut found = StepBlocks { rows: rows.len() as u64, ..StepBlocks::default() };
+        for Reads { source, segments, ends_chunk } in rows.into_iter().flatten() {
+            for (index, segment) in segments.iter().enumerate() {
+                let ends_chunk = ends_chunk && index + 1 == segments.len();
+                self.read(&mut found, source, segment.stream(), ends_chunk);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Adds the blocks that hold `tokens` of a source's stream.
+    fn read(&self, found: &mut StepBlocks, source: usize, tokens: Range<u64>, ends_chunk: bool) {
+        found.delivered_tokens += (tokens.end - tokens.start) as f64 * (self.tokens_per_stream_token)(source);
+        let mut at = tokens.start;
+        while at < tokens.end {
+            let place = (self.block_at)(source, at);
+            let end = place.start + place.len;
+            let read = tokens.end.min(end) - at;
+            // As `Reader::fill`: the last row of a chunk reads a block that it only runs on into no further than that.
+            let prefix = (ends_chunk && place.start > tokens.start)
+                .then(|| (tokens.end.min(end) - place.start).min(place.tokens));
+            found.blocks.push(BlockUse { source, place, read, prefix });
+            at = end;
+        }
+    }
+}
+
+/// The blocks that a rank reads at one step.
+#[derive(Debug, Default)]
+struct StepBlocks {
+    blocks: Vec<BlockUse>,
+    rows: u64,
+    delivered_tokens: f64,
+}
+
+#[derive(Debug)]
+struct BlockUse {
+    source: usize,
+    place: BlockPlace,
+    /// Tokens read.
+    read: u64,
+    /// Tokens decoded, if the block is not kept.
+    prefix: Option<u64>,
+}
+
+/// A rank that decodes without blocks: it follows the cache's own policy, and one worker that always has time to decode
+/// ahead.
+struct Simulation<'a> {
+    of: &'a Simulated<'a>,
+    rank: u64,
+    policy: EvictionPolicy<(usize, u64)>,
+    session: SessionId,
+    /// The next step.
+    step: u64,
+    /// The blocks of that step and of those after it that were looked at.
+    coming: VecDeque<StepBlocks>,
+    /// The first step that may miss a block.
+    looked_at: u64,
+    /// Steps that may be looked at once more, so that the work stays bounded.
+    second_looks: u64,
+    evicted: bool,
+    counts: Counts,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    rows: u64,
+    delivered_tokens: f64,
+    decoded_blocks: u64,
+    decoded_tokens: u64,
+}
+
+impl<'a> Simulation<'a> {
+    fn new(of: &'a Simulated<'a>, rank: u64, step: u64) -> Self {
+        let mut policy = EvictionPolicy::new();
+        let session = policy.join(u64::MAX);
+        policy.begin(session, step, of.done_after);
+        let (coming, counts) = (VecDeque::new(), Counts::default());
+        Self { of, rank, policy, session, step, coming, looked_at: step, second_looks: 0, evicted: false, counts }
+    }
+
+    /// Runs all steps before `end`.
+    fn run(&mut self, end: u64) -> Result<()> {
+        while self.step < end {
+            let done = self.step.saturating_sub(self.of.prefetch);
+            self.second_looks += 4;
+            if self.policy.reached(self.session, done) && self.second_looks > self.coming.len() as u64 {
+                self.second_looks -= self.coming.len() as u64;
+                self.looked_at = self.step;
+            }
+            self.decode_ahead()?;
+            self.look_at(self.step)?;
+            let StepBlocks { blocks, rows, delivered_tokens } = self.coming.pop_front().expect("it was looked at");
+            self.counts.rows += rows;
+            self.counts.delivered_tokens += delivered_tokens;
+            for BlockUse { source, place, read, prefix } in blocks {
+                if self.policy.read((source, place.block), source, read).is_some() {
+                    continue;
+                }
+                match prefix {
+                    Some(tokens) => self.count(tokens),
+                    None => self.load(source, &place, None),
                 }
             }
+            self.step += 1;
         }
         Ok(())
     }
 
-    /// Reads `tokens` of a source's stream in thought.
-    fn read(&self, cache: &mut Cache, source: usize, tokens: Range<u64>, ends_chunk: bool) {
-        cache.delivered_tokens += (tokens.end - tokens.start) as f64 * (self.tokens_per_stream_token)(source);
-        let mut at = tokens.start;
-        while at < tokens.end {
-            let place = (self.block_at)(source, at);
-            // As `Reader::fill`: a block that a chunk's last row only runs on into is read no further than that.
-            let prefix = (ends_chunk && place.start > tokens.start)
-                .then(|| (tokens.end.min(place.start + place.len) - place.start).min(place.tokens));
-            cache.read(source, place, prefix, self.cache_bytes);
-            at = place.start + place.len;
+    /// Decodes what the coming steps need, in their order, until only blocks could make room that are needed before.
+    fn decode_ahead(&mut self) -> Result<()> {
+        let end = self.step.saturating_add(self.of.decoded_ahead).min(self.of.steps);
+        for step in self.looked_at.max(self.step)..end {
+            self.look_at(step)?;
+            let blocks = std::mem::take(&mut self.coming[(step - self.step) as usize].blocks);
+            let has_room = blocks.iter().filter(|block| block.prefix.is_none()).all(|block| {
+                if let Some(slot) = self.policy.find((block.source, block.place.block)) {
+                    self.policy.need(self.session, slot, step);
+                    return true;
+                }
+                let has_room = self.policy.has_idle_room(block.place.bytes, self.of.cache_bytes);
+                if has_room {
+                    self.load(block.source, &block.place, Some(step));
+                }
+                has_room
+            });
+            self.coming[(step - self.step) as usize].blocks = blocks;
+            if !has_room {
+                return Ok(());
+            }
+            self.looked_at = step + 1;
+        }
+        Ok(())
+    }
+
+    /// Finds the blocks of a step and of those before it.
+    fn look_at(&mut self, step: u64) -> Result<()> {
+        while self.step + (self.coming.len() as u64) <= step {
+            let blocks = self.of.blocks_of(self.rank, self.step + self.coming.len() as u64)?;
+            self.coming.push_back(blocks);
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, source: usize, place: &BlockPlace, needed_at: Option<u64>) {
+        self.count(place.tokens);
+        let suiting = place.bytes..=place.bytes + place.bytes / 4;
+        while self.policy.used_bytes() + place.bytes > self.of.cache_bytes && self.policy.evict(&suiting).is_some() {
+            self.evicted = true;
+        }
+        let slot = self.policy.insert((source, place.block), source, place.bytes);
+        if let Some(step) = needed_at {
+            self.policy.need(self.session, slot, step);
+        }
+        self.policy.loaded(slot);
+    }
+
+    fn count(&mut self, tokens: u64) {
+        self.counts.decoded_blocks += 1;
+        self.counts.decoded_tokens += tokens;
+    }
+}
+
+impl Counts {
+    fn add(&mut self, other: &Self) {
+        self.rows += other.rows;
+        self.delivered_tokens += other.delivered_tokens;
+        self.decoded_blocks += other.decoded_blocks;
+        self.decoded_tokens += other.decoded_tokens;
+    }
+
+    fn decoding(&self, warm_up_rows: u64) -> Decoding {
+        Decoding {
+            amplification: self.decoded_tokens as f64 / self.delivered_tokens.max(1.0),
+            blocks: self.decoded_blocks,
+            tokens: self.decoded_tokens,
+            ranks: 0,
+            rows: self.rows,
+            warm_up_rows,
+            whole_pass: false,
         }
     }
 }
@@ -401,70 +565,6 @@ impl Distance {
             p50: quantile(0.5),
             p95: quantile(0.95),
             sampled: count as u64,
-        }
-    }
-}
-
-/// A block cache without blocks: what [`crate::read`] does, counted.
-#[derive(Debug, Default)]
-struct Cache {
-    /// Block to its bytes and the time of its last use.
-    held: HashMap<(usize, u64), (u64, u64)>,
-    by_use: BTreeMap<u64, (usize, u64)>,
-    used_bytes: u64,
-    clock: u64,
-    evicted: bool,
-    rows: u64,
-    delivered_tokens: f64,
-    decoded_blocks: u64,
-    decoded_tokens: u64,
-}
-
-impl Cache {
-    fn read(&mut self, source: usize, place: BlockPlace, prefix: Option<u64>, budget_bytes: u64) {
-        self.clock += 1;
-        let key = (source, place.block);
-        if let Some((_, used_at)) = self.held.get_mut(&key) {
-            self.by_use.remove(&std::mem::replace(used_at, self.clock));
-            self.by_use.insert(self.clock, key);
-            return;
-        }
-        self.decoded_blocks += 1;
-        self.decoded_tokens += prefix.unwrap_or(place.tokens);
-        if prefix.is_some() {
-            return;
-        }
-        while self.used_bytes + place.bytes > budget_bytes {
-            let Some((_, block)) = self.by_use.pop_first() else { break };
-            let (bytes, _) = self.held.remove(&block).expect("both tables hold the same blocks");
-            self.used_bytes -= bytes;
-            self.evicted = true;
-        }
-        self.held.insert(key, (place.bytes, self.clock));
-        self.by_use.insert(self.clock, key);
-        self.used_bytes += place.bytes;
-    }
-
-    fn add(&mut self, other: &Self) {
-        self.rows += other.rows;
-        self.delivered_tokens += other.delivered_tokens;
-        self.decoded_blocks += other.decoded_blocks;
-        self.decoded_tokens += other.decoded_tokens;
-    }
-
-    fn forget_counts(&mut self) {
-        (self.rows, self.delivered_tokens, self.decoded_blocks, self.decoded_tokens) = (0, 0.0, 0, 0);
-    }
-
-    fn decoding(&self, warm_up_rows: u64) -> Decoding {
-        Decoding {
-            amplification: self.decoded_tokens as f64 / self.delivered_tokens.max(1.0),
-            blocks: self.decoded_blocks,
-            tokens: self.decoded_tokens,
-            ranks: 0,
-            rows: self.rows,
-            warm_up_rows,
-            whole_pass: false,
         }
     }
 }
@@ -500,6 +600,9 @@ mod tests {
             tokens_per_stream_token: &|_| 1.0,
             round: round.div_ceil(grouping.global_batch()),
             cache_bytes: cache_blocks * BLOCK * 4,
+            prefetch: 4,
+            decoded_ahead: 1600u64.div_ceil(grouping.global_batch()).clamp(8, 4096),
+            done_after: 2 * 25_600 / world_size,
             most_rows,
         };
         simulated.decoding().unwrap()

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 
 use super::super::Loader;
 use super::super::compute::WorkerMemory;
+use super::super::pass_work::{decoded_ahead, done_after};
 use super::super::rows::batch_rows;
 use super::super::session::Session;
 use crate::error::Result;
@@ -133,6 +134,9 @@ impl Session {
             // A source of a mixture goes through its windows as slowly as its share is small; they are taken to be equal.
             round: (windows.max().unwrap_or(1) * list.len() as u64).div_ceil(grouping.global_batch()),
             cache_bytes: self.opened.cache.budget_bytes(),
+            prefetch: self.config.prefetch_batches,
+            decoded_ahead: decoded_ahead(&self.config, grouping),
+            done_after: done_after(&self.config, grouping),
             most_rows: plan::MOST_ROWS,
         };
         simulated.decoding()
