@@ -4,21 +4,31 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
 use std::sync::Arc;
 
+use forebay::batch_source::split::BatchPart;
+use forebay::loader::Field;
 use forebay::tokens::Dtype;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict, PyString, PyTuple};
 
-/// A batch handed to Python.
+use crate::pass::Owner;
+
+/// A batch handed to Python, or the rows of one consumer in it.
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Batch {
     inner: Arc<forebay::Batch>,
+    fields: Arc<[Field]>,
+    rows: usize,
 }
 
 impl Batch {
     pub(crate) fn new(inner: Arc<forebay::Batch>) -> Self {
-        Self { inner }
+        Self { fields: Arc::clone(&inner.fields), rows: inner.rows, inner }
+    }
+
+    pub(crate) fn part(part: BatchPart) -> Self {
+        Self { inner: part.batch, fields: part.fields, rows: part.rows }
     }
 }
 
@@ -36,7 +46,13 @@ impl Batch {
 
     #[getter]
     fn rows(&self) -> usize {
-        self.inner.rows
+        self.rows
+    }
+
+    /// The object that keeps the buffer, if it was submitted; otherwise None.
+    #[getter]
+    fn owner(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.inner.owner()?.downcast_ref::<Owner>()?.object(py)
     }
 
     #[getter]
@@ -45,17 +61,17 @@ impl Batch {
     }
 
     fn fields(&self) -> Vec<(&'static str, Array)> {
-        self.inner.fields.iter().map(|field| (field.name, Array::new(&self.inner, *field))).collect()
+        self.fields.iter().map(|field| (field.name, Array::new(&self.inner, *field))).collect()
     }
 
     /// The arrays by name, as tensors of the library that `tensors` belongs to.
     fn tensors<'py>(&self, py: Python<'py>, tensors: &Tensors) -> PyResult<Bound<'py, PyDict>> {
-        tensors.of(py, &self.inner)
+        tensors.of(py, &self.inner, &self.fields)
     }
 
     /// Name, type, offset in bytes, shape and stride in values of each array, for those who gave the buffer.
     fn layout(&self) -> Vec<(&'static str, &'static str, usize, Vec<usize>, usize)> {
-        let fields = self.inner.fields.iter();
+        let fields = self.fields.iter();
         fields.map(|f| (f.name, f.dtype.name(), f.offset_bytes, f.shape[..f.ndim].to_vec(), f.row_stride)).collect()
     }
 }
@@ -64,14 +80,14 @@ impl Batch {
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Array {
     batch: Arc<forebay::Batch>,
-    field: forebay::loader::Field,
+    field: Field,
     // Buffer views point at these two, and hold the object that they are in.
     shape: [ffi::Py_ssize_t; 2],
     strides_bytes: [ffi::Py_ssize_t; 2],
 }
 
 impl Array {
-    fn new(batch: &Arc<forebay::Batch>, field: forebay::loader::Field) -> Self {
+    fn new(batch: &Arc<forebay::Batch>, field: Field) -> Self {
         let size = field.dtype.size();
         Self {
             batch: Arc::clone(batch),
@@ -94,7 +110,7 @@ impl Array {
     }
 }
 
-fn field_start(batch: &forebay::Batch, field: &forebay::loader::Field) -> *mut u8 {
+fn field_start(batch: &forebay::Batch, field: &Field) -> *mut u8 {
     // SAFETY: the loader lays every field inside its batch's buffer.
     unsafe { batch.as_ptr().add(field.offset_bytes) }
 }
@@ -211,9 +227,14 @@ impl Tensors {
 }
 
 impl Tensors {
-    pub(crate) fn of<'py>(&self, py: Python<'py>, batch: &Arc<forebay::Batch>) -> PyResult<Bound<'py, PyDict>> {
+    pub(crate) fn of<'py>(
+        &self,
+        py: Python<'py>,
+        batch: &Arc<forebay::Batch>,
+        fields: &[Field],
+    ) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
-        for field in batch.fields.iter() {
+        for field in fields {
             let name = match field.name {
                 "input_ids" => pyo3::intern!(py, "input_ids").clone(),
                 "labels" => pyo3::intern!(py, "labels").clone(),

@@ -3,6 +3,7 @@
 mod batch;
 mod error;
 mod loader;
+mod pass;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -27,7 +28,9 @@ mod _core {
     #[pymodule_export]
     use crate::batch::{Array, Batch, Tensors};
     #[pymodule_export]
-    use crate::loader::{Batches, Loader, resolve};
+    use crate::loader::{Loader, resolve};
+    #[pymodule_export]
+    use crate::pass::{Batches, Parts, SharedLoader};
     use pyo3::prelude::*;
 
     #[pymodule_export]

@@ -1,24 +1,20 @@
 //! Loader and its passes: convert, detach, one call, convert.
 
-use std::any::Any;
-use std::ptr::NonNull;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 
-use forebay::loader::MAX_EPOCH;
 use forebay::loader::state::{State, StateValue};
+use forebay::loader::{Cancel, MAX_EPOCH};
 use forebay::settings::environment::Environment;
 use forebay::settings::{self, Config, DataFormat, Epochs, Io, Remainder, Resolved, Scope, Shuffle, Split, Targets};
-use forebay::{Error, ErrorKind, Next};
-use pyo3::exceptions::PyTimeoutError;
+use forebay::{Error, ErrorKind};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
-use crate::batch::{Batch, Tensors};
+use crate::batch::Batch;
 use crate::error::{detached, to_python};
-
-/// Longest wait between two looks at pending signals.
-const SLICE: Duration = Duration::from_millis(50);
+use crate::pass::{Batches, SLICE, SharedLoader};
 
 /// Settings in force if these are given: values, where each is from, warnings, and notes. `from_env`: the environment may give all of them.
 #[pyfunction]
@@ -117,7 +113,7 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
 /// A loader over one corpus.
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Loader {
-    inner: forebay::Loader,
+    inner: Arc<forebay::Loader>,
     process: u32,
 }
 
@@ -126,8 +122,22 @@ impl Loader {
     /// Opens the corpus under the settings that `resolve` gives for the same arguments.
     #[staticmethod]
     fn open(py: Python<'_>, settings: Vec<(String, String)>, from_env: bool) -> PyResult<Self> {
-        let inner = detached(py, || forebay::Loader::open(resolved(&settings, from_env)?.config))?;
-        Ok(Self { inner, process: std::process::id() })
+        let config = detached(py, || Ok(resolved(&settings, from_env)?.config))?;
+        Ok(Self { inner: Arc::new(opened(py, config)?), process: std::process::id() })
+    }
+
+    /// Several consumers of this loader.
+    #[pyo3(signature = (count, ahead, external))]
+    fn split(
+        &self,
+        py: Python<'_>,
+        count: &Bound<'_, PyAny>,
+        ahead: Option<&Bound<'_, PyAny>>,
+        external: bool,
+    ) -> PyResult<SharedLoader> {
+        let count = counted(py, "count", count, u64::from(u32::MAX))?;
+        let ahead = ahead.map(|ahead| counted(py, "ahead", ahead, u64::MAX)).transpose()?;
+        SharedLoader::new(py, &self.inner, count, ahead, external)
     }
 
     fn iter(&self) -> Batches {
@@ -176,14 +186,7 @@ impl Loader {
     }
 
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Vec<(String, Bound<'py, PyAny>)>> {
-        let state = self.inner.state();
-        let value = |value: &StateValue| -> PyResult<Bound<'py, PyAny>> {
-            Ok(match value {
-                StateValue::Int(value) => value.into_pyobject(py)?.into_any(),
-                StateValue::Text(text) => PyString::new(py, text).into_any(),
-            })
-        };
-        state.entries().iter().map(|(key, entry)| Ok((key.clone(), value(entry)?))).collect()
+        state_pairs(py, &self.inner.state())
     }
 
     fn load_state(&self, py: Python<'_>, pairs: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<()> {
@@ -297,152 +300,58 @@ impl Loader {
     }
 }
 
+/// Opens a loader on a thread of its own, and checks signals meanwhile. A signal that raises stops the opening.
+fn opened(py: Python<'_>, config: Config) -> PyResult<forebay::Loader> {
+    let cancel = Cancel::default();
+    let (sender, mut receiver) = sync_channel(1);
+    let opening = {
+        let cancel = cancel.clone();
+        move || {
+            let opened = catch_unwind(AssertUnwindSafe(|| forebay::Loader::open_cancellable(config, &cancel)));
+            // If nobody waits any more, the loader closes here.
+            let _ = sender.send(opened);
+        }
+    };
+    let started = std::thread::Builder::new().name("forebay-open".to_owned()).spawn(opening);
+    started.map_err(|error| {
+        let failed = Error::new(ErrorKind::Io, "cannot start a thread for opening the corpus").with_source(error);
+        to_python(py, &failed)
+    })?;
+    loop {
+        let found;
+        (found, receiver) = py.detach(move || (receiver.recv_timeout(SLICE), receiver));
+        match found {
+            // A panic goes on here, where it becomes an exception.
+            Ok(opened) => return detached(py, || opened.unwrap_or_else(|panic| resume_unwind(panic))),
+            Err(RecvTimeoutError::Timeout) => py.check_signals().inspect_err(|_| cancel.cancel())?,
+            Err(RecvTimeoutError::Disconnected) => {
+                let text = "the thread that opens the corpus ended without a result; this is a defect of forebay";
+                return Err(to_python(py, &Error::new(ErrorKind::Internal, text)));
+            }
+        }
+    }
+}
+
+/// Keys and values of a state, in its order.
+pub(crate) fn state_pairs<'py>(py: Python<'py>, state: &State) -> PyResult<Vec<(String, Bound<'py, PyAny>)>> {
+    let value = |value: &StateValue| -> PyResult<Bound<'py, PyAny>> {
+        Ok(match value {
+            StateValue::Int(value) => value.into_pyobject(py)?.into_any(),
+            StateValue::Text(text) => PyString::new(py, text).into_any(),
+        })
+    };
+    state.entries().iter().map(|(key, entry)| Ok((key.clone(), value(entry)?))).collect()
+}
+
 /// `count`, or None where there is no end.
 fn finite(count: u64) -> Option<u64> {
     Some(count).filter(|count| *count < u64::MAX)
 }
 
 /// A whole number from 0 to `most`, from whatever Python object has an index.
-fn counted(py: Python<'_>, name: &str, value: &Bound<'_, PyAny>, most: u64) -> PyResult<u64> {
+pub(crate) fn counted(py: Python<'_>, name: &str, value: &Bound<'_, PyAny>, most: u64) -> PyResult<u64> {
     value.extract::<u64>().ok().filter(|number| *number <= most).ok_or_else(|| {
         let limit = if most == u64::MAX { "2^64 - 1".to_owned() } else { most.to_string() };
         to_python(py, &Error::config(format!("`{name}` must be a whole number from 0 to {limit}, found {value}")))
     })
-}
-
-/// A pass over one epoch. Several threads may ask it for batches at once.
-#[pyclass(frozen, module = "forebay._core")]
-pub(crate) struct Batches {
-    inner: Option<forebay::Batches>,
-    process: u32,
-}
-
-impl Batches {
-    fn new(inner: forebay::Batches) -> Self {
-        Self { inner: Some(inner), process: std::process::id() }
-    }
-
-    fn get(&self) -> &forebay::Batches {
-        self.inner.as_ref().expect("taken only when dropped")
-    }
-
-    fn take(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Arc<forebay::Batch>>> {
-        let batches = self.get();
-        // A batch that is ready is taken without letting the interpreter go, which other threads may take long to give back.
-        match batches.try_next().map_err(|error| to_python(py, &error))? {
-            Next::Batch(batch) => return Ok(Some(batch)),
-            Next::End => return Ok(None),
-            Next::Pending => {}
-        }
-        // What is beyond the clock's range is no limit.
-        let limit = timeout_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-        loop {
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let wait = || match left {
-                // Who has a limit must not be held by a computation of its own.
-                Some(left) => batches.next_timeout(left.min(SLICE)),
-                None => batches.next_or_help(SLICE),
-            };
-            match detached(py, wait)? {
-                Next::Batch(batch) => return Ok(Some(batch)),
-                Next::End => return Ok(None),
-                Next::Pending => py.check_signals()?,
-            }
-            if left.is_some_and(|left| left.is_zero()) {
-                return Err(PyTimeoutError::new_err("no batch was ready in time"));
-            }
-        }
-    }
-}
-
-impl Drop for Batches {
-    fn drop(&mut self) {
-        // In a forked child, a thread that is gone may hold the locks that dropping takes.
-        if std::process::id() != self.process {
-            std::mem::forget(self.inner.take());
-        }
-    }
-}
-
-#[pymethods]
-impl Batches {
-    /// The next batch, or None at the epoch's end.
-    #[pyo3(signature = (timeout_seconds=None))]
-    fn next(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Batch>> {
-        Ok(self.take(py, timeout_seconds)?.map(Batch::new))
-    }
-
-    /// Step and tensors of the next batch, or None at the epoch's end.
-    #[pyo3(signature = (tensors, timeout_seconds=None))]
-    fn next_tensors<'py>(
-        &self,
-        py: Python<'py>,
-        tensors: &Tensors,
-        timeout_seconds: Option<f64>,
-    ) -> PyResult<Option<(u64, Bound<'py, PyDict>)>> {
-        let Some(batch) = self.take(py, timeout_seconds)? else { return Ok(None) };
-        Ok(Some((batch.step, tensors.of(py, &batch)?)))
-    }
-
-    /// Gives `nbytes` bytes at `ptr` to the next batch that has no memory yet; `owner` keeps them alive.
-    fn submit(&self, py: Python<'_>, ptr: usize, nbytes: usize, owner: Py<PyAny>) -> PyResult<()> {
-        let start =
-            NonNull::new(ptr as *mut u8).filter(|start| start.as_ptr().align_offset(8) == 0).ok_or_else(|| {
-                to_python(py, &Error::config(format!("a buffer must be aligned to 8 bytes, found address {ptr:#x}")))
-            })?;
-        let address = Address(start);
-        let owner: Box<dyn Any + Send + Sync> = Box::new(Owner(Some(owner)));
-        detached(py, move || {
-            let Address(start) = { address };
-            // SAFETY: `_core` is private to the package, whose one caller passes a tensor's own address, size and the tensor itself, and
-            // does not write to it; torch memory is initialised as far as this crate reads it, for every byte is written before it is read.
-            unsafe { self.get().submit(start, nbytes, owner) }
-        })
-    }
-
-    #[getter]
-    fn batch_bytes(&self) -> usize {
-        self.get().batch_bytes()
-    }
-
-    #[getter]
-    fn buffers_wanted(&self) -> usize {
-        self.get().buffers_wanted()
-    }
-
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
-        if std::process::id() != self.process {
-            return Ok(());
-        }
-        detached(py, || {
-            self.get().close();
-            Ok(())
-        })
-    }
-}
-
-/// An address on its way through a detached section.
-struct Address(NonNull<u8>);
-
-// SAFETY: an address alone; what may be done with the memory is said where it is used.
-unsafe impl Send for Address {}
-
-/// A Python object that any thread may drop.
-struct Owner(Option<Py<PyAny>>);
-
-impl Drop for Owner {
-    fn drop(&mut self) {
-        let Some(object) = self.0.take() else { return };
-        let mut object = Some(object);
-        let attached = Python::try_attach(|py| {
-            if let Some(object) = object.take() {
-                drop(object.into_bound(py));
-            }
-        });
-        if attached.is_none() {
-            // The interpreter is going down and takes its memory with it.
-            std::mem::forget(object);
-        }
-    }
 }

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! error sync tokens -> settings -> storage -> format -> corpus -> layout -> order -> fill
-//!   -> observe -> read -> buffer -> pipeline -> proof -> loader
+//!   -> observe -> read -> buffer -> pipeline -> proof -> loader -> batch_source
 //! ```
 //!
 //! ```no_run
@@ -19,6 +19,7 @@
 //! # Ok::<(), forebay::Error>(())
 //! ```
 
+pub mod batch_source;
 pub mod buffer;
 pub mod corpus;
 pub mod error;

@@ -286,6 +286,55 @@ def test_a_damaged_page_fails_at_its_batch_and_a_repaired_file_continues_there(t
     assert np.array_equal(np.concatenate(got).ravel(), np.arange(1, 3201))
 
 
+@pytest.mark.parametrize("torch", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_after_an_error_the_next_loop_continues_at_the_failed_batch(tmp_path: Path, torch: bool, told: bool) -> None:
+    path = tmp_path / "shard.parquet"
+    pages = {"use_dictionary": False, "data_page_version": "2.0"}
+    corpora.write_rows(path, rows(400), compression="zstd", row_group_size=100, **pages)
+    whole, status = path.read_bytes(), path.stat()
+
+    def keep_time() -> None:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def overwrite(data: bytes) -> None:
+        with open(path, "r+b") as file:
+            file.write(data)
+        keep_time()
+
+    if torch:
+        pytest.importorskip("torch", reason="the loader of forebay.torch")
+        from forebay.torch import DataLoader, TokenDataset
+
+        dataset = TokenDataset(path, seq_len=SETTINGS.seq_len)
+        loader: Any = DataLoader(dataset, batch_size=2, drop_last=True, block_tokens=800)
+    else:
+        loader = open_loader(path, SETTINGS, block_tokens=800)
+    damage_page(path, 2)
+    damaged = path.read_bytes()
+    keep_time()
+    got = []
+
+    def loop() -> None:
+        if told:
+            loader.set_epoch(0)
+        for batch in loader:
+            got.append(np.asarray(batch["input_ids"]).copy())
+
+    for _ in range(2):
+        with pytest.raises(forebay.DataError):
+            loop()
+        assert len(got) == 100, "a second loop fails at the same batch"
+    overwrite(whole)
+    loop()
+    assert np.array_equal(np.concatenate(got).ravel(), np.arange(1, 3201)), "nothing was lost"
+    assert damaged != whole
+    if not told:
+        loop()
+        assert loader.epoch == 1 if not torch else len(got) == 400, "the next epoch follows"
+    loader.close()
+
+
 def changed_files() -> list[tuple[str, Callable[[Path], None]]]:
     def longer(path: Path) -> None:
         with open(path, "ab") as file:

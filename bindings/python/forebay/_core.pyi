@@ -9,7 +9,18 @@ from typing import Any, final
 
 from typing_extensions import CapsuleType
 
-__all__ = ["Array", "Batch", "Batches", "Loader", "Tensors", "__version__", "resolve", "run_command"]
+__all__ = [
+    "Array",
+    "Batch",
+    "Batches",
+    "Loader",
+    "Parts",
+    "SharedLoader",
+    "Tensors",
+    "__version__",
+    "resolve",
+    "run_command",
+]
 
 __version__: str
 
@@ -39,6 +50,12 @@ class Loader:
         """A new pass, in memory of forebay's pool. It has no effect before its first `next`."""
     def iter_external(self) -> Batches:
         """A new pass, in memory that is submitted by the caller."""
+    def split(self, count: int, ahead: int | None, external: bool) -> SharedLoader:
+        """`count` consumers, of which each may be `ahead` batches before the slowest one; None: ``prefetch_batches``.
+
+        `external`: batches lie in memory that is submitted by the caller. Raises ConfigError if rows cannot be dealt
+        out evenly.
+        """
     @property
     def len(self) -> int | None:
         """Batches of this rank in a pass; None where it has no end."""
@@ -85,7 +102,7 @@ class Batches:
         """Waits for the next batch; None at the end. Signals are seen while it waits.
 
         Raises TimeoutError, which loses no batch; DataError, ReadError or ClosedError; a failed batch fails again at
-        every later call.
+        every later call, and the next pass continues there.
         """
     def next_tensors(self, tensors: Tensors, timeout_seconds: float | None = None) -> tuple[int, dict[str, Any]] | None:
         """As ``next``, its step and its arrays as tensors."""
@@ -104,8 +121,44 @@ class Batches:
         """Ends the pass and waits for its threads."""
 
 @final
+class SharedLoader:
+    """A loader that several consumers share. Each gets every n-th row of its batches."""
+
+    def iter(self, consumer: int) -> Parts:
+        """A new pass of a consumer, together with the others. It begins at its first `next`."""
+    def set_epoch(self, consumer: int, epoch: int) -> None:
+        """The consumer's next pass is of this epoch."""
+    def begins_pass(self, consumer: int) -> bool:
+        """Whether a pass of the consumer that begins now begins a pass of the loader."""
+    def close(self, consumer: int) -> None:
+        """Ends a consumer; the others go on without it."""
+    def state(self) -> list[tuple[str, int | str]]:
+        """Keys and values of the position after the last batch that every consumer has."""
+    def restored(self) -> None:
+        """The loader was given another position: every consumer continues there in its next pass."""
+
+@final
+class Parts:
+    """A pass of one consumer of a split loader."""
+
+    def next(self, timeout_seconds: float | None = None) -> Batch | None:
+        """Waits for the next rows; None at the end. Signals are seen while it waits.
+
+        Raises TimeoutError, which loses no rows and says which consumer is waited for; RuntimeError if this consumer
+        was told another epoch than the others; and what `Batches.next` raises.
+        """
+    def buffers_missing(self) -> int:
+        """Buffers to submit before the next rows are taken."""
+    def batch_bytes(self) -> int:
+        """Bytes of a submitted buffer."""
+    def submit(self, ptr: int, nbytes: int, owner: object) -> None:
+        """Memory for the next batch that has none, as `Batches.submit` takes it."""
+    def close(self) -> None:
+        """Takes no more of this pass: the other consumers need not wait."""
+
+@final
 class Batch:
-    """A delivered batch."""
+    """A delivered batch, or the rows of one consumer in it."""
 
     @property
     def epoch(self) -> int:
@@ -116,6 +169,9 @@ class Batch:
     @property
     def rows(self) -> int:
         """Rows, `batch_size` but for a short last batch."""
+    @property
+    def owner(self) -> Any:
+        """The `owner` that its buffer was submitted with; None for memory of forebay's pool."""
     @property
     def address(self) -> int:
         """First byte of its buffer: for a submitted one, the `ptr` it was submitted with."""

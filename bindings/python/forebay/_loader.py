@@ -10,14 +10,14 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, SupportsFloat, SupportsIndex
+from typing import Any, Literal, Self, SupportsFloat, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from forebay import _core
 from forebay._errors import ClosedError, ConfigError
-from forebay._split import Batch, Consumer, Split, check
+from forebay._split import Consumer, Split
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 #: Ranges of positions: ``(start, end)`` in epoch 0, or ``(epoch, start, end)``.
@@ -153,51 +153,9 @@ def _arrays(batch: _core.Batch) -> Arrays:
     return {name: np.asarray(array) for name, array in batch.fields()}
 
 
-class _Source:
-    """A pass as consumers share it."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._core = loader._open_core().iter()
-
-    def take(self, limit_s: float | None) -> Arrays | None:
-        batch = self._core.next(limit_s)
-        return None if batch is None else _arrays(batch)
-
-    def close(self) -> None:
-        self._core.close()
-
-
-class WholeLoader(Generic[Batch]):
-    """What consumers of a split loader need of it, whatever its batches are made of."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def steps(self) -> int:
-        return len(self._loader)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._loader.set_epoch(epoch)
-
-    def epoch(self) -> int:
-        return self._loader.epoch
-
-    def state(self) -> dict[str, int | str]:
-        return dict(self._loader._core.state())
-
-
-class _Whole(WholeLoader[Arrays]):
-    """A loader as its consumers see it."""
-
-    def begin(self) -> _Source:
-        return _Source(self._loader)
-
-    def cut(self, batch: Arrays, consumer: int, count: int) -> Arrays:
-        # Where the whole is one piece of memory, users rely on the part being one.
-        return {
-            name: np.ascontiguousarray(array[consumer::count]) if array.flags.c_contiguous else array[consumer::count]
-            for name, array in batch.items()
-        }
+def _take_part(part: _core.Parts) -> Arrays | None:
+    batch = part.next()
+    return None if batch is None else _arrays(batch)
 
 
 class Loader:
@@ -500,8 +458,9 @@ class Loader:
         ConfigError
             Rows cannot be dealt out evenly: `batch_size` is no multiple of `count`, or a last batch may be short.
         """
-        self._split = Split(_Whole(self), count, check(count, ahead, self.config), None)
-        return self._split.consumers
+        split = Split(self, self._open_core().split(count, ahead, False), count, _take_part)
+        self._split = split
+        return split.consumers
 
     def stats(self) -> dict[str, Any]:
         """What happened so far; times in seconds."""

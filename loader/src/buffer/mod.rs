@@ -44,9 +44,9 @@ pub struct Lease {
 
 enum Owner {
     Source(Arc<dyn BufferSource>),
-    /// Kept, not used: dropping it releases the memory.
+    /// Dropping it releases the memory.
     Caller {
-        _keep: Box<dyn Any + Send + Sync>,
+        owner: Box<dyn Any + Send + Sync>,
     },
 }
 
@@ -69,12 +69,20 @@ impl Lease {
     /// else writes there before the batch is handed over.
     pub unsafe fn from_caller(start: NonNull<u8>, len: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
         assert!(start.as_ptr().align_offset(8) == 0, "a batch buffer must be aligned to 8 bytes");
-        Self { start, len, owner: Owner::Caller { _keep: owner } }
+        Self { start, len, owner: Owner::Caller { owner } }
     }
 
     /// First byte.
     pub fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr()
+    }
+
+    /// The owner of memory of the caller.
+    pub fn caller(&self) -> Option<&(dyn Any + Send + Sync)> {
+        match &self.owner {
+            Owner::Source(_) => None,
+            Owner::Caller { owner } => Some(&**owner),
+        }
     }
 
     /// Bytes.

@@ -325,9 +325,10 @@ fn u128_at(bytes: &[u8], at: usize) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::Cancel;
 
     fn index(folder: &Path) -> IndexFile {
-        let options = OpenOptions { token_column: None, io: Io::Auto, block_tokens: 100 };
+        let options = OpenOptions { token_column: None, io: Io::Auto, block_tokens: 100, cancel: Cancel::default() };
         IndexFile::new(folder, &["corpus".to_owned()], DataFormat::Auto, &options)
     }
 
@@ -408,7 +409,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let index = index(folder.path());
         index.save(records().into_iter()).unwrap();
-        let options = OpenOptions { token_column: None, io: Io::Auto, block_tokens: 101 };
+        let options = OpenOptions { token_column: None, io: Io::Auto, block_tokens: 101, cancel: Cancel::default() };
         let other = IndexFile::new(folder.path(), &["corpus".to_owned()], DataFormat::Auto, &options);
         assert!(other.load(Io::Auto).unwrap().is_none());
         std::fs::copy(index.path(), other.path()).unwrap();

@@ -134,6 +134,7 @@ impl Corpus {
         let most = local::most_files();
         let shards = Opened::new(files.len(), most);
         let open = |index: usize| {
+            options.cancel.check()?;
             let mut shard = format::open(&files[index].path, options)?;
             let facts = shard.facts();
             if files.len() > local::FEW_FILES {
@@ -186,6 +187,7 @@ impl Corpus {
                 let done = AtomicU64::new(0);
                 progress(0, stale.len() as u64);
                 let open = |place: usize| {
+                    options.cancel.check()?;
                     let facts = format::open(&files[stale[place]].path, options).map(|shard| shard.facts());
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1, stale.len() as u64);
                     facts

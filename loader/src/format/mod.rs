@@ -16,6 +16,7 @@ use std::time::SystemTime;
 use crate::error::{Error, Result};
 use crate::settings::{Config, DataFormat, Io};
 use crate::storage::local;
+use crate::sync::Cancel;
 use crate::tokens::{Dtype, Tokens};
 
 /// Container format of a shard: a row of [`FORMATS`].
@@ -523,12 +524,19 @@ pub struct OpenOptions {
     pub io: Io,
     /// Tokens near which blocks are cut.
     pub block_tokens: u64,
+    /// Stops the opening of a corpus between two shards.
+    pub cancel: Cancel,
 }
 
 impl OpenOptions {
     /// What `config` says of it.
     pub fn of(config: &Config) -> Self {
-        Self { token_column: config.token_column.clone(), io: config.io, block_tokens: config.block_tokens }
+        Self {
+            token_column: config.token_column.clone(),
+            io: config.io,
+            block_tokens: config.block_tokens,
+            cancel: Cancel::default(),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Batch: the arrays of some rows in one buffer.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use crate::buffer::{ALIGNMENT, Lease};
@@ -50,6 +51,11 @@ impl Batch {
     /// First byte of the buffer. Writing through it is the holder's business: nothing of the loader reads it again.
     pub fn as_ptr(&self) -> *mut u8 {
         self.lease.as_ptr()
+    }
+
+    /// The owner of the buffer, if the caller submitted it.
+    pub fn owner(&self) -> Option<&(dyn Any + Send + Sync)> {
+        self.lease.caller()
     }
 
     /// Bytes of the buffer.

@@ -47,6 +47,15 @@ impl Cursor {
     }
 }
 
+impl Cursor {
+    /// Lets the next pass continue where pass `pass` failed, at its first batch that was not handed over.
+    pub(super) fn failed(&mut self, pass: u64) {
+        if self.pass == pass {
+            self.continues = true;
+        }
+    }
+}
+
 impl Session {
     pub(super) fn set_epoch(&self, epoch: u64) {
         let mut cursor = lock(&self.cursor);

@@ -28,7 +28,7 @@ pub use audit::Sample;
 pub use batch::{Batch, Field, IGNORED_LABEL};
 pub use open::Opened;
 use pass::SharedPass;
-pub use pass::{Batches, Next};
+pub use pass::{Batches, Next, PassOptions};
 use session::Session;
 
 use crate::buffer::BufferSource;
@@ -38,7 +38,9 @@ use crate::error::Result;
 use crate::loader::state::State;
 use crate::observe::stats::Stats;
 use crate::order::epochs::ENDLESS;
+pub use crate::pipeline::WaitPolicy;
 use crate::settings::{Config, Remainder};
+pub use crate::sync::Cancel;
 use crate::sync::lock;
 
 /// The largest epoch number; a larger one is taken for a mistake.
@@ -56,6 +58,12 @@ impl Loader {
     /// Opens and indexes the corpus. Reports every fault that opening can see, all together.
     pub fn open(config: Config) -> Result<Self> {
         Self::open_with(config, |bytes, idle| Arc::new(Pool::new(bytes, idle)))
+    }
+
+    /// Opens the corpus like [`Loader::open`]. Fails soon after `cancel` is set from another thread.
+    pub fn open_cancellable(config: Config, cancel: &Cancel) -> Result<Self> {
+        let opened = Arc::new(Opened::open_cancellable(&config, cancel)?);
+        Self::of(Session::new(opened, config, |bytes, idle| Arc::new(Pool::new(bytes, idle)))?)
     }
 
     /// Opens the corpus, and takes the memory of batches from the source that `buffers` makes.
@@ -145,16 +153,17 @@ impl Loader {
     /// Makes a new pass. It continues a restored position, or begins the first epoch, or begins the epoch after the last
     /// one that began. The first request for a batch decides that; before it, a pass has no effect.
     pub fn iter(&self) -> Batches {
-        self.batches(false)
+        self.begin(PassOptions::default())
     }
 
     /// Makes a pass like [`Loader::iter`], whose batches lie in buffers that the caller submits ([`Batches::submit`]).
     pub fn iter_external(&self) -> Batches {
-        self.batches(true)
+        self.begin(PassOptions { external: true, ..PassOptions::default() })
     }
 
-    fn batches(&self, external: bool) -> Batches {
-        let pass = Arc::new(SharedPass::new(&self.session, external));
+    /// Makes a pass like [`Loader::iter`], with `options`.
+    pub fn begin(&self, options: PassOptions) -> Batches {
+        let pass = Arc::new(SharedPass::new(&self.session, options));
         let mut passes = lock(&self.passes);
         passes.retain(|pass| pass.strong_count() > 0);
         passes.push(Arc::downgrade(&pass));

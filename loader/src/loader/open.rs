@@ -13,6 +13,7 @@ use crate::order;
 use crate::order::partition::Grouping;
 use crate::read::{BlockCache, Reader, SessionId};
 use crate::settings::{Config, Shuffle, Split, Targets, default_threads};
+use crate::sync::Cancel;
 
 /// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
 ///
@@ -36,10 +37,15 @@ impl Opened {
     /// Reads the data and content settings of `config`, its `memory_budget`, and how files are opened. Ignores ranks,
     /// batches and epochs.
     pub fn open(config: &Config) -> Result<Self> {
+        Self::open_cancellable(config, &Cancel::default())
+    }
+
+    /// Opens like [`Opened::open`]. Fails soon after `cancel` is set from another thread.
+    pub fn open_cancellable(config: &Config, cancel: &Cancel) -> Result<Self> {
         config.validate()?;
         let mut config = config.clone();
         let threads = config.num_threads.unwrap_or_else(default_threads);
-        let corpora = open_corpora(&config, threads)?;
+        let corpora = open_corpora(&config, threads, cancel)?;
         let access = if corpora.iter().any(|(_, corpus)| corpus.access() == Access::Block) {
             Access::Block
         } else {
@@ -127,8 +133,8 @@ fn decided(shuffle: Shuffle, access: Access) -> Shuffle {
 }
 
 /// Opens the corpora of `config`, side by side, and reports all faults of all of them.
-fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String, Corpus)>> {
-    let options = OpenOptions::of(config);
+fn open_corpora(config: &Config, threads: u64, cancel: &Cancel) -> Result<Vec<(String, Corpus)>> {
+    let options = OpenOptions { cancel: cancel.clone(), ..OpenOptions::of(config) };
     let cache = config.cache_dir.as_deref().map(Path::new);
     let wanted = config.corpora()?;
     // Scoped, so that its threads end before opening does.
@@ -145,6 +151,8 @@ fn open_corpora(config: &Config, threads: u64) -> Result<Vec<(String, Corpus)>> 
             },
         )
         .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads for opening shards").with_source(error))?;
+    // The faults of shards that were not opened say nothing.
+    cancel.check()?;
     let mut faults = Vec::new();
     let mut corpora = Vec::new();
     for (name, corpus) in opened {

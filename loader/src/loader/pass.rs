@@ -28,6 +28,22 @@ pub enum Next {
     Pending,
 }
 
+/// How a pass hands over its batches.
+#[derive(Clone, Copy, Debug)]
+pub struct PassOptions {
+    /// Whether batches lie in buffers that the caller submits ([`Batches::submit`]).
+    pub external: bool,
+    /// Parts of a batch: row `i` belongs to part `i` modulo `parts`, and the rows of a part lie together in memory, in
+    /// their order. Must divide `batch_size`.
+    pub parts: u64,
+}
+
+impl Default for PassOptions {
+    fn default() -> Self {
+        Self { external: false, parts: 1 }
+    }
+}
+
 /// A pass over one epoch, or over several. Cheap to clone; clones share the pass, so that several threads can consume it.
 #[derive(Clone, Debug)]
 pub struct Batches {
@@ -59,12 +75,23 @@ impl Batches {
         }
     }
 
-    fn take(&self, wait: WaitPolicy) -> Result<Next> {
+    /// Takes the next batch, and waits for it as `wait` says.
+    ///
+    /// After an error, this pass fails at every later call, and the next pass continues at the batch that failed.
+    pub fn take(&self, wait: WaitPolicy) -> Result<Next> {
+        self.take_or_fail(wait).inspect_err(|error| {
+            if error.kind() != ErrorKind::Closed {
+                lock(&self.pass.session.cursor).failed(self.pass.id);
+            }
+        })
+    }
+
+    fn take_or_fail(&self, wait: WaitPolicy) -> Result<Next> {
         let pass = &self.pass;
         let session = &pass.session;
         session.check_process()?;
         let started = pass.started.get_or_init(|| pass.start()).as_ref().map_err(Clone::clone)?;
-        if pass.external {
+        if pass.options.external {
             for lease in lock(&pass.submitted).drain(..) {
                 started.pipeline.submit(lease);
             }
@@ -124,6 +151,16 @@ impl Batches {
         self.pass.session.config.prefetch_batches as usize
     }
 
+    /// Buffers to submit now so that [`Batches::buffers_wanted`] of them are left when the next batch is taken.
+    pub fn buffers_missing(&self) -> usize {
+        let delivered = match self.pass.started.get() {
+            Some(Ok(started)) => started.delivered.load(Ordering::Relaxed),
+            _ => 0,
+        };
+        let waiting = self.pass.buffers.load(Ordering::Relaxed).saturating_sub(delivered);
+        (self.buffers_wanted() + 1).saturating_sub(waiting as usize)
+    }
+
     /// Gives a buffer to the next batch that has none yet, in a pass made by [`super::Loader::iter_external`].
     ///
     /// # Safety
@@ -135,6 +172,7 @@ impl Batches {
         }
         // SAFETY: passed on from the caller.
         let lease = unsafe { Lease::from_caller(start, len, owner) };
+        self.pass.buffers.fetch_add(1, Ordering::Relaxed);
         // Under the lock, so that buffers submitted around the start keep their order.
         let mut submitted = lock(&self.pass.submitted);
         match self.pass.started.get() {
@@ -155,7 +193,9 @@ impl Batches {
 pub(super) struct SharedPass {
     pub(super) session: Arc<Session>,
     pub(super) id: u64,
-    pub(super) external: bool,
+    options: PassOptions,
+    /// Buffers that the caller submitted.
+    buffers: AtomicU64,
     pub(super) started: OnceLock<Result<StartedPass>>,
     /// Buffers submitted before the start, in order.
     pub(super) submitted: Mutex<Vec<Lease>>,
@@ -179,10 +219,11 @@ pub(super) struct PassRange {
 }
 
 impl SharedPass {
-    pub(super) fn new(session: &Arc<Session>, external: bool) -> Self {
+    pub(super) fn new(session: &Arc<Session>, options: PassOptions) -> Self {
         let id = session.next_pass.fetch_add(1, Ordering::Relaxed);
         let session = Arc::clone(session);
-        Self { session, id, external, started: OnceLock::new(), submitted: Mutex::default() }
+        let (buffers, started, submitted) = (AtomicU64::new(0), OnceLock::new(), Mutex::default());
+        Self { session, id, options, buffers, started, submitted }
     }
 
     pub(super) fn close(&self) {
@@ -200,12 +241,12 @@ impl SharedPass {
     fn start(&self) -> Result<StartedPass> {
         let session = &self.session;
         let range = Arc::new(session.begin_pass(self.id)?);
-        let work = PassWork::new(session, &range);
+        let work = PassWork::new(session, &range, self.options.parts);
         let options = PipelineOptions {
             threads: session.threads().min(usize::try_from(work.batches().max(1)).unwrap_or(usize::MAX)),
             window: session.config.prefetch_batches as usize,
             items: work.batches(),
-            leased: self.external,
+            leased: self.options.external,
         };
         let pipeline = Pipeline::start(options, work)?;
         let delivery_log = session.begin_delivery_log(&range)?.map(Mutex::new);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::batch::Batch;
 use super::compute::WorkerMemory;
 use super::pass::PassRange;
-use super::rows::batch_rows_into;
+use super::rows::{batch_rows_into, deal};
 use super::session::Session;
 use crate::buffer::Lease;
 use crate::corpus::Corpus;
@@ -60,6 +60,8 @@ pub(super) struct PassWork {
     ahead: RangeInclusive<u64>,
     /// Batches of the pass.
     items: u64,
+    /// Parts of a batch, whose rows lie together.
+    parts: usize,
     /// Batches whose blocks are decoded ahead.
     decoded_ahead: u64,
     /// The pass that probably follows, if blocks are decoded ahead. The numbers of its first batches continue those of
@@ -72,7 +74,7 @@ pub(super) struct PassWork {
 }
 
 impl PassWork {
-    pub(super) fn new(session: &Arc<Session>, range: &Arc<PassRange>) -> Self {
+    pub(super) fn new(session: &Arc<Session>, range: &Arc<PassRange>, parts: u64) -> Self {
         let (config, grouping) = (&session.config, session.grouping);
         let items = session.steps_from(range.start, &range.epochs);
         let sources = session.opened.sources.list();
@@ -94,6 +96,7 @@ impl PassWork {
             range: Arc::clone(range),
             ahead: batches_of(FIRST_AHEAD)..=batches_of(windows_ahead),
             items,
+            parts: parts as usize,
             decoded_ahead: if decodes { decoded_ahead(config, grouping) } else { 0 },
             following,
             end: items.saturating_add(beyond),
@@ -165,6 +168,7 @@ impl Work for PassWork {
             while let Ok(Prepared::Decoded) = self.decode_ahead(number, worker) {}
         }
         let start = batch_rows_into(session.grouping, &range.epochs, index, &mut worker.rows);
+        deal(&mut worker.rows, self.parts);
         let mut reads = std::mem::take(&mut worker.reads);
         session.reads_into(&range.growth, &worker.rows, &mut worker.orders, &mut worker.scratch, &mut reads)?;
         let lease = lease.unwrap_or_else(|| Lease::new(&session.pool, session.batch_bytes));

@@ -50,6 +50,13 @@ pub(super) fn batch_rows_into(
     epochs.at(start)
 }
 
+/// Puts the rows of each of `parts` parts together: row `i` belongs to part `i` modulo `parts`.
+pub(super) fn deal(rows: &mut Vec<PositionedRow>, parts: usize) {
+    if parts > 1 {
+        *rows = (0..parts).flat_map(|part| rows.iter().skip(part).step_by(parts).copied()).collect();
+    }
+}
+
 impl Session {
     /// Overwrites `reads` with what `rows` read; a row of padding reads nothing.
     pub(super) fn reads_into(

@@ -149,7 +149,7 @@ pub(crate) enum Taken<T> {
 
 /// What a consumer does while its item is not ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum WaitPolicy {
+pub enum WaitPolicy {
     /// Goes away at once.
     None,
     /// Sleeps, at most so long. Without workers it computes the item all the same.

@@ -231,7 +231,9 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
 
     /// The block that is done with and was used last; one that suits, if there is one near.
     fn done_with(&mut self, suiting: &RangeInclusive<u64>) -> Option<Slot> {
-        let (mut best, mut best_suiting): (Option<(u64, Slot)>, Option<(u64, Slot)>) = (None, None);
+        // By the clock at their last use.
+        let mut best: Option<(u64, Slot)> = None;
+        let mut best_suiting: Option<(u64, Slot)> = None;
         for source in 0..self.sources.len() {
             self.move_done(source);
             let mut slot = self.sources[source].done;

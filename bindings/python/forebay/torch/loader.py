@@ -15,13 +15,13 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler, _DatasetKind
 from forebay import _core
 from forebay._errors import ConfigError
 from forebay._loader import Loader, Skip, first_time, settings_of
-from forebay._split import Consumer, Split, check
+from forebay._split import Consumer, Split
 from forebay.torch.any_dataset.iterator import DatasetIterator
 from forebay.torch.any_dataset.order import State, is_plain
 from forebay.torch.any_dataset.state import Failed, Resume
 from forebay.torch.dataset import TokenDataset
 from forebay.torch.device import Ahead, Cuda, Handed, Link
-from forebay.torch.native import Native, NativeIterator, Rows, Whole
+from forebay.torch.native import Native, NativeIterator, Rows
 from forebay.torch.pinned import pinned
 from forebay.torch.ranks import rank_in, with_ranks
 from forebay.torch.tensors import Tensors
@@ -386,8 +386,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         assert native is not None
         if self._link is not None:
             raise ConfigError("`device` is one device: leave it out, and copy in the thread of each consumer")
-        loader._split = Split(Whole(native, self), count, check(count, ahead, loader.config), native.limit_s)
-        return loader._split.consumers
+        core = loader._open_core().split(count, ahead, native.allocator is not None)
+        split = Split(self, core, count, native.take_part, native.follow_sampler)
+        loader._split = split
+        return split.consumers
 
     def seek(self, position: int, epoch: int | None = None) -> None:
         """The next pass begins at `position` of `epoch` (default: the present one). Native loaders only."""

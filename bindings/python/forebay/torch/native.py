@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset
 from torch.utils.data._utils import worker as torch_worker
 
 from forebay import _core
-from forebay._loader import Loader, WholeLoader, finite
+from forebay._loader import Loader, finite
 from forebay.torch.dataset import TokenDataset
 from forebay.torch.device import Ahead
-from forebay.torch.pinned import Memory
+from forebay.torch.pinned import Memory, view
 from forebay.torch.tensors import NATIVE, Tensors, tensors_of
 
 #: Makes the copies of a new pass to the device out of what takes its next batch; None for host memory.
@@ -43,6 +43,24 @@ class Native:
         if epoch is not None and epoch != self._sampler_epoch:
             self._sampler_epoch = epoch
             self.loader.set_epoch(epoch)
+
+    def take_part(self, part: _core.Parts) -> Tensors | None:
+        """The next rows of a consumer of the split loader, None at the end."""
+        if self.allocator is not None:
+            # All that can fail comes before a batch is taken.
+            for _ in range(part.buffers_missing()):
+                buffer = self.allocator(part.batch_bytes())
+                part.submit(buffer.data_ptr(), buffer.nbytes, buffer)
+        try:
+            batch = part.next(self.limit_s)
+        except TimeoutError as error:
+            raise RuntimeError(f"DataLoader timed out after {self.limit_s} seconds: {error}") from None
+        if batch is None:
+            return None
+        buffer = batch.owner
+        if buffer is None:
+            return tensors_of(batch)
+        return {field[0]: view(buffer, *field[1:]) for field in batch.layout()}
 
     def close(self) -> None:
         """Stops every pass; batches already handed over stay valid."""
@@ -176,41 +194,3 @@ class NativeIterator:
     def __del__(self) -> None:
         if getattr(self, "_gradient_state", None) is not None:
             self._leave()
-
-
-class _Source:
-    """A pass as consumers share it."""
-
-    def __init__(self, native: Native, owner: Any) -> None:
-        self._iterator = NativeIterator(native, owner, lambda take: None)
-
-    def take(self, limit_s: float | None) -> Tensors | None:
-        found = self._iterator._take_on_host(limit_s)
-        return None if found is None else found[1]
-
-    def close(self) -> None:
-        self._iterator.close()
-
-
-class Whole(WholeLoader[Tensors]):
-    """A native loader as its consumers see it."""
-
-    def __init__(self, native: Native, owner: Any) -> None:
-        super().__init__(native.loader)
-        self._native = native
-        self._owner = owner
-
-    def begin(self) -> _Source:
-        self._native.follow_sampler()
-        return _Source(self._native, self._owner)
-
-    def cut(self, batch: Tensors, consumer: int, count: int) -> Tensors:
-        return {name: self._rows(tensor, consumer, count) for name, tensor in batch.items()}
-
-    def _rows(self, tensor: torch.Tensor, consumer: int, count: int) -> torch.Tensor:
-        rows = tensor[consumer::count]
-        if rows.is_contiguous() or not tensor.is_contiguous():
-            return rows
-        # Where the whole is one piece of memory, users rely on the part being one.
-        pinned = self._owner.pin_memory and torch.cuda.is_available()
-        return torch.empty(rows.shape, dtype=rows.dtype, pin_memory=pinned).copy_(rows)

@@ -41,7 +41,7 @@ class Memory:
                 self._ended = True
                 return None
             buffer = self._buffers.pop(batch.address)
-            return batch.step, {field[0]: _view(buffer, *field[1:]) for field in batch.layout()}
+            return batch.step, {field[0]: view(buffer, *field[1:]) for field in batch.layout()}
         finally:
             with self._lock:
                 self._takers -= 1
@@ -70,7 +70,7 @@ class Memory:
             self._buffers.clear()
 
 
-def _view(buffer: torch.Tensor, dtype: str, offset: int, shape: list[int], stride: int) -> torch.Tensor:
+def view(buffer: torch.Tensor, dtype: str, offset: int, shape: list[int], stride: int) -> torch.Tensor:
     kind: torch.dtype = getattr(torch, dtype)
     columns = shape[1] if len(shape) == 2 else 1
     nbytes = ((shape[0] - 1) * stride + columns) * kind.itemsize

@@ -1,3 +1,4 @@
+use crate::sync::Cancel;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use crate::storage::local::SourceFile;
 use crate::tokens::Tokens;
 
 fn options(io: Io, block_tokens: u64) -> OpenOptions {
-    OpenOptions { token_column: None, io, block_tokens }
+    OpenOptions { token_column: None, io, block_tokens, cancel: Cancel::default() }
 }
 
 fn written(batches: &[RecordBatch], stream: bool, codec: Option<CompressionType>) -> Vec<u8> {

@@ -3,6 +3,7 @@
 //! The decoder gives what was written and what arrow-rs reads. Metadata announce exactly what
 //! decoding yields. No damaged byte causes a panic.
 
+use crate::sync::Cancel;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -151,7 +152,7 @@ fn save(bytes: &[u8]) -> Saved {
 }
 
 fn options(block_tokens: u64, io: Io) -> OpenOptions {
-    OpenOptions { token_column: None, io, block_tokens }
+    OpenOptions { token_column: None, io, block_tokens, cancel: Cancel::default() }
 }
 
 fn open_as(saved: &Saved, block_tokens: u64, io: Io, route: Route) -> Result<ParquetShard> {

@@ -1,0 +1,341 @@
+//! Passes, whole or of one consumer of a split loader: convert, detach, one call, convert.
+
+use std::any::Any;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use forebay::batch_source::BatchSource;
+use forebay::batch_source::split::{NextPart, PartPass, Split, SplitOptions};
+use forebay::loader::{MAX_EPOCH, WaitPolicy};
+use forebay::{Error, Next};
+use pyo3::exceptions::{PyRuntimeError, PyTimeoutError};
+use pyo3::marker::Ungil;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::batch::{Batch, Tensors};
+use crate::error::{detached, to_python};
+use crate::loader::{counted, state_pairs};
+
+/// Longest wait between two looks at pending signals.
+pub(crate) const SLICE: Duration = Duration::from_millis(50);
+
+/// Runs `wait` detached, in slices, and checks signals between them, until it gives something or the time is over; then
+/// gives none. A caller with a limit must not be held by a computation of its own, so it only waits.
+fn in_slices<T: Send>(
+    py: Python<'_>,
+    timeout_seconds: Option<f64>,
+    wait: impl Fn(WaitPolicy) -> forebay::Result<Option<T>> + Ungil + Send + Sync,
+) -> PyResult<Option<T>> {
+    // A time beyond the clock's range is no limit.
+    let limit = timeout_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let policy = match left {
+            Some(left) => WaitPolicy::Wait(left.min(SLICE)),
+            None => WaitPolicy::Help(SLICE),
+        };
+        let found = detached(py, || wait(policy))?;
+        if found.is_some() {
+            return Ok(found);
+        }
+        py.check_signals()?;
+        if left.is_some_and(|left| left.is_zero()) {
+            return Ok(None);
+        }
+    }
+}
+
+/// A pass over one epoch. Several threads may ask it for batches at once.
+#[pyclass(frozen, module = "forebay._core")]
+pub(crate) struct Batches {
+    inner: Option<forebay::Batches>,
+    process: u32,
+}
+
+impl Batches {
+    pub(crate) fn new(inner: forebay::Batches) -> Self {
+        Self { inner: Some(inner), process: std::process::id() }
+    }
+
+    fn get(&self) -> &forebay::Batches {
+        self.inner.as_ref().expect("taken only when dropped")
+    }
+
+    fn take(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Arc<forebay::Batch>>> {
+        let batches = self.get();
+        // A batch that is ready is taken without letting the interpreter go, which other threads may take long to give
+        // back.
+        match batches.try_next().map_err(|error| to_python(py, &error))? {
+            Next::Batch(batch) => return Ok(Some(batch)),
+            Next::End => return Ok(None),
+            Next::Pending => {}
+        }
+        let found = in_slices(py, timeout_seconds, |policy| {
+            Ok(match batches.take(policy)? {
+                Next::Batch(batch) => Some(Some(batch)),
+                Next::End => Some(None),
+                Next::Pending => None,
+            })
+        })?;
+        found.ok_or_else(|| PyTimeoutError::new_err("no batch was ready in time"))
+    }
+}
+
+impl Drop for Batches {
+    fn drop(&mut self) {
+        // In a forked child, a thread that is gone may hold the locks that dropping takes.
+        if std::process::id() != self.process {
+            std::mem::forget(self.inner.take());
+        }
+    }
+}
+
+#[pymethods]
+impl Batches {
+    /// The next batch, or None at the epoch's end.
+    #[pyo3(signature = (timeout_seconds=None))]
+    fn next(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Batch>> {
+        Ok(self.take(py, timeout_seconds)?.map(Batch::new))
+    }
+
+    /// Step and tensors of the next batch, or None at the epoch's end.
+    #[pyo3(signature = (tensors, timeout_seconds=None))]
+    fn next_tensors<'py>(
+        &self,
+        py: Python<'py>,
+        tensors: &Tensors,
+        timeout_seconds: Option<f64>,
+    ) -> PyResult<Option<(u64, Bound<'py, PyDict>)>> {
+        let Some(batch) = self.take(py, timeout_seconds)? else { return Ok(None) };
+        Ok(Some((batch.step, tensors.of(py, &batch, &batch.fields)?)))
+    }
+
+    /// Gives `nbytes` bytes at `ptr` to the next batch that has no memory yet; `owner` keeps them alive.
+    fn submit(&self, py: Python<'_>, ptr: usize, nbytes: usize, owner: Py<PyAny>) -> PyResult<()> {
+        let buffer = Submitted::new(py, ptr, nbytes, owner)?;
+        detached(py, move || {
+            let Submitted { start: Address(start), nbytes, owner } = { buffer };
+            // SAFETY: see `Submitted`.
+            unsafe { self.get().submit(start, nbytes, owner) }
+        })
+    }
+
+    #[getter]
+    fn batch_bytes(&self) -> usize {
+        self.get().batch_bytes()
+    }
+
+    #[getter]
+    fn buffers_wanted(&self) -> usize {
+        self.get().buffers_wanted()
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        if std::process::id() != self.process {
+            return Ok(());
+        }
+        detached(py, || {
+            self.get().close();
+            Ok(())
+        })
+    }
+}
+
+/// A loader that several consumers share.
+#[pyclass(frozen, module = "forebay._core")]
+pub(crate) struct SharedLoader {
+    inner: Split,
+}
+
+impl SharedLoader {
+    pub(crate) fn new(
+        py: Python<'_>,
+        loader: &Arc<forebay::Loader>,
+        count: u64,
+        ahead: Option<u64>,
+        external: bool,
+    ) -> PyResult<Self> {
+        let source: Arc<dyn BatchSource> = Arc::clone(loader) as _;
+        let options = SplitOptions { count, ahead, external };
+        let inner = Split::new(source, options).map_err(|error| to_python(py, &error))?;
+        Ok(Self { inner })
+    }
+}
+
+#[pymethods]
+impl SharedLoader {
+    fn iter(&self, consumer: usize) -> Parts {
+        Parts { inner: Some(self.inner.iter(consumer)), process: std::process::id(), consumer }
+    }
+
+    fn set_epoch(&self, py: Python<'_>, consumer: usize, epoch: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.inner.set_epoch(consumer, counted(py, "epoch", epoch, MAX_EPOCH)?);
+        Ok(())
+    }
+
+    fn begins_pass(&self, consumer: usize) -> bool {
+        self.inner.begins_pass(consumer)
+    }
+
+    fn close(&self, py: Python<'_>, consumer: usize) -> PyResult<()> {
+        detached(py, || {
+            self.inner.close(consumer);
+            Ok(())
+        })
+    }
+
+    fn state<'py>(&self, py: Python<'py>) -> PyResult<Vec<(String, Bound<'py, PyAny>)>> {
+        let state = detached(py, || Ok(self.inner.state()))?;
+        state_pairs(py, &state)
+    }
+
+    fn restored(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            self.inner.restored();
+            Ok(())
+        })
+    }
+}
+
+/// A pass of one consumer of a split loader.
+#[pyclass(frozen, module = "forebay._core")]
+pub(crate) struct Parts {
+    inner: Option<PartPass>,
+    process: u32,
+    consumer: usize,
+}
+
+impl Parts {
+    fn get(&self) -> &PartPass {
+        self.inner.as_ref().expect("taken only when dropped")
+    }
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        // In a forked child, a thread that is gone may hold the locks that dropping takes.
+        if std::process::id() != self.process {
+            std::mem::forget(self.inner.take());
+        }
+    }
+}
+
+#[pymethods]
+impl Parts {
+    /// The next rows of this consumer, or None at the pass's end.
+    #[pyo3(signature = (timeout_seconds=None))]
+    fn next(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Batch>> {
+        let last = std::sync::Mutex::new(None);
+        let found = in_slices(py, timeout_seconds, |policy| {
+            Ok(match self.get().take(policy)? {
+                NextPart::Pending => None,
+                waiting @ NextPart::Waiting { .. } => {
+                    *last.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(waiting);
+                    None
+                }
+                found => Some(found),
+            })
+        })?;
+        match found {
+            Some(NextPart::Part(part)) => Ok(Some(Batch::part(part))),
+            Some(NextPart::OtherEpoch { told, epoch }) => Err(PyRuntimeError::new_err(format!(
+                "consumer {} was told epoch {told}, but the others are in their pass of epoch {epoch}: tell all of them \
+                 the same",
+                self.consumer
+            ))),
+            Some(_) => Ok(None),
+            None => Err(PyTimeoutError::new_err(match last.into_inner() {
+                Ok(Some(NextPart::Waiting { consumer, behind })) => {
+                    format!("consumer {consumer} is {behind} batches behind consumer {}", self.consumer)
+                }
+                _ => "no batch was ready in time".to_owned(),
+            })),
+        }
+    }
+
+    /// Buffers to submit before the next batch is taken; 0 if the pass has not begun.
+    fn buffers_missing(&self, py: Python<'_>) -> PyResult<usize> {
+        detached(py, || Ok(self.get().begin()?.map_or(0, |pass| pass.buffers_missing())))
+    }
+
+    /// Bytes of a submitted buffer; 0 if the pass has not begun.
+    fn batch_bytes(&self, py: Python<'_>) -> PyResult<usize> {
+        detached(py, || Ok(self.get().begin()?.map_or(0, |pass| pass.batch_bytes())))
+    }
+
+    /// Gives `nbytes` bytes at `ptr` to the next batch that has no memory yet; `owner` keeps them alive.
+    fn submit(&self, py: Python<'_>, ptr: usize, nbytes: usize, owner: Py<PyAny>) -> PyResult<()> {
+        let buffer = Submitted::new(py, ptr, nbytes, owner)?;
+        detached(py, move || {
+            let Submitted { start: Address(start), nbytes, owner } = { buffer };
+            let Some(pass) = self.get().begin()? else { return Ok(()) };
+            // SAFETY: see `Submitted`.
+            unsafe { pass.submit(start, nbytes, owner) }
+        })
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        if std::process::id() != self.process {
+            return Ok(());
+        }
+        detached(py, || {
+            self.get().close();
+            Ok(())
+        })
+    }
+}
+
+/// A buffer that Python gives.
+///
+/// `_core` is private to the package, whose callers pass a tensor's own address, size and the tensor itself, and do not
+/// write to it. Torch memory is initialised as far as this crate reads it, for every byte is written before it is read.
+struct Submitted {
+    start: Address,
+    nbytes: usize,
+    owner: Box<dyn Any + Send + Sync>,
+}
+
+impl Submitted {
+    fn new(py: Python<'_>, ptr: usize, nbytes: usize, owner: Py<PyAny>) -> PyResult<Self> {
+        let start = NonNull::new(ptr as *mut u8).filter(|start| start.as_ptr().align_offset(8) == 0);
+        let start = start.ok_or_else(|| {
+            to_python(py, &Error::config(format!("a buffer must be aligned to 8 bytes, found address {ptr:#x}")))
+        })?;
+        Ok(Self { start: Address(start), nbytes, owner: Box::new(Owner(Some(owner))) })
+    }
+}
+
+/// An address on its way through a detached section.
+struct Address(NonNull<u8>);
+
+// SAFETY: an address alone; what may be done with the memory is said where it is used.
+unsafe impl Send for Address {}
+
+/// A Python object that any thread may drop.
+pub(crate) struct Owner(Option<Py<PyAny>>);
+
+impl Owner {
+    /// The object, until it is dropped.
+    pub(crate) fn object(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.0.as_ref().map(|object| object.clone_ref(py))
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let Some(object) = self.0.take() else { return };
+        let mut object = Some(object);
+        let attached = Python::try_attach(|py| {
+            if let Some(object) = object.take() {
+                drop(object.into_bound(py));
+            }
+        });
+        if attached.is_none() {
+            // The interpreter is going down and takes its memory with it.
+            std::mem::forget(object);
+        }
+    }
+}

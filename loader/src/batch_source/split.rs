@@ -1,0 +1,491 @@
+//! Splits a batch source among several consumers: each gets every n-th row of its batches.
+//!
+//! The consumers share one pass, with its threads, files and decoded blocks. The rows of each consumer lie together in a
+//! batch's memory, so a part is handed over without a copy. A batch stays until all consumers took their rows. A consumer
+//! that is `ahead` batches before the slowest one waits for it, so no consumer is starved and memory stays bounded.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use super::{BatchPass, BatchSource, check_split};
+use crate::error::{Error, ErrorKind, Result};
+use crate::loader::state::State;
+use crate::loader::{Batch, Field, Next, PassOptions, WaitPolicy};
+use crate::sync::{lock, wait_timeout};
+
+/// How a source is split.
+#[derive(Clone, Copy, Debug)]
+pub struct SplitOptions {
+    /// Consumers.
+    pub count: u64,
+    /// Batches that a consumer may be before the slowest one; `prefetch_batches` if it is not given.
+    pub ahead: Option<u64>,
+    /// Whether batches lie in buffers that the caller submits.
+    pub external: bool,
+}
+
+/// A source that several consumers share.
+#[derive(Clone, Debug)]
+pub struct Split {
+    shared: Arc<Shared>,
+}
+
+/// The rows of one consumer in a batch.
+#[derive(Clone, Debug)]
+pub struct BatchPart {
+    /// The whole batch, whose memory holds the rows.
+    pub batch: Arc<Batch>,
+    /// The arrays of these rows in the batch's memory.
+    pub fields: Arc<[Field]>,
+    /// Rows of this part.
+    pub rows: usize,
+}
+
+/// The outcome of a consumer's request for its next rows.
+#[derive(Debug)]
+pub enum NextPart {
+    /// The next rows.
+    Part(BatchPart),
+    /// The pass is over.
+    End,
+    /// Nothing was ready in the given time; ask again.
+    Pending,
+    /// This consumer was told another epoch than the one that the others are in.
+    OtherEpoch {
+        /// The epoch that this consumer was told.
+        told: u64,
+        /// The epoch of the pass that it would join.
+        epoch: u64,
+    },
+    /// Another consumer is so far behind that this one has to wait for it.
+    Waiting {
+        /// The slowest consumer.
+        consumer: usize,
+        /// Batches that it is behind.
+        behind: u64,
+    },
+}
+
+/// A pass of one consumer. A consumer belongs to one thread at a time.
+#[derive(Debug)]
+pub struct PartPass {
+    shared: Arc<Shared>,
+    consumer: usize,
+    place: Mutex<PartPlace>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct PartPlace {
+    /// The number of the shared pass, once it began.
+    pass: Option<u64>,
+    taken: u64,
+    ended: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    source: Arc<dyn BatchSource>,
+    count: u64,
+    ahead: u64,
+    external: bool,
+    inner: Mutex<Inner>,
+    /// Consumers wait here for each other.
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// Passes that a consumer still takes from, by number.
+    passes: BTreeMap<u64, SharedPass>,
+    /// The state of the source at each place that a consumer may be at: a pass, and batches taken of it.
+    states: BTreeMap<(u64, u64), State>,
+    consumers: Vec<Consumer>,
+}
+
+#[derive(Debug)]
+struct SharedPass {
+    pass: Arc<dyn BatchPass>,
+    /// The epoch that its first consumer was told, or that its batches turned out to be of.
+    epoch: Option<u64>,
+    /// Batches taken from the source that not all consumers have, by their place in the pass.
+    batches: BTreeMap<u64, Arc<Batch>>,
+    taken: u64,
+    is_taking: bool,
+    ended: bool,
+}
+
+#[derive(Debug, Default)]
+struct Consumer {
+    next_pass: u64,
+    /// A pass, and batches taken of it.
+    at: (u64, u64),
+    /// The epoch that this consumer was told for its next pass.
+    told: Option<u64>,
+    closed: bool,
+    /// Passes that it takes nothing more of.
+    left: BTreeSet<u64>,
+}
+
+impl Consumer {
+    /// Batches that it took of a pass; none if it takes nothing more of it.
+    fn place_in(&self, pass: u64) -> Option<u64> {
+        if self.closed || self.left.contains(&pass) || self.at.0 > pass {
+            return None;
+        }
+        Some(if self.at.0 == pass { self.at.1 } else { 0 })
+    }
+}
+
+impl Split {
+    /// Splits `source`. Refuses a number of consumers to whom rows cannot be dealt out evenly.
+    pub fn new(source: Arc<dyn BatchSource>, options: SplitOptions) -> Result<Self> {
+        let SplitOptions { count, ahead, external } = options;
+        let ahead = check_split(&*source, count, ahead)?;
+        let consumers = (0..count).map(|_| Consumer::default()).collect();
+        let inner = Mutex::new(Inner { passes: BTreeMap::new(), states: BTreeMap::new(), consumers });
+        Ok(Self { shared: Arc::new(Shared { source, count, ahead, external, inner, changed: Condvar::new() }) })
+    }
+
+    /// Makes a new pass of a consumer, together with the others; it begins at its first request for rows.
+    pub fn iter(&self, consumer: usize) -> PartPass {
+        assert!((consumer as u64) < self.shared.count, "consumer {consumer} of {}", self.shared.count);
+        PartPass { shared: Arc::clone(&self.shared), consumer, place: Mutex::default() }
+    }
+
+    /// Lets the consumer's next pass be of `epoch`. All consumers are told the same, or only the first one to begin.
+    pub fn set_epoch(&self, consumer: usize, epoch: u64) {
+        lock(&self.shared.inner).consumers[consumer].told = Some(epoch);
+    }
+
+    /// Whether a pass of the consumer that begins now would begin a pass of the source.
+    pub fn begins_pass(&self, consumer: usize) -> bool {
+        let inner = lock(&self.shared.inner);
+        !inner.passes.contains_key(&inner.consumers[consumer].next_pass)
+    }
+
+    /// Ends a consumer; the others go on without it.
+    pub fn close(&self, consumer: usize) {
+        let mut inner = lock(&self.shared.inner);
+        inner.consumers[consumer].closed = true;
+        let ended = inner.let_go();
+        self.shared.wake(inner, ended);
+    }
+
+    /// The position after the last batch that every consumer has.
+    pub fn state(&self) -> State {
+        let inner = lock(&self.shared.inner);
+        let found = inner.slowest().and_then(|slowest| inner.states.get(&slowest).cloned());
+        found.unwrap_or_else(|| self.shared.source.state())
+    }
+
+    /// Notes that the source was given another position: every consumer continues there in its next pass.
+    pub fn restored(&self) {
+        let mut inner = lock(&self.shared.inner);
+        let next = inner.consumers.iter().map(|consumer| consumer.next_pass).max().unwrap_or(0);
+        for consumer in &mut inner.consumers {
+            (consumer.next_pass, consumer.at) = (next, (next, 0));
+        }
+        inner.states.clear();
+        let ended = inner.let_go();
+        self.shared.wake(inner, ended);
+    }
+}
+
+impl PartPass {
+    /// Takes this consumer's rows of the next batch, and waits for them as `wait` says.
+    pub fn take(&self, wait: WaitPolicy) -> Result<NextPart> {
+        let place = *lock(&self.place);
+        if place.ended {
+            return Ok(NextPart::End);
+        }
+        let (timeout, helps) = match wait {
+            WaitPolicy::None => (Duration::ZERO, false),
+            WaitPolicy::Wait(timeout) => (timeout, false),
+            WaitPolicy::Help(timeout) => (timeout, true),
+        };
+        // Centuries overflow the clock; a day at a time is as good as for ever.
+        let deadline = Instant::now() + timeout.min(Duration::from_secs(86_400));
+        let pass = match place.pass {
+            Some(pass) => pass,
+            None => match self.shared.join(self.consumer, deadline)? {
+                Joined::Pass(pass) => {
+                    lock(&self.place).pass = Some(pass);
+                    pass
+                }
+                Joined::Pending => return Ok(NextPart::Pending),
+                Joined::OtherEpoch { told, epoch } => return Ok(NextPart::OtherEpoch { told, epoch }),
+            },
+        };
+        let left = || {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match wait {
+                WaitPolicy::None => WaitPolicy::None,
+                _ if helps => WaitPolicy::Help(left),
+                _ => WaitPolicy::Wait(left),
+            }
+        };
+        let found = self.shared.next(self.consumer, pass, place.taken, deadline, left)?;
+        match &found {
+            NextPart::Part(_) => lock(&self.place).taken += 1,
+            NextPart::End => self.close(),
+            NextPart::Pending | NextPart::OtherEpoch { .. } | NextPart::Waiting { .. } => {}
+        }
+        Ok(found)
+    }
+
+    /// Begins the pass, together with the other consumers, if it has not begun, so that buffers can be submitted to it.
+    /// Returns none if that takes no place before [`PartPass::take`]: the pass ended, or another consumer settles its
+    /// epoch.
+    pub fn begin(&self) -> Result<Option<Arc<dyn BatchPass>>> {
+        let place = *lock(&self.place);
+        if place.ended {
+            return Ok(None);
+        }
+        if place.pass.is_none()
+            && let Joined::Pass(pass) = self.shared.join(self.consumer, Instant::now())?
+        {
+            lock(&self.place).pass = Some(pass);
+        }
+        let Some(number) = lock(&self.place).pass else { return Ok(None) };
+        Ok(lock(&self.shared.inner).passes.get(&number).map(|pass| Arc::clone(&pass.pass)))
+    }
+
+    /// Takes no more of this pass: the other consumers need not wait.
+    pub fn close(&self) {
+        let place = {
+            let mut place = lock(&self.place);
+            let before = *place;
+            place.ended = true;
+            before
+        };
+        let (Some(pass), false) = (place.pass, place.ended) else { return };
+        let mut inner = lock(&self.shared.inner);
+        inner.consumers[self.consumer].left.insert(pass);
+        let ended = inner.let_go();
+        self.shared.wake(inner, ended);
+    }
+}
+
+impl Drop for PartPass {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// The outcome of joining a pass.
+enum Joined {
+    Pass(u64),
+    /// Its epoch was not settled before the deadline.
+    Pending,
+    OtherEpoch {
+        told: u64,
+        epoch: u64,
+    },
+}
+
+impl Shared {
+    /// Unlocks, ends passes that nobody takes from any more, and wakes the consumers that wait.
+    fn wake(&self, inner: MutexGuard<'_, Inner>, ended: Vec<Arc<dyn BatchPass>>) {
+        drop(inner);
+        // Outside of the lock: dropping memory of the caller may run the caller's code. Threads are not waited for.
+        drop(ended);
+        self.changed.notify_all();
+    }
+
+    /// Gives the number of the pass that a consumer begins.
+    fn join(&self, consumer: usize, deadline: Instant) -> Result<Joined> {
+        let mut inner = lock(&self.inner);
+        loop {
+            let number = inner.consumers[consumer].next_pass;
+            if inner.consumers[consumer].closed {
+                return Err(Error::new(ErrorKind::Closed, "the consumer was closed"));
+            }
+            let settling = inner.passes.get(&number).is_some_and(|pass| pass.is_taking && pass.taken == 0);
+            if !settling {
+                break;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(Joined::Pending);
+            }
+            inner = wait_timeout(&self.changed, inner, left);
+        }
+        let number = inner.consumers[consumer].next_pass;
+        let told = inner.consumers[consumer].told.take();
+        match inner.passes.get_mut(&number) {
+            None => {
+                if let Some(epoch) = told {
+                    self.source.set_epoch(epoch);
+                }
+                let pass = self.source.begin(PassOptions { external: self.external, parts: self.count });
+                let batches = BTreeMap::new();
+                let shared = SharedPass { pass, epoch: told, batches, taken: 0, is_taking: false, ended: false };
+                inner.passes.insert(number, shared);
+                inner.states.insert((number, 0), self.source.state());
+            }
+            Some(pass) => match (told, pass.epoch) {
+                (Some(told), None) if pass.taken == 0 => {
+                    self.source.set_epoch(told);
+                    pass.epoch = Some(told);
+                }
+                (Some(told), Some(epoch)) if told != epoch => return Ok(Joined::OtherEpoch { told, epoch }),
+                _ => {}
+            },
+        }
+        inner.consumers[consumer].next_pass = number + 1;
+        inner.consumers[consumer].at = (number, 0);
+        let ended = inner.let_go();
+        self.wake(inner, ended);
+        Ok(Joined::Pass(number))
+    }
+
+    /// Gives the consumer's rows of batch `at` of a pass.
+    fn next(
+        &self,
+        consumer: usize,
+        number: u64,
+        at: u64,
+        deadline: Instant,
+        wait: impl Fn() -> WaitPolicy,
+    ) -> Result<NextPart> {
+        let mut inner = lock(&self.inner);
+        loop {
+            if inner.consumers[consumer].closed {
+                return Err(Error::new(ErrorKind::Closed, "the consumer was closed"));
+            }
+            let Some(pass) = inner.passes.get_mut(&number) else {
+                let text = "this pass ended when another position was restored: begin a new one";
+                return Err(Error::new(ErrorKind::Closed, text));
+            };
+            if let Some(batch) = pass.batches.get(&at) {
+                let part = BatchPart::new(Arc::clone(batch), consumer, self.count as usize);
+                if inner.consumers[consumer].at.0 == number {
+                    inner.consumers[consumer].at = (number, at + 1);
+                }
+                let ended = inner.let_go();
+                self.wake(inner, ended);
+                return Ok(NextPart::Part(part));
+            }
+            if pass.ended && at >= pass.taken {
+                return Ok(NextPart::End);
+            }
+            let is_taking = pass.is_taking;
+            let (slowest, behind) = inner.slowest_in(number).unwrap_or((consumer, at));
+            if !is_taking && at < behind + self.ahead {
+                let found;
+                (inner, found) = self.take_batch(inner, number, wait());
+                match found? {
+                    true => continue,
+                    false => return Ok(NextPart::Pending),
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let waits = !is_taking && slowest != consumer;
+                let behind = at - behind;
+                return Ok(if waits { NextPart::Waiting { consumer: slowest, behind } } else { NextPart::Pending });
+            }
+            inner = wait_timeout(&self.changed, inner, left);
+        }
+    }
+
+    /// Takes the next batch from the source; other consumers may go on meanwhile. Returns whether there was one, or the
+    /// end.
+    fn take_batch<'a>(
+        &'a self,
+        mut inner: MutexGuard<'a, Inner>,
+        number: u64,
+        wait: WaitPolicy,
+    ) -> (MutexGuard<'a, Inner>, Result<bool>) {
+        let Some(pass) = inner.passes.get_mut(&number) else { return (inner, Ok(true)) };
+        pass.is_taking = true;
+        let source = Arc::clone(&pass.pass);
+        drop(inner);
+        let taken = catch_unwind(AssertUnwindSafe(|| source.take(wait))).unwrap_or_else(|panic| {
+            if let Some(pass) = lock(&self.inner).passes.get_mut(&number) {
+                pass.is_taking = false;
+            }
+            self.changed.notify_all();
+            resume_unwind(panic)
+        });
+        let (epoch, state) = (self.source.epoch(), matches!(taken, Ok(Next::Batch(_))).then(|| self.source.state()));
+        let mut inner = lock(&self.inner);
+        let found = match (inner.passes.get_mut(&number), taken) {
+            (None, _) => Ok(true),
+            (Some(pass), taken) => {
+                pass.is_taking = false;
+                match taken {
+                    Err(error) => Err(error),
+                    Ok(Next::Pending) => Ok(false),
+                    Ok(Next::End) => {
+                        pass.ended = true;
+                        Ok(true)
+                    }
+                    Ok(Next::Batch(batch)) => {
+                        pass.batches.insert(pass.taken, batch);
+                        pass.taken += 1;
+                        if pass.taken == 1 {
+                            pass.epoch = Some(epoch);
+                        }
+                        let place = (number, pass.taken);
+                        inner.states.extend(state.map(|state| (place, state)));
+                        Ok(true)
+                    }
+                }
+            }
+        };
+        self.changed.notify_all();
+        (inner, found)
+    }
+}
+
+impl Inner {
+    /// Forgets what all consumers are past. Returns the passes that nobody takes from any more, which are to be closed.
+    fn let_go(&mut self) -> Vec<Arc<dyn BatchPass>> {
+        let mut ended = Vec::new();
+        let Self { passes, consumers, .. } = self;
+        passes.retain(|number, pass| match consumers.iter().filter_map(|consumer| consumer.place_in(*number)).min() {
+            Some(slowest) => {
+                pass.batches = pass.batches.split_off(&slowest);
+                true
+            }
+            None => {
+                pass.batches.clear();
+                if !pass.is_taking {
+                    ended.push(Arc::clone(&pass.pass));
+                }
+                pass.is_taking
+            }
+        });
+        if let Some(slowest) = self.slowest() {
+            self.states = self.states.split_off(&slowest);
+        }
+        ended
+    }
+
+    /// The slowest consumer of a pass, and the batches that it took.
+    fn slowest_in(&self, pass: u64) -> Option<(usize, u64)> {
+        let places =
+            self.consumers.iter().enumerate().filter_map(|(index, consumer)| Some((index, consumer.place_in(pass)?)));
+        places.min_by_key(|(_, place)| *place)
+    }
+
+    /// The place of the slowest consumer.
+    fn slowest(&self) -> Option<(u64, u64)> {
+        self.consumers.iter().filter(|consumer| !consumer.closed).map(|consumer| consumer.at).min()
+    }
+}
+
+impl BatchPart {
+    fn new(batch: Arc<Batch>, part: usize, parts: usize) -> Self {
+        let rows = batch.rows / parts;
+        let fields = batch.fields.iter().map(|field| Field {
+            offset_bytes: field.offset_bytes + part * rows * field.row_stride * field.dtype.size(),
+            shape: [rows, field.shape[1]],
+            ..*field
+        });
+        Self { fields: fields.collect(), batch, rows }
+    }
+}
