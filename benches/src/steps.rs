@@ -14,7 +14,7 @@ use std::time::Duration;
 use forebay::corpus::discover::ShardFile;
 use forebay::format::{self, OpenOptions, Shard};
 use forebay::order::{Arrangement, EpochOrder};
-use forebay::settings::{Config, Shuffle};
+use forebay::settings::{Config, Shuffle, Targets};
 use forebay::{Loader, Next};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -167,10 +167,12 @@ fn work(folder: &Path) -> Result<()> {
         Ok(())
     })?;
     for name in ["arrow-uint16", "arrow-int32"] {
-        let loader = open(folder, name)?;
+        let loader = open(folder, name, Targets::Labels)?;
         marked(&format!("batch of 8 x 2048, {name}"), || Ok(loader.batch_at(0, 1, 0, 1)?))?;
     }
-    let loader = open(folder, "arrow-uint16")?;
+    let shifted = open(folder, "arrow-uint16", Targets::Shifted)?;
+    marked("batch of 8 x 2048, arrow-uint16, shifted", || Ok(shifted.batch_at(0, 1, 0, 1)?))?;
+    let loader = open(folder, "arrow-uint16", Targets::Labels)?;
     let batches = loader.iter();
     for _ in 0..10 {
         // Until the next ones are there.
@@ -194,11 +196,12 @@ fn work(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn open(folder: &Path, name: &str) -> Result<Loader> {
+fn open(folder: &Path, name: &str, targets: Targets) -> Result<Loader> {
     Ok(Loader::open(Config {
         data: vec![folder.join(name).to_string_lossy().into_owned()],
         seq_len: 2048,
         batch_size: 8,
+        targets,
         shuffle: Shuffle::Global,
         num_threads: Some(1),
         ..Config::default()

@@ -69,10 +69,10 @@ impl Batch {
         tensors.of(py, &self.inner, &self.fields)
     }
 
-    /// Name, type, offset in bytes, shape and stride in values of each array, for those who gave the buffer.
-    fn layout(&self) -> Vec<(&'static str, &'static str, usize, Vec<usize>, usize)> {
+    /// Name, type, offset in bytes and shape of each array, for a caller that gave the buffer.
+    fn layout(&self) -> Vec<(&'static str, &'static str, usize, Vec<usize>)> {
         let fields = self.fields.iter();
-        fields.map(|f| (f.name, f.dtype.name(), f.offset_bytes, f.shape[..f.ndim].to_vec(), f.row_stride)).collect()
+        fields.map(|f| (f.name, f.dtype.name(), f.offset_bytes, f.shape[..f.ndim].to_vec())).collect()
     }
 }
 
@@ -93,7 +93,7 @@ impl Array {
             batch: Arc::clone(batch),
             field,
             shape: field.shape.map(|count| count as ffi::Py_ssize_t),
-            strides_bytes: [(field.row_stride * size) as ffi::Py_ssize_t, size as ffi::Py_ssize_t],
+            strides_bytes: [(field.shape[1] * size) as ffi::Py_ssize_t, size as ffi::Py_ssize_t],
         }
     }
 
@@ -101,12 +101,9 @@ impl Array {
         field_start(&self.batch, &self.field)
     }
 
-    fn is_row_contiguous(&self) -> bool {
-        self.field.shape[0] <= 1 || self.field.row_stride == self.field.shape[1]
-    }
-
+    /// Whether the columns follow each other, as in Fortran. The rows always do.
     fn is_column_contiguous(&self) -> bool {
-        self.field.shape[0] <= 1 && self.is_row_contiguous() || self.field.shape[1] <= 1 && self.field.row_stride == 1
+        self.field.shape[0] <= 1 || self.field.shape[1] <= 1
     }
 }
 
@@ -145,13 +142,9 @@ impl Array {
         }
         let array = slf.get();
         let asks = |flag: c_int| flags & flag == flag;
-        let refused = (asks(ffi::PyBUF_C_CONTIGUOUS) && !array.is_row_contiguous())
-            || (asks(ffi::PyBUF_F_CONTIGUOUS) && !array.is_column_contiguous())
-            || (asks(ffi::PyBUF_ANY_CONTIGUOUS) && !array.is_row_contiguous() && !array.is_column_contiguous())
-            || (!asks(ffi::PyBUF_STRIDES) && !array.is_row_contiguous());
-        if refused {
+        if asks(ffi::PyBUF_F_CONTIGUOUS) && !array.is_column_contiguous() {
             return Err(PyBufferError::new_err(
-                "this array's rows lie apart in memory: ask for strides, or copy it first",
+                "this array's columns lie apart in memory: ask for rows, or copy it first",
             ));
         }
         let size = array.field.dtype.size();
@@ -311,7 +304,7 @@ mod dlpack {
         fn new(batch: &Arc<forebay::Batch>, field: &Field) -> Self {
             Self {
                 shape: field.shape.map(|count| count as i64),
-                strides: [field.row_stride as i64, 1],
+                strides: [field.shape[1] as i64, 1],
                 _batch: Arc::clone(batch),
             }
         }

@@ -48,7 +48,7 @@ fn next(pass: &PartPass) -> Option<BatchPart> {
 fn values(part: &BatchPart, field: usize) -> Vec<i64> {
     let field = &part.fields[field];
     let at = |row: usize, column: usize| {
-        let place = field.offset_bytes / 8 + row * field.row_stride + column;
+        let place = field.offset_bytes / 8 + row * field.shape[1] + column;
         // SAFETY: the field lies in the batch's buffer of initialised 64-bit integers, which nobody writes.
         unsafe { *part.batch.as_ptr().cast::<i64>().add(place) }
     };
@@ -106,7 +106,7 @@ fn parts_of_a_batch_are_whole_pieces_of_its_own_memory() {
         .iter()
         .flat_map(|part| part.fields.iter())
         .map(|field| {
-            assert_eq!((field.shape, field.row_stride), ([2, 32], 32), "one piece of memory");
+            assert_eq!(field.shape, [2, 32], "one piece of memory");
             (field.offset_bytes, field.offset_bytes + 2 * 32 * field.dtype.size())
         })
         .collect();

@@ -179,8 +179,8 @@ class Batch:
         """Its arrays by name."""
     def tensors(self, tensors: Tensors) -> dict[str, Any]:
         """Its arrays by name, as tensors that share its memory."""
-    def layout(self) -> list[tuple[str, str, int, list[int], int]]:
-        """Name, dtype, offset in bytes, shape and row stride in values of each array in the batch's buffer."""
+    def layout(self) -> list[tuple[str, str, int, list[int]]]:
+        """Name, dtype, offset in bytes and shape of each array in the batch's buffer."""
 
 @final
 class Tensors:
@@ -192,10 +192,7 @@ class Tensors:
 
 @final
 class Array:
-    """A writable view of shape (rows, seq_len) or (rows,), int64 or int32; its batch's memory lives as long.
-
-    `x` and `y` of shifted targets share memory: writing to one writes to the other.
-    """
+    """A writable view of shape (rows, seq_len) or (rows,), int64 or int32; its batch's memory lives as long."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

@@ -482,7 +482,7 @@ impl BatchPart {
     fn new(batch: Arc<Batch>, part: usize, parts: usize) -> Self {
         let rows = batch.rows / parts;
         let fields = batch.fields.iter().map(|field| Field {
-            offset_bytes: field.offset_bytes + part * rows * field.row_stride * field.dtype.size(),
+            offset_bytes: field.offset_bytes + part * rows * field.shape[1] * field.dtype.size(),
             shape: [rows, field.shape[1]],
             ..*field
         });

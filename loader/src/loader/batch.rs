@@ -6,13 +6,13 @@ use std::sync::Arc;
 use crate::buffer::{ALIGNMENT, Lease};
 use crate::error::{Error, ErrorKind, Result};
 use crate::proof::checksum::Checksum;
-use crate::settings::{Config, Remainder, Targets};
+use crate::settings::{Config, Targets};
 use crate::tokens::Dtype;
 
 /// Label of places that hold no target.
 pub const IGNORED_LABEL: i64 = -100;
 
-/// One array of a batch, inside the batch's buffer.
+/// One array of a batch, inside the batch's buffer: its rows follow each other without gaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
     /// Key in the batch.
@@ -25,8 +25,6 @@ pub struct Field {
     pub shape: [usize; 2],
     /// Axes, 1 or 2.
     pub ndim: usize,
-    /// Values from one row to the next; more than the columns where fields overlap.
-    pub row_stride: usize,
 }
 
 /// A delivered batch; its memory belongs to its holders until the last one drops it.
@@ -70,7 +68,7 @@ impl Batch {
     pub fn row(&self, name: &str, row: usize) -> Vec<i64> {
         let field = self.fields.iter().find(|field| field.name == name).expect("a field of the batch");
         assert!(row < field.shape[0], "row {row} of {}", field.shape[0]);
-        let start = field.offset_bytes + row * field.row_stride * field.dtype.size();
+        let start = field.offset_bytes + row * field.shape[1] * field.dtype.size();
         // SAFETY: the lease's bytes are initialised and, once a batch is delivered, written by its holder alone; the field lies inside.
         let bytes =
             unsafe { std::slice::from_raw_parts(self.as_ptr().add(start), field.shape[1] * field.dtype.size()) };
@@ -95,84 +93,33 @@ impl Batch {
     }
 }
 
-/// How the fields of a batch share its buffer.
+/// How the arrays of a batch share its buffer.
 #[derive(Clone, Debug)]
 pub(super) struct BatchLayout {
     pub(super) rows: usize,
-    pub(super) kind: Kind,
     pub(super) fields: Arc<[Field]>,
     pub(super) input_dtype: Dtype,
-    /// Offset of labels or `y`, where they are apart from the inputs.
+    /// Offset of labels or `y`.
     pub(super) targets_at: usize,
     /// Offsets of each row's source and sequence, where they are asked for.
     pub(super) ids_at: Option<[usize; 2]>,
     pub(super) bytes: usize,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// `x` and `y` are views, one token apart, of rows of `seq_len + 1` tokens.
-    Overlapping,
-    /// Inputs and labels at the same places of two arrays, written at once.
-    InPlace,
-    /// Inputs and targets one token apart in two arrays, filled by way of a row of its own.
-    Apart,
-}
-
 impl BatchLayout {
-    pub(super) fn new(config: &Config, rows: usize, padded: bool) -> Self {
+    pub(super) fn new(config: &Config, rows: usize) -> Self {
         let columns = config.seq_len as usize;
-        let shifted = config.targets == Targets::Shifted;
         let input_dtype = config.input_dtype;
-        let kind = match (shifted, input_dtype) {
-            // A padded place is `pad_id` in `x` and -100 in `y`: they cannot share it.
-            (true, Dtype::I64) if !padded => Kind::Overlapping,
-            (false, _) => Kind::InPlace,
-            _ => Kind::Apart,
-        };
-        let (inputs, targets) = if shifted { ("x", "y") } else { ("input_ids", "labels") };
-        let field = |name, dtype, offset_bytes, row_stride| Field {
-            name,
-            dtype,
-            offset_bytes,
-            shape: [rows, columns],
-            ndim: 2,
-            row_stride,
-        };
-        if kind == Kind::Overlapping {
-            let fields = [field(inputs, Dtype::I64, 0, columns + 1), field(targets, Dtype::I64, 8, columns + 1)];
-            let bytes = rows * (columns + 1) * 8;
-            return Self::with_ids(config, rows, kind, fields, 8, bytes);
-        }
+        let (inputs, targets) = if config.targets == Targets::Shifted { ("x", "y") } else { ("input_ids", "labels") };
         let targets_at = (rows * columns * input_dtype.size()).next_multiple_of(ALIGNMENT);
-        let fields = [field(inputs, input_dtype, 0, columns), field(targets, Dtype::I64, targets_at, columns)];
-        Self::with_ids(config, rows, kind, fields, targets_at, targets_at + rows * columns * 8)
-    }
-
-    /// Adds what `sample_ids` asks for.
-    fn with_ids(config: &Config, rows: usize, kind: Kind, fields: [Field; 2], targets_at: usize, bytes: usize) -> Self {
-        let input_dtype = config.input_dtype;
-        if !config.sample_ids {
-            return Self { rows, kind, fields: fields.into(), input_dtype, targets_at, ids_at: None, bytes };
+        let field = |name, dtype, offset_bytes| Field { name, dtype, offset_bytes, shape: [rows, columns], ndim: 2 };
+        let mut fields = vec![field(inputs, input_dtype, 0), field(targets, Dtype::I64, targets_at)];
+        let mut bytes = targets_at + rows * columns * 8;
+        let ids_at = config.sample_ids.then_some([bytes, bytes + rows * 8]);
+        for (name, offset_bytes) in ["source", "sample_index"].into_iter().zip(ids_at.into_iter().flatten()) {
+            fields.push(Field { name, dtype: Dtype::I64, offset_bytes, shape: [rows, 1], ndim: 1 });
+            bytes += rows * 8;
         }
-        let at = [bytes, bytes + rows * 8];
-        let ids = ["source", "sample_index"].into_iter().zip(at).map(|(name, offset_bytes)| Field {
-            name,
-            dtype: Dtype::I64,
-            offset_bytes,
-            shape: [rows, 1],
-            ndim: 1,
-            row_stride: 1,
-        });
-        let fields = fields.into_iter().chain(ids).collect();
-        Self { rows, kind, fields, input_dtype, targets_at, ids_at: Some(at), bytes: bytes + rows * 16 }
-    }
-
-    /// Bytes that hold any batch of `config`.
-    pub(super) fn largest_bytes(config: &Config) -> usize {
-        let rows = config.batch_size as usize;
-        let may_pad = matches!(config.remainder, Remainder::Pad | Remainder::Short);
-        let padded = if may_pad { Self::new(config, rows, true).bytes } else { 0 };
-        Self::new(config, rows, false).bytes.max(padded)
+        Self { rows, fields: fields.into(), input_dtype, targets_at, ids_at, bytes }
     }
 }

@@ -7,18 +7,18 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::batch::{Batch, BatchLayout, IGNORED_LABEL, Kind};
+use super::batch::{Batch, BatchLayout, IGNORED_LABEL};
 use super::pass::PassRange;
 use super::rows::{PositionedRow, batch_rows_into};
 use super::session::Session;
 use crate::buffer::pool::Pool;
 use crate::buffer::{BufferSource, Lease};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fill::{Ahead, Id, Row};
 use crate::loader::sources::{Growth, Orders, RowRead, RowReads};
 use crate::proof::checksum::Checksum;
 use crate::read::{NeededBy, Padding, Prepared, RowRequest, Scratch, StreamLocation};
-use crate::settings::Remainder;
+use crate::settings::Targets;
 use crate::tokens::Dtype;
 
 /// While everything is found in memory, only every 16th batch is looked at.
@@ -30,8 +30,6 @@ pub(super) struct WorkerMemory {
     pub(super) index: usize,
     pub(super) scratch: Scratch,
     pub(super) orders: Orders,
-    /// A row of ids on its way to two arrays, one token apart.
-    pub(super) row: Vec<i64>,
     pub(super) rows: Vec<PositionedRow>,
     pub(super) reads: RowReads,
 }
@@ -48,25 +46,18 @@ impl Session {
         let mut worker = WorkerMemory::default();
         let mut reads = RowReads::default();
         self.reads_into(growth, rows, &mut worker.orders, &mut worker.scratch, &mut reads)?;
-        let bytes = self.layout(&reads.rows).bytes;
+        let bytes = self.layout(rows.len()).bytes;
         let memory: Arc<dyn BufferSource> = Arc::new(Pool::new(bytes, 0));
         let lease = Lease::new(&memory, bytes);
         Ok(Arc::new(self.compute(start, step, &reads, lease, &mut worker)?))
     }
 
-    /// Whether a row holds fewer tokens than it has places.
-    fn has_padding(&self, rows: &[Option<RowRead>]) -> bool {
-        let full = |row: &RowRead| row.tokens == self.config.row_tokens();
-        self.grouping.remainder != Remainder::Wrap && !rows.iter().all(|row| row.as_ref().is_some_and(full))
-    }
-
-    /// The layout of a batch of `rows`.
-    fn layout(&self, rows: &[Option<RowRead>]) -> Cow<'_, BatchLayout> {
-        let padded = self.has_padding(rows);
-        if !padded && rows.len() == self.layout.rows {
+    /// The layout of a batch of `rows` rows.
+    fn layout(&self, rows: usize) -> Cow<'_, BatchLayout> {
+        if rows == self.layout.rows {
             return Cow::Borrowed(&self.layout);
         }
-        Cow::Owned(BatchLayout::new(&self.config, rows.len(), padded))
+        Cow::Owned(BatchLayout::new(&self.config, rows))
     }
 
     /// The batch of `rows`, the first of which stands at `start` of global batch `step`, in the memory of `lease`.
@@ -79,10 +70,9 @@ impl Session {
         worker: &mut WorkerMemory,
     ) -> Result<Batch> {
         let seq_len = self.config.seq_len as usize;
-        let row_tokens = self.config.row_tokens() as usize;
         let rows = &reads.rows;
-        let layout = self.layout(rows);
-        let targets_at = |index| layout.targets_at + index * seq_len * 8;
+        let layout = self.layout(rows.len());
+        let row_bytes = seq_len * layout.input_dtype.size();
         let mut next = rows.first().and_then(|row| self.find(reads, row));
         for (index, row) in rows.iter().enumerate() {
             let spot = std::mem::replace(&mut next, rows.get(index + 1).and_then(|row| self.find(reads, row)));
@@ -91,40 +81,13 @@ impl Session {
                 let segments = reads.segments(place);
                 (place, RowRequest { segments, ends_chunk: place.ends_chunk, begin: spot, ahead })
             });
-            match (layout.kind, layout.input_dtype) {
-                (Kind::Overlapping, _) => {
-                    let ids = lease.i64s(index * row_tokens * 8, row_tokens);
-                    self.fill_row(row, Row::of_ids(ids), worker)?;
-                }
-                (Kind::InPlace, Dtype::I32) => {
-                    let (ids, labels) = lease.i32s_and_i64s(index * seq_len * 4, targets_at(index), seq_len);
-                    self.fill_row(row, Row::with_labels(ids, labels), worker)?;
-                }
-                (Kind::InPlace, _) => {
-                    let (ids, labels) = lease.i64s_and_i64s(index * seq_len * 8, targets_at(index), seq_len);
-                    self.fill_row(row, Row::with_labels(ids, labels), worker)?;
-                }
-                (Kind::Apart, dtype) => {
-                    let mut ids = std::mem::take(&mut worker.row);
-                    ids.resize(row_tokens, 0);
-                    let filled = self.fill_row(row, Row::of_ids(&mut ids), worker)?;
-                    if dtype == Dtype::I32 {
-                        let out = lease.i32s(index * seq_len * 4, seq_len);
-                        for (out, id) in out.iter_mut().zip(&ids) {
-                            *out = i32::try_from(*id).map_err(|_| {
-                                Error::data(format!("token id {id} does not fit `input_dtype` = int32: use int64"))
-                            })?;
-                        }
-                    } else {
-                        lease.i64s(index * seq_len * 8, seq_len).copy_from_slice(&ids[..seq_len]);
-                    }
-                    let shift = row_tokens - seq_len;
-                    let targets = lease.i64s(targets_at(index), seq_len);
-                    let real = filled.saturating_sub(shift);
-                    targets[..real].copy_from_slice(&ids[shift..shift + real]);
-                    targets[real..].fill(IGNORED_LABEL);
-                    worker.row = ids;
-                }
+            let (inputs_at, targets_at) = (index * row_bytes, layout.targets_at + index * seq_len * 8);
+            if layout.input_dtype == Dtype::I32 {
+                let (ids, labels) = lease.i32s_and_i64s(inputs_at, targets_at, seq_len);
+                self.fill_row(row, ids, labels, worker)?;
+            } else {
+                let (ids, labels) = lease.i64s_and_i64s(inputs_at, targets_at, seq_len);
+                self.fill_row(row, ids, labels, worker)?;
             }
         }
         if let Some([sources_at, indices_at]) = layout.ids_at {
@@ -212,20 +175,26 @@ impl Session {
     }
 
     /// Writes one row; without a request the row is padding. Padded places hold `pad_id`, and their labels
-    /// [`IGNORED_LABEL`]. Returns how many places are not padded.
+    /// [`IGNORED_LABEL`].
     fn fill_row<T: Id>(
         &self,
         request: Option<(&RowRead, RowRequest<'_>)>,
-        row: Row<'_, T>,
+        ids: &mut [T],
+        labels: &mut [i64],
         worker: &mut WorkerMemory,
-    ) -> Result<usize> {
+    ) -> Result<()> {
         let padding = Padding { id: self.config.pad_id, label: IGNORED_LABEL };
-        let Some((place, request)) = request else {
-            row.pad(padding.id, padding.label);
-            return Ok(0);
+        let row = match self.config.targets {
+            Targets::Labels => Row::with_labels(ids, labels),
+            Targets::Shifted => Row::with_shifted_labels(ids, labels),
         };
-        let filled = request.segments.last().map_or(0, |segment| segment.place + segment.len);
-        self.opened.sources.list()[place.source].reader.fill(request, padding, row, &mut worker.scratch)?;
-        Ok(filled as usize)
+        match request {
+            None => row.pad(padding.id, padding.label),
+            Some((read, request)) => {
+                let reader = &self.opened.sources.list()[read.source].reader;
+                reader.fill(request, padding, row, &mut worker.scratch)?;
+            }
+        }
+        Ok(())
     }
 }

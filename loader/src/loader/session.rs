@@ -32,7 +32,7 @@ pub(super) struct Session {
     pub(super) grouping: Grouping,
     pub(super) warnings: Vec<String>,
     pub(super) pool: Arc<dyn BufferSource>,
-    /// Layout of a batch that is neither short nor padded.
+    /// Layout of a batch that is not short.
     pub(super) layout: BatchLayout,
     /// Bytes of every batch's memory.
     pub(super) batch_bytes: usize,
@@ -70,8 +70,8 @@ impl Session {
         let placement = Placement::of(&config)?;
         let trace = environment::trace().map(|asked| Trace::open(&asked, rank, world_size)).transpose()?;
 
-        let batch_bytes = BatchLayout::largest_bytes(&config);
-        let layout = BatchLayout::new(&config, config.batch_size as usize, false);
+        let layout = BatchLayout::new(&config, config.batch_size as usize);
+        let batch_bytes = layout.bytes;
         let in_flight = config.prefetch_batches + 1;
         let (in_cache, reserved_bytes, cache_bytes) = opened.join(&config, threads, in_flight * batch_bytes as u64)?;
         let mut warnings = opened.warnings.clone();

@@ -55,7 +55,7 @@ choices! {
         /// `input_ids` and `labels` at the same positions; the model shifts (Hugging Face convention).
         #[default]
         Labels = "labels",
-        /// `x` and `y`, views one token apart of `seq_len + 1` tokens. Neighbouring sequences overlap
+        /// `x` and `y`, one token apart in `seq_len + 1` tokens. Neighbouring sequences overlap
         /// by one token.
         Shifted = "shifted",
     }

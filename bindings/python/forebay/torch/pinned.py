@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -70,8 +71,7 @@ class Memory:
             self._buffers.clear()
 
 
-def view(buffer: torch.Tensor, dtype: str, offset: int, shape: list[int], stride: int) -> torch.Tensor:
+def view(buffer: torch.Tensor, dtype: str, offset: int, shape: list[int]) -> torch.Tensor:
     kind: torch.dtype = getattr(torch, dtype)
-    columns = shape[1] if len(shape) == 2 else 1
-    nbytes = ((shape[0] - 1) * stride + columns) * kind.itemsize
-    return buffer[offset : offset + nbytes].view(kind).as_strided(shape, (stride, 1)[: len(shape)])
+    nbytes = math.prod(shape) * kind.itemsize
+    return buffer[offset : offset + nbytes].view(kind).view(shape)

@@ -1,0 +1,123 @@
+//! Cuts a stretch of a block's stream into specials and runs of tokens.
+
+use crate::format::Ends;
+
+/// A part of a stretch of a block's stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Piece {
+    /// `bos_id`.
+    Bos,
+    /// Tokens `start..start + len` of the block.
+    Tokens { start: u64, len: u64 },
+    /// `eos_id`.
+    Eos,
+    /// The end of a document, which takes no place.
+    End,
+}
+
+/// Calls `each` with the pieces of stream places `from..to` of a block, in order.
+///
+/// `ends` are the block's document ends, and `tokens` is its token count. `continues` says that the first token of the
+/// block continues a document of the block before.
+pub(crate) fn pieces<E>(
+    ends: &Ends<'_>,
+    tokens: u64,
+    continues: bool,
+    (bos, eos): (bool, bool),
+    from: u64,
+    to: u64,
+    mut each: impl FnMut(Piece) -> Result<(), E>,
+) -> Result<(), E> {
+    let (bos, eos) = (u64::from(bos), u64::from(eos));
+    let started = |documents: u64| (documents - u64::from(continues && documents > 0)) * bos;
+    // Stream place just after document `index` of those that end in the block.
+    let stream_end = |index: usize| ends.get(index) + (index as u64 + 1) * eos + started(index as u64 + 1);
+
+    // First document that reaches beyond `from`.
+    let (mut low, mut high) = (0, ends.len());
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if stream_end(middle) > from { high = middle } else { low = middle + 1 }
+    }
+    let mut document = low;
+    let mut at = from;
+    let mut place = if document == 0 { 0 } else { stream_end(document - 1) };
+    while at < to {
+        let first = if document == 0 { 0 } else { ends.get(document - 1) };
+        let ends_here = document < ends.len();
+        let last = if ends_here { ends.get(document) } else { tokens };
+        let has_bos = bos == 1 && !(document == 0 && continues);
+        if has_bos {
+            if at == place {
+                each(Piece::Bos)?;
+                at += 1;
+            }
+            place += 1;
+        }
+        let body = place + (last - first);
+        if at < body && at < to {
+            let len = body.min(to) - at;
+            each(Piece::Tokens { start: first + (at - place), len })?;
+            at += len;
+        }
+        place = body;
+        if ends_here && eos == 1 {
+            if at == place && at < to {
+                each(Piece::Eos)?;
+                at += 1;
+            }
+            place += 1;
+        }
+        if ends_here && at == place {
+            each(Piece::End)?;
+        }
+        document += 1;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn pieces_cut_anywhere_rebuild_the_stream(
+            lengths in prop::collection::vec(1u32..6, 1..8), continues: bool, unfinished: bool, bos: bool, eos: bool,
+        ) {
+            let mut ends: Vec<u32> = lengths.iter().scan(0, |sum, len| { *sum += len; Some(*sum) }).collect();
+            let tokens = u64::from(*ends.last().unwrap());
+            if unfinished { ends.pop(); }
+            let mut stream = Vec::new();
+            let mut borders = Vec::new();
+            let mut token = 0;
+            for (document, len) in lengths.iter().enumerate() {
+                if bos && !(document == 0 && continues) { stream.push(-1); }
+                for _ in 0..*len { stream.push(token); token += 1; }
+                if !(unfinished && document + 1 == lengths.len()) {
+                    if eos { stream.push(-2); }
+                    borders.push(stream.len());
+                }
+            }
+            for from in 0..stream.len() {
+                for to in from..=stream.len() {
+                    let (mut got, mut ended) = (Vec::new(), Vec::new());
+                    pieces::<()>(&Ends::List(&ends), tokens, continues, (bos, eos), from as u64, to as u64, |piece| {
+                        match piece {
+                            Piece::Bos => got.push(-1),
+                            Piece::Eos => got.push(-2),
+                            Piece::Tokens { start, len } => got.extend((start as i64)..(start + len) as i64),
+                            Piece::End => ended.push(from + got.len()),
+                        }
+                        Ok(())
+                    }).unwrap();
+                    prop_assert_eq!(&got, &stream[from..to], "{}..{}", from, to);
+                    let inside: Vec<usize> = borders.iter().copied().filter(|end| (from + 1..=to).contains(end)).collect();
+                    prop_assert_eq!(ended, inside, "{}..{}", from, to);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Rows: the places that a run of tokens is written to.
+
+use super::kernels::{Ahead, Id, widen_places};
+use crate::error::{Error, Result};
+use crate::tokens::Tokens;
+
+/// A row, or a part of one: the places of its ids and of its labels.
+///
+/// A label stands at its id's place, or one token ahead where targets are shifted. A shifted row of `n` places
+/// takes `n + 1` tokens: the first one has no label, and the last one has no id.
+#[derive(Debug)]
+pub(crate) struct Row<'a, T> {
+    ids: &'a mut [T],
+    /// As many as ids, or none.
+    labels: &'a mut [i64],
+    /// Tokens at the start that have no label: 1 at the start of a shifted row.
+    lead: usize,
+}
+
+impl<'a, T: Id> Row<'a, T> {
+    /// A row of ids alone.
+    #[cfg(test)]
+    pub(crate) fn of_ids(ids: &'a mut [T]) -> Self {
+        Self { ids, labels: &mut [], lead: 0 }
+    }
+
+    /// A row of ids and of labels that say the same.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub(crate) fn with_labels(ids: &'a mut [T], labels: &'a mut [i64]) -> Self {
+        assert_eq!(ids.len(), labels.len(), "ids and labels differ in length");
+        Self { ids, labels, lead: 0 }
+    }
+
+    /// A row of ids and of labels that are one token ahead.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub(crate) fn with_shifted_labels(ids: &'a mut [T], labels: &'a mut [i64]) -> Self {
+        Self { lead: 1, ..Self::with_labels(ids, labels) }
+    }
+
+    /// Tokens that the row takes.
+    pub(crate) fn len(&self) -> usize {
+        self.ids.len().max(self.lead + self.labels.len())
+    }
+
+    /// The first `count` tokens, and the others.
+    pub(crate) fn split_at(self, count: usize) -> (Self, Self) {
+        let lead = self.lead.min(count);
+        let (ids, more_ids) = self.ids.split_at_mut(count.min(self.ids.len()));
+        let (labels, more_labels) = self.labels.split_at_mut((count - lead).min(self.labels.len()));
+        (Self { ids, labels, lead }, Self { ids: more_ids, labels: more_labels, lead: self.lead - lead })
+    }
+
+    /// Takes the first `count` tokens off.
+    pub(crate) fn take(&mut self, count: usize) -> Self {
+        let (ids, labels) = (std::mem::take(&mut self.ids), std::mem::take(&mut self.labels));
+        let (first, rest) = Self { ids, labels, lead: self.lead }.split_at(count);
+        *self = rest;
+        first
+    }
+
+    /// Writes `id` to all ids and `label` to all labels.
+    pub(crate) fn pad(self, id: u32, label: i64) {
+        self.ids.fill(T::of(i64::from(id)));
+        self.labels.fill(label);
+    }
+}
+
+/// Writes `tokens` over `row`, which takes as many. Fails where one does not fit, naming it; the row is then not to be
+/// used.
+///
+/// # Panics
+/// When the lengths differ.
+pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -> Result<()> {
+    let Row { mut ids, mut labels, lead } = row;
+    let len = ids.len().max(lead + labels.len());
+    assert_eq!(len, tokens.len(), "row and run differ in length");
+    // Fetching where nothing is mapped walks the page table every time; fetching the bytes that are read now is free.
+    let ahead = if ahead.is_none() { Ahead::of(tokens.bytes()) } else { ahead };
+    let (mut any, mut paired) = (0, *tokens);
+    if lead == 1 && len > 0 {
+        let id = tokens.get(0);
+        any |= id as u64;
+        ids[0] = T::of(id);
+        ids = &mut ids[1..];
+        paired = paired.slice(1..paired.len());
+    }
+    if ids.len() < paired.len() {
+        // The last token of a shifted row.
+        let id = paired.get(paired.len() - 1);
+        any |= id as u64;
+        let (last, before) = labels.split_last_mut().expect("a token without an id has a label");
+        *last = id;
+        labels = before;
+        paired = paired.slice(0..paired.len() - 1);
+    }
+    any |= widen_places(ids, labels, &paired, ahead);
+    if any & T::UNFIT == 0 {
+        return Ok(());
+    }
+    tokens.check_ids()?;
+    let unfit = (0..tokens.len()).map(|index| tokens.get(index)).find(|id| *id as u64 & T::UNFIT != 0);
+    Err(Error::data(format!(
+        "token id {} does not fit `input_dtype` = int32: use int64",
+        unfit.expect("a bit of it was seen")
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tokens::Dtype;
+
+    proptest! {
+        #[test]
+        fn widening_keeps_every_value(ids in prop::collection::vec(0i64..=i64::from(i32::MAX), 0..300)) {
+            for dtype in DTYPES {
+                let bits = 8 * dtype.size() as u32;
+                let ids: Vec<i64> = ids.iter().map(|id| if bits < 32 { id & ((1 << bits) - 1) } else { *id }).collect();
+                let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()[..dtype.size()].to_vec()).collect();
+                let tokens = Tokens::new(dtype, &bytes);
+                let (mut wide, mut labels) = (vec![-1i64; ids.len()], vec![-1i64; ids.len()]);
+                widen(Row::of_ids(&mut wide), &tokens, Ahead::NONE).unwrap();
+                prop_assert_eq!(&wide, &ids);
+                let mut narrow = vec![-1i32; ids.len()];
+                widen(Row::with_labels(&mut narrow, &mut labels), &tokens, Ahead::NONE).unwrap();
+                prop_assert!(narrow.iter().zip(&ids).all(|(narrow, id)| i64::from(*narrow) == *id));
+                prop_assert_eq!(&labels, &ids);
+            }
+        }
+
+        #[test]
+        fn shifted_labels_are_one_token_ahead_however_the_row_is_cut(
+            ids in prop::collection::vec(0i64..=i64::from(i32::MAX), 2..300), cuts in prop::collection::vec(0usize..300, 0..5),
+            padded in 0usize..300,
+        ) {
+            let len = ids.len() - 1;
+            let real = ids.len() - padded.min(ids.len());
+            let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut % (real + 1)).chain([0, real]).collect();
+            cuts.sort_unstable();
+            for dtype in [Dtype::I64, Dtype::U32] {
+                let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()[..dtype.size()].to_vec()).collect();
+                let tokens = Tokens::new(dtype, &bytes);
+                let (mut x, mut y) = (vec![-1i32; len], vec![-1i64; len]);
+                let mut row = Row::with_shifted_labels(&mut x, &mut y);
+                prop_assert_eq!(row.len(), ids.len());
+                for cut in cuts.windows(2) {
+                    let run = tokens.slice(cut[0]..cut[1]);
+                    widen(row.take(run.len()), &run, Ahead::NONE).unwrap();
+                }
+                row.pad(7, -100);
+                for place in 0..len {
+                    prop_assert_eq!(i64::from(x[place]), if place < real { ids[place] } else { 7 }, "x {}", place);
+                    prop_assert_eq!(y[place], if place + 1 < real { ids[place + 1] } else { -100 }, "y {}", place);
+                }
+            }
+        }
+
+        #[test]
+        fn ids_that_do_not_fit_are_refused_wherever_they_stand(len in 1usize..300, at in 0usize..300, id in prop::num::i64::ANY) {
+            for dtype in DTYPES.into_iter().filter(|dtype| dtype.size() >= 4) {
+                let mut ids = vec![7i64; len];
+                ids[at % len] = id;
+                let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()[..dtype.size()].to_vec()).collect();
+                let tokens = Tokens::new(dtype, &bytes);
+                let stored = tokens.get(at % len);
+                let mut labels = vec![0; len];
+                prop_assert_eq!(widen(Row::of_ids(&mut vec![0i64; len]), &tokens, Ahead::of(&bytes)).is_ok(), stored >= 0);
+                let narrow = widen(Row::with_labels(&mut vec![0i32; len], &mut labels), &tokens, Ahead::of(&bytes));
+                prop_assert_eq!(narrow.is_ok(), i32::try_from(stored).is_ok_and(|id| id >= 0), "{:?} {}", dtype, stored);
+                let (mut x, mut y) = (vec![0i32; len - 1], vec![0i64; len - 1]);
+                let shifted = len == 1 || widen(Row::with_shifted_labels(&mut x, &mut y), &tokens, Ahead::NONE).is_ok();
+                prop_assert_eq!(shifted, len == 1 || narrow.is_ok(), "shifted: {:?} {}", dtype, stored);
+            }
+        }
+    }
+
+    const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I32, Dtype::I64];
+}
