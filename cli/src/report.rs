@@ -1,8 +1,9 @@
-//! Numbers and lines as people read them.
+//! Writes numbers, names and lines as people read them.
 
+use std::borrow::Cow;
 use std::io::{Result, Write};
 
-/// `1234567` as `1,234,567`.
+/// Writes `1234567` as `1,234,567`.
 pub(crate) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
@@ -15,32 +16,74 @@ pub(crate) fn grouped(number: u64) -> String {
     text
 }
 
-/// A number of things: `1 shard`, `2,000 shards`.
-pub(crate) fn number_of(number: u64, what: &str) -> String {
-    let ending = match what {
-        _ if number == 1 => "",
-        what if what.ends_with('s') => "es",
-        _ => "s",
-    };
-    format!("{} {what}{ending}", grouped(number))
+/// Writes a number with its noun: `1 shard`, `2,000 shards`, `3 batches`.
+pub(crate) fn number_of(number: u64, noun: &str) -> String {
+    format!("{} {}", grouped(number), plural(number, noun))
 }
 
-/// Bytes in a unit that leaves few digits.
+/// The form of `noun` that agrees with `number`: `batch` or `batches`, `copy` or `copies`, `rank` or `ranks`.
+pub(crate) fn plural(number: u64, noun: &str) -> Cow<'_, str> {
+    let is_hissed = ["s", "x", "ch", "sh"].iter().any(|ending| noun.ends_with(ending));
+    match noun.strip_suffix('y') {
+        _ if number == 1 => noun.into(),
+        Some(stem) if !stem.ends_with(['a', 'e', 'o', 'u']) => format!("{stem}ies").into(),
+        _ if is_hissed => format!("{noun}es").into(),
+        _ => format!("{noun}s").into(),
+    }
+}
+
+/// Writes bytes in the largest unit that they fill: `512 MiB`, `1.5 KiB`, `17 bytes`.
 pub(crate) fn bytes(number: u64) -> String {
     for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
         if number >> shift > 0 {
-            return format!("{:.1} {unit}", number as f64 / (1_u64 << shift) as f64);
+            let text = format!("{:.1}", number as f64 / (1_u64 << shift) as f64);
+            return format!("{} {unit}", text.strip_suffix(".0").unwrap_or(&text));
         }
     }
-    format!("{number} bytes")
+    number_of(number, "byte")
 }
 
-/// A fact under its name.
+/// Writes bytes as [`bytes`] does, and adds the exact number where that rounds.
+pub(crate) fn exact_bytes(number: u64) -> String {
+    let is_exact = [40, 30, 20, 10].iter().any(|shift| number >> shift > 0 && number.trailing_zeros() >= *shift);
+    if is_exact || number < 1 << 10 { bytes(number) } else { format!("{} ({})", bytes(number), number) }
+}
+
+/// Writes a fact under its name.
 pub(crate) fn line(out: &mut dyn Write, name: &str, text: &str) -> Result<()> {
-    writeln!(out, "{name:<11} {text}")
+    writeln!(out, "{name:<11} {}", escaped(text))
 }
 
-/// Amount by name, as in `3 parquet, 1 arrow file`; the name alone where there is only one.
+/// Escapes the characters of `text` that would move the cursor, change the terminal, or hide.
+///
+/// Names of columns and files come from outside, and any of these may be in them.
+pub(crate) fn escaped(text: &str) -> Cow<'_, str> {
+    let is_hidden = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    };
+    if !text.contains(is_hidden) {
+        return text.into();
+    }
+    let mut out = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if is_hidden(c) { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out.into()
+}
+
+/// Escapes a report of one or several faults, which stand on a line each.
+pub(crate) fn escaped_faults(report: &str) -> String {
+    const NEXT: &str = "\n  - ";
+    report.split(NEXT).map(escaped).collect::<Vec<_>>().join(NEXT)
+}
+
+/// Writes names in backticks, with commas between them.
+pub(crate) fn names<T: AsRef<str>>(names: impl IntoIterator<Item = T>) -> String {
+    names.into_iter().map(|name| format!("`{}`", name.as_ref())).collect::<Vec<_>>().join(", ")
+}
+
+/// Writes how often each name occurs, as in `3 parquet, 1 arrow file`; the name alone if there is only one.
 pub(crate) fn counted<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     let counts = counts(names);
     match counts.as_slice() {
@@ -50,7 +93,7 @@ pub(crate) fn counted<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     }
 }
 
-/// How often each text occurs, in the order of first occurrence.
+/// Counts how often each text occurs, in the order of first occurrence.
 pub(crate) fn counts<T: AsRef<str>>(texts: impl IntoIterator<Item = T>) -> Vec<(String, usize)> {
     let mut counts: Vec<(String, usize)> = Vec::new();
     for text in texts {
@@ -67,9 +110,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_is_singular() {
-        let found = [(1, "shard"), (0, "shard"), (1, "pass"), (2_000, "pass")].map(|(n, what)| number_of(n, what));
-        assert_eq!(found, ["1 shard", "0 shards", "1 pass", "2,000 passes"]);
+    fn nouns_agree_with_their_numbers() {
+        for (number, noun, text) in [
+            (1, "shard", "1 shard"),
+            (0, "shard", "0 shards"),
+            (1, "pass", "1 pass"),
+            (2_000, "pass", "2,000 passes"),
+            (3, "batch", "3 batches"),
+            (2, "torn line", "2 torn lines"),
+            (2, "copy", "2 copies"),
+            (2, "day", "2 days"),
+        ] {
+            assert_eq!(number_of(number, noun), text);
+        }
     }
 
     #[test]
@@ -78,10 +131,27 @@ mod tests {
         {
             assert_eq!(grouped(number), text);
         }
-        for (number, text) in [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB")] {
+        for (number, text) in [
+            (0, "0 bytes"),
+            (1, "1 byte"),
+            (1023, "1,023 bytes"),
+            (1536, "1.5 KiB"),
+            (512 << 20, "512 MiB"),
+            (5 << 30, "5 GiB"),
+        ] {
             assert_eq!(bytes(number), text);
+            assert_eq!(exact_bytes(number).starts_with(text), true, "{number}");
         }
+        assert_eq!(exact_bytes(512 << 20), "512 MiB");
+        assert_eq!(exact_bytes(1_234_567_890), "1.1 GiB (1234567890)");
         assert_eq!(counted(["a", "a"]), "a");
         assert_eq!(counted(["a", "b", "a"]), "2 a, 1 b");
+    }
+
+    #[test]
+    fn what_would_reach_the_terminal_is_escaped() {
+        assert_eq!(escaped("input_ids, größe, 漢字"), "input_ids, größe, 漢字");
+        assert_eq!(escaped("a\u{1b}[2Jb\nc\u{202e}d"), "a\\u{1b}[2Jb\\nc\\u{202e}d");
+        assert_eq!(escaped_faults("2 faults found:\n  - a\tb\n  - c"), "2 faults found:\n  - a\\tb\n  - c");
     }
 }

@@ -215,6 +215,36 @@ fn a_delivery_log_of_changing_world_sizes_is_proved() {
 }
 
 #[test]
+fn a_hole_does_not_make_holes_of_what_is_still_to_come() {
+    let root = tempfile::tempdir().unwrap();
+    let (corpus, _) = arrow_corpus(root.path());
+    let delivery_log = root.path().join("delivery_log");
+    let config = settings(&corpus, &delivery_log);
+    let positions = Loader::open(config.clone()).unwrap().epoch_chain(0..1).0.len().unwrap();
+    launch(&config, 2, 6, 0, 2);
+    launch(&config, 3, 4, 4 * 12, 2);
+    let (status, json) = verify_json(&flags(&corpus, &delivery_log));
+    let epoch = &json["epochs"][0];
+    assert_eq!((status, &epoch["unfinished"]), (1, &true.into()), "{json}");
+    assert_eq!(epoch["holes"], serde_json::json!([[[0, 24], [0, 47]]]));
+    assert_eq!(epoch["to_come"], serde_json::json!([[0, 72], [0, positions - 1]]));
+    let (_, out, _) = verify(&flags(&corpus, &delivery_log));
+    assert!(out.contains("HOLE        epoch 0, positions 24 to 47: no global batch has them"), "{out}");
+    let last = positions - 1;
+    assert!(out.contains(&format!("to come     epoch 0, positions 72 to {last}: not delivered yet")), "{out}");
+    assert_eq!(out.matches("HOLE").count(), 1, "{out}");
+
+    // Once the hole is filled, nothing but the rest is missing.
+    launch(&config, 1, 12, 24, 2);
+    let (status, json) = verify_json(&flags(&corpus, &delivery_log));
+    assert_eq!((status, &json["epochs"][0]["holes"]), (0, &serde_json::json!([])), "{json}");
+    // An epoch that is asked for has to be whole.
+    let (status, json) = verify_json(&[&flags(&corpus, &delivery_log)[..], &["--epoch=0"]].concat());
+    assert_eq!((status, &json["epochs"][0]["to_come"]), (1, &Value::Null), "{json}");
+    assert_eq!(json["epochs"][0]["holes"], serde_json::json!([[[0, 72], [0, positions - 1]]]));
+}
+
+#[test]
 fn every_remainder_rule_is_proved_to_its_end() {
     for (remainder, world_size) in [(Remainder::Pad, 4), (Remainder::Wrap, 4), (Remainder::Short, 1)] {
         for targets in [Targets::Labels, Targets::Shifted] {
@@ -276,7 +306,7 @@ fn faults_of_a_delivery_log_are_named() {
         let rows = [second(&lines[0]), second(&lines[1]), second(&lines[2])];
         lines.extend(rows);
     });
-    assert!(status == 0 && out.contains("2 batches of ranks were handed over again later"), "{out}");
+    assert!(status == 0 && out.contains("2 batches of single ranks came again later"), "{out}");
     let (status, out) = with(&|lines| {
         let mut other: Value = serde_json::from_str(&second(lines[2].as_str())).unwrap();
         other["hash"] = "00ff".into();
@@ -375,7 +405,7 @@ fn steps_and_documents_are_found_from_each_other() {
         assert_eq!((&hit["rank"], &hit["world_size"]), (&(position % 2).into(), &2.into()));
     }
     let (_, out, _) = verify(&[&flags(&corpus, &delivery_log)[..], &["--step=0"]].concat());
-    assert!(out.contains("step        0 of epoch 0: positions 0 to 4, 2 ranks of 2"), "{out}");
+    assert!(out.contains("step        0 of epoch 0: positions 0 to 4, 2 ranks with 2 rows each"), "{out}");
     for (more, message) in [
         (["--step", "10"], "the delivery log has 10 of epoch 0"),
         (["--document", "2.shard.parquet:0"], "no shard of the corpus is called"),

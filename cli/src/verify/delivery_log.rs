@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use forebay::loader::state::State;
-use forebay::order::epochs::EpochChain;
+use forebay::order::epochs::{ENDLESS, EpochChain};
 use forebay::proof::checksum::Checksum;
 use forebay::proof::delivery_log::{DeliveryLog, DeliveryPair, GlobalBatch, LoggedPass, ProofRange, Tiling};
 use forebay::settings::Remainder;
@@ -13,7 +13,7 @@ use forebay::{Error, ErrorKind, Loader};
 use serde_json::{Value, json};
 
 use super::{Options, PROVEN, SHOWN, Wanted, coverage_json, coverage_text, expected, write_json};
-use crate::report::{grouped, line, number_of};
+use crate::report::{line, number_of, plural};
 use crate::{Context, FAILED, Failure, progress};
 
 /// A delivery log, put together epoch by epoch.
@@ -116,8 +116,9 @@ impl<'a> Found<'a> {
         let mut judged = Vec::new();
         for (number, group) in self.groups.iter().enumerate() {
             let expected = sums[number];
-            // A run may still be at its last epoch; whoever asks for one epoch wants it whole.
-            let unfinished = number == last && options.epoch.is_none() && group.tiling.is_unfinished(group.len);
+            // A run may still be at its last epoch. An epoch that is asked for has to be whole.
+            let to_come = group.tiling.missing(group.len).1;
+            let unfinished = number == last && options.epoch.is_none() && !to_come.is_empty();
             let mut judged_group = Judged { group, expected, unfinished, altered: Vec::new() };
             if !judged_group.sum_is_right() {
                 judged_group.altered = self.altered(group)?;
@@ -163,7 +164,7 @@ impl<'a> Found<'a> {
         let launches = self.delivery_log.passes().len();
         line(
             out,
-            "delivery_log",
+            "log",
             &format!(
                 "{}, {}, {}",
                 number_of(self.delivery_log.files().len() as u64, "rank"),
@@ -204,11 +205,11 @@ fn differences(loader: &Loader, pass: &LoggedPass) -> String {
 /// A global batch in words.
 pub(super) fn of(batch: &GlobalBatch) -> String {
     format!(
-        "positions {} to {}, {} ranks of {}, launch {}",
+        "positions {} to {}, {} with {} each, launch {}",
         batch.position,
         batch.position + (batch.indices.end - batch.indices.start),
-        batch.world_size,
-        batch.batch_size,
+        number_of(batch.world_size, "rank"),
+        number_of(batch.batch_size, "row"),
         batch.launches.join(" and ")
     )
 }
@@ -229,8 +230,8 @@ impl Judged<'_> {
     }
 
     fn is_proven(&self) -> bool {
-        let Tiling { holes, conflicts, doubles, .. } = &self.group.tiling;
-        self.sum_is_right() && (holes.is_empty() || self.unfinished) && conflicts.is_empty() && doubles.is_empty()
+        let Tiling { conflicts, doubles, .. } = &self.group.tiling;
+        self.sum_is_right() && self.missing().0.is_empty() && conflicts.is_empty() && doubles.is_empty()
     }
 
     fn name(&self) -> String {
@@ -241,9 +242,15 @@ impl Judged<'_> {
         }
     }
 
-    fn holes(&self, found: &Found<'_>) -> Vec<[(u64, u64); 2]> {
-        let place = |index| found.at(self.group, index);
-        self.group.tiling.holes.iter().map(|hole| [place(hole.start), place(hole.end - 1)]).collect()
+    /// The holes, and the indices that are still to come.
+    fn missing(&self) -> (&[Range<u64>], Range<u64>) {
+        let (holes, to_come) = self.group.tiling.missing(self.group.len);
+        if self.unfinished { (holes, to_come) } else { (&self.group.tiling.holes, to_come.end..to_come.end) }
+    }
+
+    /// Epoch and position of the first and the last index of `indices`.
+    fn place(&self, found: &Found<'_>, indices: &Range<u64>) -> [(u64, u64); 2] {
+        [indices.start, indices.end - 1].map(|index| found.at(self.group, index))
     }
 
     fn write(&self, found: &Found<'_>, out: &mut dyn Write) -> std::io::Result<()> {
@@ -251,23 +258,34 @@ impl Judged<'_> {
         let mut sizes: Vec<u64> = tiling.chain.iter().map(|batch| batch.world_size).collect();
         sizes.dedup();
         let sizes: Vec<String> = sizes.iter().map(u64::to_string).collect();
-        let steps = grouped(tiling.chain.len() as u64);
-        line(out, "steps", &format!("{}: {steps} global batches, on {} ranks", self.name(), sizes.join(", then ")))?;
+        let steps = number_of(tiling.chain.len() as u64, "global batch");
+        let last = tiling.chain.last().map_or(0, |batch| batch.world_size);
+        let ranks = format!("{} {}", sizes.join(", then "), plural(last, "rank"));
+        line(out, "steps", &format!("{}: {steps}, on {ranks}", self.name()))?;
         if tiling.spare > 0 {
-            let spare = grouped(tiling.spare);
-            line(
-                out,
-                "restarts",
-                &format!("{spare} batches of ranks were handed over again later, or not on every rank"),
-            )?;
+            let spare = number_of(tiling.spare, "batch");
+            line(out, "restarts", &format!("{spare} of single ranks came again later, or not on every rank"))?;
         }
         let dropped = tiling.dropped.end - tiling.dropped.start;
         if dropped > 0 {
-            line(out, "remainder", &format!("{dropped} positions at the end fill no global batch and are dropped"))?;
+            line(
+                out,
+                "remainder",
+                &format!("{} at the end fill no global batch: dropped", number_of(dropped, "position")),
+            )?;
         }
-        for [(epoch, first), (_, last)] in self.holes(found).into_iter().take(SHOWN) {
-            let name = if self.unfinished { "to come" } else { "HOLE" };
-            line(out, name, &format!("epoch {epoch}, positions {first} to {last}: no global batch has them"))?;
+        let (holes, to_come) = self.missing();
+        for hole in holes.iter().take(SHOWN) {
+            line(out, "HOLE", &format!("{}: no global batch has them", positions_of(self.place(found, hole))))?;
+        }
+        if holes.len() > SHOWN {
+            line(out, "HOLE", &format!("and {} more", number_of((holes.len() - SHOWN) as u64, "hole")))?;
+        }
+        if to_come.end == ENDLESS {
+            let (epoch, position) = found.at(self.group, to_come.start);
+            line(out, "to come", &format!("epoch {epoch}, from position {position} on"))?;
+        } else if !to_come.is_empty() {
+            line(out, "to come", &format!("{}: not delivered yet", positions_of(self.place(found, &to_come))))?;
         }
         for (name, faults, what) in [
             ("DIFFERENT", &tiling.conflicts, "two launches were given different tokens: not deterministic"),
@@ -308,6 +326,7 @@ impl Judged<'_> {
                     "batch_size": batch.batch_size, "rows": batch.checksum.rows, "hash": batch.checksum.hash_text()})
             })
             .collect();
+        let (holes, to_come) = self.missing();
         json!({
             "epochs": [self.group.epochs.start, self.group.epochs.end],
             "proven": self.is_proven(),
@@ -318,7 +337,8 @@ impl Judged<'_> {
             "spare": tiling.spare,
             "partial": tiling.partial,
             "dropped": tiling.dropped.end - tiling.dropped.start,
-            "holes": self.holes(found),
+            "holes": holes.iter().map(|hole| self.place(found, hole)).collect::<Vec<_>>(),
+            "to_come": if to_come.is_empty() { Value::Null } else { json!(self.place(found, &to_come)) },
             "not_deterministic": faults(&tiling.conflicts),
             "doubles": faults(&tiling.doubles),
             "altered_steps": self.altered,
@@ -332,4 +352,13 @@ fn place_of(fault: &DeliveryPair) -> String {
     let DeliveryPair { epoch, position, world_size, runs: [first, second], .. } = fault;
     let ranks = fault.rank.map_or("all ranks".to_owned(), |rank| format!("rank {rank}"));
     format!("epoch {epoch}, position {position}, {ranks} of {world_size} (in {first} and {second})")
+}
+
+/// A stretch of positions in words, by its first and its last.
+fn positions_of([(epoch, first), (last_epoch, last)]: [(u64, u64); 2]) -> String {
+    if epoch == last_epoch {
+        format!("epoch {epoch}, positions {first} to {last}")
+    } else {
+        format!("position {first} of epoch {epoch} to position {last} of epoch {last_epoch}")
+    }
 }

@@ -21,7 +21,7 @@ use forebay::{Error, ErrorKind, Loader};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-use crate::report::grouped;
+use crate::report::number_of;
 use crate::sequential::{self, Visitor};
 use crate::{Context, Failure, Sets, Shape, progress};
 use delivery_log::Found;
@@ -34,27 +34,29 @@ const BAR_EVERY: u64 = 1 << 16;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Exit status: 0 proven, 1 not proven, 2 usage or settings.\n\n\
-    Cost: the files are read once in full; without --delivery-log, once more through the loader. --document looks at every position of the epochs in the \
-    delivery_log, because an order has no list to look in: an epoch of 10^9 sequences takes minutes. Memory: a byte \
-    and a bit per sequence where not one whole epoch is proved.")]
+    Cost: the files are read once in full, and without --delivery-log once more through the loader. --document looks \
+    at every position of the epochs in the delivery log, because an order has no list to look in: an epoch of 10^9 \
+    sequences takes minutes. Memory: a byte and a bit per sequence, unless one whole epoch is proved.\n\n\
+    Examples:\n  forebay verify corpus/ --seq-len 2048 --shuffle --world-size 4\n  \
+    forebay verify corpus/ --seq-len 2048 --shuffle --delivery-log runs/7/delivered")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
     #[command(flatten)]
     shape: Shape,
-    /// Key of the order
+    /// Seed of the order
     #[arg(long, value_name = "N")]
     seed: Option<String>,
-    /// Ranks to run one after the other; that of the settings where it is not given
+    /// Number of ranks, which run one after the other; default: that of the settings
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "delivery_log")]
     world_size: Option<u64>,
-    /// Epoch; that of the state or 0 where it is not given, and with `--delivery-log` all
+    /// Number of the epoch; default: that of the state, or 0, or all with `--delivery-log`
     #[arg(long, value_name = "N")]
     epoch: Option<u64>,
-    /// A state as JSON, as `state_dict()` gives it: proves from there to the epoch's end
+    /// File with a state as `state_dict()` gives it, in JSON: proves from there to the epoch's end
     #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
-    /// Proves what the ranks of a run wrote to this folder
+    /// Folder of a delivery log, which the ranks of a run wrote: proves what it says
     #[arg(long, value_name = "DIR")]
     delivery_log: Option<PathBuf>,
     /// Prints the documents of one global batch of the delivery log, counted from 0 in its epoch
@@ -247,7 +249,8 @@ fn coverage_json(checksum: &Checksum) -> Value {
 }
 
 fn coverage_text(checksum: &Checksum) -> String {
-    format!("{} rows, {} tokens, hash {}", grouped(checksum.rows), grouped(checksum.tokens), checksum.hash_text())
+    let (rows, tokens) = (number_of(checksum.rows, "row"), number_of(checksum.tokens, "token"));
+    format!("{rows}, {tokens}, hash {}", checksum.hash_text())
 }
 
 fn write_json(value: &Value, context: &mut Context<'_>) -> Result<(), Failure> {

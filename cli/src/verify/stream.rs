@@ -10,7 +10,7 @@ use forebay::{Error, Loader};
 use serde_json::json;
 
 use super::{Options, PROVEN, TEMPLATE, Wanted, coverage_json, coverage_text, expected, write_json};
-use crate::report::{grouped, line};
+use crate::report::{grouped, line, number_of};
 use crate::{Context, FAILED, Failure, progress};
 
 /// Runs every rank of an epoch, and compares.
@@ -95,7 +95,7 @@ pub(super) fn run(
             "epoch",
             &format!("{epoch}, positions {} to {} of {}", grouped(from), grouped(to), grouped(positions)),
         )?;
-        line(out, "ranks", &format!("{world_size}, {} sequences each per step", config.batch_size))?;
+        line(out, "ranks", &format!("{world_size}, {} each per step", number_of(config.batch_size, "sequence")))?;
         line(out, "expected", &coverage_text(&expected))?;
         line(out, "found", &coverage_text(&found))?;
         line(

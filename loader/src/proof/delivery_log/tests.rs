@@ -136,11 +136,29 @@ fn what_is_missing_is_a_hole() {
     writer.write(&logged(20, 0, 2, 2)).unwrap();
     let tiling = tile(folder.path(), 25, true);
     assert_eq!((tiling.holes.clone(), tiling.partial), (vec![8..12, 20..25], 1));
-    assert!(!tiling.is_unfinished(25));
+    assert_eq!(tiling.missing(25), (&[8..12][..], 20..25), "what is still to come is no hole");
     launch(folder.path(), 1, 4, 8..12);
     let tiling = tile(folder.path(), 25, true);
     assert_eq!((tiling.holes.as_slice(), tiling.checksum()), (&[20..25][..], all(20)));
-    assert!(tiling.is_unfinished(25));
+    assert_eq!(tiling.missing(25), (&[][..], 20..25));
+    launch(folder.path(), 1, 5, 20..25);
+    assert_eq!(tile(folder.path(), 25, true).missing(25), (&[][..], 25..25));
+}
+
+#[test]
+fn positions_after_the_last_batch_are_told_from_holes() {
+    for (launches, holes, to_come) in [
+        (&[0..8][..], vec![], 8..40),
+        (&[4..8], vec![0..4], 8..40),
+        (&[0..4, 8..12, 20..24], vec![4..8, 12..20], 24..40),
+        (&[0..4, 36..40], vec![4..36], 40..40),
+        (&[8..40], vec![0..8], 40..40),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        launches.iter().for_each(|positions| launch(folder.path(), 2, 2, positions.clone()));
+        let tiling = tile(folder.path(), 40, false);
+        assert_eq!(tiling.missing(40), (holes.as_slice(), to_come), "{launches:?}");
+    }
 }
 
 #[test]

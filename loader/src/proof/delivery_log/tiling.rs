@@ -228,9 +228,13 @@ impl Tiling {
         self.chain.iter().map(|batch| batch.checksum).sum()
     }
 
-    /// Tells whether the only hole is at the end: the run has not reached the end yet.
-    pub fn is_unfinished(&self, end: u64) -> bool {
-        matches!(self.holes.as_slice(), [hole] if hole.end == end) && !self.chain.is_empty()
+    /// Splits the holes of a range that ends at `end`: the holes before the last global batch, and the
+    /// indices after it, which an unfinished run may still deliver. Without a global batch all are holes.
+    pub fn missing(&self, end: u64) -> (&[Range<u64>], Range<u64>) {
+        match self.holes.split_last() {
+            Some((last, holes)) if last.end == end && !self.chain.is_empty() => (holes, last.clone()),
+            _ => (&self.holes, end..end),
+        }
     }
 
     /// Chooses the chain with the fewest indices left out. Among equally good global batches, the
