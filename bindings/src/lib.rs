@@ -14,6 +14,8 @@ use pyo3::prelude::*;
 /// Runs the command line; `arguments` begin with the program's name. Returns the exit status.
 #[pyfunction]
 fn run_command(py: Python<'_>, arguments: Vec<OsString>) -> PyResult<u8> {
+    // The command runs outside of the interpreter, which would hear of Ctrl-C only at its end.
+    let _interrupt = forebay_cli::end_at_interrupt();
     error::detached(py, || {
         let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
         let status = forebay_cli::run(&arguments, &Environment::current(), &mut out, &mut err);

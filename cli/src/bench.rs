@@ -1,34 +1,41 @@
-//! `forebay bench`: takes batches as fast as they come, and says what that cost.
+//! `forebay bench`: takes batches as fast as they come, and measures what that costs.
 //!
-//! Nothing is done with a batch, so the numbers are those of the loader alone: the most that a trainer on this machine could get.
+//! Nothing is done with a batch, so the numbers are those of the loader alone: the most that a trainer on this
+//! machine could get. Ctrl-C ends the measurement and prints what it has so far.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
 
+use forebay::format::Access;
 use forebay::loader::Next;
 use forebay::{Config, Error, Loader};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
+use crate::interrupt::{self, Hold, INTERRUPTED};
 use crate::report::{bytes, grouped, line, number_of};
 use crate::{Context, Failure, Sets, Shape, progress};
 
-/// Time to run where neither time nor epochs are given.
+/// Time to run if neither time nor epochs are given.
 const DEFAULT_SECONDS: f64 = 10.0;
-/// Memory is looked at this often; a look takes some 20 µs.
+/// Time between two looks at the memory. A look takes some 20 µs.
 const SAMPLE_EVERY: Duration = Duration::from_millis(50);
+/// Time of one wait for a batch, after which Ctrl-C is heard.
+const SLICE: Duration = Duration::from_millis(100);
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}%";
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Ctrl-C ends the measurement and prints the results so far, with status 130.\n\n\
+    Example: forebay bench corpus/ --seq-len 4096 --batch-size 8 --shuffle --threads 4 --seconds 30")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
     #[command(flatten)]
     shape: Shape,
-    /// Worker threads
+    /// Number of worker threads
     #[arg(long, value_name = "N")]
     threads: Option<String>,
-    /// Time to run; 10 where `--epochs` is not given either
+    /// Time to run; 10 if `--epochs` is not given either
     #[arg(long, value_name = "SECONDS", value_parser = positive_seconds)]
     seconds: Option<f64>,
     /// Epochs to run, at most
@@ -52,27 +59,39 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let own = [("num_threads", options.threads.clone())];
     let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
-    // No one trains on these batches: they belong in no delivery log.
+    // Nothing is trained on these batches, so no delivery log may name them.
     config.delivery_log = None;
     let limit = match (options.seconds, options.epochs) {
         (None, None) => Some(DEFAULT_SECONDS),
         (seconds, _) => seconds,
     };
-    let measured = measure(config, limit.map(Duration::from_secs_f64), options.epochs, context)?;
+    let Some(measured) = measure(config, limit.map(Duration::from_secs_f64), options.epochs, context)? else {
+        writeln!(context.err, "interrupted before the first batch")?;
+        return Ok(INTERRUPTED);
+    };
+    if measured.interrupted {
+        writeln!(context.err, "interrupted: these are the results so far")?;
+    }
     if options.json {
         writeln!(context.out, "{}", measured.json())?;
     } else {
         measured.write(context.out)?;
     }
-    Ok(0)
+    Ok(if measured.interrupted { INTERRUPTED } else { 0 })
 }
 
-/// What a run came to. Times without a unit in their name are in seconds.
+/// The results of a run. Times without a unit in their name are in seconds.
 struct Measured {
     config: Config,
     format: &'static str,
     shards: u64,
     corpus_tokens: u64,
+    /// Bytes of all files.
+    corpus_bytes: u64,
+    /// Bytes that all blocks take when decoded, and bytes of decoded blocks that the cache may hold. `None` if
+    /// nothing is decoded.
+    decoded: Option<(u64, u64)>,
+    interrupted: bool,
     epochs: u64,
     batches: u64,
     tokens: u64,
@@ -81,21 +100,26 @@ struct Measured {
     cpu: f64,
     open: f64,
     first_batch: f64,
-    /// Sorted.
+    /// Waits for batches, sorted.
     waits: Vec<f32>,
     peak_anon_bytes: u64,
     peak_resident_bytes: u64,
-    /// Read from storage, opening included; little where the system has the files in memory. `None` where the system does not count it.
+    /// Bytes read from storage, opening included: few if the system has the files in memory. `None` if the
+    /// system does not count them.
     storage_bytes: Option<u64>,
-    verdict: String,
+    /// Time of all threads together.
+    decode: f64,
+    /// Time of all threads together.
+    fill: f64,
 }
 
+/// Runs a loader until `limit` or `epochs` or Ctrl-C. Returns none if no batch came before Ctrl-C.
 fn measure(
     config: Config,
     limit: Option<Duration>,
     epochs: Option<u64>,
     context: &Context<'_>,
-) -> Result<Measured, Failure> {
+) -> Result<Option<Measured>, Failure> {
     let storage_before = storage_bytes();
     let opening = Instant::now();
     let loader = Loader::open(config)?;
@@ -103,12 +127,12 @@ fn measure(
     if loader.is_empty() {
         let config = loader.config();
         return Err(Error::config(format!(
-            "an epoch has no batch: {} sequences of {} tokens do not fill one global batch of {} rows on {} ranks; set a smaller \
-             `batch_size` or `seq_len`, or another `remainder`",
-            loader.num_sequences(),
-            config.seq_len,
-            config.batch_size,
-            config.dp_world_size.unwrap_or(1)
+            "an epoch has no batch: {} of {} do not fill a global batch of {} on {}; set a smaller `batch_size` \
+             or `seq_len`, or another `remainder`",
+            number_of(loader.num_sequences(), "sequence"),
+            number_of(config.seq_len, "token"),
+            number_of(config.batch_size, "row"),
+            number_of(config.dp_world_size.unwrap_or(1), "rank"),
         ))
         .into());
     }
@@ -117,7 +141,8 @@ fn measure(
         (None, epochs) => loader.len() * epochs.unwrap_or(1),
     };
     let bar = progress::bar(total, TEMPLATE, context.env)?.with_message("running");
-    let mut run = Run { taken: Taken::default(), began: Instant::now(), sampled: Instant::now(), limit, bar };
+    let hold = interrupt::hold();
+    let mut run = Run { taken: Taken::default(), began: Instant::now(), sampled: Instant::now(), limit, bar, hold };
     let cpu_before = cpu_seconds();
     let mut passes = 0;
     while epochs.is_none_or(|epochs| passes < epochs) && run.pass(&loader)? {
@@ -129,15 +154,24 @@ fn measure(
     run.sample_memory();
     run.bar.finish_and_clear();
 
+    let interrupted = run.hold.is_pending();
     let mut taken = run.taken;
+    if interrupted && taken.waits.is_empty() {
+        return Ok(None);
+    }
     let first_batch = taken.waits.first().map_or(0.0, |wait| f64::from(*wait));
     taken.waits.sort_unstable_by(f32::total_cmp);
-    let corpus = loader.corpus();
-    Ok(Measured {
+    let corpora = || loader.corpora().map(|(_, corpus)| corpus);
+    let decodes = corpora().any(|corpus| corpus.access() == Access::Block);
+    let decoded_bytes: u64 = corpora().map(|corpus| corpus.decoded_bytes()).sum();
+    Ok(Some(Measured {
         config: loader.config().clone(),
-        format: corpus.facts().next().map_or("-", |facts| facts.format.name()),
-        shards: corpus.len() as u64,
-        corpus_tokens: corpus.tokens(),
+        format: loader.corpus().facts().next().map_or("-", |facts| facts.format.name()),
+        shards: corpora().map(|corpus| corpus.len() as u64).sum(),
+        corpus_tokens: corpora().map(|corpus| corpus.tokens()).sum(),
+        corpus_bytes: corpora().flat_map(|corpus| corpus.facts()).map(|facts| facts.size_bytes).sum(),
+        decoded: decodes.then(|| (decoded_bytes, loader.memory_plan().cache_bytes)),
+        interrupted,
         epochs: passes,
         batches: stats.batches,
         tokens: taken.tokens,
@@ -150,8 +184,9 @@ fn measure(
         peak_anon_bytes: taken.peak_anon_bytes,
         peak_resident_bytes: status_bytes("VmHWM:"),
         storage_bytes: storage_bytes().zip(storage_before).map(|(now, before)| now.saturating_sub(before)),
-        verdict: stats.verdict(),
-    })
+        decode: stats.decode_seconds.iter().sum(),
+        fill: stats.fill_seconds.iter().sum(),
+    }))
 }
 
 #[derive(Default)]
@@ -168,10 +203,11 @@ struct Run {
     sampled: Instant,
     limit: Option<Duration>,
     bar: ProgressBar,
+    hold: Hold,
 }
 
 impl Run {
-    /// Takes the batches of one epoch; `false` where the time ran out before its end.
+    /// Takes the batches of one epoch. Returns `false` if the time or Ctrl-C ended it before its end.
     fn pass(&mut self, loader: &Loader) -> forebay::Result<bool> {
         let batches = loader.iter();
         let seq_len = loader.config().seq_len;
@@ -179,7 +215,10 @@ impl Run {
         loop {
             let asked = Instant::now();
             let batch = loop {
-                match batches.next_or_help(Duration::from_secs(1))? {
+                if self.hold.is_pending() {
+                    return Ok(false);
+                }
+                match batches.next_or_help(SLICE)? {
                     Next::Batch(batch) => break batch,
                     Next::End => return Ok(true),
                     Next::Pending => {}
@@ -209,7 +248,7 @@ impl Run {
     }
 }
 
-/// A field of this process's status; 0 where the system has none.
+/// Reads a field of this process's status. Returns 0 if the system has none.
 fn status_bytes(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field));
@@ -217,7 +256,7 @@ fn status_bytes(field: &str) -> u64 {
     kibibytes.unwrap_or(0) * 1024
 }
 
-/// What this process made the system read from storage so far, by reads and by touching mapped files.
+/// Bytes that this process made the system read from storage so far, by reads and by touching mapped files.
 fn storage_bytes() -> Option<u64> {
     let counters = std::fs::read_to_string("/proc/self/io").ok()?;
     counters.lines().find_map(|line| line.strip_prefix("read_bytes:"))?.trim().parse().ok()
@@ -226,7 +265,8 @@ fn storage_bytes() -> Option<u64> {
 /// CPU time of all threads of this process.
 fn cpu_seconds() -> f64 {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: `getrusage` writes one `rusage` to the pointer, which points to one; all of its fields are integers, so zeros are valid too.
+    // SAFETY: `getrusage` writes one `rusage` to the pointer, which points to one. All of its fields are
+    // integers, so zeros are valid too.
     let usage = unsafe {
         libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
         usage.assume_init()
@@ -248,10 +288,21 @@ impl Measured {
         self.cpu / self.tokens as f64 * 1e9
     }
 
-    /// The wait that a share of all waits does not exceed, in milliseconds.
+    /// The longest of the shortest `share` of all waits, in milliseconds.
     fn wait_ms(&self, share: f64) -> f64 {
         let rank = (self.waits.len() as f64 * share).ceil() as usize;
         self.waits.get(rank.saturating_sub(1)).map_or(0.0, |wait| f64::from(*wait) * 1e3)
+    }
+
+    /// Whether all blocks stay in the cache once they are decoded. `None` if nothing is decoded.
+    fn fits_cache(&self) -> Option<bool> {
+        self.decoded.map(|(corpus, cache)| corpus <= cache)
+    }
+
+    /// Whether storage was hardly read for the tokens that were taken. `None` if the system does not count it.
+    fn files_in_memory(&self) -> Option<bool> {
+        let share = (self.tokens as f64 / self.corpus_tokens.max(1) as f64).min(1.0);
+        self.storage_bytes.map(|read| (read as f64) < 0.1 * share * self.corpus_bytes as f64)
     }
 
     fn settings(&self) -> Vec<(&'static str, String)> {
@@ -265,17 +316,22 @@ impl Measured {
         line(
             out,
             "corpus",
-            &format!("{}, {} tokens, {}", number_of(self.shards, "shard"), grouped(self.corpus_tokens), self.format),
+            &format!(
+                "{}, {}, {}",
+                number_of(self.shards, "shard"),
+                number_of(self.corpus_tokens, "token"),
+                self.format
+            ),
         )?;
         line(out, "settings", &settings.join(" "))?;
         line(
             out,
             "taken",
             &format!(
-                "{} batches, {} tokens, {} whole epochs in {:.2} s",
-                grouped(self.batches),
-                grouped(self.tokens),
-                self.epochs,
+                "{}, {}, {} in {:.2} s",
+                number_of(self.batches, "batch"),
+                number_of(self.tokens, "token"),
+                number_of(self.epochs, "whole epoch"),
                 self.elapsed
             ),
         )?;
@@ -292,6 +348,15 @@ impl Measured {
             let rate = read as f64 / 1e6 / (self.open + self.elapsed);
             line(out, "storage", &format!("{rate:.1} MB/s, {} read that were not in memory already", bytes(read)))?;
         }
+        if let Some((corpus, cache)) = self.decoded.filter(|_| self.fits_cache() == Some(true)) {
+            let (corpus, cache) = (bytes(corpus), bytes(cache));
+            let text =
+                format!("the corpus decodes to {corpus} and fits the cache of {cache}: each block is decoded once");
+            line(out, "cached", &format!("{text}, and later epochs measure memory alone"))?;
+        }
+        if self.files_in_memory() == Some(true) {
+            line(out, "cached", "the system had the files in memory: storage was not measured")?;
+        }
         line(out, "cpu", &format!("{:.2} s per 10^9 tokens", self.cpu_per_billion()))?;
         let [p50, p99, p999] = [0.5, 0.99, 0.999].map(|share| self.wait_ms(share));
         line(out, "next()", &format!("p50 {p50:.3} ms, p99 {p99:.3} ms, p99.9 {p999:.3} ms"))?;
@@ -305,7 +370,12 @@ impl Measured {
                 bytes(self.peak_resident_bytes)
             ),
         )?;
-        line(out, "verdict", &self.verdict)
+        let both = self.decode + self.fill;
+        if both > 0.0 {
+            let [decode, fill] = [self.decode, self.fill].map(|time| time / both * 100.0);
+            line(out, "work", &format!("{decode:.0} % decoding, {fill:.0} % filling batches"))?;
+        }
+        Ok(())
     }
 
     fn json(&self) -> Value {
@@ -334,7 +404,14 @@ impl Measured {
             "first_batch_seconds": self.first_batch,
             "peak_rss_anon_bytes": self.peak_anon_bytes,
             "peak_rss_bytes": self.peak_resident_bytes,
-            "verdict": self.verdict,
+            "decode_seconds": self.decode,
+            "fill_seconds": self.fill,
+            "corpus_bytes": self.corpus_bytes,
+            "decoded_corpus_bytes": self.decoded.map(|(corpus, _)| corpus),
+            "cache_bytes": self.decoded.map(|(_, cache)| cache),
+            "fits_cache": self.fits_cache(),
+            "files_in_memory": self.files_in_memory(),
+            "interrupted": self.interrupted,
         })
     }
 }

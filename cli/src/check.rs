@@ -1,6 +1,6 @@
 //! `forebay check`: opens and reads every shard, and says what it found.
 //!
-//! One broken shard or block does not end the reading: the point is to find all of them before a run does.
+//! The reading goes on after a broken shard or block, because the point is to find all of them before a run does.
 
 use std::io::Write;
 
@@ -12,20 +12,23 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use crate::report::{bytes, counted, counts, grouped, line, number_of};
+use crate::report::{bytes, counted, counts, grouped, line, number_of, plural};
+use crate::token_column::TokenColumn;
 use crate::{Context, FAILED, Failure, Sets, progress};
 
-/// Tokens read at once where they lie in the file.
+/// Tokens read at once if they lie in the file as they are.
 const PIECE_TOKENS: u64 = 1 << 20;
-/// Different descriptions shown; their counts of pages make those of large corpora all differ.
+/// Number of different descriptions shown. Those of a large corpus all differ by their counts of pages.
 const SHOWN_TEXTS: usize = 10;
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} tokens, {eta} left";
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Exit status: 0 sound, 1 broken, 2 usage or settings.\n\n\
+    Example: forebay check corpus/ 'more/*.arrow' --token-column ids --json")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
-    /// Token column, where it is not one of those that are recognised
+    /// Name of the token column, if it is none of the usual ones
     #[arg(long, value_name = "NAME")]
     token_column: Option<String>,
     /// Prints one JSON object
@@ -41,17 +44,19 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let findings = check(&config, context)?;
     let written = if options.json { writeln!(context.out, "{}", findings.json()) } else { findings.write(context.out) };
     match written {
-        // Whoever stops reading early still learns from the status that the data is broken.
+        // A reader that stops early still learns from the status that the data is broken.
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(if findings.broken.is_empty() { 0 } else { FAILED }),
     }
 }
 
-/// What reading a corpus came to.
+/// What reading a corpus showed.
 struct Findings {
-    /// Files found, broken ones included.
+    /// Number of files, broken ones included.
     files: usize,
     shards: Vec<Shard>,
+    /// Columns beside the tokens, each with the number of shards that have it.
+    not_read: Vec<(String, usize)>,
     broken: Vec<Error>,
 }
 
@@ -95,7 +100,32 @@ fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
     });
     bar.finish_and_clear();
     broken.extend(read.into_iter().flatten());
-    Ok(Findings { files: files.iter().map(Vec::len).sum(), shards, broken })
+    let others = pool.install(|| shards.par_iter().map(|shard| columns_beside(shard, &options)).collect::<Vec<_>>());
+    let not_read = counts(others.into_iter().flatten());
+    Ok(Findings { files: files.iter().map(Vec::len).sum(), shards, not_read, broken })
+}
+
+/// Names of the columns of a shard that no loader reads. None if arrow-rs cannot read the schema: the tokens are
+/// sound all the same.
+fn columns_beside(shard: &Shard, options: &OpenOptions) -> Vec<String> {
+    let found = TokenColumn::find(shard.path(), shard.facts().format, options.token_column.as_deref());
+    let mut others = found.map(|column| column.others).unwrap_or_default();
+    others.sort_unstable();
+    others.dedup();
+    others
+}
+
+/// What a column is likely to hold for each token, by its name.
+fn looks_like(column: &str) -> Option<&'static str> {
+    let name = column.to_lowercase();
+    let has = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
+    match () {
+        () if has(&["mask"]) => Some("a mask"),
+        () if has(&["weight"]) => Some("weights"),
+        () if has(&["label", "target"]) => Some("labels"),
+        () if has(&["position_id", "token_type", "segment_id", "doc_id"]) => Some("ids of positions or segments"),
+        () => None,
+    }
 }
 
 #[derive(Default)]
@@ -104,7 +134,7 @@ struct Scratch {
     ends: EndsScratch,
 }
 
-/// Reads all of a block, as a loader would.
+/// Reads a whole block, as a loader would.
 fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &ProgressBar) -> forebay::Result<()> {
     let meta = shard.blocks()[block];
     match shard {
@@ -160,12 +190,12 @@ impl Findings {
             .collect()
     }
 
-    /// Blocks: how many, and the smallest, median and largest, in tokens.
+    /// The number of blocks, and the tokens of the smallest, median and largest.
     fn block_tokens(&self) -> Option<(usize, [u64; 3])> {
         spread(self.shards.iter().flat_map(|shard| shard.blocks()).map(|block| block.tokens).collect())
     }
 
-    /// Tokens of the largest shard over those of the median one.
+    /// Tokens of the largest shard, divided by those of the median shard.
     fn skew(&self) -> Option<f64> {
         let (_, [_, median, largest]) = spread(self.shards.iter().map(tokens_of).collect())?;
         (median > 0).then(|| largest as f64 / median as f64)
@@ -195,12 +225,30 @@ impl Findings {
         if let Some(skew) = self.skew() {
             line(out, "skew", &format!("the largest shard has {skew:.2} times the tokens of the median one"))?;
         }
+        let (telling, silent): (Vec<_>, Vec<_>) =
+            self.not_read.iter().partition(|(name, _)| looks_like(name).is_some());
+        for (name, count) in telling {
+            let kind = looks_like(name).unwrap_or_default();
+            let shards = number_of(*count as u64, "shard");
+            line(out, "not read", &format!("column `{name}` in {shards}, which looks like {kind}"))?;
+        }
+        if !silent.is_empty() {
+            let names: Vec<String> = silent.iter().map(|(name, _)| format!("`{name}`")).collect();
+            line(out, "not read", &format!("{} {}", plural(silent.len() as u64, "column"), names.join(", ")))?;
+        }
         for (name, texts) in [("content", self.descriptions()), ("advice", self.advice())] {
             for (text, count) in texts.iter().take(SHOWN_TEXTS) {
                 line(out, name, &format!("{}: {text}", number_of(*count as u64, "shard")))?;
             }
             if texts.len() > SHOWN_TEXTS {
-                line(out, name, &format!("and {} other kinds, which `--json` lists", texts.len() - SHOWN_TEXTS))?;
+                line(
+                    out,
+                    name,
+                    &format!(
+                        "and {}, which `--json` lists",
+                        number_of((texts.len() - SHOWN_TEXTS) as u64, "other kind")
+                    ),
+                )?;
             }
         }
         for error in &self.broken {
@@ -208,8 +256,7 @@ impl Findings {
         }
         match self.broken.len() {
             0 => line(out, "sound", "every block was read"),
-            1 => line(out, "broken", "1 fault found"),
-            many => line(out, "broken", &format!("{many} faults found")),
+            many => line(out, "broken", &format!("{} found", number_of(many as u64, "fault"))),
         }
     }
 
@@ -230,13 +277,18 @@ impl Findings {
             .map(|error| {
                 let place = error.location();
                 json!({
-                    "kind": format!("{:?}", error.kind()).to_lowercase(),
+                    "kind": kind(error.kind()),
                     "error": error.report(),
                     "path": place.map(|place| place.path.display().to_string()),
                     "block": place.and_then(|place| place.block),
                     "row": place.and_then(|place| place.row),
                 })
             })
+            .collect();
+        let not_read: Vec<Value> = self
+            .not_read
+            .iter()
+            .map(|(name, shards)| json!({"column": name, "shards": shards, "looks_like": looks_like(name)}))
             .collect();
         let (blocks, [min, median, max]) = self.block_tokens().unwrap_or_default();
         json!({
@@ -251,6 +303,7 @@ impl Findings {
             "tokens": self.total(tokens_of),
             "blocks": {"count": blocks, "tokens_min": min, "tokens_median": median, "tokens_max": max},
             "skew": self.skew(),
+            "not_read": not_read,
             "content": texts(self.descriptions()),
             "advice": texts(self.advice()),
             "broken": broken,
@@ -258,7 +311,21 @@ impl Findings {
     }
 }
 
-/// How many values, and the smallest, median and largest of them.
+/// The name of a kind of fault, in JSON.
+fn kind(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::Config => "config",
+        ErrorKind::NotFound => "not_found",
+        ErrorKind::Io => "io",
+        ErrorKind::Data => "data",
+        ErrorKind::Changed => "changed",
+        ErrorKind::State => "state",
+        ErrorKind::Closed => "closed",
+        _ => "internal",
+    }
+}
+
+/// The number of values, and the smallest, median and largest of them.
 fn spread(mut values: Vec<u64>) -> Option<(usize, [u64; 3])> {
     values.sort_unstable();
     let (first, last) = (*values.first()?, *values.last()?);

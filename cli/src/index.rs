@@ -8,16 +8,20 @@ use forebay::format::OpenOptions;
 use forebay::{Error, ErrorKind};
 use serde_json::json;
 
-use crate::report::{bytes, grouped, line};
+use crate::report::{bytes, escaped_faults, grouped, line};
 use crate::{Context, FAILED, Failure, Sets, progress};
 
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} of {human_len} shards, {eta} left";
 
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Loaders with the same `cache_dir` find the index and open shards when they first read them.\n\n\
+    Example: forebay index corpus/ --cache-dir /scratch/forebay"
+)]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
-    /// Folder for the index; loaders find it by the same setting
+    /// Folder of the index; loaders find it by the setting of the same name
     #[arg(long, value_name = "FOLDER")]
     cache_dir: Option<String>,
     /// Prints one JSON object for each corpus
@@ -36,6 +40,10 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
             Error::config("no folder for the index: name one with `--cache-dir`, or set `FOREBAY_CACHE_DIR`").into()
         );
     };
+    // Found out now, not after minutes in which all shards are opened.
+    std::fs::create_dir_all(folder).map_err(|error| {
+        Error::io("cannot create the folder of the index, which `cache_dir` names", error).at(folder.as_ref())
+    })?;
     let open = OpenOptions::of(&config);
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(config.num_threads.unwrap_or(1) as usize)
@@ -53,12 +61,20 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         };
         let (corpus, indexed) = Corpus::index(&data, config.format, &open, folder.as_ref(), &pool, &shown)?;
         let seconds = began.elapsed().as_secs_f64();
+        let unsaved = indexed.unsaved.as_ref().map(forebay::Error::report);
         for warning in corpus.warnings() {
-            bar.suspend(|| writeln!(context.err, "warning: {warning}"))?;
+            // That an index cannot be saved is a warning to a loader, and the failure of this command.
+            if unsaved.as_ref().is_none_or(|fault| !warning.starts_with(fault)) {
+                bar.suspend(|| context.warn(warning))?;
+            }
         }
-        match indexed.unsaved {
+        match unsaved {
             None => entries.push(Entry::new(name, &corpus, &indexed, seconds)?),
-            Some(_) => saved = false,
+            Some(fault) => {
+                saved = false;
+                let text = format!("error: {fault}; name another folder with `--cache-dir`");
+                bar.suspend(|| writeln!(context.err, "{}", escaped_faults(&text)))?;
+            }
         }
     }
     bar.finish_and_clear();

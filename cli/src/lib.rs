@@ -1,12 +1,15 @@
 //! The command line: `forebay config`, `check`, `index`, `rewrite`, `plan`, `bench` and `verify`.
 //!
-//! [`run`] takes arguments, environment and outputs, so that the binary, the Python package and the tests share it. Results go to the output,
-//! warnings and errors to the error output. It returns 0, 1 where the data is at fault, and 2 where the command or a setting is.
+//! [`run`] takes arguments, environment and outputs, so that the binary, the Python package and the tests share
+//! it. Results go to the output; warnings, notes and errors go to the error output. The status is 0, or 1 where
+//! the data is at fault, or 2 where the command or a setting is, or 130 after Ctrl-C.
 
 mod bench;
 mod check;
 mod config;
 mod index;
+mod interrupt;
+mod mistakes;
 mod plan;
 mod progress;
 mod report;
@@ -18,20 +21,26 @@ mod verify;
 use std::ffi::OsString;
 use std::io::Write;
 
-use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser, Subcommand};
 use forebay::settings::environment::Environment;
 use forebay::settings::{Resolved, Scope};
 use forebay::{Error, ErrorKind, settings};
+pub use interrupt::end_at_interrupt;
+use report::{escaped, escaped_faults};
 
 /// Failure of the data.
 const FAILED: u8 = 1;
 /// Failure of the command: its usage, or a setting.
 const MISUSED: u8 = 2;
 
-/// Token loader for LLM training.
+/// Loads tokens for LLM training: looks at corpora, plans runs, measures, proves.
 #[derive(Debug, Parser)]
-#[command(name = "forebay", version, arg_required_else_help = true)]
+#[command(
+    name = "forebay",
+    version,
+    arg_required_else_help = true,
+    after_help = "Example: forebay check corpus/\n\nEach command has examples of its own: forebay check --help"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -39,30 +48,30 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Prints every setting, its value and where that came from
+    /// Prints every setting, its value, and where the value came from
     Config(config::Options),
-    /// Opens and reads every shard: format, rows, tokens, block sizes, what is slow, what is broken
+    /// Opens and reads every shard, and names what is broken, slow or not read
     Check(check::Options),
-    /// Saves what opening the shards finds, so that later starts need not open them
+    /// Saves what opening finds in every shard, so that later starts need not open them
     Index(index::Options),
-    /// Writes a corpus anew so that it loads fast: format, type, sizes; resumable, and compared with the source
+    /// Writes a corpus anew in files that load fast, and compares them with the source
     Rewrite(rewrite::Options),
-    /// Says what a run comes to and costs: steps, remainder, memory, shuffle distance, decoding, start
+    /// Computes what a run comes to and costs: steps, memory, shuffle distance, decoding
     Plan(plan::Options),
     /// Measures throughput without a trainer
     Bench(bench::Options),
-    /// Proves that every token was delivered once: an epoch of a loader, or the delivery log of a run
+    /// Proves that every token was delivered once, in an epoch or in the delivery log of a run
     Verify(verify::Options),
-    /// Prints the settings there are
+    /// Prints the names of all settings
     #[command(hide = true)]
     Settings {
-        /// As the table of the README
+        /// Prints the table of the README
         #[arg(long)]
         markdown: bool,
     },
 }
 
-/// Settings that have options of their own in every command that runs a loader.
+/// Settings with options of their own in every command that runs a loader.
 #[derive(Debug, Default, Args)]
 struct Shape {
     /// Tokens per sequence
@@ -71,7 +80,7 @@ struct Shape {
     /// Sequences per rank and step
     #[arg(long, value_name = "N")]
     batch_size: Option<String>,
-    /// Order: true, false, global or block
+    /// Order of the sequences: true, false, global or block
     #[arg(long, value_name = "ORDER", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     shuffle: Option<String>,
 }
@@ -82,10 +91,10 @@ impl Shape {
     }
 }
 
-/// Settings by name, which every command takes.
+/// Settings by name, in every command.
 #[derive(Debug, Default, Args)]
 struct Sets {
-    /// A setting by its name; `forebay config` lists all
+    /// Sets any setting by its name; `forebay config` lists all
     #[arg(long = "set", value_name = "NAME=VALUE", value_parser = name_and_value)]
     sets: Vec<(String, String)>,
 }
@@ -98,7 +107,7 @@ fn name_and_value(text: &str) -> Result<(String, String), String> {
 }
 
 impl Sets {
-    /// The settings in force, where `flags` are arguments too. Warnings and notes go to `err`.
+    /// Resolves the settings in force, with `flags` as arguments too. Tells warnings and notes.
     fn resolve(
         &self,
         paths: &[String],
@@ -113,12 +122,7 @@ impl Sets {
             explicit.push(("data".to_owned(), settings::list_text(paths)));
         }
         let resolved = settings::resolve(&explicit, context.env, Scope::All)?;
-        for warning in &resolved.warnings {
-            writeln!(context.err, "warning: {warning}")?;
-        }
-        for note in &resolved.notes {
-            writeln!(context.err, "note: {note}")?;
-        }
+        context.tell(&resolved)?;
         if resolved.config.data.is_empty() && resolved.config.mixture.is_none() {
             return Err(Error::config("no data: name a file, folder or pattern, or set `FOREBAY_DATA`").into());
         }
@@ -126,19 +130,36 @@ impl Sets {
     }
 }
 
-/// What a command works with.
+/// The environment and the outputs of a command.
 struct Context<'a> {
     env: &'a Environment,
     out: &'a mut dyn Write,
     err: &'a mut dyn Write,
 }
 
-/// Why a command ends early.
+impl Context<'_> {
+    /// Writes the warnings and notes of the settings.
+    fn tell(&mut self, resolved: &Resolved) -> std::io::Result<()> {
+        for warning in &resolved.warnings {
+            self.warn(warning)?;
+        }
+        for note in &resolved.notes {
+            writeln!(self.err, "note: {}", escaped(note))?;
+        }
+        Ok(())
+    }
+
+    fn warn(&mut self, warning: &str) -> std::io::Result<()> {
+        writeln!(self.err, "warning: {}", escaped(warning))
+    }
+}
+
+/// The reason why a command ends early.
 #[derive(Debug)]
 enum Failure {
-    /// To be reported.
+    /// A fault to report.
     Error(Error),
-    /// The output cannot be written.
+    /// The output could not be written.
     Output(std::io::Error),
 }
 
@@ -154,17 +175,17 @@ impl From<std::io::Error> for Failure {
     }
 }
 
-/// Runs the command that `args` name, of which the first is the program's name. Returns the exit status.
+/// Runs the command that `args` name, after the program's name. Returns the exit status.
 pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut dyn Write) -> u8 {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
             let text = error.render();
-            // Where even that cannot be written there is nobody to tell.
+            // If even this cannot be written, nobody can be told.
             if error.use_stderr() {
                 let _ = write!(err, "{text}");
-                if let Some(name) = setting_meant(&error) {
-                    let _ = writeln!(err, "\n  tip: `{name}` is a setting: `--set {name}=VALUE`");
+                if let Some(hint) = mistakes::hint(&error) {
+                    let _ = writeln!(err, "\n  tip: {}", escaped(&hint));
                 }
                 return MISUSED;
             }
@@ -185,25 +206,17 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
     };
     match result {
         Ok(status) => status,
-        // Whoever reads the output has seen enough, as `head` does.
+        // The reader of the output has seen enough, as `head` does.
         Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => 0,
         Err(Failure::Output(error)) => {
             let _ = writeln!(context.err, "error: cannot write the output: {error}");
             FAILED
         }
         Err(Failure::Error(error)) => {
-            let _ = writeln!(context.err, "error: {}", error.report());
+            let _ = writeln!(context.err, "error: {}", escaped_faults(&error.report()));
             if error.kind() == ErrorKind::Config { MISUSED } else { FAILED }
         }
     }
-}
-
-/// The setting that was given as an option and is none of the command's.
-fn setting_meant(error: &clap::Error) -> Option<&'static str> {
-    let ContextValue::String(option) = error.get(ContextKind::InvalidArg)? else { return None };
-    let name = option.trim_start_matches('-').replace('-', "_");
-    let is_unknown = error.kind() == clap::error::ErrorKind::UnknownArgument;
-    settings::all().iter().map(|setting| setting.name).find(|known| is_unknown && *known == name)
 }
 
 fn print_settings(markdown: bool, context: &mut Context<'_>) -> Result<u8, Failure> {

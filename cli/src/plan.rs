@@ -1,7 +1,7 @@
-//! `forebay plan`: what a run comes to and costs, before a GPU is used.
+//! `forebay plan`: computes what a run comes to and costs, before a GPU is used.
 //!
-//! Opens the corpus, takes one batch and closes it again; everything else is computed. The settings of the run, its launcher's environment and
-//! `--world-size` say for which rank.
+//! Opens the corpus, takes one batch and closes it again; everything else is computed. The settings of the run, its
+//! launcher's environment and `--world-size` choose the rank.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -18,12 +18,13 @@ use crate::report::{bytes, grouped, line, number_of};
 use crate::{Context, Failure, Sets, Shape};
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example: forebay plan corpus/ --seq-len 4096 --batch-size 8 --shuffle --world-size 64")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
     #[command(flatten)]
     shape: Shape,
-    /// Plans for the first of so many ranks
+    /// Number of ranks; the plan is the first rank's
     #[arg(long, value_name = "N")]
     world_size: Option<String>,
     /// Prints one JSON object
@@ -55,7 +56,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     Ok(0)
 }
 
-/// Time from the request for the first batch to its coming; `None` where a pass has none.
+/// Measures the time from the request for the first batch to its arrival. `None` if a pass has no batch.
 fn first_batch(loader: &Loader) -> Result<Option<Duration>, Failure> {
     let asked = Instant::now();
     let batches = loader.iter();
@@ -70,7 +71,7 @@ fn first_batch(loader: &Loader) -> Result<Option<Duration>, Failure> {
     Ok(found)
 }
 
-/// What starting took.
+/// Times of the start.
 struct Start {
     open: Duration,
     first_batch: Option<Duration>,
@@ -165,25 +166,26 @@ fn write_source(out: &mut dyn Write, source: &SourcePlan, format: &str, config: 
         out,
         "sequences",
         &format!(
-            "{} of {} tokens and a tail of {}, from {} tokens{specials}{held_out}",
+            "{} of {} and a tail of {}, from {}{specials}{held_out}",
             grouped(source.sequences),
-            grouped(config.seq_len),
+            number_of(config.seq_len, "token"),
             grouped(source.tail_tokens),
-            grouped(source.stream_tokens)
+            number_of(source.stream_tokens, "token")
         ),
     )?;
     if let (Some(drawn), false) = (source.drawn_sequences, source.name.is_empty()) {
         let epochs = drawn as f64 / source.sequences.max(1) as f64;
-        let tokens = grouped(drawn * config.seq_len);
-        line(out, "drawn", &format!("{} sequences, {tokens} tokens, {epochs:.2} epochs", grouped(drawn)))?;
+        let (sequences, tokens) = (number_of(drawn, "sequence"), number_of(drawn * config.seq_len, "token"));
+        line(out, "drawn", &format!("{sequences}, {tokens}, {epochs:.2} epochs"))?;
     }
     let order = match source.arrangement {
         Arrangement::Sequential => "as in the corpus".to_owned(),
         Arrangement::Global => "one permutation of all sequences".to_owned(),
         Arrangement::Block { chunk, lanes, window } => format!(
-            "permuted chunks of {} sequences, then windows of {} in each of {lanes} lanes",
-            grouped(chunk),
-            grouped(window)
+            "permuted chunks of {}, then windows of {} in each of {}",
+            number_of(chunk, "sequence"),
+            grouped(window),
+            number_of(lanes, "lane")
         ),
     };
     line(out, "order", &order)?;
@@ -206,13 +208,11 @@ fn distance_text(distance: &Distance, unit: &str) -> String {
 }
 
 fn decoding_text(decoding: &Decoding) -> String {
-    let rows = grouped(decoding.rows);
+    let rows = number_of(decoding.rows, "row");
     let how = match (decoding.whole_pass, decoding.ranks) {
-        (true, 1) => format!("one rank's pass of {rows} rows simulated"),
-        (true, ranks) => format!("a pass of all {ranks} ranks simulated"),
-        (false, _) => {
-            format!("{rows} rows of one rank simulated, after {} to warm up", grouped(decoding.warm_up_rows))
-        }
+        (true, 1) => format!("simulated: one rank's pass of {rows}"),
+        (true, ranks) => format!("simulated: a pass of all {ranks} ranks"),
+        (false, _) => format!("simulated: {rows} of one rank, after {} to warm up", grouped(decoding.warm_up_rows)),
     };
     format!("{:.2} tokens decoded per token delivered ({how})", decoding.amplification)
 }
@@ -226,44 +226,44 @@ fn write_pass(out: &mut dyn Write, plan: &Plan, config: &Config) -> std::io::Res
                 Shuffle::Block => "; a multiple of `dp_world_size` as `lanes`, set before the first run, avoids that",
                 _ => "",
             };
-            line(out, "", &format!("{} ranks draw from the same blocks{remedy}", grouped(pass.sharing_ranks)))?;
+            line(out, "", &format!("{} draw from the same blocks{remedy}", number_of(pass.sharing_ranks, "rank")))?;
         }
     }
     let ranks = format!(
-        "on every one of {} ranks, {} rows each, {} over all ranks",
-        grouped(pass.world_size),
-        grouped(config.batch_size),
+        "on each of {}, with {} each and {} over all",
+        number_of(pass.world_size, "rank"),
+        number_of(config.batch_size, "row"),
         grouped(pass.global_batch)
     );
     let Some(steps) = pass.steps else {
-        return line(out, "steps", &format!("without end {ranks}"));
+        return line(out, "steps", &format!("without end, {ranks}"));
     };
-    let delivered = grouped(pass.delivered_tokens);
-    line(out, "steps", &format!("{} {ranks}; {delivered} tokens delivered in a pass", grouped(steps)))?;
+    let delivered = number_of(pass.delivered_tokens, "token");
+    line(out, "steps", &format!("{} {ranks}; a pass delivers {delivered}", grouped(steps)))?;
     if pass.cut_rows > 0 {
-        line(out, "", &format!("`max_steps` leaves {} positions undelivered", grouped(pass.cut_rows)))?;
+        line(out, "", &format!("`max_steps` leaves {} undelivered", number_of(pass.cut_rows, "position")))?;
         return Ok(());
     }
     let text = match pass.remainder {
         Remainder::Drop => format!(
-            "drop: {} tokens are left out, {} whole sequences among them",
-            grouped(pass.dropped_tokens),
-            grouped(pass.dropped_sequences)
+            "drop: leaves out {}, among them {}",
+            number_of(pass.dropped_tokens, "token"),
+            number_of(pass.dropped_sequences, "whole sequence")
         ),
         Remainder::Pad => format!(
-            "pad: {} places are filled with `pad_id`, {} whole rows among them",
-            grouped(pass.padded_tokens),
-            grouped(pass.padded_rows)
+            "pad: fills {} with `pad_id`, among them {}",
+            number_of(pass.padded_tokens, "place"),
+            number_of(pass.padded_rows, "whole row")
         ),
         Remainder::Wrap => format!(
-            "wrap: {} tokens are given a second time, {} whole rows among them",
-            grouped(pass.repeated_tokens),
-            grouped(pass.repeated_rows)
+            "wrap: repeats {}, among them {}",
+            number_of(pass.repeated_tokens, "token"),
+            number_of(pass.repeated_rows, "whole row")
         ),
         Remainder::Short => format!(
-            "short: the last step has {} rows over all ranks, {} places are filled with `pad_id`",
-            grouped(pass.last_batch_rows),
-            grouped(pass.padded_tokens)
+            "short: the last step has {} over all ranks and fills {} with `pad_id`",
+            number_of(pass.last_batch_rows, "row"),
+            number_of(pass.padded_tokens, "place")
         ),
     };
     line(out, "remainder", &text)
@@ -273,17 +273,17 @@ fn write_memory(out: &mut dyn Write, memory: &MemoryPlan, config: &Config) -> st
     line(
         out,
         "memory",
-        &format!("{} of {} at most on each rank", bytes(memory.budgeted_bytes()), bytes(memory.budget_bytes)),
+        &format!("at most {} of {} on each rank", bytes(memory.budgeted_bytes()), bytes(memory.budget_bytes)),
     )?;
     for (name, value, what) in [
         ("batches", memory.batches_bytes, format!("{} of {}", config.prefetch_batches + 1, bytes(memory.batch_bytes))),
         (
             "threads",
             memory.held_blocks_bytes,
-            format!("one decoded block for each of {}", config.num_threads.unwrap_or(1)),
+            format!("one decoded block for each of {}", number_of(config.num_threads.unwrap_or(1), "thread")),
         ),
         ("cache", memory.cache_bytes, "decoded blocks".to_owned()),
-        ("index", memory.index_bytes, "tables of shards and blocks, beside the budget".to_owned()),
+        ("index", memory.index_bytes, "tables of shards and blocks, which the budget does not count".to_owned()),
     ] {
         line(out, "", &format!("{name:<8} {:>10}  {what}", bytes(value)))?;
     }

@@ -1,4 +1,4 @@
-//! Finds the token column of a file for arrow-rs's and parquet's readers.
+//! Finds the token column of a file, and the columns beside it, by arrow-rs's and parquet's readers.
 //!
 //! A Parquet file is opened as if it held the token column alone: a footer is built that has this column's
 //! part of the schema and its chunks, and nothing else. So no index of one schema is ever used in another
@@ -6,10 +6,13 @@
 //! cannot describe do no harm.
 
 use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
 use std::sync::Arc;
 
+use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::Schema;
-use forebay::format::TOKEN_COLUMNS;
+use forebay::format::{Format, TOKEN_COLUMNS};
 use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 use parquet::errors::ParquetError;
@@ -19,7 +22,43 @@ use parquet::schema::types::{SchemaDescriptor, Type};
 /// Tokens that parquet decodes at once, if the rows are about as long as their mean.
 const DECODED_TOKENS: u64 = 1 << 20;
 
-/// The token column of a Parquet file.
+/// What the schema of a file says of its token column.
+pub(crate) struct TokenColumn {
+    pub(crate) name: String,
+    /// Whether a row is a token, so that the file is one document.
+    pub(crate) plain: bool,
+    /// Names of the other columns.
+    pub(crate) others: Vec<String>,
+}
+
+impl TokenColumn {
+    /// Looks into the schema of the file at `path`.
+    pub(crate) fn find(path: &Path, format: Format, wanted: Option<&str>) -> Result<Self> {
+        let file = open_file(path)?;
+        let schema = match format {
+            Format::Parquet => {
+                let ParquetColumn { name, others, builder } = parquet(file, wanted)?;
+                let plain = !builder.schema().field(0).data_type().is_nested();
+                return Ok(Self { name, plain, others });
+            }
+            Format::ArrowFile => FileReader::try_new(BufReader::new(file), None).map_err(unsound)?.schema(),
+            Format::ArrowStream => StreamReader::try_new(BufReader::new(file), None).map_err(unsound)?.schema(),
+        };
+        let index = arrow(&schema, wanted)?;
+        let others = schema.fields().iter().enumerate().filter(|(other, _)| *other != index);
+        Ok(Self {
+            name: schema.field(index).name().clone(),
+            plain: !schema.field(index).data_type().is_nested(),
+            others: others.map(|(_, field)| field.name().clone()).collect(),
+        })
+    }
+}
+
+pub(crate) fn open_file(path: &Path) -> Result<File> {
+    File::open(path).map_err(|error| Error::io("cannot open shard", error))
+}
+
+/// The token column of a Parquet file, ready to be read.
 pub(crate) struct ParquetColumn {
     pub(crate) name: String,
     /// Names of the other columns.

@@ -25,7 +25,7 @@ use parquet::basic::{Compression, Encoding, ZstdLevel};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use crate::report::{bytes, grouped, line, number_of};
+use crate::report::{bytes, grouped, line, names, number_of};
 use crate::{Context, Failure, Sets, progress};
 use manifest::{Done, Manifest};
 use output::Part;
@@ -38,12 +38,13 @@ const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::I32, Dtype::U32, Dtype
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Documents keep their order, their tokens and their ends; empty and null ones are kept as empty ones. Other columns are left out. \
-    A file whose token column is plain, which is one document, stays one file.\n\n\
-    A run that was killed is continued by the same command: shards that are there are kept. Every shard is read back and compared with its source \
-    before it gets its name.\n\n\
-    Memory on each thread: 16 bytes for each of --batch-tokens, with --to parquet a row group, and the longest document. Compressed Arrow takes one of \
-    its record batches."
+    after_help = "Documents keep their order, their tokens and their ends. Empty and null documents stay, as empty ones. \
+    Other columns are left out. A file whose token column is plain is one document, and stays one file.\n\n\
+    The same command continues a run that was killed, and keeps the shards that are there. Every shard is read \
+    back and compared with its source before it gets its name.\n\n\
+    Memory on each thread: 16 bytes for each of --batch-tokens, with --to parquet a row group, and the longest \
+    document. Compressed Arrow takes one of its record batches, too.\n\n\
+    Example: forebay rewrite corpus/ fast/ --to arrow --shard-tokens 256Mi"
 )]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
@@ -422,7 +423,7 @@ impl Work<'_> {
     fn guarded(&self, group: usize) -> forebay::Result<Vec<Shard>> {
         // A damaged file may make a reader panic; what other threads have written stays.
         let result = catch_unwind(AssertUnwindSafe(|| self.write_group(group))).unwrap_or_else(|_| {
-            Err(Error::new(ErrorKind::Internal, format!("panic while rewriting {:?}", self.paths(group))))
+            Err(Error::new(ErrorKind::Internal, format!("panic while rewriting {}", self.paths(group))))
         });
         if result.is_err() {
             self.stop.store(true, Ordering::Relaxed);
@@ -430,8 +431,9 @@ impl Work<'_> {
         result
     }
 
-    fn paths(&self, group: usize) -> Vec<&Path> {
-        self.sources[self.groups[group].sources.clone()].iter().map(|source| &*source.file.path).collect()
+    /// The paths of a group's sources, in words.
+    fn paths(&self, group: usize) -> String {
+        names(self.sources[self.groups[group].sources.clone()].iter().map(|source| source.file.path.to_string_lossy()))
     }
 
     /// In the order of names, which is that of a folder.
@@ -454,7 +456,7 @@ impl Work<'_> {
                 Some(done) => Shard { done: done.clone(), was_there: true },
                 None => {
                     cursor.seek(at);
-                    let Some(done) = self.write_shard(&name, group, &mut cursor, &shards)? else { break };
+                    let Some(done) = self.write_shard(&name, index, &mut cursor, &shards)? else { break };
                     Shard { done, was_there: false }
                 }
             };
@@ -468,10 +470,11 @@ impl Work<'_> {
     fn write_shard(
         &self,
         name: &str,
-        group: &Group,
+        index: usize,
         cursor: &mut Cursor<'_>,
         before: &[Shard],
     ) -> forebay::Result<Option<Done>> {
+        let group = &self.groups[index];
         let mut part = Part::create(self.target, name, self.column, group.plain, &self.shape)?;
         let mut shown = 0;
         while let Some((path, batch)) = cursor.current()? {
@@ -508,12 +511,12 @@ impl Work<'_> {
             let found = (sum(|content| content.tokens), sum(|content| content.documents));
             if found != (group.tokens, group.documents) {
                 return Err(Error::data(format!(
-                    "arrow-rs finds {} tokens and {} documents where opening found {} and {}, in {:?}",
-                    found.0,
-                    found.1,
+                    "arrow-rs finds {} and {} where opening found {} and {}, in {}",
+                    number_of(found.0, "token"),
+                    number_of(found.1, "document"),
                     group.tokens,
                     group.documents,
-                    self.sources[group.sources.clone()].iter().map(|source| &source.file.path).collect::<Vec<_>>()
+                    self.paths(index)
                 )));
             }
         }
@@ -632,7 +635,7 @@ impl Summary {
         line(out, "documents", &grouped(*documents))?;
         line(out, "tokens", &grouped(self.tokens))?;
         if !self.left_out.is_empty() {
-            line(out, "left out", &format!("columns that no loader reads: `{}`", self.left_out.join("`, `")))?;
+            line(out, "left out", &format!("columns that no loader reads: {}", names(&self.left_out)))?;
         }
         line(out, "sound", &format!("every shard was read back and is equal to its source; {:.1} s", self.seconds))
     }

@@ -20,6 +20,7 @@ use parquet::file::properties::{WriterProperties, WriterVersion};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::{Container, Shape};
+use crate::report::number_of;
 
 /// Documents after which a record batch ends, however few tokens they have.
 const BATCH_ROWS: usize = 1 << 18;
@@ -36,6 +37,14 @@ pub(super) struct Content {
     pub(super) tokens: u64,
     /// Of the ids, and of the places where documents end.
     pub(super) hash: String,
+}
+
+impl std::fmt::Display for Content {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [rows, documents, tokens] = [(self.rows, "row"), (self.documents, "document"), (self.tokens, "token")]
+            .map(|(number, noun)| number_of(number, noun));
+        write!(f, "{rows}, {documents}, {tokens}, hash {}", self.hash)
+    }
 }
 
 /// Adds up a [`Content`], of ids as 64-bit integers whatever their type in a file.
@@ -251,9 +260,7 @@ impl Part {
         if found != expected {
             return Err(Error::new(
                 ErrorKind::Internal,
-                format!(
-                    "what was written is not what was read from the source: expected {expected:?}, found {found:?}"
-                ),
+                format!("what was written is not what was read from the source: expected {expected}, found {found}"),
             )
             .at(path));
         }

@@ -22,7 +22,7 @@ use forebay::storage::local::SourceFile;
 use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
-use crate::token_column::{self, ParquetColumn, unsound};
+use crate::token_column::{self, TokenColumn, open_file, unsound};
 
 /// A shard to be rewritten.
 #[derive(Clone, Debug)]
@@ -41,8 +41,8 @@ impl Source {
     /// Looks at the metadata of `file`.
     pub(super) fn open(file: &ShardFile, options: &OpenOptions) -> Result<Self> {
         let facts = format::open(&file.path, options)?.facts();
-        let column = Column::find(&file.path, facts.format, options.token_column.as_deref());
-        let Column { name, plain, others } = column.map_err(|error| error.at(&file.path))?;
+        let column = TokenColumn::find(&file.path, facts.format, options.token_column.as_deref());
+        let TokenColumn { name, plain, others } = column.map_err(|error| error.at(&file.path))?;
         Ok(Self { file: file.clone(), facts, column: name, plain, others })
     }
 
@@ -67,40 +67,6 @@ enum Reader {
     MappedStream { decoder: StreamDecoder, rest: Buffer, column: usize },
     File(FileReader<BufReader<File>>),
     Stream(StreamReader<BufReader<File>>),
-}
-
-/// What the schema of a shard says of its token column.
-struct Column {
-    name: String,
-    plain: bool,
-    others: Vec<String>,
-}
-
-impl Column {
-    fn find(path: &Path, format: Format, wanted: Option<&str>) -> Result<Self> {
-        let schema = match format {
-            Format::Parquet => {
-                let ParquetColumn { name, others, builder } = token_column::parquet(open_file(path)?, wanted)?;
-                let plain = !builder.schema().field(0).data_type().is_nested();
-                return Ok(Self { name, plain, others });
-            }
-            Format::ArrowFile => FileReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?.schema(),
-            Format::ArrowStream => {
-                StreamReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?.schema()
-            }
-        };
-        let index = token_column::arrow(&schema, wanted)?;
-        let others = schema.fields().iter().enumerate().filter(|(other, _)| *other != index);
-        Ok(Self {
-            name: schema.field(index).name().clone(),
-            plain: !schema.field(index).data_type().is_nested(),
-            others: others.map(|(_, field)| field.name().clone()).collect(),
-        })
-    }
-}
-
-fn open_file(path: &Path) -> Result<File> {
-    File::open(path).map_err(|error| Error::io("cannot open shard", error))
 }
 
 impl Reader {

@@ -182,14 +182,14 @@ impl Counters {
 }
 
 impl Stats {
-    /// Tells in one line whether the trainer or the loader is the bottleneck.
+    /// Tells in one line whether the trainer or the loader is the bottleneck, and by which threshold.
     pub fn verdict(&self) -> String {
         if self.batches == 0 {
             return "no batches yet".to_owned();
         }
-        let share = self.wait_share * 100.0;
+        let (share, limit) = (self.wait_share * 100.0, TRAINER_BOUND_SHARE * 100.0);
         if self.wait_share < TRAINER_BOUND_SHARE {
-            return format!("trainer-bound: {share:.1} % of the time was spent waiting for data");
+            return format!("trainer-bound: {share:.1} % of the time was spent waiting for data, less than {limit} %");
         }
         let (decode, fill): (f64, f64) = (self.decode_seconds.iter().sum(), self.fill_seconds.iter().sum());
         let (what, remedy) = if decode > fill {
@@ -197,6 +197,8 @@ impl Stats {
         } else {
             ("filling", "more `num_threads`; where files are not in memory, faster storage")
         };
-        format!("loader-bound: {what} ({share:.1} % of the time was spent waiting for data; try {remedy})")
+        format!(
+            "loader-bound: {what} ({share:.1} % of the time was spent waiting for data, {limit} % or more; try {remedy})"
+        )
     }
 }

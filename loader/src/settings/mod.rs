@@ -18,6 +18,7 @@ mod table;
 mod values;
 
 pub use config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Skip, Split, Targets};
+pub use suggest::nearest_of;
 pub use ranks::default_threads;
 pub use reference::markdown;
 pub use resolve::{Origin, Resolved, Scope, resolve};

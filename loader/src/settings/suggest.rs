@@ -1,7 +1,7 @@
 //! Nearest: what a mistyped name most likely means.
 
 /// The one of `names` that a mistyped `name` most likely means.
-pub(crate) fn nearest_of<T: AsRef<str>>(name: &str, names: impl IntoIterator<Item = T>) -> Option<T> {
+pub fn nearest_of<T: AsRef<str>>(name: &str, names: impl IntoIterator<Item = T>) -> Option<T> {
     let name = name.to_lowercase();
     let furthest = (name.len() / 3).max(2);
     names

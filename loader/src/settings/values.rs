@@ -54,7 +54,7 @@ impl Value {
     }
 
     /// The value as JSON. `None` where it holds an object that JSON has no form for.
-    pub(crate) fn to_json(&self) -> Option<serde_json::Value> {
+    pub fn to_json(&self) -> Option<serde_json::Value> {
         Some(match self {
             Self::None => serde_json::Value::Null,
             Self::Switch(on) => (*on).into(),

@@ -33,6 +33,11 @@ impl Loader {
             pass,
         })
     }
+
+    /// Computes what the loader holds in memory. Costs nothing.
+    pub fn memory_plan(&self) -> MemoryPlan {
+        self.session.plan_memory()
+    }
 }
 
 impl Session {
