@@ -3,6 +3,7 @@
 mod batch;
 mod error;
 mod loader;
+mod notices;
 mod pass;
 
 use std::ffi::OsString;

@@ -14,6 +14,7 @@ use pyo3::types::{PyDict, PyString};
 
 use crate::batch::Batch;
 use crate::error::{detached, to_python};
+use crate::notices;
 use crate::pass::{Batches, SLICE, SharedLoader};
 
 /// Settings in force if these are given: values, where each is from, warnings, and notes. `from_env`: the environment may give all of them.
@@ -123,7 +124,9 @@ impl Loader {
     #[staticmethod]
     fn open(py: Python<'_>, settings: Vec<(String, String)>, from_env: bool) -> PyResult<Self> {
         let config = detached(py, || Ok(resolved(&settings, from_env)?.config))?;
-        Ok(Self { inner: Arc::new(opened(py, config)?), process: std::process::id() })
+        let inner = Arc::new(opened(py, config)?);
+        notices::tell(py)?;
+        Ok(Self { inner, process: std::process::id() })
     }
 
     /// Several consumers of this loader.
@@ -205,7 +208,8 @@ impl Loader {
                 Ok((key, entry))
             })
             .collect::<PyResult<Vec<_>>>()?;
-        detached(py, || self.inner.load_state(&State::from_entries(entries)?))
+        detached(py, || self.inner.load_state(&State::from_entries(entries)?))?;
+        notices::tell(py)
     }
 
     fn sequences_at(

@@ -17,6 +17,7 @@ use pyo3::types::PyDict;
 use crate::batch::{Batch, Tensors};
 use crate::error::{detached, to_python};
 use crate::loader::{counted, state_pairs};
+use crate::notices;
 
 /// Longest wait between two looks at pending signals.
 pub(crate) const SLICE: Duration = Duration::from_millis(50);
@@ -41,6 +42,7 @@ fn in_slices<T: Send>(
         if found.is_some() {
             return Ok(found);
         }
+        notices::tell(py)?;
         py.check_signals()?;
         if left.is_some_and(|left| left.is_zero()) {
             return Ok(None);
@@ -65,6 +67,7 @@ impl Batches {
     }
 
     fn take(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Arc<forebay::Batch>>> {
+        notices::tell(py)?;
         let batches = self.get();
         // A batch that is ready is taken without letting the interpreter go, which other threads may take long to give
         // back.

@@ -118,12 +118,13 @@ fn measure(
     config: Config,
     limit: Option<Duration>,
     epochs: Option<u64>,
-    context: &Context<'_>,
+    context: &mut Context<'_>,
 ) -> Result<Option<Measured>, Failure> {
     let storage_before = storage_bytes();
     let opening = Instant::now();
     let loader = Loader::open(config)?;
     let open = opening.elapsed().as_secs_f64();
+    context.tell_notices()?;
     if loader.is_empty() {
         let config = loader.config();
         return Err(Error::config(format!(

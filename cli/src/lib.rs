@@ -22,6 +22,7 @@ use std::ffi::OsString;
 use std::io::Write;
 
 use clap::{Args, Parser, Subcommand};
+use forebay::notices::{self, Level, Notice};
 use forebay::settings::environment::Environment;
 use forebay::settings::{Resolved, Scope};
 use forebay::{Error, ErrorKind, settings};
@@ -135,6 +136,8 @@ struct Context<'a> {
     env: &'a Environment,
     out: &'a mut dyn Write,
     err: &'a mut dyn Write,
+    /// Notices below this level are not printed. None are printed without it.
+    level: Option<Level>,
 }
 
 impl Context<'_> {
@@ -145,6 +148,24 @@ impl Context<'_> {
         }
         for note in &resolved.notes {
             writeln!(self.err, "note: {}", escaped(note))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the notices that the loader left since the last call.
+    fn tell_notices(&mut self) -> std::io::Result<()> {
+        if !notices::are_waiting() {
+            return Ok(());
+        }
+        for Notice { level, text } in notices::take() {
+            if self.level.is_some_and(|least| level >= least) {
+                let name = match level {
+                    Level::Debug => "debug",
+                    Level::Info => "info",
+                    Level::Warning => "warning",
+                };
+                writeln!(self.err, "{name}: {}", escaped(&text))?;
+            }
         }
         Ok(())
     }
@@ -193,17 +214,13 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
             return 0;
         }
     };
-    let mut context = Context { env, out, err };
-    let result = match &cli.command {
-        Command::Config(options) => config::run(options, &mut context),
-        Command::Check(options) => check::run(options, &mut context),
-        Command::Index(options) => index::run(options, &mut context),
-        Command::Rewrite(options) => rewrite::run(options, &mut context),
-        Command::Plan(options) => plan::run(options, &mut context),
-        Command::Bench(options) => bench::run(options, &mut context),
-        Command::Verify(options) => verify::run(options, &mut context),
-        Command::Settings { markdown } => print_settings(*markdown, &mut context),
-    };
+    let mut context = Context { env, out, err, level: Some(Level::Warning) };
+    let result = log_level(env).map_err(Failure::from).and_then(|level| {
+        context.level = level;
+        let ended = run_command(&cli.command, &mut context);
+        context.tell_notices()?;
+        ended
+    });
     match result {
         Ok(status) => status,
         // The reader of the output has seen enough, as `head` does.
@@ -217,6 +234,31 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
             if error.kind() == ErrorKind::Config { MISUSED } else { FAILED }
         }
     }
+}
+
+fn run_command(command: &Command, context: &mut Context<'_>) -> Result<u8, Failure> {
+    match command {
+        Command::Config(options) => config::run(options, context),
+        Command::Check(options) => check::run(options, context),
+        Command::Index(options) => index::run(options, context),
+        Command::Rewrite(options) => rewrite::run(options, context),
+        Command::Plan(options) => plan::run(options, context),
+        Command::Bench(options) => bench::run(options, context),
+        Command::Verify(options) => verify::run(options, context),
+        Command::Settings { markdown } => print_settings(*markdown, context),
+    }
+}
+
+/// The level that `FOREBAY_LOG` asks for: warnings if it is not set, and none for `error`.
+fn log_level(env: &Environment) -> Result<Option<Level>, Error> {
+    let text = env.get("FOREBAY_LOG").unwrap_or_default().trim().to_lowercase();
+    Ok(match &*text {
+        "" | "warn" => Some(Level::Warning),
+        "info" => Some(Level::Info),
+        "debug" => Some(Level::Debug),
+        "error" => None,
+        _ => return Err(Error::config(format!("`FOREBAY_LOG` must be error, warn, info or debug, found `{text}`"))),
+    })
 }
 
 fn print_settings(markdown: bool, context: &mut Context<'_>) -> Result<u8, Failure> {

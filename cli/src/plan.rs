@@ -44,6 +44,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let opening = Instant::now();
     let loader = Loader::open(config)?;
     let open = opening.elapsed();
+    context.tell_notices()?;
     let start = Start { open, first_batch: first_batch(&loader)? };
     let planning = Instant::now();
     let plan = loader.plan()?;

@@ -498,6 +498,35 @@ fn bench_measures_the_epochs_asked_for() {
 }
 
 #[test]
+fn the_log_level_decides_what_is_told_of_loaders() {
+    let (root, _) = corpus(PARQUET, "parquet");
+    let data = text(root.path());
+    for (level, told) in [("", 0), ("warn", 0), ("error", 0), ("info", 1), ("debug", 2)] {
+        for args in [&["bench", data, "--epochs=1"][..], &["plan", data]] {
+            let variables = [("FOREBAY_LOG", level), ("RANK", "1"), ("WORLD_SIZE", "2"), ("FOREBAY_DP_RANK", "1")];
+            let variables = [&variables[..], &[("FOREBAY_DP_WORLD_SIZE", "2"), ("FOREBAY_SEQ_LEN", "16")]].concat();
+            let ran = run_with(&variables, args);
+            assert_eq!(ran.status, 0, "{}", ran.err);
+            let lines: Vec<_> = ran.err.lines().filter(|line| !line.starts_with("note: ")).collect();
+            assert_eq!(lines.len(), told, "{level} {args:?}: {}", ran.err);
+            if told > 0 {
+                let expected = format!("info: rank 1 of 2 opens `{data}` (2 shards, ");
+                assert!(lines[0].starts_with(&expected), "{}", lines[0]);
+                for words in ["at epoch 0, position 0", "thread", "memory budget of 512 MiB"] {
+                    assert!(lines[0].contains(words), "{words}: {}", lines[0]);
+                }
+            }
+            if told > 1 {
+                assert!(lines[1].starts_with("debug: rank 1 begins a pass at epoch 0, position 0: "), "{}", lines[1]);
+            }
+        }
+    }
+    let ran = run_with(&[("FOREBAY_LOG", "loud")], &["config"]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.err.contains("`FOREBAY_LOG` must be error, warn, info or debug, found `loud`"), "{}", ran.err);
+}
+
+#[test]
 fn bench_ends_when_its_time_is_over() {
     let (root, _) = corpus(PARQUET, "parquet");
     let variables = [("FOREBAY_DATA", text(root.path())), ("FOREBAY_SEQ_LEN", "16")];

@@ -128,3 +128,32 @@ fn ranks_that_name_one_file_have_one_each_and_a_kill_leaves_json() {
     found.sort_unstable();
     assert_eq!(found, pids);
 }
+
+#[test]
+fn a_trace_that_is_full_ends_and_says_so() {
+    let root = tempfile::tempdir().unwrap();
+    let corpus = corpus(root.path());
+    let trace = root.path().join("trace.json");
+    let run = |limit: &str| {
+        Command::new(env!("CARGO_BIN_EXE_forebay"))
+            .args(["bench", corpus.to_str().unwrap(), "--seq-len=16", "--shuffle", "--seconds=1"])
+            .envs([
+                ("FOREBAY_PROGRESS", "0"),
+                ("FOREBAY_TRACE", trace.to_str().unwrap()),
+                ("FOREBAY_TRACE_LIMIT", limit),
+            ])
+            .output()
+            .unwrap()
+    };
+    let ran = run("100KiB");
+    let err = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.success(), "{err}");
+    assert!(err.contains("warning: the trace") && err.contains("has reached 102400 bytes"), "{err}");
+    let size = std::fs::metadata(&trace).unwrap().len();
+    assert!((10_000..103_000).contains(&size), "{size}");
+    assert!(events(&trace).last().unwrap()["name"].as_str().unwrap().contains("reached its limit"));
+    let ran = run("plenty");
+    let err = String::from_utf8_lossy(&ran.stderr);
+    assert_eq!(ran.status.code(), Some(2));
+    assert!(err.contains("`FOREBAY_TRACE_LIMIT` must be bytes, such as `64MiB`, found `plenty`"), "{err}");
+}

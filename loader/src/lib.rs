@@ -3,7 +3,7 @@
 //! Each module below is one step on the way of the data, and imports only from the steps before it:
 //!
 //! ```text
-//! error sync tokens -> settings -> storage -> format -> corpus -> layout -> order -> fill
+//! error notices sync tokens -> settings -> storage -> format -> corpus -> layout -> order -> fill
 //!   -> observe -> read -> buffer -> pipeline -> proof -> loader -> batch_source
 //! ```
 //!
@@ -27,6 +27,7 @@ mod fill;
 pub mod format;
 pub mod layout;
 pub mod loader;
+pub mod notices;
 pub mod observe;
 pub mod order;
 mod pipeline;

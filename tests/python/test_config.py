@@ -238,8 +238,51 @@ def test_the_log_level_is_that_of_the_variable(corpus: Path) -> None:
     ):
         done = run_python(LOGGED, corpus, env=clean_environment(FOREBAY_LOG=level))
         assert done.stdout.split() == [str(number)]
-        assert done.stderr.splitlines() == lines
+        opened = [line for line in done.stderr.splitlines() if line.startswith("rank 0 of 1 opens ")]
+        assert len(opened) == (2 if level == "Info" else 0), done.stderr
+        assert [line for line in done.stderr.splitlines() if line not in opened] == lines
     assert "`FOREBAY_LOG` must be error, warn, info or debug, found `loud`" in refusal(corpus, FOREBAY_LOG="loud")
+
+
+RESUMED = """
+import sys
+{imports}
+loader = {loader}
+it = iter(loader)
+next(it), next(it)
+state = loader.state_dict()
+loader.load_state_dict(state)
+next(iter(loader))
+"""
+LOADERS = {
+    "NumPy": ("from forebay import Loader", "Loader(sys.argv[1], seq_len=8, batch_size=2)"),
+    "torch": (
+        "from forebay.torch import DataLoader, TokenDataset",
+        "DataLoader(TokenDataset(sys.argv[1], seq_len=8), batch_size=2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_each_rank_logs_a_line_where_it_opens_and_where_it_resumes(corpus: Path, kind: str) -> None:
+    if kind == "torch":
+        pytest.importorskip("torch")
+    imports, loader = LOADERS[kind]
+    program = RESUMED.format(imports=imports, loader=loader)
+    for level, count in (("", 0), ("info", 2), ("debug", 4)):
+        environment = clean_environment(FOREBAY_LOG=level, RANK="1", WORLD_SIZE="2")
+        said = run_python(program, corpus, env=environment).stderr
+        lines = [line for line in said.splitlines() if line.startswith("rank 1 ")]
+        assert len(lines) == count, said
+        if not count:
+            continue
+        opens, resumes = (line for line in lines if line.startswith("rank 1 of 2"))
+        for line, verb, position in ((opens, "opens", 0), (resumes, "resumes", 8)):
+            assert line.startswith(f"rank 1 of 2 {verb} `{corpus}` (2 shards, "), line
+            assert f"at epoch 0, position {position}, with " in line, line
+            assert "thread" in line and "memory budget of 512 MiB" in line, line
+        if level == "debug":
+            assert sum("begins a pass at epoch 0, position" in line for line in lines) == 2, said
 
 
 def test_a_warning_is_logged_once_per_process(corpus: Path) -> None:

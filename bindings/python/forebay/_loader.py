@@ -66,6 +66,12 @@ def log_notes(warnings: Sequence[str], notes: Sequence[str], rank: int | None) -
             _logger.warning("%s", text)
 
 
+def tell(level: str, text: str) -> None:
+    """Logs a notice of the core. The core calls this from the threads that ask it for batches."""
+    _set_log_level()
+    _logger.log(_LEVELS[level], "%s", text)
+
+
 #: Settings that are paths.
 PATHS = ("cache_dir", "delivery_log")
 

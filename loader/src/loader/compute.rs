@@ -43,7 +43,8 @@ impl Session {
         step: u64,
         rows: &[PositionedRow],
     ) -> Result<Arc<Batch>> {
-        let mut worker = WorkerMemory::default();
+        // No worker of a pass computes this, so nothing watches what it reads.
+        let mut worker = WorkerMemory { index: usize::MAX, ..WorkerMemory::default() };
         let mut reads = RowReads::default();
         self.reads_into(growth, rows, &mut worker.orders, &mut worker.scratch, &mut reads)?;
         let bytes = self.layout(rows.len()).bytes;
@@ -118,7 +119,7 @@ impl Session {
 
     /// Decodes a block that the batch at index `start` of a pass will read and that nobody has decoded.
     pub(super) fn decode_ahead(&self, run: &PassRange, start: u64, worker: &mut WorkerMemory) -> Result<Prepared> {
-        let WorkerMemory { orders, rows, reads, scratch, .. } = worker;
+        let WorkerMemory { index: worker_index, orders, rows, reads, scratch, .. } = worker;
         let (epoch, position) = batch_rows_into(self.grouping, &run.epochs, start, rows);
         let needed =
             NeededBy { session: self.in_cache, position: self.opened.sources.global_position(epoch, position) };
@@ -130,6 +131,7 @@ impl Session {
             }
             for (index, segment) in segments.iter().enumerate() {
                 let ends_chunk = place.ends_chunk && index + 1 == segments.len();
+                self.slow_reads.read(*worker_index, place.source, segment.start);
                 let prepared = reader.decode_ahead(segment, ends_chunk, needed, scratch)?;
                 if prepared != Prepared::Nothing {
                     return Ok(prepared);
@@ -191,6 +193,9 @@ impl Session {
         match request {
             None => row.pad(padding.id, padding.label),
             Some((read, request)) => {
+                if let Some(first) = request.segments.first() {
+                    self.slow_reads.read(worker.index, read.source, first.start);
+                }
                 let reader = &self.opened.sources.list()[read.source].reader;
                 reader.fill(request, padding, row, &mut worker.scratch)?;
             }

@@ -12,6 +12,7 @@ mod audit;
 mod batch;
 mod compute;
 mod cursor;
+mod notes;
 mod open;
 mod pass;
 mod pass_work;
@@ -82,6 +83,7 @@ impl Loader {
     }
 
     fn of(session: Session) -> Result<Self> {
+        session.tell("opens");
         Ok(Self { session: Arc::new(session), passes: Mutex::default() })
     }
 
@@ -194,7 +196,9 @@ impl Loader {
     /// Lets the next pass continue from `state`. Refuses a state of another corpus or of other content settings, and
     /// names both values.
     pub fn load_state(&self, state: &State) -> Result<()> {
-        self.session.load_state(state)
+        self.session.load_state(state)?;
+        self.session.tell("resumes");
+        Ok(())
     }
 
     /// Counters since the session began.

@@ -135,6 +135,7 @@ impl Batches {
             Taken::Pending => {
                 if wait != WaitPolicy::None {
                     session.counters.waited(asked);
+                    session.tell_slow_reads();
                 }
                 Ok(Next::Pending)
             }
@@ -242,6 +243,8 @@ impl SharedPass {
         let session = &self.session;
         let range = Arc::new(session.begin_pass(self.id)?);
         let work = PassWork::new(session, &range, self.options.parts);
+        let (epoch, position) = range.epochs.state_at(range.start);
+        session.tell_pass(epoch, position, work.batches());
         let options = PipelineOptions {
             threads: session.threads().min(usize::try_from(work.batches().max(1)).unwrap_or(usize::MAX)),
             window: session.config.prefetch_batches as usize,

@@ -16,6 +16,8 @@ use super::session::Session;
 use crate::buffer::Lease;
 use crate::corpus::Corpus;
 use crate::error::Result;
+use crate::layout::Segment;
+use crate::observe::slow_reads::LONG;
 use crate::observe::trace::Tracer;
 use crate::order::partition::Grouping;
 use crate::pipeline::Work;
@@ -152,6 +154,7 @@ impl Work for PassWork {
         let began = Instant::now();
         let global_batch = session.grouping.global_batch();
         let index = range.start + number * global_batch;
+        session.slow_reads.begin(worker.index, began);
         let traced = worker.scratch.tracer.begin();
         if *self.ahead.end() > 0 {
             // The reach grows by one batch with each batch, so that the first of a pass does not wait for many reads.
@@ -170,15 +173,26 @@ impl Work for PassWork {
         let start = batch_rows_into(session.grouping, &range.epochs, index, &mut worker.rows);
         deal(&mut worker.rows, self.parts);
         let mut reads = std::mem::take(&mut worker.reads);
-        session.reads_into(&range.growth, &worker.rows, &mut worker.orders, &mut worker.scratch, &mut reads)?;
+        let planned =
+            session.reads_into(&range.growth, &worker.rows, &mut worker.orders, &mut worker.scratch, &mut reads);
+        if let Err(error) = planned {
+            session.slow_reads.end(worker.index, Duration::ZERO, LONG);
+            return Err(error);
+        }
         let lease = lease.unwrap_or_else(|| Lease::new(&session.pool, session.batch_bytes));
         let filling = worker.scratch.tracer.begin();
         let batch = session.compute(start, index / global_batch, &reads, lease, worker);
         worker.scratch.tracer.end("fill", filling, None);
         worker.scratch.tracer.end("batch", traced, Some(index / global_batch));
+        let took = began.elapsed();
+        if session.slow_reads.end(worker.index, took, LONG) {
+            let first = |segments: &[Segment]| segments.first().map(|segment| segment.start);
+            let places = reads.iter().filter_map(|(read, segments)| Some((read.source, first(segments)?)));
+            session.tell_slow_batch(took.as_secs_f64(), places);
+        }
         worker.reads = reads;
         let decode = Duration::from_nanos(std::mem::take(&mut worker.scratch.decode_nanos));
-        session.counters.worked(worker.index, decode, began.elapsed().saturating_sub(decode));
+        session.counters.worked(worker.index, decode, took.saturating_sub(decode));
         batch.map(Arc::new)
     }
 

@@ -14,6 +14,7 @@ use super::pass::PassRange;
 use crate::buffer::BufferSource;
 use crate::error::{Error, ErrorKind, Result};
 use crate::loader::sources::{CorpusSource, Growth};
+use crate::observe::slow_reads::SlowReads;
 use crate::observe::stats::{Counters, SourceStats, Stats};
 use crate::observe::trace::Trace;
 use crate::order::epochs::{ENDLESS, EpochChain};
@@ -41,6 +42,7 @@ pub(super) struct Session {
     /// Bytes of the budget that it keeps from blocks.
     reserved_bytes: u64,
     pub(super) counters: Counters,
+    pub(super) slow_reads: SlowReads,
     pub(super) cursor: Mutex<Cursor>,
     pub(super) next_pass: AtomicU64,
     /// Whether windows were found out of memory lately, so that all are read ahead. Workers write and read it; a stale
@@ -68,7 +70,8 @@ impl Session {
         let world_size = *config.dp_world_size.get_or_insert(1);
         let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };
         let placement = Placement::of(&config)?;
-        let trace = environment::trace().map(|asked| Trace::open(&asked, rank, world_size)).transpose()?;
+        let trace =
+            environment::trace()?.map(|(asked, limit)| Trace::open(&asked, limit, rank, world_size)).transpose()?;
 
         let layout = BatchLayout::new(&config, config.batch_size as usize);
         let batch_bytes = layout.bytes;
@@ -93,6 +96,7 @@ impl Session {
             in_cache,
             reserved_bytes,
             counters: Counters::new(threads as usize),
+            slow_reads: SlowReads::new(threads as usize),
             cursor: Mutex::new(Cursor::new(opened.sources.shards())),
             next_pass: AtomicU64::new(0),
             cold: AtomicBool::new(true),

@@ -6,7 +6,7 @@
 //! trace, a tracer is empty and a span costs one branch.
 //!
 //! The file is valid JSON after each write: each write ends with the end of the array, and the next
-//! one overwrites it. Times come from the monotonic clock, so that all ranks of a machine share one
+//! one overwrites it. A trace ends at a limit of bytes, with a note. Times come from the monotonic clock, so that all ranks of a machine share one
 //! time line. Does not know what a span means.
 
 use std::collections::HashMap;
@@ -14,11 +14,12 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::notices::{self, Level};
 use crate::sync::lock;
 
 /// Number of spans that a thread keeps before it writes them.
@@ -42,6 +43,8 @@ pub(crate) struct Trace {
     /// An instant, and its time on the clock that all processes of the machine share.
     origin: (Instant, Duration),
     sink: Mutex<Sink>,
+    /// Whether the limit was reached. The thread that reaches it writes; others read a stale value at the cost of a look.
+    ended: AtomicBool,
     /// Spans of threads that have no tracer, such as consumers.
     consumers: Mutex<Vec<Span>>,
 }
@@ -53,8 +56,10 @@ struct Sink {
     end: u64,
     /// Threads whose names are in the file already.
     named: Vec<u64>,
-    /// Set by the first failed write. Later writes do nothing, because a trace must not end a run.
-    failed: bool,
+    /// Offset that no event may pass.
+    limit: u64,
+    /// Set by the first failed write, and at the limit. Later writes do nothing, because a trace must not end a run.
+    ended: bool,
 }
 
 /// A stretch of time that a thread spent on one thing.
@@ -71,8 +76,8 @@ impl Trace {
     /// Opens the trace that `pattern` names, or returns the open one.
     ///
     /// `{rank}` and `{pid}` in the pattern stand for this process's values. If another process
-    /// writes that file, the name of the new file contains the process id.
-    pub(crate) fn open(pattern: &str, rank: u64, world_size: u64) -> Result<Arc<Self>> {
+    /// writes that file, the name of the new file contains the process id. The trace ends after about `limit` bytes.
+    pub(crate) fn open(pattern: &str, limit: u64, rank: u64, world_size: u64) -> Result<Arc<Self>> {
         let pid = std::process::id();
         let path = pattern.replace("{rank}", &rank.to_string()).replace("{pid}", &pid.to_string());
         let mut open = lock(&OPEN);
@@ -95,7 +100,7 @@ impl Trace {
         file.set_len(0)
             .and_then(|()| file.write_all(format!("{head}{CLOSER}").as_bytes()))
             .map_err(|error| failed(&target, error))?;
-        let sink = Sink { file, end: head.len() as u64, named: Vec::new(), failed: false };
+        let sink = Sink { file, end: head.len() as u64, named: Vec::new(), limit, ended: false };
         let origin = (Instant::now(), since_boot());
         let trace = Arc::new(Self {
             path: target,
@@ -103,6 +108,7 @@ impl Trace {
             pid,
             origin,
             sink: Mutex::new(sink),
+            ended: AtomicBool::new(false),
             consumers: Mutex::default(),
         });
         open.insert((path, pid), Arc::clone(&trace));
@@ -159,6 +165,9 @@ impl Trace {
         if spans.is_empty() || self.pid != std::process::id() {
             return;
         }
+        if self.ended.load(Ordering::Relaxed) {
+            return;
+        }
         let mut text = String::with_capacity(spans.len() * 112);
         for span in spans {
             let began = self.origin.1.saturating_add(span.began.saturating_duration_since(self.origin.0)).as_nanos();
@@ -180,7 +189,30 @@ impl Trace {
                 None => text.push('}'),
             }
         }
-        lock(&self.sink).append(&text);
+        let mut sink = lock(&self.sink);
+        if sink.has_room(&text) {
+            sink.append(&text);
+        } else if !sink.ended {
+            self.end(&mut sink);
+        }
+    }
+
+    /// Ends the trace at its limit, and says so in the file and in the log.
+    #[cold]
+    fn end(&self, sink: &mut Sink) {
+        let limit = sink.limit;
+        let text = format!("this trace has reached its limit of {limit} bytes and ends here");
+        let now = (self.origin.1.saturating_add(self.origin.0.elapsed())).as_micros();
+        sink.append(&format!(
+            ",\n{{\"name\":\"{text}\",\"ph\":\"i\",\"s\":\"g\",\"pid\":{},\"tid\":0,\"ts\":{now}}}",
+            self.pid
+        ));
+        sink.ended = true;
+        self.ended.store(true, Ordering::Relaxed);
+        let path = self.path.display();
+        let text =
+            format!("the trace `{path}` has reached {limit} bytes and ends; `FOREBAY_TRACE_LIMIT` sets the limit");
+        notices::add(Level::Warning, text);
     }
 
     /// Path of the file.
@@ -195,16 +227,20 @@ impl Trace {
 }
 
 impl Sink {
+    fn has_room(&self, text: &str) -> bool {
+        !self.ended && self.end + text.len() as u64 <= self.limit
+    }
+
     /// Writes `text` over the end of the array, followed by a new end, in one call.
     fn append(&mut self, text: &str) {
-        if self.failed {
+        if self.ended {
             return;
         }
         let whole = format!("{text}{CLOSER}");
         let written = self.file.seek(SeekFrom::Start(self.end)).and_then(|_| self.file.write_all(whole.as_bytes()));
         match written {
             Ok(()) => self.end += text.len() as u64,
-            Err(_) => self.failed = true,
+            Err(_) => self.ended = true,
         }
     }
 }
@@ -317,7 +353,7 @@ mod tests {
     fn spans_of_threads_are_valid_json_at_any_time() {
         let folder = tempfile::tempdir().unwrap();
         let asked = folder.path().join("rank-{rank}.json");
-        let trace = Trace::open(asked.to_str().unwrap(), 3, 8).unwrap();
+        let trace = Trace::open(asked.to_str().unwrap(), u64::MAX, 3, 8).unwrap();
         assert_eq!(trace.path(), folder.path().join("rank-3.json"));
         assert_eq!(events(trace.path())[0]["args"]["name"], format!("forebay rank 3 of 8, pid {}", std::process::id()));
         std::thread::scope(|scope| {
@@ -363,18 +399,18 @@ mod tests {
         let taken = std::fs::write(&asked, "what an earlier process has left, longer than a new trace ".repeat(9));
         taken.unwrap();
         let asked = asked.to_str().unwrap();
-        let first = Trace::open(asked, 0, 1).unwrap();
-        assert!(Arc::ptr_eq(&first, &Trace::open(asked, 0, 1).unwrap()));
+        let first = Trace::open(asked, u64::MAX, 0, 1).unwrap();
+        assert!(Arc::ptr_eq(&first, &Trace::open(asked, u64::MAX, 0, 1).unwrap()));
         assert_eq!((events(first.path()).len(), first.is_elsewhere()), (1, false));
 
         // `flock` distinguishes open files of one process as it distinguishes processes.
         let other = folder.path().join("other.json");
         let (_held, free) = claim(&other).unwrap();
         assert!(free);
-        let trace = Trace::open(other.to_str().unwrap(), 0, 1).unwrap();
+        let trace = Trace::open(other.to_str().unwrap(), u64::MAX, 0, 1).unwrap();
         assert_eq!(trace.path(), folder.path().join(format!("other.{}.json", std::process::id())));
         assert!(trace.is_elsewhere());
-        let error = Trace::open(folder.path().join("no/folder.json").to_str().unwrap(), 0, 1).unwrap_err();
+        let error = Trace::open(folder.path().join("no/folder.json").to_str().unwrap(), u64::MAX, 0, 1).unwrap_err();
         assert!(error.to_string().contains("FOREBAY_TRACE"), "{error}");
     }
 
@@ -385,5 +421,26 @@ mod tests {
         assert!(began.is_none());
         tracer.end("fill", began, None);
         assert!(tracer.0.is_none());
+    }
+
+    #[test]
+    fn a_trace_ends_at_its_limit_with_a_note() {
+        let folder = tempfile::tempdir().unwrap();
+        let asked = folder.path().join("trace.json");
+        let trace = Trace::open(asked.to_str().unwrap(), 200_000, 0, 1).unwrap();
+        let mut tracer = Tracer::new(Some(&trace));
+        for number in 0..20_000 {
+            let began = tracer.begin();
+            tracer.end("batch", began, Some(number));
+        }
+        drop(tracer);
+        let size = std::fs::metadata(trace.path()).unwrap().len();
+        assert!((100_000..201_000).contains(&size), "{size}");
+        let events = events(trace.path());
+        let last = events.last().unwrap();
+        assert!(last["name"].as_str().unwrap().contains("limit of 200000 bytes"), "{last}");
+        assert_eq!(last["ph"], "i");
+        let told = notices::take().into_iter().filter(|notice| notice.text.contains("FOREBAY_TRACE_LIMIT")).count();
+        assert_eq!(told, 1);
     }
 }

@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -202,6 +203,12 @@ impl Reader {
         }
         plans.push_back((window.number, Arc::clone(&plan)));
         Ok(plan)
+    }
+
+    /// The path of the shard that holds stream token `at`.
+    pub(crate) fn path_at(&self, at: u64) -> &Path {
+        let (shard, _) = self.stream.locate(at);
+        &self.corpus.files()[shard].path
     }
 
     /// Finds stream token `at`, where that takes no opening of its shard.

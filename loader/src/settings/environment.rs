@@ -2,15 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use super::values::boolean;
+use super::values::{boolean, size};
 use crate::error::{Error, Result};
 
 /// Variables of forebay that are no settings.
-pub(super) const OTHER_VARIABLES: [&str; 9] = [
+pub(super) const OTHER_VARIABLES: [&str; 10] = [
     "FOREBAY_CONFIG",
     "FOREBAY_STRICT_ENV",
     "FOREBAY_LOG",
     "FOREBAY_TRACE",
+    "FOREBAY_TRACE_LIMIT",
     "FOREBAY_PROGRESS",
     "FOREBAY_PYTHON_FT",
     "FOREBAY_DEMO_QUICK",
@@ -98,9 +99,23 @@ pub fn launch() -> Option<String> {
     Environment::current().launch()
 }
 
-/// File that a trace is written to, if the environment names one.
-pub(crate) fn trace() -> Option<String> {
-    Environment::current().get("FOREBAY_TRACE").filter(|path| !path.is_empty()).map(str::to_owned)
+/// Bytes of a trace, at most, unless `FOREBAY_TRACE_LIMIT` gives another limit.
+const TRACE_LIMIT: u64 = 64 << 20;
+
+/// Path of the trace and its limit in bytes, if the environment asks for one.
+pub(crate) fn trace() -> Result<Option<(String, u64)>> {
+    trace_in(&Environment::current())
+}
+
+fn trace_in(env: &Environment) -> Result<Option<(String, u64)>> {
+    let Some(path) = env.get("FOREBAY_TRACE").filter(|path| !path.is_empty()) else { return Ok(None) };
+    let limit = match env.get("FOREBAY_TRACE_LIMIT").filter(|text| !text.is_empty()) {
+        None => TRACE_LIMIT,
+        Some(text) => size(text.trim(), true).filter(|limit| *limit > 0).ok_or_else(|| {
+            Error::config(format!("`FOREBAY_TRACE_LIMIT` must be bytes, such as `64MiB`, found `{text}`"))
+        })?,
+    };
+    Ok(Some((path.to_owned(), limit)))
 }
 
 fn is_read(name: &str) -> bool {

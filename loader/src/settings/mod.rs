@@ -18,11 +18,11 @@ mod table;
 mod values;
 
 pub use config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Skip, Split, Targets};
-pub use suggest::nearest_of;
 pub use ranks::default_threads;
 pub use reference::markdown;
 pub use resolve::{Origin, Resolved, Scope, resolve};
 pub use setting::{Compared, Setting, SettingKind, Taker};
+pub use suggest::nearest_of;
 pub(crate) use values::{MOST_CPUS, cpus_text, skips_text};
 pub use values::{Value, list_text, size};
 
