@@ -12,6 +12,7 @@ use crate::loader::state::StateValue;
 use crate::order;
 use crate::order::partition::Grouping;
 use crate::read::{BlockCache, Reader, SessionId};
+use crate::settings::mixture::MixtureSettings;
 use crate::settings::{Config, Shuffle, Split, Targets, default_threads};
 use crate::sync::Cancel;
 
@@ -52,7 +53,10 @@ impl Opened {
             Access::Random
         };
         config.shuffle = decided(config.shuffle, access);
-        let warnings = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
+        let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
+        if let Some(mixture) = &config.mixture {
+            warnings.extend(MixtureSettings::parse(mixture)?.notes);
+        }
         let largest_block_bytes = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
         let cache = Arc::new(BlockCache::new(config.memory_budget));
         let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {

@@ -2,12 +2,13 @@
 //!
 //! ```json
 //! {"sources": [{"name": "web", "data": ["web/"], "weight": 0.7}, {"name": "code", "data": ["code/"], "weight": 0.3, "epochs": 4}],
-//!  "stages": [{"at_tokens": 1000000000, "ramp_tokens": 100000000, "weights": {"web": 0.5, "code": 0.5}}],
+//!  "stages": [{"at_tokens": 1000000000, "ramp_tokens": 100000000, "weights": {"web": "1/3", "code": "2/3"}}],
 //!  "exhausted": "drop"}
 //! ```
 //!
-//! Weights are shares of the tokens, which are shares of the sequences, since all have one length. They are taken as the decimal fractions that
-//! they are written as, never as binary ones, so that the schedule is exact.
+//! Weights are shares of the tokens, which are shares of the sequences, since all have one length. A weight is a
+//! decimal number or a fraction, and is taken exactly as it is written, never as a binary fraction. Weights whose
+//! cycle would be too long are rounded to simple fractions, and a note says so.
 
 use serde_json::{Map, Value};
 
@@ -17,8 +18,8 @@ use crate::settings::suggest::nearest_of;
 /// Largest sum of the weights of one stage.
 pub const MAX_CYCLE: u64 = 100_000_000;
 
-/// Digits after the point that a weight may have.
-const DIGITS: usize = 9;
+/// Digits that a weight keeps when it is rounded: it changes by at most half of 10^-8 of itself.
+const KEPT_DIGITS: u32 = 8;
 
 /// What happens when a source has had its epochs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,6 +51,8 @@ pub struct MixtureSettings {
     pub exhausted: Exhausted,
     /// Sequences of the global batches that have exact counts of each source, where that is asked for.
     pub exact_per: Option<u64>,
+    /// What was rounded, a line for each list of weights.
+    pub notes: Vec<String>,
     stages: Vec<Written>,
 }
 
@@ -87,7 +90,7 @@ impl Length {
 }
 
 impl MixtureSettings {
-    /// Reads a recipe; an error names the place in it.
+    /// Reads mixture settings. An error names its place in them.
     pub fn parse(text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text)
             .map_err(|error| Error::config(format!("`mixture` is not valid JSON: {error}")))?;
@@ -111,6 +114,7 @@ impl MixtureSettings {
         };
         let mut sources = Vec::new();
         let mut weights = Vec::new();
+        let mut notes = Vec::new();
         let list = table.get("sources").and_then(Value::as_array).filter(|list| !list.is_empty());
         for (index, value) in list.ok_or_else(|| table.fault("sources", "a list of sources"))?.iter().enumerate() {
             let table = Table::new(&format!("sources[{index}]"), value, &["name", "data", "weight", "epochs"])?;
@@ -141,14 +145,14 @@ impl MixtureSettings {
             };
             weights.push(match table.get("weight") {
                 None => return Err(table.fault("weight", "given; 0 for a source that only a later stage draws from")),
-                Some(value) => decimal(value).ok_or_else(|| table.fault("weight", "a number from 0"))?,
+                Some(value) => Weight::parse(value).ok_or_else(|| table.fault("weight", WEIGHT))?,
             });
             sources.push(Source { name, data, epochs });
         }
         let mut stages = vec![Written {
             start: Length::Sequences(0),
             ramp: Length::Sequences(0),
-            weights: whole(&weights, "`mixture`: the weights of the sources")?,
+            weights: whole(&weights, "`mixture`: the weights of the sources", &mut notes)?,
         }];
         let empty = Vec::new();
         let written = match table.get("stages") {
@@ -156,11 +160,11 @@ impl MixtureSettings {
             Some(value) => value.as_array().ok_or_else(|| table.fault("stages", "a list of stages"))?,
         };
         for (index, value) in written.iter().enumerate() {
-            stages.push(stage(&format!("stages[{index}]"), value, &sources)?);
+            stages.push(stage(&format!("stages[{index}]"), value, &sources, &mut notes)?);
         }
-        let recipe = Self { sources, exhausted, exact_per, stages };
-        recipe.check_exact()?;
-        Ok(recipe)
+        let mixture = Self { sources, exhausted, exact_per, notes, stages };
+        mixture.check_exact()?;
+        Ok(mixture)
     }
 
     /// Fails where a source has a weight, and no place in an exact global batch.
@@ -198,7 +202,7 @@ impl MixtureSettings {
     }
 }
 
-fn stage(place: &str, value: &Value, sources: &[Source]) -> Result<Written> {
+fn stage(place: &str, value: &Value, sources: &[Source], notes: &mut Vec<String>) -> Result<Written> {
     let keys = ["at_tokens", "at_sequences", "at_step", "global_batch", "ramp_tokens", "ramp_sequences", "weights"];
     let table = Table::new(place, value, &keys)?;
     let number = |key: &str| match table.get(key) {
@@ -229,15 +233,15 @@ fn stage(place: &str, value: &Value, sources: &[Source]) -> Result<Written> {
         .get("weights")
         .ok_or_else(|| table.fault("weights", "given: a weight for each source that is drawn from"))?;
     let weights = Table::new(&format!("{place}.weights"), given, &names)?;
-    let mut decimals = Vec::with_capacity(names.len());
+    let mut list = Vec::with_capacity(names.len());
     for name in &names {
-        let weight = weights.get(name).map_or(Some("0".to_owned()), decimal);
-        decimals.push(weight.ok_or_else(|| weights.fault(name, "a number from 0"))?);
+        let weight = weights.get(name).map_or(Some(Weight::NONE), Weight::parse);
+        list.push(weight.ok_or_else(|| weights.fault(name, WEIGHT))?);
     }
-    Ok(Written { start, ramp, weights: whole(&decimals, &format!("`mixture`: the weights of {place}"))? })
+    Ok(Written { start, ramp, weights: whole(&list, &format!("`mixture`: the weights of {place}"), notes)? })
 }
 
-/// An object and its place in the recipe.
+/// An object and its place in the settings.
 struct Table<'a> {
     place: String,
     map: &'a Map<String, Value>,
@@ -270,39 +274,137 @@ impl<'a> Table<'a> {
     }
 }
 
-/// A number that is not negative, in digits.
-fn decimal(value: &Value) -> Option<String> {
-    let number = value.as_f64().filter(|number| number.is_finite() && *number >= 0.0)?;
-    Some(value.as_u64().map_or_else(|| format!("{number}"), |whole| whole.to_string()))
+/// The accepted weights.
+const WEIGHT: &str = "a number from 0, or a fraction such as \"1/3\"";
+
+/// A weight as it is written: a fraction of whole numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Weight {
+    numerator: u128,
+    denominator: u128,
 }
 
-/// `decimals` as whole numbers in the same proportion.
-fn whole(decimals: &[String], what: &str) -> Result<Vec<u64>> {
-    let digits =
-        decimals.iter().map(|text| text.split_once('.').map_or(0, |(_, fraction)| fraction.len())).max().unwrap_or(0);
-    let scaled = |text: &String| {
-        let (number, fraction) = text.split_once('.').unwrap_or((text, ""));
-        format!("{number}{fraction}{}", "0".repeat(digits - fraction.len())).parse::<u64>().ok()
-    };
-    let weights: Option<Vec<u64>> = if digits > DIGITS { None } else { decimals.iter().map(scaled).collect() };
-    let sum =
-        weights.as_ref().and_then(|weights| weights.iter().try_fold(0u64, |sum, weight| sum.checked_add(*weight)));
-    let (Some(weights), Some(sum)) = (weights, sum) else {
-        return Err(Error::config(format!(
-            "{what} need more than {DIGITS} digits after the point, or are too large: round them"
-        )));
-    };
-    let divisor = weights.iter().copied().fold(0, gcd).max(1);
-    match sum / divisor {
-        0 => Err(Error::config(format!("{what} are all 0: at least one must be more"))),
-        cycle if cycle > MAX_CYCLE => Err(Error::config(format!(
-            "{what} come to a cycle of {cycle} sequences, more than {MAX_CYCLE}: round them to fewer digits"
-        ))),
-        _ => Ok(weights.into_iter().map(|weight| weight / divisor).collect()),
+impl Weight {
+    const NONE: Self = Self { numerator: 0, denominator: 1 };
+
+    fn parse(value: &Value) -> Option<Self> {
+        match value {
+            Value::String(text) => match text.split_once('/') {
+                Some((numerator, denominator)) => {
+                    let [numerator, denominator] = [numerator, denominator].map(|part| part.trim().parse::<u64>().ok());
+                    let denominator = denominator.filter(|denominator| *denominator > 0)?;
+                    Some(Self { numerator: numerator?.into(), denominator: denominator.into() }.reduced())
+                }
+                None => Self::decimal(text.trim()),
+            },
+            _ => {
+                let number = value.as_f64().filter(|number| number.is_finite() && *number >= 0.0)?;
+                // The shortest text that means this number, which is the one that was written.
+                let text = value.as_u64().map_or_else(|| format!("{number}"), |whole| whole.to_string());
+                Self::decimal(&text)
+            }
+        }
+    }
+
+    /// Reads digits with a point between or before them. Digits that no number of 128 bits holds are left out.
+    fn decimal(text: &str) -> Option<Self> {
+        let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+        let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+        if whole.is_empty() && fraction.is_empty() || !digits(whole) || !digits(fraction) {
+            return None;
+        }
+        let fraction = &fraction[..fraction.len().min(27)];
+        let numerator = format!("0{whole}{fraction}").parse::<u128>().ok().filter(|number| *number < 1 << 120)?;
+        Some(Self { numerator, denominator: 10_u128.pow(fraction.len() as u32) }.reduced())
+    }
+
+    fn reduced(self) -> Self {
+        let divisor = gcd(self.numerator, self.denominator).max(1);
+        Self { numerator: self.numerator / divisor, denominator: self.denominator / divisor }
+    }
+
+    /// The simplest fraction that rounds to this weight, to [`KEPT_DIGITS`] digits of it.
+    fn simplest(self) -> Self {
+        let Self { numerator, denominator } = self;
+        let unit = 2 * 10_u128.pow(KEPT_DIGITS);
+        // |n / d - numerator / denominator| <= (numerator / denominator) / unit, without division.
+        let is_near = |n: u128, d: u128| {
+            let (a, b) = (n.checked_mul(denominator), numerator.checked_mul(d));
+            a.zip(b).is_some_and(|(a, b)| a.abs_diff(b).checked_mul(unit).is_some_and(|error| error <= b))
+        };
+        // Convergents of the continued fraction, each of which is the nearest for its size.
+        let (mut before, mut now) = ((0, 1), (1, 0));
+        let (mut a, mut b) = (numerator, denominator);
+        while b > 0 {
+            let quotient = a / b;
+            let next = (quotient * now.0 + before.0, quotient * now.1 + before.1);
+            (before, now) = (now, next);
+            if is_near(now.0, now.1) {
+                break;
+            }
+            (a, b) = (b, a % b);
+        }
+        Self { numerator: now.0, denominator: now.1 }
     }
 }
 
-fn gcd(a: u64, b: u64) -> u64 {
+impl std::fmt::Display for Weight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.denominator {
+            1 => write!(f, "{}", self.numerator),
+            denominator => write!(f, "{}/{denominator}", self.numerator),
+        }
+    }
+}
+
+/// `weights` as whole numbers in the same proportion, or in the nearest one of a cycle that is short enough. Adds a
+/// note where it rounds.
+fn whole(weights: &[Weight], what: &str, notes: &mut Vec<String>) -> Result<Vec<u64>> {
+    if weights.iter().all(|weight| weight.numerator == 0) {
+        return Err(Error::config(format!("{what} are all 0: at least one must be more")));
+    }
+    if let Some(exact) = in_proportion(weights) {
+        return Ok(exact);
+    }
+    let simple: Vec<Weight> = weights.iter().map(|weight| weight.simplest()).collect();
+    let rounded = match in_proportion(&simple) {
+        Some(rounded) => rounded,
+        None => {
+            // Shares of the longest cycle. Bits that `f64` lacks are far below a unit of that.
+            let shares: Vec<f64> =
+                simple.iter().map(|weight| weight.numerator as f64 / weight.denominator as f64).collect();
+            let most = shares.iter().copied().fold(0.0, f64::max);
+            let scaled: Vec<u64> = shares.iter().map(|share| (share / most * (1_u64 << 52) as f64) as u64).collect();
+            let counts = apportioned(&scaled, MAX_CYCLE);
+            let divisor = counts.iter().copied().fold(0, |a, b| gcd(a.into(), b.into()) as u64).max(1);
+            counts.into_iter().map(|count| count / divisor).collect()
+        }
+    };
+    if weights.iter().zip(&rounded).any(|(weight, count)| weight.numerator > 0 && *count == 0) {
+        return Err(Error::config(format!(
+            "{what} differ too much: the smallest is less than 1 of {MAX_CYCLE} sequences; raise it, or set it to 0"
+        )));
+    }
+    let cycle: u64 = rounded.iter().sum();
+    let shown: Vec<String> = rounded.iter().map(u64::to_string).collect();
+    notes.push(format!("{what} are rounded to {}, in cycles of {cycle} sequences", shown.join(" : ")));
+    Ok(rounded)
+}
+
+/// `weights` as the smallest whole numbers in exactly the same proportion. None if their sum is too large.
+fn in_proportion(weights: &[Weight]) -> Option<Vec<u64>> {
+    let denominator = weights
+        .iter()
+        .try_fold(1_u128, |all, weight| (all / gcd(all, weight.denominator)).checked_mul(weight.denominator))?;
+    let scaled = weights.iter().map(|weight| weight.numerator.checked_mul(denominator / weight.denominator));
+    let scaled: Vec<u128> = scaled.collect::<Option<_>>()?;
+    let divisor = scaled.iter().copied().fold(0, gcd).max(1);
+    let sum = scaled.iter().try_fold(0_u128, |sum, weight| sum.checked_add(weight / divisor))?;
+    let fits = sum <= MAX_CYCLE.into();
+    fits.then(|| scaled.into_iter().map(|weight| (weight / divisor) as u64).collect())
+}
+
+fn gcd(a: u128, b: u128) -> u128 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
@@ -329,22 +431,77 @@ mod tests {
 
     #[test]
     fn weights_are_exact_decimals() {
-        let recipe = MixtureSettings::parse(
+        let mixture = MixtureSettings::parse(
             r#"{"sources": [{"name": "a", "data": "a/", "weight": 0.7}, {"name": "b", "data": ["b", "c"], "weight": 0.1, "epochs": 3},
                 {"name": "c", "data": "c", "weight": 0.2, "epochs": null}],
                 "stages": [{"at_tokens": 1000, "ramp_sequences": 5, "weights": {"c": 4, "b": 6}},
                            {"at_step": 10, "global_batch": 50, "weights": {"a": 1}}]}"#,
         )
         .unwrap();
-        let stages = recipe.stages(3).unwrap();
+        let stages = mixture.stages(3).unwrap();
         let weights: Vec<_> = stages.iter().map(|stage| (stage.start, stage.ramp, stage.weights.clone())).collect();
         assert_eq!(weights, [(0, 0, vec![7, 1, 2]), (334, 5, vec![0, 3, 2]), (500, 0, vec![1, 0, 0])]);
-        assert_eq!(recipe.sources.iter().map(|source| source.epochs).collect::<Vec<_>>(), [Some(1), Some(3), None]);
-        let error = recipe.stages(2).unwrap_err().to_string();
+        assert_eq!(mixture.sources.iter().map(|source| source.epochs).collect::<Vec<_>>(), [Some(1), Some(3), None]);
+        let error = mixture.stages(2).unwrap_err().to_string();
         assert!(
             error.contains("stages[1] begins at sequence 500, before the one before it is complete at 505"),
             "{error}"
         );
+    }
+
+    fn of_weights(weights: &[&str]) -> (Vec<u64>, Vec<String>) {
+        let source =
+            |(index, weight): (usize, &&str)| format!(r#"{{"name": "{index}", "data": "x", "weight": {weight}}}"#);
+        let sources: Vec<String> = weights.iter().enumerate().map(source).collect();
+        let mixture = MixtureSettings::parse(&format!(r#"{{"sources": [{}]}}"#, sources.join(", "))).unwrap();
+        (mixture.stages(1).unwrap()[0].weights.clone(), mixture.notes)
+    }
+
+    #[test]
+    fn weights_are_kept_exactly_where_that_is_possible() {
+        for (weights, expected) in [
+            (&["0.7", "0.1", "0.2"][..], &[7, 1, 2][..]),
+            (&[r#""1/3""#, r#""2/3""#], &[1, 2]),
+            (&[r#""1/3""#, "0.5", r#"" 1 / 6 ""#], &[2, 3, 1]),
+            (&[r#""0.25""#, "0.75"], &[1, 3]),
+            (&["0.333333333", "0.333333333", "0.333333333"], &[1, 1, 1]),
+            (&["0.3333", "0.6667"], &[3333, 6667]),
+            // Twice the same digits are twice the number.
+            (&["0.3333333333333333", "0.6666666666666666"], &[1, 2]),
+            (&["1e-6", "1"], &[1, 1_000_000]),
+            (&["0.12345678", "0.87654322"], &[6_172_839, 43_827_161]),
+            (&["0", "3"], &[0, 1]),
+            (&["50000000", "50000000"], &[1, 1]),
+        ] {
+            assert_eq!(of_weights(weights), (expected.to_vec(), vec![]), "{weights:?}");
+        }
+    }
+
+    #[test]
+    fn weights_with_too_many_digits_are_rounded_with_a_note() {
+        for (weights, expected) in [
+            (&["0.333333333", "0.666666667"][..], &[1, 2][..]),
+            (&["0.3333333333333333", "0.6666666666666667"], &[1, 2]),
+            (&["0.14285714285714285", "0.8571428571428572"], &[1, 6]),
+            (&["0.16666666666666666", "0.5", "0.3333333333333333"], &[1, 3, 2]),
+            (&["33.333333333333336", "66.66666666666667"], &[1, 2]),
+            (&["0.30000000000000004", "0.7"], &[3, 7]),
+        ] {
+            let (found, notes) = of_weights(weights);
+            assert_eq!(found, expected, "{weights:?}");
+            let [note] = notes.as_slice() else { panic!("{weights:?}: {notes:?}") };
+            let shown: Vec<String> = expected.iter().map(u64::to_string).collect();
+            let sum: u64 = expected.iter().sum();
+            let end = format!("are rounded to {}, in cycles of {sum} sequences", shown.join(" : "));
+            assert!(note.starts_with("`mixture`: the weights of the sources") && note.ends_with(&end), "{note}");
+        }
+        // No simple fractions are near, so the longest cycle is shared out.
+        let (found, notes) = of_weights(&["0.1234567891", "0.2718281828459045", "0.6047150280540955"]);
+        assert!(found.iter().sum::<u64>() <= MAX_CYCLE && notes.len() == 1, "{found:?}");
+        let sum = found.iter().sum::<u64>() as f64;
+        for (count, weight) in found.iter().zip([0.1234567891, 0.2718281828459045, 0.6047150280540955]) {
+            assert!((*count as f64 / sum - weight).abs() < 2e-8, "{found:?}");
+        }
     }
 
     #[test]
@@ -358,7 +515,7 @@ mod tests {
             (r#"{"sources": [{"name": "a", "data": "a", "wieght": 1}]}"#, "did you mean `weight`?"),
             (
                 r#"{"sources": [{"name": "a", "data": "a", "weight": -1}]}"#,
-                "`sources[0].weight` must be a number from 0, found -1",
+                "`sources[0].weight` must be a number from 0, or a fraction such as \"1/3\", found -1",
             ),
             (r#"{"sources": [{"name": "a", "data": "a"}]}"#, "`sources[0].weight` must be given"),
             (r#"{"sources": [{"name": "a", "data": "a", "weight": 0}]}"#, "are all 0"),
@@ -379,9 +536,12 @@ mod tests {
                 "key `b`",
             ),
             (
-                r#"{"sources": [{"name": "a", "data": "a", "weight": 0.123456789}, {"name": "b", "data": "b", "weight": 1}]}"#,
-                "round them to fewer digits",
+                r#"{"sources": [{"name": "a", "data": "a", "weight": 1e-12}, {"name": "b", "data": "b", "weight": 1}]}"#,
+                "differ too much: the smallest is less than 1 of 100000000 sequences",
             ),
+            (r#"{"sources": [{"name": "a", "data": "a", "weight": "1/0"}]}"#, "or a fraction such as"),
+            (r#"{"sources": [{"name": "a", "data": "a", "weight": "a third"}]}"#, "found \"a third\""),
+            (r#"{"sources": [{"name": "a", "data": "a", "weight": "-1/3"}]}"#, "`sources[0].weight` must be"),
         ] {
             let error = MixtureSettings::parse(text).unwrap_err().to_string();
             assert!(error.contains(words), "{text}: {error}");
