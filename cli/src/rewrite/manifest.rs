@@ -15,7 +15,8 @@ use forebay::corpus::discover;
 use forebay::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
-use super::output::{Content, draft_name, sync_folder};
+use super::content::Content;
+use super::output::{draft_name, sync_folder};
 use super::source::Source;
 
 const NAME: &str = discover::REWRITING;

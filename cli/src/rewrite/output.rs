@@ -1,4 +1,4 @@
-//! One shard of the result: written under a name of its own, read back by forebay's reader, and only then given its final name.
+//! Writes one shard of the result. It has a draft's name until it was read back and compared.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -10,75 +10,19 @@ use arrow_array::{ArrayRef, ListArray, PrimitiveArray, RecordBatch};
 use arrow_buffer::OffsetBuffer;
 use arrow_ipc::writer::FileWriter;
 use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef};
-use forebay::corpus::discover::ShardFile;
-use forebay::format::{self, EndsScratch, OpenOptions, Shard};
-use forebay::tokens::{Dtype, Tokens};
+use forebay::format::OpenOptions;
+use forebay::tokens::Dtype;
 use forebay::{Error, ErrorKind, Result};
 use parquet::arrow::ArrowWriter;
 use parquet::errors::ParquetError;
 use parquet::file::properties::{WriterProperties, WriterVersion};
-use xxhash_rust::xxh3::Xxh3;
 
-use super::{Container, Shape};
-use crate::report::number_of;
+use super::content::{Content, Digest, read_back};
+use super::id_type::most;
+use super::options::{Container, Shape};
 
 /// Documents after which a record batch ends, however few tokens they have.
 const BATCH_ROWS: usize = 1 << 18;
-/// Tokens read back at once where they lie in the file.
-const PIECE_TOKENS: u64 = 1 << 20;
-
-/// What a shard holds, so that source and result can be compared.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Content {
-    /// Rows: documents, empty ones included, or tokens of a plain column.
-    pub(super) rows: u64,
-    /// Documents with tokens.
-    pub(super) documents: u64,
-    pub(super) tokens: u64,
-    /// Of the ids, and of the places where documents end.
-    pub(super) hash: String,
-}
-
-impl std::fmt::Display for Content {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [rows, documents, tokens] = [(self.rows, "row"), (self.documents, "document"), (self.tokens, "token")]
-            .map(|(number, noun)| number_of(number, noun));
-        write!(f, "{rows}, {documents}, {tokens}, hash {}", self.hash)
-    }
-}
-
-/// Adds up a [`Content`], of ids as 64-bit integers whatever their type in a file.
-#[derive(Default)]
-struct Digest {
-    ids: Xxh3,
-    ends: Xxh3,
-    documents: u64,
-    tokens: u64,
-}
-
-impl Digest {
-    fn ids(&mut self, ids: &[i64]) {
-        let mut bytes = [0; 8 * 512];
-        for ids in ids.chunks(512) {
-            for (place, id) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(ids) {
-                *place = id.to_le_bytes();
-            }
-            self.ids.update(&bytes[..ids.len() * 8]);
-        }
-        self.tokens += ids.len() as u64;
-    }
-
-    /// A document with tokens ends after so many tokens of the shard.
-    fn end(&mut self, end: u64) {
-        self.ends.update(&end.to_le_bytes());
-        self.documents += 1;
-    }
-
-    fn content(&self, rows: u64) -> Content {
-        let hash = format!("{:016x}{:016x}", self.ids.digest(), self.ends.digest());
-        Content { rows, documents: self.documents, tokens: self.tokens, hash }
-    }
-}
 
 enum Writer {
     Arrow(FileWriter<BufWriter<File>>),
@@ -289,65 +233,6 @@ pub(super) fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder)
         .and_then(|folder| folder.sync_all())
         .map_err(|error| Error::io("cannot sync folder", error).at(folder))
-}
-
-/// What the shard at `path` holds, as a loader reads it.
-fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
-    let file = ShardFile { path: path.to_owned(), name: String::new() };
-    let shard = format::open(&file.path, options)?;
-    let mut digest = Digest::default();
-    let (mut bytes, mut scratch, mut ids) = (Vec::new(), EndsScratch::default(), Vec::new());
-    for (block, meta) in shard.blocks().iter().enumerate() {
-        let before = digest.tokens;
-        match &shard {
-            Shard::Random(shard) => {
-                for start in (0..meta.tokens).step_by(PIECE_TOKENS as usize) {
-                    let end = meta.tokens.min(start + PIECE_TOKENS);
-                    widen(&shard.tokens(block, start..end, &mut bytes)?, &mut ids);
-                    digest.ids(&ids);
-                }
-                let ends = shard.ends(block, &mut scratch)?;
-                (0..ends.len()).for_each(|index| digest.end(before + ends.get(index)));
-            }
-            Shard::Block(shard) => {
-                let decoded = shard.decode(block, None)?;
-                widen(&Tokens::new(shard.block_dtype(), &decoded.bytes), &mut ids);
-                digest.ids(&ids);
-                decoded.ends.iter().for_each(|end| digest.end(before + u64::from(*end)));
-            }
-        }
-    }
-    Ok(digest.content(shard.info().rows))
-}
-
-/// Puts the ids of `tokens` in place of those in `ids`.
-fn widen(tokens: &Tokens<'_>, ids: &mut Vec<i64>) {
-    ids.clear();
-    let bytes = tokens.bytes();
-    match tokens.dtype() {
-        Dtype::U8 => ids.extend(bytes.iter().map(|id| i64::from(*id))),
-        Dtype::U16 => ids.extend(bytes.as_chunks::<2>().0.iter().map(|id| i64::from(u16::from_le_bytes(*id)))),
-        Dtype::U32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(u32::from_le_bytes(*id)))),
-        Dtype::I32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(i32::from_le_bytes(*id)))),
-        Dtype::I64 => ids.extend(bytes.as_chunks::<8>().0.iter().map(|id| i64::from_le_bytes(*id))),
-    }
-}
-
-/// Largest id among `tokens`; 0 where there are none.
-pub(super) fn largest_id(tokens: &Tokens<'_>, ids: &mut Vec<i64>) -> i64 {
-    widen(tokens, ids);
-    ids.iter().copied().max().unwrap_or(0)
-}
-
-/// Largest id that `dtype` holds.
-pub(super) fn most(dtype: Dtype) -> i64 {
-    match dtype {
-        Dtype::U8 => u8::MAX.into(),
-        Dtype::U16 => u16::MAX.into(),
-        Dtype::I32 => i32::MAX.into(),
-        Dtype::U32 => u32::MAX.into(),
-        Dtype::I64 => i64::MAX,
-    }
 }
 
 fn check_ids(ids: &[i64], dtype: Dtype) -> Result<()> {

@@ -1,0 +1,115 @@
+//! Compares what a shard of the result holds with what came from its source.
+//!
+//! The writer adds up what it is given; afterwards forebay's own reader reads the file back. Both sums must agree.
+
+use std::path::Path;
+
+use forebay::Result;
+use forebay::format::{self, EndsScratch, OpenOptions, Shard};
+use forebay::tokens::{Dtype, Tokens};
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::report::number_of;
+
+/// Tokens read back at once if they lie in the file as they are.
+const PIECE_TOKENS: u64 = 1 << 20;
+
+/// The content of a shard, in numbers that can be compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Content {
+    /// Number of rows: documents, empty ones included, or tokens of a plain column.
+    pub(super) rows: u64,
+    /// Number of documents with tokens.
+    pub(super) documents: u64,
+    pub(super) tokens: u64,
+    /// Hash of the ids, and of the places where documents end.
+    pub(super) hash: String,
+}
+
+impl std::fmt::Display for Content {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [rows, documents, tokens] = [(self.rows, "row"), (self.documents, "document"), (self.tokens, "token")]
+            .map(|(number, noun)| number_of(number, noun));
+        write!(f, "{rows}, {documents}, {tokens}, hash {}", self.hash)
+    }
+}
+
+/// Adds up a [`Content`]. Takes ids as 64-bit integers, whatever their type in a file.
+#[derive(Default)]
+pub(super) struct Digest {
+    ids: Xxh3,
+    ends: Xxh3,
+    documents: u64,
+    pub(super) tokens: u64,
+}
+
+impl Digest {
+    pub(super) fn ids(&mut self, ids: &[i64]) {
+        let mut bytes = [0; 8 * 512];
+        for ids in ids.chunks(512) {
+            for (place, id) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(ids) {
+                *place = id.to_le_bytes();
+            }
+            self.ids.update(&bytes[..ids.len() * 8]);
+        }
+        self.tokens += ids.len() as u64;
+    }
+
+    /// Notes that a document with tokens ends after `end` tokens of the shard.
+    pub(super) fn end(&mut self, end: u64) {
+        self.ends.update(&end.to_le_bytes());
+        self.documents += 1;
+    }
+
+    pub(super) fn content(&self, rows: u64) -> Content {
+        let hash = format!("{:016x}{:016x}", self.ids.digest(), self.ends.digest());
+        Content { rows, documents: self.documents, tokens: self.tokens, hash }
+    }
+}
+
+/// Reads the content of the shard at `path`, as a loader reads it.
+pub(super) fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
+    let shard = format::open(path, options)?;
+    let mut digest = Digest::default();
+    let (mut bytes, mut scratch, mut ids) = (Vec::new(), EndsScratch::default(), Vec::new());
+    for (block, meta) in shard.blocks().iter().enumerate() {
+        let before = digest.tokens;
+        match &shard {
+            Shard::Random(shard) => {
+                for start in (0..meta.tokens).step_by(PIECE_TOKENS as usize) {
+                    let end = meta.tokens.min(start + PIECE_TOKENS);
+                    widen(&shard.tokens(block, start..end, &mut bytes)?, &mut ids);
+                    digest.ids(&ids);
+                }
+                let ends = shard.ends(block, &mut scratch)?;
+                (0..ends.len()).for_each(|index| digest.end(before + ends.get(index)));
+            }
+            Shard::Block(shard) => {
+                let decoded = shard.decode(block, None)?;
+                widen(&Tokens::new(shard.block_dtype(), &decoded.bytes), &mut ids);
+                digest.ids(&ids);
+                decoded.ends.iter().for_each(|end| digest.end(before + u64::from(*end)));
+            }
+        }
+    }
+    Ok(digest.content(shard.info().rows))
+}
+
+/// Replaces `ids` by the ids of `tokens`.
+fn widen(tokens: &Tokens<'_>, ids: &mut Vec<i64>) {
+    ids.clear();
+    let bytes = tokens.bytes();
+    match tokens.dtype() {
+        Dtype::U8 => ids.extend(bytes.iter().map(|id| i64::from(*id))),
+        Dtype::U16 => ids.extend(bytes.as_chunks::<2>().0.iter().map(|id| i64::from(u16::from_le_bytes(*id)))),
+        Dtype::U32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(u32::from_le_bytes(*id)))),
+        Dtype::I32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(i32::from_le_bytes(*id)))),
+        Dtype::I64 => ids.extend(bytes.as_chunks::<8>().0.iter().map(|id| i64::from_le_bytes(*id))),
+    }
+}
+
+/// The largest id among `tokens`; 0 if there are none.
+pub(super) fn largest_id(tokens: &Tokens<'_>, ids: &mut Vec<i64>) -> i64 {
+    widen(tokens, ids);
+    ids.iter().copied().max().unwrap_or(0)
+}

@@ -1,0 +1,162 @@
+//! The options of `forebay rewrite`, and the form that they give to shards.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use forebay::settings::{self, Config};
+use forebay::tokens::Dtype;
+use parquet::basic::{Compression, Encoding, ZstdLevel};
+
+use super::manifest;
+use crate::Sets;
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Documents keep their order, their tokens and their ends. Empty and null documents stay, as empty ones. \
+    Other columns are left out. A file whose token column is plain is one document, and stays one file.\n\n\
+    The same command continues a run that was killed, and keeps the shards that are there. Every shard is read \
+    back and compared with its source before it gets its name.\n\n\
+    Memory on each thread: 16 bytes for each of --batch-tokens, with --to parquet a row group, and the longest \
+    document. Compressed Arrow takes one of its record batches, too.\n\n\
+    Example: forebay rewrite corpus/ fast/ --to arrow --shard-tokens 256Mi"
+)]
+pub(crate) struct Options {
+    /// Files, folders and glob patterns
+    #[arg(value_name = "SRC", required = true)]
+    pub(super) paths: Vec<String>,
+    /// Folder for the result: a new or an empty one, or one that this command began
+    #[arg(value_name = "DST", required = true)]
+    pub(super) target: PathBuf,
+    /// Format of the result
+    #[arg(long, value_enum, default_value_t = To::Arrow)]
+    pub(super) to: To,
+    /// Type of the ids in the result; `auto` reads them all and takes the smallest that holds them
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "uint8", "uint16", "int32", "uint32", "int64"])]
+    pub(super) dtype: String,
+    /// Number of tokens after which a shard of the result ends, with the document that reaches it
+    #[arg(long, value_name = "TOKENS", default_value = "256Mi", value_parser = size)]
+    pub(super) shard_tokens: u64,
+    /// Number of tokens near which record batches end; Arrow is indexed by these
+    #[arg(long, value_name = "TOKENS", default_value = "1Mi", value_parser = size)]
+    pub(super) batch_tokens: u64,
+    /// Codec of Parquet
+    #[arg(long, value_enum, default_value_t = Codec::Zstd)]
+    pub(super) codec: Codec,
+    /// Encoding of Parquet
+    #[arg(long, value_enum, default_value_t = Values::Plain)]
+    pub(super) encoding: Values,
+    /// Number of tokens near which row groups of Parquet end
+    #[arg(long, value_name = "TOKENS", default_value = "16Mi", value_parser = size)]
+    row_group_tokens: u64,
+    /// Number of bytes near which pages of Parquet end, before compression
+    #[arg(long, value_name = "BYTES", default_value = "1Mi", value_parser = size)]
+    page_bytes: u64,
+    /// Name of the token column, if it is none of the usual ones
+    #[arg(long, value_name = "NAME")]
+    pub(super) token_column: Option<String>,
+    /// Prints one JSON object
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) sets: Sets,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum To {
+    /// Uncompressed, read in place
+    Arrow,
+    /// Compressed, decoded by blocks
+    Parquet,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Codec {
+    None,
+    Snappy,
+    Lz4,
+    Zstd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Values {
+    Plain,
+    Dictionary,
+    Delta,
+    ByteStreamSplit,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    match settings::size(text.trim(), true) {
+        Some(size) if (1..=1 << 48).contains(&size) => Ok(size),
+        _ => Err("expected a number from 1 to 2^48, such as `16Mi`".to_owned()),
+    }
+}
+
+/// The form of the result's shards.
+#[derive(Clone, Debug)]
+pub(super) struct Shape {
+    pub(super) container: Container,
+    pub(super) dtype: Dtype,
+    pub(super) batch_tokens: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Container {
+    Arrow,
+    Parquet {
+        compression: Compression,
+        /// Encoding of the values; `None` for a dictionary.
+        encoding: Option<Encoding>,
+        row_group_tokens: u64,
+        page_bytes: u64,
+    },
+}
+
+impl Options {
+    /// The options that the result depends on, as the manifest keeps them.
+    pub(super) fn named(&self, config: &Config) -> manifest::Options {
+        let mut named = vec![
+            ("to", name(self.to)),
+            ("dtype", self.dtype.clone()),
+            ("shard-tokens", self.shard_tokens.to_string()),
+            ("batch-tokens", self.batch_tokens.to_string()),
+            ("token-column", config.token_column.clone().unwrap_or_default()),
+        ];
+        if self.to == To::Parquet {
+            named.extend([
+                ("codec", name(self.codec)),
+                ("encoding", name(self.encoding)),
+                ("row-group-tokens", self.row_group_tokens.to_string()),
+                ("page-bytes", self.page_bytes.to_string()),
+            ]);
+        }
+        named
+    }
+
+    pub(super) fn container(&self) -> Container {
+        if self.to == To::Arrow {
+            return Container::Arrow;
+        }
+        Container::Parquet {
+            compression: match self.codec {
+                Codec::None => Compression::UNCOMPRESSED,
+                Codec::Snappy => Compression::SNAPPY,
+                Codec::Lz4 => Compression::LZ4_RAW,
+                Codec::Zstd => Compression::ZSTD(ZstdLevel::default()),
+            },
+            encoding: match self.encoding {
+                Values::Plain => Some(Encoding::PLAIN),
+                Values::Dictionary => None,
+                Values::Delta => Some(Encoding::DELTA_BINARY_PACKED),
+                Values::ByteStreamSplit => Some(Encoding::BYTE_STREAM_SPLIT),
+            },
+            row_group_tokens: self.row_group_tokens,
+            page_bytes: self.page_bytes,
+        }
+    }
+}
+
+/// The name of a choice, as it is typed.
+pub(super) fn name(value: impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}

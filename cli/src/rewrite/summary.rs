@@ -1,0 +1,92 @@
+//! Prints the result of a rewriting.
+
+use std::path::Path;
+use std::time::Instant;
+
+use forebay::tokens::Dtype;
+use serde_json::{Value, json};
+
+use super::manifest::Done;
+use super::options::{To, name};
+use super::source::Source;
+use super::work::Shard;
+use crate::report::{bytes, grouped, line, names, number_of};
+
+/// The result of a rewriting, in numbers.
+pub(super) struct Summary {
+    sources: usize,
+    source_bytes: u64,
+    shards: usize,
+    bytes: u64,
+    were_there: usize,
+    rows: u64,
+    documents: u64,
+    tokens: u64,
+    dtype: Dtype,
+    to: To,
+    left_out: Vec<String>,
+    seconds: f64,
+}
+
+impl Summary {
+    pub(super) fn new(sources: &[Source], shards: &[Shard], dtype: Dtype, to: To, began: Instant) -> Self {
+        let mut left_out: Vec<String> = sources.iter().flat_map(|source| source.others.iter().cloned()).collect();
+        left_out.sort_unstable();
+        left_out.dedup();
+        let sum = |of: fn(&Done) -> u64| shards.iter().map(|shard| of(&shard.done)).sum();
+        Self {
+            sources: sources.len(),
+            source_bytes: sources.iter().map(|source| source.facts.size_bytes).sum(),
+            shards: shards.len(),
+            bytes: sum(|done| done.bytes),
+            were_there: shards.iter().filter(|shard| shard.was_there).count(),
+            rows: sum(|done| done.content.rows),
+            documents: sum(|done| done.content.documents),
+            tokens: sum(|done| done.content.tokens),
+            dtype,
+            to,
+            left_out,
+            seconds: began.elapsed().as_secs_f64(),
+        }
+    }
+
+    pub(super) fn write(&self, target: &Path, out: &mut dyn std::io::Write) -> std::io::Result<()> {
+        let Self { rows, documents, .. } = self;
+        line(out, "source", &format!("{}, {}", number_of(self.sources as u64, "shard"), bytes(self.source_bytes)))?;
+        line(
+            out,
+            "result",
+            &format!("{}, {}, in {}", number_of(self.shards as u64, "shard"), bytes(self.bytes), target.display()),
+        )?;
+        if self.were_there > 0 {
+            line(out, "kept", &format!("{} that were there", number_of(self.were_there as u64, "shard")))?;
+        }
+        line(out, "format", &name(self.to))?;
+        line(out, "dtype", self.dtype.name())?;
+        line(out, "rows", &grouped(*rows))?;
+        line(out, "documents", &grouped(*documents))?;
+        line(out, "tokens", &grouped(self.tokens))?;
+        if !self.left_out.is_empty() {
+            line(out, "left out", &format!("columns that no loader reads: {}", names(&self.left_out)))?;
+        }
+        line(out, "sound", &format!("every shard was read back and is equal to its source; {:.1} s", self.seconds))
+    }
+
+    pub(super) fn json(&self, target: &Path) -> Value {
+        json!({
+            "source_shards": self.sources,
+            "source_bytes": self.source_bytes,
+            "target": target.display().to_string(),
+            "shards": self.shards,
+            "bytes": self.bytes,
+            "kept": self.were_there,
+            "format": name(self.to),
+            "dtype": self.dtype.name(),
+            "rows": self.rows,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "left_out": self.left_out,
+            "seconds": self.seconds,
+        })
+    }
+}

@@ -1,0 +1,151 @@
+//! Writes the shards of each group. Groups do not depend on each other, so that threads take one each.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use forebay::format::OpenOptions;
+use forebay::{Error, ErrorKind};
+use indicatif::ProgressBar;
+
+use super::content::Content;
+use super::cursor::Cursor;
+use super::groups::Group;
+use super::manifest::{Done, Manifest};
+use super::options::Shape;
+use super::output::Part;
+use super::source::Source;
+use crate::report::{names, number_of};
+
+/// Rows of a plain column taken at once.
+const PLAIN_ROWS: usize = 1 << 16;
+
+/// The state that the threads share.
+pub(super) struct Work<'a> {
+    pub(super) groups: Vec<Group>,
+    pub(super) sources: &'a [Source],
+    pub(super) target: &'a Path,
+    pub(super) suffix: String,
+    pub(super) column: &'a str,
+    pub(super) shape: Shape,
+    pub(super) open: OpenOptions,
+    pub(super) manifest: &'a Manifest,
+    pub(super) bar: &'a ProgressBar,
+    /// Set by the first failure; nobody waits for it.
+    pub(super) stop: AtomicBool,
+}
+
+/// A shard of the result, and whether an earlier run wrote it.
+pub(super) struct Shard {
+    pub(super) done: Done,
+    pub(super) was_there: bool,
+}
+
+impl Work<'_> {
+    /// Writes the shards of a group. Turns a panic of a reader into an error.
+    pub(super) fn guarded(&self, group: usize) -> forebay::Result<Vec<Shard>> {
+        // A damaged file may make a reader panic; what other threads have written stays.
+        let result = catch_unwind(AssertUnwindSafe(|| self.write_group(group))).unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Internal, format!("panic while rewriting {}", self.paths(group))))
+        });
+        if result.is_err() {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    /// The paths of a group's sources, in words.
+    fn paths(&self, group: usize) -> String {
+        names(self.sources[self.groups[group].sources.clone()].iter().map(|source| source.file.path.to_string_lossy()))
+    }
+
+    /// The name of a shard. Names have the order of the shards, as folders are read.
+    fn name(&self, group: usize, shard: u64) -> String {
+        let digits = |most: u64| most.max(1).ilog10() as usize + 1;
+        let most_shards = self.groups.iter().map(|group| group.tokens / group.shard_tokens + 1).max().unwrap_or(1);
+        let (group_digits, shard_digits) = (digits(self.groups.len() as u64).max(5), digits(most_shards).max(3));
+        format!("tokens-{group:0group_digits$}-{shard:0shard_digits$}.{}", self.suffix)
+    }
+
+    fn write_group(&self, index: usize) -> forebay::Result<Vec<Shard>> {
+        let group = &self.groups[index];
+        let end = (group.sources.end, 0);
+        let mut cursor = Cursor::new(self.sources, group.sources.clone(), self.open.io);
+        let mut shards: Vec<Shard> = Vec::new();
+        let mut at = (group.sources.start, 0);
+        while at != end && !self.stop.load(Ordering::Relaxed) {
+            let name = self.name(index, shards.len() as u64);
+            let shard = match self.manifest.done.get(&name) {
+                Some(done) => Shard { done: done.clone(), was_there: true },
+                None => {
+                    cursor.seek(at);
+                    let Some(done) = self.write_shard(&name, index, &mut cursor, &shards)? else { break };
+                    Shard { done, was_there: false }
+                }
+            };
+            at = shard.done.next;
+            shards.push(shard);
+        }
+        Ok(shards)
+    }
+
+    /// Writes a shard from where `cursor` stands. Returns none where others have failed meanwhile.
+    fn write_shard(
+        &self,
+        name: &str,
+        index: usize,
+        cursor: &mut Cursor<'_>,
+        before: &[Shard],
+    ) -> forebay::Result<Option<Done>> {
+        let group = &self.groups[index];
+        let mut part = Part::create(self.target, name, self.column, group.plain, &self.shape)?;
+        let mut shown = 0;
+        while let Some((path, batch)) = cursor.current()? {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            if group.plain {
+                let rows = batch.next..batch.len.min(batch.next + PLAIN_ROWS);
+                let added = part.document(|ids| batch.widen(rows.clone(), ids));
+                added.map_err(|error| error.at_row(batch.row(rows.start)).at(path))?;
+                batch.next = rows.end;
+            } else {
+                // Empty documents belong to the shard before them, so that none is left alone at the end.
+                let document = batch.document(batch.next);
+                if part.tokens() >= group.shard_tokens && !document.is_empty() {
+                    break;
+                }
+                let added = part.document(|ids| batch.widen(document, ids));
+                added.map_err(|error| error.at_row(batch.row(batch.next)).at(path))?;
+                batch.next += 1;
+            }
+            if part.tokens() > shown + (1 << 20) {
+                self.bar.inc(part.tokens() - shown);
+                shown = part.tokens();
+            }
+        }
+        let next = cursor.place();
+        self.bar.inc(part.tokens() - shown);
+        let (finished, content) = part.finish(&self.open)?;
+        if next == (group.sources.end, 0) {
+            let sum = |of: fn(&Content) -> u64| {
+                before.iter().map(|shard| of(&shard.done.content)).sum::<u64>() + of(&content)
+            };
+            let found = (sum(|content| content.tokens), sum(|content| content.documents));
+            if found != (group.tokens, group.documents) {
+                return Err(Error::data(format!(
+                    "arrow-rs finds {} and {} where opening found {} and {}, in {}",
+                    number_of(found.0, "token"),
+                    number_of(found.1, "document"),
+                    group.tokens,
+                    group.documents,
+                    self.paths(index)
+                )));
+            }
+        }
+        let done = Done { bytes: finished.bytes, content, next };
+        self.manifest.note(name, &done)?;
+        finished.publish()?;
+        Ok(Some(done))
+    }
+}
