@@ -1,4 +1,4 @@
-//! `forebay index`: writes the index of a corpus, or of each of a mixture, so that a run's ranks find it when they start.
+//! `forebay index`: writes the index of each corpus, which the ranks of a run find when they start.
 
 use std::io::Write;
 use std::time::Instant;
@@ -40,7 +40,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
             Error::config("no folder for the index: name one with `--cache-dir`, or set `FOREBAY_CACHE_DIR`").into()
         );
     };
-    // Found out now, not after minutes in which all shards are opened.
+    // This fails now, not after the minutes in which all shards are opened.
     std::fs::create_dir_all(folder).map_err(|error| {
         Error::io("cannot create the folder of the index, which `cache_dir` names", error).at(folder.as_ref())
     })?;
@@ -88,9 +88,9 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     Ok(if saved { 0 } else { FAILED })
 }
 
-/// What is said of one corpus.
+/// The printed facts of one corpus.
 struct Entry {
-    /// Empty but for a source of a mixture.
+    /// Name of the source in a mixture; empty without a mixture.
     name: String,
     index: String,
     index_bytes: u64,

@@ -1,7 +1,7 @@
-//! The corpus read in file order by arrow-rs, as the expectation that a loader is held to.
+//! Reads a corpus in file order by arrow-rs: the expectation that a loader is held to.
 //!
-//! Shares neither layout nor order, decoding or gathering with the loader: files come whole through arrow's and parquet's own readers, documents
-//! are put one after the other, and every `seq_len` tokens of that stream are a row.
+//! Shares no layout, order, decoding or gathering with the loader. Files come whole through arrow's and parquet's own
+//! readers. Documents follow each other in one stream, and every `seq_len` tokens of the stream are a row.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -18,15 +18,16 @@ use forebay::{Error, Result};
 
 use crate::token_column::{self, unsound};
 
-/// What is made of the stream while it is read.
+/// Receives the stream while it is read.
 pub(crate) trait Visitor {
-    /// A sequence, or the shorter tail after the last one.
+    /// Takes a sequence, or the shorter tail after the last sequence.
     fn row(&mut self, sequence: u64, tokens: &[i64]);
 
-    /// A document that is not empty: shard, row in it, and its place in the stream with the specials around it.
+    /// Takes a document that is not empty: its shard, its row, and its place in the stream. The place includes
+    /// `bos_id` and `eos_id`.
     fn document(&mut self, shard: usize, row: u64, place: Range<u64>);
 
-    /// So many tokens of the corpus were read.
+    /// Notes that `tokens` more tokens of the corpus were read.
     fn read(&mut self, tokens: u64);
 }
 
@@ -52,25 +53,25 @@ pub(crate) fn read(config: &Config, paths: &[&Path], visitor: &mut dyn Visitor) 
     Ok(())
 }
 
-/// The stream of tokens, as far as it is not in rows yet.
+/// The part of the stream that is not in rows yet.
 struct Stream<'a> {
     bos: Option<i64>,
     eos: Option<i64>,
     seq_len: usize,
-    /// Tokens that a row shares with the next.
+    /// Number of tokens that a row shares with the next.
     overlap: usize,
     visitor: &'a mut dyn Visitor,
     shard: usize,
     /// Row and start of the document that is being read.
     open: Option<(u64, u64)>,
     pending: Vec<i64>,
-    /// Stream tokens before the pending ones.
+    /// Number of stream tokens before the pending ones.
     done: u64,
     sequence: u64,
 }
 
 impl Stream<'_> {
-    /// Tokens of the document in `row`, to which more may come.
+    /// Adds tokens to the document in `row`. More may follow.
     fn tokens<T: Copy + Into<i64>>(&mut self, row: u64, tokens: &[T]) {
         if tokens.is_empty() {
             return;
@@ -84,7 +85,7 @@ impl Stream<'_> {
         self.visitor.read(tokens.len() as u64);
     }
 
-    /// The end of the document, if it had a token.
+    /// Ends the document, if it has a token.
     fn end(&mut self) {
         if let Some((row, start)) = self.open.take() {
             self.pending.extend(self.eos);
@@ -147,7 +148,7 @@ fn read_file(path: &Path, column: Option<&str>, stream: &mut Stream<'_>) -> Resu
     Ok(())
 }
 
-/// Adds the rows of a token column, of which `before` came already.
+/// Adds the rows of a token column, after the `before` rows that came already.
 fn add(column: &ArrayRef, before: u64, stream: &mut Stream<'_>) -> Result<()> {
     let values = match column.data_type() {
         DataType::List(_) => column.as_list::<i32>().values(),

@@ -1,8 +1,8 @@
-//! What a rewriting is of, and how far it is: `_forebay_rewrite.jsonl` in the folder of the result.
+//! Keeps how far a rewriting has come: `_forebay_rewrite.jsonl` in the folder of the result.
 //!
-//! The first lines say what is made of which files; a run that finds others there refuses to go on. Then comes a line for each shard that was written and
-//! compared, on storage before the shard gets its name: a name without its line does not occur, and a line without its shard means that the shard is
-//! missing. The last line says that all are there; without it, loaders refuse the folder.
+//! The first lines name the options and the sources. A run with others refuses to go on. Then each shard has a line,
+//! which is on storage before the shard gets its name. So no name lacks its line, and a line without its shard means
+//! that the shard is missing. The last line says that all shards are there. Without it, loaders refuse the folder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -22,31 +22,32 @@ use super::source::Source;
 const NAME: &str = discover::REWRITING;
 const VERSION: u64 = 1;
 
-/// A shard that is there.
+/// A finished shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Done {
     pub(super) bytes: u64,
     pub(super) content: Content,
-    /// Source and row that the next shard begins with.
+    /// Source and row at which the next shard begins.
     pub(super) next: (usize, u64),
 }
 
-/// The manifest of a folder, which no other process rewrites to as long as this lives.
+/// The manifest of a folder. No other process rewrites to the folder while this lives.
 pub(super) struct Manifest {
     folder: PathBuf,
-    /// Of the options that were asked for, and what these came to.
+    /// Values that the options left open, such as the type of the ids.
     pub(super) settled: Value,
     pub(super) done: BTreeMap<String, Done>,
     lines: Mutex<File>,
-    /// Locked.
+    /// The folder, locked.
     _folder: File,
 }
 
-/// What was asked for, as text by name of the option.
+/// The options of the run, as names and texts.
 pub(super) type Options = Vec<(&'static str, String)>;
 
 impl Manifest {
-    /// Continues what was begun in `folder`, or begins it: `settle` is then asked for what the options come to.
+    /// Continues the rewriting that `folder` holds, or begins one. A new one calls `settle` for the values that the
+    /// options leave open.
     pub(super) fn open(
         folder: &Path,
         options: &Options,
@@ -69,9 +70,9 @@ impl Manifest {
         } else {
             Vec::new()
         };
-        // A line that was torn by a kill has no end.
+        // A line that a kill tore has no end.
         let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-        // Nothing is lost where no shard was written, and what hindered the first may be an option.
+        // Without a shard nothing is lost, and a wrong option may have stopped the first run.
         if !has_shards(&bytes[..whole]) {
             if !bytes.is_empty() {
                 remove_drafts(folder, &mut names)?;
@@ -169,7 +170,7 @@ fn head(options: &Options, sources: &[Source], settled: &Value) -> String {
     text
 }
 
-/// What tells one source from another; no absolute path, so that a corpus may move.
+/// The identity of a source. It has no absolute path, so that a corpus may move.
 fn identity(source: &Source) -> Value {
     let modified = source.facts.modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     json!({
@@ -183,7 +184,7 @@ fn identity(source: &Source) -> Value {
 
 type Known = (Value, BTreeMap<String, Done>);
 
-/// Reads the lines of a manifest, which must be of these options and sources.
+/// Reads the lines of a manifest. Fails if they name other options or sources.
 fn parse(bytes: &[u8], options: &Options, sources: &[Source]) -> Result<Known> {
     let damaged = || Error::data("the manifest is damaged: remove the folder and begin anew");
     let text = std::str::from_utf8(bytes).map_err(|_| damaged())?;
@@ -247,12 +248,12 @@ fn parse(bytes: &[u8], options: &Options, sources: &[Source]) -> Result<Known> {
     Ok((begin["settled"].clone(), done))
 }
 
-/// Keeps other processes from locking it until it is closed, which a kill does too.
+/// Keeps other processes from locking `folder` until this process closes it or ends.
 fn lock(folder: &File) -> std::io::Result<()> {
     #[cfg(unix)]
     {
         use std::os::fd::AsRawFd;
-        // SAFETY: a call on an open descriptor; it touches no memory of ours.
+        // SAFETY: the call takes an open descriptor and touches none of our memory.
         if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
             return Err(std::io::Error::last_os_error());
         }

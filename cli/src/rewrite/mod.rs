@@ -74,7 +74,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     if !faults.is_empty() {
         return Err(Error::all(faults).into());
     }
-    // One document without tokens: no file is needed for it.
+    // A plain file without tokens is an empty document, which needs no shard.
     sources.retain(|source| !(source.plain && source.facts.counts.tokens == 0));
 
     let tokens: u64 = sources.iter().map(|source| source.facts.counts.tokens).sum();

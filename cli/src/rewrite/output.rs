@@ -21,7 +21,7 @@ use super::content::{Content, Digest, read_back};
 use super::id_type::most;
 use super::options::{Container, Shape};
 
-/// Documents after which a record batch ends, however few tokens they have.
+/// Number of documents after which a record batch ends, however few tokens they have.
 const BATCH_ROWS: usize = 1 << 18;
 
 enum Writer {
@@ -38,7 +38,7 @@ pub(super) struct Part {
     plain: bool,
     batch_tokens: usize,
     writer: Option<Writer>,
-    /// What is not in a record batch yet.
+    /// Ids that are not in a record batch yet.
     ids: Vec<i64>,
     offsets: Vec<i32>,
     rows: u64,
@@ -54,7 +54,7 @@ struct Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         if !self.renamed {
-            // A later run removes it where this cannot.
+            // If this fails, a later run removes the file.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -112,18 +112,18 @@ impl Part {
         })
     }
 
-    /// Tokens so far.
+    /// Number of tokens so far.
     pub(super) fn tokens(&self) -> u64 {
         self.digest.tokens + self.ids.len() as u64
     }
 
-    /// Adds a document, or some rows of a plain column, whose ids `add` puts behind those that are there.
+    /// Adds a document, or some rows of a plain column. `add` appends their ids.
     pub(super) fn document(&mut self, add: impl FnOnce(&mut Vec<i64>) -> Result<()>) -> Result<()> {
         let before = self.ids.len();
         add(&mut self.ids)?;
         check_ids(&self.ids[before..], self.dtype)?;
         if i32::try_from(self.ids.len()).is_err() {
-            // Of the documents before it there are few tokens, so that a batch of its own would not help.
+            // The documents before it have few tokens, so that a batch of its own would not help.
             return Err(Error::data(format!(
                 "a document of {} tokens is too long for a list of the result, which can have 2^31",
                 self.ids.len() - before
@@ -175,7 +175,7 @@ impl Part {
         written.map_err(|error| error.at(&self.draft.path))
     }
 
-    /// Finishes the file on storage, and compares what it holds with what went in. Returns that and its size.
+    /// Finishes the file on storage, and compares its content with what was added. Returns both.
     pub(super) fn finish(mut self, options: &OpenOptions) -> Result<(Finished, Content)> {
         if !self.ids.is_empty() || self.offsets.len() > 1 {
             self.write_batch()?;
@@ -212,7 +212,7 @@ impl Part {
     }
 }
 
-/// A shard that is whole, on storage and compared, and has not got its name yet.
+/// A shard that is whole, on storage and compared, but has no name yet.
 pub(super) struct Finished {
     draft: Draft,
     target: PathBuf,
@@ -237,7 +237,7 @@ pub(super) fn sync_folder(folder: &Path) -> Result<()> {
 
 fn check_ids(ids: &[i64], dtype: Dtype) -> Result<()> {
     let most = most(dtype);
-    // As unsigned, negative ids are too large as well.
+    // As unsigned numbers, negative ids are too large, too.
     if ids.iter().fold(0, |all: u64, id| all.max(*id as u64)) <= most as u64 {
         return Ok(());
     }
@@ -262,7 +262,7 @@ fn arrow_type(dtype: Dtype) -> DataType {
     }
 }
 
-/// `ids`, which fit, as an array of type `dtype`.
+/// An array of type `dtype` with `ids`, which fit.
 fn array(ids: &[i64], dtype: Dtype) -> ArrayRef {
     fn typed<T: ArrowPrimitiveType>(ids: &[i64], narrow: impl Fn(i64) -> T::Native) -> ArrayRef {
         Arc::new(PrimitiveArray::<T>::from_iter_values(ids.iter().map(|id| narrow(*id))))

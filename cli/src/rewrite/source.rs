@@ -1,7 +1,8 @@
-//! Documents of a shard, in order, from any row on, by arrow-rs's and parquet's readers.
+//! Reads the documents of a shard in order, from any row on, by arrow-rs's and parquet's readers.
 //!
-//! They give empty documents as well, which a loader has no use for, and they share no code with what reads the result back. Mapped Arrow files are
-//! not copied, so that memory is that of one piece whatever the size of their record batches; compressed ones and those that are read take one batch.
+//! These readers give empty documents as well, which a loader does not need. They share no code with the reader that
+//! reads the result back. Mapped Arrow files are not copied, so that memory does not depend on their record batches.
+//! Compressed files, and files that are read by position, take the memory of one record batch.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -24,21 +25,21 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
 use crate::token_column::{self, TokenColumn, open_file, unsound};
 
-/// A shard to be rewritten.
+/// A shard of the source.
 #[derive(Clone, Debug)]
 pub(super) struct Source {
     pub(super) file: ShardFile,
     pub(super) facts: ShardFacts,
-    /// Its token column.
+    /// Name of its token column.
     pub(super) column: String,
     /// Whether rows are tokens, so that the file is one document.
     pub(super) plain: bool,
-    /// The columns that no loader reads.
+    /// Names of the columns that no loader reads.
     pub(super) others: Vec<String>,
 }
 
 impl Source {
-    /// Looks at the metadata of `file`.
+    /// Reads the metadata of `file`.
     pub(super) fn open(file: &ShardFile, options: &OpenOptions) -> Result<Self> {
         let facts = format::open(&file.path, options)?.facts();
         let column = TokenColumn::find(&file.path, facts.format, options.token_column.as_deref());
@@ -52,7 +53,7 @@ impl Source {
         let reader = Reader::open(path, self.facts.format, io, &self.column, first_row);
         let mut rows = Rows { reader: reader.map_err(|error| error.at(path))?, skip: 0, row: 0 };
         match rows.reader {
-            // It has passed over them by its index.
+            // The reader has passed over the rows by its index.
             Reader::Parquet(_) => rows.row = first_row,
             _ => rows.skip = first_row,
         }
@@ -60,7 +61,7 @@ impl Source {
     }
 }
 
-/// Where the rows of a shard come from.
+/// The reader of a shard's rows.
 enum Reader {
     Parquet(ParquetRecordBatchReader),
     MappedFile { decoder: FileDecoder, blocks: std::vec::IntoIter<Block>, bytes: Buffer },
@@ -70,7 +71,7 @@ enum Reader {
 }
 
 impl Reader {
-    /// Opens a shard for its token column, from a row on where its format can pass over rows.
+    /// Opens a shard for its token column. Parquet begins at `first_row`; other formats begin at the first row.
     fn open(path: &Path, format: Format, io: Io, column: &str, first_row: u64) -> Result<Self> {
         let index = |schema: &SchemaRef| token_column::arrow(schema, Some(column));
         if format == Format::Parquet {
@@ -162,7 +163,7 @@ fn block_bytes(bytes: &Buffer, block: &Block) -> Result<Buffer> {
 /// The rows of a shard, batch by batch.
 pub(super) struct Rows {
     reader: Reader,
-    /// Rows still to be passed over.
+    /// Number of rows that are still to be passed over.
     skip: u64,
     /// The shard's row that the next batch begins with.
     row: u64,
@@ -185,14 +186,14 @@ impl Rows {
     }
 }
 
-/// Some rows, decoded.
+/// Decoded rows.
 pub(super) struct Batch {
     values: ArrayRef,
     nulls: Option<NullBuffer>,
     ends: Ends,
     /// The shard's row that it begins with.
     first_row: u64,
-    /// Rows.
+    /// Number of rows.
     pub(super) len: usize,
     /// The first row that was not taken yet.
     pub(super) next: usize,
@@ -232,7 +233,7 @@ impl Batch {
         self.first_row + index as u64
     }
 
-    /// The values of the document in row `index`, none where it is null.
+    /// The values of the document in row `index`. A null document has none.
     pub(super) fn document(&self, index: usize) -> Range<usize> {
         if self.nulls.as_ref().is_some_and(|nulls| nulls.is_null(index)) {
             return 0..0;

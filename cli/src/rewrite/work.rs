@@ -31,7 +31,7 @@ pub(super) struct Work<'a> {
     pub(super) open: OpenOptions,
     pub(super) manifest: &'a Manifest,
     pub(super) bar: &'a ProgressBar,
-    /// Set by the first failure; nobody waits for it.
+    /// Set by the first failure, so that other threads stop soon. No other memory depends on it.
     pub(super) stop: AtomicBool,
 }
 
@@ -44,7 +44,7 @@ pub(super) struct Shard {
 impl Work<'_> {
     /// Writes the shards of a group. Turns a panic of a reader into an error.
     pub(super) fn guarded(&self, group: usize) -> forebay::Result<Vec<Shard>> {
-        // A damaged file may make a reader panic; what other threads have written stays.
+        // A damaged file may make a reader panic. The shards of other threads stay.
         let result = catch_unwind(AssertUnwindSafe(|| self.write_group(group))).unwrap_or_else(|_| {
             Err(Error::new(ErrorKind::Internal, format!("panic while rewriting {}", self.paths(group))))
         });
@@ -89,7 +89,7 @@ impl Work<'_> {
         Ok(shards)
     }
 
-    /// Writes a shard from where `cursor` stands. Returns none where others have failed meanwhile.
+    /// Writes a shard from the place of `cursor` on. Returns none if another thread has failed meanwhile.
     fn write_shard(
         &self,
         name: &str,
@@ -110,7 +110,7 @@ impl Work<'_> {
                 added.map_err(|error| error.at_row(batch.row(rows.start)).at(path))?;
                 batch.next = rows.end;
             } else {
-                // Empty documents belong to the shard before them, so that none is left alone at the end.
+                // Empty documents stay in the shard before them, so that the last shard never has them alone.
                 let document = batch.document(batch.next);
                 if part.tokens() >= group.shard_tokens && !document.is_empty() {
                     break;

@@ -1,4 +1,4 @@
-//! The delivery log of a run against the files.
+//! Proves the delivery log of a run: compares it with the files.
 
 use std::io::Write;
 use std::ops::Range;
@@ -16,7 +16,7 @@ use super::{Options, PROVEN, SHOWN, Wanted, coverage_json, coverage_text, expect
 use crate::report::{line, number_of, plural};
 use crate::{Context, FAILED, Failure, progress};
 
-/// A delivery log, put together epoch by epoch.
+/// A delivery log, joined to chains of global batches, epoch by epoch.
 pub(super) struct Found<'a> {
     pub(super) loader: &'a Loader,
     delivery_log: DeliveryLog,
@@ -24,18 +24,18 @@ pub(super) struct Found<'a> {
     pub(super) groups: Vec<Group>,
 }
 
-/// Epochs that are proved together: one, unless batches cross to the next.
+/// Epochs that are proved together. It is one epoch, unless batches cross to the next.
 pub(super) struct Group {
     pub(super) epochs: Range<u64>,
     chain: EpochChain,
-    /// Indices of these epochs.
+    /// Number of indices of these epochs.
     pub(super) len: u64,
     from: u64,
     pub(super) tiling: Tiling,
 }
 
 impl Group {
-    /// Indices that the chain covers.
+    /// The indices that the chain covers.
     fn covered(&self) -> Vec<Range<u64>> {
         let mut covered = Vec::new();
         let mut at = self.from;
@@ -143,7 +143,7 @@ impl<'a> Found<'a> {
         Ok(if proven { 0 } else { FAILED })
     }
 
-    /// Global batches whose content is not what the corpus has at their positions.
+    /// Finds the global batches whose content is not what the corpus has at their positions.
     fn altered(&self, group: &Group) -> Result<Vec<u64>, Failure> {
         self.loader.cover();
         let mut altered = Vec::new();
@@ -186,7 +186,7 @@ impl<'a> Found<'a> {
     }
 }
 
-/// How the run differs from what is given here.
+/// Says how the run differs from the corpus and the settings given here.
 fn differences(loader: &Loader, pass: &LoggedPass) -> String {
     let here = loader.content_settings();
     let was = |name: &str| pass.settings.iter().find(|(other, _)| other == name).map_or("not set", |(_, value)| value);
@@ -214,7 +214,7 @@ pub(super) fn of(batch: &GlobalBatch) -> String {
     )
 }
 
-/// A group, and what it should have been.
+/// A group, and the checksum that it should have.
 struct Judged<'a> {
     group: &'a Group,
     expected: Checksum,

@@ -1,8 +1,9 @@
 //! `forebay verify`: proves that every token was delivered once.
 //!
-//! What should have been delivered comes from reading the files in their own order with arrow-rs ([`crate::sequential`]); what was delivered comes
-//! from running the loader, or from the delivery log that a training run wrote. Both are sums of row hashes that do not depend on the order. The loader's
-//! order is asked only which sequences belong to a part of an epoch, and then checked to name each of them once.
+//! The expectation comes from reading the files in their own order with arrow-rs ([`crate::sequential`]). The finding
+//! comes from running the loader, or from the delivery log that a training run wrote. Both are sums of row hashes,
+//! which do not depend on the order. The loader's order only says which sequences belong to a part of an epoch, and
+//! `verify` checks that it names each of them once.
 
 mod delivery_log;
 mod search;
@@ -27,9 +28,9 @@ use crate::{Context, Failure, Sets, Shape, progress};
 use delivery_log::Found;
 
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {eta} left";
-/// Faults of one kind that are shown; `--json` lists all.
+/// Number of faults of one kind that are shown. `--json` lists all.
 const SHOWN: usize = 10;
-/// Positions looked at between two steps of the progress bar.
+/// Number of positions between two steps of the progress bar.
 const BAR_EVERY: u64 = 1 << 16;
 
 #[derive(Debug, clap::Args)]
@@ -81,7 +82,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let own = [("seed", options.seed.clone())];
     let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
-    // Proving is no training: it must not add to a delivery log.
+    // A proof must not add to the delivery log that it reads.
     config.delivery_log = None;
     (config.epochs, config.max_steps) = (Epochs::Count(1), None);
     let state = options.state.as_deref().map(read_state).transpose()?;
@@ -96,7 +97,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
             stream::run(config, world_size, options, state.as_ref(), context)
         }
         Some(folder) => {
-            // Ranks and batch sizes are those of the delivery log.
+            // The delivery log says the ranks and the batch sizes.
             config.batch_size = 1;
             (config.dp_rank, config.dp_world_size) = (Some(0), Some(1));
             let loader = Loader::open(config)?;
@@ -128,22 +129,23 @@ fn read_state(path: &Path) -> Result<State, Error> {
     State::from_entries(entries.collect::<Result<_, _>>()?).map_err(|error| error.at(path))
 }
 
-/// How often sequences should be delivered.
+/// How often each sequence should be delivered.
 enum Wanted {
-    /// Those of the one source below a number: once.
+    /// Each sequence below a number once, of the only source.
     Below(u64),
-    /// Of each source, by sequence.
+    /// A count for each sequence of each source.
     Counts(Vec<Vec<u8>>),
 }
 
 impl Wanted {
-    /// What stands at the indices `covered` of `epochs`; fails where the order names a sequence twice in an epoch of its source.
+    /// Counts what stands at the indices `covered` of `epochs`. Fails if the order names a sequence twice in an epoch
+    /// of its source.
     fn new(loader: &Loader, epochs: Range<u64>, covered: &[Range<u64>], bar: &ProgressBar) -> forebay::Result<Self> {
         let config = loader.config();
         let (chain, mut sample) = loader.epoch_chain(epochs.clone());
         let is_whole = config.mixture.is_none() && config.holdout.is_none() && config.skip.is_empty();
         let len = chain.len().unwrap_or(u64::MAX);
-        // Every sequence, and the tail where it has a position: their number alone says so.
+        // The number alone says that these are all sequences, and the tail if it has a position.
         if is_whole
             && epochs.end - epochs.start == 1
             && matches!(covered, [all] if *all == (0..len))
@@ -194,7 +196,7 @@ impl Wanted {
     }
 }
 
-/// Adds up what the files hold for several expectations at once.
+/// Adds up the rows of the files for several expectations at once.
 struct Expected<'a> {
     wanted: &'a [Wanted],
     sums: Vec<Checksum>,
@@ -223,7 +225,7 @@ impl Visitor for Expected<'_> {
     }
 }
 
-/// What the files hold for each of `wanted`.
+/// Reads the files, and returns the checksum for each of `wanted`.
 fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result<Vec<Checksum>, Failure> {
     let bar = reading_bar(loader, context)?;
     let mut expected = Expected { wanted, sums: vec![Checksum::default(); wanted.len()], source: 0, bar };

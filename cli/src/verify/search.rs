@@ -1,4 +1,4 @@
-//! Which documents a step of a delivery log had, and which steps a document was in.
+//! Finds the documents of a step of a delivery log, and the steps of a document.
 
 use std::ops::Range;
 
@@ -120,7 +120,7 @@ impl Found<'_> {
         let sequences = sequences_of(&place, config);
         let mut hits = Vec::new();
         for group in &self.groups {
-            // What has no end is looked at as far as it was delivered.
+            // A mixture may have no end, so that the search stops where the deliveries stop.
             let end = group.tiling.chain.last().map_or(0, |batch| batch.indices.end);
             let end = if config.mixture.is_some() { end } else { group.len };
             let bar = progress::bar(end, TEMPLATE, context.env)?.with_message("searching");
@@ -175,11 +175,11 @@ impl Found<'_> {
 struct ShardName {
     source: usize,
     number: usize,
-    /// With the source's name before it, where there are several.
+    /// Name of the shard, after the name of its source if there are several.
     name: String,
 }
 
-/// The sequences that read some of a stretch of the stream.
+/// The sequences that read a part of `place`, a stretch of the stream.
 fn sequences_of(place: &Range<u64>, config: &Config) -> Range<u64> {
     let first = place.start.saturating_sub(config.row_tokens() - 1).div_ceil(config.seq_len);
     first..(place.end - 1) / config.seq_len + 1
@@ -197,7 +197,7 @@ struct FoundDocument {
 struct Documents<'a> {
     config: &'a Config,
     source: usize,
-    /// Sorted.
+    /// The wanted sequences, sorted.
     sequences: Vec<u64>,
     found: Vec<FoundDocument>,
     bar: ProgressBar,

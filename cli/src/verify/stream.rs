@@ -1,4 +1,4 @@
-//! An epoch, or the rest of one, streamed through a loader for each rank.
+//! Proves an epoch, or the rest of an epoch: runs a loader for each rank, and compares with the files.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use super::{Options, PROVEN, TEMPLATE, Wanted, coverage_json, coverage_text, exp
 use crate::report::{grouped, line, number_of};
 use crate::{Context, FAILED, Failure, progress};
 
-/// Runs every rank of an epoch, and compares.
+/// Runs every rank of an epoch, one after the other, and compares the sum with the files.
 pub(super) fn run(
     config: Config,
     world_size: u64,
