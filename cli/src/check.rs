@@ -12,7 +12,7 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use crate::report::{bytes, counted, counts, grouped, line, number_of, plural};
+use crate::report::{bytes, counted, counts, escaped_faults, grouped, line, number_of, plural};
 use crate::token_column::TokenColumn;
 use crate::{Context, FAILED, Failure, Sets, progress};
 
@@ -252,7 +252,7 @@ impl Findings {
             }
         }
         for error in &self.broken {
-            line(out, "broken", &error.report())?;
+            line(out, "broken", &escaped_faults(&error.report()))?;
         }
         match self.broken.len() {
             0 => line(out, "sound", "every block was read"),

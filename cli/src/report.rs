@@ -73,9 +73,12 @@ pub(crate) fn escaped(text: &str) -> Cow<'_, str> {
 }
 
 /// Escapes a report of one or several faults, which stand on a line each.
+///
+/// Leaves out the trace of a cause: flatbuffers adds a line for each table that it was in.
 pub(crate) fn escaped_faults(report: &str) -> String {
     const NEXT: &str = "\n  - ";
-    report.split(NEXT).map(escaped).collect::<Vec<_>>().join(NEXT)
+    let without_trace = |fault: &'_ str| escaped(fault.split("\n\t").next().unwrap_or(fault)).into_owned();
+    report.split(NEXT).map(without_trace).collect::<Vec<_>>().join(NEXT)
 }
 
 /// Writes names in backticks, with commas between them.
@@ -153,5 +156,6 @@ mod tests {
         assert_eq!(escaped("input_ids, größe, 漢字"), "input_ids, größe, 漢字");
         assert_eq!(escaped("a\u{1b}[2Jb\nc\u{202e}d"), "a\\u{1b}[2Jb\\nc\\u{202e}d");
         assert_eq!(escaped_faults("2 faults found:\n  - a\tb\n  - c"), "2 faults found:\n  - a\\tb\n  - c");
+        assert_eq!(escaped_faults("damaged: out of bounds.\n\twhile verifying\n\tin"), "damaged: out of bounds.");
     }
 }
