@@ -26,7 +26,8 @@ pub(crate) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
 
 fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     let class = py.import("forebay._errors")?.getattr(class_name(error.kind()))?;
-    let exception = class.call1((error.to_string(),))?;
+    let message = error.to_string();
+    let exception = class.call1((&message,))?;
     if let Some(place) = error.location() {
         exception.setattr("path", place.path.to_string_lossy())?;
         exception.setattr("block", place.block)?;
@@ -34,7 +35,10 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     }
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
-        exception.call_method1("add_note", (format!("caused by: {error}"),))?;
+        let said = error.to_string();
+        if !message.contains(&said) {
+            exception.call_method1("add_note", (format!("caused by: {said}"),))?;
+        }
         cause = error.source();
     }
     Ok(PyErr::from_value(exception))

@@ -170,7 +170,7 @@ fn measure(
         format: loader.corpus().facts().next().map_or("-", |facts| facts.format.name()),
         shards: corpora().map(|corpus| corpus.len() as u64).sum(),
         corpus_tokens: corpora().map(|corpus| corpus.tokens()).sum(),
-        corpus_bytes: corpora().flat_map(|corpus| corpus.facts()).map(|facts| facts.size_bytes).sum(),
+        corpus_bytes: corpora().flat_map(|corpus| corpus.facts()).map(|facts| facts.stamp.size_bytes).sum(),
         decoded: decodes.then(|| (decoded_bytes, loader.memory_plan().cache_bytes)),
         interrupted,
         epochs: passes,

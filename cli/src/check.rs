@@ -61,11 +61,11 @@ struct Findings {
 }
 
 fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
+    let options = OpenOptions::of(config);
     let mut files = Vec::new();
     for (_, data) in config.corpora()? {
-        files.push(discover::find(&data, config.format)?);
+        files.push(discover::find(&options.files, &data, config.format)?.shards);
     }
-    let options = OpenOptions::of(config);
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(config.num_threads.unwrap_or(1) as usize)
         .thread_name(|index| format!("forebay-check-{index}"))

@@ -115,7 +115,7 @@ impl Entry {
             opened: indexed.opened,
             documents: corpus.documents(),
             tokens: corpus.tokens(),
-            bytes: corpus.facts().map(|facts| facts.size_bytes).sum(),
+            bytes: corpus.facts().map(|facts| facts.stamp.size_bytes).sum(),
             seconds,
             fingerprint: corpus.fingerprint().to_owned(),
         })

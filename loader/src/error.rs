@@ -86,10 +86,11 @@ impl Error {
         Self::new(ErrorKind::Data, message)
     }
 
-    /// Makes an error about a failed call to the operating system.
-    pub fn io(message: impl Into<String>, source: std::io::Error) -> Self {
+    /// Makes an error about a failed call to the operating system. The system's text ends the
+    /// message.
+    pub fn io(message: impl fmt::Display, source: std::io::Error) -> Self {
         let kind = if source.kind() == std::io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Io };
-        Self::new(kind, message).with_source(source)
+        Self::new(kind, format!("{message}: {source}")).with_source(source)
     }
 
     /// Joins several errors to one, which lists them one per line. It has the kind of the first
@@ -168,8 +169,12 @@ impl Error {
         let mut text = self.to_string();
         let mut cause = std::error::Error::source(self);
         while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
+            let said = error.to_string();
+            // The text of a failed system call is in the message already.
+            if !text.contains(&said) {
+                text.push_str(": ");
+                text.push_str(&said);
+            }
             cause = error.source();
         }
         text

@@ -76,3 +76,30 @@ fn rooms_import_only_from_rooms_before_them() {
     }
     assert!(faults.is_empty(), "imports run against the order of `lib.rs`:\n{}", faults.join("\n"));
 }
+
+/// Rooms that read data through the seam `storage` alone.
+const WITHOUT_FILE_CALLS: [&str; 7] = ["format", "corpus", "layout", "order", "fill", "read", "buffer"];
+
+#[test]
+fn data_is_read_through_the_storage_alone() {
+    let core = core();
+    let mut faults = Vec::new();
+    for room in WITHOUT_FILE_CALLS {
+        let mut files = Vec::new();
+        sources(&core.join(room), &mut files);
+        for path in files.into_iter().filter(|path| !path.ends_with("tests.rs")) {
+            let text = fs::read_to_string(&path).unwrap();
+            let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+            for (number, line) in code.lines().enumerate() {
+                let line = line.split("//").next().unwrap_or_default();
+                if ["std::fs", "File::open", "glob::glob", ".is_file()", ".is_dir()", ".canonicalize()", ".exists()"]
+                    .iter()
+                    .any(|call| line.contains(call))
+                {
+                    faults.push(format!("{}:{}: {}", path.display(), number + 1, line.trim()));
+                }
+            }
+        }
+    }
+    assert!(faults.is_empty(), "files are read past the seam `storage`:\n{}", faults.join("\n"));
+}

@@ -172,10 +172,10 @@ fn head(options: &Options, sources: &[Source], settled: &Value) -> String {
 
 /// The identity of a source. It has no absolute path, so that a corpus may move.
 fn identity(source: &Source) -> Value {
-    let modified = source.facts.modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let modified = source.facts.stamp.modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     json!({
         "source": source.file.name,
-        "bytes": source.facts.size_bytes,
+        "bytes": source.facts.stamp.size_bytes,
         "modified_ns": modified.map(|time| time.as_nanos() as u64),
         "rows": source.facts.rows,
         "tokens": source.facts.counts.tokens,

@@ -60,7 +60,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads").with_source(error))?;
     let open = OpenOptions::of(&config);
 
-    let files = discover::find(&config.data, config.format)?;
+    let files = discover::find(&open.files, &config.data, config.format)?.shards;
     let bar =
         progress::bar(files.len() as u64, "{msg} {wide_bar} {percent}% {human_pos} shards, {eta} left", context.env)?
             .with_message("opening");

@@ -19,7 +19,7 @@ use arrow_schema::{DataType, SchemaRef};
 use forebay::corpus::discover::ShardFile;
 use forebay::format::{self, Format, OpenOptions, ShardFacts};
 use forebay::settings::Io;
-use forebay::storage::local::SourceFile;
+use forebay::storage::Files;
 use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
@@ -78,7 +78,7 @@ impl Reader {
             let builder = token_column::parquet(open_file(path)?, Some(column))?.builder;
             return Ok(Self::Parquet(builder.with_offset(first_row as usize).build().map_err(unsound)?));
         }
-        let file = SourceFile::open(path, io)?;
+        let file = Files::local().open(path, io)?;
         let mapped = if file.mapped().is_some() { Some(Buffer::from(file.bytes(0..file.len())?)) } else { None };
         match (mapped, format) {
             (Some(bytes), Format::ArrowFile) => {

@@ -36,7 +36,7 @@ impl Summary {
         let sum = |of: fn(&Done) -> u64| shards.iter().map(|shard| of(&shard.done)).sum();
         Self {
             sources: sources.len(),
-            source_bytes: sources.iter().map(|source| source.facts.size_bytes).sum(),
+            source_bytes: sources.iter().map(|source| source.facts.stamp.size_bytes).sum(),
             shards: shards.len(),
             bytes: sum(|done| done.bytes),
             were_there: shards.iter().filter(|shard| shard.was_there).count(),

@@ -6,10 +6,6 @@
 //! Writers make a file of their own and rename it, so that those who start at once replace each other's whole files.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::hash::{BuildHasher, Hasher};
-use std::io::ErrorKind::{AlreadyExists, NotADirectory, NotFound};
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -20,7 +16,7 @@ use crate::corpus::discover::ShardFile;
 use crate::error::{Error, Result};
 use crate::format::{Access, Counts, FORMATS, OpenOptions, ShardFacts};
 use crate::settings::{DataFormat, Io};
-use crate::storage::local::SourceFile;
+use crate::storage::{Files, ItemKind, Stamp};
 use crate::tokens::Dtype;
 
 const MAGIC: &[u8; 8] = b"forebayI";
@@ -42,13 +38,13 @@ pub struct Place(u128);
 
 impl Place {
     /// Of each of `files`.
-    pub fn of_all(files: &[ShardFile]) -> Vec<Self> {
+    pub fn of_all(storage: &Files, files: &[ShardFile]) -> Vec<Self> {
         // Shards by the thousand share a folder.
         let mut folders: HashMap<&Path, PathBuf> = HashMap::new();
         let mut places = Vec::with_capacity(files.len());
         for file in files {
             let folder = file.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            let folder = folders.entry(folder).or_insert_with(|| absolute(folder));
+            let folder = folders.entry(folder).or_insert_with(|| storage.absolute(folder));
             let mut hash = Xxh3::new();
             hash.update(folder.as_os_str().as_encoded_bytes());
             hash.update(b"/");
@@ -59,32 +55,10 @@ impl Place {
     }
 }
 
-/// What tells whether a file is still the one that was indexed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stamp {
-    /// Bytes of the file.
-    pub size_bytes: u64,
-    /// When it was last modified.
-    pub modified: Option<SystemTime>,
-}
-
-impl Stamp {
-    /// Of the file at `path`, as it is now.
-    pub fn of(path: &Path) -> Result<Self> {
-        let now = std::fs::metadata(path).map_err(|error| Error::io("cannot stat shard", error).at(path))?;
-        Ok(Self { size_bytes: now.len(), modified: now.modified().ok() })
-    }
-}
-
-impl From<ShardFacts> for Stamp {
-    fn from(facts: ShardFacts) -> Self {
-        Self { size_bytes: facts.size_bytes, modified: facts.modified }
-    }
-}
-
 /// The file that the index of a corpus is kept in.
 #[derive(Clone, Debug)]
 pub struct IndexFile {
+    files: Files,
     path: PathBuf,
     key: u128,
 }
@@ -102,10 +76,10 @@ impl IndexFile {
         part(&VERSION.to_le_bytes());
         part(format!("{format:?} {:?} {}", options.token_column, options.block_tokens).as_bytes());
         for entry in data {
-            part(absolute(Path::new(entry)).as_os_str().as_encoded_bytes());
+            part(options.files.absolute(Path::new(entry)).as_os_str().as_encoded_bytes());
         }
         let key = hash.digest128();
-        Self { path: folder.join(format!("{key:032x}.forebay-index")), key }
+        Self { files: options.files.clone(), path: folder.join(format!("{key:032x}.forebay-index")), key }
     }
 
     /// Where it is.
@@ -116,15 +90,11 @@ impl IndexFile {
     /// What is saved there, if anything is.
     pub fn load(&self, io: Io) -> Result<Option<SavedIndex>> {
         let damaged = |what: &str| Error::data(format!("saved index is damaged: {what}")).at(&self.path);
-        let metadata = match std::fs::metadata(&self.path) {
-            Ok(metadata) => metadata,
-            Err(error) if matches!(error.kind(), NotFound | NotADirectory) => return Ok(None),
-            Err(error) => return Err(Error::io("cannot stat saved index", error).at(&self.path)),
-        };
-        if !metadata.is_file() || metadata.len() < HEADER as u64 {
+        let Some(stat) = self.files.stat_if_there(&self.path)? else { return Ok(None) };
+        if stat.kind != ItemKind::File || stat.stamp.size_bytes < HEADER as u64 {
             return Err(damaged("it is shorter than its header"));
         }
-        let file = SourceFile::open(&self.path, io)?;
+        let file = self.files.open(&self.path, io)?;
         let bytes = file.bytes(0..file.len())?;
         if &bytes[..8] != MAGIC {
             return Err(damaged("it does not begin as one"));
@@ -149,7 +119,6 @@ impl IndexFile {
 
     /// Saves `records`, in corpus order, in place of what is there. Returns the bytes of the file.
     pub fn save(&self, records: impl ExactSizeIterator<Item = (Place, ShardFacts)>) -> Result<u64> {
-        let failed = |error| Error::io("cannot write saved index", error).at(&self.path);
         let mut bytes = Vec::with_capacity(HEADER + records.len() * RECORD);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -165,61 +134,8 @@ impl IndexFile {
         hash.update(&bytes[HEADER..]);
         bytes[CHECKED_HEADER..HEADER].copy_from_slice(&hash.digest().to_le_bytes());
 
-        let folder = self.path.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(folder).map_err(failed)?;
-        let draft = Draft::create(&self.path).map_err(failed)?;
-        draft.publish(&bytes, &self.path).map_err(failed)?;
-        // Without this a crash may lose the new name, which costs one more opening of the shards.
-        if let Ok(folder) = File::open(folder) {
-            let _ = folder.sync_all();
-        }
+        self.files.replace(&self.path, &bytes).map_err(|error| error.context("cannot write saved index"))?;
         Ok(bytes.len() as u64)
-    }
-}
-
-fn absolute(path: &Path) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
-}
-
-/// A file of this writer alone, removed unless it gets its final name.
-struct Draft {
-    path: PathBuf,
-    file: Option<File>,
-}
-
-impl Draft {
-    fn create(target: &Path) -> std::io::Result<Self> {
-        loop {
-            // Process ids repeat between the machines that share a folder; random numbers do not.
-            let unique = std::hash::RandomState::new().build_hasher().finish();
-            let path = target.with_extension(format!("{unique:016x}.tmp"));
-            match File::options().write(true).create_new(true).open(&path) {
-                Ok(file) => return Ok(Self { path, file: Some(file) }),
-                Err(error) if error.kind() == AlreadyExists => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    fn publish(mut self, bytes: &[u8], target: &Path) -> std::io::Result<()> {
-        let Some(file) = &mut self.file else { return Ok(()) };
-        let mut writer = BufWriter::new(&mut *file);
-        writer.write_all(bytes)?;
-        writer.flush()?;
-        drop(writer);
-        file.sync_all()?;
-        std::fs::rename(&self.path, target)?;
-        self.file = None;
-        Ok(())
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        if self.file.take().is_some() {
-            // A draft left over is never read.
-            let _ = std::fs::remove_file(&self.path);
-        }
     }
 }
 
@@ -248,8 +164,10 @@ impl SavedIndex {
         let record = &self.bytes[HEADER + index * RECORD..HEADER + (index + 1) * RECORD];
         let word = |place: usize| u64_at(record, 40 + place * 8);
         let facts = ShardFacts {
-            size_bytes: u64_at(record, 16),
-            modified: time_of(u64_at(record, 24) as i64, u32_at(record, 32)),
+            stamp: Stamp {
+                size_bytes: u64_at(record, 16),
+                modified: time_of(u64_at(record, 24) as i64, u32_at(record, 32)),
+            },
             format: FORMATS.get(usize::from(record[36]))?.format,
             dtype: *DTYPES.get(usize::from(record[37]))?,
             access: *ACCESSES.get(usize::from(record[38]))?,
@@ -265,10 +183,10 @@ impl SavedIndex {
 
 fn push_record(bytes: &mut Vec<u8>, place: Place, facts: &ShardFacts) {
     let start = bytes.len();
-    let (seconds, nanos) = time_parts(facts.modified);
+    let (seconds, nanos) = time_parts(facts.stamp.modified);
     let number = |known: Option<usize>| known.expect("the table lists every variant") as u8;
     bytes.extend_from_slice(&place.0.to_le_bytes());
-    bytes.extend_from_slice(&facts.size_bytes.to_le_bytes());
+    bytes.extend_from_slice(&facts.stamp.size_bytes.to_le_bytes());
     bytes.extend_from_slice(&seconds.to_le_bytes());
     bytes.extend_from_slice(&nanos.to_le_bytes());
     bytes.push(number(FORMATS.iter().position(|entry| entry.format == facts.format)));
@@ -328,7 +246,13 @@ mod tests {
     use crate::sync::Cancel;
 
     fn index(folder: &Path) -> IndexFile {
-        let options = OpenOptions { token_column: None, io: Io::Auto, block_tokens: 100, cancel: Cancel::default() };
+        let options = OpenOptions {
+            token_column: None,
+            io: Io::Auto,
+            block_tokens: 100,
+            cancel: Cancel::default(),
+            files: Files::local(),
+        };
         IndexFile::new(folder, &["corpus".to_owned()], DataFormat::Auto, &options)
     }
 
@@ -345,8 +269,7 @@ mod tests {
             .zip(0..)
             .map(|(modified, number): (_, u64)| {
                 let facts = ShardFacts {
-                    size_bytes: 100 + number,
-                    modified,
+                    stamp: Stamp { size_bytes: 100 + number, modified },
                     format: FORMATS[number as usize % 3].format,
                     dtype: DTYPES[number as usize % 5],
                     access: ACCESSES[number as usize % 2],
@@ -409,7 +332,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let index = index(folder.path());
         index.save(records().into_iter()).unwrap();
-        let options = OpenOptions { token_column: None, io: Io::Auto, block_tokens: 101, cancel: Cancel::default() };
+        let options = OpenOptions {
+            token_column: None,
+            io: Io::Auto,
+            block_tokens: 101,
+            cancel: Cancel::default(),
+            files: Files::local(),
+        };
         let other = IndexFile::new(folder.path(), &["corpus".to_owned()], DataFormat::Auto, &options);
         assert!(other.load(Io::Auto).unwrap().is_none());
         std::fs::copy(index.path(), other.path()).unwrap();

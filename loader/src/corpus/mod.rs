@@ -16,13 +16,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use xxhash_rust::xxh3::Xxh3;
 
-use self::discover::ShardFile;
-use crate::corpus::index::{IndexFile, Place, SavedIndex, Stamp};
+use self::discover::{Discovery, ShardFile};
+use crate::corpus::index::{IndexFile, Place, SavedIndex};
 use crate::corpus::shard_cache::{Held, Opened};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Access, Counts, OpenOptions, Shard, ShardFacts};
 use crate::settings::DataFormat;
-use crate::storage::local;
+use crate::storage::{Files, local};
 use crate::tokens::Dtype;
 
 /// A block of the corpus: shard and block in it.
@@ -130,7 +130,7 @@ impl Corpus {
         if let Some(folder) = cache {
             return Ok(Self::index(data, format, options, folder, pool, &|_, _| ())?.0);
         }
-        let files = discover::find(data, format)?;
+        let Discovery { shards: files, mut warnings } = discover::find(&options.files, data, format)?;
         let most = local::most_files();
         let shards = Opened::new(files.len(), most);
         let open = |index: usize| {
@@ -151,7 +151,8 @@ impl Corpus {
         }
         no_faults(faults, facts.iter().copied(), format)?;
         let facts = facts.into_iter().map(|(_, facts)| facts).collect();
-        Self::new(files, Facts::Found(facts), shards, options)
+        warnings.extend(options.files.take_warnings());
+        Ok(Self { warnings, ..Self::new(files, Facts::Found(facts), shards, options)? })
     }
 
     /// As [`Corpus::open`] with a folder; `progress` is called with the number of shards opened and to be opened.
@@ -163,17 +164,16 @@ impl Corpus {
         pool: &rayon::ThreadPool,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<(Self, Indexed)> {
-        let files = discover::find(data, format)?;
+        let Discovery { shards: files, mut warnings } = discover::find(&options.files, data, format)?;
         let file = IndexFile::new(folder, data, format, options);
-        let mut warnings = Vec::new();
         let saved = file.load(options.io).unwrap_or_else(|error| {
             warnings.push(format!("{}; it is made anew", error.report()));
             None
         });
         let mut indexed = Indexed { file, opened: 0, unsaved: None };
 
-        let places = Place::of_all(&files);
-        let known = known_records(&files, &places, saved.as_ref(), pool);
+        let places = Place::of_all(&options.files, &files);
+        let known = known_records(&files, &places, saved.as_ref(), &options.files, pool);
         let stale: Vec<usize> = (0..files.len()).filter(|index| known[*index].is_none()).collect();
         let known_facts = |index: usize| Some(saved.as_ref()?.get(known[index]?)?.1);
         let facts = match &saved {
@@ -211,6 +211,7 @@ impl Corpus {
             }
         };
         let shards = Opened::new(files.len(), local::most_files());
+        warnings.extend(options.files.take_warnings());
         Ok((Self { warnings, ..Self::new(files, facts, shards, options)? }, indexed))
     }
 
@@ -360,7 +361,7 @@ impl Corpus {
             text(facts.format.name());
             text(facts.dtype.name());
             let Counts { tokens, starts, .. } = facts.counts;
-            text(&format!("{} {} {tokens} {starts}", facts.size_bytes, facts.rows));
+            text(&format!("{} {} {tokens} {starts}", facts.stamp.size_bytes, facts.rows));
         }
         format!("{:032x}", hash.digest128())
     }
@@ -371,6 +372,7 @@ fn known_records(
     files: &[ShardFile],
     places: &[Place],
     saved: Option<&SavedIndex>,
+    storage: &Files,
     pool: &rayon::ThreadPool,
 ) -> Vec<Option<usize>> {
     let Some(saved) = saved else { return vec![None; files.len()] };
@@ -387,7 +389,7 @@ fn known_records(
         let is_here = index < saved.len() && saved.get(index).is_some_and(|(place, _)| place == places[index]);
         let record = if is_here { index } else { elsewhere(places[index])? };
         // A file that cannot be looked at is opened, which tells why.
-        (Stamp::of(&files[index].path).ok()? == Stamp::from(saved.get(record)?.1)).then_some(record)
+        (storage.stat(&files[index].path).ok()?.stamp == saved.get(record)?.1.stamp).then_some(record)
     };
     side_by_side(pool, files.len(), known)
 }
@@ -426,11 +428,12 @@ fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
             ),
         ))
     };
-    if found.size_bytes != indexed.size_bytes {
-        return changed("its size in bytes", &indexed.size_bytes, &found.size_bytes);
+    let (then, now) = (indexed.stamp, found.stamp);
+    if now.size_bytes != then.size_bytes {
+        return changed("its size in bytes", &then.size_bytes, &now.size_bytes);
     }
-    if found.modified != indexed.modified {
-        return changed("its modification time", &indexed.modified, &found.modified);
+    if now != then {
+        return changed("its modification time", &then.modified, &now.modified);
     }
     // Same size and time, other content: the index would be taken for right at the next start too.
     if (found.format, found.dtype, found.access, found.rows, found.counts)

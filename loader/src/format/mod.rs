@@ -11,11 +11,10 @@ use std::collections::TryReserveError;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
-use std::time::SystemTime;
 
 use crate::error::{Error, Result};
 use crate::settings::{Config, DataFormat, Io};
-use crate::storage::local;
+use crate::storage::{Files, Reads, SourceFile, Stamp};
 use crate::sync::Cancel;
 use crate::tokens::{Dtype, Tokens};
 
@@ -80,7 +79,7 @@ pub struct FormatEntry {
     /// Tells whether a file has this format. The file's name says nothing.
     recognise: fn(&Sample<'_>) -> Recognised,
     /// Opens a file whose content is known to have this format.
-    open: fn(local::Reads, &OpenOptions) -> Result<Shard>,
+    open: fn(Reads, &OpenOptions) -> Result<Shard>,
 }
 
 /// The beginning and the end of a file, from which its format is recognised.
@@ -195,10 +194,8 @@ impl std::iter::Sum for Counts {
 /// What is known of a shard without its blocks: enough to place it in a corpus before it is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardFacts {
-    /// Bytes of the file.
-    pub size_bytes: u64,
-    /// When it was last modified.
-    pub modified: Option<SystemTime>,
+    /// Size and modification time of the file.
+    pub stamp: Stamp,
     /// Its container format.
     pub format: Format,
     /// Type of its token ids.
@@ -338,7 +335,7 @@ pub struct DecodedPages {
 #[derive(Debug)]
 pub struct ShardInfo {
     /// The opened file.
-    pub file: local::SourceFile,
+    pub file: SourceFile,
     /// Its container format.
     pub format: Format,
     /// Type of its token ids.
@@ -477,8 +474,7 @@ impl Shard {
     pub fn facts(&self) -> ShardFacts {
         let ShardInfo { file, format, dtype, rows, blocks } = self.info();
         ShardFacts {
-            size_bytes: file.len(),
-            modified: file.modified(),
+            stamp: file.stamp(),
             format: *format,
             dtype: *dtype,
             access: self.access(),
@@ -526,6 +522,8 @@ pub struct OpenOptions {
     pub block_tokens: u64,
     /// Stops the opening of a corpus between two shards.
     pub cancel: Cancel,
+    /// The files to open.
+    pub files: Files,
 }
 
 impl OpenOptions {
@@ -536,6 +534,7 @@ impl OpenOptions {
             io: config.io,
             block_tokens: config.block_tokens,
             cancel: Cancel::default(),
+            files: Files::local(),
         }
     }
 }
@@ -565,13 +564,13 @@ pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>)
 
 /// Opens the file at `path`, whose format is recognised by its content.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Shard> {
-    let source = local::SourceFile::open(path, options.io)?;
+    let source = options.files.open(path, options.io)?;
     let open = |mut reads| (recognise(&mut reads)?.open)(reads, options);
-    open(local::Reads::new(source)).map_err(|error| error.at(path))
+    open(Reads::new(source)).map_err(|error| error.at(path))
 }
 
 /// The row of the format that a file has by its first and last bytes.
-fn recognise(reads: &mut local::Reads) -> Result<&'static FormatEntry> {
+fn recognise(reads: &mut Reads) -> Result<&'static FormatEntry> {
     let len = reads.file().len();
     let mut head = [0; 8];
     let head = &mut head[..len.min(8) as usize];

@@ -13,7 +13,7 @@ use super::random::as_one_document;
 use super::{Column, DocumentRun, RowShape, runs};
 use crate::error::{Error, Result};
 use crate::format::{AnyShard, BlockMeta, BlockShard, DecodedBlock, OpenOptions, ShardInfo};
-use crate::storage::local::SourceFile;
+use crate::storage::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
 /// Larger than the ratio of any codec. A buffer that claims to decompress to more is damaged.

@@ -8,7 +8,7 @@ use arrow_ipc::{CompressionType, Endianness, Message, MessageHeader, MetadataVer
 use super::{Column, DocumentRun, RowShape, runs};
 use crate::error::{Error, Result};
 use crate::format::{Format, OpenOptions};
-use crate::storage::local::Reads;
+use crate::storage::Reads;
 
 const MAGIC: &[u8] = b"ARROW1";
 const CONTINUATION: u32 = u32::MAX;

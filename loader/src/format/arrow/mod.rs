@@ -14,7 +14,7 @@ use arrow_schema::DataType;
 
 use super::{Format, OpenOptions, Recognised, Sample, Shard, choose_token_column};
 use crate::error::{Error, Result};
-use crate::storage::local::Reads;
+use crate::storage::Reads;
 use crate::tokens::Dtype;
 use messages::BatchParts;
 

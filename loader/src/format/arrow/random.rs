@@ -9,7 +9,7 @@ use super::messages::{FileRange, Messages};
 use super::{Column, RowShape};
 use crate::error::{Error, Result};
 use crate::format::{AnyShard, BlockMeta, Ends, EndsScratch, RandomShard, ShardInfo};
-use crate::storage::local::SourceFile;
+use crate::storage::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
 /// Record batches with fewer tokens cost more to index than to read.

@@ -13,11 +13,11 @@ use proptest::prelude::*;
 use super::*;
 use crate::format::EndsScratch;
 use crate::settings::Io;
-use crate::storage::local::SourceFile;
+use crate::storage::Files;
 use crate::tokens::Tokens;
 
 fn options(io: Io, block_tokens: u64) -> OpenOptions {
-    OpenOptions { token_column: None, io, block_tokens, cancel: Cancel::default() }
+    OpenOptions { token_column: None, io, block_tokens, cancel: Cancel::default(), files: Files::local() }
 }
 
 fn written(batches: &[RecordBatch], stream: bool, codec: Option<CompressionType>) -> Vec<u8> {
@@ -44,7 +44,7 @@ fn opened(bytes: &[u8], options: &OpenOptions) -> Result<Shard> {
 
 /// Opens the shard in the format that its head shows, whatever the end of the file looks like.
 fn open_at(path: &Path, options: &OpenOptions) -> Result<Shard> {
-    let mut reads = Reads::new(SourceFile::open(path, options.io)?);
+    let mut reads = Reads::new(options.files.open(path, options.io)?);
     let is_file = reads.get(0..reads.file().len().min(6))? == b"ARROW1";
     open(reads, if is_file { Format::ArrowFile } else { Format::ArrowStream }, options)
 }

@@ -17,7 +17,7 @@ use parquet::file::reader::{ChunkReader, Length};
 
 use super::column::Column;
 use crate::error::{Error, Result};
-use crate::storage::local::SourceFile;
+use crate::storage::SourceFile;
 use crate::tokens::Dtype;
 
 /// One decoded row group.

@@ -32,7 +32,7 @@ use self::pages::{Body, Coding, ForwardReader, Page, RowGroup, Walk, Walker};
 use self::values::{Dictionary, Encoded};
 use super::{AnyShard, BlockMeta, BlockShard, DecodedBlock, Format, OpenOptions, Recognised, Sample, Shard, ShardInfo};
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::local::SourceFile;
+use crate::storage::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
 /// Number of bytes of the magic and the footer length at the end of a file.

@@ -16,7 +16,7 @@ use super::header::{self, DataHeader, HeaderFault, PageKind, code};
 use super::levels::Levels;
 use crate::error::{Error, Result};
 use crate::format::DecodedPages;
-use crate::storage::local::SourceFile;
+use crate::storage::SourceFile;
 
 /// Encoding of a page's values, which selects the decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

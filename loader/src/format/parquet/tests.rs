@@ -28,7 +28,7 @@ use super::{ParquetShard, Route};
 use crate::error::{ErrorKind, Result};
 use crate::format::{AnyShard, BlockShard, OpenOptions};
 use crate::settings::Io;
-use crate::storage::local::SourceFile;
+use crate::storage::Files;
 use crate::tokens::{Dtype, Tokens};
 
 type Rows = Vec<Option<Vec<i64>>>;
@@ -152,11 +152,11 @@ fn save(bytes: &[u8]) -> Saved {
 }
 
 fn options(block_tokens: u64, io: Io) -> OpenOptions {
-    OpenOptions { token_column: None, io, block_tokens, cancel: Cancel::default() }
+    OpenOptions { token_column: None, io, block_tokens, cancel: Cancel::default(), files: Files::local() }
 }
 
 fn open_as(saved: &Saved, block_tokens: u64, io: Io, route: Route) -> Result<ParquetShard> {
-    ParquetShard::open(SourceFile::open(&saved.path, io)?, &options(block_tokens, io), route)
+    ParquetShard::open(Files::local().open(&saved.path, io)?, &options(block_tokens, io), route)
 }
 
 fn open(saved: &Saved, block_tokens: u64) -> Result<ParquetShard> {

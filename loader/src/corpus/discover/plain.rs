@@ -1,0 +1,117 @@
+//! Refuses folders that are no plain corpora: tables with a log, splits side by side, caches of `datasets`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::corpus::discover::ShardFile;
+use crate::error::{Error, Result};
+use crate::storage::{Files, Item, ItemKind};
+
+/// How the files begin in which `datasets` keeps what `map` and `filter` gave.
+pub(super) const CACHE_PREFIX: &str = "cache-";
+/// Digits of the fingerprint that follows.
+const FINGERPRINT: usize = 16;
+/// How many folders above a named one are looked at. A table's partitions lie this deep at most, as a rule.
+const PARENTS: usize = 4;
+
+/// Folders that keep the log of a table, with the name of its kind.
+const TABLE_LOGS: [(&str, &str); 3] = [("_delta_log", "Delta"), (".hoodie", "Hudi"), (ICEBERG_LOG, "Iceberg")];
+/// Any folder may be called so; it is the log of a table if it holds a file that ends in [`ICEBERG_FILE`].
+const ICEBERG_LOG: &str = "metadata";
+const ICEBERG_FILE: &str = ".metadata.json";
+
+/// Words that name a split, each with the split.
+const SPLITS: [(&str, &str); 9] = [
+    ("train", "train"),
+    ("training", "train"),
+    ("test", "test"),
+    ("testing", "test"),
+    ("validation", "validation"),
+    ("valid", "validation"),
+    ("val", "validation"),
+    ("dev", "validation"),
+    ("eval", "validation"),
+];
+
+/// Fails if `folder`, which holds `items`, is a table whose log says which files are live.
+pub(super) fn check_table(files: &Files, folder: &Path, items: &[Item]) -> Result<()> {
+    for item in items.iter().filter(|item| item.kind == ItemKind::Folder) {
+        let Some((log, kind)) = TABLE_LOGS.iter().find(|(log, _)| *log == item.name) else { continue };
+        if *log == ICEBERG_LOG && !files.list(&item.location)?.iter().any(|item| item.name.ends_with(ICEBERG_FILE)) {
+            continue;
+        }
+        return Err(Error::config(format!(
+            "`{}` is a table of {kind}: its log in `{log}` says which files are live, and others hold removed rows; \
+             name the live files one by one, or write the table's rows to plain Parquet files",
+            folder.display()
+        )));
+    }
+    Ok(())
+}
+
+/// Fails if `folder` lies in a table with a log.
+pub(super) fn check_parents(files: &Files, folder: &Path) -> Result<()> {
+    let absolute = files.absolute(folder);
+    for parent in absolute.ancestors().take(1 + PARENTS) {
+        for (log, _) in TABLE_LOGS {
+            let location = parent.join(log);
+            // A folder that cannot be looked at is none of the corpus.
+            let Ok(Some(stat)) = files.stat_if_there(&location) else { continue };
+            if stat.kind == ItemKind::Folder {
+                let item = Item { name: log.to_owned(), location, kind: stat.kind, is_link: false };
+                check_table(files, parent, &[item])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Fails if the names of `shards`, found below `folder`, tell of more than one split.
+pub(super) fn check_splits<'a>(folder: &Path, shards: impl Iterator<Item = &'a ShardFile>) -> Result<()> {
+    let mut splits: BTreeMap<&str, &str> = BTreeMap::new();
+    for shard in shards {
+        if let Some(split) = split_of(&shard.name) {
+            splits.entry(split).or_insert(&shard.name);
+        }
+    }
+    if splits.len() < 2 {
+        return Ok(());
+    }
+    let (names, examples): (Vec<_>, Vec<_>) = splits.into_iter().unzip();
+    Err(Error::config(format!(
+        "`{}` holds several splits ({}), such as `{}`: name the one to train on by its folder or by a pattern like \
+         `{}`; to read all of them, list a pattern for each",
+        folder.display(),
+        names.join(", "),
+        examples.join("` and `"),
+        folder.join("**/train*").display(),
+    )))
+}
+
+/// The split that a word of `name` tells of.
+fn split_of(name: &str) -> Option<&'static str> {
+    let words = name.split(|c: char| !c.is_alphabetic());
+    let known = |word: &str| SPLITS.iter().find(|(known, _)| word.eq_ignore_ascii_case(known));
+    words.filter_map(known).map(|(_, split)| *split).next()
+}
+
+/// Fails if one of `shards`, found below `folder`, is a cache of `datasets`: its rows are those of other files, or come
+/// from them.
+pub(super) fn check_caches<'a>(folder: &Path, mut shards: impl Iterator<Item = &'a ShardFile>) -> Result<()> {
+    let Some(cache) = shards.find(|shard| is_cache(shard.name.rsplit('/').next().unwrap_or_default())) else {
+        return Ok(());
+    };
+    Err(Error::config(format!(
+        "`{}` holds caches of `datasets` such as `{}`, whose rows are copies of others or come from them: write the \
+         dataset with `save_to_disk` and name that folder, or name the files one by one",
+        folder.display(),
+        cache.name
+    )))
+}
+
+fn is_cache(name: &str) -> bool {
+    let rest = name.strip_prefix(CACHE_PREFIX).unwrap_or_default().as_bytes();
+    rest.len() > FINGERPRINT
+        && rest[..FINGERPRINT].iter().all(u8::is_ascii_hexdigit)
+        && !rest[FINGERPRINT].is_ascii_alphanumeric()
+}

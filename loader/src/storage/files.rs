@@ -1,0 +1,173 @@
+//! The files of a storage as the other rooms use them.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::local::Local;
+use super::{Item, ItemKind, SourceFile, Stat, Storage};
+use crate::error::{Error, Result};
+use crate::settings::Io;
+use crate::sync::lock;
+
+/// Waits between the tries of a call that fails with a passing error. A file server that restarts is back within
+/// seconds; a disk that is broken costs this long before its error is reported.
+const WAITS: [Duration; 4] =
+    [Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(250), Duration::from_millis(1000)];
+
+/// Locations that are remembered as warned of. More than that warn again.
+const MOST_WARNED: usize = 1024;
+
+/// A storage whose passing errors are tried again, and whose errors name their location. Cheap to clone.
+///
+/// Every call fails with the operating system's text in the message. The first passing error of a location leaves a
+/// warning ([`Files::take_warnings`]).
+#[derive(Clone, Debug)]
+pub struct Files {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    storage: Box<dyn Storage>,
+    notices: Mutex<Notices>,
+}
+
+/// Warnings that no one has taken yet, and the locations that had one.
+#[derive(Debug, Default)]
+struct Notices {
+    warnings: Vec<String>,
+    warned: HashSet<PathBuf>,
+}
+
+impl Files {
+    /// The files of this machine.
+    pub fn local() -> Self {
+        Self::new(Box::new(Local))
+    }
+
+    /// The files of `storage`.
+    pub fn new(storage: Box<dyn Storage>) -> Self {
+        Self { inner: Arc::new(Inner { storage, notices: Mutex::default() }) }
+    }
+
+    pub(super) fn storage(&self) -> &dyn Storage {
+        self.inner.storage.as_ref()
+    }
+
+    /// Describes what lies at `location`.
+    pub fn stat(&self, location: &Path) -> Result<Stat> {
+        self.retried(&"stat", location, || Ok(self.storage().stat(location)))
+    }
+
+    /// Describes what lies at `location`, if anything does.
+    pub fn stat_if_there(&self, location: &Path) -> Result<Option<Stat>> {
+        self.retried(&"stat", location, || Ok(if_there(self.storage().stat(location))))
+    }
+
+    /// Tells whether `location` holds a file.
+    pub fn has_file(&self, location: &Path) -> Result<bool> {
+        Ok(self.stat_if_there(location)?.is_some_and(|stat| stat.kind == ItemKind::File))
+    }
+
+    /// Lists what `folder` holds, sorted by name.
+    pub fn list(&self, folder: &Path) -> Result<Vec<Item>> {
+        let mut items = self.retried(&"list", folder, || Ok(self.storage().list(folder)))?;
+        items.sort_unstable_by(|a, b| a.name.as_bytes().cmp(b.name.as_bytes()));
+        Ok(items)
+    }
+
+    /// Opens the file at `location`, to be mapped unless `io` or its storage says otherwise.
+    pub fn open(&self, location: &Path, io: Io) -> Result<SourceFile> {
+        SourceFile::open(self, location, io)
+    }
+
+    /// Reads the whole file at `location`, if there is one.
+    pub fn read_if_there(&self, location: &Path) -> Result<Option<Vec<u8>>> {
+        let Some(stat) = self.stat_if_there(location)? else { return Ok(None) };
+        if stat.stamp.size_bytes == 0 {
+            return Ok(Some(Vec::new()));
+        }
+        let file = self.open(location, Io::Pread)?;
+        Ok(Some(file.bytes(0..file.len())?.into()))
+    }
+
+    /// Puts `bytes` in place of the file at `location`.
+    pub fn replace(&self, location: &Path, bytes: &[u8]) -> Result<()> {
+        self.retried(&"write", location, || Ok(self.storage().replace(location, bytes)))
+    }
+
+    /// The one name of a folder that may have several.
+    pub fn canonical(&self, folder: &Path) -> Result<PathBuf> {
+        self.retried(&"resolve", folder, || Ok(self.storage().canonical(folder)))
+    }
+
+    /// The name that `location` has for every process.
+    pub fn absolute(&self, location: &Path) -> PathBuf {
+        self.storage().absolute(location)
+    }
+
+    /// Takes the warnings that were left since the last call.
+    pub fn take_warnings(&self) -> Vec<String> {
+        std::mem::take(&mut lock(&self.inner.notices).warnings)
+    }
+
+    /// Calls `call` until it succeeds, fails for good, or has failed too often. `call` returns an error of its own where
+    /// trying again makes no sense.
+    pub(super) fn retried<T>(
+        &self,
+        what: &dyn fmt::Display,
+        location: &Path,
+        mut call: impl FnMut() -> Result<io::Result<T>>,
+    ) -> Result<T> {
+        let mut waits = WAITS.iter();
+        loop {
+            let error = match call()? {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            if !is_passing(&error) {
+                return Err(Error::io(format!("cannot {what}"), error).at(location));
+            }
+            let Some(wait) = waits.next() else {
+                let tries = WAITS.len() + 1;
+                return Err(Error::io(format!("cannot {what}, tried {tries} times"), error).at(location));
+            };
+            self.warn(what, location, &error);
+            std::thread::sleep(*wait);
+        }
+    }
+
+    #[cold]
+    fn warn(&self, what: &dyn fmt::Display, location: &Path, error: &io::Error) {
+        let mut notices = lock(&self.inner.notices);
+        if notices.warned.len() >= MOST_WARNED {
+            notices.warned.clear();
+        }
+        if notices.warned.insert(location.to_owned()) && notices.warnings.len() < MOST_WARNED {
+            let text = format!("cannot {what} (`{}`): {error}; trying again", location.display());
+            notices.warnings.push(text);
+        }
+    }
+}
+
+/// `None` where nothing is there.
+fn if_there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Tells whether the same call may succeed a moment later: network file systems and failing disks give such errors.
+fn is_passing(error: &io::Error) -> bool {
+    #[cfg(unix)]
+    if matches!(error.raw_os_error(), Some(libc::EIO | libc::ESTALE | libc::EAGAIN | libc::EINTR | libc::ETIMEDOUT)) {
+        return true;
+    }
+    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
+}
