@@ -202,6 +202,46 @@ def test_other_content_is_refused_with_both_values_named(corpus: Path, name: str
         assert all(value in message for value in named), message
 
 
+def two_columns(path: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(exist_ok=True)
+    columns = {"input_ids": [list(range(100))] * 20, "labels": [list(range(1000, 1100))] * 20}
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_state_of_another_column_is_refused(tmp_path: Path, indexed: bool) -> None:
+    path = two_columns(tmp_path / "a.parquet")
+    more: dict[str, Any] = {"seq_len": 10, "cache_dir": tmp_path / "index" if indexed else None}
+
+    def opened(**given: Any) -> forebay.Loader:
+        return forebay.Loader(path, **more, **given)
+
+    for _ in range(1 + indexed):
+        state = opened().state_dict()
+        assert (state["token_column"], state["format"]) == ("input_ids", "parquet")
+        opened(token_column="input_ids", format="parquet").load_state_dict(state)
+        with pytest.raises(forebay.StateMismatchError, match="`token_column` was `input_ids` when saved and is `labels`"):
+            opened(token_column="labels").load_state_dict(state)
+
+
+def test_a_state_of_other_columns_of_a_mixture_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    two_columns(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"labels": [list(range(100))] * 20, "tokens": [[7] * 100] * 20}), tmp_path / "b.parquet")
+    sources = [{"name": name, "data": tmp_path / f"{name}.parquet", "weight": 1} for name in "ab"]
+    given: dict[str, Any] = {"mixture": {"sources": sources}, "seq_len": 10, "lanes": 2}
+    state = forebay.Loader(**given).state_dict()
+    assert state["token_column"] == "a: input_ids, b: tokens"
+    with pytest.raises(forebay.StateMismatchError, match="a: labels, b: labels"):
+        forebay.Loader(**given, token_column="labels").load_state_dict(state)
+
+
 def test_another_corpus_is_refused(corpus: Path, tmp_path: Path) -> None:
     with open_loader(corpus, SETTINGS) as loader:
         state = loader.state_dict()

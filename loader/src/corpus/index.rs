@@ -14,14 +14,14 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::corpus::discover::ShardFile;
 use crate::error::{Error, Result};
-use crate::format::{Access, Counts, FORMATS, OpenOptions, ShardFacts};
+use crate::format::{Access, Counts, FORMATS, OpenOptions, ShardFacts, TokenColumn};
 use crate::settings::{DataFormat, Io};
 use crate::storage::{Files, ItemKind, Stamp};
 use crate::tokens::Dtype;
 
 const MAGIC: &[u8; 8] = b"forebayI";
 /// Layout of header and records.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Magic, version, size of a record, number of records, key; then the checksum.
 const CHECKED_HEADER: usize = 40;
 const HEADER: usize = CHECKED_HEADER + 8;
@@ -171,6 +171,7 @@ impl SavedIndex {
             format: FORMATS.get(usize::from(record[36]))?.format,
             dtype: *DTYPES.get(usize::from(record[37]))?,
             access: *ACCESSES.get(usize::from(record[38]))?,
+            column: TokenColumn::of_number(record[39])?,
             rows: word(0),
             blocks: word(1),
             counts: Counts { tokens: word(2), starts: word(3), ends: word(4) },
@@ -192,7 +193,7 @@ fn push_record(bytes: &mut Vec<u8>, place: Place, facts: &ShardFacts) {
     bytes.push(number(FORMATS.iter().position(|entry| entry.format == facts.format)));
     bytes.push(number(DTYPES.iter().position(|dtype| *dtype == facts.dtype)));
     bytes.push(number(ACCESSES.iter().position(|access| *access == facts.access)));
-    bytes.push(0);
+    bytes.push(facts.column.number());
     let Counts { tokens, starts, ends } = facts.counts;
     for word in [facts.rows, facts.blocks, tokens, starts, ends, facts.decoded_bytes, facts.largest_block_bytes] {
         bytes.extend_from_slice(&word.to_le_bytes());
@@ -272,6 +273,7 @@ mod tests {
                     stamp: Stamp { size_bytes: 100 + number, modified },
                     format: FORMATS[number as usize % 3].format,
                     dtype: DTYPES[number as usize % 5],
+                    column: TokenColumn::of_number(number as u8 % 5).unwrap(),
                     access: ACCESSES[number as usize % 2],
                     rows: 7,
                     blocks: u64::MAX - number,

@@ -346,6 +346,30 @@ impl Corpus {
         &self.fingerprint
     }
 
+    /// The token columns of the first `shards` shards, each once, in the order of the corpus.
+    pub fn token_columns(&self, shards: usize) -> Vec<&str> {
+        let mut columns = Vec::new();
+        for facts in self.facts().take(shards) {
+            let column = facts.column.name(&self.options);
+            if !columns.contains(&column) {
+                columns.push(column);
+            }
+        }
+        columns
+    }
+
+    /// The families of formats of the first `shards` shards, each once, in the order of the corpus.
+    pub fn families(&self, shards: usize) -> Vec<&'static str> {
+        let mut families = Vec::new();
+        for facts in self.facts().take(shards) {
+            let family = facts.format.family().name();
+            if !families.contains(&family) {
+                families.push(family);
+            }
+        }
+        families
+    }
+
     /// The fingerprint of a corpus of the first `shards` shards alone. Costs a hash of some 50 bytes per shard.
     ///
     /// # Panics
@@ -436,8 +460,8 @@ fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
         return changed("its modification time", &then.modified, &now.modified);
     }
     // Same size and time, other content: the index would be taken for right at the next start too.
-    if (found.format, found.dtype, found.access, found.rows, found.counts)
-        != (indexed.format, indexed.dtype, indexed.access, indexed.rows, indexed.counts)
+    if (found.format, found.dtype, found.column, found.access, found.rows, found.counts)
+        != (indexed.format, indexed.dtype, indexed.column, indexed.access, indexed.rows, indexed.counts)
     {
         return Err(Error::new(
             ErrorKind::Changed,

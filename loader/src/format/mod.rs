@@ -200,6 +200,8 @@ pub struct ShardFacts {
     pub format: Format,
     /// Type of its token ids.
     pub dtype: Dtype,
+    /// Column that holds its tokens.
+    pub column: TokenColumn,
     /// How its tokens are reached.
     pub access: Access,
     /// Rows, empty and null ones included.
@@ -340,6 +342,8 @@ pub struct ShardInfo {
     pub format: Format,
     /// Type of its token ids.
     pub dtype: Dtype,
+    /// Column that holds its tokens.
+    pub column: TokenColumn,
     /// Rows of the file, empty and null ones included.
     pub rows: u64,
     /// Its blocks in file order. Blocks without tokens are left out.
@@ -472,11 +476,12 @@ impl Shard {
 
     /// What is known of it without its blocks.
     pub fn facts(&self) -> ShardFacts {
-        let ShardInfo { file, format, dtype, rows, blocks } = self.info();
+        let ShardInfo { file, format, dtype, column, rows, blocks } = self.info();
         ShardFacts {
             stamp: file.stamp(),
             format: *format,
             dtype: *dtype,
+            column: *column,
             access: self.access(),
             rows: *rows,
             blocks: blocks.len() as u64,
@@ -541,6 +546,38 @@ impl OpenOptions {
 
 /// Columns taken for the tokens when none is named, in order of preference.
 pub const TOKEN_COLUMNS: [&str; 4] = ["input_ids", "tokens", "token_ids", "ids"];
+
+/// The column that a shard's tokens are in, in one byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenColumn(Option<u8>);
+
+impl TokenColumn {
+    /// The column called `name`, which `choose_token_column` picked.
+    pub(crate) fn of(name: &str) -> Self {
+        Self(TOKEN_COLUMNS.iter().position(|known| *known == name).map(|index| index as u8))
+    }
+
+    /// The number by which a saved index holds the column. 0 is the column that the settings name.
+    pub(crate) fn number(self) -> u8 {
+        self.0.map_or(0, |index| index + 1)
+    }
+
+    /// The column of a number that [`TokenColumn::number`] gave.
+    pub(crate) fn of_number(number: u8) -> Option<Self> {
+        match number.checked_sub(1) {
+            Some(index) if usize::from(index) >= TOKEN_COLUMNS.len() => None,
+            index => Some(Self(index)),
+        }
+    }
+
+    /// Its name in a shard that was opened with `options`.
+    pub fn name(self, options: &OpenOptions) -> &str {
+        match self.0 {
+            Some(index) => TOKEN_COLUMNS[usize::from(index)],
+            None => options.token_column.as_deref().unwrap_or_default(),
+        }
+    }
+}
 
 /// Picks the token column among `columns` of a file.
 pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>) -> Result<&'a str> {

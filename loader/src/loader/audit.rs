@@ -68,23 +68,28 @@ impl Loader {
 }
 
 impl Session {
-    /// Of all that decides what is trained on, but for what may change in the epochs of a run: shards and stages that were added, and skips.
+    /// Everything that decides the data of a run and its order, except for what may change in later epochs: shards and
+    /// stages that were added, and skips.
+    fn fixed_content(&self) -> Vec<(&'static str, StateValue)> {
+        let mut content = self.opened.content.clone();
+        content.extend(self.opened.sources.as_opened(1, 1));
+        content
+    }
+
     fn content_texts(&self) -> Vec<(String, String)> {
         let text = |value: &StateValue| match value {
             StateValue::Int(number) => number.to_string(),
             StateValue::Text(text) => text.clone(),
         };
-        self.opened.content.iter().map(|(key, value)| ((*key).to_owned(), text(value))).collect()
+        self.fixed_content().iter().map(|(key, value)| ((*key).to_owned(), text(value))).collect()
     }
 
     fn content_digest(&self) -> String {
-        let mut text: Vec<_> = self.opened.content.iter().map(|(key, value)| format!("{key}={value}")).collect();
-        text.push(match self.opened.sources.mixture() {
-            None => self.opened.sources.list()[0]
-                .reader
-                .corpus()
-                .fingerprint_of(1.min(self.opened.sources.shards() as usize)),
-            Some(_) => self.opened.sources.mixture_digest(1).to_string(),
+        let sources = &self.opened.sources;
+        let mut text: Vec<_> = self.fixed_content().iter().map(|(key, value)| format!("{key}={value}")).collect();
+        text.push(match sources.mixture() {
+            None => sources.list()[0].reader.corpus().fingerprint_of(1.min(sources.shards() as usize)),
+            Some(_) => sources.mixture_digest(1).to_string(),
         });
         format!("{:032x}", xxh3_128(text.join("\n").as_bytes()))
     }

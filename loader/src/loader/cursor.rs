@@ -4,7 +4,6 @@
 //! `set_epoch` go through here, so that the rules for "which epoch comes next" stand in one place.
 
 use super::MAX_EPOCH;
-use super::open::short;
 use super::pass::PassRange;
 use super::session::Session;
 use crate::error::{Error, Result};
@@ -143,13 +142,16 @@ impl Session {
             .into_iter()
             .filter(|skip| (skip.epoch, skip.start) < (epoch, position))
             .collect();
+        // What has begun of a mixture's first epoch; later epochs begin with all of it.
+        let progress = if epoch == 0 { position } else { u64::MAX };
+        content.extend(sources.as_opened(shards, progress));
         content.extend([
             ("fingerprint", StateValue::Text(fingerprint)),
             ("shards", shards.into()),
             ("sequences", sources.all_sequences(growth).into()),
             ("growth", StateValue::Text(growth.text())),
-            ("skipped", StateValue::Text(short(settings::skips_text(&begun)))),
-            ("mixture", sources.mixture_digest(if epoch == 0 { position } else { u64::MAX })),
+            ("skipped", StateValue::short(settings::skips_text(&begun))),
+            ("mixture", sources.mixture_digest(progress)),
         ]);
         content
     }

@@ -13,7 +13,7 @@ use crate::order;
 use crate::order::partition::Grouping;
 use crate::read::{BlockCache, Reader, SessionId};
 use crate::settings::mixture::MixtureSettings;
-use crate::settings::{Config, Shuffle, Split, Targets, default_threads};
+use crate::settings::{self, Compared, Config, Setting, Shuffle, Value, default_threads};
 use crate::sync::Cancel;
 
 /// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
@@ -79,13 +79,12 @@ impl Opened {
             config.shuffle = self.config.shuffle;
         }
         let mut differences = Vec::new();
-        for (name, differs) in [
-            ("data", config.data != self.config.data),
-            ("mixture", config.mixture != self.config.mixture),
-            ("memory_budget", config.memory_budget != self.config.memory_budget),
-        ] {
-            if differs {
-                differences.push(format!("another `{name}`"));
+        for setting in settings::all() {
+            // A state compares these by what opening found, so their own values are compared here.
+            let is_of_opening = matches!(setting.compared(), Some(Compared::AsOpened | Compared::ByCorpus(..)));
+            let is_shared = is_of_opening || setting.name == "memory_budget";
+            if is_shared && setting.value(config) != setting.value(&self.config) {
+                differences.push(format!("another `{}`", setting.name));
             }
         }
         for ((name, value), (_, opened)) in content_of(config).iter().zip(&self.content) {
@@ -204,37 +203,31 @@ pub(super) fn window_warning(windows: u64, cache_bytes: u64) -> Option<String> {
     })
 }
 
-/// What every state of these settings belongs to. A setting that takes no part in the order is not compared: its value is 0.
+/// What every state of these settings belongs to: the versions of order and layout, and the content settings that a state
+/// compares by their value. A setting that takes no part in the order has the value 0.
 fn content_of(config: &Config) -> Vec<(&'static str, StateValue)> {
-    let special = |id: Option<u32>| id.map_or(StateValue::from("none"), |id| u64::from(id).into());
-    let lanes = config.shuffle == Shuffle::Block || config.mixture.is_some();
-    let where_in = |used: bool, value: u64| StateValue::from(if used { value } else { 0 });
-    vec![
-        ("order", order::VERSION.into()),
-        ("layout", layout::name_of(config).into()),
-        ("seq_len", config.seq_len.into()),
-        ("targets", if config.targets == Targets::Shifted { "shifted" } else { "labels" }.into()),
-        ("bos_id", special(config.bos_id)),
-        ("eos_id", special(config.eos_id)),
-        (
-            "shuffle",
-            match config.shuffle {
-                Shuffle::Off | Shuffle::On => "off",
-                Shuffle::Global => "global",
-                Shuffle::Block => "block",
-            }
-            .into(),
-        ),
-        ("seed", config.seed.into()),
-        ("chunk_tokens", where_in(config.shuffle == Shuffle::Block, config.chunk_tokens)),
-        ("window_tokens", where_in(config.shuffle == Shuffle::Block, config.window_tokens)),
-        ("lanes", where_in(lanes, config.lanes)),
-        ("holdout", config.holdout.unwrap_or(0).into()),
-        ("split", if config.split == Split::Holdout { "holdout" } else { "train" }.into()),
-    ]
+    let mut content = vec![("order", order::VERSION.into()), ("layout", layout::name_of(config).into())];
+    let compared = |setting: &Setting| Some((setting.name, compared_value(setting, config)?));
+    content.extend(settings::all().iter().filter_map(compared));
+    content
 }
 
-/// A text that a state can hold: a long text is replaced by its digest.
-pub(super) fn short(text: String) -> String {
-    if text.len() <= 120 { text } else { format!("xxh3:{:032x}", xxhash_rust::xxh3::xxh3_128(text.as_bytes())) }
+/// The value by which a state compares `setting`, unless it compares the setting by other keys.
+fn compared_value(setting: &Setting, config: &Config) -> Option<StateValue> {
+    let has_blocks = config.shuffle == Shuffle::Block;
+    let has_part = match setting.compared()? {
+        Compared::Always => true,
+        Compared::OrZero => setting.value(config) != Value::None,
+        Compared::WithBlocks => has_blocks,
+        Compared::WithLanes => has_blocks || config.mixture.is_some(),
+        Compared::AsOpened | Compared::ByCorpus(..) | Compared::ByProgress(..) => return None,
+    };
+    if !has_part {
+        return Some(0.into());
+    }
+    Some(match setting.value(config) {
+        Value::Switch(on) => if on { "on" } else { "off" }.into(),
+        Value::Integer(number) if u64::try_from(number).is_ok() => (number as u64).into(),
+        _ => StateValue::short(setting.text(config)),
+    })
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_128;
 
+use crate::corpus::Corpus;
 use crate::error::{Error, Result};
 use crate::layout::{self, Segment};
 use crate::loader::state::StateValue;
@@ -15,8 +16,8 @@ use crate::order::mixture::{Draw, Mixture};
 use crate::order::permutation::derive_key;
 use crate::order::{Arrangement, EpochOrder};
 use crate::read::{Reader, Scratch};
-use crate::settings::mixture::MixtureSettings;
-use crate::settings::{Config, Shuffle};
+use crate::settings::mixture::{MixtureSettings, Stage};
+use crate::settings::{self, Compared, Config, Shuffle};
 
 /// Separates the seeds of a mixture's sources.
 const SOURCE: u64 = 5;
@@ -335,22 +336,55 @@ impl CorpusSources {
         Ok(())
     }
 
+    /// The stages of the mixture that have begun before `position` of an epoch.
+    fn stages_begun(&self, position: u64) -> Vec<Stage> {
+        let Some((mixture, _)) = &self.mixture else { return Vec::new() };
+        let mut stages = mixture.stages(self.settings.seq_len).expect("checked when opened");
+        stages.retain(|stage| stage.start < position.max(1));
+        stages
+    }
+
+    /// The sources that those stages draw from, by index.
+    fn drawn(&self, position: u64) -> Vec<usize> {
+        let stages = self.stages_begun(position);
+        let is_drawn = |index: &usize| stages.iter().any(|stage| stage.weights[*index] > 0);
+        (0..self.list.len()).filter(is_drawn).collect()
+    }
+
+    /// The settings whose value opening decided ([`Compared::AsOpened`]), for the first `shards` shards
+    /// of the corpus, or for the sources of a mixture that were drawn from before `position`.
+    pub(crate) fn as_opened(&self, shards: u64, position: u64) -> Vec<(&'static str, StateValue)> {
+        let of_corpus = |name: &str, corpus: &Corpus, shards: usize| match name {
+            "format" => corpus.families(shards).join("+"),
+            "token_column" => corpus.token_columns(shards).join("+"),
+            other => unreachable!("opening decides no value of `{other}`"),
+        };
+        let value = |name: &str| match &self.mixture {
+            None => of_corpus(name, self.list[0].reader.corpus(), shards as usize),
+            Some(_) => {
+                let of_source = |index: usize| {
+                    let CorpusSource { name: source, reader, .. } = &self.list[index];
+                    format!("{source}: {}", of_corpus(name, reader.corpus(), reader.corpus().len()))
+                };
+                self.drawn(position).into_iter().map(of_source).collect::<Vec<_>>().join(", ")
+            }
+        };
+        let decided = settings::all().iter().filter(|setting| setting.compared() == Some(Compared::AsOpened));
+        decided.map(|setting| (setting.name, StateValue::short(value(setting.name)))).collect()
+    }
+
     /// Digest of all that has decided an epoch's order before `position`: stages begun and the sources they draw from.
     pub(crate) fn mixture_digest(&self, position: u64) -> StateValue {
         let Some((recipe, _)) = &self.mixture else { return "none".into() };
-        let stages = recipe.stages(self.settings.seq_len).expect("checked when opened");
         let mut text = format!("{:?} {:?}", recipe.exhausted, recipe.exact_per);
-        let mut drawn = vec![false; self.list.len()];
-        for stage in stages.iter().filter(|stage| stage.start < position.max(1)) {
+        for stage in self.stages_begun(position) {
             text.push_str(&format!("\n{} {}", stage.start, stage.ramp));
             for (index, weight) in stage.weights.iter().enumerate().filter(|(_, weight)| **weight > 0) {
                 text.push_str(&format!(" {index}:{weight}"));
-                drawn[index] = true;
             }
         }
-        for (index, (source, given)) in
-            self.list.iter().zip(&recipe.sources).enumerate().filter(|(index, _)| drawn[*index])
-        {
+        for index in self.drawn(position) {
+            let (source, given) = (&self.list[index], &recipe.sources[index]);
             text.push_str(&format!(
                 "\n{index} {} {} {:?}",
                 source.name,

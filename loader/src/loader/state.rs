@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use xxhash_rust::xxh3::xxh3_128;
+
 use crate::error::{Error, ErrorKind, Result};
 
 /// Version of the state's own format.
@@ -20,6 +22,18 @@ pub enum StateValue {
     Int(u64),
     /// A word.
     Text(String),
+}
+
+impl StateValue {
+    /// `text`, or its digest where it is long.
+    pub(crate) fn short(text: String) -> Self {
+        const LONGEST: usize = 120;
+        if text.len() <= LONGEST {
+            Self::Text(text)
+        } else {
+            Self::Text(format!("xxh3:{:032x}", xxh3_128(text.as_bytes())))
+        }
+    }
 }
 
 impl fmt::Display for StateValue {

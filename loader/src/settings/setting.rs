@@ -43,8 +43,10 @@ pub enum Compared {
     WithLanes,
     /// By the value that opening the corpus came to, which the loader adds.
     AsOpened,
-    /// By these other keys of the state, for the reason given.
-    Through(&'static [&'static str], &'static str),
+    /// By these other keys of the state, which describe the opened corpus, for the reason given.
+    ByCorpus(&'static [&'static str], &'static str),
+    /// By these other keys of the state, which tell how far the run has come, for the reason given.
+    ByProgress(&'static [&'static str], &'static str),
 }
 
 /// What a row of the table says about the kind of its setting.

@@ -18,7 +18,7 @@ use super::forms::{
     Cpus, EpochCount, IdDtype, Mixture, Name, Optional, Paths, ShuffleKind, Skips, Switch, TokenId, bytes, column,
     few_tokens, folder, number, tokens,
 };
-use super::setting::Compared::{Always, AsOpened, OrZero, Through, WithBlocks, WithLanes};
+use super::setting::Compared::{Always, AsOpened, ByCorpus, ByProgress, OrZero, WithBlocks, WithLanes};
 use super::setting::Role::{Content, Grouping, Operational, Rank};
 use super::setting::{FieldOf, Setting, Taker, settings};
 use crate::tokens::Dtype;
@@ -26,14 +26,14 @@ use crate::tokens::Dtype;
 settings! {
     /// The corpus: a file, a folder, a glob pattern, or a list of these, in order.
     data: Vec<String> = Vec::new(),
-        Content(Through(&["fingerprint", "shards", "sequences", "growth"], "a corpus may move without becoming another")),
+        Content(ByCorpus(&["fingerprint", "shards", "sequences", "growth"], "a corpus may move without becoming another")),
         Paths, [TokenDataset];
 
     /// Several corpora with weights, in place of `data`. It has `sources` (each with `name`, `data`,
     /// `weight` and the most `epochs`), `stages` that change the weights, and `exhausted`: what
     /// happens when a source ends.
     mixture: Option<String> = None,
-        Content(Through(&["mixture"], "only the part that has begun is compared")),
+        Content(ByCorpus(&["mixture"], "only the part that has begun is compared")),
         Optional(Mixture), [TokenDataset];
 
     /// Expected format of the files. `auto` recognises it by content.
@@ -96,12 +96,12 @@ settings! {
 
     /// Positions that are never delivered. All others keep their numbers.
     skip: Vec<Skip> = Vec::new(),
-        Content(Through(&["skipped"], "only the ranges that have begun are compared")),
+        Content(ByProgress(&["skipped"], "only the ranges that have begun are compared")),
         Skips, [DataLoader];
 
     /// Continues a state of the first shards of this corpus. The new shards join at the next epoch.
     extend: bool = false,
-        Content(Through(&["shards", "growth"], "it says only whether a state of fewer shards is continued")),
+        Content(ByProgress(&["shards", "growth"], "it says only whether a state of fewer shards is continued")),
         Switch, [DataLoader];
 
     /// Sequences per rank and step.

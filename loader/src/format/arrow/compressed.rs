@@ -12,7 +12,7 @@ use super::messages::{BatchParts, FileRange, Messages};
 use super::random::as_one_document;
 use super::{Column, DocumentRun, RowShape, runs};
 use crate::error::{Error, Result};
-use crate::format::{AnyShard, BlockMeta, BlockShard, DecodedBlock, OpenOptions, ShardInfo};
+use crate::format::{AnyShard, BlockMeta, BlockShard, DecodedBlock, OpenOptions, ShardInfo, TokenColumn};
 use crate::storage::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
@@ -31,7 +31,8 @@ pub(super) struct CompressedArrow {
 impl CompressedArrow {
     pub(super) fn new(file: SourceFile, messages: Messages, options: &OpenOptions) -> Result<Self> {
         let Messages { format, column, batches, rows, .. } = messages;
-        let info = ShardInfo { file, format, dtype: column.dtype, rows, blocks: Vec::new() };
+        let token_column = TokenColumn::of(&column.name);
+        let info = ShardInfo { file, format, dtype: column.dtype, column: token_column, rows, blocks: Vec::new() };
         let mut shard = Self { info, column, batches, ranges: Vec::new() };
         let mut pending: Option<(BlockMeta, Range<usize>)> = None;
         for index in 0..shard.batches.len() {

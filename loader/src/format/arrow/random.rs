@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::messages::{FileRange, Messages};
 use super::{Column, RowShape};
 use crate::error::{Error, Result};
-use crate::format::{AnyShard, BlockMeta, Ends, EndsScratch, RandomShard, ShardInfo};
+use crate::format::{AnyShard, BlockMeta, Ends, EndsScratch, RandomShard, ShardInfo, TokenColumn};
 use crate::storage::SourceFile;
 use crate::tokens::{Dtype, Tokens};
 
@@ -64,7 +64,8 @@ impl MappedArrow {
             as_one_document(&mut metas);
         }
         file.advise_random();
-        let info = ShardInfo { file, format, dtype: column.dtype, rows, blocks: metas };
+        let token_column = TokenColumn::of(&column.name);
+        let info = ShardInfo { file, format, dtype: column.dtype, column: token_column, rows, blocks: metas };
         Self { info, column, batches: batches.len(), locations: blocks }
     }
 }

@@ -30,7 +30,10 @@ use self::column::Column;
 use self::levels::Levels;
 use self::pages::{Body, Coding, ForwardReader, Page, RowGroup, Walk, Walker};
 use self::values::{Dictionary, Encoded};
-use super::{AnyShard, BlockMeta, BlockShard, DecodedBlock, Format, OpenOptions, Recognised, Sample, Shard, ShardInfo};
+use super::{
+    AnyShard, BlockMeta, BlockShard, DecodedBlock, Format, OpenOptions, Recognised, Sample, Shard, ShardInfo,
+    TokenColumn,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::SourceFile;
 use crate::tokens::{Dtype, Tokens};
@@ -201,7 +204,8 @@ impl ParquetShard {
         let ranges = cut(&pages, options.block_tokens);
         let blocks = ranges.iter().map(|range| describe_block(&pages[range.clone()], column.dtype)).collect();
         let max_id = range.map(|(_, most)| most);
-        let info = ShardInfo { file, format: Format::Parquet, dtype, rows, blocks };
+        let token_column = TokenColumn::of(&column.name);
+        let info = ShardInfo { file, format: Format::Parquet, dtype, column: token_column, rows, blocks };
         Ok(Self { info, column, row_groups, pages, ranges, max_id, dictionary: Mutex::new(None) })
     }
 
