@@ -143,7 +143,7 @@ mod tests {
             (5 << 30, "5 GiB"),
         ] {
             assert_eq!(bytes(number), text);
-            assert_eq!(exact_bytes(number).starts_with(text), true, "{number}");
+            assert!(exact_bytes(number).starts_with(text), "{number}");
         }
         assert_eq!(exact_bytes(512 << 20), "512 MiB");
         assert_eq!(exact_bytes(1_234_567_890), "1.1 GiB (1234567890)");

@@ -121,7 +121,7 @@ pub(crate) fn arrow(schema: &Schema, wanted: Option<&str>) -> Result<usize> {
     schema.index_of(name).map_err(unsound)
 }
 
-fn choose<'a>(wanted: Option<&'a str>, is_there: impl Fn(&str) -> bool) -> Result<&'a str> {
+fn choose(wanted: Option<&str>, is_there: impl Fn(&str) -> bool) -> Result<&str> {
     match wanted {
         Some(name) => Some(name).filter(|name| is_there(name)),
         None => TOKEN_COLUMNS.into_iter().find(|name| is_there(name)),
