@@ -40,6 +40,10 @@ fn in_slices<T: Send>(
         };
         let found = detached(py, || wait(policy))?;
         if found.is_some() {
+            // A failing handler of the log must not lose the batch.
+            if let Err(error) = notices::tell(py) {
+                error.write_unraisable(py, None);
+            }
             return Ok(found);
         }
         notices::tell(py)?;

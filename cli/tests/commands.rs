@@ -151,7 +151,7 @@ fn config_gives_json_of_the_right_types() {
         ("memory_budget", (1_u64 << 30).into()),
         ("seq_len", 2048.into()),
         ("token_column", "007".into()),
-        ("cpu_affinity", "3".into()),
+        ("cpu_affinity", serde_json::json!([3])),
         ("sample_ids", true.into()),
         ("pin_memory", false.into()),
         ("shuffle", "global".into()),

@@ -585,6 +585,11 @@ pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>)
         Some(name) => columns.iter().find(|column| **column == name),
         None => TOKEN_COLUMNS.iter().find_map(|name| columns.iter().find(|column| *column == name)),
     };
+    if let Some(name) = found.filter(|name| columns.iter().filter(|column| column == name).count() > 1) {
+        return Err(Error::data(format!(
+            "the file has several columns named `{name}`: expected one; rename or remove the others"
+        )));
+    }
     found.copied().ok_or_else(|| {
         let there = if columns.is_empty() { "no columns".to_owned() } else { format!("`{}`", columns.join("`, `")) };
         match wanted {

@@ -352,6 +352,8 @@ fn read_message(reads: &mut Reads, at: u64) -> Result<Option<LocatedMessage<'_>>
     }
 }
 
+/// The verifier of flatbuffers adds a trace of several lines, of which only the first is for users.
 fn damaged(what: &str, error: &impl std::fmt::Display) -> Error {
-    Error::data(format!("Arrow {what} is damaged: {error}"))
+    let text = error.to_string();
+    Error::data(format!("Arrow {what} is damaged: {}", text.lines().next().unwrap_or_default().trim_end_matches('.')))
 }
