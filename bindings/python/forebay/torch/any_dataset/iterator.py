@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.utils.data
@@ -16,10 +15,11 @@ from torch.utils.data import _DatasetKind, _utils
 from torch.utils.data import dataloader as torch_dataloader
 
 from forebay._loader import first_time, log_notes
-from forebay.torch.any_dataset.order import Order, State, chained, is_stateful
-from forebay.torch.any_dataset.random_state import OwnRandomState, drawn_seed
+from forebay.torch.any_dataset.order import InEpochs, Order, State, chained, is_stateful
+from forebay.torch.any_dataset.random_state import OwnRandomState, drawn_seed, seeding
 from forebay.torch.any_dataset.state import (
     Change,
+    Failed,
     Position,
     Resume,
     first_state,
@@ -67,17 +67,21 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._drawn = 0
         self._skipped: set[int] = set()
         self._sampler_failed = False
+        self._must_redraw = False
+        #: State of the sampler before the first index, where it has one.
+        self._sampler_start: list[Any] = []
         #: Workers whose dataset raised at their last batch: an end that follows is not the end of their data.
         self._broken: set[int] = set()
         #: The batch that a thread is about to return, which an interrupt must not lose.
         self._giving: dict[int, tuple[Outcome, Change | None]] = {}
         early = self._order is not None and not self._order.late
         self._mark = self._order.mark() if early and self._order is not None else []
-        with contextlib.ExitStack() as stack:
-            if is_inside(resume.restored):
-                # The interrupted run drew for this pass before its state was taken: drawing again would shift the
-                # numbers that the trainer gets.
-                stack.enter_context(OwnRandomState())
+        if is_inside(resume.restored):
+            # The interrupted run drew for this pass before its state was taken: drawing again would shift the numbers
+            # that the trainer gets.
+            with seeding, OwnRandomState():
+                super().__init__(loader)
+        else:
             super().__init__(loader)
         if self._num_workers > 0:
             answer_per_thread()
@@ -201,9 +205,14 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         state["renew"] = restored is not None and bool(restored["finished"])
         inside = restored if is_inside(restored) else None
         base_seed: Any = self._base_seed
-        if self._order is not None:
+        if self._order is None:
+            # torch's own sampler of nothing is a generator, which an interrupt would end.
+            self._sampler_iter = itertools.repeat(next(iter(self._index_sampler)))
+        else:
             base_seed = self._start_order(self._order, restored, inside, state, base_seed)
             self._whole = size_of(self._index_sampler)
+            stateful = self._order.stateful
+            self._sampler_start = [] if stateful is None else [state_of(stateful)]
         state["base_seed"] = int(base_seed)
         if inside is not None:
             state.update({name: inside[name] for name in _CONTINUED})
@@ -258,11 +267,18 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         """Number and index of the next batch; for another `at` than before, it goes on to the next."""
         while at >= self._draws:
             if not self._pulled:
+                if self._must_redraw:
+                    self._sampler_iter = self._redrawn()
+                    self._must_redraw = False
                 try:
                     # In one step: an interrupt comes before the index is drawn, or after it is kept.
                     self._pulled.extend(itertools.islice(self._sampler_iter, 1))
                 except Exception:
                     self._sampler_failed = True
+                    raise
+                except BaseException:
+                    # A generator that is interrupted has ended: the indices are drawn again.
+                    self._must_redraw = self._order is not None
                     raise
                 if not self._pulled:
                     raise StopIteration
@@ -281,6 +297,20 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
                 self._draws = at + 1
         assert self._task is not None
         return self._task
+
+    def _redrawn(self) -> Iterator[Any]:
+        """The indices that are not drawn yet, from a new iterator of the sampler."""
+        order, position = self._order, self._position
+        assert order is not None and position is not None
+        if order.stateful is None:
+            with InEpochs(self._owner, position.state["epochs"]):
+                return order.again(position.state["random"], self._drawn, position.digest_before(self._drawn))
+        kept = position.sampler_before(self._drawn) or self._sampler_start
+        for found in kept:
+            if isinstance(found, Failed):
+                raise found.error
+        order.restore_sampler(kept)
+        return iter(order.index_sampler)
 
     def _made_workers(self, state: State) -> Workers | Caller:
         loader, iterable = self._owner, self._order is None

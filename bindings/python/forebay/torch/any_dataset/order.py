@@ -23,6 +23,7 @@ from forebay.torch.any_dataset.random_state import (
     from_text,
     process_state,
     seeded_process_state,
+    seeding,
     set_process_state,
     to_text,
 )
@@ -137,19 +138,22 @@ class Order:
         if self.kind == "seed":
             return _skipped(self.seeded(marked[0]), skip, digest)
         if self.kind == "process":
-            with OwnRandomState():
+            with seeding, OwnRandomState():
                 set_process_state(marked[0])
-                indices = _skipped(iter(self.index_sampler), skip, digest)
-                # A generator draws at its first index, which has to happen here.
-                return itertools.chain(list(itertools.islice(indices, 1)), indices)
+                return _begun(_skipped(iter(self.index_sampler), skip, digest))
         if self.kind == "generator":
             assert self.generator is not None
             self.generator.set_state(from_text(marked[0]))
-        return _skipped(iter(self.index_sampler), skip, digest)
+        return _begun(_skipped(iter(self.index_sampler), skip, digest))
 
     def restore_sampler(self, states: list[Any]) -> None:
         for state in states:
             self.stateful.load_state_dict(copy.deepcopy(state))
+
+
+def _begun(indices: Iterator[Any]) -> Iterator[Any]:
+    """`indices` after its first one was drawn: that is where a generator draws its order."""
+    return itertools.chain(list(itertools.islice(indices, 1)), indices)
 
 
 def _skipped(indices: Iterator[Any], skip: int | None, digest: str | None) -> Iterator[Any]:
@@ -229,3 +233,20 @@ def epochs_of(parts: list[Any], told: int) -> list[int]:
     """The epoch of each part. `told` stands for a part that does not say its epoch."""
     epochs = [getattr(part, "epoch", None) for part in parts]
     return [epoch if isinstance(epoch, int) else told for epoch in epochs]
+
+
+class InEpochs:
+    """Puts the samplers of `loader` into the epochs of a pass during a ``with`` block."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader[Any], epochs: list[int]) -> None:
+        parts = [part for part in zip(told_of_epochs(loader), epochs, strict=True) if part[0] is not loader.dataset]
+        now = epochs_of([part for part, _ in parts], -1)
+        self._changes = [(*part, told) for part, told in zip(parts, now, strict=True) if -1 not in (part[1], told)]
+
+    def __enter__(self) -> None:
+        for part, epoch, _ in self._changes:
+            part.set_epoch(epoch)
+
+    def __exit__(self, *error: object) -> None:
+        for part, _, told in self._changes:
+            part.set_epoch(told)

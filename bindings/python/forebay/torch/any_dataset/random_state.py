@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-_seeding = threading.RLock()
+#: Held with `OwnRandomState`: one thread at a time may change the random state of the process.
+seeding = threading.RLock()
 
 
 def to_text(state: torch.Tensor) -> str:
@@ -25,31 +26,23 @@ def from_text(text: str) -> torch.Tensor:
 
 
 class OwnRandomState:
-    """Puts the random state of the process back at the end of a ``with`` block. One thread at a time may be inside.
+    """Puts the random state of the process back at the end of a ``with seeding, OwnRandomState()`` block.
 
     This is a class because ``contextlib.contextmanager`` assigns to exceptions that pass through, and some refuse it.
     """
 
     def __enter__(self) -> None:
-        _seeding.acquire()
-        try:
-            self._kept = random.getstate(), np.random.get_state(), torch.get_rng_state(), _device_states()
-        except BaseException:
-            _seeding.release()
-            raise
+        self._kept = random.getstate(), np.random.get_state(), torch.get_rng_state(), _device_states()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            of_python, of_numpy, of_torch, of_devices = self._kept
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
-            torch.set_rng_state(of_torch)
-            if of_devices is not None:
-                torch.cuda.set_rng_state_all(of_devices)
-        finally:
-            _seeding.release()
+        of_python, of_numpy, of_torch, of_devices = self._kept
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        if of_devices is not None:
+            torch.cuda.set_rng_state_all(of_devices)
 
 
 def _device_states() -> Any:
@@ -75,7 +68,7 @@ def set_process_state(state: list[Any]) -> None:
 
 def seeded_process_state(seed: int) -> list[Any]:
     """The random state that `seed` gives the process, which keeps its own."""
-    with OwnRandomState():
+    with seeding, OwnRandomState():
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

@@ -56,7 +56,7 @@ class Position:
         #: Gives entries of the state that are not kept, because only a user who asks needs them.
         self.asked: Callable[[], State] = dict
         #: Digest and sampler state after each batch that was drawn and not handed over in turn.
-        self._drawn: dict[int, tuple[str, Any]] = {}
+        self._drawn: dict[int, tuple[str, list[Any]]] = {}
 
     def drew(self, number: int, digest: str, sampler_state: list[Any]) -> None:
         self._drawn[number] = digest, sampler_state
@@ -67,6 +67,13 @@ class Position:
             return self._drawn[number - 1][0]
         digest: str = self.state["digest"]
         return digest
+
+    def sampler_before(self, number: int) -> list[Any]:
+        """The sampler's state after the batches before `number`, empty if none is known."""
+        if number - 1 in self._drawn:
+            return self._drawn[number - 1][1]
+        states: list[Any] = self.state["sampler"]
+        return states
 
     def handed(self, number: int, whole: int | None, dataset_state: list[Any] | None) -> Change:
         """Batch `number` of the epoch is handed over; `whole` is how many there are."""

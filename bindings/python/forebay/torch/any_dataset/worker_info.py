@@ -17,7 +17,7 @@ import torch
 from torch.utils.data._utils import collate as torch_collate
 from torch.utils.data._utils import worker as torch_worker
 
-from forebay.torch.any_dataset.random_state import OwnRandomState
+from forebay.torch.any_dataset.random_state import OwnRandomState, seeding
 
 #: `here.info` is the answer for the calling thread, where the thread belongs to a loader of forebay.
 here = threading.local()
@@ -83,7 +83,7 @@ def make_worker_info(worker: int, count: int, base_seed: int, dataset: Any) -> t
 
 def run_init_fn(init_fn: Callable[[int], None], worker: int, base_seed: int) -> None:
     """Runs `init_fn` with the random state that torch gives a worker process, and puts the process's own back."""
-    with OwnRandomState():
+    with seeding, OwnRandomState():
         random.seed(base_seed + worker)
         torch.manual_seed(base_seed + worker)
         np.random.seed(torch_worker._generate_state(base_seed, worker))  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -74,11 +74,16 @@ def _end_all() -> None:
 
 
 class _Shared:
-    """State of the consumer and the threads. Threads hold nothing else, so dropping `Workers` ends them."""
+    """State of the consumer and the threads. Threads hold nothing else, so dropping `Workers` ends them.
+
+    The consumer waits for `changed`, which gets an entry at every change. ``threading.Condition`` would not do: it is
+    written in Python, and an interrupt inside it can leave its lock taken.
+    """
 
     def __init__(self, queues: list[Tasks]) -> None:
         self.queues = queues
-        self.changed = threading.Condition()
+        self.lock = threading.Lock()
+        self.changed: SimpleQueue[None] = SimpleQueue()
         self.outcomes: dict[int, Outcome] = {}
         self.begun = 0
         self.stopped = False
@@ -95,20 +100,15 @@ class _Shared:
             _live.add(self)
 
     def note_begun(self, failed: Outcome | None) -> None:
-        with self.changed:
+        with self.lock:
             self.begun += 1
             if failed is not None:
                 self.failed[failed.worker] = failed
-            self.changed.notify_all()
-
-    def wait_begun(self, count: int, timeout_s: float) -> None:
-        with self.changed:
-            if not self.changed.wait_for(lambda: self.begun >= count or self.stopped or self.died, timeout_s or None):
-                raise _timed_out(timeout_s)
+        self.changed.put(None)
 
     def claim(self, number: int) -> bool:
         """Whether no thread has this task yet. A task that is sent twice is sent twice in a row."""
-        with self.changed:
+        with self.lock:
             if number in self.claimed:
                 return False
             self.claimed.add(number)
@@ -118,23 +118,23 @@ class _Shared:
             return True
 
     def put(self, number: int, outcome: Outcome, busy_s: float = 0.0, cpu_s: float = 0.0) -> None:
-        with self.changed:
+        with self.lock:
             self.busy_s += busy_s
             self.cpu_s += cpu_s
-            if not self.stopped:
-                self.outcomes[number] = outcome
-                self.changed.notify_all()
+            if self.stopped:
+                return
+            self.outcomes[number] = outcome
+        self.changed.put(None)
 
     def note_death(self, error: BaseException) -> None:
-        with self.changed:
-            self.died = self.died or (threading.current_thread().name, error)
-            self.changed.notify_all()
+        self.died = self.died or (threading.current_thread().name, error)
+        self.changed.put(None)
 
     def stop(self) -> None:
-        with self.changed:
+        with self.lock:
             self.stopped = True
             self.outcomes.clear()
-            self.changed.notify_all()
+        self.changed.put(None)
         for tasks in self.queues:
             tasks.put(None)
 
@@ -198,13 +198,13 @@ class Workers:
             raise RuntimeError("this pass belongs to the process that began it: begin a new one after a fork")
         self._start()
         if self._together:
-            self._shared.wait_begun(len(self._begins), self._timeout_s)
+            self._wait_begun()
             if (failed := self._failed_setup()) is not None:
                 return failed
         while True:
             self._fill(draw)
             if not self._is_pending():
-                self._stop()
+                self._shared.stop()
                 return None
             outcome = self._wait()
             if not outcome.worker_ended:
@@ -217,8 +217,10 @@ class Workers:
         if outcome.is_setup:
             return
         number = outcome.number
-        with self._shared.changed:
+        with self._shared.lock:
             self._shared.outcomes.pop(number, None)
+        if not self._shared.changed.empty():
+            self._shared.changed.get_nowait()
         if number in self._pending:
             del self._pending[number]
         self._front = max(self._front, number + 1)
@@ -228,19 +230,19 @@ class Workers:
         number = outcome.number
         if outcome.is_setup or self._shared.stopped:
             return
-        with self._shared.changed:
+        with self._shared.lock:
             self._shared.outcomes[number] = outcome
         self._pending[number] = True
         self._front = min(self._front, number)
 
     def ready(self) -> bool:
         """Whether `peek` would not wait."""
-        with self._shared.changed:
+        with self._shared.lock:
             return bool(self._threads) and (not self._is_pending() or self._ready() is not None)
 
     def close(self) -> None:
         """Ends the threads and waits until they finish their present tasks."""
-        self._stop()
+        self._shared.stop()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -252,7 +254,7 @@ class Workers:
         other work has the processors.
         """
         gone_s = time.monotonic() - self._started_s
-        with self._shared.changed:
+        with self._shared.lock:
             busy_s, cpu_s = self._shared.busy_s, self._shared.cpu_s
         if gone_s < 1 or len(self._begins) < 2 or self._waited_s < 0.5 * gone_s:
             return None
@@ -268,7 +270,7 @@ class Workers:
     @property
     def busy_s(self) -> float:
         """Seconds that threads spent on tasks, all threads together."""
-        with self._shared.changed:
+        with self._shared.lock:
             return self._shared.busy_s
 
     def _start(self) -> None:
@@ -358,29 +360,43 @@ class Workers:
             self._front += 1
         return self._front if self._front in outcomes else None
 
+    def _wait_begun(self) -> None:
+        shared, deadline = self._shared, self._deadline()
+        while shared.begun < len(self._begins) and not shared.stopped and shared.died is None:
+            self._wait_for_change(deadline)
+
     def _wait(self) -> Outcome:
         count, shared = len(self._begins), self._shared
-        start = time.monotonic()
-        deadline = start + self._timeout_s if self._timeout_s > 0 else None
-        with shared.changed:
-            while (number := self._ready()) is None:
-                if (failed := self._failed_setup()) is not None:
-                    return failed
-                if shared.stopped:
-                    raise RuntimeError("this pass was closed")
-                if shared.died is not None:
-                    name, error = shared.died
-                    raise RuntimeError(f"thread {name} ended by {type(error).__name__}, with a task undone") from error
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise _timed_out(self._timeout_s)
-                shared.changed.wait(left)
-            outcome = shared.outcomes[number]
+        start, deadline = time.monotonic(), self._deadline()
+        while True:
+            with shared.lock:
+                number = self._ready()
+                found = None if number is None else shared.outcomes[number]
+            if found is not None and number is not None:
+                break
+            if (failed := self._failed_setup()) is not None:
+                return failed
+            if shared.stopped:
+                raise RuntimeError("this pass was closed")
+            if shared.died is not None:
+                name, error = shared.died
+                raise RuntimeError(f"thread {name} ended by {type(error).__name__}, with a task undone") from error
+            self._wait_for_change(deadline)
         self._waited_s += time.monotonic() - start
-        outcome.number = number
+        found.number = number
         if self._own_data:
-            outcome.worker = number % count
-        return outcome
+            found.worker = number % count
+        return found
+
+    def _deadline(self) -> float | None:
+        return time.monotonic() + self._timeout_s if self._timeout_s > 0 else None
+
+    def _wait_for_change(self, deadline: float | None) -> None:
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise _timed_out(self._timeout_s)
+        with contextlib.suppress(Empty):
+            self._shared.changed.get(timeout=left)
 
 
 def _timed_out(timeout_s: float) -> RuntimeError:
