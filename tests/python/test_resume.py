@@ -224,7 +224,7 @@ def test_a_state_of_another_column_is_refused(tmp_path: Path, indexed: bool) -> 
         state = opened().state_dict()
         assert (state["token_column"], state["format"]) == ("input_ids", "parquet")
         opened(token_column="input_ids", format="parquet").load_state_dict(state)
-        with pytest.raises(forebay.StateMismatchError, match="`token_column` was `input_ids` when saved and is `labels`"):
+        with pytest.raises(forebay.StateMismatchError, match="`token_column` was `input_ids` when saved"):
             opened(token_column="labels").load_state_dict(state)
 
 
