@@ -72,7 +72,7 @@ def test_memory_goes_back_when_the_last_view_dies(corpus: Path) -> None:
 
 def test_shifted_targets_are_two_contiguous_arrays(corpus: Path) -> None:
     for batch in open_loader(corpus, targets="shifted"):
-        assert all(array.flags.c_contiguous and array.shape == (2, SEQ_LEN) for array in batch.values())
+        assert all(array.flags.c_contiguous and array.shape == (4, SEQ_LEN) for array in batch.values())
         assert not np.shares_memory(batch["x"], batch["y"])
         assert (batch["x"][:, 1:] == batch["y"][:, :-1]).all()
 
