@@ -3,7 +3,7 @@
 //! Each module below is one step on the way of the data, and imports only from the steps before it:
 //!
 //! ```text
-//! error notices sync tokens -> settings -> storage -> format -> corpus -> layout -> order -> fill
+//! error notices sync keys tokens -> settings -> storage -> format -> corpus -> layout -> order -> fill
 //!   -> observe -> read -> buffer -> pipeline -> proof -> loader -> batch_source
 //! ```
 //!
@@ -25,6 +25,7 @@ pub mod corpus;
 pub mod error;
 mod fill;
 pub mod format;
+mod keys;
 pub mod layout;
 pub mod loader;
 pub mod notices;

@@ -5,7 +5,7 @@
 //! the corpus. So no other run of the same training mixes the two sides, and neither does a corpus
 //! that grew.
 
-use super::permutation::{derive_key, reduce};
+use crate::keys::{derive_key, reduce};
 use crate::settings::{Config, Split};
 
 const KEY: u64 = 0x686f_6c64_6f75_7400;

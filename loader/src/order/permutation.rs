@@ -10,28 +10,13 @@
 //! not uniform under eight rounds. The hash is the finaliser of splitmix64 (G. Steele, D. Lea, C.
 //! Flood, OOPSLA 2014).
 
+pub use crate::keys::derive_key;
+use crate::keys::{GOLDEN, mix, reduce};
+
 const ROUNDS: usize = 8;
 const SMALL: u64 = 256;
-const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 /// Separates the keys of rounds from the keys of permutations.
 const ROUND_DOMAIN: u64 = 16;
-
-/// Mixes 64 bits. The function is a bijection.
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
-
-/// Derives a key from `key` for a path of words. Different paths give independent keys.
-pub fn derive_key(key: u64, words: &[u64]) -> u64 {
-    words.iter().fold(key, |key, word| mix(key.wrapping_add(GOLDEN) ^ mix(*word)))
-}
-
-/// Scales `hash` to `0..m`.
-pub(super) fn reduce(hash: u64, m: u64) -> u64 {
-    ((u128::from(hash) * u128::from(m)) >> 64) as u64
-}
 
 /// A permutation of `0..n`.
 #[derive(Clone, Debug)]
