@@ -6,8 +6,6 @@ use std::sync::Arc;
 
 use super::{Extent, Layout, LayoutWindow, Segment, Stream, WindowPlan};
 
-pub(super) const NAME: &str = "concat";
-
 /// Rows of equal length over the joined stream.
 #[derive(Debug)]
 pub(super) struct Concat {

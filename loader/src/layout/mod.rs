@@ -13,13 +13,18 @@
 //! of windows. Every layout is one file here, and a line in [`name_of`] and
 //! [`open`]; no other room names a layout.
 
+mod best_fit;
 mod concat;
+mod pack;
+mod pieces;
+mod rows;
 mod stream;
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use pieces::{Lost, Overflow, Side};
 pub use stream::{Specials, Stream};
 
 use crate::error::Result;
@@ -108,6 +113,30 @@ impl WindowPlan {
         self.row_ends.push(self.segments.len() as u32);
     }
 
+    /// Adds `rows` rows of pieces. `row_of` is the row of each piece, and `segment` gives the piece as a segment, and
+    /// the places that it takes. Pieces of a row stand one after the other.
+    fn place(&mut self, rows: usize, row_of: &[u32], segment: impl Fn(usize) -> (Segment, u64)) {
+        let first = self.segments.len() as u32;
+        let mut next = vec![0; rows + 1];
+        for row in row_of {
+            next[*row as usize + 1] += 1;
+        }
+        next[0] = first;
+        for row in 0..rows {
+            next[row + 1] += next[row];
+        }
+        self.row_ends.extend_from_slice(&next[1..]);
+        self.segments.resize(first as usize + row_of.len(), Segment::joined(0, 0, 0));
+        let mut places = vec![0; rows];
+        for (piece, row) in row_of.iter().enumerate() {
+            let (at, place) = (&mut next[*row as usize], &mut places[*row as usize]);
+            let (segment, taken) = segment(piece);
+            self.segments[*at as usize] = Segment { place: *place, ..segment };
+            *at += 1;
+            *place += taken;
+        }
+    }
+
     /// Rows planned.
     pub fn len(&self) -> usize {
         self.row_ends.len()
@@ -146,6 +175,15 @@ pub trait Layout: fmt::Debug + Send + Sync {
     /// asks for, without specials.
     fn plan(&self, window: &LayoutWindow, lengths: &[u32], plan: &mut WindowPlan);
 
+    /// Tokens that the first `shards` shards lose because documents are longer than a row.
+    ///
+    /// # Panics
+    /// When there are fewer shards.
+    fn lost(&self, shards: usize) -> Lost {
+        let _ = shards;
+        Lost::default()
+    }
+
     /// Bytes of the layout's own tables.
     fn index_bytes(&self) -> u64;
 }
@@ -153,13 +191,97 @@ pub trait Layout: fmt::Debug + Send + Sync {
 /// The lengths of all non-empty documents of a shard, in tokens without specials. Reading them may fail.
 pub type Lengths<'a> = &'a dyn Fn(usize) -> Result<Arc<[u32]>>;
 
+/// A rule that makes rows, by its name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// Documents are joined, and the stream is cut into rows.
+    #[default]
+    Concat,
+    /// Rows hold several whole documents each.
+    Pack,
+    /// Rows hold one document each.
+    Pad,
+    /// Documents are rows already.
+    Rows,
+}
+
+impl Kind {
+    /// The name of the rule.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Concat => "concat",
+            Self::Pack => "pack",
+            Self::Pad => "pad",
+            Self::Rows => "rows",
+        }
+    }
+}
+
+/// A rule that makes rows, and its settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayoutSettings {
+    /// The rule.
+    pub kind: Kind,
+    /// Inputs of a row.
+    pub seq_len: u64,
+    /// Tokens of a row: one more than `seq_len` where targets are shifted.
+    pub row_tokens: u64,
+    /// What happens to a document that is longer than a row.
+    pub overflow: Overflow,
+    /// Documents that a row of `pack` holds at most.
+    pub max_docs_per_row: Option<u32>,
+    /// Every document of `pack` begins at a multiple of it.
+    pub pack_align: u32,
+    /// The documents that rows of `pack` and `pad` are made of.
+    pub side: Side,
+}
+
+impl LayoutSettings {
+    /// The layout that `config` asks for.
+    pub fn of(config: &Config) -> Self {
+        Self {
+            kind: Kind::Concat,
+            seq_len: config.seq_len,
+            row_tokens: config.row_tokens(),
+            overflow: Overflow::Split,
+            max_docs_per_row: None,
+            pack_align: 1,
+            side: Side::of(config),
+        }
+    }
+
+    fn rules(&self, specials: Specials) -> pack::Rules {
+        let specials = u32::from(specials.bos.is_some()) + u32::from(specials.eos.is_some());
+        let capacity = self.row_tokens as u32;
+        let is_pack = self.kind == Kind::Pack;
+        pack::Rules {
+            cut: pieces::Cut { capacity, specials, overflow: self.overflow },
+            // With shifted targets, the last token of a row is a target alone, which a lone token cannot be.
+            smallest: 1 + u32::from(self.row_tokens > self.seq_len),
+            align: if is_pack { self.pack_align } else { 1 },
+            most: if is_pack { self.max_docs_per_row.unwrap_or(u32::MAX) } else { 1 },
+            side: self.side,
+        }
+    }
+}
+
 /// The name of the layout that `config` asks for. Saved states carry it.
-pub fn name_of(_config: &Config) -> &'static str {
-    concat::NAME
+pub fn name_of(config: &Config) -> &'static str {
+    LayoutSettings::of(config).kind.name()
 }
 
 /// The layout that `config` asks for, over `stream`. A layout whose tables need document lengths reads them here,
 /// shard by shard.
-pub fn open(config: &Config, stream: &Arc<Stream>, _lengths: Lengths<'_>) -> Result<Box<dyn Layout>> {
-    Ok(Box::new(concat::Concat::new(Arc::clone(stream), config.seq_len, config.row_tokens())))
+pub fn open(config: &Config, stream: &Arc<Stream>, lengths: Lengths<'_>) -> Result<Box<dyn Layout>> {
+    build(&LayoutSettings::of(config), stream, lengths)
+}
+
+/// The layout of `settings`, as [`open`] makes it.
+pub fn build(settings: &LayoutSettings, stream: &Arc<Stream>, lengths: Lengths<'_>) -> Result<Box<dyn Layout>> {
+    let (stream, rules) = (Arc::clone(stream), settings.rules(stream.specials()));
+    Ok(match settings.kind {
+        Kind::Concat => Box::new(concat::Concat::new(stream, settings.seq_len, settings.row_tokens)),
+        Kind::Pack | Kind::Pad => Box::new(pack::Pack::new(stream, rules, lengths)?),
+        Kind::Rows => Box::new(rows::Rows::new(stream, settings.row_tokens, lengths)?),
+    })
 }
