@@ -1,7 +1,8 @@
 //! Keys: numbers drawn from numbers, the same on every machine.
 //!
-//! Orders, holdouts and checksums derive their keys here, so that no two of them share one. The hash is the
-//! finaliser of splitmix64 (G. Steele, D. Lea, C. Flood, OOPSLA 2014). Golden tests pin what it gives.
+//! Orders, holdouts and checksums derive their keys here, so that no two of them share one. The
+//! hash is the finaliser of splitmix64 (G. Steele, D. Lea, C. Flood, OOPSLA 2014). Golden tests pin
+//! what it gives.
 
 /// 2^64 divided by the golden ratio.
 pub(crate) const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;

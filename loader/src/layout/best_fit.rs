@@ -1,14 +1,16 @@
-//! Best fit: puts pieces into rows, the largest first, each into the fullest row that has room for it.
+//! Best fit: puts pieces into rows, the largest first, each into the fullest row that has room for
+//! it.
 //!
 //! Rules, frozen with the name of the layout `pack`:
 //!
-//! 1. Larger pieces go first. Pieces of equal size go in the order of the stream.
-//! 2. A piece goes into the row with the least room that is enough. Among rows of equal room the row wins whose
+//! 1. Larger pieces go first. Pieces of equal size go in the order of the stream. 2. A piece goes
+//! into the row with the least room that is enough. Among rows of equal room the row wins whose
 //!    room changed last. Where no row has enough room, the piece opens a row.
-//! 3. Rows are numbered by their first piece in the order of the stream. In a row, pieces stand in that order.
+//! 3. Rows are numbered by their first piece in the order of the stream. In a row, pieces stand in
+//! that order.
 //!
-//! Open rows lie in stacks by the room that they have left. A bit per room says which stacks hold a row, so that
-//! finding a row takes a few instructions however many rows are open.
+//! Open rows lie in stacks by the room that they have left. A bit per room says which stacks hold a
+//! row, so that finding a row takes a few instructions however many rows are open.
 
 /// No row.
 const NONE: u32 = u32::MAX;
@@ -39,7 +41,8 @@ struct Row {
 }
 
 impl Packer {
-    /// Packs pieces of `sizes` into rows of `capacity` places, which hold up to `most` pieces. Returns the number of rows.
+    /// Packs pieces of `sizes` into rows of `capacity` places, which hold up to `most` pieces.
+    /// Returns the number of rows.
     ///
     /// # Panics
     /// When a size is 0 or above `capacity`.

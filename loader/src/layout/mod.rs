@@ -1,16 +1,16 @@
 //! Layout: which segments of a source's stream make each row.
 //!
-//! The *stream* of a source ([`Stream`]) joins its non-empty documents in corpus order, with `bos_id` and
-//! `eos_id` around each where these are set. A *segment* is a stretch of the stream at a place in a row. A
-//! [`Layout`] says which segments make row `i`, in two pure steps:
+//! The *stream* of a source ([`Stream`]) joins its non-empty documents in corpus order, with
+//! `bos_id` and `eos_id` around each where these are set. A *segment* is a stretch of the stream at
+//! a place in a row. A [`Layout`] says which segments make row `i`, in two pure steps:
 //!
 //! ```text
 //! locate(row)           -> (window, row in the window)
 //! plan(window, lengths) -> the segments of the window's rows
 //! ```
 //!
-//! A layout reads no file. The room `read` supplies the document lengths that a window asks for, and keeps plans
-//! of windows. Every layout is one file here, and a line in [`name_of`] and
+//! A layout reads no file. The room `read` supplies the document lengths that a window asks for,
+//! and keeps plans of windows. Every layout is one file here, and a line in [`name_of`] and
 //! [`open`]; no other room names a layout.
 
 mod best_fit;
@@ -76,7 +76,8 @@ pub struct Extent {
     pub stream_len: u64,
     /// Full rows.
     pub rows: u64,
-    /// Stream tokens after the full rows that one more, shorter row delivers. That row has the number `rows`.
+    /// Stream tokens after the full rows that one more, shorter row delivers. That row has the
+    /// number `rows`.
     pub tail_tokens: u64,
 }
 
@@ -87,8 +88,8 @@ pub struct LayoutWindow {
     pub number: u64,
     /// Stream tokens of the window.
     pub stream: Range<u64>,
-    /// The documents whose lengths the plan needs: a shard, and numbers among its non-empty documents. `None` where
-    /// arithmetic is enough.
+    /// The documents whose lengths the plan needs: a shard, and numbers among its non-empty
+    /// documents. `None` where arithmetic is enough.
     pub documents: Option<(usize, Range<u64>)>,
 }
 
@@ -113,8 +114,8 @@ impl WindowPlan {
         self.row_ends.push(self.segments.len() as u32);
     }
 
-    /// Adds `rows` rows of pieces. `row_of` is the row of each piece, and `segment` gives the piece as a segment, and
-    /// the places that it takes. Pieces of a row stand one after the other.
+    /// Adds `rows` rows of pieces. `row_of` is the row of each piece, and `segment` gives the piece
+    /// as a segment, and the places that it takes. Pieces of a row stand one after the other.
     fn place(&mut self, rows: usize, row_of: &[u32], segment: impl Fn(usize) -> (Segment, u64)) {
         let first = self.segments.len() as u32;
         let mut next = vec![0; rows + 1];
@@ -157,10 +158,11 @@ impl WindowPlan {
     }
 }
 
-/// A rule that makes rows from documents: a pure function of the shards' counts and of document lengths.
+/// A rule that makes rows from documents: a pure function of the shards' counts and of document
+/// lengths.
 ///
-/// The rows of the first k shards are the rows of a corpus of these shards alone, so that a corpus may grow at its
-/// end. All methods are called by several threads at once.
+/// The rows of the first k shards are the rows of a corpus of these shards alone, so that a corpus
+/// may grow at its end. All methods are called by several threads at once.
 pub trait Layout: fmt::Debug + Send + Sync {
     /// The extent of the first `shards` shards.
     ///
@@ -168,11 +170,12 @@ pub trait Layout: fmt::Debug + Send + Sync {
     /// When there are fewer shards.
     fn extent(&self, shards: usize) -> Extent;
 
-    /// The window that holds row `row` of `extent`, and the row's number in the window. The tail is row `extent.rows`.
+    /// The window that holds row `row` of `extent`, and the row's number in the window. The tail is
+    /// row `extent.rows`.
     fn locate(&self, extent: &Extent, row: u64) -> (LayoutWindow, usize);
 
-    /// Writes the rows of `window` to `plan`, which is empty. `lengths` are the tokens of the documents that the window
-    /// asks for, without specials.
+    /// Writes the rows of `window` to `plan`, which is empty. `lengths` are the tokens of the
+    /// documents that the window asks for, without specials.
     fn plan(&self, window: &LayoutWindow, lengths: &[u32], plan: &mut WindowPlan);
 
     /// Tokens that the first `shards` shards lose because documents are longer than a row.
@@ -188,7 +191,8 @@ pub trait Layout: fmt::Debug + Send + Sync {
     fn index_bytes(&self) -> u64;
 }
 
-/// The lengths of all non-empty documents of a shard, in tokens without specials. Reading them may fail.
+/// The lengths of all non-empty documents of a shard, in tokens without specials. Reading them may
+/// fail.
 pub type Lengths<'a> = &'a dyn Fn(usize) -> Result<Arc<[u32]>>;
 
 /// A rule that makes rows, by its name.
@@ -256,7 +260,8 @@ impl LayoutSettings {
         let is_pack = self.kind == Kind::Pack;
         pack::Rules {
             cut: pieces::Cut { capacity, specials, overflow: self.overflow },
-            // With shifted targets, the last token of a row is a target alone, which a lone token cannot be.
+            // With shifted targets, the last token of a row is a target alone, which a lone token
+            // cannot be.
             smallest: 1 + u32::from(self.row_tokens > self.seq_len),
             align: if is_pack { self.pack_align } else { 1 },
             most: if is_pack { self.max_docs_per_row.unwrap_or(u32::MAX) } else { 1 },
@@ -270,8 +275,8 @@ pub fn name_of(config: &Config) -> &'static str {
     LayoutSettings::of(config).kind.name()
 }
 
-/// The layout that `config` asks for, over `stream`. A layout whose tables need document lengths reads them here,
-/// shard by shard.
+/// The layout that `config` asks for, over `stream`. A layout whose tables need document lengths
+/// reads them here, shard by shard.
 pub fn open(config: &Config, stream: &Arc<Stream>, lengths: Lengths<'_>) -> Result<Box<dyn Layout>> {
     build(&LayoutSettings::of(config), stream, lengths)
 }

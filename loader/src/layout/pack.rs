@@ -1,8 +1,8 @@
 //! The layouts `pack` and `pad`: whole documents in rows, filled up with padding.
 //!
-//! `pack` puts the pieces of each window into rows by best fit. `pad` gives each piece a row of its own. Both keep
-//! one small table: where each window begins, and the rows before it. The rows of a window are planned when they
-//! are read, from the lengths of the window's documents alone.
+//! `pack` puts the pieces of each window into rows by best fit. `pad` gives each piece a row of its
+//! own. Both keep one small table: where each window begins, and the rows before it. The rows of a
+//! window are planned when they are read, from the lengths of the window's documents alone.
 
 use std::sync::Arc;
 
@@ -85,8 +85,8 @@ impl Rules {
         all
     }
 
-    /// Packs the pieces of a window that are on the delivered side, and returns the number of rows. `first` is the
-    /// corpus' number of the window's first document.
+    /// Packs the pieces of a window that are on the delivered side, and returns the number of rows.
+    /// `first` is the corpus' number of the window's first document.
     fn pack(&self, first: u64, scratch: &mut Scratch) -> usize {
         let Self { cut: Cut { capacity, .. }, smallest, align, most, side } = *self;
         let Scratch { window: Window { pieces, .. }, sizes, packer } = scratch;
@@ -94,7 +94,8 @@ impl Rules {
             pieces.retain(|piece| side.has_document(first + u64::from(piece.document)));
         }
         sizes.clear();
-        // With shifted targets, a piece as long as a row takes one place more than a multiple of `align`.
+        // With shifted targets, a piece as long as a row takes one place more than a multiple of
+        // `align`.
         let places = |len: u32| len.max(smallest).next_multiple_of(align).min(capacity);
         sizes.extend(pieces.iter().map(|piece| places(piece.len)));
         packer.pack(sizes, capacity, most)

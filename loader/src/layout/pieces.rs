@@ -1,9 +1,10 @@
 //! Pieces: documents cut to the length of a row, and gathered in windows.
 //!
-//! A *piece* is a stretch of one document that fits into a row. A document that fits is one piece. The rule
-//! [`Overflow`] says what happens to a longer one. A *window* is a run of pieces of one shard. It ends with the
-//! piece that brings it to [`WINDOW_PIECES`] pieces or [`WINDOW_TOKENS`] tokens, or with its shard. So a window
-//! depends on the documents of its shard alone, and a long document may span several windows.
+//! A *piece* is a stretch of one document that fits into a row. A document that fits is one piece.
+//! The rule [`Overflow`] says what happens to a longer one. A *window* is a run of pieces of one
+//! shard. It ends with the piece that brings it to [`WINDOW_PIECES`] pieces or [`WINDOW_TOKENS`]
+//! tokens, or with its shard. So a window depends on the documents of its shard alone, and a long
+//! document may span several windows.
 //!
 //! Lengths count stream tokens: `bos_id` and `eos_id` belong to the document that they surround.
 
@@ -42,8 +43,8 @@ const DOCUMENT: u64 = 0x646f_6375_6d65_6e74;
 
 /// The documents that rows are made of: all of them, or one side of a holdout.
 ///
-/// A hash of a document's number in the corpus draws its side. So a document never changes its side, whatever the
-/// seed is and however the corpus grows.
+/// A hash of a document's number in the corpus draws its side. So a document never changes its
+/// side, whatever the seed is and however the corpus grows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Side {
     /// All documents.
@@ -132,9 +133,9 @@ pub(super) struct Window {
 }
 
 impl Cut {
-    /// Cuts the window that begins at `start` into `window`. `lengths` are the token counts of the documents from
-    /// `start.document` on, without specials. Returns the start of the next window; the shard is finished where that
-    /// stands after its last document.
+    /// Cuts the window that begins at `start` into `window`. `lengths` are the token counts of the
+    /// documents from `start.document` on, without specials. Returns the start of the next window;
+    /// the shard is finished where that stands after its last document.
     pub(super) fn window(&self, start: WindowStart, lengths: &[u32], window: &mut Window) -> WindowStart {
         let Window { pieces, lost } = window;
         pieces.clear();
@@ -243,7 +244,8 @@ mod tests {
     #[test]
     fn a_window_ends_with_the_piece_that_fills_it() {
         let cut = Cut { capacity: 1 << 20, specials: 0, overflow: Overflow::Split };
-        // One document of nine rows: a window of four pieces, another, and the rest together with the next document.
+        // One document of nine rows: a window of four pieces, another, and the rest together with
+        // the next document.
         let windows = windows(cut, &[9 << 20, 5]);
         let starts: Vec<_> = windows.iter().map(|(start, window)| (start.offset >> 20, window.pieces.len())).collect();
         assert_eq!(starts, [(0, 4), (4, 4), (8, 2)]);

@@ -1,6 +1,7 @@
 //! The layout `rows`: documents that are rows already.
 //!
-//! Every document has exactly the length of a row. Opening checks that, and arithmetic finds every row.
+//! Every document has exactly the length of a row. Opening checks that, and arithmetic finds every
+//! row.
 
 use std::sync::Arc;
 
