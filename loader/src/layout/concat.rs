@@ -40,6 +40,11 @@ impl Layout for Concat {
         plan.push_row(&[Segment::joined(start, end - start, 0)]);
     }
 
+    fn one_segment(&self, extent: &Extent, row: u64) -> Option<Segment> {
+        let start = row * self.seq_len;
+        Some(Segment::joined(start, self.row_tokens.min(extent.stream_len - start), 0))
+    }
+
     fn index_bytes(&self) -> u64 {
         0
     }
@@ -56,10 +61,11 @@ mod tests {
         Concat::new(Arc::new(Stream::new(shards, Specials::default())), seq_len, row_tokens)
     }
 
-    fn row(layout: &Concat, extent: &Extent, row: u64) -> Vec<Segment> {
-        let (window, row) = layout.locate(extent, row);
+    fn row(layout: &Concat, extent: &Extent, number: u64) -> Vec<Segment> {
+        let (window, row) = layout.locate(extent, number);
         let mut plan = WindowPlan::default();
         layout.plan(&window, &[], &mut plan);
+        assert_eq!(layout.one_segment(extent, number).as_slice(), plan.row(row), "the short way says the same");
         plan.row(row).to_vec()
     }
 

@@ -187,6 +187,13 @@ pub trait Layout: fmt::Debug + Send + Sync {
         Lost::default()
     }
 
+    /// The segment of row `row` of `extent`, where each row is one stretch of the joined stream. A
+    /// row that is found this way needs no plan of its window, which would say the same.
+    fn one_segment(&self, extent: &Extent, row: u64) -> Option<Segment> {
+        let _ = (extent, row);
+        None
+    }
+
     /// Bytes of the layout's own tables.
     fn index_bytes(&self) -> u64;
 }

@@ -46,6 +46,7 @@ pub(super) fn batch_rows_into(
         BatchRow::Padding => PositionedRow::Padding,
     };
     rows.clear();
+    rows.reserve(grouping.batch_size as usize);
     rows.extend(grouping.rows(start, end, epochs.last_epoch()).map(row));
     epochs.at(start)
 }
@@ -69,7 +70,7 @@ impl Session {
     ) -> Result<()> {
         let sources = &self.opened.sources;
         let wrap_to = (self.grouping.remainder == Remainder::Wrap).then(|| self.config.row_tokens());
-        reads.clear();
+        reads.clear_for(rows.len());
         for row in rows {
             match *row {
                 PositionedRow::Position { epoch, position, repeated } => {

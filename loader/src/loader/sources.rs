@@ -96,10 +96,12 @@ pub(crate) struct RowReads {
 }
 
 impl RowReads {
-    /// Removes all rows.
-    pub(crate) fn clear(&mut self) {
+    /// Removes all rows, and makes room for `rows` others.
+    pub(crate) fn clear_for(&mut self, rows: usize) {
         self.rows.clear();
+        self.rows.reserve(rows);
         self.segments.clear();
+        self.segments.reserve(rows);
     }
 
     /// The segments of `read`, which is one of these rows.

@@ -174,6 +174,10 @@ impl Reader {
         scratch: &mut Scratch,
         segments: &mut Vec<Segment>,
     ) -> Result<()> {
+        if let Some(segment) = self.layout.one_segment(extent, row) {
+            segments.push(segment);
+            return Ok(());
+        }
         let (window, row) = self.layout.locate(extent, row);
         match &window.documents {
             None => {
