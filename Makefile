@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos fmt demo bench bench-all bench-workers bench-regression doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos generate fmt demo bench bench-all bench-workers bench-regression doc clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ check-macos: ## Compile the core, the commands and the binding for macOS on ARM 
 	@$(SETUP) venv .venv build wheels
 	CARGO_ZIGBUILD_PYTHON_PATH=$(CURDIR)/.venv/bin/python CC_aarch64_apple_darwin="$(CURDIR)/.venv/bin/maturin zig cc -- -target aarch64-macos" \
 	  PYO3_NO_PYTHON=1 cargo check --target aarch64-apple-darwin -p forebay -p forebay-cli -p forebay-python
+
+generate: ## Write the parts of README and Python that come from the table of settings
+	cargo run --quiet -p forebay-tests --bin generate
 
 fmt: ## Format Rust and Python
 	@$(SETUP) venv .venv lint

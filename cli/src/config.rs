@@ -11,8 +11,11 @@ use crate::{Context, Failure, MISUSED, Sets};
 const WIDEST: usize = 32;
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Warnings and notes go to standard error.\n\n\
-    Example: FOREBAY_SEQ_LEN=4096 forebay config --set batch_size=8")]
+#[command(
+    after_help = "`--help` describes every setting. Warnings and notes go to standard error.\n\n\
+        Example: FOREBAY_SEQ_LEN=4096 forebay config --set batch_size=8",
+    after_long_help = help()
+)]
 pub(crate) struct Options {
     /// Ends with status 2 if there is a warning, such as a mistyped variable
     #[arg(long)]
@@ -38,6 +41,28 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         return Ok(MISUSED);
     }
     Ok(0)
+}
+
+/// The meaning of the setting `name` and the values that it accepts, as the help of an option.
+pub(crate) fn help_of(name: &str) -> String {
+    let setting = settings::find(name).expect("an option has the name of its setting");
+    let doc = setting.doc().replace('`', "");
+    format!("{doc} Accepts {}", setting.accepts().replace('`', ""))
+}
+
+/// Describes every setting.
+fn help() -> String {
+    let about = |setting: &Setting| {
+        let (name, default) = (setting.name, setting.default_text());
+        let default = if default.is_empty() { "none".to_owned() } else { default };
+        format!("\n  {name} (default: {default})\n      {}", help_of(name))
+    };
+    let settings: String = settings::all().iter().map(about).collect();
+    format!(
+        "Settings, each also by the variable `FOREBAY_<NAME>`:\n{settings}\n\n\
+         Warnings and notes go to standard error.\n\n\
+         Example: FOREBAY_SEQ_LEN=4096 forebay config --set batch_size=8"
+    )
 }
 
 fn write_table(resolved: &Resolved, context: &mut Context<'_>) -> Result<(), Failure> {

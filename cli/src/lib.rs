@@ -75,14 +75,18 @@ enum Command {
 /// Settings with options of their own in every command that runs a loader.
 #[derive(Debug, Default, Args)]
 struct Shape {
-    /// Tokens per sequence
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", help = config::help_of("seq_len"))]
     seq_len: Option<String>,
-    /// Sequences per rank and step
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help = config::help_of("batch_size"))]
     batch_size: Option<String>,
-    /// Order of the sequences: true, false, global or block
-    #[arg(long, value_name = "ORDER", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    #[arg(
+        long,
+        value_name = "ORDER",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help = config::help_of("shuffle")
+    )]
     shuffle: Option<String>,
 }
 

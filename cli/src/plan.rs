@@ -340,12 +340,6 @@ fn distance_json(distance: &Distance) -> Value {
 }
 
 fn pass_json(pass: &PassPlan) -> Value {
-    let remainder = match pass.remainder {
-        Remainder::Drop => "drop",
-        Remainder::Pad => "pad",
-        Remainder::Wrap => "wrap",
-        Remainder::Short => "short",
-    };
     json!({
         "steps": pass.steps,
         "sharing_ranks": pass.sharing_ranks,
@@ -353,7 +347,7 @@ fn pass_json(pass: &PassPlan) -> Value {
         "cut_rows": pass.cut_rows,
         "global_batch": pass.global_batch,
         "world_size": pass.world_size,
-        "remainder": remainder,
+        "remainder": pass.remainder.name(),
         "delivered_tokens": pass.delivered_tokens,
         "dropped_sequences": pass.dropped_sequences,
         "dropped_tokens": pass.dropped_tokens,

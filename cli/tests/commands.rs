@@ -200,9 +200,14 @@ fn every_help_begins_with_a_verb_and_has_an_example() {
         let first = ran.out.split_whitespace().next().unwrap();
         assert!(first.ends_with('s') && first.starts_with(char::is_uppercase), "{command}: {}", ran.out);
         assert!(ran.out.contains(&format!("forebay {command} ")) && ran.out.contains("Example"), "{}", ran.out);
-        assert!(!ran.out.contains("delivery_log"), "{}", ran.out);
+        // Only `config` describes the settings.
+        assert_eq!(ran.out.contains("delivery_log"), command == "config", "{}", ran.out);
     }
     assert!(run(&["--help"]).out.contains("Example: forebay check corpus/"));
+    let help = run(&["config", "--help"]).out;
+    for setting in forebay::settings::all() {
+        assert!(help.contains(&format!("\n  {} (default: ", setting.name)), "{help}");
+    }
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //!
 //! Files are written by arrow-rs; the expected stream comes from the documents that were written, never from the code under test.
 
+pub mod generated;
+
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;

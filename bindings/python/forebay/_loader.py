@@ -76,16 +76,20 @@ def tell(level: str, text: str) -> None:
 PATHS = ("cache_dir", "delivery_log")
 
 
-def settings_of(data: Data | None, settings: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Names and texts of the settings that are given; ``None`` is not given."""
+def settings_of(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and texts of the settings that are given. ``None`` is not given."""
     pairs: list[tuple[str, str]] = []
-    if data is not None:
-        paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
-        texts = [os.fspath(path).replace("\\", "\\\\").replace(",", "\\,") for path in paths]
-        if texts:
-            pairs.append(("data", ",".join(texts)))
-    pairs.extend((name, _text(name, value)) for name, value in settings.items() if value is not None)
+    for name, value in settings.items():
+        text = None if value is None else _paths(value) if name == "data" else _text(name, value)
+        if text is not None:
+            pairs.append((name, text))
     return pairs
+
+
+def _paths(data: Data) -> str | None:
+    """The text of some paths, or None where there is none."""
+    paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+    return ",".join(os.fspath(path).replace("\\", "\\\\").replace(",", "\\,") for path in paths) or None
 
 
 def _text(name: str, value: object) -> str:
@@ -175,76 +179,117 @@ class Loader:
     Parameters
     ----------
     data:
-        A file, a folder, a glob pattern, or a list of these, in order.
+        The corpus: a file, a folder, a glob pattern, or a list of these, in order.
     mixture:
-        In place of `data`: a dict of ``sources`` (each a ``name``, ``data``, ``weight``, and how many ``epochs`` at
-        most), ``stages`` that change the weights, and what happens when a source is ``exhausted``. Default: none.
+        Several corpora with weights, in place of `data`. It has `sources` (each with `name`,
+        `data`, `weight` and the most `epochs`), `stages` that change the weights, and `exhausted`:
+        what happens when a source ends. Default: none. Accepted: sources, weights and stages as
+        JSON, or `none`.
     format:
-        ``"auto"`` (by content), ``"parquet"`` or ``"arrow"``. Default: auto.
+        Expected format of the files. `auto` recognises it by content. Default: auto. Accepted:
+        `auto`, `parquet` or `arrow`.
     token_column:
-        Default: the first of ``input_ids``, ``tokens``, ``token_ids``, ``ids``.
+        Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
+        and `ids` that is there. Default: none. Accepted: a column's name, or `none`.
     seq_len:
-        Tokens per sequence. Default: 2048.
+        Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
     targets:
-        ``"labels"``: ``input_ids`` and ``labels`` at the same places; ``"shifted"``: ``x`` and ``y`` one token apart.
-        Default: labels.
-    bos_id, eos_id:
-        Put before and after every non-empty document. Default: none.
+        Arrays of a batch. `labels` gives `input_ids` and `labels` at the same positions. `shifted`
+        gives `x` and `y`, one token apart. Default: labels. Accepted: `labels` or `shifted`.
+    bos_id:
+        Id put before every non-empty document. Default: none. Accepted: an id below 2^31, or
+        `none`.
+    eos_id:
+        Id put after every non-empty document. Default: none. Accepted: an id below 2^31, or `none`.
     shuffle:
-        ``False``, ``True``, ``"global"`` or ``"block"``. Default: false.
+        Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks,
+        then sequences within windows. `true` is `global` for uncompressed Arrow, and `block` where
+        blocks have to be decoded. Default: false. Accepted: `true`, `false`, `global` or `block`.
     seed:
-        Key of the order, with the epoch. Default: 0.
-    chunk_tokens, window_tokens, lanes:
-        Shape of block shuffling: tokens that stay together, tokens mixed at once, virtual shards.
-        Default: 4 Mi, 16 Mi, 8.
-    holdout, split:
-        One sequence of every `holdout` is kept out of ``split="train"`` and delivered by ``split="holdout"``, whatever
-        the seed. Default: none, train.
+        Key of the order, together with the epoch. `forebay.torch.DataLoader` takes it from the
+        sampler or the generator where it is not given. Default: 0. Accepted: an integer from 0 to
+        2^64 - 1.
+    chunk_tokens:
+        Tokens that block shuffling keeps together: the unit that it permutes over the corpus.
+        Default: 4Mi. Accepted: a number of tokens from 1 to 2^48, such as `1Mi`.
+    window_tokens:
+        Tokens within which block shuffling then permutes sequences, over all lanes together.
+        Default: 16Mi. Accepted: a number of tokens from 1 to 2^48, such as `16Mi`.
+    lanes:
+        Virtual shards that block shuffling interleaves. World sizes that divide it decode each
+        block about once. Default: 8. Accepted: an integer from 1 to 2^20.
+    holdout:
+        Keeps one sequence in so many out of training, whatever the seed. Default: none. Accepted:
+        an integer from 2 to 2^32, or `none`.
+    split:
+        Side of the holdout that is delivered. Default: train. Accepted: `train` or `holdout`.
     skip:
-        Positions that are never delivered: a list of ``(start, end)`` in epoch 0 or ``(epoch, start, end)``. All others
-        keep their numbers. Default: none.
+        Positions that are never delivered. All others keep their numbers. Default: none. Accepted:
+        a list of `(start, end)` or `(epoch, start, end)`, as text `100-200,3:0-50` (epoch 0 and
+        epoch 3), or `none`.
     extend:
-        Whether a state of this corpus' first shards is continued; new shards join at the next epoch. Default: false.
+        Continues a state of the first shards of this corpus. The new shards join at the next epoch.
+        Default: false.
     batch_size:
-        Sequences per rank and step. Default: 1.
-    dp_rank, dp_world_size:
-        Default: what the launcher says, else 0 of 1.
+        Sequences per rank and step. Default: 1. Accepted: an integer from 1 to 2^32.
+    dp_rank:
+        Data-parallel rank. `none` takes it from the launcher, else 0. Default: none. Accepted: an
+        integer below `dp_world_size`, or `none`.
+    dp_world_size:
+        Number of data-parallel ranks. `none` takes it from the launcher, else 1. Default: none.
+        Accepted: an integer from 1 to 2^32, or `none`.
     model_parallel_size:
-        Neighbouring ranks of the launcher that read the same rows: tensor-, context- and pipeline-parallel peers.
-        Default: 1.
+        Neighbouring ranks of the launcher that read the same rows: tensor-, context- and
+        pipeline-parallel peers. Default: 1. Accepted: an integer from 1 to 2^32.
     epochs:
-        Epochs of one pass, or ``"endless"``. With more than one, batches run on across their borders. Default: 1.
+        Epochs of one pass. With more than one, batches run on across their borders. Default: 1.
+        Accepted: an integer from 1 to 2^32, or `endless`.
     max_steps:
         Steps after which a pass ends, counted from the start of its first epoch. Default: none.
+        Accepted: an integer from 1, or `none`.
     remainder:
-        What fills no global batch at the epoch's end: ``"drop"``, ``"pad"``, ``"wrap"`` or ``"short"``. Default: drop.
+        Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or
+        global batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`.
+        `wrap` fills them up from the start of the epoch. `short` gives a last batch with fewer
+        rows. Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
     pad_id:
-        Fills padded places; their labels are -100. Default: 0.
+        Id that fills padded rows. Their labels are -100. Default: 0. Accepted: an id below 2^31.
     input_dtype:
-        ``"int64"`` or ``"int32"``, of the inputs; labels are always int64. Default: int64.
+        Type of delivered input ids. Labels are always int64. Default: int64. Accepted: `int64` or
+        `int32`.
     sample_ids:
-        Whether batches say where each row is from: ``source`` and ``sample_index``, int64 of shape ``(batch_size,)``,
-        -1 for padding. Default: false.
+        Adds the place of each row to the batch: `source` and `sample_index`, int64 of shape
+        `(batch_size,)`, -1 for padding. Default: false.
     num_threads:
-        Default: CPUs of this rank less one, 1 to 8.
+        Worker threads. With 0, the thread that asks for a batch computes it. `none` takes the CPUs
+        of this rank less one, from 1 to 8. Default: none. Accepted: an integer from 0 to 1024, or
+        `none`.
     cpu_affinity:
-        CPUs that worker threads may run on, as ``"0,2-5"`` or a list; Linux only. Default: wherever the process may.
+        CPUs that worker threads may run on, as `0,2-5` or a list. Linux only. `none` leaves them
+        wherever the process may run. Default: none. Accepted: CPUs such as `0,2-5`, or `none`.
     thread_priority:
-        Added to the ``nice`` value of worker threads, 0 to 19; Linux only. Default: 0.
+        Added to the `nice` value of worker threads, so that they take less from a trainer on the
+        same CPUs. Linux only. Default: 0. Accepted: an integer from 0 to 19.
     prefetch_batches:
-        Batches computed ahead. Default: 4.
+        Batches computed ahead of the consumer. Default: 4. Accepted: an integer from 1 to 65536.
     memory_budget:
-        Bytes for decoded blocks and batches in flight. Default: 512 MiB.
+        Memory for decoded blocks and batches in flight. Default: 512MiB. Accepted: a number of
+        bytes, such as `512MiB` or `1GB`.
     block_tokens:
-        Tokens near which blocks are cut for decoding; never changes a batch. Default: 128 Ki.
+        Tokens near which blocks are cut for decoding. It never changes a batch. Default: 128Ki.
+        Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
     io:
-        ``"auto"``, ``"mmap"`` or ``"pread"``. Default: auto.
+        Access to file bytes. `auto` maps files on local file systems, and reads by position on
+        network and FUSE ones. Default: auto. Accepted: `auto`, `mmap` or `pread`.
     cache_dir:
-        Folder for the saved index, with which shards are opened when they are first read. Default: none.
+        Folder for the saved index of the corpus. With it, shards are opened when they are first
+        read. `none` opens all at the start. Default: none. Accepted: a folder, or `none`.
     pin_memory:
-        For ``forebay.torch.DataLoader``; here it must be false. Default: false.
+        Gives batches in page-locked memory. Only `forebay.torch.DataLoader` can do this. Default:
+        false.
     delivery_log:
-        A folder where every rank writes a line for each batch it hands over, for ``forebay verify``. Default: none.
+        Folder where every rank writes a line for each batch it hands over. `forebay verify` proves
+        the run from it. Default: none. Accepted: a folder, or `none`.
 
     Raises
     ------
@@ -254,6 +299,7 @@ class Loader:
 
     def __init__(
         self,
+        # settings: keywords, from `make generate`
         data: Data | None = None,
         *,
         mixture: Mapping[str, Any] | str | None = None,
@@ -292,8 +338,11 @@ class Loader:
         cache_dir: str | os.PathLike[str] | None = None,
         pin_memory: bool | None = None,
         delivery_log: str | os.PathLike[str] | None = None,
+        # settings: end
     ) -> None:
         settings = dict(
+            # settings: values, from `make generate`
+            data=data,
             mixture=mixture,
             format=format,
             token_column=token_column,
@@ -330,10 +379,11 @@ class Loader:
             cache_dir=cache_dir,
             pin_memory=pin_memory,
             delivery_log=delivery_log,
+            # settings: end
         )
         if pin_memory:
             raise ConfigError("`pin_memory` needs forebay.torch.DataLoader: this loader does not import torch")
-        self._open(settings_of(data, settings), from_env=False)
+        self._open(settings_of(settings), from_env=False)
 
     def _open(self, pairs: list[tuple[str, str]], from_env: bool) -> None:
         self._arguments = pairs, from_env
@@ -356,7 +406,7 @@ class Loader:
         unknown = set(settings) - set(inspect.signature(Loader).parameters)
         if unknown:
             raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
-        return cls._of(settings_of(data, settings), from_env=True)
+        return cls._of(settings_of({"data": data, **settings}), from_env=True)
 
     def _open_core(self) -> _core.Loader:
         if self._closed:

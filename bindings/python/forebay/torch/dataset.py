@@ -17,12 +17,59 @@ from forebay.torch.tensors import Tensors, tensors_of
 class TokenDataset(Dataset[Tensors]):
     """Sequences of a corpus, in corpus order: ``dataset[i]`` is a dict of 1-D tensors of ``seq_len`` tokens.
 
-    Opened at its first use in each process, so that it can be pickled and forked. The arguments are those of
-    ``forebay.Loader``.
+    Each process opens the corpus at its first use, so that the dataset can be pickled and forked. A
+    DataLoader takes the other settings.
+
+    Parameters
+    ----------
+    data:
+        The corpus: a file, a folder, a glob pattern, or a list of these, in order.
+    mixture:
+        Several corpora with weights, in place of `data`. It has `sources` (each with `name`,
+        `data`, `weight` and the most `epochs`), `stages` that change the weights, and `exhausted`:
+        what happens when a source ends. Default: none. Accepted: sources, weights and stages as
+        JSON, or `none`.
+    format:
+        Expected format of the files. `auto` recognises it by content. Default: auto. Accepted:
+        `auto`, `parquet` or `arrow`.
+    token_column:
+        Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
+        and `ids` that is there. Default: none. Accepted: a column's name, or `none`.
+    seq_len:
+        Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
+    targets:
+        Arrays of a batch. `labels` gives `input_ids` and `labels` at the same positions. `shifted`
+        gives `x` and `y`, one token apart. Default: labels. Accepted: `labels` or `shifted`.
+    bos_id:
+        Id put before every non-empty document. Default: none. Accepted: an id below 2^31, or
+        `none`.
+    eos_id:
+        Id put after every non-empty document. Default: none. Accepted: an id below 2^31, or `none`.
+    holdout:
+        Keeps one sequence in so many out of training, whatever the seed. Default: none. Accepted:
+        an integer from 2 to 2^32, or `none`.
+    split:
+        Side of the holdout that is delivered. Default: train. Accepted: `train` or `holdout`.
+    input_dtype:
+        Type of delivered input ids. Labels are always int64. Default: int64. Accepted: `int64` or
+        `int32`.
+    memory_budget:
+        Memory for decoded blocks and batches in flight. Default: 512MiB. Accepted: a number of
+        bytes, such as `512MiB` or `1GB`.
+    block_tokens:
+        Tokens near which blocks are cut for decoding. It never changes a batch. Default: 128Ki.
+        Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
+    io:
+        Access to file bytes. `auto` maps files on local file systems, and reads by position on
+        network and FUSE ones. Default: auto. Accepted: `auto`, `mmap` or `pread`.
+    cache_dir:
+        Folder for the saved index of the corpus. With it, shards are opened when they are first
+        read. `none` opens all at the start. Default: none. Accepted: a folder, or `none`.
     """
 
     def __init__(
         self,
+        # settings: keywords, from `make generate`
         data: Data | None = None,
         *,
         mixture: Mapping[str, Any] | str | None = None,
@@ -39,8 +86,11 @@ class TokenDataset(Dataset[Tensors]):
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        # settings: end
     ) -> None:
         settings = dict(
+            # settings: values, from `make generate`
+            data=data,
             mixture=mixture,
             format=format,
             token_column=token_column,
@@ -55,15 +105,16 @@ class TokenDataset(Dataset[Tensors]):
             block_tokens=block_tokens,
             io=io,
             cache_dir=cache_dir,
+            # settings: end
         )
-        self._pairs = settings_of(data, settings)
+        self._pairs = settings_of(settings)
         self._opened: tuple[int, _core.Loader] | None = None
 
     def _core(self) -> _core.Loader:
         process = os.getpid()
         if self._opened is None or self._opened[0] != process:
-            alone = dict(shuffle=False, batch_size=1, dp_rank=0, dp_world_size=1, remainder="drop", prefetch_batches=1)
-            self._opened = process, _core.Loader.open(self._pairs + settings_of(None, alone), False)
+            alone = dict(dp_rank=0, dp_world_size=1, prefetch_batches=1)
+            self._opened = process, _core.Loader.open(self._pairs + settings_of(alone), False)
         return self._opened[1]
 
     def __len__(self) -> int:

@@ -45,22 +45,96 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
     traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread. Map-style datasets resume with any
     ``num_workers``, iterable ones with the same. docs/torch.md has all that differs from torch.
 
+    A setting wins over the parameter of torch that means the same: ``remainder`` over ``drop_last``,
+    ``num_threads`` over ``num_workers``, ``prefetch_batches`` over ``prefetch_factor``, and ``seed``
+    over the sampler's seed and ``generator.initial_seed()``. The rank is ``dp_rank``, else that of
+    ``mesh``, of the sampler, of the launcher or torch.distributed, else 0 of 1.
+
     Parameters
     ----------
-    seed:
-        Default: ``generator.initial_seed()`` if there is a generator, else 0.
-    dp_rank, dp_world_size:
-        Default: those of the sampler, of torch.distributed if it is initialised, of the launcher, else 0 of 1.
     mesh:
         A ``torch.distributed.device_mesh.DeviceMesh``: only ranks that differ in its data-parallel dimensions (named
         ``dp``, ``dp_replicate``, ``dp_shard``, ``fsdp``, ``ddp`` or ``data``, or its only one) read different rows.
-    remainder:
-        Overrules ``drop_last``.
     device:
         A CUDA device: batches are copied there on a stream of their own, and are safe to use on the current one.
         Implies ``pin_memory``. Default: host memory.
     device_prefetch:
         Batches copied ahead of the one handed over. Default: 2.
+
+    Other Parameters
+    ----------------
+    seed:
+        Key of the order, together with the epoch. `forebay.torch.DataLoader` takes it from the
+        sampler or the generator where it is not given. Default: 0. Accepted: an integer from 0 to
+        2^64 - 1.
+    chunk_tokens:
+        Tokens that block shuffling keeps together: the unit that it permutes over the corpus.
+        Default: 4Mi. Accepted: a number of tokens from 1 to 2^48, such as `1Mi`.
+    window_tokens:
+        Tokens within which block shuffling then permutes sequences, over all lanes together.
+        Default: 16Mi. Accepted: a number of tokens from 1 to 2^48, such as `16Mi`.
+    lanes:
+        Virtual shards that block shuffling interleaves. World sizes that divide it decode each
+        block about once. Default: 8. Accepted: an integer from 1 to 2^20.
+    skip:
+        Positions that are never delivered. All others keep their numbers. Default: none. Accepted:
+        a list of `(start, end)` or `(epoch, start, end)`, as text `100-200,3:0-50` (epoch 0 and
+        epoch 3), or `none`.
+    extend:
+        Continues a state of the first shards of this corpus. The new shards join at the next epoch.
+        Default: false.
+    dp_rank:
+        Data-parallel rank. `none` takes it from the launcher, else 0. Default: none. Accepted: an
+        integer below `dp_world_size`, or `none`.
+    dp_world_size:
+        Number of data-parallel ranks. `none` takes it from the launcher, else 1. Default: none.
+        Accepted: an integer from 1 to 2^32, or `none`.
+    model_parallel_size:
+        Neighbouring ranks of the launcher that read the same rows: tensor-, context- and
+        pipeline-parallel peers. Default: 1. Accepted: an integer from 1 to 2^32.
+    epochs:
+        Epochs of one pass. With more than one, batches run on across their borders. Default: 1.
+        Accepted: an integer from 1 to 2^32, or `endless`.
+    max_steps:
+        Steps after which a pass ends, counted from the start of its first epoch. Default: none.
+        Accepted: an integer from 1, or `none`.
+    remainder:
+        Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or
+        global batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`.
+        `wrap` fills them up from the start of the epoch. `short` gives a last batch with fewer
+        rows. Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
+    pad_id:
+        Id that fills padded rows. Their labels are -100. Default: 0. Accepted: an id below 2^31.
+    sample_ids:
+        Adds the place of each row to the batch: `source` and `sample_index`, int64 of shape
+        `(batch_size,)`, -1 for padding. Default: false.
+    num_threads:
+        Worker threads. With 0, the thread that asks for a batch computes it. `none` takes the CPUs
+        of this rank less one, from 1 to 8. Default: none. Accepted: an integer from 0 to 1024, or
+        `none`.
+    cpu_affinity:
+        CPUs that worker threads may run on, as `0,2-5` or a list. Linux only. `none` leaves them
+        wherever the process may run. Default: none. Accepted: CPUs such as `0,2-5`, or `none`.
+    thread_priority:
+        Added to the `nice` value of worker threads, so that they take less from a trainer on the
+        same CPUs. Linux only. Default: 0. Accepted: an integer from 0 to 19.
+    prefetch_batches:
+        Batches computed ahead of the consumer. Default: 4. Accepted: an integer from 1 to 65536.
+    memory_budget:
+        Memory for decoded blocks and batches in flight. Default: 512MiB. Accepted: a number of
+        bytes, such as `512MiB` or `1GB`.
+    block_tokens:
+        Tokens near which blocks are cut for decoding. It never changes a batch. Default: 128Ki.
+        Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
+    io:
+        Access to file bytes. `auto` maps files on local file systems, and reads by position on
+        network and FUSE ones. Default: auto. Accepted: `auto`, `mmap` or `pread`.
+    cache_dir:
+        Folder for the saved index of the corpus. With it, shards are opened when they are first
+        read. `none` opens all at the start. Default: none. Accepted: a folder, or `none`.
+    delivery_log:
+        Folder where every rank writes a line for each batch it hands over. `forebay verify` proves
+        the run from it. Default: none. Accepted: a folder, or `none`.
 
     Raises
     ------
@@ -72,7 +146,9 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         self,
         dataset: Dataset[_T_co],
         batch_size: int | None = 1,
+        # settings: `shuffle`, from `make generate`
         shuffle: bool | Literal["global", "block"] | None = None,
+        # settings: end
         sampler: Sampler[Any] | Iterable[Any] | None = None,
         batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
         num_workers: int = 0,
@@ -88,21 +164,22 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         persistent_workers: bool = False,
         pin_memory_device: str = "",
         in_order: bool = True,
+        mesh: Any = None,
+        # settings: keywords, from `make generate`
         seed: int | None = None,
+        chunk_tokens: int | None = None,
+        window_tokens: int | None = None,
+        lanes: int | None = None,
+        skip: Skip | None = None,
+        extend: bool | None = None,
         dp_rank: int | None = None,
         dp_world_size: int | None = None,
-        mesh: Any = None,
         model_parallel_size: int | None = None,
         epochs: int | Literal["endless"] | None = None,
         max_steps: int | None = None,
         remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
         pad_id: int | None = None,
         sample_ids: bool | None = None,
-        chunk_tokens: int | None = None,
-        window_tokens: int | None = None,
-        lanes: int | None = None,
-        skip: Skip | None = None,
-        extend: bool | None = None,
         num_threads: int | None = None,
         cpu_affinity: str | Iterable[int] | None = None,
         thread_priority: int | None = None,
@@ -112,6 +189,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         io: Literal["auto", "mmap", "pread"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         delivery_log: str | os.PathLike[str] | None = None,
+        # settings: end
         device: str | torch.device | None = None,
         device_prefetch: int = 2,
         _allocator: Callable[[int], torch.Tensor] | None = None,
@@ -134,7 +212,13 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
                 raise ConfigError("`mesh` says the data-parallel rank: leave `dp_rank` and `dp_world_size` out")
             dp_rank, dp_world_size = rank_in(mesh)
         settings: dict[str, Any] = dict(
+            # settings: values, from `make generate`
             seed=seed,
+            chunk_tokens=chunk_tokens,
+            window_tokens=window_tokens,
+            lanes=lanes,
+            skip=skip,
+            extend=extend,
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
             model_parallel_size=model_parallel_size,
@@ -143,11 +227,6 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             remainder=remainder,
             pad_id=pad_id,
             sample_ids=sample_ids,
-            chunk_tokens=chunk_tokens,
-            window_tokens=window_tokens,
-            lanes=lanes,
-            skip=skip,
-            extend=extend,
             num_threads=num_threads,
             cpu_affinity=cpu_affinity,
             thread_priority=thread_priority,
@@ -157,6 +236,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             io=io,
             cache_dir=cache_dir,
             delivery_log=delivery_log,
+            # settings: end
         )
         native = (
             is_plain(dataset, TokenDataset, "__getitem__", "__getitems__", "__len__")
@@ -213,7 +293,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         if prefetch_factor is not None and prefetch_batches is None:
             settings["prefetch_batches"] = prefetch_factor * max(num_workers, 1)
         settings["shuffle"], settings["batch_size"], settings["pin_memory"] = shuffle, batch_size, pin_memory or None
-        own = settings_of(None, settings)
+        own = settings_of(settings)
         names = {name for name, _ in own}
         pairs = [pair for pair in dataset._pairs if pair[0] not in names] + own
         pairs = with_ranks(pairs)
