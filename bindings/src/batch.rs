@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use forebay::batch_source::split::BatchPart;
 use forebay::loader::Field;
-use forebay::tokens::Dtype;
+use forebay::tokens::{Dtype, DtypeKind};
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -114,13 +114,18 @@ fn field_start(batch: &forebay::Batch, field: &Field) -> *mut u8 {
 
 /// The format of the `struct` module that NumPy reads as its own type of that width.
 fn format_of(dtype: Dtype) -> &'static CStr {
-    match dtype {
-        Dtype::U8 => c"B",
-        Dtype::U16 => c"H",
-        Dtype::U32 => c"I",
-        Dtype::I32 => c"i",
-        Dtype::I64 if size_of::<std::ffi::c_long>() == 8 => c"l",
-        Dtype::I64 => c"q",
+    match (dtype.kind(), dtype.size()) {
+        (DtypeKind::Bool, _) => c"?",
+        (DtypeKind::Float, 2) => c"e",
+        (DtypeKind::Float, _) => c"f",
+        (DtypeKind::Unsigned, 1) => c"B",
+        (DtypeKind::Unsigned, 2) => c"H",
+        (DtypeKind::Unsigned, _) => c"I",
+        (DtypeKind::Signed, 1) => c"b",
+        (DtypeKind::Signed, 2) => c"h",
+        (DtypeKind::Signed, 4) => c"i",
+        (DtypeKind::Signed, _) if size_of::<std::ffi::c_long>() == 8 => c"l",
+        (DtypeKind::Signed, _) => c"q",
     }
 }
 
@@ -277,9 +282,11 @@ mod dlpack {
     impl Tensor {
         /// Of `field`, with a shape and strides that live elsewhere.
         fn new(batch: &forebay::Batch, field: &Field) -> Self {
-            let code = match field.dtype {
-                Dtype::I32 | Dtype::I64 => 0,
-                Dtype::U8 | Dtype::U16 | Dtype::U32 => 1,
+            let code = match field.dtype.kind() {
+                DtypeKind::Signed => 0,
+                DtypeKind::Unsigned => 1,
+                DtypeKind::Float => 2,
+                DtypeKind::Bool => 6,
             };
             Self {
                 data: field_start(batch, field).cast(),

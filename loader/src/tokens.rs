@@ -1,11 +1,14 @@
-//! Tokens: a run of token ids in the type that they have on disk.
+//! Tokens: a run of values of a per-token column, in the type that they have on disk.
 //!
-//! Ids are little-endian integers of one of five types. This module borrows their bytes and never
-//! copies them. It reads single ids and finds negative ones; `fill` widens whole runs into rows.
+//! [`Dtype`] lists the types of all per-token columns. Token ids are integers of five of them. This
+//! module borrows bytes and never copies them. It reads single values and finds negative ids;
+//! `fill` writes whole runs into rows.
 
 use crate::error::{Error, Result};
 
-/// Integer type of the token ids of a shard, or of a delivered array.
+/// Type of the values of a per-token column, or of a delivered array.
+///
+/// A saved index stores positions in [`Dtype::ALL`], so a new type goes to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// Unsigned, 1 byte.
@@ -18,15 +21,42 @@ pub enum Dtype {
     I32,
     /// Signed, 8 bytes.
     I64,
+    /// Signed, 1 byte.
+    I8,
+    /// Signed, 2 bytes.
+    I16,
+    /// 0 or 1 in a byte. Arrow files pack eight of them into one.
+    Bool,
+    /// IEEE half precision.
+    F16,
+    /// IEEE single precision.
+    F32,
+}
+
+/// What the bits of a type mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DtypeKind {
+    /// An integer with a sign.
+    Signed,
+    /// An integer without a sign.
+    Unsigned,
+    /// A floating-point number.
+    Float,
+    /// 0 or 1.
+    Bool,
 }
 
 impl Dtype {
+    /// Every type.
+    pub const ALL: [Self; 10] =
+        [Self::U8, Self::U16, Self::U32, Self::I32, Self::I64, Self::I8, Self::I16, Self::Bool, Self::F16, Self::F32];
+
     /// Bytes of one value.
     pub const fn size(self) -> usize {
         match self {
-            Self::U8 => 1,
-            Self::U16 => 2,
-            Self::U32 | Self::I32 => 4,
+            Self::U8 | Self::I8 | Self::Bool => 1,
+            Self::U16 | Self::I16 | Self::F16 => 2,
+            Self::U32 | Self::I32 | Self::F32 => 4,
             Self::I64 => 8,
         }
     }
@@ -39,16 +69,93 @@ impl Dtype {
             Self::U32 => "uint32",
             Self::I32 => "int32",
             Self::I64 => "int64",
+            Self::I8 => "int8",
+            Self::I16 => "int16",
+            Self::Bool => "bool",
+            Self::F16 => "float16",
+            Self::F32 => "float32",
         }
     }
 
-    /// Whether a value of this type can be negative, so that ids need a check.
+    /// What its bits mean.
+    pub const fn kind(self) -> DtypeKind {
+        match self {
+            Self::U8 | Self::U16 | Self::U32 => DtypeKind::Unsigned,
+            Self::I8 | Self::I16 | Self::I32 | Self::I64 => DtypeKind::Signed,
+            Self::Bool => DtypeKind::Bool,
+            Self::F16 | Self::F32 => DtypeKind::Float,
+        }
+    }
+
+    /// Whether an integer of this type can be negative, so that ids need a check.
     pub const fn is_signed(self) -> bool {
-        matches!(self, Self::I32 | Self::I64)
+        matches!(self.kind(), DtypeKind::Signed)
+    }
+
+    /// Whether token ids may have this type.
+    pub const fn is_id(self) -> bool {
+        matches!(self, Self::U8 | Self::U16 | Self::U32 | Self::I32 | Self::I64)
+    }
+
+    /// The types that a column may have, for messages: those of token ids, or of a further column.
+    pub fn accepted(is_field: bool) -> String {
+        let mut names: Vec<_> =
+            Self::ALL.into_iter().filter(|dtype| is_field || dtype.is_id()).map(Self::name).collect();
+        let last = names.pop().unwrap_or_default();
+        format!("{} or {last}", names.join(", "))
+    }
+
+    /// The little-endian bytes of a small whole number in this type. [`Dtype::size`] of them count.
+    pub fn encode(self, value: i64) -> [u8; 8] {
+        let mut bytes = value.to_le_bytes();
+        if self.kind() == DtypeKind::Float {
+            let wide = (value as f32).to_bits();
+            // Small whole numbers lose nothing: the exponent gets another offset, the fraction
+            // fewer bits.
+            let narrow =
+                if value == 0 { 0 } else { (wide >> 16 & 0x8000) | ((wide & 0x7fff_ffff) - (112 << 23)) >> 13 };
+            bytes = u64::from(if self == Self::F16 { narrow } else { wide }).to_le_bytes();
+        }
+        bytes
     }
 }
 
-/// A run of token ids in the type that they have on disk. The bytes may have any alignment.
+/// Most fields of a corpus. A saved index has room for so many types.
+pub const MAX_FIELDS: usize = 8;
+
+/// Types of the fields in a shard, in the order of the setting `fields`; none where the shard lacks
+/// a column.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FieldTypes([u8; MAX_FIELDS]);
+
+impl FieldTypes {
+    /// The types `types`.
+    pub fn new(types: impl IntoIterator<Item = Option<Dtype>>) -> Self {
+        let mut all = [0; MAX_FIELDS];
+        for (number, dtype) in all.iter_mut().zip(types) {
+            let place = Dtype::ALL.iter().position(|known| Some(*known) == dtype);
+            *number = place.map_or(0, |place| place as u8 + 1);
+        }
+        Self(all)
+    }
+
+    /// The type of field `index`.
+    pub fn get(self, index: usize) -> Option<Dtype> {
+        Dtype::ALL.get(usize::from(*self.0.get(index)?).checked_sub(1)?).copied()
+    }
+
+    /// The numbers by which a saved index holds the types.
+    pub(crate) fn numbers(self) -> [u8; MAX_FIELDS] {
+        self.0
+    }
+
+    /// The types of numbers that [`FieldTypes::numbers`] gave.
+    pub(crate) fn of_numbers(numbers: [u8; MAX_FIELDS]) -> Option<Self> {
+        numbers.iter().all(|number| usize::from(*number) <= Dtype::ALL.len()).then_some(Self(numbers))
+    }
+}
+
+/// A run of values in the type that they have on disk. The bytes may have any alignment.
 #[derive(Clone, Copy, Debug)]
 pub struct Tokens<'a> {
     dtype: Dtype,
@@ -106,11 +213,12 @@ impl<'a> Tokens<'a> {
                 let any = ids.iter().fold(0, |all, id| all | i64::from_le_bytes(*id));
                 if any < 0 { ids.iter().position(|id| i64::from_le_bytes(*id) < 0) } else { None }
             }
-            Dtype::U8 | Dtype::U16 | Dtype::U32 => None,
+            // Types without a sign, and those that no token ids have.
+            _ => None,
         }
     }
 
-    /// The id at `index`, widened to 64 bits.
+    /// The value at `index`, widened to 64 bits; the bits of a floating-point number.
     ///
     /// # Panics
     /// If `index` is past the end.
@@ -118,9 +226,11 @@ impl<'a> Tokens<'a> {
         let size = self.dtype.size();
         let b = &self.bytes[index * size..(index + 1) * size];
         match self.dtype {
-            Dtype::U8 => i64::from(b[0]),
-            Dtype::U16 => i64::from(u16::from_le_bytes([b[0], b[1]])),
-            Dtype::U32 => i64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+            Dtype::U8 | Dtype::Bool => i64::from(b[0]),
+            Dtype::I8 => i64::from(b[0].cast_signed()),
+            Dtype::I16 => i64::from(i16::from_le_bytes([b[0], b[1]])),
+            Dtype::U16 | Dtype::F16 => i64::from(u16::from_le_bytes([b[0], b[1]])),
+            Dtype::U32 | Dtype::F32 => i64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])),
             Dtype::I32 => i64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
             Dtype::I64 => i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
         }
@@ -135,5 +245,23 @@ impl<'a> Tokens<'a> {
                 self.get(at)
             ))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_whole_numbers_have_the_bits_of_their_type() {
+        let of = |dtype: Dtype, value: i64| Tokens::new(dtype, &dtype.encode(value)[..dtype.size()]).get(0);
+        for value in [0, 1] {
+            for dtype in Dtype::ALL.into_iter().filter(|dtype| dtype.kind() != DtypeKind::Float) {
+                assert_eq!(of(dtype, value), value, "{dtype:?}");
+            }
+        }
+        assert_eq!([of(Dtype::I8, -100), of(Dtype::I64, -100)], [-100, -100]);
+        assert_eq!([0, 1, -100].map(|value| of(Dtype::F16, value)), [0, 0x3c00, 0xd640]);
+        assert_eq!([0, 1, -100].map(|value| of(Dtype::F32, value)), [0, 0x3f80_0000, 0xc2c8_0000]);
     }
 }

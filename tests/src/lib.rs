@@ -84,6 +84,11 @@ pub fn write(path: &Path, container: Container, dtype: Dtype, shape: Shape, docu
     } else {
         documents.chunks(rows).map(|documents| batch(dtype, shape, documents)).collect()
     };
+    write_batches(path, container, &batches, rows);
+}
+
+/// Writes `batches`, in row groups of `rows` rows.
+pub fn write_batches(path: &Path, container: Container, batches: &[RecordBatch], rows: usize) {
     let schema = batches[0].schema();
     let file = File::create(path).expect("a temporary folder is writable");
     match container {
@@ -127,6 +132,7 @@ fn batch(dtype: Dtype, shape: Shape, documents: &[Document]) -> RecordBatch {
         Dtype::U32 => column::<UInt32Type>(shape, documents),
         Dtype::I32 => column::<Int32Type>(shape, documents),
         Dtype::I64 => column::<Int64Type>(shape, documents),
+        other => panic!("no ids of type {}", other.name()),
     };
     let other =
         Arc::new(arrow_array::StringArray::from_iter_values(documents.iter().map(|document| format!("{document:?}"))));

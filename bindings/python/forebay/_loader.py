@@ -191,6 +191,11 @@ class Loader:
     token_column:
         Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
         and `ids` that is there. Default: none. Accepted: a column's name, or `none`.
+    fields:
+        Further columns to deliver, with one value for each token: labels, masks, weights, or any
+        numbers. `labels` replace those made of the tokens. Their value is -100 where no token
+        stands; that of all other columns is 0. Default: none. Accepted: up to 8 columns, each once
+        and none called `input_ids`, `x`, `y`, `source`, `sample_index`, or `none`.
     seq_len:
         Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
     targets:
@@ -305,6 +310,7 @@ class Loader:
         mixture: Mapping[str, Any] | str | None = None,
         format: Literal["auto", "parquet", "arrow"] | None = None,
         token_column: str | None = None,
+        fields: Iterable[str] | None = None,
         seq_len: int | None = None,
         targets: Literal["labels", "shifted"] | None = None,
         bos_id: int | None = None,
@@ -346,6 +352,7 @@ class Loader:
             mixture=mixture,
             format=format,
             token_column=token_column,
+            fields=fields,
             seq_len=seq_len,
             targets=targets,
             bos_id=bos_id,

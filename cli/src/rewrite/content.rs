@@ -105,6 +105,7 @@ fn widen(tokens: &Tokens<'_>, ids: &mut Vec<i64>) {
         Dtype::U32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(u32::from_le_bytes(*id)))),
         Dtype::I32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(i32::from_le_bytes(*id)))),
         Dtype::I64 => ids.extend(bytes.as_chunks::<8>().0.iter().map(|id| i64::from_le_bytes(*id))),
+        other => unreachable!("no ids of type {}", other.name()),
     }
 }
 

@@ -66,5 +66,6 @@ pub(super) fn most(dtype: Dtype) -> i64 {
         Dtype::I32 => i32::MAX.into(),
         Dtype::U32 => u32::MAX.into(),
         Dtype::I64 => i64::MAX,
+        other => unreachable!("no ids of type {}", other.name()),
     }
 }

@@ -259,6 +259,7 @@ fn arrow_type(dtype: Dtype) -> DataType {
         Dtype::U32 => DataType::UInt32,
         Dtype::I32 => DataType::Int32,
         Dtype::I64 => DataType::Int64,
+        other => unreachable!("no ids of type {}", other.name()),
     }
 }
 
@@ -273,6 +274,7 @@ fn array(ids: &[i64], dtype: Dtype) -> ArrayRef {
         Dtype::U32 => typed::<UInt32Type>(ids, |id| id as u32),
         Dtype::I32 => typed::<Int32Type>(ids, |id| id as i32),
         Dtype::I64 => typed::<Int64Type>(ids, |id| id),
+        other => unreachable!("no ids of type {}", other.name()),
     }
 }
 

@@ -139,6 +139,7 @@ fn widen_with<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahe
         Dtype::U32 => each::<4, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(u32::from_le_bytes(b))),
         Dtype::I32 => each::<4, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(i32::from_le_bytes(b))),
         Dtype::I64 => each::<8, true, T>(ids, labels, bytes.as_chunks().0, ahead, i64::from_le_bytes),
+        other => unreachable!("formats refuse ids of type {}", other.name()),
     }
 }
 

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::settings::{Config, DataFormat, Io};
 use crate::storage::{Files, Reads, SourceFile, Stamp};
 use crate::sync::Cancel;
-use crate::tokens::{Dtype, Tokens};
+use crate::tokens::{Dtype, FieldTypes, Tokens};
 
 /// Container format of a shard: a row of [`FORMATS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -214,6 +214,8 @@ pub struct ShardFacts {
     pub decoded_bytes: u64,
     /// Bytes that the largest of them takes.
     pub largest_block_bytes: u64,
+    /// Types of the further columns.
+    pub fields: FieldTypes,
 }
 
 /// Where the non-empty documents of a block end: strictly increasing token offsets from the block's start.
@@ -378,6 +380,11 @@ pub trait AnyShard: Send + Sync + fmt::Debug {
 
     /// Column, encodings and codec; for `forebay check`.
     fn describe(&self) -> String;
+
+    /// Values of each row of the column, empty rows included; none where the row is null.
+    ///
+    /// Reads the whole column: for messages about columns that do not fit each other.
+    fn row_lengths(&self) -> Result<Vec<Option<u64>>>;
 }
 
 /// A shard whose windows lie in the file as they are.
@@ -488,12 +495,18 @@ impl Shard {
             counts: blocks.iter().map(BlockMeta::counts).sum(),
             decoded_bytes: blocks.iter().map(|block| block.decoded_bytes).sum(),
             largest_block_bytes: blocks.iter().map(|block| block.decoded_bytes).max().unwrap_or(0),
+            fields: FieldTypes::default(),
         }
     }
 
     /// Bytes of the tables that it keeps in memory to find its tokens.
     pub fn index_bytes(&self) -> u64 {
         self.any().index_bytes() + size_of_val(self.blocks()) as u64
+    }
+
+    /// Values of each row of the column, empty rows included; none where the row is null. Reads the whole column.
+    pub fn row_lengths(&self) -> Result<Vec<Option<u64>>> {
+        self.any().row_lengths()
     }
 
     /// One line per property that makes the file slow to read, with the remedy; for `forebay check`.
@@ -521,6 +534,13 @@ pub struct EndsScratch {
 pub struct OpenOptions {
     /// Token column; `None` takes the first of [`TOKEN_COLUMNS`] that is there.
     pub token_column: Option<String>,
+    /// Further per-token columns of the same files.
+    pub fields: Vec<String>,
+    /// Whether a file may lack some of `fields`.
+    pub fields_may_be_missing: bool,
+    /// Whether `token_column` is one of the further columns. It may then have any type of a field and
+    /// negative values, and no list of it may be null.
+    pub is_field: bool,
     /// How file bytes are reached.
     pub io: Io,
     /// Tokens near which blocks are cut.
@@ -536,11 +556,21 @@ impl OpenOptions {
     pub fn of(config: &Config) -> Self {
         Self {
             token_column: config.token_column.clone(),
+            fields: config.fields.clone(),
+            fields_may_be_missing: config.mixture.is_some(),
+            is_field: false,
             io: config.io,
             block_tokens: config.block_tokens,
             cancel: Cancel::default(),
             files: Files::local(),
         }
+    }
+}
+
+impl OpenOptions {
+    /// The options to open the further column `name` of the same files.
+    pub fn of_field(&self, name: &str) -> Self {
+        Self { token_column: Some(name.to_owned()), fields: Vec::new(), is_field: true, ..self.clone() }
     }
 }
 
@@ -577,6 +607,44 @@ impl TokenColumn {
             None => options.token_column.as_deref().unwrap_or_default(),
         }
     }
+}
+
+/// The cause of an error that says that a file lacks a column.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MissingColumn;
+
+impl fmt::Display for MissingColumn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the column is missing")
+    }
+}
+
+impl std::error::Error for MissingColumn {}
+
+/// Picks the column that `options` ask for among `columns` of a file.
+pub(crate) fn choose_column<'a>(columns: &[&'a str], options: &OpenOptions) -> Result<&'a str> {
+    let wanted = options.token_column.as_deref();
+    match wanted.filter(|_| options.is_field) {
+        None => choose_token_column(columns, wanted),
+        Some(name) if columns.contains(&name) => choose_token_column(columns, wanted),
+        Some(name) => {
+            let there = columns.join("`, `");
+            Err(Error::data(format!("column `{name}` of `fields` is missing: the file has `{there}`"))
+                .with_source(MissingColumn))
+        }
+    }
+}
+
+/// The name by which messages call the column that `options` ask for.
+pub(crate) fn column_title(is_field: bool, name: &str) -> String {
+    if is_field { format!("column `{name}`") } else { format!("token column `{name}`") }
+}
+
+/// The error about a null list in a further column.
+pub(crate) fn null_list(name: &str) -> Error {
+    Error::data(format!(
+        "column `{name}` has a null list: every row needs a list as long as its tokens, if only an empty one"
+    ))
 }
 
 /// Picks the token column among `columns` of a file.

@@ -10,7 +10,7 @@ use super::values::{
     skips, skips_text,
 };
 use crate::error::Error;
-use crate::tokens::Dtype;
+use crate::tokens::{Dtype, MAX_FIELDS};
 
 /// Why a value cannot be the value of a setting.
 #[derive(Debug)]
@@ -529,6 +529,44 @@ impl Form<Vec<String>> for Paths {
 
     fn python(&self) -> String {
         "Data".to_owned()
+    }
+}
+
+/// Names of columns, or none.
+pub(super) struct Columns;
+
+/// Names of arrays that a batch has anyway.
+const TAKEN_NAMES: [&str; 5] = ["input_ids", "x", "y", "source", "sample_index"];
+
+impl Form<Vec<String>> for Columns {
+    fn parse(&self, text: &str) -> Result<Vec<String>, Unfit> {
+        checked(self, if is_none(text) { Some(Vec::new()) } else { list(text) })
+    }
+
+    fn convert(&self, value: &Value) -> Result<Vec<String>, Unfit> {
+        checked(self, Some(Paths.convert(value)?))
+    }
+
+    fn holds(&self, names: &Vec<String>) -> bool {
+        let is_new =
+            |(index, name): (usize, &String)| !TAKEN_NAMES.contains(&name.as_str()) && !names[..index].contains(name);
+        names.len() <= MAX_FIELDS && names.iter().enumerate().all(is_new)
+    }
+
+    fn print(&self, names: &Vec<String>) -> String {
+        if names.is_empty() { "none".to_owned() } else { list_text(names) }
+    }
+
+    fn value(&self, names: &Vec<String>) -> Value {
+        Value::List(names.iter().map(Value::from).collect())
+    }
+
+    fn accepts(&self) -> String {
+        format!("up to {MAX_FIELDS} columns, each once and none called `{}`, or `none`", TAKEN_NAMES.join("`, `"))
+    }
+
+    fn python(&self) -> String {
+        "Iterable[str]".to_owned()
     }
 }
 

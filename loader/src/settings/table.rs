@@ -15,8 +15,8 @@
 
 use super::config::{DataFormat, Epochs, Io, Remainder, Shuffle, Skip, Split, Targets};
 use super::forms::{
-    Cpus, EpochCount, IdDtype, Mixture, Name, Optional, Paths, ShuffleKind, Skips, Switch, TokenId, bytes, column,
-    few_tokens, folder, number, tokens,
+    Columns, Cpus, EpochCount, IdDtype, Mixture, Name, Optional, Paths, ShuffleKind, Skips, Switch, TokenId, bytes,
+    column, few_tokens, folder, number, tokens,
 };
 use super::setting::Compared::{Always, AsOpened, ByCorpus, ByProgress, OrZero, WithBlocks, WithLanes};
 use super::setting::Role::{Content, Grouping, Operational, Rank};
@@ -44,6 +44,12 @@ settings! {
     /// and `ids` that is there.
     token_column: Option<String> = None,
         Content(AsOpened), Optional(column()), [TokenDataset];
+
+    /// Further columns to deliver, with one value for each token: labels, masks, weights, or any
+    /// numbers. `labels` replace those made of the tokens. Their value is -100 where no token stands;
+    /// that of all other columns is 0.
+    fields: Vec<String> = Vec::new(),
+        Content(Always), Columns, [TokenDataset];
 
     /// Tokens per sequence.
     seq_len: u64 = 2048,
@@ -204,6 +210,7 @@ mod tests {
         ("data", "a,b\\,c"),
         ("mixture", r#"{"sources": [{"name": "a", "data": "a", "weight": 1}]}"#),
         ("token_column", "text ids"),
+        ("fields", "labels,loss mask"),
         ("skip", "10-20,3:0-5"),
         ("epochs", "endless"),
         ("cpu_affinity", "0,2-5"),

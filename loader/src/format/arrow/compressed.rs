@@ -10,7 +10,7 @@ use arrow_ipc::CompressionType;
 
 use super::messages::{BatchParts, FileRange, Messages};
 use super::random::as_one_document;
-use super::{Column, DocumentRun, RowShape, runs};
+use super::{Column, DocumentRun, RowShape, runs, stored_bytes, unpack};
 use crate::error::{Error, Result};
 use crate::format::{AnyShard, BlockMeta, BlockShard, DecodedBlock, OpenOptions, ShardInfo, TokenColumn};
 use crate::storage::SourceFile;
@@ -152,16 +152,23 @@ impl CompressedArrow {
                 break;
             }
         }
-        let values = self.decompress(batch, batch.tokens, Some(reach * width as u64))?;
+        let values = self.decompress(batch, batch.tokens, stored_bytes(self.column.dtype, reach))?;
         for run in &found {
             let end = (run.start + run.tokens).min(reach);
             if run.start >= end {
                 break;
             }
             let base = (block.bytes.len() / width) as u64;
+            if self.column.dtype == Dtype::Bool {
+                unpack(&values, run.start..end, &mut block.bytes);
+                self.push_ends(&offsets, run, end, base, &mut block.ends)?;
+                continue;
+            }
             let part = &values[run.start as usize * width..end as usize * width];
             let tokens = Tokens::new(self.column.dtype, part);
-            if let Some(at) = tokens.first_negative() {
+            if !self.column.is_field
+                && let Some(at) = tokens.first_negative()
+            {
                 let row = self.row_of(batch, &offsets, run, run.start + at as u64);
                 return Err(
                     Error::data(format!("token ids must not be negative: found {}", tokens.get(at))).at_row(row)
@@ -244,6 +251,15 @@ impl AnyShard for CompressedArrow {
             self.batches.len(),
             codec.unwrap_or("uncompressed")
         )
+    }
+
+    fn row_lengths(&self) -> Result<Vec<Option<u64>>> {
+        let mut lengths = Vec::new();
+        for batch in &self.batches {
+            let [offsets, validity] = [batch.offsets, batch.validity].map(|part| self.decompress(batch, part, None));
+            lengths.extend(self.column.row_lengths(batch, &offsets?, &validity?)?);
+        }
+        Ok(lengths)
     }
 }
 

@@ -5,7 +5,7 @@
 
 use arrow_ipc::{CompressionType, Endianness, Message, MessageHeader, MetadataVersion};
 
-use super::{Column, DocumentRun, RowShape, runs};
+use super::{Column, DocumentRun, RowShape, runs, stored_bytes};
 use crate::error::{Error, Result};
 use crate::format::{Format, OpenOptions};
 use crate::storage::Reads;
@@ -155,7 +155,7 @@ impl Messages {
         }
         let schema = arrow_ipc::convert::try_fb_to_schema(schema)
             .map_err(|error| Error::data("Arrow schema is damaged").with_source(error))?;
-        let column = Column::find(&schema, options.token_column.as_deref(), version < MetadataVersion::V5)?;
+        let column = Column::find(&schema, options, version < MetadataVersion::V5)?;
         Ok(Self { format, column, batches: Vec::new(), runs: Vec::new(), rows: 0 })
     }
 
@@ -302,7 +302,7 @@ impl Column {
                 batch.rows.checked_add(1).and_then(|count| count.checked_mul(offset_width as u64)),
             )?;
         }
-        need("tokens", tokens, batch.values.checked_mul(self.dtype.size() as u64))
+        need("tokens", tokens, stored_bytes(self.dtype, batch.values))
     }
 }
 

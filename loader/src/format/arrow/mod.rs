@@ -12,7 +12,7 @@ mod random;
 
 use arrow_schema::DataType;
 
-use super::{Format, OpenOptions, Recognised, Sample, Shard, choose_token_column};
+use super::{Format, OpenOptions, Recognised, Sample, Shard, choose_column, column_title, null_list};
 use crate::error::{Error, Result};
 use crate::storage::Reads;
 use crate::tokens::Dtype;
@@ -33,6 +33,8 @@ enum RowShape {
 #[derive(Clone, Debug)]
 struct Column {
     name: String,
+    /// Whether it is a further column, and not that of the tokens.
+    is_field: bool,
     kind: RowShape,
     dtype: Dtype,
     /// Index of the column's first field node.
@@ -45,9 +47,10 @@ struct Column {
 }
 
 impl Column {
-    fn find(schema: &arrow_schema::Schema, wanted: Option<&str>, legacy_unions: bool) -> Result<Self> {
+    fn find(schema: &arrow_schema::Schema, options: &OpenOptions, legacy_unions: bool) -> Result<Self> {
         let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-        let name = choose_token_column(&names, wanted)?;
+        let name = choose_column(&names, options)?;
+        let is_field = options.is_field;
         let mut counts = NodeCounts { legacy_unions, ..NodeCounts::default() };
         for field in schema.fields() {
             if field.name() != name {
@@ -56,9 +59,10 @@ impl Column {
             }
             let refused = || {
                 Error::data(format!(
-                    "token column `{name}` has type {}: expected a list, large list or fixed-size list of uint8, uint16, uint32, int32 or int64, or a \
-                     plain column of these",
-                    field.data_type()
+                    "{} has type {}: expected a list, large list or fixed-size list of {}, or a plain column of these",
+                    column_title(is_field, name),
+                    field.data_type(),
+                    Dtype::accepted(is_field)
                 ))
             };
             let (kind, element) = match field.data_type() {
@@ -70,16 +74,10 @@ impl Column {
                 ),
                 other => (RowShape::Plain, other),
             };
-            let dtype = match element {
-                DataType::UInt8 => Dtype::U8,
-                DataType::UInt16 => Dtype::U16,
-                DataType::UInt32 => Dtype::U32,
-                DataType::Int32 => Dtype::I32,
-                DataType::Int64 => Dtype::I64,
-                _ => return Err(refused()),
-            };
+            let dtype = dtype_of(element).filter(|dtype| is_field || dtype.is_id()).ok_or_else(refused)?;
             return Ok(Self {
                 name: name.to_owned(),
+                is_field,
                 kind,
                 dtype,
                 node: counts.nodes,
@@ -88,6 +86,62 @@ impl Column {
             });
         }
         unreachable!("the column was chosen among these fields")
+    }
+}
+
+/// The type of per-token values that Arrow calls `element`.
+fn dtype_of(element: &DataType) -> Option<Dtype> {
+    Some(match element {
+        DataType::Boolean => Dtype::Bool,
+        DataType::UInt8 => Dtype::U8,
+        DataType::UInt16 => Dtype::U16,
+        DataType::UInt32 => Dtype::U32,
+        DataType::Int8 => Dtype::I8,
+        DataType::Int16 => Dtype::I16,
+        DataType::Int32 => Dtype::I32,
+        DataType::Int64 => Dtype::I64,
+        DataType::Float16 => Dtype::F16,
+        DataType::Float32 => Dtype::F32,
+        _ => return None,
+    })
+}
+
+/// Bytes that the first `values` values of a buffer take in a file. Booleans are packed.
+fn stored_bytes(dtype: Dtype, values: u64) -> Option<u64> {
+    if dtype == Dtype::Bool { Some(values.div_ceil(8)) } else { values.checked_mul(dtype.size() as u64) }
+}
+
+/// Appends booleans `range` of the packed `bits` to `out`, a byte each.
+fn unpack(bits: &[u8], range: std::ops::Range<u64>, out: &mut Vec<u8>) {
+    out.extend(range.map(|index| bits[(index / 8) as usize] >> (index % 8) & 1));
+}
+
+impl Column {
+    /// The error about a null among the values of a list.
+    fn null_value(&self) -> Error {
+        if self.is_field {
+            return Error::data(format!("column `{}` has a null value: every value must be set", self.name));
+        }
+        Error::data("null token: every id in a document must be set")
+    }
+
+    /// Values of each row of `batch`, by the buffers of its offsets and validity; none where a row
+    /// is null.
+    fn row_lengths(&self, batch: &BatchParts, offsets: &[u8], validity: &[u8]) -> Result<Vec<Option<u64>>> {
+        let mut lengths = Vec::with_capacity(batch.rows as usize);
+        for row in 0..batch.rows {
+            let length = match self.kind {
+                RowShape::List { offset_width } => {
+                    let end = read_offset(offsets, offset_width, row + 1)?;
+                    end.saturating_sub(read_offset(offsets, offset_width, row)?)
+                }
+                RowShape::FixedSizeList { length } => length,
+                RowShape::Plain => 1,
+            };
+            let is_null = !validity.is_empty() && validity[(row / 8) as usize] & (1 << (row % 8)) == 0;
+            lengths.push((!is_null).then_some(length));
+        }
+        Ok(lengths)
     }
 }
 
@@ -219,32 +273,32 @@ fn runs(
         RowShape::List { offset_width: 4 } => {
             let (offsets, _) = offsets.as_chunks();
             enough(offsets.len())?;
-            cut(batch, |row| i64::from(i32::from_le_bytes(offsets[row as usize])), bits, false, limits, out)
+            cut(column, batch, |row| i64::from(i32::from_le_bytes(offsets[row as usize])), bits, limits, out)
         }
         RowShape::List { .. } => {
             let (offsets, _) = offsets.as_chunks();
             enough(offsets.len())?;
-            cut(batch, |row| i64::from_le_bytes(offsets[row as usize]), bits, false, limits, out)
+            cut(column, batch, |row| i64::from_le_bytes(offsets[row as usize]), bits, limits, out)
         }
         // The values of lists of equal length have no gaps.
-        RowShape::FixedSizeList { length } => cut(batch, |row| (row * length) as i64, bits, false, limits, out),
-        RowShape::Plain => cut(batch, |row| row as i64, bits, true, limits, out),
+        RowShape::FixedSizeList { length } => cut(column, batch, |row| (row * length) as i64, bits, limits, out),
+        RowShape::Plain => cut(column, batch, |row| row as i64, bits, limits, out),
     }
 }
 
-/// Does the work of [`runs`]. `end_at` gives the end of a number of rows. If documents are `plain`
-/// rows, none may be null.
+/// Does the work of [`runs`]. `end_at` gives the end of a number of rows. Plain rows and the rows
+/// of a further column may not be null.
 fn cut(
+    column: &Column,
     batch: &BatchParts,
     end_at: impl Fn(u64) -> i64,
     (validity, child_validity): (&[u8], &[u8]),
-    plain: bool,
     (run_tokens, run_rows): (u64, u64),
     out: &mut Vec<DocumentRun>,
 ) -> Result<()> {
     let is_null = |bits: &[u8], index: u64| !bits.is_empty() && bits[(index / 8) as usize] & (1 << (index % 8)) == 0;
-    let null_token =
-        |row: u64| Error::data("null token: every id in a document must be set").at_row(batch.first_row + row);
+    let null_token = |row: u64| column.null_value().at_row(batch.first_row + row);
+    let plain = column.kind == RowShape::Plain;
     // A negative offset becomes larger than any count.
     let mut start = end_at(0) as u64;
     let mut run = DocumentRun { row: 0, rows: 0, start, tokens: 0, filled: 0 };
@@ -263,6 +317,9 @@ fn cut(
         let null = is_null(validity, row);
         if plain && null {
             return Err(null_token(row));
+        }
+        if column.is_field && null {
+            return Err(null_list(&column.name).at_row(batch.first_row + row));
         }
         let ends_run = if null && end > start {
             true

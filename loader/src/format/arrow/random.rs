@@ -6,10 +6,11 @@
 use std::ops::Range;
 
 use super::messages::{FileRange, Messages};
-use super::{Column, RowShape};
+use super::{Column, RowShape, unpack};
 use crate::error::{Error, Result};
-use crate::format::{AnyShard, BlockMeta, Ends, EndsScratch, RandomShard, ShardInfo, TokenColumn};
-use crate::storage::SourceFile;
+use crate::format::{AnyShard, BlockMeta, Ends, EndsScratch, OpenOptions, RandomShard, ShardInfo, TokenColumn};
+use crate::settings::Config;
+use crate::storage::{Reads, SourceFile};
 use crate::tokens::{Dtype, Tokens};
 
 /// Record batches with fewer tokens cost more to index than to read.
@@ -27,7 +28,9 @@ pub(super) struct MappedArrow {
 /// Place of a block in the file.
 #[derive(Clone, Copy, Debug)]
 struct BlockLocation {
+    /// The bytes of its values. Packed booleans begin in them at bit `bit`.
     tokens: FileRange,
+    bit: u8,
     /// The list offsets of the block: one more than it has rows.
     offsets: FileRange,
     /// Whether any document of the block is empty.
@@ -43,8 +46,13 @@ impl MappedArrow {
         let offset_width = if let RowShape::List { offset_width } = column.kind { offset_width as u64 } else { 0 };
         for batch in &batches {
             for run in runs.by_ref().take(batch.runs) {
+                let (start, len, bit) = match column.dtype {
+                    Dtype::Bool => (run.start / 8, (run.start % 8 + run.tokens).div_ceil(8), (run.start % 8) as u8),
+                    _ => (run.start * width, run.tokens * width, 0),
+                };
                 blocks.push(BlockLocation {
-                    tokens: FileRange { start: batch.tokens.start + run.start * width, len: run.tokens * width },
+                    tokens: FileRange { start: batch.tokens.start + start, len },
+                    bit,
                     offsets: FileRange {
                         start: batch.offsets.start + run.row * offset_width,
                         len: (run.rows + 1) * offset_width,
@@ -67,6 +75,15 @@ impl MappedArrow {
         let token_column = TokenColumn::of(&column.name);
         let info = ShardInfo { file, format, dtype: column.dtype, column: token_column, rows, blocks: metas };
         Self { info, column, batches: batches.len(), locations: blocks }
+    }
+
+    /// The byte of the file that holds token `token` of block `block`.
+    fn byte_of(&self, block: usize, token: u64) -> u64 {
+        let BlockLocation { tokens, bit, .. } = self.locations[block];
+        match self.column.dtype {
+            Dtype::Bool => tokens.start + (u64::from(bit) + token) / 8,
+            dtype => tokens.start + token * dtype.size() as u64,
+        }
     }
 }
 
@@ -110,13 +127,36 @@ impl AnyShard for MappedArrow {
     fn describe(&self) -> String {
         format!("column `{}`, {} record batches, uncompressed, read in place", self.column.name, self.batches)
     }
+
+    fn row_lengths(&self) -> Result<Vec<Option<u64>>> {
+        // The record batches are not kept, because only messages need them again.
+        let options = OpenOptions {
+            token_column: Some(self.column.name.clone()),
+            is_field: self.column.is_field,
+            ..OpenOptions::of(&Config::default())
+        };
+        let messages = Messages::read(&mut Reads::new(self.info.file.clone()), self.info.format, &options)?;
+        let mut lengths = Vec::new();
+        for batch in &messages.batches {
+            let [offsets, validity] = [batch.offsets, batch.validity].map(|part| self.info.file.bytes(part.range()));
+            lengths.extend(self.column.row_lengths(batch, &offsets?, &validity?)?);
+        }
+        Ok(lengths)
+    }
 }
 
 impl RandomShard for MappedArrow {
     fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {
         self.info.file.check_window()?;
         let width = self.column.dtype.size() as u64;
-        let all = self.locations[block].tokens;
+        let BlockLocation { tokens: all, bit, .. } = self.locations[block];
+        if self.column.dtype == Dtype::Bool {
+            let bits = u64::from(bit) + range.start..u64::from(bit) + range.end;
+            let packed = self.info.file.bytes(all.start + bits.start / 8..all.start + bits.end.div_ceil(8))?;
+            scratch.clear();
+            unpack(&packed, bits.start % 8..bits.start % 8 + (range.end - range.start), scratch);
+            return Ok(Tokens::new(Dtype::Bool, scratch));
+        }
         debug_assert!(range.end * width <= all.len, "window outside of its block");
         let bytes = self.info.file.slice(all.start + range.start * width..all.start + range.end * width, scratch)?;
         Ok(Tokens::new(self.column.dtype, bytes))
@@ -124,7 +164,7 @@ impl RandomShard for MappedArrow {
 
     fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
         let all = self.locations[block].tokens;
-        let from = all.start + token * self.column.dtype.size() as u64;
+        let from = self.byte_of(block, token);
         self.info.file.mapped()?.get(from as usize..(all.start + all.len) as usize)
     }
 
@@ -160,12 +200,10 @@ impl RandomShard for MappedArrow {
     }
 
     fn will_need(&self, block: usize, range: Range<u64>) {
-        let width = self.column.dtype.size() as u64;
-        let start = self.locations[block].tokens.start;
-        self.info.file.will_need(start + range.start * width..start + range.end * width);
+        self.info.file.will_need(self.byte_of(block, range.start)..self.byte_of(block, range.end));
     }
 
     fn is_resident(&self, block: usize, range: Range<u64>) -> bool {
-        self.info.file.is_resident(self.locations[block].tokens.start + range.start * self.column.dtype.size() as u64)
+        self.info.file.is_resident(self.byte_of(block, range.start))
     }
 }

@@ -1,4 +1,3 @@
-use crate::sync::Cancel;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,12 +11,11 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::format::EndsScratch;
-use crate::settings::Io;
-use crate::storage::Files;
+use crate::settings::{Config, Io};
 use crate::tokens::Tokens;
 
 fn options(io: Io, block_tokens: u64) -> OpenOptions {
-    OpenOptions { token_column: None, io, block_tokens, cancel: Cancel::default(), files: Files::local() }
+    OpenOptions { io, block_tokens, ..OpenOptions::of(&Config::default()) }
 }
 
 fn written(batches: &[RecordBatch], stream: bool, codec: Option<CompressionType>) -> Vec<u8> {

@@ -6,19 +6,21 @@
 use parquet::basic::{ConvertedType, LogicalType, Repetition, Type as Physical};
 use parquet::schema::types::{SchemaDescriptor, Type};
 
-use super::super::choose_token_column;
+use super::super::{OpenOptions, choose_column, column_title};
 use crate::error::{Error, Result};
-use crate::tokens::Dtype;
-
-/// Accepted types of ids, for messages.
-const ACCEPTED: &str = "a list of, or plain, uint8, uint16, uint32, int32 or int64";
+use crate::tokens::{Dtype, DtypeKind};
 
 /// The chosen token column.
 #[derive(Clone, Debug)]
 pub(super) struct Column {
     pub(super) name: String,
+    /// Whether it is a further column, and not that of the tokens.
+    pub(super) is_field: bool,
+    /// Type on disk.
+    pub(super) stored: Dtype,
     /// Index among the leaves of the schema.
     pub(super) leaf: usize,
+    /// Type of decoded values.
     pub(super) dtype: Dtype,
     /// Whether a row is a list. Otherwise a row is one token.
     pub(super) lists: bool,
@@ -29,13 +31,17 @@ pub(super) struct Column {
 }
 
 impl Column {
-    pub(super) fn choose(schema: &SchemaDescriptor, wanted: Option<&str>) -> Result<Self> {
+    pub(super) fn choose(schema: &SchemaDescriptor, options: &OpenOptions) -> Result<Self> {
+        let is_field = options.is_field;
         let fields = schema.root_schema().get_fields();
         let names: Vec<_> = fields.iter().map(|field| field.name()).collect();
-        let name = choose_token_column(&names, wanted)?;
+        let name = choose_column(&names, options)?;
         let unsupported = |what: &str| {
             Error::data(format!(
-                "token column `{name}` is {what}: expected {ACCEPTED}; set `token_column` or rewrite the file"
+                "{} is {what}: expected a list of, or plain, {}; set `{}` or rewrite the file",
+                column_title(is_field, name),
+                Dtype::accepted(is_field),
+                if is_field { "fields" } else { "token_column" }
             ))
         };
         let leaf = (0..schema.num_columns())
@@ -46,7 +52,14 @@ impl Column {
             Some(element) => element,
             None => return Err(unsupported(&describe(field))),
         };
-        let dtype = dtype(element).map_err(|what| unsupported(&what))?;
+        let stored = dtype(element).map_err(|what| unsupported(&what))?;
+        if !is_field && !stored.is_id() {
+            let is_integer = matches!(stored.kind(), DtypeKind::Signed | DtypeKind::Unsigned);
+            let physical = element.get_physical_type().to_string().to_lowercase();
+            return Err(unsupported(&format!("of type {}", if is_integer { stored.name() } else { &physical })));
+        }
+        // The page decoder narrows only values without a sign.
+        let dtype = if matches!(stored, Dtype::I8 | Dtype::I16) { Dtype::I32 } else { stored };
         let descriptor = schema.column(leaf);
         let lists = descriptor.max_rep_level() == 1;
         let max_def = descriptor.max_def_level().unsigned_abs().into();
@@ -57,12 +70,17 @@ impl Column {
             true if field.is_primitive() => 1,
             true => u32::from(optional(field)) + 1,
         };
-        Ok(Self { name: name.to_owned(), leaf, dtype, lists, max_def, list_def })
+        Ok(Self { name: name.to_owned(), is_field, stored, leaf, dtype, lists, max_def, list_def })
     }
 
     /// Number of bits of a definition level.
     pub(super) const fn def_width(&self) -> u32 {
         u32::BITS - self.max_def.leading_zeros()
+    }
+
+    /// Whether the page decoder does not know the physical type, so that arrow-rs decodes it.
+    pub(super) const fn is_unfamiliar(&self) -> bool {
+        matches!(self.stored, Dtype::Bool | Dtype::F16)
     }
 
     /// Number of bytes of a value in the physical type.
@@ -121,6 +139,7 @@ fn dtype(element: &Type) -> std::result::Result<Dtype, String> {
             (Physical::INT32 | Physical::INT64, LogicalType::Integer(int)) => {
                 integer(physical, u32::from(int.bit_width.unsigned_abs()), int.is_signed)
             }
+            (Physical::FIXED_LEN_BYTE_ARRAY, LogicalType::Float16) => Ok(Dtype::F16),
             _ => Err(format!("of type {logical:?} ({physical})").to_lowercase()),
         };
     }
@@ -128,6 +147,8 @@ fn dtype(element: &Type) -> std::result::Result<Dtype, String> {
         ConvertedType::NONE => match physical {
             Physical::INT32 => Ok(Dtype::I32),
             Physical::INT64 => Ok(Dtype::I64),
+            Physical::FLOAT => Ok(Dtype::F32),
+            Physical::BOOLEAN => Ok(Dtype::Bool),
             other => Err(format!("of type {}", other.to_string().to_lowercase())),
         },
         ConvertedType::UINT_8 => integer(physical, 8, false),
@@ -147,6 +168,8 @@ fn integer(physical: Physical, bits: u32, signed: bool) -> std::result::Result<D
         (Physical::INT32, 8, false) => Ok(Dtype::U8),
         (Physical::INT32, 16, false) => Ok(Dtype::U16),
         (Physical::INT32, 32, false) => Ok(Dtype::U32),
+        (Physical::INT32, 8, true) => Ok(Dtype::I8),
+        (Physical::INT32, 16, true) => Ok(Dtype::I16),
         (Physical::INT32, 32, true) => Ok(Dtype::I32),
         (Physical::INT64, 64, true) => Ok(Dtype::I64),
         _ => Err(format!("of type {}int{bits}", if signed { "" } else { "u" })),

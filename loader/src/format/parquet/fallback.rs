@@ -3,11 +3,14 @@
 //! The arrow reader is slower than [`super::values`], but it knows every corner of the format. The
 //! shard uses it for row groups with encodings that [`super::pages`] does not know.
 
+use std::borrow::Cow;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
+use arrow_array::types::{
+    Float16Type, Float32Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type,
+};
 use arrow_array::{Array, ArrayRef};
 use arrow_schema::DataType;
 use parquet::arrow::ProjectionMask;
@@ -18,7 +21,7 @@ use parquet::file::reader::{ChunkReader, Length};
 use super::column::Column;
 use crate::error::{Error, Result};
 use crate::storage::SourceFile;
-use crate::tokens::Dtype;
+use crate::tokens::Tokens;
 
 /// One decoded row group.
 #[derive(Debug, Default)]
@@ -31,6 +34,10 @@ pub(super) struct Decoded {
     pub(super) rows: Vec<u64>,
     /// Row of the first null token.
     pub(super) null: Option<u64>,
+    /// First row of a further column that is null.
+    pub(super) null_list: Option<u64>,
+    /// Values of each row, if the caller asked for them; none where a row is null.
+    pub(super) lengths: Option<Vec<Option<u64>>>,
 }
 
 /// Gives the parquet crate access to the bytes of a file.
@@ -60,19 +67,28 @@ impl ChunkReader for Chunks {
 
 /// Decodes row group `index`.
 pub(super) fn read(file: &SourceFile, column: &Column, index: usize) -> Result<Decoded> {
+    decode(file, column, index, Decoded::default())
+}
+
+/// Reads the values of each row of row group `index`; none where a row is null.
+pub(super) fn row_lengths(file: &SourceFile, column: &Column, index: usize) -> Result<Vec<Option<u64>>> {
+    let decoded = decode(file, column, index, Decoded { lengths: Some(Vec::new()), ..Decoded::default() })?;
+    Ok(decoded.lengths.unwrap_or_default())
+}
+
+fn decode(file: &SourceFile, column: &Column, index: usize, decoded: Decoded) -> Result<Decoded> {
     // The reader panics on some kinds of damage that it could report.
-    catch_unwind(AssertUnwindSafe(|| read_inner(file, column, index)))
+    catch_unwind(AssertUnwindSafe(|| read_inner(file, column, index, decoded)))
         .unwrap_or_else(|_| Err(Error::data(format!("row group {index} is damaged: the arrow reader gave up on it"))))
 }
 
-fn read_inner(file: &SourceFile, column: &Column, index: usize) -> Result<Decoded> {
+fn read_inner(file: &SourceFile, column: &Column, index: usize, mut decoded: Decoded) -> Result<Decoded> {
     let failed = |error: ParquetError| Error::data(format!("cannot read row group {index}")).with_source(error);
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
     let builder =
         ParquetRecordBatchReaderBuilder::try_new_with_options(Chunks(file.clone()), options).map_err(failed)?;
     let mask = ProjectionMask::leaves(builder.parquet_schema(), [column.leaf]);
     let reader = builder.with_projection(mask).with_row_groups(vec![index]).build().map_err(failed)?;
-    let mut decoded = Decoded::default();
     let mut row = 0;
     for batch in reader {
         let batch = batch.map_err(|error| Error::data(format!("cannot read row group {index}")).with_source(error))?;
@@ -91,7 +107,11 @@ fn push(decoded: &mut Decoded, column: &Column, array: &ArrayRef, first_row: u64
         }
         _ => (array, Vec::new()),
     };
-    let bytes = raw(values, column.dtype)?;
+    let bytes = &*raw(values, column)?;
+    if let Some(lengths) = &mut decoded.lengths {
+        let length = |row: usize| offsets.get(row + 1).map_or(1, |end| (end - offsets[row]) as u64);
+        lengths.extend((0..array.len()).map(|row| array.is_valid(row).then(|| length(row))));
+    }
     if !column.lists {
         if values.null_count() > 0 {
             let at = (0..values.len()).find(|&i| values.is_null(i)).unwrap_or(0);
@@ -102,6 +122,9 @@ fn push(decoded: &mut Decoded, column: &Column, array: &ArrayRef, first_row: u64
     }
     for (i, pair) in offsets.windows(2).enumerate() {
         let row = first_row + i as u64;
+        if column.is_field && array.is_null(i) {
+            decoded.null_list.get_or_insert(row);
+        }
         if array.is_null(i) || pair[0] == pair[1] {
             continue;
         }
@@ -117,16 +140,32 @@ fn push(decoded: &mut Decoded, column: &Column, array: &ArrayRef, first_row: u64
     Ok(())
 }
 
-fn raw(values: &ArrayRef, dtype: Dtype) -> Result<&[u8]> {
-    let bytes = match (values.data_type(), dtype) {
-        (DataType::UInt8, Dtype::U8) => values.as_primitive::<UInt8Type>().values().inner(),
-        (DataType::UInt16, Dtype::U16) => values.as_primitive::<UInt16Type>().values().inner(),
-        (DataType::UInt32, Dtype::U32) => values.as_primitive::<UInt32Type>().values().inner(),
-        (DataType::Int32, Dtype::I32) => values.as_primitive::<Int32Type>().values().inner(),
-        (DataType::Int64, Dtype::I64) => values.as_primitive::<Int64Type>().values().inner(),
-        (other, _) => {
-            return Err(Error::data(format!("the arrow reader gives {other}, expected {}", dtype.name())));
-        }
+/// The bytes of `values` in the type of decoded values.
+fn raw<'a>(values: &'a ArrayRef, column: &Column) -> Result<Cow<'a, [u8]>> {
+    let (stored, dtype) = (column.stored, column.dtype);
+    if let Some(values) = values.as_boolean_opt() {
+        return Ok(values.values().iter().map(u8::from).collect());
+    }
+    let is_expected = values.data_type().primitive_width() == Some(stored.size());
+    let Some(bytes) = values_of(values).filter(|_| is_expected) else {
+        let found = values.data_type();
+        return Err(Error::data(format!("the arrow reader gives {found}, expected {}", stored.name())));
     };
-    Ok(bytes.as_slice())
+    if stored == dtype {
+        return Ok(bytes.into());
+    }
+    let values = Tokens::new(stored, bytes);
+    Ok((0..values.len()).flat_map(|index| values.get(index).to_le_bytes().into_iter().take(dtype.size())).collect())
+}
+
+/// The bytes of an array of numbers.
+fn values_of(values: &ArrayRef) -> Option<&[u8]> {
+    macro_rules! values {
+        ($($type:ty),*) => {
+            [$(values.as_primitive_opt::<$type>().map(|values| values.values().inner().as_slice())),*]
+        };
+    }
+    let found =
+        values![UInt8Type, UInt16Type, UInt32Type, Int8Type, Int16Type, Int32Type, Int64Type, Float16Type, Float32Type];
+    found.into_iter().flatten().next()
 }

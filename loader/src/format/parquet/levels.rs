@@ -47,6 +47,8 @@ pub(super) struct LevelCounts {
     /// Number of the row that contains the first document start, among the rows that begin in the
     /// page.
     pub(super) first_start_row: usize,
+    /// The first row of a further column that is null, among the rows that begin in the page.
+    pub(super) null_row: Option<usize>,
 }
 
 impl Levels {
@@ -96,6 +98,14 @@ impl Levels {
             };
             let empty = row & !token;
             if !self.all_tokens {
+                if column.is_field && column.list_def > 0 {
+                    // An empty list has the level just below that of a value.
+                    let null = empty & !at_least(self.low[word], self.high[word], column.list_def - 1);
+                    if null != 0 {
+                        let before = row & ((1 << null.trailing_zeros()) - 1);
+                        counts.null_row.get_or_insert(counts.rows + before.count_ones() as usize);
+                    }
+                }
                 let after_empty = empty << 1 | u64::from(previous_empty);
                 if !row & valid & (!token | after_empty) != 0 && self.lists {
                     return Err(damaged("a row without tokens goes on"));

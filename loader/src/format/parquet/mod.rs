@@ -32,7 +32,7 @@ use self::pages::{Body, Coding, ForwardReader, Page, RowGroup, Walk, Walker};
 use self::values::{Dictionary, Encoded};
 use super::{
     AnyShard, BlockMeta, BlockShard, DecodedBlock, Format, OpenOptions, Recognised, Sample, Shard, ShardInfo,
-    TokenColumn,
+    TokenColumn, null_list,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::SourceFile;
@@ -152,7 +152,7 @@ impl ParquetShard {
         let (metadata, data_end) = read_footer(&file)?;
         let info = metadata.file_metadata();
         let rows = u64::try_from(info.num_rows()).map_err(|_| Error::data("footer is damaged: negative row count"))?;
-        let mut column = Column::choose(info.schema_descr(), options.token_column.as_deref())?;
+        let mut column = Column::choose(info.schema_descr(), options)?;
         let mut walker = Walker::default();
         let mut reader = ForwardReader::new(&file, data_end);
         let (mut row_groups, mut pages) = (Vec::new(), Vec::new());
@@ -160,6 +160,7 @@ impl ParquetShard {
         for (index, group) in metadata.row_groups().iter().enumerate() {
             let number = u32::try_from(index).map_err(|_| Error::data("too many row groups"))?;
             let walk = match route {
+                Route::Pages if column.is_unfamiliar() => Walk::Unfamiliar(String::new()),
                 Route::Pages => walker.walk(&mut reader, &column, group, number, rows_before)?,
                 #[cfg(test)]
                 Route::Arrow => Walk::Unfamiliar(String::new()),
@@ -174,10 +175,14 @@ impl ParquetShard {
                     row_groups.push(RowGroup { codec, dictionary: None });
                     let decoded = fallback::read(&file, &column, index)
                         .map_err(|error| if what.is_empty() { error } else { error.context(what) })?;
+                    walker.null_list = walker.null_list.or(decoded.null_list.map(|row| rows_before + row));
                     pages.extend(whole_row_group(&column, &decoded, number, rows_before)?);
                 }
             }
             rows_before = rows_before.saturating_add(u64::try_from(group.num_rows()).unwrap_or(0));
+        }
+        if let Some(row) = walker.null_list {
+            return Err(null_list(&column.name).at_row(row));
         }
         if rows_before != rows {
             return Err(Error::data(format!(
@@ -194,11 +199,11 @@ impl ParquetShard {
             }
         }
         let range = id_range(&metadata, &column);
-        let dtype = column.dtype;
+        let dtype = column.stored;
         // Ids of two bytes take half of the cache's memory, and half of what is written and read
         // again. Arrow-rs gives no smaller type than the stored one.
         let fits = range.is_some_and(|(least, most)| least >= 0 && most <= i64::from(u16::MAX));
-        if dtype == Dtype::I32 && fits && pages.iter().all(|page| page.coding != Coding::RowGroup) {
+        if column.dtype == Dtype::I32 && fits && pages.iter().all(|page| page.coding != Coding::RowGroup) {
             column.dtype = Dtype::U16;
         }
         let ranges = cut(&pages, options.block_tokens);
@@ -336,7 +341,7 @@ impl ParquetShard {
             levels.read(column, rep, def, entries)?;
             let counts = levels.counts;
             if let Some(index) = levels.first_null(column) {
-                return Err(null_token().at(self.info.path()).at_row(self.row_of(page, levels, index)));
+                return Err(null_token(column).at(self.info.path()).at_row(self.row_of(page, levels, index)));
             }
             if counts.tokens != page.tokens as usize || column.lists && counts.starts != starts {
                 return Err(Error::data(format!(
@@ -356,7 +361,7 @@ impl ParquetShard {
             Coding::RowGroup => return Err(Error::new(ErrorKind::Internal, "a row group is not a page")),
         };
         let place = |error: Error| error.at(self.info.path()).at_row(page.first_row);
-        if values::decode(encoded, values, column.dtype.size(), ids).map_err(place)? {
+        if values::decode(encoded, values, column.dtype.size(), ids).map_err(place)? && !column.is_field {
             let ids = Tokens::new(column.dtype, ids);
             if let Some(index) = ids.first_negative() {
                 levels.read(column, rep, def, entries)?;
@@ -373,7 +378,7 @@ impl ParquetShard {
         let width = column.dtype.size();
         let decoded = fallback::read(&self.info.file, column, page.row_group as usize)?;
         if let Some(row) = decoded.null {
-            return Err(null_token().at(self.info.path()).at_row(page.rows_before + row));
+            return Err(null_token(column).at(self.info.path()).at_row(page.rows_before + row));
         }
         let found = decoded.bytes.len() / width;
         if found != page.tokens as usize {
@@ -383,7 +388,7 @@ impl ParquetShard {
             )));
         }
         let ids = Tokens::new(column.dtype, &decoded.bytes);
-        if let Some(index) = ids.first_negative() {
+        if let Some(index) = ids.first_negative().filter(|_| !column.is_field) {
             let document = decoded.ends.partition_point(|&end| end as usize <= index);
             let row = decoded.rows.get(document).copied().unwrap_or(index as u64);
             return Err(negative_token(ids.get(index)).at(self.info.path()).at_row(page.rows_before + row));
@@ -439,7 +444,10 @@ impl ParquetShard {
 /// Largest number of bytes read in one call if the file is not mapped.
 const READ_RUN: u64 = 8 << 20;
 
-fn null_token() -> Error {
+fn null_token(column: &Column) -> Error {
+    if column.is_field {
+        return Error::data(format!("column `{}` has a null value: every value must be set", column.name));
+    }
     Error::data("null token: expected lists without null elements; drop them when writing the file")
 }
 
@@ -640,6 +648,14 @@ impl AnyShard for ParquetShard {
         parts.push(format!("{} row groups, {} blocks", self.row_groups.len(), self.info.blocks.len()));
         parts.retain(|part| !part.is_empty());
         parts.join("; ")
+    }
+
+    fn row_lengths(&self) -> Result<Vec<Option<u64>>> {
+        let mut lengths = Vec::new();
+        for index in 0..self.row_groups.len() {
+            lengths.extend(fallback::row_lengths(&self.info.file, &self.column, index)?);
+        }
+        Ok(lengths)
     }
 }
 

@@ -153,6 +153,8 @@ pub(super) struct Walker {
     levels: Levels,
     decompressor: Decompressor,
     bytes: Vec<u8>,
+    /// First row of a further column that is null.
+    pub(super) null_list: Option<u64>,
 }
 
 impl Walker {
@@ -251,6 +253,9 @@ impl Walker {
             if column.lists {
                 self.read_levels(reader, column, codec, &page)?;
                 let counts = self.levels.counts;
+                if let Some(row) = counts.null_row {
+                    self.null_list.get_or_insert(page.rows_before + row as u64);
+                }
                 if !counts.begins_row && (seen == u64::from(entries) || tail_empty) {
                     return Err(damaged("a page continues a row that has not begun"));
                 }

@@ -3,7 +3,6 @@
 //! The decoder gives what was written and what arrow-rs reads. Metadata announce exactly what
 //! decoding yields. No damaged byte causes a panic.
 
-use crate::sync::Cancel;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,7 +26,7 @@ use tempfile::TempDir;
 use super::{ParquetShard, Route};
 use crate::error::{ErrorKind, Result};
 use crate::format::{AnyShard, BlockShard, OpenOptions};
-use crate::settings::Io;
+use crate::settings::{Config, Io};
 use crate::storage::Files;
 use crate::tokens::{Dtype, Tokens};
 
@@ -92,6 +91,7 @@ fn element_type(dtype: Dtype) -> DataType {
         Dtype::U32 => DataType::UInt32,
         Dtype::I32 => DataType::Int32,
         Dtype::I64 => DataType::Int64,
+        other => panic!("no ids of type {}", other.name()),
     }
 }
 
@@ -103,6 +103,7 @@ fn numbers(dtype: Dtype, ids: &[Option<i64>]) -> ArrayRef {
         Dtype::U32 => Arc::new(UInt32Array::from_iter(ids.map(|id| id.map(|id| id as u32)))),
         Dtype::I32 => Arc::new(Int32Array::from_iter(ids.map(|id| id.map(|id| id as i32)))),
         Dtype::I64 => Arc::new(Int64Array::from_iter(ids)),
+        other => panic!("no ids of type {}", other.name()),
     }
 }
 
@@ -152,7 +153,7 @@ fn save(bytes: &[u8]) -> Saved {
 }
 
 fn options(block_tokens: u64, io: Io) -> OpenOptions {
-    OpenOptions { token_column: None, io, block_tokens, cancel: Cancel::default(), files: Files::local() }
+    OpenOptions { io, block_tokens, ..OpenOptions::of(&Config::default()) }
 }
 
 fn open_as(saved: &Saved, block_tokens: u64, io: Io, route: Route) -> Result<ParquetShard> {
@@ -289,6 +290,7 @@ fn most(dtype: Dtype) -> i64 {
         Dtype::U32 => 1 << 32,
         Dtype::I32 => 1 << 31,
         Dtype::I64 => 1 << 62,
+        other => panic!("no ids of type {}", other.name()),
     }
 }
 
