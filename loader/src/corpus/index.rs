@@ -17,19 +17,19 @@ use crate::error::{Error, Result};
 use crate::format::{Access, Counts, FORMATS, OpenOptions, ShardFacts, TokenColumn};
 use crate::settings::{DataFormat, Io};
 use crate::storage::{Files, ItemKind, Stamp};
-use crate::tokens::Dtype;
+use crate::tokens::{Dtype, FieldTypes, MAX_FIELDS};
 
 const MAGIC: &[u8; 8] = b"forebayI";
 /// Layout of header and records.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Magic, version, size of a record, number of records, key; then the checksum.
 const CHECKED_HEADER: usize = 40;
 const HEADER: usize = CHECKED_HEADER + 8;
-const RECORD: usize = 96;
+const RECORD: usize = 96 + MAX_FIELDS;
 /// In place of nanoseconds, where a file system has no modification times.
 const NO_TIME: u32 = u32::MAX;
 
-const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I32, Dtype::I64];
+const DTYPES: [Dtype; 10] = Dtype::ALL;
 const ACCESSES: [Access; 2] = [Access::Random, Access::Block];
 
 /// A shard's place, by its absolute path: names may occur once under each root.
@@ -75,6 +75,7 @@ impl IndexFile {
         part(env!("CARGO_PKG_VERSION").as_bytes());
         part(&VERSION.to_le_bytes());
         part(format!("{format:?} {:?} {}", options.token_column, options.block_tokens).as_bytes());
+        part(format!("{:?}", options.fields).as_bytes());
         for entry in data {
             part(options.files.absolute(Path::new(entry)).as_os_str().as_encoded_bytes());
         }
@@ -177,6 +178,7 @@ impl SavedIndex {
             counts: Counts { tokens: word(2), starts: word(3), ends: word(4) },
             decoded_bytes: word(5),
             largest_block_bytes: word(6),
+            fields: FieldTypes::of_numbers(array_at(record, 96))?,
         };
         Some((Place(u128_at(record, 0)), facts))
     }
@@ -198,6 +200,7 @@ fn push_record(bytes: &mut Vec<u8>, place: Place, facts: &ShardFacts) {
     for word in [facts.rows, facts.blocks, tokens, starts, ends, facts.decoded_bytes, facts.largest_block_bytes] {
         bytes.extend_from_slice(&word.to_le_bytes());
     }
+    bytes.extend_from_slice(&facts.fields.numbers());
     debug_assert_eq!(bytes.len() - start, RECORD);
 }
 
@@ -244,16 +247,10 @@ fn u128_at(bytes: &[u8], at: usize) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::Cancel;
+    use crate::settings::Config;
 
     fn index(folder: &Path) -> IndexFile {
-        let options = OpenOptions {
-            token_column: None,
-            io: Io::Auto,
-            block_tokens: 100,
-            cancel: Cancel::default(),
-            files: Files::local(),
-        };
+        let options = OpenOptions { block_tokens: 100, ..OpenOptions::of(&Config::default()) };
         IndexFile::new(folder, &["corpus".to_owned()], DataFormat::Auto, &options)
     }
 
@@ -280,6 +277,7 @@ mod tests {
                     counts: Counts { tokens: 1 << 40, starts: 5, ends: 6 },
                     decoded_bytes: 8,
                     largest_block_bytes: 9,
+                    fields: FieldTypes::new([None, DTYPES.get(number as usize).copied()]),
                 };
                 (Place(u128::MAX - u128::from(number)), facts)
             })
@@ -334,13 +332,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let index = index(folder.path());
         index.save(records().into_iter()).unwrap();
-        let options = OpenOptions {
-            token_column: None,
-            io: Io::Auto,
-            block_tokens: 101,
-            cancel: Cancel::default(),
-            files: Files::local(),
-        };
+        let options = OpenOptions { block_tokens: 101, ..OpenOptions::of(&Config::default()) };
         let other = IndexFile::new(folder.path(), &["corpus".to_owned()], DataFormat::Auto, &options);
         assert!(other.load(Io::Auto).unwrap().is_none());
         std::fs::copy(index.path(), other.path()).unwrap();

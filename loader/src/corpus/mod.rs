@@ -6,6 +6,7 @@
 
 pub mod discover;
 pub mod index;
+pub mod schema;
 mod shard_cache;
 
 use std::collections::HashMap;
@@ -20,10 +21,10 @@ use self::discover::{Discovery, ShardFile};
 use crate::corpus::index::{IndexFile, Place, SavedIndex};
 use crate::corpus::shard_cache::{Held, Opened};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{self, Access, Counts, OpenOptions, Shard, ShardFacts};
+use crate::format::{self, Access, Counts, MissingColumn, OpenOptions, Shard, ShardFacts};
 use crate::settings::DataFormat;
 use crate::storage::{Files, local};
-use crate::tokens::Dtype;
+use crate::tokens::{Dtype, FieldTypes, MAX_FIELDS};
 
 /// A block of the corpus: shard and block in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -39,9 +40,105 @@ pub struct BlockRef {
 pub struct OpenShard {
     shard: Shard,
     before: Vec<Counts>,
+    /// The further columns of its file, in the order of the setting `fields`; none where the file lacks one.
+    fields: Vec<Option<OpenShard>>,
+    /// Bytes that all blocks of the further columns take when decoded.
+    fields_bytes: u64,
 }
 
 impl OpenShard {
+    /// Opens the token column of the file at `path`, and the further columns that `options` name.
+    fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        let mut opened = Self::new(format::open(path, options)?);
+        for name in &options.fields {
+            let field = match format::open(path, &options.of_field(name)) {
+                Ok(field) => Some(Self::new(field)),
+                Err(error) if options.fields_may_be_missing && is_missing_column(&error) => None,
+                Err(error) => return Err(error),
+            };
+            if let Some(field) = &field {
+                opened.check_fits(field, name)?;
+            }
+            opened.fields.push(field);
+        }
+        let bytes = |field: &Self| field.shard.blocks().iter().map(|block| block.decoded_bytes).sum::<u64>();
+        opened.fields_bytes = opened.fields.iter().flatten().map(bytes).sum();
+        Ok(opened)
+    }
+
+    /// Fails unless the column `field`, called `name`, has as many documents and values as the tokens.
+    fn check_fits(&self, field: &Self, name: &str) -> Result<()> {
+        let [tokens, values] = [self, field].map(|column| column.before[column.before.len() - 1]);
+        let (there, now) = (self.shard.info().file.stamp(), field.shard.info().file.stamp());
+        if there != now {
+            return Err(Error::new(ErrorKind::Changed, "shard changed while it was opened").at(self.shard.path()));
+        }
+        if (tokens.tokens, tokens.starts) == (values.tokens, values.starts) {
+            Ok(())
+        } else {
+            Err(self.misfit(field, name))
+        }
+    }
+
+    /// The error about a column `field`, called `name`, whose documents are not as long as those of the tokens. Reads
+    /// both columns to find the row.
+    pub(crate) fn misfit(&self, field: &Self, name: &str) -> Error {
+        let error = |text: String| Error::data(text).at(self.shard.path());
+        let lengths = self.shard.row_lengths().and_then(|tokens| Ok((tokens, field.shard.row_lengths()?)));
+        let (tokens, values) = match lengths {
+            Ok(lengths) => lengths,
+            Err(cause) => return cause.at(self.shard.path()),
+        };
+        let length = |lengths: &[Option<u64>], row: usize| lengths.get(row).copied().flatten().unwrap_or(0);
+        match (0..tokens.len().max(values.len())).find(|row| length(&tokens, *row) != length(&values, *row)) {
+            Some(row) => error(format!(
+                "column `{name}` must have a value for each token: expected {}, found {}",
+                length(&tokens, row),
+                length(&values, row)
+            ))
+            .at_row(row as u64),
+            None => error(format!("column `{name}` has other documents than the tokens when it is read again")),
+        }
+    }
+
+    /// Column `column` of the file: 0 is that of the tokens, and the fields follow. None where the file lacks it.
+    pub(crate) fn column(&self, column: usize) -> Option<&Self> {
+        match column.checked_sub(1) {
+            None => Some(self),
+            Some(field) => self.fields.get(field)?.as_ref(),
+        }
+    }
+
+    /// Bytes that `tokens` tokens take in the further columns when decoded, on average.
+    pub(crate) fn fields_bytes_of(&self, tokens: u64) -> u64 {
+        let all = self.before[self.before.len() - 1].tokens.max(1);
+        (u128::from(self.fields_bytes) * u128::from(tokens) / u128::from(all)) as u64
+    }
+
+    /// The columns that the file has.
+    fn columns(&self) -> impl Iterator<Item = &Self> {
+        std::iter::once(self).chain(self.fields.iter().flatten())
+    }
+
+    /// What is known of the file without its blocks. Sizes are those of all columns.
+    pub fn facts(&self) -> ShardFacts {
+        let mut facts = self.shard.facts();
+        for field in self.fields.iter().flatten() {
+            let more = field.shard.facts();
+            facts.decoded_bytes += more.decoded_bytes;
+            facts.largest_block_bytes = facts.largest_block_bytes.max(more.largest_block_bytes);
+        }
+        let dtype = |field: &Option<Self>| Some(field.as_ref()?.shard.info().dtype);
+        facts.fields = FieldTypes::new(self.fields.iter().map(dtype));
+        facts
+    }
+
+    /// Closes the file until its next use, which fails if the file changed meanwhile.
+    fn let_go(&mut self) {
+        self.shard.let_go();
+        self.fields.iter_mut().flatten().for_each(Self::let_go);
+    }
+
     fn new(shard: Shard) -> Self {
         let mut before = Vec::with_capacity(shard.blocks().len() + 1);
         let mut sum = Counts::default();
@@ -50,7 +147,7 @@ impl OpenShard {
             sum = sum + block.counts();
             before.push(sum);
         }
-        Self { shard, before }
+        Self { shard, before, fields: Vec::new(), fields_bytes: 0 }
     }
 
     /// The shard.
@@ -65,7 +162,8 @@ impl OpenShard {
 
     /// Bytes of its tables.
     pub fn index_bytes(&self) -> u64 {
-        self.shard.index_bytes() + size_of_val(self.before.as_slice()) as u64
+        let of = |column: &Self| column.shard.index_bytes() + size_of_val(column.before.as_slice()) as u64;
+        self.columns().map(of).sum()
     }
 
     /// Whether the first token of block `block` continues a document of the block before.
@@ -131,17 +229,17 @@ impl Corpus {
             return Ok(Self::index(data, format, options, folder, pool, &|_, _| ())?.0);
         }
         let Discovery { shards: files, mut warnings } = discover::find(&options.files, data, format)?;
-        let most = local::most_files();
+        let most = most_open_shards(options);
         let shards = Opened::new(files.len(), most);
         let open = |index: usize| {
             options.cancel.check()?;
-            let mut shard = format::open(&files[index].path, options)?;
+            let mut shard = OpenShard::open(&files[index].path, options)?;
             let facts = shard.facts();
-            if files.len() > local::FEW_FILES {
+            if files.len() * columns_of(options) > local::FEW_FILES {
                 shard.let_go();
             }
             if files.len() <= most {
-                shards.get_or_open(index, || Ok(OpenShard::new(shard)))?;
+                shards.get_or_open(index, || Ok(shard))?;
             }
             Ok(facts)
         };
@@ -188,7 +286,7 @@ impl Corpus {
                 progress(0, stale.len() as u64);
                 let open = |place: usize| {
                     options.cancel.check()?;
-                    let facts = format::open(&files[stale[place]].path, options).map(|shard| shard.facts());
+                    let facts = OpenShard::open(&files[stale[place]].path, options).map(|shard| shard.facts());
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1, stale.len() as u64);
                     facts
                 };
@@ -210,7 +308,7 @@ impl Corpus {
                 Facts::Found(facts)
             }
         };
-        let shards = Opened::new(files.len(), local::most_files());
+        let shards = Opened::new(files.len(), most_open_shards(options));
         warnings.extend(options.files.take_warnings());
         Ok((Self { warnings, ..Self::new(files, facts, shards, options)? }, indexed))
     }
@@ -267,9 +365,9 @@ impl Corpus {
     /// Shard `index`, opened now if it is not yet, and then compared with what is known of it.
     pub fn shard(&self, index: usize) -> Result<Held<'_, OpenShard>> {
         self.shards.get_or_open(index, || {
-            let shard = format::open(&self.files[index].path, &self.options)?;
-            check_indexed(self.facts.get(index), shard.facts()).map_err(|error| error.at(shard.path()))?;
-            Ok(OpenShard::new(shard))
+            let opened = OpenShard::open(&self.files[index].path, &self.options)?;
+            check_indexed(self.facts.get(index), opened.facts()).map_err(|error| error.at(opened.shard.path()))?;
+            Ok(opened)
         })
     }
 
@@ -333,12 +431,22 @@ impl Corpus {
 
     /// Shards that may be open at the same time.
     pub fn most_open(&self) -> usize {
-        self.len().min(local::most_files())
+        self.len().min(most_open_shards(&self.options))
     }
 
     /// Shards that are open.
     pub fn open_shards(&self) -> impl Iterator<Item = Held<'_, OpenShard>> {
         (0..self.len()).filter_map(|index| self.opened(index))
+    }
+
+    /// The type in which field `index` is stored; none where the corpus lacks it. All shards agree.
+    pub fn field_dtype(&self, index: usize) -> Option<Dtype> {
+        self.facts().next()?.fields.get(index)
+    }
+
+    /// The further columns that the corpus was opened with.
+    pub fn fields(&self) -> &[String] {
+        &self.options.fields
     }
 
     /// Digest of names, sizes, counts and types, but of no absolute path or time.
@@ -386,9 +494,28 @@ impl Corpus {
             text(facts.dtype.name());
             let Counts { tokens, starts, .. } = facts.counts;
             text(&format!("{} {} {tokens} {starts}", facts.stamp.size_bytes, facts.rows));
+            for (index, name) in self.options.fields.iter().enumerate() {
+                text(name);
+                text(facts.fields.get(index).map_or("missing", Dtype::name));
+            }
         }
         format!("{:032x}", hash.digest128())
     }
+}
+
+/// Columns that are read of each file.
+fn columns_of(options: &OpenOptions) -> usize {
+    1 + options.fields.len()
+}
+
+/// Shards that may be open at the same time. Each column has a file handle of its own.
+fn most_open_shards(options: &OpenOptions) -> usize {
+    (local::most_files() / columns_of(options)).max(1)
+}
+
+/// Whether a file could not be opened because it lacks the column that was asked for.
+fn is_missing_column(error: &Error) -> bool {
+    std::error::Error::source(error).is_some_and(|cause| cause.is::<MissingColumn>())
 }
 
 /// Which record of `saved` is that of each file, where the file has the size and the time it had then.
@@ -460,9 +587,10 @@ fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
         return changed("its modification time", &then.modified, &now.modified);
     }
     // Same size and time, other content: the index would be taken for right at the next start too.
-    if (found.format, found.dtype, found.column, found.access, found.rows, found.counts)
-        != (indexed.format, indexed.dtype, indexed.column, indexed.access, indexed.rows, indexed.counts)
-    {
+    let content = |facts: ShardFacts| {
+        (facts.format, facts.dtype, facts.column, facts.access, facts.rows, facts.counts, facts.fields)
+    };
+    if content(found) != content(indexed) {
         return Err(Error::new(
             ErrorKind::Changed,
             format!(
@@ -513,6 +641,21 @@ pub fn mixed_shards<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)> + C
             path.display(),
             other.dtype.name()
         )));
+    }
+    for index in 0..MAX_FIELDS {
+        if let Some((path, other)) =
+            shards.clone().find(|(_, facts)| facts.fields.get(index) != first.fields.get(index))
+        {
+            let shown = |facts: ShardFacts| facts.fields.get(index).map_or("no such column", Dtype::name);
+            faults.push(Error::data(format!(
+                "types of a column of `fields` (number {}) differ between shards: `{}` has {}, `{}` has {}; rewrite them with one type",
+                index + 1,
+                first_path.display(),
+                shown(first),
+                path.display(),
+                shown(other)
+            )));
+        }
     }
     // Without tokens there is nothing that could be reached either way.
     let mut full = shards.filter(|(_, facts)| facts.blocks > 0);

@@ -1,0 +1,192 @@
+//! Schema: the columns that a corpus delivers beside its tokens.
+//!
+//! A [`SchemaField`] is one per-token column: its name, the type in which it is delivered, and its
+//! values where no token of the file stands. Its name decides all of these but the type, by the
+//! table [`RULES`]. A schema without fields is a corpus of tokens alone.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::tokens::{Dtype, DtypeKind};
+
+/// Which token a value belongs to where targets are one token ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The input at its place.
+    Input,
+    /// The target at its place.
+    Target,
+}
+
+/// What stands in place of a column that one source of a mixture lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// Labels made of the tokens.
+    Derived,
+    /// This number, for every token of a file.
+    Value(i64),
+    /// Nothing does: the source is refused.
+    Refused,
+}
+
+/// Type of a delivered field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Delivered {
+    /// The type on disk; a type that few libraries have becomes the next larger one.
+    AsStored,
+    /// A fixed type, which every stored type of the same kind widens to.
+    Always(Dtype),
+}
+
+/// What a name says of a field.
+#[derive(Clone, Copy, Debug)]
+struct Rule {
+    names: &'static [&'static str],
+    delivered: Delivered,
+    special: i64,
+    padding: i64,
+    side: Side,
+    missing: Missing,
+}
+
+/// Value of a label that is no target.
+pub const IGNORED_LABEL: i64 = -100;
+
+const RULES: [Rule; 5] = [
+    Rule {
+        names: &["labels"],
+        delivered: Delivered::Always(Dtype::I64),
+        special: IGNORED_LABEL,
+        padding: IGNORED_LABEL,
+        side: Side::Target,
+        missing: Missing::Derived,
+    },
+    Rule {
+        names: &["loss_mask", "completion_mask", "assistant_masks"],
+        delivered: Delivered::AsStored,
+        special: 0,
+        padding: 0,
+        side: Side::Target,
+        missing: Missing::Value(1),
+    },
+    Rule {
+        names: &["weights", "loss_weights"],
+        delivered: Delivered::Always(Dtype::F32),
+        special: 0,
+        padding: 0,
+        side: Side::Target,
+        missing: Missing::Value(1),
+    },
+    Rule {
+        names: &["attention_mask"],
+        delivered: Delivered::Always(Dtype::I64),
+        special: 1,
+        padding: 0,
+        side: Side::Input,
+        missing: Missing::Value(1),
+    },
+    // Any other name.
+    Rule {
+        names: &[],
+        delivered: Delivered::AsStored,
+        special: 0,
+        padding: 0,
+        side: Side::Input,
+        missing: Missing::Refused,
+    },
+];
+
+fn rule_of(name: &str) -> Rule {
+    let found = RULES.into_iter().find(|rule| rule.names.contains(&name));
+    found.unwrap_or(RULES[RULES.len() - 1])
+}
+
+/// Whether a column of this name looks like labels, a mask or weights.
+pub fn is_recognised(name: &str) -> bool {
+    RULES.iter().any(|rule| rule.names.contains(&name))
+}
+
+/// A per-token column that is delivered beside the tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SchemaField {
+    /// Name of the column, and of its array in a batch.
+    pub name: &'static str,
+    /// Type of its array in a batch.
+    pub dtype: Dtype,
+    /// Value at `bos_id` and `eos_id`.
+    pub special: i64,
+    /// Value where a row holds no token.
+    pub padding: i64,
+    /// The token that a value belongs to where targets are shifted.
+    pub side: Side,
+    /// What stands for the column in a source that lacks it.
+    pub missing: Missing,
+}
+
+impl SchemaField {
+    /// The field `name` of sources that store it in the types `stored`; none where a source lacks
+    /// it.
+    pub fn of(name: &str, stored: &[(&str, Option<Dtype>)]) -> Result<Self> {
+        let rule = rule_of(name);
+        let mut dtype = None;
+        for (source, stored) in stored {
+            let place = if source.is_empty() { String::new() } else { format!(" of source `{source}`") };
+            let Some(stored) = *stored else {
+                if rule.missing == Missing::Refused {
+                    let masks = "only missing labels, masks and weights have a value that stands for them";
+                    return Err(Error::data(format!("column `{name}`{place} is missing: {masks}")));
+                }
+                continue;
+            };
+            let delivered = rule.delivered.of(stored).ok_or_else(|| {
+                let Delivered::Always(wanted) = rule.delivered else { unreachable!("any stored type will do") };
+                let kind =
+                    if wanted.kind() == DtypeKind::Float { "float16 or float32" } else { "an integer type or bool" };
+                Error::data(format!("column `{name}`{place} has type {}: expected {kind}", stored.name()))
+            })?;
+            if *dtype.get_or_insert(delivered) != delivered {
+                return Err(Error::data(format!(
+                    "types of column `{name}` differ between sources: {}{place}, {} before; rewrite them with one type",
+                    delivered.name(),
+                    dtype.map_or("none", Dtype::name)
+                )));
+            }
+        }
+        let dtype = match (dtype, rule.delivered) {
+            (Some(dtype), _) | (None, Delivered::Always(dtype)) => dtype,
+            (None, Delivered::AsStored) => Dtype::U8,
+        };
+        let Rule { special, padding, side, missing, .. } = rule;
+        Ok(Self { name: interned(name), dtype, special, padding, side, missing })
+    }
+}
+
+impl Delivered {
+    fn of(self, stored: Dtype) -> Option<Dtype> {
+        match self {
+            Self::AsStored => Some(match stored {
+                Dtype::U16 => Dtype::I32,
+                Dtype::U32 => Dtype::I64,
+                other => other,
+            }),
+            Self::Always(dtype) => {
+                let is_float = |dtype: Dtype| dtype.kind() == DtypeKind::Float;
+                (is_float(stored) == is_float(dtype)).then_some(dtype)
+            }
+        }
+    }
+}
+
+/// The name, in memory that lives as long as the process. Few names are ever used, and each is kept
+/// once.
+fn interned(name: &str) -> &'static str {
+    static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(known) = names.get(name) {
+        return known;
+    }
+    let name: &'static str = Box::leak(name.to_owned().into_boxed_str());
+    names.insert(name);
+    name
+}
