@@ -116,6 +116,13 @@ impl Lease {
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes).cast(), count) }
     }
 
+    /// `count` bytes from `offset_bytes` on.
+    pub(crate) fn bytes(&mut self, offset_bytes: usize, count: usize) -> &mut [u8] {
+        assert!(offset_bytes.checked_add(count).is_some_and(|end| end <= self.len), "field lies outside its buffer");
+        // SAFETY: as in `i64s`; bytes need no alignment.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes), count) }
+    }
+
     /// Two fields at once: 64-bit integers, and others that begin where those end or later.
     pub(crate) fn i64s_and_i64s(&mut self, first: usize, second: usize, count: usize) -> (&mut [i64], &mut [i64]) {
         assert!(first + count * 8 <= second, "fields overlap");

@@ -1,9 +1,11 @@
-//! Fill: writes runs of tokens into rows, widened to the delivered type.
+//! Fill: writes runs of tokens and of fields into rows, widened to the delivered type.
 
+mod fields;
 mod kernels;
 mod pieces;
 mod rows;
 
+pub(crate) use fields::{FieldRow, Places};
 pub(crate) use kernels::{Ahead, Id};
 pub(crate) use pieces::{Piece, pieces};
-pub(crate) use rows::{Row, widen};
+pub(crate) use rows::Row;

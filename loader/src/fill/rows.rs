@@ -42,7 +42,8 @@ impl<'a, T: Id> Row<'a, T> {
     }
 
     /// Tokens that the row takes.
-    pub(crate) fn len(&self) -> usize {
+    #[cfg(test)]
+    fn len(&self) -> usize {
         self.ids.len().max(self.lead + self.labels.len())
     }
 

@@ -4,13 +4,12 @@ use std::any::Any;
 use std::sync::Arc;
 
 use crate::buffer::{ALIGNMENT, Lease};
+pub use crate::corpus::schema::IGNORED_LABEL;
+use crate::corpus::schema::{SchemaField, Side};
 use crate::error::{Error, ErrorKind, Result};
 use crate::proof::checksum::Checksum;
 use crate::settings::{Config, Targets};
 use crate::tokens::Dtype;
-
-/// Label of places that hold no target.
-pub const IGNORED_LABEL: i64 = -100;
 
 /// One array of a batch, inside the batch's buffer: its rows follow each other without gaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,12 +60,16 @@ impl Batch {
         self.lease.len()
     }
 
-    /// Values of row `row` of field `name`, widened.
+    /// Values of row `row` of field `name`, widened; the bits of floating-point numbers.
     ///
     /// # Panics
     /// When there is no such field or row.
     pub fn row(&self, name: &str, row: usize) -> Vec<i64> {
         let field = self.fields.iter().find(|field| field.name == name).expect("a field of the batch");
+        self.row_of(field, row)
+    }
+
+    fn row_of(&self, field: &Field, row: usize) -> Vec<i64> {
         assert!(row < field.shape[0], "row {row} of {}", field.shape[0]);
         let start = field.offset_bytes + row * field.shape[1] * field.dtype.size();
         // SAFETY: the lease's bytes are initialised and, once a batch is delivered, written by its holder alone; the field lies inside.
@@ -78,8 +81,24 @@ impl Batch {
 }
 
 impl Batch {
-    /// The first `count` tokens that row `row` was made of, as they lie in the delivered arrays.
-    pub(super) fn tokens(&self, row: usize, count: usize) -> Result<Vec<i64>> {
+    /// The first `count` values of `field` in row `row` that belong to tokens.
+    pub(super) fn field_values(&self, field: &SchemaField, row: usize, count: usize) -> Vec<i64> {
+        let is_shifted = self.fields[1].name == "y";
+        let name = if is_shifted && field.name == "labels" { "y" } else { field.name };
+        let array = self.fields.iter().find(|array| array.name == name).expect("the batch has every field");
+        let mut values = self.row_of(array, row);
+        values.truncate(count.saturating_sub(usize::from(is_shifted && field.side == Side::Target)));
+        values
+    }
+
+    /// The first `count` tokens that row `row` was made of, as they lie in the delivered arrays; of the inputs alone
+    /// where labels are a column of the corpus.
+    pub(super) fn tokens(&self, row: usize, count: usize, has_labels: bool) -> Result<Vec<i64>> {
+        if has_labels {
+            let mut tokens = self.row_of(&self.fields[0], row);
+            tokens.truncate(count);
+            return Ok(tokens);
+        }
         let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row(field.name, row));
         let shift = usize::from(self.fields[1].name == "y");
         let mut tokens = inputs;
@@ -101,13 +120,15 @@ pub(super) struct BatchLayout {
     pub(super) input_dtype: Dtype,
     /// Offset of labels or `y`.
     pub(super) targets_at: usize,
+    /// Offset of each field of the schema.
+    pub(super) fields_at: Vec<usize>,
     /// Offsets of each row's source and sequence, where they are asked for.
     pub(super) ids_at: Option<[usize; 2]>,
     pub(super) bytes: usize,
 }
 
 impl BatchLayout {
-    pub(super) fn new(config: &Config, rows: usize) -> Self {
+    pub(super) fn new(config: &Config, schema: &[SchemaField], rows: usize) -> Self {
         let columns = config.seq_len as usize;
         let input_dtype = config.input_dtype;
         let (inputs, targets) = if config.targets == Targets::Shifted { ("x", "y") } else { ("input_ids", "labels") };
@@ -115,11 +136,23 @@ impl BatchLayout {
         let field = |name, dtype, offset_bytes| Field { name, dtype, offset_bytes, shape: [rows, columns], ndim: 2 };
         let mut fields = vec![field(inputs, input_dtype, 0), field(targets, Dtype::I64, targets_at)];
         let mut bytes = targets_at + rows * columns * 8;
+        let mut fields_at = Vec::with_capacity(schema.len());
+        for SchemaField { name, dtype, .. } in schema {
+            if *name == "labels" {
+                fields_at.push(targets_at);
+                continue;
+            }
+            bytes = bytes.next_multiple_of(ALIGNMENT);
+            fields_at.push(bytes);
+            fields.push(field(*name, *dtype, bytes));
+            bytes += rows * columns * dtype.size();
+        }
+        bytes = bytes.next_multiple_of(8);
         let ids_at = config.sample_ids.then_some([bytes, bytes + rows * 8]);
         for (name, offset_bytes) in ["source", "sample_index"].into_iter().zip(ids_at.into_iter().flatten()) {
             fields.push(Field { name, dtype: Dtype::I64, offset_bytes, shape: [rows, 1], ndim: 1 });
             bytes += rows * 8;
         }
-        Self { rows, fields: fields.into(), input_dtype, targets_at, ids_at, bytes }
+        Self { rows, fields: fields.into(), input_dtype, targets_at, fields_at, ids_at, bytes }
     }
 }

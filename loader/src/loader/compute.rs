@@ -13,8 +13,9 @@ use super::rows::{PositionedRow, batch_rows_into};
 use super::session::Session;
 use crate::buffer::pool::Pool;
 use crate::buffer::{BufferSource, Lease};
+use crate::corpus::schema::{Missing, SchemaField, Side};
 use crate::error::Result;
-use crate::fill::{Ahead, Id, Row};
+use crate::fill::{Ahead, FieldRow, Id, Places, Row};
 use crate::loader::sources::{Growth, Orders, RowRead, RowReads};
 use crate::proof::checksum::Checksum;
 use crate::read::{NeededBy, Padding, Prepared, RowRequest, Scratch, StreamLocation};
@@ -58,7 +59,7 @@ impl Session {
         if rows == self.layout.rows {
             return Cow::Borrowed(&self.layout);
         }
-        Cow::Owned(BatchLayout::new(&self.config, rows))
+        Cow::Owned(BatchLayout::new(&self.config, &self.opened.schema, rows))
     }
 
     /// The batch of `rows`, the first of which stands at `start` of global batch `step`, in the memory of `lease`.
@@ -82,6 +83,9 @@ impl Session {
                 let segments = reads.segments(place);
                 (place, RowRequest { segments, ends_chunk: place.ends_chunk, begin: spot, ahead })
             });
+            if !layout.fields_at.is_empty() {
+                self.compare_columns(row, &mut worker.scratch);
+            }
             let (inputs_at, targets_at) = (index * row_bytes, layout.targets_at + index * seq_len * 8);
             if layout.input_dtype == Dtype::I32 {
                 let (ids, labels) = lease.i32s_and_i64s(inputs_at, targets_at, seq_len);
@@ -89,6 +93,10 @@ impl Session {
             } else {
                 let (ids, labels) = lease.i64s_and_i64s(inputs_at, targets_at, seq_len);
                 self.fill_row(row, ids, labels, worker)?;
+            }
+            for (field, at) in self.opened.schema.iter().zip(&layout.fields_at) {
+                let size = seq_len * field.dtype.size();
+                self.fill_field(field, row, lease.bytes(at + index * size, size), worker)?;
             }
         }
         if let Some([sources_at, indices_at]) = layout.ids_at {
@@ -108,8 +116,18 @@ impl Session {
             let mut checksum = Checksum::default();
             for (index, place) in rows.iter().enumerate() {
                 if let Some(place) = place.as_ref().filter(|place| !place.repeated) {
-                    let tokens = batch.tokens(index, place.tokens as usize)?;
-                    checksum.add_row(place.source as u64, place.sequence, &tokens);
+                    let corpus = self.opened.sources.list()[place.source].reader.corpus();
+                    let schema = &self.opened.schema;
+                    let is_there =
+                        |(number, field): (usize, &'_ SchemaField)| corpus.field_dtype(number).map(|_| *field);
+                    let fields = || schema.iter().enumerate().filter_map(is_there);
+                    let has_labels = fields().any(|field| field.name == "labels");
+                    let (source, count) = (place.source as u64, place.tokens as usize);
+                    checksum.add_row(source, place.sequence, &batch.tokens(index, count, has_labels)?);
+                    for field in fields() {
+                        let values = batch.field_values(&field, index, count);
+                        checksum.add_field(source, place.sequence, field.name, &values);
+                    }
                 }
             }
             batch.checksum = Some(checksum);
@@ -174,6 +192,49 @@ impl Session {
         let place = row.as_ref()?;
         let first = reads.segments(place).first()?;
         self.opened.sources.list()[place.source].reader.find(first.start)
+    }
+
+    /// Lets the row note where its documents end, if its source has further columns to compare with.
+    fn compare_columns(&self, row: Option<(&RowRead, RowRequest<'_>)>, scratch: &mut Scratch) {
+        if let Some((read, _)) = row {
+            self.opened.sources.list()[read.source].reader.compare_columns(scratch);
+        }
+    }
+
+    /// Writes one row of a further column to `bytes`; without a request the row is padding.
+    fn fill_field(
+        &self,
+        field: &SchemaField,
+        request: Option<(&RowRead, RowRequest<'_>)>,
+        bytes: &mut [u8],
+        worker: &mut WorkerMemory,
+    ) -> Result<()> {
+        let is_behind = self.config.targets == Targets::Shifted && field.side == Side::Target;
+        let mut row = FieldRow::new(bytes, field.dtype, field.special, usize::from(is_behind));
+        let Some((read, request)) = request else {
+            row.fill(field.padding);
+            return Ok(());
+        };
+        let reader = &self.opened.sources.list()[read.source].reader;
+        let index = self.opened.schema.iter().position(|other| other == field).expect("a field of the schema");
+        match field.missing {
+            _ if reader.corpus().field_dtype(index).is_some() => {
+                return reader.fill_field(index, request, field.padding, row, &mut worker.scratch);
+            }
+            // The tokens wrote them.
+            Missing::Derived => {}
+            Missing::Value(value) => {
+                let mut place = 0;
+                for segment in request.segments {
+                    row.take((segment.place - place) as usize).fill(field.padding);
+                    row.take(segment.len as usize).fill(value);
+                    place = segment.place + segment.len;
+                }
+                row.fill(field.padding);
+            }
+            Missing::Refused => unreachable!("opening refused the source"),
+        }
+        Ok(())
     }
 
     /// Writes one row; without a request the row is padding. Padded places hold `pad_id`, and their labels

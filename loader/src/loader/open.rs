@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::sources::{CorpusSource, CorpusSources};
 use crate::corpus::Corpus;
+use crate::corpus::schema::SchemaField;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Access, OpenOptions};
 use crate::layout;
@@ -30,6 +31,8 @@ pub struct Opened {
     pub(super) content: Vec<(&'static str, StateValue)>,
     pub(super) warnings: Vec<String>,
     pub(super) largest_block_bytes: u64,
+    /// The columns that are delivered beside the tokens.
+    pub(super) schema: Vec<SchemaField>,
 }
 
 impl Opened {
@@ -52,6 +55,7 @@ impl Opened {
         } else {
             Access::Random
         };
+        let schema = schema_of(&config, &corpora)?;
         config.shuffle = decided(config.shuffle, access);
         let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
         if let Some(mixture) = &config.mixture {
@@ -64,7 +68,7 @@ impl Opened {
             Ok(CorpusSource::new(name, reader, config.seed))
         });
         let sources = CorpusSources::new(&config, sources.collect::<Result<_>>()?)?;
-        Ok(Self { content: content_of(&config), config, sources, cache, warnings, largest_block_bytes })
+        Ok(Self { content: content_of(&config), config, sources, cache, warnings, largest_block_bytes, schema })
     }
 
     /// The settings that the corpus was opened with; the kind of shuffling is filled in.
@@ -126,6 +130,13 @@ impl Opened {
     }
 }
 
+/// The fields that batches of these corpora have.
+fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Vec<SchemaField>> {
+    let stored = |index: usize| corpora.iter().map(move |(name, corpus)| (name.as_str(), corpus.field_dtype(index)));
+    let field = |(index, name): (usize, &String)| SchemaField::of(name, &stored(index).collect::<Vec<_>>());
+    config.fields.iter().enumerate().map(field).collect()
+}
+
 /// The kind of shuffling that `shuffle` means for this access.
 fn decided(shuffle: Shuffle, access: Access) -> Shuffle {
     match (shuffle, access) {
@@ -184,7 +195,8 @@ pub(super) fn windows_bytes(config: &Config, sources: &CorpusSources, grouping: 
                 let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
                 let lanes = grouping.lanes(config.lanes);
                 let window = config.window_tokens / config.lanes * lanes;
-                window.saturating_mul(bytes_per_token).saturating_add(lanes * 2 * largest).min(total)
+                let columns = 1 + corpus.fields().len() as u64;
+                window.saturating_mul(bytes_per_token).saturating_add(columns * lanes * 2 * largest).min(total)
             }
         }
     };

@@ -73,7 +73,7 @@ impl Session {
         let trace =
             environment::trace()?.map(|(asked, limit)| Trace::open(&asked, limit, rank, world_size)).transpose()?;
 
-        let layout = BatchLayout::new(&config, config.batch_size as usize);
+        let layout = BatchLayout::new(&config, &opened.schema, config.batch_size as usize);
         let batch_bytes = layout.bytes;
         let in_flight = config.prefetch_batches + 1;
         let (in_cache, reserved_bytes, cache_bytes) = opened.join(&config, threads, in_flight * batch_bytes as u64)?;

@@ -7,18 +7,30 @@
 use std::fmt;
 use std::ops::{Add, AddAssign};
 
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::order::permutation::derive_key;
 
 /// Separates the keys of rows from those of orders.
 const ROW: u64 = 0x726f_7700;
+/// Separates the keys of further columns from those of rows.
+const FIELD: u64 = 0x6669_656c_6400;
 /// Tokens turned into bytes at a time.
 const PIECE: usize = 128;
 
 /// Hash of the row `sequence` of source `source`, which holds `tokens`: all that are real, none that pad it.
 pub fn row_hash(source: u64, sequence: u64, tokens: &[i64]) -> u128 {
-    let mut hash = Xxh3::with_seed(derive_key(ROW, &[source, sequence]));
+    hash_of(derive_key(ROW, &[source, sequence]), tokens)
+}
+
+/// Hash of the values of field `name` in the row `sequence` of source `source`: those that belong to tokens, as they are
+/// delivered. A floating-point number is hashed by its bits.
+pub fn field_hash(source: u64, sequence: u64, name: &str, values: &[i64]) -> u128 {
+    hash_of(derive_key(FIELD, &[source, sequence, xxh3_64(name.as_bytes())]), values)
+}
+
+fn hash_of(key: u64, tokens: &[i64]) -> u128 {
+    let mut hash = Xxh3::with_seed(key);
     let mut bytes = [0; PIECE * 8];
     for tokens in tokens.chunks(PIECE) {
         for (bytes, token) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(tokens) {
@@ -46,6 +58,11 @@ impl Checksum {
         self.rows += 1;
         self.tokens += tokens.len() as u64;
         self.hash = self.hash.wrapping_add(row_hash(source, sequence, tokens));
+    }
+
+    /// Adds the values of a further column in a row that was added.
+    pub fn add_field(&mut self, source: u64, sequence: u64, name: &str, values: &[i64]) {
+        self.hash = self.hash.wrapping_add(field_hash(source, sequence, name, values));
     }
 
     /// The hash as 32 hexadecimal digits.

@@ -56,7 +56,10 @@ const TRIM_AFTER_BYTES: u64 = 16 << 20;
 /// holes in each thread's part of the allocator.
 const SCRAPS: u64 = 4;
 
-/// Source, and block of it.
+/// A column of a source, and a block of it.
+///
+/// The number of the column counts those of all sources. To the policy each column is a source of its own: its blocks
+/// are read as far as its own values are.
 type BlockKey = (usize, BlockRef);
 
 #[derive(Debug)]

@@ -17,8 +17,8 @@ use std::time::Instant;
 use super::block_cache::{BlockCache, NeededBy, Prepared};
 use super::lengths::DocumentLengths;
 use crate::corpus::{BlockRef, Corpus, OpenShard};
-use crate::error::Result;
-use crate::fill::{Ahead, Id, Piece, Row, pieces, widen};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fill::{Ahead, FieldRow, Id, Piece, Places, Row, pieces};
 use crate::format::{Access, DecodedBlock, Ends, EndsScratch, Shard};
 use crate::layout::{Documents, Extent, Layout, LayoutWindow, Lengths, Segment, Specials, Stream, WindowPlan};
 use crate::observe::trace::Tracer;
@@ -45,6 +45,8 @@ pub(crate) struct Scratch {
     plan: WindowPlan,
     /// Where documents end in the rows read, if a caller asks for it: places just after each document.
     pub(crate) borders: Option<Vec<u64>>,
+    /// Where the blocks say that documents end in the rows read, if columns are compared.
+    document_ends: Option<Vec<u64>>,
     /// Nanoseconds that this worker spent decoding since the last time they were taken.
     pub(crate) decode_nanos: u64,
     pub(crate) tracer: Tracer,
@@ -127,9 +129,11 @@ pub(crate) struct Reader {
     lengths: DocumentLengths,
     /// Plans of windows by their number; the oldest first.
     plans: Mutex<VecDeque<(u64, Arc<WindowPlan>)>>,
-    /// Shared with the readers of other sources. Keys of blocks name the `source`.
+    /// Shared with the readers of other sources.
     cache: Arc<BlockCache>,
-    source: usize,
+    /// The number of the token column among the columns of all sources, in the keys of the cache. The
+    /// numbers of the further columns follow it.
+    first_column: usize,
 }
 
 impl Reader {
@@ -145,7 +149,8 @@ impl Reader {
         let stream = Arc::new(Stream::new(corpus.counts(), specials));
         let lengths = DocumentLengths::new(Arc::clone(&corpus), config.memory_budget / LENGTHS_SHARE);
         let layout = open(config, &stream, &|shard| lengths.of_shard(shard))?;
-        Ok(Self { corpus, stream, specials, layout, lengths, plans: Mutex::default(), cache, source })
+        let first_column = source * (1 + config.fields.len());
+        Ok(Self { corpus, stream, specials, layout, lengths, plans: Mutex::default(), cache, first_column })
     }
 
     pub(crate) fn corpus(&self) -> &Corpus {
@@ -245,18 +250,93 @@ impl Reader {
             }
             let last = index + 1 == segments.len();
             let part = row.take(segment.len as usize);
-            self.fill_segment(segment, ends_chunk && last, part, begin.take(), ahead, scratch)?;
+            self.fill_segment(0, segment, ends_chunk && last, part, begin.take(), ahead, scratch)?;
             place = segment.place + segment.len;
         }
         row.pad(padding.id, padding.label);
         Ok(())
     }
 
-    fn fill_segment<T: Id>(
+    /// Writes the values of further column `index` to `row`, for the segments that `request` asks for, and `padding` to
+    /// the other places.
+    ///
+    /// Fails where the documents of the column do not end where those of the tokens end, which [`Reader::fill`] left in
+    /// `scratch`.
+    pub(crate) fn fill_field(
         &self,
+        index: usize,
+        request: RowRequest<'_>,
+        padding: i64,
+        mut row: FieldRow<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let tokens_end = scratch.document_ends.replace(Vec::new()).unwrap_or_default();
+        let borders = scratch.borders.take();
+        let filled = self.fill_field_segments(index, request, padding, &mut row, scratch);
+        let ends = scratch.document_ends.replace(tokens_end).unwrap_or_default();
+        scratch.borders = borders;
+        filled?;
+        row.fill(padding);
+        let tokens_end = scratch.document_ends.as_deref().unwrap_or_default();
+        if ends == tokens_end { Ok(()) } else { Err(self.misfit(index, request.segments)) }
+    }
+
+    fn fill_field_segments(
+        &self,
+        index: usize,
+        request: RowRequest<'_>,
+        padding: i64,
+        row: &mut FieldRow<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let RowRequest { segments, ends_chunk, .. } = request;
+        let mut place = 0;
+        for (number, segment) in segments.iter().enumerate() {
+            if segment.place > place {
+                row.take((segment.place - place) as usize).fill(padding);
+            }
+            let last = number + 1 == segments.len();
+            let part = row.take(segment.len as usize);
+            self.fill_segment(1 + index, segment, ends_chunk && last, part, None, Ahead::NONE, scratch)?;
+            place = segment.place + segment.len;
+        }
+        Ok(())
+    }
+
+    /// Lets the rows that follow note where their documents end, so that further columns can be compared.
+    pub(crate) fn compare_columns(&self, scratch: &mut Scratch) {
+        scratch.document_ends.get_or_insert_default().clear();
+    }
+
+    /// The error about further column `index`, whose documents do not fit the tokens somewhere in `segments`.
+    #[cold]
+    fn misfit(&self, index: usize, segments: &[Segment]) -> Error {
+        let name = &self.corpus.fields()[index];
+        let mut found = Error::data(format!("column `{name}` does not fit the tokens"));
+        for segment in segments {
+            let [first, last] = [segment.start, segment.start + segment.len - 1].map(|at| self.stream.locate(at).0);
+            for number in first..=last {
+                let shard = match self.corpus.shard(number) {
+                    Ok(shard) => shard,
+                    Err(error) => return error,
+                };
+                let Some(field) = shard.column(1 + index) else { continue };
+                found = shard.misfit(field, name);
+                if found.location().is_some_and(|location| location.row.is_some()) {
+                    return found;
+                }
+            }
+        }
+        found
+    }
+
+    #[allow(clippy::too_many_arguments)] // each is a different fact about the one segment
+    fn fill_segment<P: Places>(
+        &self,
+        column: usize,
         segment: &Segment,
         ends_chunk: bool,
-        mut row: Row<'_, T>,
+        mut row: P,
         begin: Option<StreamLocation>,
         ahead: Ahead,
         scratch: &mut Scratch,
@@ -275,10 +355,11 @@ impl Reader {
             let found = begin.filter(|begin| begin.at == at);
             let (index, within) = found.map_or_else(|| self.stream.locate(at), |begin| (begin.shard, begin.within));
             let shard = self.corpus.shard(index)?;
+            let opened = if column == 0 { &*shard } else { self.field_of(&shard, column)? };
             let first = found.map(|begin| begin.block);
-            for (block, part) in self.stretches(&shard, first, within, range.end - at) {
+            for (block, part) in self.stretches(opened, first, within, range.end - at) {
                 let filled = row.take((part.end - part.start) as usize);
-                let next = at + filled.len() as u64;
+                let next = at + (part.end - part.start);
                 let stretch = Stretch {
                     block: BlockRef { shard: index as u32, block: block as u32 },
                     from: part.start,
@@ -287,12 +368,20 @@ impl Reader {
                     prefix_only: ends_chunk && at > range.start,
                     borders,
                 };
-                self.fill_stretch(&shard, stretch, filled, ahead, scratch)
+                self.fill_stretch(column, opened, stretch, filled, ahead, scratch)
                     .map_err(|error| error.at(shard.shard().path()).in_block(block as u64))?;
                 at = next;
             }
         }
         Ok(())
+    }
+
+    /// A further column of an opened shard.
+    fn field_of<'a>(&self, shard: &'a OpenShard, column: usize) -> Result<&'a OpenShard> {
+        shard.column(column).ok_or_else(|| {
+            let name = &self.corpus.fields()[column - 1];
+            Error::new(ErrorKind::Internal, format!("column `{name}` is missing")).at(shard.shard().path())
+        })
     }
 
     /// The blocks that hold up to `len` tokens from place `within` of a shard's stream, each with a stretch of the
@@ -314,35 +403,36 @@ impl Reader {
         })
     }
 
-    fn fill_stretch<T: Id>(
+    fn fill_stretch<P: Places>(
         &self,
+        column: usize,
         opened: &OpenShard,
         stretch: Stretch,
-        row: Row<'_, T>,
+        row: P,
         ahead: Ahead,
         scratch: &mut Scratch,
     ) -> Result<()> {
         let Stretch { block, from, to, prefix_only, .. } = stretch;
         let index = block.block as usize;
-        let tokens_alone = self.specials.none() && !stretch.borders;
+        let tokens_alone = self.specials.none() && !stretch.borders && scratch.document_ends.is_none();
         match opened.shard() {
             Shard::Random(shard) if tokens_alone => {
                 let tokens = shard.tokens(index, from..to, &mut scratch.tokens)?;
-                widen(row, &tokens, ahead)
+                row.write(&tokens, ahead)
             }
             Shard::Random(shard) => {
                 let meta = &shard.info().blocks[index];
                 let ends = shard.ends(index, &mut scratch.ends)?;
-                let (buffer, borders) = (&mut scratch.tokens, &mut scratch.borders);
-                self.fill_pieces(&ends, meta.tokens, opened.continues(index), stretch, row, borders, |part, tokens| {
-                    widen(part, &shard.tokens(index, tokens, buffer)?, ahead)
+                let (buffer, found) = (&mut scratch.tokens, (&mut scratch.borders, &mut scratch.document_ends));
+                self.fill_pieces(&ends, meta.tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
+                    part.write(&shard.tokens(index, tokens, buffer)?, ahead)
                 })
             }
             Shard::Block(shard) => {
                 let meta = &shard.info().blocks[index];
                 let started = Instant::now();
                 let mut decoded_here = false;
-                let key = (self.source, block);
+                let key = (self.first_column + column, block);
                 let shared;
                 let held = if prefix_only { self.cache.held(key, to - from) } else { None };
                 let decoded = if prefix_only && held.is_none() {
@@ -367,28 +457,29 @@ impl Reader {
                 let all = Tokens::new(shard.block_dtype(), &decoded.bytes);
                 let slice = |tokens: Range<u64>| all.slice(tokens.start as usize..tokens.end as usize);
                 if tokens_alone {
-                    return widen(row, &slice(from..to), ahead);
+                    return row.write(&slice(from..to), ahead);
                 }
                 // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
-                let (ends, borders) = (decoded.document_ends(), &mut scratch.borders);
-                self.fill_pieces(&ends, tokens, opened.continues(index), stretch, row, borders, |part, tokens| {
-                    widen(part, &slice(tokens), ahead)
+                let ends = decoded.document_ends();
+                let found = (&mut scratch.borders, &mut scratch.document_ends);
+                self.fill_pieces(&ends, tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
+                    part.write(&slice(tokens), ahead)
                 })
             }
         }
     }
 
     #[allow(clippy::too_many_arguments)] // each is a different fact about the one stretch
-    fn fill_pieces<T: Id>(
+    fn fill_pieces<P: Places>(
         &self,
         ends: &Ends<'_>,
         tokens: u64,
         continues: bool,
         stretch: Stretch,
-        mut row: Row<'_, T>,
-        borders: &mut Option<Vec<u64>>,
-        mut fill: impl FnMut(Row<'_, T>, Range<u64>) -> Result<()>,
+        mut row: P,
+        (borders, document_ends): (&mut Option<Vec<u64>>, &mut Option<Vec<u64>>),
+        mut fill: impl FnMut(P, Range<u64>) -> Result<()>,
     ) -> Result<()> {
         let Specials { bos, eos } = self.specials;
         let Stretch { from, to, mut place, .. } = stretch;
@@ -400,15 +491,15 @@ impl Reader {
                     if let Some(borders) = borders.as_mut().filter(|_| stretch.borders) {
                         borders.push(place);
                     }
+                    if let Some(document_ends) = document_ends {
+                        document_ends.push(place);
+                    }
                     return Ok(());
                 }
             };
             let part = row.take(len as usize);
             place += len;
-            let special = |part: Row<'_, T>, id: Option<u32>| {
-                let id = id.expect("asked for only if set");
-                part.pad(id, i64::from(id));
-            };
+            let special = |part: P, id: Option<u32>| part.write_special(id.expect("asked for only if set"));
             match piece {
                 Piece::Bos => special(part, bos),
                 Piece::Eos => special(part, eos),
@@ -429,7 +520,7 @@ impl Reader {
             let block = self.specials.block_at(before, within);
             let [start, end] = [block, block + 1].map(|block| self.specials.stream_len(before[block]));
             let meta = &opened.shard().blocks()[block];
-            let (tokens, bytes) = (meta.tokens, meta.decoded_bytes);
+            let (tokens, bytes) = (meta.tokens, meta.decoded_bytes + opened.fields_bytes_of(meta.tokens));
             return BlockPlace {
                 block: number(block as u64),
                 start: shard_start + start,
@@ -466,20 +557,38 @@ impl Reader {
         needed: NeededBy,
         scratch: &mut Scratch,
     ) -> Result<Prepared> {
+        for column in 0..=self.corpus.fields().len() {
+            let prepared = self.decode_column_ahead(column, segment, ends_chunk, needed, scratch)?;
+            if prepared != Prepared::Nothing {
+                return Ok(prepared);
+            }
+        }
+        Ok(Prepared::Nothing)
+    }
+
+    fn decode_column_ahead(
+        &self,
+        column: usize,
+        segment: &Segment,
+        ends_chunk: bool,
+        needed: NeededBy,
+        scratch: &mut Scratch,
+    ) -> Result<Prepared> {
         let range = segment.stream();
         let mut at = range.start;
         while at < range.end {
             let (index, within) = self.stream.locate(at);
             let opened = self.corpus.shard(index)?;
+            let Some(opened) = opened.column(column) else { return Ok(Prepared::Nothing) };
             let Shard::Block(shard) = opened.shard() else { return Ok(Prepared::Nothing) };
-            for (block, part) in self.stretches(&opened, None, within, range.end - at) {
+            for (block, part) in self.stretches(opened, None, within, range.end - at) {
                 if ends_chunk && at > range.start {
                     // Just its beginning will be read.
                     return Ok(Prepared::Nothing);
                 }
                 at += part.end - part.start;
                 let bytes = shard.info().blocks[block].decoded_bytes;
-                let key = (self.source, BlockRef { shard: index as u32, block: block as u32 });
+                let key = (self.first_column + column, BlockRef { shard: index as u32, block: block as u32 });
                 let started = Instant::now();
                 let prepared = self.cache.prepare(key, bytes, needed, |out| shard.decode_into(block, None, out))?;
                 if prepared == Prepared::Decoded {
@@ -501,6 +610,14 @@ impl Reader {
 
     /// Asks the system to read the windows of `segment` that are not in memory. Returns whether there were any.
     pub(crate) fn read_ahead(&self, segment: &Segment) -> bool {
+        let mut asked = false;
+        for column in 0..=self.corpus.fields().len() {
+            asked |= self.read_column_ahead(column, segment);
+        }
+        asked
+    }
+
+    fn read_column_ahead(&self, column: usize, segment: &Segment) -> bool {
         let range = segment.stream();
         let mut at = range.start;
         let mut asked = false;
@@ -509,8 +626,9 @@ impl Reader {
             // The worker that reads a shard opens it: the first batch must not wait for the shards of all windows
             // ahead.
             let Some(opened) = self.corpus.opened(index) else { return true };
+            let Some(opened) = opened.column(column) else { return false };
             let Shard::Random(shard) = opened.shard() else { return false };
-            for (block, part) in self.stretches(&opened, None, within, range.end - at) {
+            for (block, part) in self.stretches(opened, None, within, range.end - at) {
                 at += part.end - part.start;
                 let tokens = shard.info().blocks[block].tokens;
                 // With specials, places in the stream run ahead of tokens: asking a little too far is harmless.
