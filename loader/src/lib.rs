@@ -3,15 +3,16 @@
 //! Each module below is one step on the way of the data, and imports only from the steps before it:
 //!
 //! ```text
-//! error notices sync keys tokens -> settings -> storage -> format -> corpus -> layout -> order -> fill
-//!   -> observe -> read -> buffer -> pipeline -> proof -> loader -> batch_source
+//! error notices sync keys tokens -> settings -> storage -> format -> corpus -> layout -> order
+//!   -> fill -> observe -> read -> buffer -> pipeline -> proof -> loader -> batch_source
 //! ```
 //!
 //! ```no_run
 //! use std::time::Duration;
 //! use forebay::{Config, Loader, loader::Next};
 //!
-//! let loader = Loader::open(Config { data: vec!["corpus/".into()], batch_size: 8, ..Config::default() })?;
+//! let config = Config { data: vec!["corpus/".into()], batch_size: 8, ..Config::default() };
+//! let loader = Loader::open(config)?;
 //! let batches = loader.iter();
 //! while let Next::Batch(batch) = batches.next_timeout(Duration::MAX)? {
 //!     println!("step {}: {:?}", batch.step, batch.row("input_ids", 0));

@@ -1,8 +1,8 @@
 //! Notices: lines for the user's log, from any thread.
 //!
-//! A native thread must not call Python and should not write to a terminal. So it adds a notice to a queue of the
-//! process. The binding and the command line take the notices at the next request for a batch, and log them.
-//! Nothing waits for a notice to be taken.
+//! A native thread must not call Python and should not write to a terminal. So it adds a notice to
+//! a queue of the process. The binding and the command line take the notices at the next request
+//! for a batch, and log them. Nothing waits for a notice to be taken.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,10 +32,11 @@ pub struct Notice {
 }
 
 static WAITING: Mutex<VecDeque<Notice>> = Mutex::new(VecDeque::new());
-/// Whether the queue has a notice. Writers hold the lock; readers of a stale value take the notice a batch later.
+/// Tells whether the queue has a notice. Writers hold the lock. A reader that sees a stale value
+/// takes the notice one batch later.
 static ANY: AtomicBool = AtomicBool::new(false);
 
-/// Whether a notice waits. Costs one load, so that a consumer may ask before every batch.
+/// Tells whether a notice waits. Costs one load, so that a consumer may ask before every batch.
 pub fn are_waiting() -> bool {
     ANY.load(Ordering::Relaxed)
 }
@@ -60,7 +61,8 @@ pub(crate) fn add(level: Level, text: impl Into<String>) {
     });
 }
 
-/// Runs `work` on the queue. Gives up if the lock stays taken: in a forked child, the thread that held it is gone.
+/// Runs `work` on the queue. Gives up if the lock stays taken: in a forked child, the thread that
+/// held it is gone.
 fn with_queue<T>(work: impl FnOnce(&mut VecDeque<Notice>) -> T) -> Option<T> {
     for _ in 0..10_000 {
         match WAITING.try_lock() {

@@ -1,7 +1,7 @@
-//! What a consumer needs of a loader, without owning it.
+//! The interface of a loader for its consumers, without ownership of the loader.
 //!
-//! Iteration, [`split`] and the Python binding use a [`BatchSource`]. The loader of this process is one; a client of a
-//! loader in another process can be another.
+//! Iteration, [`split`] and the Python binding use a [`BatchSource`]. The loader of this process
+//! implements it. A client of a loader in another process can implement it too.
 
 pub mod split;
 
@@ -15,33 +15,34 @@ use crate::loader::state::State;
 use crate::loader::{Batches, Loader, Next, PassOptions, WaitPolicy};
 use crate::settings::Remainder;
 
-/// Gives batches in passes, and has a position.
+/// Gives batches in passes, and keeps a position.
 pub trait BatchSource: fmt::Debug + Send + Sync {
     /// Makes a new pass. It has no effect before its first request for a batch.
     fn begin(&self, options: PassOptions) -> Arc<dyn BatchPass>;
 
-    /// Rows of a batch.
+    /// Number of rows of a batch.
     fn batch_size(&self) -> u64;
 
-    /// Batches that are computed ahead.
+    /// Number of batches that are computed ahead.
     fn prefetch_batches(&self) -> u64;
 
-    /// The rule for rows that fill no batch.
+    /// Rule for the last rows if they do not fill a batch.
     fn remainder(&self) -> Remainder;
 
-    /// Batches of the present pass; `u64::MAX` without end.
+    /// Number of batches of the present pass. `u64::MAX` if the pass has no end.
     fn num_batches(&self) -> u64;
 
-    /// The epoch of the newest pass, or of the next one if that was set or restored.
+    /// Epoch of the newest pass, or of the next pass if the caller set or restored its epoch.
     fn epoch(&self) -> u64;
 
-    /// Lets the next pass begin `epoch`, or continue it if a position of it was restored.
+    /// Sets the epoch of the next pass. The pass continues at a restored position if that lies in
+    /// `epoch`.
     fn set_epoch(&self, epoch: u64);
 
     /// Lets the next pass begin at `position` of `epoch`.
     fn seek(&self, epoch: u64, position: u64) -> Result<()>;
 
-    /// The position after the batches that the newest pass handed over.
+    /// State after the batches that the newest pass handed over.
     fn state(&self) -> State;
 
     /// Lets the next pass continue from `state`.
@@ -51,22 +52,23 @@ pub trait BatchSource: fmt::Debug + Send + Sync {
     fn close(&self);
 }
 
-/// A pass of a [`BatchSource`]. Several threads may take batches from it; each batch is given once.
+/// A pass of a [`BatchSource`]. Several threads may take batches from it. Each batch is given once.
 pub trait BatchPass: fmt::Debug + Send + Sync {
-    /// Takes the next batch, and waits for it as `wait` says. Without waiting, reads and writes no file either.
+    /// Takes the next batch, and waits for it as `wait` says. With [`WaitPolicy::None`] it reads
+    /// and writes no file.
     fn take(&self, wait: WaitPolicy) -> Result<Next>;
 
-    /// Bytes that a submitted buffer must have.
+    /// Size in bytes that a submitted buffer must have.
     fn batch_bytes(&self) -> usize;
 
-    /// How many more buffers must be submitted so that nobody waits for one.
+    /// Number of buffers that the caller must still submit so that no batch waits for a buffer.
     fn buffers_missing(&self) -> usize;
 
-    /// Gives a buffer to the next batch that has none, in a pass with [`PassOptions::external`].
+    /// Gives a buffer to the next batch that has none. Needs a pass with [`PassOptions::external`].
     ///
     /// # Safety
-    /// `start` is aligned to 8 bytes and valid for `len` initialised bytes while `owner` lives, and nobody else writes
-    /// there before the batch is delivered.
+    /// `start` must be aligned to 8 bytes and valid for `len` initialised bytes while `owner`
+    /// lives. No other code may write there before the batch is delivered.
     unsafe fn submit(&self, start: NonNull<u8>, len: usize, owner: Box<dyn Any + Send + Sync>) -> Result<()>;
 
     /// Ends the pass.
@@ -142,8 +144,8 @@ impl BatchPass for Batches {
     }
 }
 
-/// Fails unless the rows of each batch can be dealt out to `count` consumers, of which each may be `ahead` batches before
-/// the slowest one. Returns how many batches that is.
+/// Fails unless the rows of each batch can be divided evenly among `count` consumers. Each may be
+/// `ahead` batches before the slowest consumer. Returns that number of batches.
 fn check_split(source: &dyn BatchSource, count: u64, ahead: Option<u64>) -> Result<u64> {
     if count < 1 {
         return Err(Error::config(format!("a loader is split for 1 consumer or more, found {count}")));

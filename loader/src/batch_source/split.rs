@@ -1,8 +1,10 @@
-//! Splits a batch source among several consumers: each gets every n-th row of its batches.
+//! Splits a batch source among several consumers. Consumer i of n gets every n-th row of its
+//! batches.
 //!
-//! The consumers share one pass, with its threads, files and decoded blocks. The rows of each consumer lie together in a
-//! batch's memory, so a part is handed over without a copy. A batch stays until all consumers took their rows. A consumer
-//! that is `ahead` batches before the slowest one waits for it, so no consumer is starved and memory stays bounded.
+//! The consumers share one pass, with its threads, files and decoded blocks. The rows of each
+//! consumer lie together in a batch's memory, so a part is handed over without a copy. A batch
+//! stays until all consumers took their rows. A consumer that is `ahead` batches before the slowest
+//! one waits for it. So no consumer starves, and memory stays bounded.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -15,14 +17,15 @@ use crate::loader::state::State;
 use crate::loader::{Batch, Field, Next, PassOptions, WaitPolicy};
 use crate::sync::{lock, wait_timeout};
 
-/// How a source is split.
+/// Settings of a split.
 #[derive(Clone, Copy, Debug)]
 pub struct SplitOptions {
-    /// Consumers.
+    /// Number of consumers.
     pub count: u64,
-    /// Batches that a consumer may be before the slowest one; `prefetch_batches` if it is not given.
+    /// Number of batches that a consumer may be before the slowest one. `None` means
+    /// `prefetch_batches`.
     pub ahead: Option<u64>,
-    /// Whether batches lie in buffers that the caller submits.
+    /// Whether the caller submits the buffers of the batches.
     pub external: bool,
 }
 
@@ -39,7 +42,7 @@ pub struct BatchPart {
     pub batch: Arc<Batch>,
     /// The arrays of these rows in the batch's memory.
     pub fields: Arc<[Field]>,
-    /// Rows of this part.
+    /// Number of rows of this part.
     pub rows: usize,
 }
 
@@ -52,23 +55,23 @@ pub enum NextPart {
     End,
     /// Nothing was ready in the given time; ask again.
     Pending,
-    /// This consumer was told another epoch than the one that the others are in.
+    /// This consumer was told another epoch than the epoch of the other consumers' pass.
     OtherEpoch {
         /// The epoch that this consumer was told.
         told: u64,
         /// The epoch of the pass that it would join.
         epoch: u64,
     },
-    /// Another consumer is so far behind that this one has to wait for it.
+    /// Another consumer is so far behind that this consumer has to wait.
     Waiting {
         /// The slowest consumer.
         consumer: usize,
-        /// Batches that it is behind.
+        /// Number of batches that it is behind.
         behind: u64,
     },
 }
 
-/// A pass of one consumer. A consumer belongs to one thread at a time.
+/// The pass of one consumer. A consumer belongs to one thread at a time.
 #[derive(Debug)]
 pub struct PartPass {
     shared: Arc<Shared>,
@@ -78,7 +81,7 @@ pub struct PartPass {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct PartPlace {
-    /// The number of the shared pass, once it began.
+    /// The number of the shared pass, if that has begun.
     pass: Option<u64>,
     taken: u64,
     ended: bool,
@@ -97,9 +100,10 @@ struct Shared {
 
 #[derive(Debug)]
 struct Inner {
-    /// Passes that a consumer still takes from, by number.
+    /// Passes that some consumer still takes batches from, by number.
     passes: BTreeMap<u64, SharedPass>,
-    /// The state of the source at each place that a consumer may be at: a pass, and batches taken of it.
+    /// The state of the source at each place of a consumer. A place is a pass and the number of
+    /// batches taken from it.
     states: BTreeMap<(u64, u64), State>,
     consumers: Vec<Consumer>,
 }
@@ -107,9 +111,10 @@ struct Inner {
 #[derive(Debug)]
 struct SharedPass {
     pass: Arc<dyn BatchPass>,
-    /// The epoch that its first consumer was told, or that its batches turned out to be of.
+    /// The epoch of the pass. It is known if the first consumer was told it, or as soon as a batch
+    /// shows it.
     epoch: Option<u64>,
-    /// Batches taken from the source that not all consumers have, by their place in the pass.
+    /// Batches that the source gave and some consumer lacks, by their place in the pass.
     batches: BTreeMap<u64, Arc<Batch>>,
     taken: u64,
     is_taking: bool,
@@ -119,17 +124,18 @@ struct SharedPass {
 #[derive(Debug, Default)]
 struct Consumer {
     next_pass: u64,
-    /// A pass, and batches taken of it.
+    /// A pass, and the number of batches that the consumer took from it.
     at: (u64, u64),
     /// The epoch that this consumer was told for its next pass.
     told: Option<u64>,
     closed: bool,
-    /// Passes that it takes nothing more of.
+    /// Passes that the consumer takes no more batches from.
     left: BTreeSet<u64>,
 }
 
 impl Consumer {
-    /// Batches that it took of a pass; none if it takes nothing more of it.
+    /// Number of batches that the consumer took from a pass. `None` if it takes no more from that
+    /// pass.
     fn place_in(&self, pass: u64) -> Option<u64> {
         if self.closed || self.left.contains(&pass) || self.at.0 > pass {
             return None;
@@ -139,7 +145,7 @@ impl Consumer {
 }
 
 impl Split {
-    /// Splits `source`. Refuses a number of consumers to whom rows cannot be dealt out evenly.
+    /// Splits `source`. Refuses a number of consumers that does not divide the rows evenly.
     pub fn new(source: Arc<dyn BatchSource>, options: SplitOptions) -> Result<Self> {
         let SplitOptions { count, ahead, external } = options;
         let ahead = check_split(&*source, count, ahead)?;
@@ -148,24 +154,26 @@ impl Split {
         Ok(Self { shared: Arc::new(Shared { source, count, ahead, external, inner, changed: Condvar::new() }) })
     }
 
-    /// Makes a new pass of a consumer, together with the others; it begins at its first request for rows.
+    /// Makes a new pass of a consumer. It begins, together with the other consumers' passes, at its
+    /// first request for rows.
     pub fn iter(&self, consumer: usize) -> PartPass {
         assert!((consumer as u64) < self.shared.count, "consumer {consumer} of {}", self.shared.count);
         PartPass { shared: Arc::clone(&self.shared), consumer, place: Mutex::default() }
     }
 
-    /// Lets the consumer's next pass be of `epoch`. All consumers are told the same, or only the first one to begin.
+    /// Sets the epoch of the consumer's next pass. Either all consumers are told the same epoch, or
+    /// only the first one to begin is told.
     pub fn set_epoch(&self, consumer: usize, epoch: u64) {
         lock(&self.shared.inner).consumers[consumer].told = Some(epoch);
     }
 
-    /// Whether a pass of the consumer that begins now would begin a pass of the source.
+    /// Tells whether the consumer would begin a pass of the source if it began a pass now.
     pub fn begins_pass(&self, consumer: usize) -> bool {
         let inner = lock(&self.shared.inner);
         !inner.passes.contains_key(&inner.consumers[consumer].next_pass)
     }
 
-    /// Ends a consumer; the others go on without it.
+    /// Ends a consumer. The other consumers go on without it.
     pub fn close(&self, consumer: usize) {
         let mut inner = lock(&self.shared.inner);
         inner.consumers[consumer].closed = true;
@@ -173,14 +181,15 @@ impl Split {
         self.shared.wake(inner, ended);
     }
 
-    /// The position after the last batch that every consumer has.
+    /// State after the last batch that every consumer has.
     pub fn state(&self) -> State {
         let inner = lock(&self.shared.inner);
         let found = inner.slowest().and_then(|slowest| inner.states.get(&slowest).cloned());
         found.unwrap_or_else(|| self.shared.source.state())
     }
 
-    /// Notes that the source was given another position: every consumer continues there in its next pass.
+    /// Records that the source was given another position. Every consumer continues there in its
+    /// next pass.
     pub fn restored(&self) {
         let mut inner = lock(&self.shared.inner);
         let next = inner.consumers.iter().map(|consumer| consumer.next_pass).max().unwrap_or(0);
@@ -205,7 +214,8 @@ impl PartPass {
             WaitPolicy::Wait(timeout) => (timeout, false),
             WaitPolicy::Help(timeout) => (timeout, true),
         };
-        // Centuries overflow the clock; a day at a time is as good as for ever.
+        // A timeout of centuries would overflow the clock. One day at a time serves as well as no
+        // limit.
         let deadline = Instant::now() + timeout.min(Duration::from_secs(86_400));
         let pass = match place.pass {
             Some(pass) => pass,
@@ -235,9 +245,9 @@ impl PartPass {
         Ok(found)
     }
 
-    /// Begins the pass, together with the other consumers, if it has not begun, so that buffers can be submitted to it.
-    /// Returns none if that takes no place before [`PartPass::take`]: the pass ended, or another consumer settles its
-    /// epoch.
+    /// Begins the pass together with the other consumers, so that the caller can submit buffers to
+    /// it. Does nothing if it has begun. Returns `None` if it cannot begin before
+    /// [`PartPass::take`]: the pass ended, or another consumer decides its epoch.
     pub fn begin(&self) -> Result<Option<Arc<dyn BatchPass>>> {
         let place = *lock(&self.place);
         if place.ended {
@@ -252,7 +262,7 @@ impl PartPass {
         Ok(lock(&self.shared.inner).passes.get(&number).map(|pass| Arc::clone(&pass.pass)))
     }
 
-    /// Takes no more of this pass: the other consumers need not wait.
+    /// Takes no more rows from this pass. The other consumers need not wait for this one.
     pub fn close(&self) {
         let place = {
             let mut place = lock(&self.place);
@@ -277,7 +287,7 @@ impl Drop for PartPass {
 /// The outcome of joining a pass.
 enum Joined {
     Pass(u64),
-    /// Its epoch was not settled before the deadline.
+    /// The epoch of the pass was not decided before the deadline.
     Pending,
     OtherEpoch {
         told: u64,
@@ -286,10 +296,12 @@ enum Joined {
 }
 
 impl Shared {
-    /// Unlocks, ends passes that nobody takes from any more, and wakes the consumers that wait.
+    /// Unlocks, ends the passes that no consumer takes from any more, and wakes the waiting
+    /// consumers.
     fn wake(&self, inner: MutexGuard<'_, Inner>, ended: Vec<Arc<dyn BatchPass>>) {
         drop(inner);
-        // Outside of the lock: dropping memory of the caller may run the caller's code. Threads are not waited for.
+        // Drop outside of the lock, because dropping caller memory may run the caller's code. This
+        // waits for no thread.
         drop(ended);
         self.changed.notify_all();
     }
@@ -391,8 +403,8 @@ impl Shared {
         }
     }
 
-    /// Takes the next batch from the source; other consumers may go on meanwhile. Returns whether there was one, or the
-    /// end.
+    /// Takes the next batch from the source. The other consumers may go on meanwhile. Returns
+    /// whether the source gave a batch or the end.
     fn take_batch<'a>(
         &'a self,
         mut inner: MutexGuard<'a, Inner>,
@@ -442,7 +454,8 @@ impl Shared {
 }
 
 impl Inner {
-    /// Forgets what all consumers are past. Returns the passes that nobody takes from any more, which are to be closed.
+    /// Forgets the batches and passes that all consumers have left behind. Returns the passes to
+    /// close, because no consumer takes from them any more.
     fn let_go(&mut self) -> Vec<Arc<dyn BatchPass>> {
         let mut ended = Vec::new();
         let Self { passes, consumers, .. } = self;
@@ -465,7 +478,7 @@ impl Inner {
         ended
     }
 
-    /// The slowest consumer of a pass, and the batches that it took.
+    /// The slowest consumer of a pass, and the number of batches that it took.
     fn slowest_in(&self, pass: u64) -> Option<(usize, u64)> {
         let places =
             self.consumers.iter().enumerate().filter_map(|(index, consumer)| Some((index, consumer.place_in(pass)?)));

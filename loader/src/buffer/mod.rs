@@ -1,8 +1,10 @@
-//! Output memory: leased for one batch, held by every holder of the batch, returned when the last holder drops it.
+//! Output memory: each buffer is leased for one batch, and returned when the last holder drops that
+//! batch.
 //!
-//! A [`Lease`] is the only way to a buffer's bytes. It gives them out mutably once, to the worker that fills the batch.
-//! The memory comes from a [`BufferSource`]: the [`pool::Pool`] of this crate, or buffers that the caller submits (for
-//! example page-locked tensors), whose owner is kept until the batch is dropped.
+//! A [`Lease`] is the only way to a buffer's bytes. It gives them out mutably once, to the worker
+//! that fills the batch. The memory comes from a [`BufferSource`]. The first kind is the
+//! [`pool::Pool`] of this crate. The second kind is buffers that the caller submits, for example
+//! page-locked tensors; the lease keeps their owner until the batch is dropped.
 
 pub mod pool;
 
@@ -11,15 +13,15 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Alignment of every buffer: a cache line, and the widest vector store.
+/// Alignment of every buffer. It fits a cache line and the widest vector store.
 pub const ALIGNMENT: usize = 64;
 
 /// Gives out buffers and takes them back.
 ///
 /// # Safety
-/// A lease reads and writes its buffer without further checks, from any thread. So the memory that `take` returns must
-/// be aligned to [`ALIGNMENT`], must be valid for reads and writes of `bytes` bytes until `give_back` gets it, must be
-/// initialised, and must not be accessed by anyone else meanwhile.
+/// A lease reads and writes its buffer without further checks, from any thread. So the memory that
+/// `take` returns must be aligned to [`ALIGNMENT`] and initialised. It must be valid for reads and
+/// writes of `bytes` bytes until `give_back` gets it. No other code may access it until then.
 pub unsafe trait BufferSource: Send + Sync + fmt::Debug {
     /// Gives out a buffer of `bytes` bytes. Its content is unspecified but initialised.
     fn take(&self, bytes: usize) -> NonNull<u8>;
@@ -27,11 +29,12 @@ pub unsafe trait BufferSource: Send + Sync + fmt::Debug {
     /// Takes a buffer back.
     ///
     /// # Safety
-    /// `take(bytes)` of this source gave `buffer` out, it is given back for the first time, and nobody reads or writes it
-    /// any more.
+    /// `take(bytes)` of this source gave out `buffer`, and the caller gives it back for the first
+    /// time. No code reads or writes it any more.
     unsafe fn give_back(&self, buffer: NonNull<u8>, bytes: usize);
 
-    /// Bytes held: given out, and kept for later.
+    /// Number of bytes that the source holds: in buffers that it gave out, and in buffers that it
+    /// keeps for later.
     fn held_bytes(&self) -> usize;
 }
 
@@ -44,40 +47,41 @@ pub struct Lease {
 
 enum Owner {
     Source(Arc<dyn BufferSource>),
-    /// Dropping it releases the memory.
+    /// The owner of the memory. Dropping the owner releases the memory.
     Caller {
         owner: Box<dyn Any + Send + Sync>,
     },
 }
 
-// SAFETY: the buffer belongs to this lease alone (contract of `BufferSource` and of `Lease::from_caller`), so it may move between
-// threads and be read from several; writing needs `&mut`.
+// SAFETY: the contracts of `BufferSource` and of `Lease::from_caller` give the buffer to this lease
+// alone. So it may move between threads, and several threads may read it; writing needs `&mut`.
 unsafe impl Send for Lease {}
-// SAFETY: as above; shared references only read.
+// SAFETY: see `Send` above; shared references only read.
 unsafe impl Sync for Lease {}
 
 impl Lease {
-    /// A buffer of `len` bytes from `source`.
+    /// Takes a buffer of `len` bytes from `source`.
     pub fn new(source: &Arc<dyn BufferSource>, len: usize) -> Self {
         Self { start: source.take(len), len, owner: Owner::Source(Arc::clone(source)) }
     }
 
-    /// Memory of the caller, used until the lease is dropped, and then `owner` with it.
+    /// Leases memory of the caller. The lease drops `owner` when it ends.
     ///
     /// # Safety
-    /// `start` is aligned to 8 bytes and valid for reads and writes of `len` initialised bytes for as long as `owner` lives, and no one
-    /// else writes there before the batch is handed over.
+    /// `start` must be aligned to 8 bytes. It must be valid for reads and writes of `len`
+    /// initialised bytes for as long as `owner` lives. No other code may write there before the
+    /// batch is handed over.
     pub unsafe fn from_caller(start: NonNull<u8>, len: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
         assert!(start.as_ptr().align_offset(8) == 0, "a batch buffer must be aligned to 8 bytes");
         Self { start, len, owner: Owner::Caller { owner } }
     }
 
-    /// First byte.
+    /// Address of the first byte.
     pub fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr()
     }
 
-    /// The owner of memory of the caller.
+    /// The owner, if the memory belongs to the caller.
     pub fn caller(&self) -> Option<&(dyn Any + Send + Sync)> {
         match &self.owner {
             Owner::Source(_) => None,
@@ -85,57 +89,60 @@ impl Lease {
         }
     }
 
-    /// Bytes.
+    /// Number of bytes.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// Tells whether the buffer has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Bytes `range` as 64-bit integers.
+    /// The `count` 64-bit integers that begin at byte `offset_bytes`.
     pub(crate) fn i64s(&mut self, offset_bytes: usize, count: usize) -> &mut [i64] {
         assert!(
             offset_bytes.is_multiple_of(8) && offset_bytes + count * 8 <= self.len,
             "field lies outside its buffer"
         );
-        // SAFETY: in bounds and aligned (just checked, and `start` is aligned to 8), initialised (contract of the source), and
-        // borrowed mutably from the only owner; any bits are a valid integer.
+        // SAFETY: the range is in bounds and aligned, as just checked; `start` is aligned to 8. The
+        // source's contract says that the bytes are initialised, and any bits are a valid integer.
+        // The only owner lends them mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes).cast(), count) }
     }
 
-    /// Bytes `range` as 32-bit integers.
+    /// The `count` 32-bit integers that begin at byte `offset_bytes`.
     pub(crate) fn i32s(&mut self, offset_bytes: usize, count: usize) -> &mut [i32] {
         assert!(
             offset_bytes.is_multiple_of(4) && offset_bytes + count * 4 <= self.len,
             "field lies outside its buffer"
         );
-        // SAFETY: as in `i64s`.
+        // SAFETY: the same facts hold as in `i64s`.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes).cast(), count) }
     }
 
-    /// `count` bytes from `offset_bytes` on.
+    /// The `count` bytes that begin at byte `offset_bytes`.
     pub(crate) fn bytes(&mut self, offset_bytes: usize, count: usize) -> &mut [u8] {
         assert!(offset_bytes.checked_add(count).is_some_and(|end| end <= self.len), "field lies outside its buffer");
-        // SAFETY: as in `i64s`; bytes need no alignment.
+        // SAFETY: the same facts hold as in `i64s`; bytes need no alignment.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().add(offset_bytes), count) }
     }
 
-    /// Two fields at once: 64-bit integers, and others that begin where those end or later.
+    /// Two fields at once: the 64-bit integers at `first`, and those at `second`, which must begin
+    /// at their end or later.
     pub(crate) fn i64s_and_i64s(&mut self, first: usize, second: usize, count: usize) -> (&mut [i64], &mut [i64]) {
         assert!(first + count * 8 <= second, "fields overlap");
         let (before, after) = self.i64s(first, (second - first) / 8 + count).split_at_mut((second - first) / 8);
         (&mut before[..count], after)
     }
 
-    /// Two fields at once: 32-bit integers, and 64-bit ones that begin where those end or later.
+    /// Two fields at once: 32-bit integers, and 64-bit integers that begin at their end or later.
     pub(crate) fn i32s_and_i64s(&mut self, first: usize, second: usize, count: usize) -> (&mut [i32], &mut [i64]) {
         assert!(first + count * 4 <= second, "fields overlap");
         let ids: *mut [i32] = self.i32s(first, count);
         let labels = self.i64s(second, count);
-        // SAFETY: made from this lease's exclusive borrow, which the result keeps, and disjoint from `labels` (just checked).
+        // SAFETY: `ids` comes from this lease's exclusive borrow, which the result keeps. It does
+        // not overlap `labels`, as just checked.
         (unsafe { &mut *ids }, labels)
     }
 }
@@ -143,7 +150,8 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if let Owner::Source(source) = &self.owner {
-            // SAFETY: `Lease::new` took it from this source with this length, and the lease, its only user, ends here.
+            // SAFETY: `Lease::new` took it from this source with this length. The lease is its only
+            // user, and ends here.
             unsafe { source.give_back(self.start, self.len) };
         }
     }

@@ -56,7 +56,8 @@ impl Pool {
     }
 }
 
-// SAFETY: `take` gives memory that it allocated with this alignment and size, zeroed, and that is neither idle nor given.
+// SAFETY: `take` gives memory that it allocated with this alignment and size, and zeroed. That
+// memory is neither idle nor lent.
 unsafe impl BufferSource for Pool {
     fn take(&self, bytes: usize) -> NonNull<u8> {
         assert_eq!(bytes, self.bytes, "the pool holds buffers of one size");

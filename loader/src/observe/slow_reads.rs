@@ -1,19 +1,19 @@
 //! Slow reads: notices a read that takes long, and names its file.
 //!
-//! A worker notes when its batch began, and the place of each row before it reads the row; that costs a few stores.
-//! A consumer that waits looks at these notes, so that a read which never ends is named as well. A batch that nobody
-//! waited for is looked at when it is done.
+//! A worker notes when its batch began. Before it reads a row it notes the row's place, at the cost
+//! of a few stores. A waiting consumer looks at these notes, so that a read which never ends is
+//! named as well. A worker checks its own batch at the end, in case no consumer waited for it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam::utils::CachePadded;
 
-/// Time after which a read takes long.
+/// Time after which a read counts as long.
 pub(crate) const LONG: Duration = Duration::from_secs(5);
 
-/// What each worker of a session reads. Its worker writes a note and any consumer reads it; a reader that sees parts of
-/// two notes names the wrong file once.
+/// Notes on what each worker of a session reads. Its worker writes a note and any consumer reads
+/// it. A reader that sees parts of two notes names the wrong file once.
 #[derive(Debug)]
 pub(crate) struct SlowReads {
     origin: Instant,
@@ -25,9 +25,9 @@ struct Note {
     /// When the batch began, in milliseconds since `origin`, plus 1; 0 between batches.
     began: AtomicU64,
     source: AtomicU64,
-    /// Stream token that the row begins with.
+    /// First stream token of the row.
     token: AtomicU64,
-    /// Whether the user knows of this batch already.
+    /// Whether the user was told about this batch already.
     told: AtomicBool,
 }
 
@@ -49,14 +49,15 @@ impl SlowReads {
         at.saturating_duration_since(self.origin).as_millis() as u64 + 1
     }
 
-    /// Notes that `worker` began a batch at `began`.
+    /// Records that `worker` began a batch at `began`.
     pub(crate) fn begin(&self, worker: usize, began: Instant) {
         let note = &self.workers[worker];
         note.told.store(false, Ordering::Relaxed);
         note.began.store(self.millis(began), Ordering::Relaxed);
     }
 
-    /// Notes that `worker` reads from stream token `token` of `source` on. Ignores workers that are not watched.
+    /// Records that `worker` reads from stream token `token` of `source` on. Ignores workers that
+    /// are not watched.
     #[inline]
     pub(crate) fn read(&self, worker: usize, source: usize, token: u64) {
         if let Some(note) = self.workers.get(worker) {
@@ -65,15 +66,15 @@ impl SlowReads {
         }
     }
 
-    /// Notes that `worker` is done with its batch, which took `took`. Returns whether that is to be told: it was long,
-    /// and the user does not know it.
+    /// Records that `worker` finished its batch, which took `took`. Returns whether to tell the
+    /// user: the batch took long, and the user does not know it.
     pub(crate) fn end(&self, worker: usize, took: Duration, long: Duration) -> bool {
         let note = &self.workers[worker];
         note.began.store(0, Ordering::Relaxed);
         took >= long && !note.told.swap(true, Ordering::Relaxed)
     }
 
-    /// The reads that take long now and that the user does not know of.
+    /// Returns the reads that take long now and that the user does not know.
     pub(crate) fn look(&self, long: Duration) -> Vec<SlowRead> {
         let now = self.millis(Instant::now());
         let slow = self.workers.iter().filter_map(|note| {

@@ -133,7 +133,7 @@ impl Counters {
     }
 
     /// Counts a batch that a consumer requested at `asked` and receives now. `depth` batches were
-    /// ready at the time of the request.
+    /// ready at the request.
     pub(crate) fn delivered(&self, tokens: u64, bytes: u64, asked: Instant, depth: usize) {
         let wait = asked.elapsed();
         let mut consumer = lock(&self.consumer);
@@ -182,7 +182,8 @@ impl Counters {
 }
 
 impl Stats {
-    /// Tells in one line whether the trainer or the loader is the bottleneck, and by which threshold.
+    /// Tells in one line whether the trainer or the loader is the bottleneck, and by which
+    /// threshold.
     pub fn verdict(&self) -> String {
         if self.batches == 0 {
             return "no batches yet".to_owned();

@@ -6,8 +6,8 @@
 //! trace, a tracer is empty and a span costs one branch.
 //!
 //! The file is valid JSON after each write: each write ends with the end of the array, and the next
-//! one overwrites it. A trace ends at a limit of bytes, with a note. Times come from the monotonic clock, so that all ranks of a machine share one
-//! time line. Does not know what a span means.
+//! one overwrites it. A trace ends at a limit of bytes, with a note. Times come from the monotonic
+//! clock, so that all ranks of a machine share one time line. Does not know what a span means.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -40,10 +40,11 @@ pub(crate) struct Trace {
     path: PathBuf,
     elsewhere: bool,
     pid: u32,
-    /// An instant, and its time on the clock that all processes of the machine share.
+    /// An instant, and the same instant on the clock that all processes of the machine share.
     origin: (Instant, Duration),
     sink: Mutex<Sink>,
-    /// Whether the limit was reached. The thread that reaches it writes; others read a stale value at the cost of a look.
+    /// Whether the limit was reached. The thread that reaches it writes. A thread that reads a
+    /// stale value only makes one useless check.
     ended: AtomicBool,
     /// Spans of threads that have no tracer, such as consumers.
     consumers: Mutex<Vec<Span>>,
@@ -58,7 +59,8 @@ struct Sink {
     named: Vec<u64>,
     /// Offset that no event may pass.
     limit: u64,
-    /// Set by the first failed write, and at the limit. Later writes do nothing, because a trace must not end a run.
+    /// Set by the first failed write, and at the limit. Later writes do nothing, because a trace
+    /// must not end a run.
     ended: bool,
 }
 
@@ -76,7 +78,8 @@ impl Trace {
     /// Opens the trace that `pattern` names, or returns the open one.
     ///
     /// `{rank}` and `{pid}` in the pattern stand for this process's values. If another process
-    /// writes that file, the name of the new file contains the process id. The trace ends after about `limit` bytes.
+    /// writes that file, the name of the new file contains the process id. The trace ends after
+    /// about `limit` bytes.
     pub(crate) fn open(pattern: &str, limit: u64, rank: u64, world_size: u64) -> Result<Arc<Self>> {
         let pid = std::process::id();
         let path = pattern.replace("{rank}", &rank.to_string()).replace("{pid}", &pid.to_string());
@@ -137,8 +140,8 @@ impl Trace {
     fn thread(&self) -> u64 {
         thread_local!(static NUMBER: u64 = thread_number());
         let number = NUMBER.with(|number| *number);
-        // There is a handful of threads. Each looks here once per span and usually finds this
-        // trace.
+        // A process has a handful of traces. Each thread looks here once per span and usually finds
+        // this trace.
         thread_local!(static NAMED: std::cell::Cell<*const Trace> = const { std::cell::Cell::new(std::ptr::null()) });
         if NAMED.replace(self) != std::ptr::from_ref(self) {
             self.name_thread(number);
@@ -215,12 +218,13 @@ impl Trace {
         notices::add(Level::Warning, text);
     }
 
-    /// Path of the file.
+    /// Path of the trace's file.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether the file is not the requested one, because another process writes that.
+    /// Tells whether another process writes the requested file, so that this trace uses another
+    /// one.
     pub(crate) fn is_elsewhere(&self) -> bool {
         self.elsewhere
     }
@@ -403,7 +407,7 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &Trace::open(asked, u64::MAX, 0, 1).unwrap()));
         assert_eq!((events(first.path()).len(), first.is_elsewhere()), (1, false));
 
-        // `flock` distinguishes open files of one process as it distinguishes processes.
+        // `flock` treats two open files of one process like the files of two processes.
         let other = folder.path().join("other.json");
         let (_held, free) = claim(&other).unwrap();
         assert!(free);

@@ -1,13 +1,14 @@
-//! Where worker threads run, and how much they give way to others.
+//! Chooses the processors of the worker threads, and lowers the priority of these threads.
 //!
-//! Checked against what the process may do when a loader is opened, and applied by each worker to itself. Linux alone has both for single threads.
+//! Opening a loader checks the settings against what the process may do. Each worker then applies
+//! them to itself. Only Linux offers both for single threads.
 
 #[cfg(not(target_os = "linux"))]
 use crate::error::Error;
 use crate::error::Result;
 use crate::settings::Config;
 
-/// What a worker does about its own scheduling.
+/// The processors and the priority that a worker gives itself.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Placement {
     cpus: Option<Vec<u64>>,
@@ -15,7 +16,7 @@ pub(crate) struct Placement {
 }
 
 impl Placement {
-    /// What `config` asks for. Fails where this process cannot do it.
+    /// Takes the settings from `config`. Fails if this process cannot follow them.
     #[cfg(target_os = "linux")]
     pub(crate) fn of(config: &Config) -> Result<Self> {
         if let Some(cpus) = &config.cpu_affinity {
@@ -24,7 +25,7 @@ impl Placement {
         Ok(Self { cpus: config.cpu_affinity.clone(), nice: config.thread_priority })
     }
 
-    /// What `config` asks for. Fails where this process cannot do it.
+    /// Takes the settings from `config`. Fails if this process cannot follow them.
     #[cfg(not(target_os = "linux"))]
     pub(crate) fn of(config: &Config) -> Result<Self> {
         if config.cpu_affinity.is_some() {
@@ -36,7 +37,7 @@ impl Placement {
         Ok(Self::default())
     }
 
-    /// Does so to the calling thread.
+    /// Applies the settings to the calling thread.
     pub(crate) fn apply(&self) {
         #[cfg(target_os = "linux")]
         {
@@ -57,20 +58,22 @@ mod linux {
     use crate::error::{Error, Result};
     use crate::settings::{MOST_CPUS, cpus_text};
 
-    /// A bit per CPU, as the system call has it.
+    /// A set of processors with one bit for each, in the form of the system call.
     type Mask = [u64; MOST_CPUS as usize / 64];
 
-    /// CPUs that the calling thread may run on.
+    /// The processors that the calling thread may run on. `None` if the system does not tell.
     pub(super) fn allowed() -> Option<Vec<u64>> {
         let mut mask: Mask = [0; MOST_CPUS as usize / 64];
-        // SAFETY: the call writes at most the size it is given to the mask, which has that size; any bits are valid.
+        // SAFETY: the call writes to the mask at most the given size, which is the mask's size. Any
+        // bits are valid.
         let got = unsafe { libc::sched_getaffinity(0, size_of::<Mask>(), mask.as_mut_ptr().cast()) };
         let is_set = |cpu: &u64| mask[(cpu / 64) as usize] >> (cpu % 64) & 1 == 1;
         (got == 0).then(|| (0..MOST_CPUS).filter(is_set).collect())
     }
 
     pub(super) fn check(cpus: &[u64]) -> Result<()> {
-        // Where the system does not say, pinning fails for single workers, which then run anywhere.
+        // If the system does not tell, pinning fails later in single workers, which then run
+        // anywhere.
         let Some(allowed) = allowed() else { return Ok(()) };
         let missing: Vec<u64> = cpus.iter().copied().filter(|cpu| allowed.binary_search(cpu).is_err()).collect();
         if missing.is_empty() {
@@ -88,14 +91,16 @@ mod linux {
         for cpu in cpus {
             mask[(cpu / 64) as usize] |= 1 << (cpu % 64);
         }
-        // The CPUs were allowed when the loader was opened; where a container lost some since, the rest or any other is as good.
-        // SAFETY: the call reads the size it is given from the mask, which has that size.
+        // These processors were allowed when the loader was opened. If a container lost some of
+        // them since, the remaining ones or any others do as well.
+        // SAFETY: the call reads from the mask the given size, which is the mask's size.
         let _ = unsafe { libc::sched_setaffinity(0, size_of::<Mask>(), mask.as_ptr().cast()) };
     }
 
     pub(super) fn lower(by: u64) {
-        // On Linux, process 0 here is the calling thread, which begins with the priority of the one that started it. Lowering one's own is always allowed.
-        // SAFETY: calls without memory.
+        // On Linux, process 0 means the calling thread here. It begins with the priority of the
+        // thread that started it. A thread may always lower its own priority.
+        // SAFETY: the calls take no memory.
         unsafe {
             let now = libc::getpriority(libc::PRIO_PROCESS, 0);
             let _ = libc::setpriority(libc::PRIO_PROCESS, 0, (now + by as i32).min(19));
@@ -116,7 +121,7 @@ mod tests {
         let allowed = linux::allowed().unwrap();
         let last = *allowed.last().unwrap();
         let placement = placement(Some(vec![last]), 7).unwrap();
-        // SAFETY: a call without memory.
+        // SAFETY: the call takes no memory.
         let nice = || unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
         let before = nice();
         let found = std::thread::scope(|scope| {

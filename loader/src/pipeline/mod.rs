@@ -1,11 +1,16 @@
 //! Pipeline: the only threads of a loader.
 //!
-//! Work is numbered. Whoever takes the next number computes its item alone, and puts it into the item's slot; consumers take items in the order
-//! of their numbers. At most `window` items are begun or ready at once, which bounds memory. A consumer whose item is not ready computes one
-//! itself where that is quicker than sleeping; all other waiting is blocked, none spins, and nobody is woken who does not wait. Dropping
-//! the pipeline tells the workers to stop and does not wait for them, so that it can happen at interpreter exit.
+//! Items have numbers. A thread takes the next number, computes the item alone, and puts it into
+//! the item's slot. Consumers receive the items in the order of their numbers. At most `window`
+//! items are begun or ready at once, which bounds memory.
 //!
-//! A failed item stays at the front: every later call fails the same way, and nothing after it is ever delivered.
+//! A consumer whose item is not ready computes an item itself if that is quicker than sleeping.
+//! Every other wait blocks; no thread spins, and only threads that wait are woken. Dropping the
+//! pipeline tells the workers to stop and does not wait for them, so that it can happen at
+//! interpreter exit.
+//!
+//! A failed item stays at the front. Every later call fails the same way, and no later item is
+//! delivered.
 
 pub(crate) mod affinity;
 
@@ -20,38 +25,40 @@ use crate::buffer::Lease;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{ForkGuard, lock, wait, wait_timeout};
 
-/// Items that take longer than this are not worth a consumer's own time while a worker computes the one it waits for: sleeping and being
-/// woken costs some tens of microseconds.
+/// Longest time of an item that a waiting consumer computes itself while a worker computes the item
+/// that it waits for. Sleeping and waking costs some tens of microseconds.
 const QUICK: Duration = Duration::from_micros(250);
 
-/// From here on workers do not keep up with the consumers, see [`Ring::starved`]. Before, one batch that is late would only come later still.
+/// Value of [`Ring::starved`] from which on the workers do not keep up with the consumers. Below
+/// it, one late batch would only become later if the consumer computed another one.
 const STARVED: u32 = 12;
 
-/// What a pipeline computes.
+/// The computation that a pipeline performs.
 pub(crate) trait Work: Send + Sync + 'static {
     /// Memory of one thread.
     type State: Send;
     type Item: Send + fmt::Debug;
 
-    /// The memory of a worker, by its number, or of a consumer.
+    /// Makes the memory of worker `worker`, or of a consumer if that is `None`.
     fn begin(&self, worker: Option<usize>) -> Self::State;
 
-    /// Item `number`, in the memory that the caller gave for it, if it did.
+    /// Computes item `number`. Writes it to `lease` if the caller provided that memory.
     fn compute(&self, state: &mut Self::State, number: u64, lease: Option<Lease>) -> Result<Self::Item>;
 
-    /// The worker has waited for something to begin, from `began` to `ended`.
+    /// Notes that the worker waited for an item to begin, from `began` to `ended`.
     fn waited(&self, state: &mut Self::State, began: Instant, ended: Instant) {
         let _ = (state, began, ended);
     }
 
-    /// Something useful for items from `next` on, while none of them may be begun. Returns whether there was anything.
+    /// Does useful work for the items from `next` on while no worker may begin them. Returns
+    /// whether there was any work.
     fn prepare(&self, state: &mut Self::State, next: u64) -> bool {
         let _ = (state, next);
         false
     }
 }
 
-/// Numbered work, computed side by side and taken in order.
+/// Numbered items that threads compute side by side and consumers take in order.
 pub(crate) struct Pipeline<W: Work> {
     shared: Arc<Shared<W>>,
     workers: Mutex<Vec<JoinHandle<()>>>,
@@ -71,7 +78,7 @@ struct Shared<W: Work> {
     room: Condvar,
     /// Consumers wait here for the front slot.
     ready: Condvar,
-    /// Memory of consumers who computed items themselves.
+    /// Memory of consumers that computed items themselves.
     states: Mutex<Vec<W::State>>,
 }
 
@@ -79,32 +86,35 @@ struct Shared<W: Work> {
 struct Ring<T> {
     /// Number of the front slot.
     front: u64,
-    /// One slot per number taken and not delivered; `None` while it is computed.
+    /// One slot for each number that was taken and not delivered. A slot is `None` while its item
+    /// is computed.
     slots: VecDeque<Option<Result<T>>>,
-    /// One past the last number.
+    /// The last number plus one.
     end: u64,
     window: usize,
     threads: usize,
-    /// Output memory of the caller, one per number to come, where the caller provides it.
+    /// Output memory of the caller, one buffer for each next number. `None` if the pipeline takes
+    /// memory itself.
     leases: Option<VecDeque<Lease>>,
     closed: bool,
     /// Workers that wait for room.
     idle: usize,
     /// Consumers that wait for the front slot.
     waiting: usize,
-    /// What an item took lately.
+    /// Smoothed time that recent items took.
     typical: Duration,
-    /// How often the front slot was not ready when it was asked for lately: up by two each time, and down by one where it was.
+    /// Measures how often the front slot was not ready lately. Rises by two for each request that
+    /// found it missing, and falls by one for each other request.
     starved: u32,
 }
 
 impl<T> Ring<T> {
-    /// The next number that nobody has begun.
+    /// The next number that no thread has begun.
     fn next(&self) -> u64 {
         self.front + self.slots.len() as u64
     }
 
-    /// The next number, and its buffer, if it can be begun.
+    /// Takes the next number and its buffer, if the number can be begun.
     fn take(&mut self) -> Option<(u64, Option<Lease>)> {
         if !self.may_begin() {
             return None;
@@ -114,34 +124,35 @@ impl<T> Ring<T> {
         Some((number, self.leases.as_mut().and_then(VecDeque::pop_front)))
     }
 
-    /// Whether [`Ring::take`] would give a number.
+    /// Tells whether [`Ring::take`] would give a number.
     fn may_begin(&self) -> bool {
         let has_memory = self.leases.as_ref().is_none_or(|leases| !leases.is_empty());
         self.next() < self.end && self.slots.len() < self.window && has_memory
     }
 
-    /// Whether an idle worker is to be woken: not for every free slot, as the consumer pays for waking one, which costs most where the worker's
-    /// processor sleeps as well. Quick items may run lower.
+    /// Tells whether to wake an idle worker. Not every free slot is a reason: the consumer pays for
+    /// the wake, most of all if the worker's processor sleeps too. Quick items may run lower.
     fn wants_worker(&self) -> bool {
         let low = if self.typical < QUICK { (self.window + 2) / 4 } else { self.window / 2 };
         self.idle > 0 && self.slots.len() <= low && self.may_begin()
     }
 
-    /// Notes whether the front slot was ready when it was asked for.
+    /// Records whether the front slot was ready for a request.
     fn asked(&mut self, ready: bool) {
         self.starved = if ready { self.starved.saturating_sub(1) } else { (self.starved + 2).min(2 * STARVED) };
     }
 
-    /// Whether a consumer gains by computing an item itself: it would sleep for about as long, or workers cannot keep up with it anyway.
+    /// Tells whether a consumer gains by computing an item itself: it would sleep for about as
+    /// long, or workers cannot keep up anyway.
     fn wants_consumer(&self, may_help: bool) -> bool {
         let gains = || self.slots.is_empty() || self.typical < QUICK || self.starved >= STARVED;
         self.threads == 0 || may_help && gains()
     }
 }
 
-/// What asking for the next item came to.
+/// The outcome of a request for the next item.
 pub(crate) enum Taken<T> {
-    /// It, and how many were ready, it included, when it was asked for.
+    /// The item, and the number of items that were ready at the request, including this one.
     Item(T, usize),
     End,
     Pending,
@@ -150,23 +161,25 @@ pub(crate) enum Taken<T> {
 /// What a consumer does while its item is not ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WaitPolicy {
-    /// Goes away at once.
+    /// It returns at once.
     None,
-    /// Sleeps, at most so long. Without workers it computes the item all the same.
+    /// It sleeps for at most this time. A pipeline without workers lets it compute the item all the
+    /// same.
     Wait(Duration),
-    /// Computes items where that is quicker, and sleeps else. May take longer by as much as one item takes.
+    /// It computes items if that is quicker, and sleeps otherwise. May take longer by the time of
+    /// one item.
     Help(Duration),
 }
 
-/// How a pipeline runs.
+/// The settings of a pipeline.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PipelineOptions {
-    /// Workers; without any, consumers compute all items.
+    /// Number of workers. With 0, consumers compute all items.
     pub(crate) threads: usize,
     pub(crate) window: usize,
-    /// Items to compute, numbered from 0.
+    /// Number of items to compute. They are numbered from 0.
     pub(crate) items: u64,
-    /// Whether the caller provides a lease per item.
+    /// Whether the caller provides a lease for each item.
     pub(crate) leased: bool,
 }
 
@@ -205,7 +218,7 @@ impl<W: Work> Pipeline<W> {
         Ok(pipeline)
     }
 
-    /// Gives the memory of the next item that has none yet.
+    /// Gives memory to the next item that has none yet.
     pub(crate) fn submit(&self, lease: Lease) {
         let mut ring = lock(&self.shared.ring);
         if let Some(leases) = &mut ring.leases {
@@ -214,13 +227,14 @@ impl<W: Work> Pipeline<W> {
         self.shared.wake_worker(ring);
     }
 
-    /// The next item in order. `delivered` runs before any other consumer can take the one after it.
+    /// Takes the next item in order. `delivered` runs before another consumer can take the item
+    /// after it.
     pub(crate) fn take(&self, patience: WaitPolicy, delivered: impl FnOnce(&W::Item)) -> Result<Taken<W::Item>> {
         let shared = &*self.shared;
         let mut deadline = None;
         let mut ring = lock(&shared.ring);
         let depth = ring.slots.iter().take_while(|slot| slot.is_some()).count();
-        // Who only looks comes back at once to wait.
+        // A consumer that does not wait now comes back at once to wait.
         if depth > 0 || patience != WaitPolicy::None {
             ring.asked(depth > 0);
         }
@@ -243,7 +257,8 @@ impl<W: Work> Pipeline<W> {
                     delivered(&item);
                     let ended = ring.front == ring.end;
                     if ring.waiting > 0 && (ended || matches!(ring.slots.front(), Some(Some(_)))) {
-                        // Another consumer may have slept through this item's successor becoming ready.
+                        // Another consumer may have slept while the item after this one became
+                        // ready.
                         shared.ready.notify_all();
                     }
                     shared.wake_worker(ring);
@@ -264,7 +279,8 @@ impl<W: Work> Pipeline<W> {
                         lock(&shared.states).push(state);
                         continue;
                     }
-                    // Centuries overflow; a day at a time is as good as for ever.
+                    // A timeout of centuries would overflow. One day at a time serves as well as no
+                    // limit.
                     let deadline =
                         *deadline.get_or_insert_with(|| Instant::now() + timeout.min(Duration::from_secs(86_400)));
                     let now = Instant::now();
@@ -279,7 +295,7 @@ impl<W: Work> Pipeline<W> {
         }
     }
 
-    /// Tells the workers to stop after what they are at; consumers fail from now on.
+    /// Tells the workers to stop after their present items. Consumers fail from now on.
     pub(crate) fn close(&self) {
         if self.home.is_forked_child() {
             return;
@@ -287,13 +303,13 @@ impl<W: Work> Pipeline<W> {
         self.shared.close();
     }
 
-    /// Waits for the workers to end, after [`Pipeline::close`].
+    /// Waits for the workers to end. Call [`Pipeline::close`] first.
     pub(crate) fn join(&self) {
         if self.home.is_forked_child() {
             return;
         }
         for worker in lock(&self.workers).drain(..) {
-            // A worker catches its own panics; there is nothing left to report.
+            // A worker catches its own panics, so no failure is left to report.
             let _ = worker.join();
         }
     }
@@ -309,7 +325,7 @@ impl<W: Work> Drop for Pipeline<W> {
 }
 
 impl<T> Ring<T> {
-    /// Puts a result into its slot; gives it back where nobody will take it.
+    /// Puts a result into its slot. Returns the result if no consumer will take it.
     fn put(&mut self, number: u64, result: Result<T>, took: Duration) -> Option<Result<T>> {
         if self.closed {
             return Some(result);
@@ -336,7 +352,7 @@ impl<W: Work> Shared<W> {
         ring.closed = true;
         let dropped = (std::mem::take(&mut ring.slots), ring.leases.take());
         drop(ring);
-        // Outside of the lock: dropping caller memory may run the caller's code.
+        // Drop outside of the lock, because dropping caller memory may run the caller's code.
         drop(dropped);
         self.room.notify_all();
         self.ready.notify_all();
@@ -348,11 +364,11 @@ impl<W: Work> Shared<W> {
             return self.wake_worker(ring);
         }
         drop(ring);
-        // Nothing is left to begin: no worker need wait for it.
+        // No item is left to begin, so no worker needs to wait for one.
         self.room.notify_all();
     }
 
-    /// A worker's life.
+    /// Computes items until none are left or the pipeline is closed.
     fn run(&self, worker: usize) {
         let mut state = self.work.begin(Some(worker));
         let mut ring = lock(&self.ring);
@@ -372,8 +388,9 @@ impl<W: Work> Shared<W> {
                 drop(ring);
                 let prepared = catch_unwind(AssertUnwindSafe(|| self.work.prepare(&mut state, next)));
                 ring = lock(&self.ring);
-                // What fails ahead of its time fails again in its place, and is reported there.
-                // Meanwhile others may have begun the last item, and nobody wakes those who wait after that.
+                // Work that fails ahead of its time fails again at its item, which reports it.
+                // Meanwhile another worker may have begun the last item. After that no thread wakes
+                // a worker that begins to wait.
                 let more = !ring.closed && ring.next() < ring.end;
                 if !prepared.unwrap_or(false) && more && !ring.may_begin() {
                     ring.idle += 1;
@@ -391,13 +408,13 @@ impl<W: Work> Shared<W> {
         }
     }
 
-    /// Computes an item and puts it into its slot, if there still is one.
+    /// Computes an item and puts it into its slot, if the slot still exists.
     fn perform(&self, state: &mut W::State, number: u64, lease: Option<Lease>) -> MutexGuard<'_, Ring<W::Item>> {
         let (result, took) = self.compute(state, number, lease);
         let mut ring = lock(&self.ring);
         if let Some(left) = ring.put(number, result, took) {
             drop(ring);
-            // Its memory goes back here, outside of the lock.
+            // Return its memory here, outside of the lock.
             drop(left);
             return lock(&self.ring);
         }
@@ -429,7 +446,7 @@ mod tests {
     const LONG: WaitPolicy = WaitPolicy::Wait(Duration::from_secs(60));
     const HELP: WaitPolicy = WaitPolicy::Help(Duration::from_secs(60));
 
-    /// Items are their numbers, computed by a function.
+    /// Computes each item from its number with a function.
     struct By<F>(F);
 
     impl<F: Fn(u64) -> Result<u64> + Send + Sync + 'static> Work for By<F> {

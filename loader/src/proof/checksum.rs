@@ -1,8 +1,13 @@
-//! Checksum: what was delivered, as a number that does not depend on the order of delivery.
+//! Checksum: represents the delivered rows by a number that does not depend on the order of
+//! delivery.
 //!
-//! Every row is hashed under a key of its own, drawn from its source and its number there, and the hashes are added up modulo 2^128. Sums of ranks,
-//! launches and epochs add up in turn. Two sums are equal only if the same rows with the same tokens went into them (chance: 2^-128): a row that is
-//! repeated, missing, altered, or delivered under another's number changes the sum. It is no cryptographic hash: it finds mistakes, not forgers.
+//! Each row is hashed under a key of its own, drawn from its source and its number in that source.
+//! The hashes are added up modulo 2^128. The sums of ranks, launches and epochs can be added in
+//! turn.
+//!
+//! Two sums are equal only if the same rows with the same tokens went into them (chance of an
+//! error: 2^-128). A row changes the sum if it is repeated, missing, altered, or delivered under
+//! the number of another row. The hash is not cryptographic: it finds mistakes, not forgers.
 
 use std::fmt;
 use std::ops::{Add, AddAssign};
@@ -11,20 +16,21 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::order::permutation::derive_key;
 
-/// Separates the keys of rows from those of orders.
+/// Separates the keys of rows from the keys of orders.
 const ROW: u64 = 0x726f_7700;
-/// Separates the keys of further columns from those of rows.
+/// Separates the keys of further columns from the keys of rows.
 const FIELD: u64 = 0x6669_656c_6400;
-/// Tokens turned into bytes at a time.
+/// Number of tokens that are turned into bytes at a time.
 const PIECE: usize = 128;
 
-/// Hash of the row `sequence` of source `source`, which holds `tokens`: all that are real, none that pad it.
+/// Hashes row `sequence` of source `source`. `tokens` holds all real tokens of the row and no
+/// padding.
 pub fn row_hash(source: u64, sequence: u64, tokens: &[i64]) -> u128 {
     hash_of(derive_key(ROW, &[source, sequence]), tokens)
 }
 
-/// Hash of the values of field `name` in the row `sequence` of source `source`: those that belong to tokens, as they are
-/// delivered. A floating-point number is hashed by its bits.
+/// Hashes the delivered values of field `name` in row `sequence` of source `source`. Only values
+/// that belong to real tokens count. A floating-point number is hashed by its bits.
 pub fn field_hash(source: u64, sequence: u64, name: &str, values: &[i64]) -> u128 {
     hash_of(derive_key(FIELD, &[source, sequence, xxh3_64(name.as_bytes())]), values)
 }
@@ -41,14 +47,15 @@ fn hash_of(key: u64, tokens: &[i64]) -> u128 {
     hash.digest128()
 }
 
-/// Rows that were delivered, or that should have been.
+/// A sum over rows that were delivered, or that should have been.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Checksum {
-    /// How many rows.
+    /// Number of rows.
     pub rows: u64,
-    /// Tokens in them; where targets are shifted, a row has one more than `seq_len`.
+    /// Number of tokens in these rows. With shifted targets, a row has one token more than
+    /// `seq_len`.
     pub tokens: u64,
-    /// Sum of their hashes modulo 2^128.
+    /// Sum of the rows' hashes modulo 2^128.
     pub hash: u128,
 }
 
@@ -114,7 +121,7 @@ mod tests {
         std::array::from_fn(|at| ((sequence * 4 + at as u64) % 50_000) as i64)
     }
 
-    /// The sum over a million rows, which every case below changes by one fault.
+    /// The sum over a million rows. Every case below changes it by one fault.
     fn whole() -> Checksum {
         static WHOLE: OnceLock<Checksum> = OnceLock::new();
         *WHOLE.get_or_init(|| {

@@ -1,4 +1,4 @@
-//! The files of a storage as the other rooms use them.
+//! The files of a storage, in the form that the other rooms use.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -13,18 +13,20 @@ use crate::error::{Error, Result};
 use crate::settings::Io;
 use crate::sync::lock;
 
-/// Waits between the tries of a call that fails with a passing error. A file server that restarts is back within
-/// seconds; a disk that is broken costs this long before its error is reported.
+/// Waits between the tries of a call that fails with a passing error. A file server that restarts
+/// is back within seconds. A broken disk reports its error only after all these waits.
 const WAITS: [Duration; 4] =
     [Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(250), Duration::from_millis(1000)];
 
-/// Locations that are remembered as warned of. More than that warn again.
+/// Number of locations for which the storage remembers its warning. Any further location may be
+/// warned of again.
 const MOST_WARNED: usize = 1024;
 
-/// A storage whose passing errors are tried again, and whose errors name their location. Cheap to clone.
+/// A storage that tries calls again after passing errors, and names the location in every error.
+/// Cheap to clone.
 ///
-/// Every call fails with the operating system's text in the message. The first passing error of a location leaves a
-/// warning ([`Files::take_warnings`]).
+/// Every error message contains the operating system's text. The first passing error of a location
+/// leaves a warning ([`Files::take_warnings`]).
 #[derive(Clone, Debug)]
 pub struct Files {
     inner: Arc<Inner>,
@@ -36,7 +38,7 @@ struct Inner {
     notices: Mutex<Notices>,
 }
 
-/// Warnings that no one has taken yet, and the locations that had one.
+/// Warnings that no caller has taken yet, and the locations that already had a warning.
 #[derive(Debug, Default)]
 struct Notices {
     warnings: Vec<String>,
@@ -58,12 +60,12 @@ impl Files {
         self.inner.storage.as_ref()
     }
 
-    /// Describes what lies at `location`.
+    /// Describes the file or folder at `location`.
     pub fn stat(&self, location: &Path) -> Result<Stat> {
         self.retried(&"stat", location, || Ok(self.storage().stat(location)))
     }
 
-    /// Describes what lies at `location`, if anything does.
+    /// Describes the file or folder at `location`. `None` if there is none.
     pub fn stat_if_there(&self, location: &Path) -> Result<Option<Stat>> {
         self.retried(&"stat", location, || Ok(if_there(self.storage().stat(location))))
     }
@@ -73,19 +75,19 @@ impl Files {
         Ok(self.stat_if_there(location)?.is_some_and(|stat| stat.kind == ItemKind::File))
     }
 
-    /// Lists what `folder` holds, sorted by name.
+    /// Lists the entries of `folder`, sorted by name.
     pub fn list(&self, folder: &Path) -> Result<Vec<Item>> {
         let mut items = self.retried(&"list", folder, || Ok(self.storage().list(folder)))?;
         items.sort_unstable_by(|a, b| a.name.as_bytes().cmp(b.name.as_bytes()));
         Ok(items)
     }
 
-    /// Opens the file at `location`, to be mapped unless `io` or its storage says otherwise.
+    /// Opens the file at `location`. The file is mapped unless `io` or its storage rules that out.
     pub fn open(&self, location: &Path, io: Io) -> Result<SourceFile> {
         SourceFile::open(self, location, io)
     }
 
-    /// Reads the whole file at `location`, if there is one.
+    /// Reads the whole file at `location`. `None` if there is no file.
     pub fn read_if_there(&self, location: &Path) -> Result<Option<Vec<u8>>> {
         let Some(stat) = self.stat_if_there(location)? else { return Ok(None) };
         if stat.stamp.size_bytes == 0 {
@@ -95,28 +97,28 @@ impl Files {
         Ok(Some(file.bytes(0..file.len())?.into()))
     }
 
-    /// Puts `bytes` in place of the file at `location`.
+    /// Replaces the file at `location` by `bytes`.
     pub fn replace(&self, location: &Path, bytes: &[u8]) -> Result<()> {
         self.retried(&"write", location, || Ok(self.storage().replace(location, bytes)))
     }
 
-    /// The one name of a folder that may have several.
+    /// The canonical name of a folder that may have several names.
     pub fn canonical(&self, folder: &Path) -> Result<PathBuf> {
         self.retried(&"resolve", folder, || Ok(self.storage().canonical(folder)))
     }
 
-    /// The name that `location` has for every process.
+    /// The absolute name of `location`, which is the same for every process.
     pub fn absolute(&self, location: &Path) -> PathBuf {
         self.storage().absolute(location)
     }
 
-    /// Takes the warnings that were left since the last call.
+    /// Takes the warnings that were added since the last call.
     pub fn take_warnings(&self) -> Vec<String> {
         std::mem::take(&mut lock(&self.inner.notices).warnings)
     }
 
-    /// Calls `call` until it succeeds, fails for good, or has failed too often. `call` returns an error of its own where
-    /// trying again makes no sense.
+    /// Repeats `call` until it succeeds, fails for good, or has failed too often. `call` returns an
+    /// error of its own if another try makes no sense.
     pub(super) fn retried<T>(
         &self,
         what: &dyn fmt::Display,
@@ -154,7 +156,7 @@ impl Files {
     }
 }
 
-/// `None` where nothing is there.
+/// Turns the error that nothing is there into `None`.
 fn if_there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     match found {
         Ok(found) => Ok(Some(found)),
@@ -163,7 +165,8 @@ fn if_there<T>(found: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Tells whether the same call may succeed a moment later: network file systems and failing disks give such errors.
+/// Tells whether the same call may succeed a moment later. Network file systems and failing disks
+/// give such errors.
 fn is_passing(error: &io::Error) -> bool {
     #[cfg(unix)]
     if matches!(error.raw_os_error(), Some(libc::EIO | libc::ESTALE | libc::EAGAIN | libc::EINTR | libc::ETIMEDOUT)) {

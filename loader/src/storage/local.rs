@@ -1,4 +1,4 @@
-//! The local disk, and network file systems that are mounted like it. The only place that maps files.
+//! The local disk, and mounted network file systems. This is the only module that maps files.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::hash::{BuildHasher, Hasher};
@@ -10,7 +10,7 @@ use memmap2::Mmap;
 
 use super::{Item, ItemKind, Object, Stamp, Stat, Storage};
 
-/// The files that this machine's system calls reach.
+/// The files that the system calls of this machine reach.
 #[derive(Clone, Copy, Debug)]
 pub struct Local;
 
@@ -24,7 +24,7 @@ impl Storage for Local {
             let entry = entry?;
             let (location, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
             let own = entry.file_type()?;
-            // The kind of a link has to be asked for; all others come with the listing.
+            // The kind of a link needs a call of its own. The listing tells all other kinds.
             let kind = match own.is_symlink() {
                 true => std::fs::metadata(&location).map_or(ItemKind::File, |metadata| kind_of(metadata.file_type())),
                 false => kind_of(own),
@@ -39,7 +39,7 @@ impl Storage for Local {
         #[cfg(unix)]
         {
             use std::os::unix::fs::OpenOptionsExt;
-            // A pipe would wait for its other end; on a file the flag has no effect.
+            // Opening a pipe would wait for its other end. On a file the flag has no effect.
             options.custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
         }
         Ok(Box::new(LocalFile(options.read(true).open(location)?)))
@@ -49,7 +49,7 @@ impl Storage for Local {
         let folder = location.parent().unwrap_or(Path::new("."));
         std::fs::create_dir_all(folder)?;
         Draft::create(location)?.publish(bytes, location)?;
-        // Without this a crash may lose the new name, and the old file is back.
+        // Without this, a crash may lose the new name, and the old file is back.
         if let Ok(folder) = File::open(folder) {
             let _ = folder.sync_all();
         }
@@ -98,9 +98,10 @@ impl Object for LocalFile {
 
     fn map(&self, len: u64) -> io::Result<Option<Mapping>> {
         #[allow(clippy::disallowed_methods)] // this is the one place
-        // SAFETY: the mapping is read-only and shared. Its bytes are only ever interpreted as integers, for which any
-        // value is valid. `SourceFile::check_unchanged` finds a file that another process truncated; the process dies
-        // by SIGBUS if it reads a missing page before that check, which `Io::Pread` rules out.
+        // SAFETY: the mapping is read-only and shared. Its bytes are only ever interpreted as
+        // integers, for which any value is valid. `SourceFile::check_unchanged` finds a file that
+        // another process truncated. The process dies by SIGBUS if it reads a missing page before
+        // that check. `Io::Pread` rules this out.
         let map = unsafe { memmap2::MmapOptions::new().len(len as usize).map(&self.0) }?;
         Ok(Some(Mapping(map)))
     }
@@ -109,7 +110,7 @@ impl Object for LocalFile {
         #[cfg(target_os = "linux")]
         {
             use std::os::fd::AsRawFd;
-            // SAFETY: a hint on an open descriptor; it touches no memory of ours.
+            // SAFETY: the call is a hint on an open descriptor and touches no memory of ours.
             unsafe {
                 libc::posix_fadvise(
                     self.0.as_raw_fd(),
@@ -124,7 +125,7 @@ impl Object for LocalFile {
     }
 }
 
-/// The bytes of a file in memory, as far as they are read.
+/// The mapped bytes of a file. The kernel loads them when they are read.
 #[derive(Debug)]
 pub struct Mapping(Mmap);
 
@@ -137,13 +138,14 @@ impl Deref for Mapping {
 }
 
 impl Mapping {
-    /// Tells the kernel that access will be scattered, so that it reads single pages instead of 128 kB around each.
+    /// Tells the kernel that access will be scattered. The kernel then reads single pages instead
+    /// of 128 kB around each page.
     pub(super) fn advise_random(&self) {
         #[cfg(unix)]
         let _ = self.0.advise(memmap2::Advice::Random);
     }
 
-    /// Asks for the pages of `range`, which lies inside, to be read ahead.
+    /// Asks the kernel to read the pages of `range` ahead. `range` must lie inside the mapping.
     pub(super) fn will_need(&self, range: Range<u64>) {
         #[cfg(target_os = "linux")]
         let _ =
@@ -152,7 +154,7 @@ impl Mapping {
         let _ = range;
     }
 
-    /// Tells whether the page at `offset`, which lies inside, is in memory.
+    /// Tells whether the page at `offset` is in memory. `offset` must lie inside the mapping.
     pub(super) fn is_resident(&self, offset: u64) -> bool {
         #[cfg(target_os = "linux")]
         {
@@ -160,7 +162,8 @@ impl Mapping {
             let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(1) as usize;
             let start = offset as usize / page * page;
             let mut state = 0u8;
-            // SAFETY: one page inside of the mapping, which begins at a page, and one byte for its state.
+            // SAFETY: the range is one page inside the mapping, which begins at a page. The state
+            // has room for one byte.
             let asked = unsafe { libc::mincore(self.0.as_ptr().add(start).cast_mut().cast(), 1, &mut state) };
             asked == 0 && state & 1 == 1
         }
@@ -172,7 +175,7 @@ impl Mapping {
     }
 }
 
-/// A file of this writer alone, removed unless it gets its final name.
+/// A file of this writer alone. Dropping it removes the file unless the file got its final name.
 struct Draft {
     path: PathBuf,
     file: Option<File>,
@@ -181,7 +184,7 @@ struct Draft {
 impl Draft {
     fn create(target: &Path) -> io::Result<Self> {
         loop {
-            // Process ids repeat between the machines that share a folder; random numbers do not.
+            // Machines that share a folder can have equal process ids. Random numbers differ.
             let unique = std::hash::RandomState::new().build_hasher().finish();
             let path = target.with_extension(format!("{unique:016x}.tmp"));
             match File::options().write(true).create_new(true).open(&path) {
@@ -208,14 +211,14 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         if self.file.take().is_some() {
-            // A draft left over is never read.
+            // If removing fails, the draft stays, but no reader ever reads it.
             let _ = std::fs::remove_file(&self.path);
         }
     }
 }
 
-/// The number of files that may stay open and mapped: a part of what Linux lets the process open and map, since other
-/// code opens files too.
+/// The number of files that may stay open and mapped. It is a part of what Linux lets the process
+/// open and map, because other code opens files too.
 pub fn most_files() -> usize {
     const MOST: u64 = 16 << 10;
     #[cfg(unix)]
@@ -230,11 +233,12 @@ pub fn most_files() -> usize {
     MOST as usize
 }
 
-/// The number of files that a process opens at no extra cost. With more, its table of open files has to double, and the
-/// thread that needs it then waits 8 to 16 ms if the process has threads.
+/// The number of files that a process opens at no extra cost. With more files, the kernel has to
+/// double the process's table of open files. The thread that needs it then waits 8 to 16 ms if the
+/// process has several threads.
 pub const FEW_FILES: usize = 64;
 
-/// Makes that table large enough for `count` more files, if they are more than [`FEW_FILES`].
+/// Makes that table large enough for `count` more files, if `count` is above [`FEW_FILES`].
 pub fn make_room_for(count: usize) {
     #[cfg(target_os = "linux")]
     if count > FEW_FILES
@@ -242,7 +246,7 @@ pub fn make_room_for(count: usize) {
     {
         use std::os::fd::AsRawFd;
         let number = file.as_raw_fd();
-        // SAFETY: duplicates a descriptor and closes the duplicate, which no other code knows.
+        // SAFETY: this duplicates a descriptor and closes the duplicate, which no other code knows.
         unsafe {
             let last = libc::fcntl(number, libc::F_DUPFD_CLOEXEC, number.saturating_add(count as libc::c_int));
             if last >= 0 {

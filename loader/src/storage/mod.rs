@@ -1,11 +1,12 @@
 //! Lists folders, describes files and reads ranges of them, wherever they lie.
 //!
-//! [`Storage`] and [`Object`] are the seam: one implementation per kind of storage. [`local`] is the first one. All other
-//! rooms work with [`Files`], which tries passing errors again and names the file in every error, and with
-//! [`SourceFile`], an open file whose bytes are borrowed from a mapping or read. No other room calls `std::fs` to read
-//! data.
+//! [`Storage`] and [`Object`] are the seam: each kind of storage implements them. [`local`] is the
+//! first implementation. All other rooms work with [`Files`] and [`SourceFile`]. [`Files`] tries
+//! again after passing errors and names the file in every error. [`SourceFile`] is an open file;
+//! its bytes are borrowed from a mapping or read. No other room calls `std::fs` to read data.
 //!
-//! A location is a path on disk, or whatever else its storage understands. Only the storage takes it apart.
+//! A location is a path on disk, or another name that its storage understands. Only the storage
+//! takes it apart.
 
 mod files;
 pub mod local;
@@ -20,25 +21,25 @@ pub use self::files::Files;
 pub(crate) use self::source_file::Reads;
 pub use self::source_file::SourceFile;
 
-/// A place that keeps files. Errors need not name the location: [`Files`] adds it.
+/// A place that keeps files. Its errors need not name the location, because [`Files`] adds it.
 pub trait Storage: Send + Sync + std::fmt::Debug {
-    /// Describes what lies at `location`. Links are followed.
+    /// Describes the file or folder at `location`. Follows links.
     fn stat(&self, location: &Path) -> io::Result<Stat>;
 
-    /// Lists what `folder` holds, in any order.
+    /// Lists the entries of `folder`, in any order.
     fn list(&self, folder: &Path) -> io::Result<Vec<Item>>;
 
-    /// Opens the file at `location`. Does not wait for another process.
+    /// Opens the file at `location`. Never waits for another process.
     fn open(&self, location: &Path) -> io::Result<Box<dyn Object>>;
 
-    /// Puts `bytes` in place of the file at `location`, and makes the folders above it. Whoever reads the file at the
-    /// same time finds all of the old bytes or all of the new ones.
+    /// Replaces the file at `location` by `bytes`, and makes the folders above it. A process that
+    /// reads the file at the same time finds all of the old bytes or all of the new bytes.
     fn replace(&self, location: &Path, bytes: &[u8]) -> io::Result<()>;
 
-    /// The one name of a folder that may have several, such as a folder that links lead to.
+    /// The canonical name of a folder that may have several names, for example through links.
     fn canonical(&self, folder: &Path) -> io::Result<PathBuf>;
 
-    /// The name that `location` has for every process, whatever its working directory.
+    /// The name of `location` that is the same for every process, whatever its working directory.
     fn absolute(&self, location: &Path) -> PathBuf;
 }
 
@@ -47,20 +48,21 @@ pub trait Object: Send + Sync + std::fmt::Debug {
     /// Describes the file as it is now.
     fn stat(&self) -> io::Result<Stat>;
 
-    /// Reads up to `buffer.len()` bytes from `offset` on, and returns how many; 0 at the end of the file.
+    /// Reads up to `buffer.len()` bytes from `offset` on. Returns the number of bytes read, which
+    /// is 0 at the end of the file.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// Tells whether mapping the file is safe and fast.
     fn is_best_mapped(&self) -> bool;
 
-    /// Maps the first `len` bytes. `None` where this storage maps no files.
+    /// Maps the first `len` bytes. Returns `None` if this storage maps no files.
     fn map(&self, len: u64) -> io::Result<Option<local::Mapping>>;
 
     /// Asks for `range` to be read ahead. May do nothing.
     fn will_need(&self, range: Range<u64>);
 }
 
-/// What a location holds.
+/// The kind of thing at a location.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ItemKind {
     /// A file that can be read at any offset.
@@ -71,33 +73,34 @@ pub enum ItemKind {
     Other,
 }
 
-/// The kind and the version of what a location holds.
+/// The kind and the version of the thing at a location.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
-    /// What it is.
+    /// The kind of the thing.
     pub kind: ItemKind,
-    /// Its version.
+    /// The version of the thing.
     pub stamp: Stamp,
 }
 
-/// Tells whether a file is still the one that was opened or indexed.
+/// A version, which tells whether a file is still the file that was opened or indexed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
-    /// Bytes of the file.
+    /// Size of the file in bytes.
     pub size_bytes: u64,
-    /// When it was last modified. `None` where the storage keeps no such time.
+    /// Time of the last modification. `None` if the storage keeps no such time.
     pub modified: Option<SystemTime>,
 }
 
 /// One entry of a folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Item {
-    /// Its name in the folder.
+    /// Name of the entry in its folder.
     pub name: String,
-    /// Where it is.
+    /// Location of the entry.
     pub location: PathBuf,
-    /// What it is; for a link, what the link leads to. A link that leads nowhere counts as a file.
+    /// Kind of the entry. For a link, the kind of its target. A link without a target counts as a
+    /// file.
     pub kind: ItemKind,
-    /// Whether it is a link.
+    /// Whether the entry is a link.
     pub is_link: bool,
 }

@@ -1,8 +1,8 @@
-//! An open file whose bytes are borrowed from a mapping or read by position.
+//! An open file. Its bytes are borrowed from a mapping or read by position.
 //!
-//! A mapped file that shrinks kills the process with SIGBUS when a missing page is read. Size and modification time are
-//! therefore compared before each block, and for small windows once a millisecond. That makes a crash rarer; only
-//! [`Io::Pread`] rules it out.
+//! If a mapped file shrinks, reading a missing page kills the process with SIGBUS. Size and
+//! modification time are therefore compared before each block, and for small windows once a
+//! millisecond. That makes a crash rarer; only [`Io::Pread`] rules it out.
 
 use std::fmt;
 use std::io;
@@ -17,14 +17,14 @@ use super::{Files, ItemKind, Object, Stamp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::settings::Io;
 
-/// How long a comparison of size and time stands for the windows read after it, to the next tick of the coarse clock: a
-/// `stat` takes a third of the time of a window.
+/// Time for which a comparison of size and modification time holds for later windows, up to the
+/// next tick of the coarse clock. A `stat` takes a third of the time of a window.
 const CHECK_EVERY: Duration = Duration::from_millis(1);
 
 /// A file whose bytes can be borrowed or read. Cheap to clone.
 ///
-/// It is mapped when it is first read in place: opening reads a few small stretches, for which a mapping costs more than
-/// it saves.
+/// The file is mapped when it is first read in place. Opening reads a few small ranges, for which a
+/// mapping costs more than it saves.
 #[derive(Clone, Debug)]
 pub struct SourceFile {
     inner: Arc<Inner>,
@@ -35,16 +35,16 @@ struct Inner {
     files: Files,
     location: PathBuf,
     io: Io,
-    /// What the file was when it was opened.
+    /// The version of the file when it was opened.
     stamp: Stamp,
-    /// The open file. The thread that needs it first sets it: at opening, after [`SourceFile::let_go`], and after the
-    /// storage told that the handle is stale.
+    /// The open file. It is missing at the start, after [`SourceFile::let_go`], and after the
+    /// storage told that the handle is stale. The thread that needs it first sets it.
     object: RwLock<Option<Arc<dyn Object>>>,
-    /// The mapping, or `None` where the file is not to be mapped.
+    /// The mapping, or `None` if the file must not be mapped.
     map: OnceLock<Option<Mapping>>,
-    /// Whether mappings are advised as scattered. Written at opening.
+    /// Whether mappings are advised as scattered. Opening the shard writes it.
     random: AtomicBool,
-    /// When the last check was, or 0. Any thread writes it; a lost update costs one more check.
+    /// Time of the last check, or 0. Any thread writes it; a lost update costs one more check.
     checked_nanos: AtomicU64,
 }
 
@@ -67,7 +67,8 @@ impl SourceFile {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Closes the file, unless others hold it. The next use opens it again, and fails if the file changed meanwhile.
+    /// Closes the file, unless other holders remain. The next use opens it again, and fails if the
+    /// file changed meanwhile.
     pub fn let_go(&mut self) {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.object.get_mut().unwrap_or_else(PoisonError::into_inner).take();
@@ -88,7 +89,8 @@ impl SourceFile {
         Ok(Arc::clone(held.get_or_insert(object)))
     }
 
-    /// Calls `call` on the open file, until it succeeds or fails for good. A stale handle is opened anew.
+    /// Calls `call` on the open file until it succeeds or fails for good. Opens the file again if
+    /// the handle is stale.
     fn on_object<T>(&self, what: &dyn fmt::Display, mut call: impl FnMut(&dyn Object) -> io::Result<T>) -> Result<T> {
         self.inner.files.retried(what, &self.inner.location, || {
             let result = call(&*self.object()?);
@@ -126,27 +128,27 @@ impl SourceFile {
         Ok(self.inner.map.get_or_init(|| map).as_ref())
     }
 
-    /// The location that the file was opened by.
+    /// The location under which the file was opened.
     pub fn path(&self) -> &Path {
         &self.inner.location
     }
 
-    /// Bytes of the file when it was opened.
+    /// Size of the file in bytes when it was opened.
     pub fn len(&self) -> u64 {
         self.inner.stamp.size_bytes
     }
 
-    /// Always false: empty files are refused.
+    /// Always false, because empty files are refused.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Size and modification time when it was opened.
+    /// Size and modification time of the file when it was opened.
     pub fn stamp(&self) -> Stamp {
         self.inner.stamp
     }
 
-    /// Modification time when it was opened.
+    /// Modification time of the file when it was opened.
     pub fn modified(&self) -> Option<SystemTime> {
         self.inner.stamp.modified
     }
@@ -168,7 +170,7 @@ impl SourceFile {
         }
     }
 
-    /// Reads `range`, mapped or not, in place of what is in `buffer`.
+    /// Replaces the content of `buffer` by the bytes of `range`, whether the file is mapped or not.
     fn read(&self, range: Range<u64>, buffer: &mut Vec<u8>) -> Result<()> {
         self.check_range(&range)?;
         buffer.resize((range.end - range.start) as usize, 0);
@@ -189,7 +191,7 @@ impl SourceFile {
         Err(Error::new(ErrorKind::Changed, message).at(self.path()))
     }
 
-    /// The bytes of `range` as shared bytes: a view of the mapping, or freshly read.
+    /// The bytes of `range` as shared bytes: a view of the mapping, or a new copy.
     pub fn bytes(&self, range: Range<u64>) -> Result<bytes::Bytes> {
         self.check_range(&range)?;
         if self.map()?.is_some() {
@@ -202,7 +204,7 @@ impl SourceFile {
         }
     }
 
-    /// Asks for the pages of `range` to be read ahead. Best effort.
+    /// Asks for the pages of `range` to be read ahead. May have no effect.
     pub fn will_need(&self, range: Range<u64>) {
         if range.end > self.len() || range.start >= range.end {
             return;
@@ -216,7 +218,8 @@ impl SourceFile {
         }
     }
 
-    /// Tells whether the page at `offset` is in memory. Positioned reads cannot know, and say no.
+    /// Tells whether the page at `offset` is in memory. Returns false for files read by position,
+    /// because those cannot know.
     pub fn is_resident(&self, offset: u64) -> bool {
         offset < self.len() && self.map().is_ok_and(|map| map.is_some_and(|map| map.is_resident(offset)))
     }
@@ -253,7 +256,8 @@ impl SourceFile {
         Ok(())
     }
 
-    /// Does as [`SourceFile::check_unchanged`] for small windows: at most once a millisecond.
+    /// Like [`SourceFile::check_unchanged`], but compares at most once a millisecond, for small
+    /// windows.
     pub fn check_window(&self) -> Result<()> {
         let now = coarse_nanos();
         let last = self.inner.checked_nanos.load(Ordering::Relaxed);
@@ -294,7 +298,7 @@ fn open_regular(files: &Files, location: &Path) -> Result<(Arc<dyn Object>, Stam
     if stat.kind == ItemKind::File { Ok((object, stat.stamp)) } else { Err(irregular()) }
 }
 
-/// A clock that is cheap to read and some milliseconds coarse.
+/// Reads a clock that is cheap and coarse: its ticks are some milliseconds long.
 #[cfg(target_os = "linux")]
 fn coarse_nanos() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -309,8 +313,8 @@ fn coarse_nanos() -> u64 {
     START.get_or_init(std::time::Instant::now).elapsed().as_nanos() as u64
 }
 
-/// Stretches of a file that is being opened. A few are read by position, several small ones at once. Many, or long ones,
-/// are taken from the mapping.
+/// Reads ranges of a file that is being opened. Reads a few ranges by position, and joins small
+/// ones to one read. Takes many ranges or long ranges from the mapping.
 pub(crate) struct Reads {
     file: SourceFile,
     buffer: Vec<u8>,
@@ -318,11 +322,12 @@ pub(crate) struct Reads {
     reads: usize,
 }
 
-/// Reads above which a mapping costs less.
+/// Number of reads above which a mapping costs less.
 const FEW_READS: usize = 32;
-/// Bytes at once above which a mapping costs less, and a copy would take as much memory.
+/// Number of bytes in one read above which a mapping costs less. A copy would also take as much
+/// memory.
 const LONG_READ: u64 = 256 << 10;
-/// Bytes read at once: a message with its offsets, or a footer.
+/// Number of bytes read at once. They hold a message with its offsets, or a footer.
 const READ_AHEAD: u64 = 512;
 
 impl Reads {
@@ -338,7 +343,7 @@ impl Reads {
         self.file
     }
 
-    /// The last `len` bytes, with what lies before them read at once.
+    /// The last `len` bytes. Reads the bytes before them in the same call.
     pub(crate) fn last(&mut self, len: u64) -> Result<&[u8]> {
         let end = self.file.len();
         let tail = self.get(end - end.min(len.max(READ_AHEAD))..end)?;

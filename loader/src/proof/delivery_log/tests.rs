@@ -9,7 +9,7 @@ use crate::order::epochs::EpochChain;
 
 const CONTENT: &str = "content";
 
-/// One rank's batch, with the rows that the rule for all ranks gives it.
+/// The batch of one rank, with the rows that the rule for all ranks gives it.
 fn logged(position: u64, rank: u64, world_size: u64, batch_size: u64) -> LoggedBatch {
     let mut checksum = Checksum::default();
     for row in 0..batch_size {

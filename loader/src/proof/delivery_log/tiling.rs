@@ -135,8 +135,8 @@ impl GatheredBatch {
     }
 }
 
-/// The positions to prove: the delivered positions of consecutive epochs, numbered by one row of
-/// indices.
+/// The positions to prove: the delivered positions of consecutive epochs. One count of indices
+/// numbers them all.
 pub struct ProofRange<'a> {
     /// The epochs to prove.
     pub epochs: Range<u64>,
@@ -178,11 +178,12 @@ pub struct GlobalBatch {
     pub world_size: u64,
     /// Rows per rank.
     pub batch_size: u64,
-    /// Checksum of all ranks' rows together.
+    /// Checksum of the rows of all ranks together.
     pub checksum: Checksum,
-    /// Start of the earliest pass that delivered it, in milliseconds since 1970.
+    /// Start of the earliest pass that delivered the batch, in milliseconds since 1970.
     pub time_ms: u64,
-    /// Launches that delivered it last. A run's name stands for a launch that has no name.
+    /// The launches that delivered the batch last. The run's name stands for a launch without a
+    /// name.
     pub launches: Vec<String>,
 }
 
@@ -193,8 +194,8 @@ pub struct DeliveryPair {
     pub epoch: u64,
     /// Position of its global batch.
     pub position: u64,
-    /// The rank that received both. `None` if the ranks received different rows in total than with
-    /// another number of ranks.
+    /// The rank that received both. `None` if the difference concerns all ranks: another number of
+    /// ranks received other rows in total.
     pub rank: Option<u64>,
     /// Data-parallel size.
     pub world_size: u64,
@@ -228,8 +229,9 @@ impl Tiling {
         self.chain.iter().map(|batch| batch.checksum).sum()
     }
 
-    /// Splits the holes of a range that ends at `end`: the holes before the last global batch, and the
-    /// indices after it, which an unfinished run may still deliver. Without a global batch all are holes.
+    /// Splits the holes of a range that ends at `end`. Returns the holes before the last global
+    /// batch, and the indices after it, which an unfinished run may still deliver. Without a global
+    /// batch, every index is in a hole.
     pub fn missing(&self, end: u64) -> (&[Range<u64>], Range<u64>) {
         match self.holes.split_last() {
             Some((last, holes)) if last.end == end && !self.chain.is_empty() => (holes, last.clone()),
