@@ -89,7 +89,11 @@ def settings_of(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _paths(data: Data) -> str | None:
     """The text of some paths, or None where there is none."""
     paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
-    return ",".join(os.fspath(path).replace("\\", "\\\\").replace(",", "\\,") for path in paths) or None
+    return _listed(os.fspath(path) for path in paths) or None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ",".join(name.replace("\\", "\\\\").replace(",", "\\,") for name in names)
 
 
 def _text(name: str, value: object) -> str:
@@ -101,6 +105,8 @@ def _text(name: str, value: object) -> str:
         return "true" if value else "false"
     if name == "mixture" and isinstance(value, Mapping):
         return json.dumps(value, default=_plain)
+    if name == "fields" and isinstance(value, Iterable):
+        return _listed(value) or "none"
     if name == "skip" and not isinstance(value, str) and isinstance(value, Iterable):
         return ",".join(_range(part) for part in value) or "none"
     if name == "cpu_affinity" and isinstance(value, Iterable):

@@ -1,0 +1,222 @@
+"""Protects: labels, masks, weights and other columns reach batches beside their tokens, as plain Python reads them."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+from reference import IGNORE, Reference, Settings, read_table, resolve_shuffle, shards, token_stream
+from support import arguments
+
+import forebay
+from forebay.torch import DataLoader, TokenDataset
+
+#: Columns: type in the file, type in a batch, whether a value belongs to the target at its place.
+COLUMNS: dict[str, tuple[pa.DataType, str, bool]] = {
+    "labels": (pa.int32(), "int64", True),
+    "loss_mask": (pa.bool_(), "bool", True),
+    "weights": (pa.float16(), "float32", True),
+    "attention_mask": (pa.uint8(), "int64", False),
+    "small": (pa.int8(), "int8", False),
+    "count": (pa.uint16(), "int32", False),
+    "score": (pa.float32(), "float32", False),
+}
+CONTAINERS = {
+    "arrow": (".arrow", "none"),
+    "arrow-zstd": (".arrow", "zstd"),
+    "parquet": (".parquet", "none"),
+    "parquet-zstd": (".parquet", "zstd"),
+}
+
+
+def values(name: str, count: int, draw: random.Random) -> list[Any]:
+    if name in ("loss_mask", "attention_mask"):
+        return [draw.random() < 0.5 if name == "loss_mask" else 1 for _ in range(count)]
+    if name in ("weights", "score"):
+        return [draw.randrange(64) / 8 for _ in range(count)]
+    low, high = {"labels": (-100, 50_000), "small": (-128, 127), "count": (0, 65_535)}[name]
+    return [draw.randint(low, high) for _ in range(count)]
+
+
+def write(path: Path, codec: str, draw: random.Random, names: list[str], rows: int = 60) -> None:
+    lengths = [draw.choice([0, 1, 3, 9, 40]) for _ in range(rows)]
+    ids = [[draw.randrange(50_000) for _ in range(length)] for length in lengths]
+    columns = {"input_ids": pa.array([row or None for row in ids], pa.list_(pa.int32()))}
+    for index, name in enumerate(names):
+        kind = pa.large_list(COLUMNS[name][0]) if index % 2 else pa.list_(COLUMNS[name][0])
+        lists = [np.array(values(name, length, draw), COLUMNS[name][0].to_pandas_dtype()) for length in lengths]
+        columns[name] = pa.array([list(values) for values in lists], kind)
+    table = pa.table(columns)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, compression=codec, row_group_size=17, data_page_size=256)
+        return
+    options = pyarrow.ipc.IpcWriteOptions(compression=None if codec == "none" else codec)
+    with pa.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=13)
+
+
+def corpus(folder: Path, container: str, names: list[str], seed: int = 1) -> Path:
+    suffix, codec = CONTAINERS[container]
+    folder.mkdir()
+    draw = random.Random(seed)
+    for shard in range(3):
+        write(folder / f"{shard}{suffix}", codec, draw, names)
+    return folder
+
+
+@cache
+def stream_of(data: Path, name: str, settings: Settings) -> list[Any]:
+    """The values of a column, and its own value at every special."""
+    stream: list[Any] = []
+    special = {"labels": IGNORE, "attention_mask": 1}.get(name, 0)
+    for path in shards(data):
+        for document in read_table(path).column(name).to_pylist():
+            if document:
+                stream += [special] if settings.bos_id is not None else []
+                stream += document
+                stream += [special] if settings.eos_id is not None else []
+    return stream
+
+
+@cache
+def tokens_of(data: Path, settings: Settings) -> list[int]:
+    return token_stream(data, bos_id=settings.bos_id, eos_id=settings.eos_id)
+
+
+@cache
+def reference_of(data: Path, name: str | None, settings: Settings) -> Reference:
+    """Rows over the values of a column, or over the places of tokens."""
+    if name is None:
+        return Reference(list(range(len(tokens_of(data, settings)))), settings)
+    return Reference(stream_of(data, name, settings), settings)
+
+
+def expected(data: Path, name: str, settings: Settings, step: int, rank: int, world: int) -> Any:
+    """The array of a column in a batch: the rows that the reference gives for tokens, over the column's stream."""
+    padding = IGNORE if name == "labels" else 0
+    assert len(tokens_of(data, settings)) == len(stream_of(data, name, settings))
+    padded = Settings(**{**vars(settings), "pad_id": padding})
+    rows = reference_of(data, name, padded).batch_at(step, rank=rank, world_size=world)
+    side = int(settings.shifted and COLUMNS[name][2])
+    # The reference fills targets up with -100; a field has its own padding.
+    cut = [list(row[side]) for row in rows]
+    if side and padding != IGNORE:
+        places = reference_of(data, None, settings).batch_at(step, rank=rank, world_size=world)
+        cut = [
+            [padding if place == IGNORE else value for value, place in zip(row, place[1], strict=True)]
+            for row, place in zip(cut, places, strict=True)
+        ]
+    return np.array(cut).astype(COLUMNS[name][1])
+
+
+def assert_fields(
+    batch: dict[str, Any], data: Path, names: list[str], settings: Settings, where: str, *at: int
+) -> None:
+    for name in names:
+        key = "y" if settings.shifted and name == "labels" else name
+        found, wanted = np.asarray(batch[key]), expected(data, name, settings, *at)
+        assert found.dtype == wanted.dtype, f"{where} {name}"
+        assert np.array_equal(found, wanted), f"{where}: `{name}` of {at} is {found}, expected {wanted}"
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("targets", ["labels", "shifted"])
+@pytest.mark.parametrize("remainder", ["drop", "pad"])
+def test_batches_hold_what_plain_python_reads(tmp_path: Path, container: str, targets: str, remainder: str) -> None:
+    names = list(COLUMNS)
+    data = corpus(tmp_path / "corpus", container, names)
+    draw = random.Random(f"{container} {targets} {remainder}")
+    for shuffle in ("off", "global", "block"):
+        settings = Settings(
+            seq_len=draw.choice([5, 16, 33]),
+            batch_size=draw.choice([1, 3]),
+            targets=targets,
+            bos_id=draw.choice([None, 50_001]),
+            eos_id=draw.choice([None, 50_002]),
+            shuffle=shuffle,
+            seed=draw.randrange(100),
+            chunk_tokens=64,
+            window_tokens=512,
+            lanes=2,
+            remainder=remainder,
+        )
+        given = dict(arguments(settings), fields=names, block_tokens=draw.choice([1, 64, 4096]))
+        world = draw.choice([1, 2])
+        for rank in range(world):
+            where = f"{container} {settings} rank {rank} of {world}"
+            with forebay.Loader(data, dp_rank=rank, dp_world_size=world, **given) as loader:
+                batches = list(loader)
+                assert len(batches) == len(loader) > 0
+                for step in range(0, len(batches), 7):
+                    assert_fields(batches[step], data, names, settings, where, step, rank, world)
+                last = len(batches) - 1
+                assert_fields(batches[last], data, names, settings, where, last, rank, world)
+                assert_fields(loader.batch_at(last), data, names, settings, where, last, rank, world)
+
+
+@pytest.mark.parametrize("container", ["arrow", "parquet-zstd"])
+def test_tensors_have_the_columns_that_are_named(tmp_path: Path, container: str) -> None:
+    torch = pytest.importorskip("torch")
+    names = list(COLUMNS)
+    data = corpus(tmp_path / "corpus", container, names)
+    settings = Settings(seq_len=16, batch_size=4, shuffle=resolve_shuffle(True, decoded=container != "arrow"), seed=3)
+    dataset = TokenDataset(data, seq_len=16, fields=names)
+    loader = DataLoader(dataset, batch_size=4, shuffle=True, seed=3, num_workers=2, drop_last=True)
+    batches = list(loader)
+    for step in (0, len(batches) - 1):
+        assert list(batches[step]) == ["input_ids", "labels", *names[1:]]
+        assert all(isinstance(tensor, torch.Tensor) for tensor in batches[step].values())
+        assert_fields(batches[step], data, names, settings, container, step, 0, 1)
+    row = dataset[3]
+    unshuffled = Settings(seq_len=16, batch_size=1)
+    assert_fields({key: tensor[None] for key, tensor in row.items()}, data, names, unshuffled, "row", 3, 0, 1)
+
+
+def test_consumers_of_a_split_loader_get_their_rows_of_every_column(tmp_path: Path) -> None:
+    data = corpus(tmp_path / "corpus", "parquet", ["labels", "loss_mask"])
+    with forebay.Loader(data, seq_len=8, batch_size=4, fields=["labels", "loss_mask"]) as loader:
+        whole = list(loader)
+        parts = loader.split(2)
+        for batch in whole[:3]:
+            for index, part in enumerate(iter(part) for part in parts):
+                rows = next(part)
+                assert all(np.array_equal(rows[name], batch[name][index::2]) for name in batch)
+            break
+
+
+def test_a_resumed_run_continues_every_column(tmp_path: Path) -> None:
+    data = corpus(tmp_path / "corpus", "parquet-zstd", ["labels", "score"])
+    given: dict[str, Any] = dict(seq_len=16, batch_size=2, shuffle=True, fields=["labels", "score"])
+    with forebay.Loader(data, **given) as loader:
+        batches = list(loader)
+    with forebay.Loader(data, **given) as loader:
+        before = iter(loader)
+        for _ in range(5):
+            next(before)
+        state = loader.state_dict()
+    with forebay.Loader(data, **given) as loader:
+        loader.load_state_dict(state)
+        for found, wanted in zip(loader, batches[5:], strict=True):
+            assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    with (
+        forebay.Loader(data, **{**given, "fields": ["score"]}) as other,
+        pytest.raises(Exception, match="`fields` was `labels,score` when saved and is `score` now"),
+    ):
+        other.load_state_dict(state)
+
+
+def test_what_fields_cannot_be_is_said(tmp_path: Path) -> None:
+    data = corpus(tmp_path / "corpus", "parquet", ["labels"])
+    with pytest.raises(ValueError, match="up to 8 columns, each once"):
+        forebay.Loader(data, fields=["labels", "labels"])
+    with pytest.raises(ValueError, match="none called `input_ids`"):
+        forebay.Loader(data, fields=["input_ids"])
+    with pytest.raises(Exception, match="column `mask` of `fields` is missing: the file has `input_ids`, `labels`"):
+        forebay.Loader(data, fields=["mask"])
