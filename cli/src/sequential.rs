@@ -7,13 +7,19 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{ArrowPrimitiveType, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
-use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_array::types::{
+    ArrowPrimitiveType, Float16Type, Float32Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type,
+    UInt32Type,
+};
+use arrow_array::{Array, ArrayRef, Int64Array, RecordBatch};
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType};
+use forebay::corpus::schema::SchemaField;
 use forebay::settings::{Config, Targets};
+use forebay::tokens::Dtype;
 use forebay::{Error, Result};
 
 use crate::token_column::{self, unsound};
@@ -31,11 +37,36 @@ pub(crate) trait Visitor {
     fn read(&mut self, tokens: u64);
 }
 
-/// Reads `paths`, the shards of `config` in order.
+/// Reads the tokens of `paths`, the shards of `config` in order.
 pub(crate) fn read(config: &Config, paths: &[&Path], visitor: &mut dyn Visitor) -> Result<()> {
+    let specials = (config.bos_id.map(i64::from), config.eos_id.map(i64::from));
+    read_column(config, config.token_column.as_deref(), None, specials, paths, visitor)
+}
+
+/// Reads a further column of `paths`. The visitor gets its values as they are delivered: floating-point numbers by
+/// their bits, and the values of both tokens where rows share one.
+pub(crate) fn read_field(
+    config: &Config,
+    field: &SchemaField,
+    paths: &[&Path],
+    visitor: &mut dyn Visitor,
+) -> Result<()> {
+    let specials = (config.bos_id.map(|_| field.special), config.eos_id.map(|_| field.special));
+    read_column(config, Some(field.name), Some(field.dtype), specials, paths, visitor)
+}
+
+fn read_column(
+    config: &Config,
+    column: Option<&str>,
+    delivered: Option<Dtype>,
+    (bos, eos): (Option<i64>, Option<i64>),
+    paths: &[&Path],
+    visitor: &mut dyn Visitor,
+) -> Result<()> {
     let mut stream = Stream {
-        bos: config.bos_id.map(i64::from),
-        eos: config.eos_id.map(i64::from),
+        delivered,
+        bos,
+        eos,
         seq_len: config.seq_len as usize,
         overlap: usize::from(config.targets == Targets::Shifted),
         visitor,
@@ -47,7 +78,7 @@ pub(crate) fn read(config: &Config, paths: &[&Path], visitor: &mut dyn Visitor) 
     };
     for (shard, path) in paths.iter().enumerate() {
         stream.shard = shard;
-        read_file(path, config.token_column.as_deref(), &mut stream).map_err(|error| error.at(path))?;
+        read_file(path, column, &mut stream).map_err(|error| error.at(path))?;
     }
     stream.finish();
     Ok(())
@@ -55,6 +86,8 @@ pub(crate) fn read(config: &Config, paths: &[&Path], visitor: &mut dyn Visitor) 
 
 /// The part of the stream that is not in rows yet.
 struct Stream<'a> {
+    /// Type in which a further column is delivered; none for tokens.
+    delivered: Option<Dtype>,
     bos: Option<i64>,
     eos: Option<i64>,
     seq_len: usize,
@@ -156,6 +189,10 @@ fn add(column: &ArrayRef, before: u64, stream: &mut Stream<'_>) -> Result<()> {
         DataType::FixedSizeList(..) => column.as_fixed_size_list().values(),
         _ => column,
     };
+    if let Some(delivered) = stream.delivered {
+        let wide = field_values(values, delivered)?;
+        return add_typed::<Int64Type>(column, &wide, before, stream);
+    }
     match values.data_type() {
         DataType::UInt8 => add_typed::<UInt8Type>(column, values, before, stream),
         DataType::UInt16 => add_typed::<UInt16Type>(column, values, before, stream),
@@ -164,6 +201,33 @@ fn add(column: &ArrayRef, before: u64, stream: &mut Stream<'_>) -> Result<()> {
         DataType::Int64 => add_typed::<Int64Type>(column, values, before, stream),
         other => Err(Error::data(format!("token column has type {other}"))),
     }
+}
+
+/// The values of a further column, as 64-bit integers: floating-point numbers by the bits of the delivered type.
+pub(crate) fn field_values(values: &ArrayRef, delivered: Dtype) -> Result<ArrayRef> {
+    fn mapped<T: ArrowPrimitiveType>(values: &ArrayRef, wide: impl Fn(T::Native) -> i64) -> ArrayRef {
+        Arc::new(values.as_primitive::<T>().unary::<_, Int64Type>(wide))
+    }
+    Ok(match values.data_type() {
+        DataType::Boolean => {
+            let values = values.as_boolean();
+            let wide = values.values().iter().map(i64::from).collect::<Vec<_>>();
+            Arc::new(Int64Array::new(wide.into(), values.nulls().cloned()))
+        }
+        DataType::Int8 => mapped::<Int8Type>(values, i64::from),
+        DataType::Int16 => mapped::<Int16Type>(values, i64::from),
+        DataType::Int32 => mapped::<Int32Type>(values, i64::from),
+        DataType::Int64 => mapped::<Int64Type>(values, |value| value),
+        DataType::UInt8 => mapped::<UInt8Type>(values, i64::from),
+        DataType::UInt16 => mapped::<UInt16Type>(values, i64::from),
+        DataType::UInt32 => mapped::<UInt32Type>(values, i64::from),
+        DataType::Float16 if delivered == Dtype::F32 => {
+            mapped::<Float16Type>(values, |value| i64::from(value.to_f32().to_bits()))
+        }
+        DataType::Float16 => mapped::<Float16Type>(values, |value| i64::from(value.to_bits())),
+        DataType::Float32 => mapped::<Float32Type>(values, |value| i64::from(value.to_bits())),
+        other => return Err(Error::data(format!("a column of `fields` has type {other}"))),
+    })
 }
 
 fn add_typed<T: ArrowPrimitiveType>(

@@ -14,10 +14,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use forebay::corpus::Corpus;
+use forebay::corpus::schema::{SchemaField, Side};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
 use forebay::proof::checksum::Checksum;
-use forebay::settings::Epochs;
+use forebay::settings::{Epochs, Targets};
 use forebay::{Error, ErrorKind, Loader};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -201,17 +202,25 @@ struct Expected<'a> {
     wanted: &'a [Wanted],
     sums: Vec<Checksum>,
     source: usize,
+    /// The further column that is being read; none while tokens are.
+    field: Option<SchemaField>,
+    /// The places of a row that hold its values: all tokens, or those that an array of the batch has.
+    places: Range<usize>,
     bar: ProgressBar,
 }
 
 impl Visitor for Expected<'_> {
     fn row(&mut self, sequence: u64, tokens: &[i64]) {
+        let tokens = &tokens[self.places.start.min(tokens.len())..self.places.end.min(tokens.len())];
         let mut one = None;
         for (wanted, sum) in self.wanted.iter().zip(&mut self.sums) {
             for _ in 0..wanted.count(self.source, sequence) {
                 *sum += *one.get_or_insert_with(|| {
                     let mut one = Checksum::default();
-                    one.add_row(self.source as u64, sequence, tokens);
+                    match &self.field {
+                        None => one.add_row(self.source as u64, sequence, tokens),
+                        Some(field) => one.add_field(self.source as u64, sequence, field.name, tokens),
+                    }
                     one
                 });
             }
@@ -227,11 +236,27 @@ impl Visitor for Expected<'_> {
 
 /// Reads the files, and returns the checksum for each of `wanted`.
 fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result<Vec<Checksum>, Failure> {
+    let config = loader.config();
     let bar = reading_bar(loader, context)?;
-    let mut expected = Expected { wanted, sums: vec![Checksum::default(); wanted.len()], source: 0, bar };
+    let sums = vec![Checksum::default(); wanted.len()];
+    let mut expected = Expected { wanted, sums, source: 0, field: None, places: 0..usize::MAX, bar };
+    let seq_len = config.seq_len as usize;
+    let is_shifted = config.targets == Targets::Shifted;
     for (source, (_, corpus)) in loader.corpora().enumerate() {
-        expected.source = source;
-        sequential::read(loader.config(), &paths(corpus), &mut expected)?;
+        let is_there = |(index, _): &(usize, &SchemaField)| corpus.field_dtype(*index).is_some();
+        let fields: Vec<SchemaField> =
+            loader.schema().iter().enumerate().filter(is_there).map(|(_, field)| *field).collect();
+        expected.bar.inc_length(corpus.tokens() * fields.len() as u64);
+        (expected.source, expected.field) = (source, None);
+        // Where labels are a column, no array has the last token that a shifted row reads.
+        let has_labels = fields.iter().any(|field| field.name == "labels");
+        expected.places = if has_labels { 0..seq_len } else { 0..usize::MAX };
+        sequential::read(config, &paths(corpus), &mut expected)?;
+        for field in fields {
+            let start = usize::from(is_shifted && field.side == Side::Target);
+            (expected.field, expected.places) = (Some(field), start..start + seq_len);
+            sequential::read_field(config, &field, &paths(corpus), &mut expected)?;
+        }
     }
     expected.bar.finish_and_clear();
     Ok(expected.sums)

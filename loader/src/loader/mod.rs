@@ -35,6 +35,7 @@ use session::Session;
 use crate::buffer::BufferSource;
 use crate::buffer::pool::Pool;
 use crate::corpus::Corpus;
+use crate::corpus::schema::SchemaField;
 use crate::error::Result;
 use crate::loader::state::State;
 use crate::observe::stats::Stats;
@@ -100,6 +101,11 @@ impl Loader {
     /// The opened corpus; the first one of a mixture.
     pub fn corpus(&self) -> &Corpus {
         self.session.opened.sources.list()[0].reader.corpus()
+    }
+
+    /// The columns that batches have beside the tokens.
+    pub fn schema(&self) -> &[SchemaField] {
+        &self.session.opened.schema
     }
 
     /// Every opened corpus with its name in the mixture; without a mixture, the name is empty.
