@@ -414,9 +414,12 @@ impl Reader {
     ) -> Result<()> {
         let Stretch { block, from, to, prefix_only, .. } = stretch;
         let index = block.block as usize;
-        let tokens_alone = self.specials.none() && !stretch.borders && scratch.document_ends.is_none();
+        let tokens_alone = self.specials.none() && !stretch.borders;
         match opened.shard() {
             Shard::Random(shard) if tokens_alone => {
+                if let Some(found) = &mut scratch.document_ends {
+                    push_ends(&shard.ends(index, &mut scratch.ends)?, &stretch, found);
+                }
                 let tokens = shard.tokens(index, from..to, &mut scratch.tokens)?;
                 row.write(&tokens, ahead)
             }
@@ -457,6 +460,9 @@ impl Reader {
                 let all = Tokens::new(shard.block_dtype(), &decoded.bytes);
                 let slice = |tokens: Range<u64>| all.slice(tokens.start as usize..tokens.end as usize);
                 if tokens_alone {
+                    if let Some(found) = &mut scratch.document_ends {
+                        push_ends(&decoded.document_ends(), &stretch, found);
+                    }
                     return row.write(&slice(from..to), ahead);
                 }
                 // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
@@ -641,4 +647,15 @@ impl Reader {
         }
         asked
     }
+}
+
+/// Appends where the documents of a block end in a stretch without specials: the places in the row just after them.
+fn push_ends(ends: &Ends<'_>, stretch: &Stretch, found: &mut Vec<u64>) {
+    let (mut low, mut high) = (0, ends.len());
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if ends.get(middle) > stretch.from { high = middle } else { low = middle + 1 }
+    }
+    let inside = (low..ends.len()).map(|document| ends.get(document)).take_while(|end| *end <= stretch.to);
+    found.extend(inside.map(|end| stretch.place + (end - stretch.from)));
 }
