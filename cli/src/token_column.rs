@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow_ipc::reader::{FileReader, StreamReader};
-use arrow_schema::Schema;
+use arrow_schema::{DataType, Schema};
 use forebay::format::{Format, TOKEN_COLUMNS};
 use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
@@ -27,8 +27,18 @@ pub(crate) struct TokenColumn {
     pub(crate) name: String,
     /// Whether a row is a token, so that the file is one document.
     pub(crate) plain: bool,
+    /// Type of its values.
+    pub(crate) item: DataType,
     /// Names of the other columns.
     pub(crate) others: Vec<String>,
+}
+
+/// The type of the values in a column of `data_type`.
+fn item_of(data_type: &DataType) -> DataType {
+    match data_type {
+        DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => item.data_type().clone(),
+        other => other.clone(),
+    }
 }
 
 impl TokenColumn {
@@ -38,8 +48,8 @@ impl TokenColumn {
         let schema = match format {
             Format::Parquet => {
                 let ParquetColumn { name, others, builder } = parquet(file, wanted)?;
-                let plain = !builder.schema().field(0).data_type().is_nested();
-                return Ok(Self { name, plain, others });
+                let data_type = builder.schema().field(0).data_type();
+                return Ok(Self { name, plain: !data_type.is_nested(), item: item_of(data_type), others });
             }
             Format::ArrowFile => FileReader::try_new(BufReader::new(file), None).map_err(unsound)?.schema(),
             Format::ArrowStream => StreamReader::try_new(BufReader::new(file), None).map_err(unsound)?.schema(),
@@ -49,6 +59,7 @@ impl TokenColumn {
         Ok(Self {
             name: schema.field(index).name().clone(),
             plain: !schema.field(index).data_type().is_nested(),
+            item: item_of(schema.field(index).data_type()),
             others: others.map(|(_, field)| field.name().clone()).collect(),
         })
     }

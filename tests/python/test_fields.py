@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 from reference import IGNORE, Reference, Settings, read_table, resolve_shuffle, shards, token_stream
-from support import arguments
+from support import arguments, clean_environment
 
 import forebay
 from forebay.torch import DataLoader, TokenDataset
@@ -220,3 +223,88 @@ def test_what_fields_cannot_be_is_said(tmp_path: Path) -> None:
         forebay.Loader(data, fields=["input_ids"])
     with pytest.raises(Exception, match="column `mask` of `fields` is missing: the file has `input_ids`, `labels`"):
         forebay.Loader(data, fields=["mask"])
+
+
+def verified(*given: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "forebay", "verify", *map(str, given), "--json"],
+        capture_output=True, text=True, env=clean_environment(), timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["proven"] == (done.returncode == 0)
+    return found
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("targets", ["labels", "shifted"])
+def test_verify_proves_every_column(tmp_path: Path, container: str, targets: str) -> None:
+    names = list(COLUMNS)
+    data = corpus(tmp_path / "corpus", container, names)
+    given: list[Any] = [data, "--seq-len", 16, "--shuffle", "--set", f"targets={targets}", "--set", "eos_id=50001"]
+    given += ["--set", "lanes=2", "--set", "chunk_tokens=64", "--set", "window_tokens=512", "--set", "remainder=pad"]
+    with_fields = verified(*given, "--set", f"fields={','.join(names)}", "--world-size", 2)
+    assert with_fields["proven"]
+    alone = verified(*given)
+    assert alone["proven"] and alone["found"]["rows"] == with_fields["found"]["rows"]
+    assert alone["found"]["hash"] != with_fields["found"]["hash"]
+
+
+def test_a_value_that_changed_after_the_run_is_not_proven(tmp_path: Path) -> None:
+    data = corpus(tmp_path / "corpus", "arrow", ["labels", "small"])
+    log = tmp_path / "log"
+    given: dict[str, Any] = dict(seq_len=16, remainder="pad", fields=["labels", "small"])
+    with forebay.Loader(data, delivery_log=log, **given) as loader:
+        assert len(list(loader)) > 10
+    asked = [data, "--seq-len", 16, "--set", "remainder=pad", "--set", "fields=labels,small", "--delivery-log", log]
+    assert verified(*asked)["proven"]
+    shard = data / "1.arrow"
+    labels = read_table(shard).column("labels").chunk(0).flatten().to_numpy()
+    content = shard.read_bytes()
+    at = content.index(labels.tobytes())
+    shard.write_bytes(content[:at] + np.int32(labels[0] ^ 1).tobytes() + content[at + 4 :])
+    assert not verified(*asked)["proven"]
+
+
+def rewritten(data: Path, target: Path, *given: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "forebay", "rewrite", str(data), str(target), *map(str, given)],
+        capture_output=True, text=True, env=clean_environment(), timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("container", ["arrow", "arrow-zstd", "parquet-zstd"])
+@pytest.mark.parametrize("to", ["arrow", "parquet"])
+def test_rewrite_carries_every_column(tmp_path: Path, container: str, to: str) -> None:
+    names = list(COLUMNS)
+    data = corpus(tmp_path / "corpus", container, names)
+    named = f"fields={','.join(names)}"
+    # Shards are cut, or joined.
+    for tokens in (150, 1500):
+        target = tmp_path / f"target-{tokens}"
+        done = rewritten(data, target, "--to", to, "--shard-tokens", tokens, "--batch-tokens", 100, "--set", named)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (len(shards(target)) > 3) == (tokens == 150)
+        assert_same(data, target, names)
+
+
+def assert_same(data: Path, target: Path, names: list[str]) -> None:
+    for path in shards(target):
+        for name in names:
+            assert read_table(path).schema.field(name).type.value_type == COLUMNS[name][0], f"{path} {name}"
+    given: dict[str, Any] = dict(seq_len=16, batch_size=2, shuffle="global", seed=2, remainder="pad", fields=names)
+    with forebay.Loader(data, **given) as before, forebay.Loader(target, **given) as after:
+        for found, wanted in zip(after, before, strict=True):
+            assert list(found) == list(wanted)
+            assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_rewrite_names_the_row_that_does_not_fit(tmp_path: Path) -> None:
+    data = tmp_path / "corpus"
+    data.mkdir()
+    columns = {"input_ids": [[1, 2], [3], [4, 5]], "labels": [[1, 2], [3, 4], [5]]}
+    pq.write_table(pa.table(columns), data / "a.parquet")
+    done = rewritten(data, tmp_path / "target", "--set", "fields=labels")
+    assert done.returncode == 1
+    assert "column `labels` must have a value for each token: expected 1, found 2" in done.stderr
+    assert "a.parquet" in done.stderr and "row 1" in done.stderr

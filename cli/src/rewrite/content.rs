@@ -61,8 +61,12 @@ impl Digest {
         self.documents += 1;
     }
 
-    pub(super) fn content(&self, rows: u64) -> Content {
-        let hash = format!("{:016x}{:016x}", self.ids.digest(), self.ends.digest());
+    /// The content of a shard of `rows` rows with these tokens, and with the digests `fields` of its further columns.
+    pub(super) fn content(&self, rows: u64, fields: impl IntoIterator<Item = Self>) -> Content {
+        let mut hash = format!("{:016x}{:016x}", self.ids.digest(), self.ends.digest());
+        for field in fields {
+            hash.push_str(&format!("-{:016x}{:016x}", field.ids.digest(), field.ends.digest()));
+        }
         Content { rows, documents: self.documents, tokens: self.tokens, hash }
     }
 }
@@ -70,11 +74,18 @@ impl Digest {
 /// Reads the content of the shard at `path`, as a loader reads it.
 pub(super) fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
     let shard = format::open(path, options)?;
+    let of_field = |name: &String| digest_of(&format::open(path, &options.of_field(name))?);
+    let fields = options.fields.iter().map(of_field).collect::<Result<Vec<_>>>()?;
+    Ok(digest_of(&shard)?.content(shard.info().rows, fields))
+}
+
+/// Reads all values of a column.
+fn digest_of(shard: &Shard) -> Result<Digest> {
     let mut digest = Digest::default();
     let (mut bytes, mut scratch, mut ids) = (Vec::new(), EndsScratch::default(), Vec::new());
     for (block, meta) in shard.blocks().iter().enumerate() {
         let before = digest.tokens;
-        match &shard {
+        match shard {
             Shard::Random(shard) => {
                 for start in (0..meta.tokens).step_by(PIECE_TOKENS as usize) {
                     let end = meta.tokens.min(start + PIECE_TOKENS);
@@ -92,7 +103,7 @@ pub(super) fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
             }
         }
     }
-    Ok(digest.content(shard.info().rows))
+    Ok(digest)
 }
 
 /// Replaces `ids` by the ids of `tokens`.
@@ -105,7 +116,8 @@ fn widen(tokens: &Tokens<'_>, ids: &mut Vec<i64>) {
         Dtype::U32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(u32::from_le_bytes(*id)))),
         Dtype::I32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(i32::from_le_bytes(*id)))),
         Dtype::I64 => ids.extend(bytes.as_chunks::<8>().0.iter().map(|id| i64::from_le_bytes(*id))),
-        other => unreachable!("no ids of type {}", other.name()),
+        // The types that only further columns have.
+        _ => ids.extend((0..tokens.len()).map(|index| tokens.get(index))),
     }
 }
 

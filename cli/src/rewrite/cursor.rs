@@ -10,6 +10,8 @@ use super::source::{Batch, Rows, Source};
 /// A place in a run of sources.
 pub(super) struct Cursor<'a> {
     sources: &'a [Source],
+    /// The further column that it reads; none for the tokens.
+    field: Option<usize>,
     range: Range<usize>,
     io: Io,
     at: usize,
@@ -19,8 +21,8 @@ pub(super) struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    pub(super) fn new(sources: &'a [Source], range: Range<usize>, io: Io) -> Self {
-        Self { sources, at: range.start, range, io, first_row: 0, rows: None, batch: None }
+    pub(super) fn new(sources: &'a [Source], field: Option<usize>, range: Range<usize>, io: Io) -> Self {
+        Self { sources, field, at: range.start, range, io, first_row: 0, rows: None, batch: None }
     }
 
     pub(super) fn seek(&mut self, place: (usize, u64)) {
@@ -47,7 +49,7 @@ impl<'a> Cursor<'a> {
                 break;
             }
             if self.rows.is_none() {
-                self.rows = Some(source.rows(self.first_row, self.io)?);
+                self.rows = Some(source.rows(self.field, self.first_row, self.io)?);
             }
             let rows = self.rows.as_mut().expect("opened above");
             self.batch = rows.next().map_err(|error| error.at(path))?;

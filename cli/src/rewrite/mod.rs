@@ -11,6 +11,7 @@
 
 mod content;
 mod cursor;
+mod fields;
 mod groups;
 mod id_type;
 mod manifest;
@@ -30,6 +31,7 @@ use forebay::{Error, ErrorKind};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use self::fields::CarriedField;
 use self::groups::groups;
 use self::id_type::{DTYPES, smallest_dtype};
 use self::manifest::Manifest;
@@ -77,6 +79,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     // A plain file without tokens is an empty document, which needs no shard.
     sources.retain(|source| !(source.plain && source.facts.counts.tokens == 0));
 
+    let fields = carried(&sources)?;
     let tokens: u64 = sources.iter().map(|source| source.facts.counts.tokens).sum();
     let settle = || -> forebay::Result<Value> {
         if let Some(dtype) = DTYPES.iter().find(|dtype| dtype.name() == options.dtype) {
@@ -99,6 +102,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         sources: &sources,
         target,
         suffix: name(options.to),
+        fields: &fields,
         column: sources.first().map_or(format::TOKEN_COLUMNS[0], |source| &source.column),
         shape: Shape { container: options.container(), dtype, batch_tokens: options.batch_tokens },
         open: OpenOptions { token_column: sources.first().map(|source| source.column.clone()), ..open },
@@ -125,4 +129,23 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         summary.write(target, context.out)?;
     }
     Ok(0)
+}
+
+/// The further columns that are carried, which all sources have in one type.
+fn carried(sources: &[Source]) -> forebay::Result<Vec<CarriedField>> {
+    let Some(first) = sources.first() else { return Ok(Vec::new()) };
+    for source in sources {
+        if source.fields != first.fields {
+            return Err(Error::data(format!(
+                "types of columns in `fields` differ between shards: `{}` and `{}`; rewrite them apart",
+                first.file.path.display(),
+                source.file.path.display()
+            )));
+        }
+        if source.plain && !source.fields.is_empty() {
+            let text = "a plain token column has no documents: `rewrite` carries further columns of lists alone";
+            return Err(Error::data(text).at(&source.file.path));
+        }
+    }
+    Ok(first.fields.clone())
 }

@@ -122,6 +122,9 @@ impl Options {
             ("batch-tokens", self.batch_tokens.to_string()),
             ("token-column", config.token_column.clone().unwrap_or_default()),
         ];
+        if !config.fields.is_empty() {
+            named.push(("fields", config.fields.join(",")));
+        }
         if self.to == To::Parquet {
             named.extend([
                 ("codec", name(self.codec)),

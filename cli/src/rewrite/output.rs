@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,10 +15,13 @@ use forebay::format::OpenOptions;
 use forebay::tokens::Dtype;
 use forebay::{Error, ErrorKind, Result};
 use parquet::arrow::ArrowWriter;
+use parquet::basic::Encoding;
 use parquet::errors::ParquetError;
 use parquet::file::properties::{WriterProperties, WriterVersion};
+use parquet::schema::types::ColumnPath;
 
 use super::content::{Content, Digest, read_back};
+use super::fields::{CarriedField, FieldPart};
 use super::id_type::most;
 use super::options::{Container, Shape};
 
@@ -43,6 +47,7 @@ pub(super) struct Part {
     offsets: Vec<i32>,
     rows: u64,
     digest: Digest,
+    fields: Vec<FieldPart>,
 }
 
 /// A file that is removed when this is dropped, unless it was renamed.
@@ -66,11 +71,20 @@ pub(super) fn draft_name(name: &str) -> String {
 }
 
 impl Part {
-    pub(super) fn create(folder: &Path, name: &str, column: &str, plain: bool, shape: &Shape) -> Result<Self> {
+    pub(super) fn create(
+        folder: &Path,
+        name: &str,
+        column: &str,
+        plain: bool,
+        fields: &[CarriedField],
+        shape: &Shape,
+    ) -> Result<Self> {
         let path = folder.join(draft_name(name));
         let item = arrow_type(shape.dtype);
         let data_type = if plain { item } else { DataType::List(Arc::new(Field::new_list_field(item, false))) };
-        let schema = Arc::new(Schema::new(vec![Field::new(column, data_type, false)]));
+        let mut columns = vec![Field::new(column, data_type, false)];
+        columns.extend(fields.iter().map(CarriedField::field));
+        let schema = Arc::new(Schema::new(columns));
         let file = File::create(&path).map_err(|error| Error::io("cannot create shard", error).at(&path))?;
         let draft = Draft { path, renamed: false };
         let (writer, most) = match &shape.container {
@@ -87,10 +101,17 @@ impl Part {
                     // Bytes alone end a page, and row groups end where `write_batch` says.
                     .set_data_page_row_count_limit(usize::MAX)
                     .set_max_row_group_row_count(None);
-                let properties = match encoding {
+                let mut properties = match encoding {
                     Some(encoding) => properties.set_encoding(*encoding),
                     None => properties,
                 };
+                // The encoding is that of ids; not every type of a field can have it.
+                for field in fields {
+                    let path = ColumnPath::new([&field.name, "list", "item"].map(str::to_owned).to_vec());
+                    properties = properties
+                        .set_column_encoding(path.clone(), Encoding::PLAIN)
+                        .set_column_dictionary_enabled(path, true);
+                }
                 let writer = ArrowWriter::try_new(file, Arc::clone(&schema), Some(properties.build()))
                     .map_err(|error| parquet_failed(error).at(&draft.path))?;
                 let writer = Writer::Parquet { writer, row_group_tokens: *row_group_tokens, tokens: 0 };
@@ -109,12 +130,19 @@ impl Part {
             offsets: vec![0],
             rows: 0,
             digest: Digest::default(),
+            fields: fields.iter().map(FieldPart::new).collect(),
         })
     }
 
     /// Number of tokens so far.
     pub(super) fn tokens(&self) -> u64 {
         self.digest.tokens + self.ids.len() as u64
+    }
+
+    /// Adds the values `range` of further column `index` for the document that is added next.
+    pub(super) fn field(&mut self, index: usize, values: &ArrayRef, range: Range<usize>) -> Result<()> {
+        let end = self.tokens() + range.len() as u64;
+        self.fields[index].document(values, range, end)
     }
 
     /// Adds a document, or some rows of a plain column. `add` appends their ids.
@@ -151,14 +179,19 @@ impl Part {
         let values = array(&self.ids, self.dtype);
         let tokens = self.ids.len() as u64;
         self.ids.clear();
-        let offsets = std::mem::replace(&mut self.offsets, vec![0]);
+        let offsets = OffsetBuffer::new(std::mem::replace(&mut self.offsets, vec![0]).into());
+        let mut columns = Vec::with_capacity(1 + self.fields.len());
+        for field in &mut self.fields {
+            columns.push(field.take(&offsets)?);
+        }
         let column: ArrayRef = if self.plain {
             values
         } else {
             let field = Field::new_list_field(arrow_type(self.dtype), false);
-            Arc::new(ListArray::new(Arc::new(field), OffsetBuffer::new(offsets.into()), values, None))
+            Arc::new(ListArray::new(Arc::new(field), offsets, values, None))
         };
-        let batch = RecordBatch::try_new(Arc::clone(&self.schema), vec![column]).map_err(arrow_failed)?;
+        columns.insert(0, column);
+        let batch = RecordBatch::try_new(Arc::clone(&self.schema), columns).map_err(arrow_failed)?;
         let writer = self.writer.as_mut().expect("there until the shard is published");
         let written = match writer {
             Writer::Arrow(writer) => writer.write(&batch).map_err(arrow_failed),
@@ -199,7 +232,8 @@ impl Part {
         file.sync_all().map_err(|error| write_failed(error).at(path))?;
         let bytes = file.metadata().map_err(|error| write_failed(error).at(path))?.len();
         drop(file);
-        let expected = self.digest.content(self.rows);
+        let fields = self.fields.into_iter().map(|field| field.digest);
+        let expected = self.digest.content(self.rows, fields);
         let found = read_back(path, options)?;
         if found != expected {
             return Err(Error::new(

@@ -23,6 +23,7 @@ use forebay::storage::Files;
 use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
+use super::fields::CarriedField;
 use crate::token_column::{self, TokenColumn, open_file, unsound};
 
 /// A shard of the source.
@@ -36,6 +37,8 @@ pub(super) struct Source {
     pub(super) plain: bool,
     /// Names of the columns that no loader reads.
     pub(super) others: Vec<String>,
+    /// The further columns that are carried.
+    pub(super) fields: Vec<CarriedField>,
 }
 
 impl Source {
@@ -43,14 +46,27 @@ impl Source {
     pub(super) fn open(file: &ShardFile, options: &OpenOptions) -> Result<Self> {
         let facts = format::open(&file.path, options)?.facts();
         let column = TokenColumn::find(&file.path, facts.format, options.token_column.as_deref());
-        let TokenColumn { name, plain, others } = column.map_err(|error| error.at(&file.path))?;
-        Ok(Self { file: file.clone(), facts, column: name, plain, others })
+        let TokenColumn { name, plain, mut others, .. } = column.map_err(|error| error.at(&file.path))?;
+        others.retain(|name| !options.fields.contains(name));
+        let mut fields = Vec::with_capacity(options.fields.len());
+        for name in &options.fields {
+            let shard = format::open(&file.path, &options.of_field(name))?;
+            let column = TokenColumn::find(&file.path, facts.format, Some(name));
+            let TokenColumn { item, plain, .. } = column.map_err(|error| error.at(&file.path))?;
+            if plain {
+                let text = format!("column `{name}` is a plain column: `rewrite` carries lists alone");
+                return Err(Error::data(text).at(&file.path));
+            }
+            fields.push(CarriedField { name: name.clone(), dtype: shard.info().dtype, item });
+        }
+        Ok(Self { file: file.clone(), facts, column: name, plain, others, fields })
     }
 
-    /// Its rows from `first_row` on.
-    pub(super) fn rows(&self, first_row: u64, io: Io) -> Result<Rows> {
+    /// Its rows from `first_row` on: tokens, or the values of a further column.
+    pub(super) fn rows(&self, field: Option<usize>, first_row: u64, io: Io) -> Result<Rows> {
         let path = &self.file.path;
-        let reader = Reader::open(path, self.facts.format, io, &self.column, first_row);
+        let column = field.map_or(&self.column, |field| &self.fields[field].name);
+        let reader = Reader::open(path, self.facts.format, io, column, first_row);
         let mut rows = Rows { reader: reader.map_err(|error| error.at(path))?, skip: 0, row: 0 };
         match rows.reader {
             // The reader has passed over the rows by its index.
@@ -188,7 +204,7 @@ impl Rows {
 
 /// Decoded rows.
 pub(super) struct Batch {
-    values: ArrayRef,
+    pub(super) values: ArrayRef,
     nulls: Option<NullBuffer>,
     ends: Ends,
     /// The shard's row that it begins with.

@@ -10,6 +10,7 @@ use indicatif::ProgressBar;
 
 use super::content::Content;
 use super::cursor::Cursor;
+use super::fields::CarriedField;
 use super::groups::Group;
 use super::manifest::{Done, Manifest};
 use super::options::Shape;
@@ -27,6 +28,8 @@ pub(super) struct Work<'a> {
     pub(super) target: &'a Path,
     pub(super) suffix: String,
     pub(super) column: &'a str,
+    /// The further columns that are carried.
+    pub(super) fields: &'a [CarriedField],
     pub(super) shape: Shape,
     pub(super) open: OpenOptions,
     pub(super) manifest: &'a Manifest,
@@ -70,7 +73,9 @@ impl Work<'_> {
     fn write_group(&self, index: usize) -> forebay::Result<Vec<Shard>> {
         let group = &self.groups[index];
         let end = (group.sources.end, 0);
-        let mut cursor = Cursor::new(self.sources, group.sources.clone(), self.open.io);
+        let cursor = |field| Cursor::new(self.sources, field, group.sources.clone(), self.open.io);
+        let mut fields: Vec<Cursor<'_>> = (0..self.fields.len()).map(|field| cursor(Some(field))).collect();
+        let mut cursor = cursor(None);
         let mut shards: Vec<Shard> = Vec::new();
         let mut at = (group.sources.start, 0);
         while at != end && !self.stop.load(Ordering::Relaxed) {
@@ -79,7 +84,7 @@ impl Work<'_> {
                 Some(done) => Shard { done: done.clone(), was_there: true },
                 None => {
                     cursor.seek(at);
-                    let Some(done) = self.write_shard(&name, index, &mut cursor, &shards)? else { break };
+                    let Some(done) = self.write_shard(&name, index, &mut cursor, &mut fields, &shards)? else { break };
                     Shard { done, was_there: false }
                 }
             };
@@ -89,18 +94,42 @@ impl Work<'_> {
         Ok(shards)
     }
 
+    /// Adds the values of further column `index` to a document of `tokens` tokens.
+    fn add_field(&self, part: &mut Part, index: usize, cursor: &mut Cursor<'_>, tokens: usize) -> forebay::Result<()> {
+        let name = &self.fields[index].name;
+        let Some((_, batch)) = cursor.current()? else {
+            return Err(Error::data(format!("column `{name}` ends before the tokens")));
+        };
+        let values = batch.document(batch.next);
+        if values.len() != tokens {
+            let found = values.len();
+            return Err(Error::data(format!(
+                "column `{name}` must have a value for each token: expected {tokens}, found {found}"
+            )));
+        }
+        part.field(index, &batch.values, values)?;
+        batch.next += 1;
+        Ok(())
+    }
+
     /// Writes a shard from the place of `cursor` on. Returns none if another thread has failed meanwhile.
     fn write_shard(
         &self,
         name: &str,
         index: usize,
         cursor: &mut Cursor<'_>,
+        fields: &mut [Cursor<'_>],
         before: &[Shard],
     ) -> forebay::Result<Option<Done>> {
         let group = &self.groups[index];
-        let mut part = Part::create(self.target, name, self.column, group.plain, &self.shape)?;
+        let mut part = Part::create(self.target, name, self.column, group.plain, self.fields, &self.shape)?;
         let mut shown = 0;
-        while let Some((path, batch)) = cursor.current()? {
+        loop {
+            if cursor.current()?.is_none() {
+                break;
+            }
+            let place = cursor.place();
+            let Some((path, batch)) = cursor.current()? else { break };
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
@@ -115,8 +144,14 @@ impl Work<'_> {
                 if part.tokens() >= group.shard_tokens && !document.is_empty() {
                     break;
                 }
+                let (row, tokens) = (batch.row(batch.next), document.len());
+                for (index, field) in fields.iter_mut().enumerate() {
+                    field.seek(place);
+                    let added = self.add_field(&mut part, index, field, tokens);
+                    added.map_err(|error| error.at_row(row).at(path))?;
+                }
                 let added = part.document(|ids| batch.widen(document, ids));
-                added.map_err(|error| error.at_row(batch.row(batch.next)).at(path))?;
+                added.map_err(|error| error.at_row(row).at(path))?;
                 batch.next += 1;
             }
             if part.tokens() > shown + (1 << 20) {
