@@ -1,4 +1,7 @@
-"""Protects: labels, masks, weights and other columns reach batches beside their tokens, as plain Python reads them."""
+"""Protects: labels, masks, weights and other columns reach batches beside their tokens.
+
+Plain Python on top of pyarrow is the judge.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,7 @@ def reference_of(data: Path, name: str | None, settings: Settings) -> Reference:
 
 
 def expected(data: Path, name: str, settings: Settings, step: int, rank: int, world: int) -> Any:
-    """The array of a column in a batch: the rows that the reference gives for tokens, over the column's stream."""
+    """The array of a column in a batch: the reference's rows over the column's stream."""
     padding = IGNORE if name == "labels" else 0
     assert len(tokens_of(data, settings)) == len(stream_of(data, name, settings))
     padded = Settings(**{**vars(settings), "pad_id": padding})
