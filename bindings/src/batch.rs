@@ -117,7 +117,8 @@ fn format_of(dtype: Dtype) -> &'static CStr {
     match (dtype.kind(), dtype.size()) {
         (DtypeKind::Bool, _) => c"?",
         (DtypeKind::Float, 2) => c"e",
-        (DtypeKind::Float, _) => c"f",
+        (DtypeKind::Float, 4) => c"f",
+        (DtypeKind::Float, _) => c"d",
         (DtypeKind::Unsigned, 1) => c"B",
         (DtypeKind::Unsigned, 2) => c"H",
         (DtypeKind::Unsigned, _) => c"I",

@@ -10,10 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{
-    ArrowPrimitiveType, Float16Type, Float32Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type,
-    UInt32Type,
-};
+use arrow_array::types::{ArrowPrimitiveType, Float16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
 use arrow_array::{Array, ArrayRef, Int64Array, RecordBatch};
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType};
@@ -205,29 +202,28 @@ fn add(column: &ArrayRef, before: u64, stream: &mut Stream<'_>) -> Result<()> {
 
 /// The values of a further column, as 64-bit integers: floating-point numbers by the bits of the delivered type.
 pub(crate) fn field_values(values: &ArrayRef, delivered: Dtype) -> Result<ArrayRef> {
-    fn mapped<T: ArrowPrimitiveType>(values: &ArrayRef, wide: impl Fn(T::Native) -> i64) -> ArrayRef {
-        Arc::new(values.as_primitive::<T>().unary::<_, Int64Type>(wide))
+    if let Some(values) = values.as_boolean_opt() {
+        let wide = values.values().iter().map(i64::from).collect::<Vec<_>>();
+        return Ok(Arc::new(Int64Array::new(wide.into(), values.nulls().cloned())));
     }
-    Ok(match values.data_type() {
-        DataType::Boolean => {
-            let values = values.as_boolean();
-            let wide = values.values().iter().map(i64::from).collect::<Vec<_>>();
-            Arc::new(Int64Array::new(wide.into(), values.nulls().cloned()))
-        }
-        DataType::Int8 => mapped::<Int8Type>(values, i64::from),
-        DataType::Int16 => mapped::<Int16Type>(values, i64::from),
-        DataType::Int32 => mapped::<Int32Type>(values, i64::from),
-        DataType::Int64 => mapped::<Int64Type>(values, |value| value),
-        DataType::UInt8 => mapped::<UInt8Type>(values, i64::from),
-        DataType::UInt16 => mapped::<UInt16Type>(values, i64::from),
-        DataType::UInt32 => mapped::<UInt32Type>(values, i64::from),
-        DataType::Float16 if delivered == Dtype::F32 => {
-            mapped::<Float16Type>(values, |value| i64::from(value.to_f32().to_bits()))
-        }
-        DataType::Float16 => mapped::<Float16Type>(values, |value| i64::from(value.to_bits())),
-        DataType::Float32 => mapped::<Float32Type>(values, |value| i64::from(value.to_bits())),
-        other => return Err(Error::data(format!("a column of `fields` has type {other}"))),
-    })
+    if delivered == Dtype::F32
+        && let Some(halves) = values.as_primitive_opt::<Float16Type>()
+    {
+        let wide = halves.unary::<_, Int64Type>(|value| i64::from(value.to_f32().to_bits()));
+        return Ok(Arc::new(wide));
+    }
+    let data_type = values.data_type();
+    let width = data_type.primitive_width().filter(|_| data_type.is_numeric());
+    let width = width.ok_or_else(|| Error::data(format!("a column of `fields` has type {data_type}")))?;
+    let data = values.to_data();
+    let unused = 64 - 8 * width as u32;
+    let wide = data.buffers()[0].as_slice().chunks_exact(width).skip(data.offset()).take(data.len()).map(|value| {
+        let mut bytes = [0; 8];
+        bytes[..width].copy_from_slice(value);
+        let value = i64::from_le_bytes(bytes);
+        if data_type.is_signed_integer() { value << unused >> unused } else { value }
+    });
+    Ok(Arc::new(Int64Array::new(wide.collect::<Vec<_>>().into(), values.nulls().cloned())))
 }
 
 fn add_typed<T: ArrowPrimitiveType>(

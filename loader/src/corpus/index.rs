@@ -29,7 +29,6 @@ const RECORD: usize = 96 + MAX_FIELDS;
 /// In place of nanoseconds, where a file system has no modification times.
 const NO_TIME: u32 = u32::MAX;
 
-const DTYPES: [Dtype; 10] = Dtype::ALL;
 const ACCESSES: [Access; 2] = [Access::Random, Access::Block];
 
 /// A shard's place, by its absolute path: names may occur once under each root.
@@ -170,7 +169,7 @@ impl SavedIndex {
                 modified: time_of(u64_at(record, 24) as i64, u32_at(record, 32)),
             },
             format: FORMATS.get(usize::from(record[36]))?.format,
-            dtype: *DTYPES.get(usize::from(record[37]))?,
+            dtype: *Dtype::ALL.get(usize::from(record[37]))?,
             access: *ACCESSES.get(usize::from(record[38]))?,
             column: TokenColumn::of_number(record[39])?,
             rows: word(0),
@@ -193,7 +192,7 @@ fn push_record(bytes: &mut Vec<u8>, place: Place, facts: &ShardFacts) {
     bytes.extend_from_slice(&seconds.to_le_bytes());
     bytes.extend_from_slice(&nanos.to_le_bytes());
     bytes.push(number(FORMATS.iter().position(|entry| entry.format == facts.format)));
-    bytes.push(number(DTYPES.iter().position(|dtype| *dtype == facts.dtype)));
+    bytes.push(number(Dtype::ALL.iter().position(|dtype| *dtype == facts.dtype)));
     bytes.push(number(ACCESSES.iter().position(|access| *access == facts.access)));
     bytes.push(facts.column.number());
     let Counts { tokens, starts, ends } = facts.counts;
@@ -269,7 +268,7 @@ mod tests {
                 let facts = ShardFacts {
                     stamp: Stamp { size_bytes: 100 + number, modified },
                     format: FORMATS[number as usize % 3].format,
-                    dtype: DTYPES[number as usize % 5],
+                    dtype: Dtype::ALL[number as usize % 5],
                     column: TokenColumn::of_number(number as u8 % 5).unwrap(),
                     access: ACCESSES[number as usize % 2],
                     rows: 7,
@@ -277,7 +276,7 @@ mod tests {
                     counts: Counts { tokens: 1 << 40, starts: 5, ends: 6 },
                     decoded_bytes: 8,
                     largest_block_bytes: 9,
-                    fields: FieldTypes::new([None, DTYPES.get(number as usize).copied()]),
+                    fields: FieldTypes::new([None, Dtype::ALL.get(number as usize).copied()]),
                 };
                 (Place(u128::MAX - u128::from(number)), facts)
             })

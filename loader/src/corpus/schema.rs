@@ -102,11 +102,6 @@ fn rule_of(name: &str) -> Rule {
     found.unwrap_or(RULES[RULES.len() - 1])
 }
 
-/// Whether a column of this name looks like labels, a mask or weights.
-pub fn is_recognised(name: &str) -> bool {
-    RULES.iter().any(|rule| rule.names.contains(&name))
-}
-
 /// A per-token column that is delivered beside the tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchemaField {
@@ -172,7 +167,7 @@ impl Delivered {
             }),
             Self::Always(dtype) => {
                 let is_float = |dtype: Dtype| dtype.kind() == DtypeKind::Float;
-                (is_float(stored) == is_float(dtype)).then_some(dtype)
+                (is_float(stored) == is_float(dtype) && stored.size() <= dtype.size()).then_some(dtype)
             }
         }
     }

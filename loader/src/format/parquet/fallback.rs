@@ -3,14 +3,10 @@
 //! The arrow reader is slower than [`super::values`], but it knows every corner of the format. The
 //! shard uses it for row groups with encodings that [`super::pages`] does not know.
 
-use std::borrow::Cow;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{
-    Float16Type, Float32Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type,
-};
 use arrow_array::{Array, ArrayRef};
 use arrow_schema::DataType;
 use parquet::arrow::ProjectionMask;
@@ -141,31 +137,21 @@ fn push(decoded: &mut Decoded, column: &Column, array: &ArrayRef, first_row: u64
 }
 
 /// The bytes of `values` in the type of decoded values.
-fn raw<'a>(values: &'a ArrayRef, column: &Column) -> Result<Cow<'a, [u8]>> {
+fn raw(values: &ArrayRef, column: &Column) -> Result<Vec<u8>> {
     let (stored, dtype) = (column.stored, column.dtype);
     if let Some(values) = values.as_boolean_opt() {
         return Ok(values.values().iter().map(u8::from).collect());
     }
-    let is_expected = values.data_type().primitive_width() == Some(stored.size());
-    let Some(bytes) = values_of(values).filter(|_| is_expected) else {
+    let data = values.to_data();
+    let width = stored.size();
+    if data.data_type().primitive_width() != Some(width) {
         let found = values.data_type();
         return Err(Error::data(format!("the arrow reader gives {found}, expected {}", stored.name())));
-    };
+    }
+    let bytes = &data.buffers()[0].as_slice()[data.offset() * width..][..data.len() * width];
     if stored == dtype {
-        return Ok(bytes.into());
+        return Ok(bytes.to_vec());
     }
     let values = Tokens::new(stored, bytes);
     Ok((0..values.len()).flat_map(|index| values.get(index).to_le_bytes().into_iter().take(dtype.size())).collect())
-}
-
-/// The bytes of an array of numbers.
-fn values_of(values: &ArrayRef) -> Option<&[u8]> {
-    macro_rules! values {
-        ($($type:ty),*) => {
-            [$(values.as_primitive_opt::<$type>().map(|values| values.values().inner().as_slice())),*]
-        };
-    }
-    let found =
-        values![UInt8Type, UInt16Type, UInt32Type, Int8Type, Int16Type, Int32Type, Int64Type, Float16Type, Float32Type];
-    found.into_iter().flatten().next()
 }
