@@ -31,6 +31,8 @@ pub enum Dtype {
     F16,
     /// IEEE single precision.
     F32,
+    /// IEEE double precision.
+    F64,
 }
 
 /// What the bits of a type mean.
@@ -48,8 +50,19 @@ pub enum DtypeKind {
 
 impl Dtype {
     /// Every type.
-    pub const ALL: [Self; 10] =
-        [Self::U8, Self::U16, Self::U32, Self::I32, Self::I64, Self::I8, Self::I16, Self::Bool, Self::F16, Self::F32];
+    pub const ALL: [Self; 11] = [
+        Self::U8,
+        Self::U16,
+        Self::U32,
+        Self::I32,
+        Self::I64,
+        Self::I8,
+        Self::I16,
+        Self::Bool,
+        Self::F16,
+        Self::F32,
+        Self::F64,
+    ];
 
     /// Bytes of one value.
     pub const fn size(self) -> usize {
@@ -57,7 +70,7 @@ impl Dtype {
             Self::U8 | Self::I8 | Self::Bool => 1,
             Self::U16 | Self::I16 | Self::F16 => 2,
             Self::U32 | Self::I32 | Self::F32 => 4,
-            Self::I64 => 8,
+            Self::I64 | Self::F64 => 8,
         }
     }
 
@@ -74,6 +87,7 @@ impl Dtype {
             Self::Bool => "bool",
             Self::F16 => "float16",
             Self::F32 => "float32",
+            Self::F64 => "float64",
         }
     }
 
@@ -83,7 +97,7 @@ impl Dtype {
             Self::U8 | Self::U16 | Self::U32 => DtypeKind::Unsigned,
             Self::I8 | Self::I16 | Self::I32 | Self::I64 => DtypeKind::Signed,
             Self::Bool => DtypeKind::Bool,
-            Self::F16 | Self::F32 => DtypeKind::Float,
+            Self::F16 | Self::F32 | Self::F64 => DtypeKind::Float,
         }
     }
 
@@ -108,7 +122,9 @@ impl Dtype {
     /// The little-endian bytes of a small whole number in this type. [`Dtype::size`] of them count.
     pub fn encode(self, value: i64) -> [u8; 8] {
         let mut bytes = value.to_le_bytes();
-        if self.kind() == DtypeKind::Float {
+        if self == Self::F64 {
+            bytes = (value as f64).to_le_bytes();
+        } else if self.kind() == DtypeKind::Float {
             let wide = (value as f32).to_bits();
             // Small whole numbers lose nothing: the exponent gets another offset, the fraction
             // fewer bits.
@@ -133,8 +149,8 @@ impl FieldTypes {
     pub fn new(types: impl IntoIterator<Item = Option<Dtype>>) -> Self {
         let mut all = [0; MAX_FIELDS];
         for (number, dtype) in all.iter_mut().zip(types) {
-            let place = Dtype::ALL.iter().position(|known| Some(*known) == dtype);
-            *number = place.map_or(0, |place| place as u8 + 1);
+            let place = |dtype| Dtype::ALL.iter().position(|known| *known == dtype).expect("the list has every type");
+            *number = dtype.map_or(0, |dtype| place(dtype) as u8 + 1);
         }
         Self(all)
     }
@@ -232,7 +248,7 @@ impl<'a> Tokens<'a> {
             Dtype::U16 | Dtype::F16 => i64::from(u16::from_le_bytes([b[0], b[1]])),
             Dtype::U32 | Dtype::F32 => i64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])),
             Dtype::I32 => i64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-            Dtype::I64 => i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
+            Dtype::I64 | Dtype::F64 => i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
         }
     }
 

@@ -33,6 +33,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str, bool]] = {
     "small": (pa.int8(), "int8", False),
     "count": (pa.uint16(), "int32", False),
     "score": (pa.float32(), "float32", False),
+    "exact": (pa.float64(), "float64", False),
 }
 CONTAINERS = {
     "arrow": (".arrow", "none"),
@@ -45,7 +46,7 @@ CONTAINERS = {
 def values(name: str, count: int, draw: random.Random) -> list[Any]:
     if name in ("loss_mask", "attention_mask"):
         return [draw.random() < 0.5 if name == "loss_mask" else 1 for _ in range(count)]
-    if name in ("weights", "score"):
+    if name in ("weights", "score", "exact"):
         return [draw.randrange(64) / 8 for _ in range(count)]
     low, high = {"labels": (-100, 50_000), "small": (-128, 127), "count": (0, 65_535)}[name]
     return [draw.randint(low, high) for _ in range(count)]

@@ -355,7 +355,7 @@ fn types_and_names_that_no_field_has_are_refused() {
         let texts = Arc::new(arrow_array::StringArray::from_iter_values((0..12).map(|index| format!("{index}"))));
         let config = misfit(folder.path(), container, list(texts, &[3, 0, 5, 4], None, false));
         let error = Loader::open(config.clone()).unwrap_err().to_string();
-        assert!(error.contains("column `labels`") && error.contains("bool, float16 or float32"), "{error}");
+        assert!(error.contains("column `labels`") && error.contains("float16, float32 or float64"), "{error}");
         let error = Loader::open(Config { fields: vec!["mask".to_owned()], ..config }).unwrap_err().to_string();
         assert!(error.contains("column `mask` of `fields` is missing: the file has `input_ids`, `labels`"), "{error}");
     }

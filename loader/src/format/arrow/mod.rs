@@ -102,6 +102,7 @@ fn dtype_of(element: &DataType) -> Option<Dtype> {
         DataType::Int64 => Dtype::I64,
         DataType::Float16 => Dtype::F16,
         DataType::Float32 => Dtype::F32,
+        DataType::Float64 => Dtype::F64,
         _ => return None,
     })
 }

@@ -148,6 +148,7 @@ fn dtype(element: &Type) -> std::result::Result<Dtype, String> {
             Physical::INT32 => Ok(Dtype::I32),
             Physical::INT64 => Ok(Dtype::I64),
             Physical::FLOAT => Ok(Dtype::F32),
+            Physical::DOUBLE => Ok(Dtype::F64),
             Physical::BOOLEAN => Ok(Dtype::Bool),
             other => Err(format!("of type {}", other.to_string().to_lowercase())),
         },
