@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = str(ROOT / "scripts" / "setup.sh")
-LANE_LIMIT_S = 60 * 60
+LANE_LIMIT_S = 25 * 60
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # The word each runner uses -> what it means here.
 MEANING = {

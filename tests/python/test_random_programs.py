@@ -356,7 +356,8 @@ def interrupted_take(iterator: Any, found: list[Any], after_s: float) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.timeout(120)
+# A timer of the test's own replaces the one that the signal method would set.
+@pytest.mark.timeout(120, method="thread")
 @pytest.mark.thread_unsafe(reason="signals belong to the main thread, and seeds to the process")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_programs_lose_and_repeat_nothing(part: int, stress: bool) -> None:

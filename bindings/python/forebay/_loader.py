@@ -26,7 +26,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 _logger = logging.getLogger("forebay")
 _LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-_once = threading.Lock()
+_once = threading.RLock()
 _level_is_set = False
 _said: set[str] = set()
 

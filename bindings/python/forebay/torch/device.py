@@ -77,7 +77,7 @@ class Ahead:
         ahead: int,
     ) -> None:
         self._link, self._take, self._state, self._began, self._ahead = link, take, state, began, ahead
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._ready: deque[tuple[Any, list[tuple[torch.Tensor, Event]], Any] | Exception] = deque()
         #: Host memory that a copy may still read, in the order of the copies.
         self._reading: deque[tuple[Event, Any]] = deque()

@@ -126,7 +126,7 @@ class NativeIterator:
             self._take_on_host = functools.partial(self._core.next_tensors, NATIVE)
         self._ahead = ahead_of(self._take_on_host)
         self._take = self._take_on_host if self._ahead is None else self._ahead.take
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._begun = False
         self._gradient_state: Any = None
 

@@ -23,7 +23,7 @@ class Memory:
     def __init__(self, core: _core.Batches, allocate: Callable[[int], torch.Tensor]) -> None:
         self._core = core
         self._allocate = allocate
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         #: Submitted and not handed over, by address.
         self._buffers: dict[int, torch.Tensor] = {}
         self._takers = 0

@@ -22,7 +22,7 @@ from forebay.torch.any_dataset.random_state import OwnRandomState, seeding
 #: `here.info` is the answer for the calling thread, where the thread belongs to a loader of forebay.
 here = threading.local()
 
-_patching = threading.Lock()
+_patching = threading.RLock()
 _original: CodeType | None = None
 
 

@@ -56,7 +56,6 @@ class Outcome:
         return self.error.with_traceback(self.traceback)
 
 
-_starting = threading.Lock()
 _EXIT_LIMIT_S = 5.0
 _CLAIMS_KEPT = 1 << 16
 
@@ -64,7 +63,8 @@ _CLAIMS_KEPT = 1 << 16
 @atexit.register
 def _end_all() -> None:
     """Stops and awaits the threads. A thread that is in C++ when the interpreter goes down aborts the process."""
-    with _starting:
+    live: list[_Shared] = []
+    with contextlib.suppress(RuntimeError):  # another thread begins a pass
         live = list(_live)
     for shared in live:
         shared.stop()
@@ -76,8 +76,10 @@ def _end_all() -> None:
 class _Shared:
     """State of the consumer and the threads. Threads hold nothing else, so dropping `Workers` ends them.
 
-    The consumer waits for `changed`, which gets an entry at every change. ``threading.Condition`` would not do: it is
-    written in Python, and an interrupt inside it can leave its lock taken.
+    The consumer waits for `changed`, which gets an entry at every change. It takes no lock: an interrupt can come
+    between taking a lock and the body of its ``with`` block, and the lock then stays taken. CPython 3.14 looks for
+    signals there, and ``threading.Condition`` is written in Python. So the consumer changes a container by single
+    operations, which are atomic on every build. Only the threads of this module take `lock`, and `stop` does not.
     """
 
     def __init__(self, queues: list[Tasks]) -> None:
@@ -96,8 +98,7 @@ class _Shared:
         #: Seconds that threads spent on tasks, and of these the seconds on a processor.
         self.busy_s = self.cpu_s = 0.0
         self.threads: list[threading.Thread] = []
-        with _starting:
-            _live.add(self)
+        _live.add(self)
 
     def note_begun(self, failed: Outcome | None) -> None:
         with self.lock:
@@ -121,9 +122,9 @@ class _Shared:
         with self.lock:
             self.busy_s += busy_s
             self.cpu_s += cpu_s
-            if self.stopped:
-                return
-            self.outcomes[number] = outcome
+        self.outcomes[number] = outcome
+        if self.stopped:
+            self.outcomes.clear()
         self.changed.put(None)
 
     def note_death(self, error: BaseException) -> None:
@@ -131,9 +132,8 @@ class _Shared:
         self.changed.put(None)
 
     def stop(self) -> None:
-        with self.lock:
-            self.stopped = True
-            self.outcomes.clear()
+        self.stopped = True
+        self.outcomes.clear()
         self.changed.put(None)
         for tasks in self.queues:
             tasks.put(None)
@@ -217,8 +217,7 @@ class Workers:
         if outcome.is_setup:
             return
         number = outcome.number
-        with self._shared.lock:
-            self._shared.outcomes.pop(number, None)
+        self._shared.outcomes.pop(number, None)
         if not self._shared.changed.empty():
             self._shared.changed.get_nowait()
         if number in self._pending:
@@ -230,15 +229,13 @@ class Workers:
         number = outcome.number
         if outcome.is_setup or self._shared.stopped:
             return
-        with self._shared.lock:
-            self._shared.outcomes[number] = outcome
+        self._shared.outcomes[number] = outcome
         self._pending[number] = True
         self._front = min(self._front, number)
 
     def ready(self) -> bool:
         """Whether `peek` would not wait."""
-        with self._shared.lock:
-            return bool(self._threads) and (not self._is_pending() or self._ready() is not None)
+        return bool(self._threads) and (not self._is_pending() or self._ready() is not None)
 
     def close(self) -> None:
         """Ends the threads and waits until they finish their present tasks."""
@@ -254,8 +251,7 @@ class Workers:
         other work has the processors.
         """
         gone_s = time.monotonic() - self._started_s
-        with self._shared.lock:
-            busy_s, cpu_s = self._shared.busy_s, self._shared.cpu_s
+        busy_s, cpu_s = self._shared.busy_s, self._shared.cpu_s
         if gone_s < 1 or len(self._begins) < 2 or self._waited_s < 0.5 * gone_s:
             return None
         if not (0.7 * gone_s < cpu_s < 1.2 * gone_s and busy_s > 1.6 * cpu_s):
@@ -270,8 +266,7 @@ class Workers:
     @property
     def busy_s(self) -> float:
         """Seconds that threads spent on tasks, all threads together."""
-        with self._shared.lock:
-            return self._shared.busy_s
+        return self._shared.busy_s
 
     def _start(self) -> None:
         while len(self._threads) < len(self._begins):
@@ -323,7 +318,7 @@ class Workers:
     def _keep_failed_draw(self, number: int, worker: int, error: Exception) -> None:
         outcome = Outcome(None, error=error)
         outcome.number, outcome.worker = number, worker
-        self._shared.put(number, outcome)
+        self._shared.outcomes[number] = outcome
         self._note_given(number, worker, 0)
 
     def _note_given(self, number: int, worker: int, drawn: int) -> None:
@@ -353,7 +348,7 @@ class Workers:
         """The number of an outcome that can be delivered now."""
         outcomes, count = self._shared.outcomes, len(self._begins)
         if not self._in_order:
-            return next(iter(outcomes), None)
+            return next(iter(list(outcomes)), None)
         while self._own_data and (
             self._front % count in self._ended or self._front // count < self._first[self._front % count]
         ):
@@ -369,9 +364,8 @@ class Workers:
         count, shared = len(self._begins), self._shared
         start, deadline = time.monotonic(), self._deadline()
         while True:
-            with shared.lock:
-                number = self._ready()
-                found = None if number is None else shared.outcomes[number]
+            number = self._ready()
+            found = None if number is None else shared.outcomes.get(number)
             if found is not None and number is not None:
                 break
             if (failed := self._failed_setup()) is not None:
