@@ -212,7 +212,8 @@ fn every_value_stands_where_its_token_stands() {
             }
             let mut wanted = stream(&shards(), config.bos_id, config.eos_id);
             ids.retain(|id| *id != i64::from(PAD));
-            (ids.sort_unstable(), wanted.sort_unstable());
+            ids.sort_unstable();
+            wanted.sort_unstable();
             assert_eq!(ids, wanted, "{what}: each token once");
             for rank in 0..2 {
                 check_batch(&loader.batch_at(1, 1, rank, 2).unwrap(), &what);
