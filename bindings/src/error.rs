@@ -33,13 +33,8 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         exception.setattr("block", place.block)?;
         exception.setattr("row", place.row)?;
     }
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !message.contains(&said) {
-            exception.call_method1("add_note", (format!("caused by: {said}"),))?;
-        }
-        cause = error.source();
+    for cause in error.causes() {
+        exception.call_method1("add_note", (format!("caused by: {cause}"),))?;
     }
     Ok(PyErr::from_value(exception))
 }

@@ -4,16 +4,15 @@
 
 use std::io::Write;
 
-use forebay::corpus::discover;
 use forebay::corpus::mixed_shards;
-use forebay::format::{self, Access, EndsScratch, OpenOptions, Shard};
+use forebay::format::{self, Access, EndsScratch, OpenOptions, Shard, looks_like};
+use forebay::tokens::negative_id;
 use forebay::{Config, Error, ErrorKind};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::report::{bytes, counted, counts, escaped_faults, grouped, line, number_of, plural};
-use crate::token_column::TokenColumn;
 use crate::{Context, FAILED, Failure, Sets, progress};
 
 /// Tokens read at once if they lie in the file as they are.
@@ -60,11 +59,11 @@ struct Findings {
     broken: Vec<Error>,
 }
 
-fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
+fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure> {
     let options = OpenOptions::of(config);
     let mut files = Vec::new();
     for (_, data) in config.corpora()? {
-        files.push(discover::find(&options.files, &data, config.format)?.shards);
+        files.push(context.find(&options.files, &data, config.format)?);
     }
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(config.num_threads.unwrap_or(1) as usize)
@@ -83,7 +82,7 @@ fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
             }
         }
         // The corpora of a mixture may differ from each other.
-        broken.extend(mixed_shards(shards[first..].iter().map(|shard| (shard.path(), shard.facts()))));
+        broken.extend(mixed_shards(shards[first..].iter().map(|shard| (shard.path(), shard.facts())), &options));
     }
 
     // By blocks, not shards, so that a large shard is not left to one thread at the end.
@@ -100,32 +99,14 @@ fn check(config: &Config, context: &Context<'_>) -> Result<Findings, Failure> {
     });
     bar.finish_and_clear();
     broken.extend(read.into_iter().flatten());
-    let others = pool.install(|| shards.par_iter().map(|shard| columns_beside(shard, &options)).collect::<Vec<_>>());
-    let not_read = counts(others.into_iter().flatten());
+    let not_read = counts(shards.iter().flat_map(|shard| {
+        let mut names = shard.info().not_read.clone();
+        names.retain(|name| !options.fields.contains(name));
+        names.sort_unstable();
+        names.dedup();
+        names
+    }));
     Ok(Findings { files: files.iter().map(Vec::len).sum(), shards, not_read, broken })
-}
-
-/// Names of the columns of a shard that no loader reads. None if arrow-rs cannot read the schema: the tokens are
-/// sound all the same.
-fn columns_beside(shard: &Shard, options: &OpenOptions) -> Vec<String> {
-    let found = TokenColumn::find(shard.path(), shard.facts().format, options.token_column.as_deref());
-    let mut others = found.map(|column| column.others).unwrap_or_default();
-    others.sort_unstable();
-    others.dedup();
-    others
-}
-
-/// What a column is likely to hold for each token, by its name.
-fn looks_like(column: &str) -> Option<&'static str> {
-    let name = column.to_lowercase();
-    let has = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
-    match () {
-        () if has(&["mask"]) => Some("a mask"),
-        () if has(&["weight"]) => Some("weights"),
-        () if has(&["label", "target"]) => Some("labels"),
-        () if has(&["position_id", "token_type", "segment_id", "doc_id"]) => Some("ids of positions or segments"),
-        () => None,
-    }
 }
 
 #[derive(Default)]
@@ -147,10 +128,14 @@ fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &Progress
             let mut start = 0;
             while start < meta.tokens {
                 let end = meta.tokens.min(start + PIECE_TOKENS);
-                shard
-                    .tokens(block, start..end, &mut scratch.bytes)?
-                    .check_ids()
-                    .map_err(|error| error.context(format!("tokens {start}..{end} of the block")))?;
+                let tokens = shard.tokens(block, start..end, &mut scratch.bytes)?;
+                if let Some(at) = tokens.first_negative() {
+                    let error = negative_id(tokens.get(at));
+                    return Err(match shard.row_of(block, start + at as u64) {
+                        Some(row) => error.at_row(row),
+                        None => error,
+                    });
+                }
                 bar.inc(end - start);
                 start = end;
             }
@@ -178,6 +163,12 @@ impl Findings {
 
     fn names(&self, of: impl Fn(&Shard) -> &'static str) -> Vec<&'static str> {
         self.shards.iter().map(of).collect()
+    }
+
+    /// Types of the ids of the shards that have any.
+    fn dtypes(&self) -> Vec<&'static str> {
+        let full = self.shards.iter().filter(|shard| !shard.blocks().is_empty());
+        full.map(|shard| shard.info().dtype.name()).collect()
     }
 
     fn access(&self) -> Vec<&'static str> {
@@ -213,7 +204,7 @@ impl Findings {
         let size = self.total(|shard| shard.info().file.len());
         line(out, "shards", &format!("{}, {}", grouped(self.files as u64), bytes(size)))?;
         line(out, "format", &counted(self.names(|shard| shard.info().format.name())))?;
-        line(out, "dtype", &counted(self.names(|shard| shard.info().dtype.name())))?;
+        line(out, "dtype", &counted(self.dtypes()))?;
         line(out, "access", &counted(self.access()))?;
         line(out, "rows", &grouped(self.total(|shard| shard.info().rows)))?;
         line(out, "documents", &grouped(self.documents()))?;
@@ -296,7 +287,7 @@ impl Findings {
             "shards": self.files,
             "bytes": self.total(|shard| shard.info().file.len()),
             "format": names(self.names(|shard| shard.info().format.name())),
-            "dtype": names(self.names(|shard| shard.info().dtype.name())),
+            "dtype": names(self.dtypes()),
             "access": names(self.access()),
             "rows": self.total(|shard| shard.info().rows),
             "documents": self.documents(),

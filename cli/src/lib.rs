@@ -22,9 +22,11 @@ use std::ffi::OsString;
 use std::io::Write;
 
 use clap::{Args, Parser, Subcommand};
+use forebay::corpus::discover::{self, ShardFile};
 use forebay::notices::{self, Level, Notice};
 use forebay::settings::environment::Environment;
-use forebay::settings::{Resolved, Scope};
+use forebay::settings::{DataFormat, Resolved, Scope};
+use forebay::storage::Files;
 use forebay::{Error, ErrorKind, settings};
 pub use interrupt::end_at_interrupt;
 use report::{escaped, escaped_faults};
@@ -172,6 +174,15 @@ impl Context<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Finds the shards of `data` in `files`, and tells the warnings.
+    fn find(&mut self, files: &Files, data: &[String], format: DataFormat) -> Result<Vec<ShardFile>, Failure> {
+        let found = discover::find(files, data, format)?;
+        for warning in &found.warnings {
+            self.warn(warning)?;
+        }
+        Ok(found.shards)
     }
 
     fn warn(&mut self, warning: &str) -> std::io::Result<()> {

@@ -14,6 +14,7 @@ use arrow_array::types::{ArrowPrimitiveType, Float16Type, Int32Type, Int64Type, 
 use arrow_array::{Array, ArrayRef, Int64Array, RecordBatch};
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType};
+use forebay::corpus::Corpus;
 use forebay::corpus::schema::SchemaField;
 use forebay::settings::{Config, Targets};
 use forebay::tokens::Dtype;
@@ -34,30 +35,31 @@ pub(crate) trait Visitor {
     fn read(&mut self, tokens: u64);
 }
 
-/// Reads the tokens of `paths`, the shards of `config` in order.
-pub(crate) fn read(config: &Config, paths: &[&Path], visitor: &mut dyn Visitor) -> Result<()> {
+/// Reads the tokens of the shards of `corpus` in order, each from the column that a loader takes.
+pub(crate) fn read(config: &Config, corpus: &Corpus, visitor: &mut dyn Visitor) -> Result<()> {
     let specials = (config.bos_id.map(i64::from), config.eos_id.map(i64::from));
-    read_column(config, config.token_column.as_deref(), None, specials, paths, visitor)
+    read_column(config, None, None, specials, corpus, visitor)
 }
 
-/// Reads a further column of `paths`. The visitor gets its values as they are delivered: floating-point numbers by
-/// their bits, and the values of both tokens where rows share one.
+/// Reads a further column of the shards of `corpus`. The visitor gets its values as they are delivered: floating-point
+/// numbers by their bits, and the values of both tokens where rows share one.
 pub(crate) fn read_field(
     config: &Config,
     field: &SchemaField,
-    paths: &[&Path],
+    corpus: &Corpus,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
     let specials = (config.bos_id.map(|_| field.special), config.eos_id.map(|_| field.special));
-    read_column(config, Some(field.name), Some(field.dtype), specials, paths, visitor)
+    read_column(config, Some(field.name), Some(field.dtype), specials, corpus, visitor)
 }
 
+/// Reads column `column` of each shard; none is the token column.
 fn read_column(
     config: &Config,
     column: Option<&str>,
     delivered: Option<Dtype>,
     (bos, eos): (Option<i64>, Option<i64>),
-    paths: &[&Path],
+    corpus: &Corpus,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
     let mut stream = Stream {
@@ -73,9 +75,13 @@ fn read_column(
         done: 0,
         sequence: 0,
     };
-    for (shard, path) in paths.iter().enumerate() {
-        stream.shard = shard;
-        read_file(path, column, &mut stream).map_err(|error| error.at(path))?;
+    for (shard, file) in corpus.files().iter().enumerate() {
+        // Files without tokens may have any columns.
+        if corpus.facts_of(shard).counts.tokens > 0 {
+            stream.shard = shard;
+            let column = column.unwrap_or_else(|| corpus.token_column(shard));
+            read_file(&file.path, column, &mut stream).map_err(|error| error.at(&file.path))?;
+        }
     }
     stream.finish();
     Ok(())
@@ -142,7 +148,7 @@ impl Stream<'_> {
     }
 }
 
-fn read_file(path: &Path, column: Option<&str>, stream: &mut Stream<'_>) -> Result<()> {
+fn read_file(path: &Path, column: &str, stream: &mut Stream<'_>) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read the shard", error);
     let mut file = File::open(path).map_err(unreadable)?;
     let mut magic = Vec::new();
@@ -156,7 +162,7 @@ fn read_file(path: &Path, column: Option<&str>, stream: &mut Stream<'_>) -> Resu
         Ok::<_, Error>(())
     };
     if magic.starts_with(b"PAR1") {
-        let reader = token_column::parquet(file, column)?.builder.build().map_err(unsound)?;
+        let reader = token_column::parquet(path, column)?.build().map_err(unsound)?;
         for batch in reader {
             each(batch, 0)?;
         }

@@ -1,4 +1,4 @@
-//! Finds the token column of a file, and the columns beside it, by arrow-rs's and parquet's readers.
+//! Opens files for their token column alone, by arrow-rs's and parquet's readers.
 //!
 //! A Parquet file is opened as if it held the token column alone: a footer is built that has this column's
 //! part of the schema and its chunks, and nothing else. So no index of one schema is ever used in another
@@ -12,56 +12,37 @@ use std::sync::Arc;
 
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{DataType, Schema};
-use forebay::format::{Format, TOKEN_COLUMNS};
+use forebay::format::Format;
+use forebay::format::parquet::read_metadata;
+use forebay::settings::Io;
+use forebay::storage::Files;
 use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{FileMetaData, ParquetMetaData, ParquetMetaDataReader, RowGroupMetaData};
+use parquet::file::metadata::{FileMetaData, ParquetMetaData, RowGroupMetaData};
 use parquet::schema::types::{SchemaDescriptor, Type};
 
 /// Tokens that parquet decodes at once, if the rows are about as long as their mean.
 const DECODED_TOKENS: u64 = 1 << 20;
 
-/// What the schema of a file says of its token column.
-pub(crate) struct TokenColumn {
-    pub(crate) name: String,
-    /// Whether a row is a token, so that the file is one document.
-    pub(crate) plain: bool,
-    /// Type of its values.
-    pub(crate) item: DataType,
-    /// Names of the other columns.
-    pub(crate) others: Vec<String>,
+/// The type of column `name` in the file at `path`.
+pub(crate) fn data_type(path: &Path, format: Format, name: &str) -> Result<DataType> {
+    let read = || Ok(BufReader::new(open_file(path)?));
+    let schema = match format {
+        Format::Parquet => return Ok(parquet(path, name)?.schema().field(0).data_type().clone()),
+        Format::ArrowFile => FileReader::try_new(read()?, None).map_err(unsound)?.schema(),
+        Format::ArrowStream => StreamReader::try_new(read()?, None).map_err(unsound)?.schema(),
+    };
+    Ok(schema.field(arrow(&schema, name)?).data_type().clone())
 }
 
-/// The type of the values in a column of `data_type`.
-fn item_of(data_type: &DataType) -> DataType {
+/// The type of the values in lists of `data_type`.
+pub(crate) fn item_of(data_type: &DataType) -> Option<DataType> {
     match data_type {
-        DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => item.data_type().clone(),
-        other => other.clone(),
-    }
-}
-
-impl TokenColumn {
-    /// Looks into the schema of the file at `path`.
-    pub(crate) fn find(path: &Path, format: Format, wanted: Option<&str>) -> Result<Self> {
-        let file = open_file(path)?;
-        let schema = match format {
-            Format::Parquet => {
-                let ParquetColumn { name, others, builder } = parquet(file, wanted)?;
-                let data_type = builder.schema().field(0).data_type();
-                return Ok(Self { name, plain: !data_type.is_nested(), item: item_of(data_type), others });
-            }
-            Format::ArrowFile => FileReader::try_new(BufReader::new(file), None).map_err(unsound)?.schema(),
-            Format::ArrowStream => StreamReader::try_new(BufReader::new(file), None).map_err(unsound)?.schema(),
-        };
-        let index = arrow(&schema, wanted)?;
-        let others = schema.fields().iter().enumerate().filter(|(other, _)| *other != index);
-        Ok(Self {
-            name: schema.field(index).name().clone(),
-            plain: !schema.field(index).data_type().is_nested(),
-            item: item_of(schema.field(index).data_type()),
-            others: others.map(|(_, field)| field.name().clone()).collect(),
-        })
+        DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => {
+            Some(item.data_type().clone())
+        }
+        _ => None,
     }
 }
 
@@ -69,43 +50,22 @@ pub(crate) fn open_file(path: &Path) -> Result<File> {
     File::open(path).map_err(|error| Error::io("cannot open shard", error))
 }
 
-/// The token column of a Parquet file, ready to be read.
-pub(crate) struct ParquetColumn {
-    pub(crate) name: String,
-    /// Names of the other columns.
-    pub(crate) others: Vec<String>,
-    /// Reads the token column. Its batches have this one column.
-    pub(crate) builder: ParquetRecordBatchReaderBuilder<File>,
-}
-
-/// Opens a Parquet file for its token column: the one named `wanted`, or the first that has a usual name.
-pub(crate) fn parquet(file: File, wanted: Option<&str>) -> Result<ParquetColumn> {
-    let metadata = ParquetMetaDataReader::new().parse_and_finish(&file).map_err(unsound)?;
+/// Opens a Parquet file to read column `name`. Its batches have this one column.
+pub(crate) fn parquet(path: &Path, name: &str) -> Result<ParquetRecordBatchReaderBuilder<File>> {
+    let metadata = read_metadata(&Files::local().open(path, Io::Pread)?)?;
     let schema = metadata.file_metadata().schema_descr();
-    let leaves = || (0..schema.num_columns()).map(|leaf| (leaf, schema.get_column_root(leaf).name()));
-    let is_there = |name: &str| leaves().any(|(_, root)| root == name);
-    let name = choose(wanted, is_there)?;
-    let (leaf, _) = leaves().find(|(_, root)| *root == name).ok_or_else(missing)?;
-    let root = schema.get_column_root_idx(leaf);
-    let mut others: Vec<String> = Vec::new();
-    let mut last = root;
-    for (other, name) in leaves() {
-        let other = schema.get_column_root_idx(other);
-        if other != root && other != last {
-            others.push(name.to_owned());
-        }
-        last = other;
-    }
+    let leaf = (0..schema.num_columns()).find(|leaf| schema.get_column_root(*leaf).name() == name);
+    let leaf = leaf.ok_or_else(|| missing(name))?;
     let alone = ArrowReaderMetadata::try_new(
         Arc::new(alone(&metadata, leaf).map_err(unsound)?),
         // It describes all columns, and what the file's writer said about lists is not needed.
         ArrowReaderOptions::new().with_skip_arrow_metadata(true),
     );
-    let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, alone.map_err(unsound)?);
+    let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(open_file(path)?, alone.map_err(unsound)?);
     let values: u64 = metadata.row_groups().iter().map(|group| group.column(leaf).num_values().max(0) as u64).sum();
-    let rows = metadata.file_metadata().num_rows().max(1) as u64;
+    let rows = metadata.row_groups().iter().map(|group| group.num_rows().max(0) as u64).sum::<u64>().max(1);
     let batch = (DECODED_TOKENS / values.div_ceil(rows).max(1)).clamp(1, 1 << 16);
-    Ok(ParquetColumn { name: name.to_owned(), others, builder: builder.with_batch_size(batch as usize) })
+    Ok(builder.with_batch_size(batch as usize))
 }
 
 /// The footer of a file that has the column of `leaf` alone.
@@ -126,22 +86,13 @@ fn alone(whole: &ParquetMetaData, leaf: usize) -> std::result::Result<ParquetMet
     Ok(ParquetMetaData::new(FileMetaData::new(file.version(), file.num_rows(), created_by, None, schema, None), groups))
 }
 
-/// Index of the token column among the columns of an Arrow file.
-pub(crate) fn arrow(schema: &Schema, wanted: Option<&str>) -> Result<usize> {
-    let name = choose(wanted, |name| schema.column_with_name(name).is_some())?;
-    schema.index_of(name).map_err(unsound)
+/// Index of column `name` among the columns of an Arrow file.
+pub(crate) fn arrow(schema: &Schema, name: &str) -> Result<usize> {
+    schema.index_of(name).map_err(|_| missing(name))
 }
 
-fn choose(wanted: Option<&str>, is_there: impl Fn(&str) -> bool) -> Result<&str> {
-    match wanted {
-        Some(name) => Some(name).filter(|name| is_there(name)),
-        None => TOKEN_COLUMNS.into_iter().find(|name| is_there(name)),
-    }
-    .ok_or_else(missing)
-}
-
-fn missing() -> Error {
-    Error::data("no token column: name it with `token_column`")
+fn missing(name: &str) -> Error {
+    Error::data(format!("arrow-rs finds no column `{name}`"))
 }
 
 /// A fault that arrow-rs or parquet found while reading.

@@ -8,6 +8,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use crate::text::escaped;
+
 /// Result of every fallible call of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -164,20 +166,28 @@ impl Error {
         self.0.location.as_ref()
     }
 
-    /// Formats the message, its place and every cause on one line.
-    pub fn report(&self) -> String {
-        let mut text = self.to_string();
+    /// The texts of the errors that caused this one, a line each. Leaves out what the message says already.
+    pub fn causes(&self) -> Vec<String> {
+        let mut told = self.to_string();
+        let mut causes = Vec::new();
         let mut cause = std::error::Error::source(self);
         while let Some(error) = cause {
             let said = error.to_string();
+            // Flatbuffers adds a line for each table that it was in.
+            let said = escaped(said.lines().next().unwrap_or_default().trim_end_matches('.')).into_owned();
             // The text of a failed system call is in the message already.
-            if !text.contains(&said) {
-                text.push_str(": ");
-                text.push_str(&said);
+            if !told.contains(&said) {
+                told.push_str(&said);
+                causes.push(said);
             }
             cause = error.source();
         }
-        text
+        causes
+    }
+
+    /// Formats the message, its place and every cause on one line.
+    pub fn report(&self) -> String {
+        [self.to_string()].into_iter().chain(self.causes()).collect::<Vec<_>>().join(": ")
     }
 }
 

@@ -3,7 +3,7 @@
 //! Each module below is one step on the way of the data, and imports only from the steps before it:
 //!
 //! ```text
-//! error notices sync keys tokens -> settings -> storage -> format -> corpus -> layout -> order
+//! text error notices sync keys tokens -> settings -> storage -> format -> corpus -> layout -> order
 //!   -> fill -> observe -> read -> buffer -> pipeline -> proof -> loader -> batch_source
 //! ```
 //!
@@ -38,6 +38,7 @@ mod read;
 pub mod settings;
 pub mod storage;
 mod sync;
+pub mod text;
 pub mod tokens;
 
 pub use error::{Error, ErrorKind, Result};

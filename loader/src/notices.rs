@@ -74,11 +74,6 @@ fn with_queue<T>(work: impl FnOnce(&mut VecDeque<Notice>) -> T) -> Option<T> {
     None
 }
 
-/// Writes a number with its noun: `1 shard`, `2 shards`.
-pub(crate) fn number_of(number: u64, noun: &str) -> String {
-    if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

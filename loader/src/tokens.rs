@@ -4,7 +4,7 @@
 //! module borrows bytes and never copies them. It reads single values and finds negative ids;
 //! `fill` writes whole runs into rows.
 
-use crate::error::{Error, Result};
+use crate::error::Error;
 
 /// Type of the values of a per-token column, or of a delivered array.
 ///
@@ -251,17 +251,11 @@ impl<'a> Tokens<'a> {
             Dtype::I64 | Dtype::F64 => i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
         }
     }
+}
 
-    /// Fails on the first negative id, with its value and index.
-    pub fn check_ids(&self) -> Result<()> {
-        match self.first_negative() {
-            None => Ok(()),
-            Some(at) => Err(Error::data(format!(
-                "token ids must not be negative: found {} at token {at} of the run read",
-                self.get(at)
-            ))),
-        }
-    }
+/// The error of a file that has the negative id `id`.
+pub fn negative_id(id: i64) -> Error {
+    Error::data(format!("token ids must not be negative: found {id}"))
 }
 
 #[cfg(test)]

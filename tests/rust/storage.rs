@@ -3,12 +3,13 @@
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use forebay::ErrorKind;
 use forebay::corpus::Corpus;
 use forebay::format::{OpenOptions, Shard};
+use forebay::notices;
 use forebay::settings::{Config, DataFormat, Io};
 use forebay::storage::local::{Local, Mapping};
 use forebay::storage::{Files, Item, Object, Stat, Storage};
@@ -143,9 +144,18 @@ fn read(
             all.extend((0..tokens.len()).map(|at| tokens.get(at)));
         }
     }
-    let mut warnings = corpus.warnings().to_vec();
-    warnings.extend(options.files.take_warnings());
-    Ok((all, warnings))
+    assert!(corpus.warnings().is_empty(), "{:?}", corpus.warnings());
+    Ok((all, notices_of(root)))
+}
+
+/// Takes the notices that name a file below `root`. Tests that run beside this one have others.
+fn notices_of(root: &Path) -> Vec<String> {
+    static OTHERS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut waiting = OTHERS.lock().unwrap();
+    waiting.extend(notices::take().into_iter().map(|notice| notice.text));
+    let (own, others) = waiting.drain(..).partition(|text| text.contains(root.to_str().unwrap()));
+    *waiting = others;
+    own
 }
 
 fn options(io: Io) -> OpenOptions {

@@ -17,7 +17,8 @@ pub(super) const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::I32, Dtype:
 pub(super) fn smallest_dtype(sources: &[Source], open: &OpenOptions, bar: &ProgressBar) -> forebay::Result<Dtype> {
     let rank = |dtype: Dtype| DTYPES.iter().position(|other| *other == dtype);
     let fitting = |id: i64| DTYPES.into_iter().find(|dtype| id <= most(*dtype)).unwrap_or(Dtype::I64);
-    let widest = sources.iter().map(|source| rank(source.facts.dtype)).max().flatten();
+    let full = sources.iter().filter(|source| source.facts.counts.tokens > 0);
+    let widest = full.map(|source| rank(source.facts.dtype)).max().flatten();
     let largest = AtomicI64::new(0);
     sources.par_iter().try_for_each(|source| {
         let shard = format::open(&source.file.path, open)?;

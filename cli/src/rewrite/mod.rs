@@ -25,7 +25,7 @@ mod work;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use forebay::corpus::discover;
+use forebay::corpus::mixed_columns;
 use forebay::format::{self, OpenOptions};
 use forebay::{Error, ErrorKind};
 use rayon::prelude::*;
@@ -62,7 +62,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads").with_source(error))?;
     let open = OpenOptions::of(&config);
 
-    let files = discover::find(&open.files, &config.data, config.format)?.shards;
+    let files = context.find(&open.files, &config.data, config.format)?;
     let bar =
         progress::bar(files.len() as u64, "{msg} {wide_bar} {percent}% {human_pos} shards, {eta} left", context.env)?
             .with_message("opening");
@@ -73,6 +73,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     for source in opened {
         source.map(|source| sources.push(source)).unwrap_or_else(|error| faults.push(error));
     }
+    faults.extend(mixed_columns(sources.iter().map(|source: &Source| (&*source.file.path, source.facts)), &open));
     if !faults.is_empty() {
         return Err(Error::all(faults).into());
     }

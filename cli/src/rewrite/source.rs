@@ -8,14 +8,15 @@ use std::fs::File;
 use std::io::BufReader;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
-use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_array::{Array, ArrayRef, RecordBatch, new_null_array};
 use arrow_buffer::{Buffer, NullBuffer, OffsetBuffer};
 use arrow_ipc::reader::{FileDecoder, FileReader, StreamDecoder, StreamReader, read_footer_length};
 use arrow_ipc::{Block, convert::try_fb_to_schema, root_as_footer};
-use arrow_schema::{DataType, SchemaRef};
+use arrow_schema::{DataType, Field, SchemaRef};
 use forebay::corpus::discover::ShardFile;
 use forebay::format::{self, Format, OpenOptions, ShardFacts};
 use forebay::settings::Io;
@@ -24,7 +25,7 @@ use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
 use super::fields::CarriedField;
-use crate::token_column::{self, TokenColumn, open_file, unsound};
+use crate::token_column::{self, open_file, unsound};
 
 /// A shard of the source.
 #[derive(Clone, Debug)]
@@ -44,26 +45,31 @@ pub(super) struct Source {
 impl Source {
     /// Reads the metadata of `file`.
     pub(super) fn open(file: &ShardFile, options: &OpenOptions) -> Result<Self> {
-        let facts = format::open(&file.path, options)?.facts();
-        let column = TokenColumn::find(&file.path, facts.format, options.token_column.as_deref());
-        let TokenColumn { name, plain, mut others, .. } = column.map_err(|error| error.at(&file.path))?;
+        let shard = format::open(&file.path, options)?;
+        let facts = shard.facts();
+        let mut others = shard.info().not_read.clone();
         others.retain(|name| !options.fields.contains(name));
         let mut fields = Vec::with_capacity(options.fields.len());
-        for name in &options.fields {
+        // The columns of a file without tokens may have any type, or be missing.
+        for name in options.fields.iter().filter(|_| facts.counts.tokens > 0) {
             let shard = format::open(&file.path, &options.of_field(name))?;
-            let column = TokenColumn::find(&file.path, facts.format, Some(name));
-            let TokenColumn { item, plain, .. } = column.map_err(|error| error.at(&file.path))?;
-            if plain {
+            let data_type = token_column::data_type(&file.path, facts.format, name);
+            let data_type = data_type.map_err(|error| error.at(&file.path))?;
+            let Some(item) = token_column::item_of(&data_type) else {
                 let text = format!("column `{name}` is a plain column: `rewrite` carries lists alone");
                 return Err(Error::data(text).at(&file.path));
-            }
+            };
             fields.push(CarriedField { name: name.clone(), dtype: shard.info().dtype, item });
         }
-        Ok(Self { file: file.clone(), facts, column: name, plain, others, fields })
+        let column = facts.column.name(options).to_owned();
+        Ok(Self { file: file.clone(), facts, column, plain: facts.column.is_plain(), others, fields })
     }
 
     /// Its rows from `first_row` on: tokens, or the values of a further column.
     pub(super) fn rows(&self, field: Option<usize>, first_row: u64, io: Io) -> Result<Rows> {
+        if self.facts.counts.tokens == 0 {
+            return Ok(Rows { reader: Reader::Empty(self.facts.rows), skip: first_row, row: 0 });
+        }
         let path = &self.file.path;
         let column = field.map_or(&self.column, |field| &self.fields[field].name);
         let reader = Reader::open(path, self.facts.format, io, column, first_row);
@@ -84,14 +90,16 @@ enum Reader {
     MappedStream { decoder: StreamDecoder, rest: Buffer, column: usize },
     File(FileReader<BufReader<File>>),
     Stream(StreamReader<BufReader<File>>),
+    /// So many empty documents.
+    Empty(u64),
 }
 
 impl Reader {
     /// Opens a shard for its token column. Parquet begins at `first_row`; other formats begin at the first row.
     fn open(path: &Path, format: Format, io: Io, column: &str, first_row: u64) -> Result<Self> {
-        let index = |schema: &SchemaRef| token_column::arrow(schema, Some(column));
+        let index = |schema: &SchemaRef| token_column::arrow(schema, column);
         if format == Format::Parquet {
-            let builder = token_column::parquet(open_file(path)?, Some(column))?.builder;
+            let builder = token_column::parquet(path, column)?;
             return Ok(Self::Parquet(builder.with_offset(first_row as usize).build().map_err(unsound)?));
         }
         let file = Files::local().open(path, io)?;
@@ -131,6 +139,11 @@ impl Reader {
             Self::Parquet(reader) => reader.next().transpose().map_err(unsound).map(|batch| batch.map(first)),
             Self::File(reader) => reader.next().transpose().map_err(unsound).map(|batch| batch.map(first)),
             Self::Stream(reader) => reader.next().transpose().map_err(unsound).map(|batch| batch.map(first)),
+            Self::Empty(rows) => {
+                let rows = std::mem::take(rows) as usize;
+                let type_of_lists = DataType::FixedSizeList(Arc::new(Field::new("item", DataType::Int32, true)), 0);
+                Ok((rows > 0).then(|| new_null_array(&type_of_lists, rows)))
+            }
             Self::MappedFile { decoder, blocks, bytes } => {
                 let Some(block) = blocks.next() else { return Ok(None) };
                 let batch = decoder.read_record_batch(&block, &block_bytes(bytes, &block)?).map_err(unsound)?;

@@ -13,7 +13,6 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use forebay::corpus::Corpus;
 use forebay::corpus::schema::{SchemaField, Side};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
@@ -251,11 +250,11 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
         // Where labels are a column, no array has the last token that a shifted row reads.
         let has_labels = fields.iter().any(|field| field.name == "labels");
         expected.places = if has_labels { 0..seq_len } else { 0..usize::MAX };
-        sequential::read(config, &paths(corpus), &mut expected)?;
+        sequential::read(config, corpus, &mut expected)?;
         for field in fields {
             let start = usize::from(is_shifted && field.side == Side::Target);
             (expected.field, expected.places) = (Some(field), start..start + seq_len);
-            sequential::read_field(config, &field, &paths(corpus), &mut expected)?;
+            sequential::read_field(config, &field, corpus, &mut expected)?;
         }
     }
     expected.bar.finish_and_clear();
@@ -265,10 +264,6 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
 fn reading_bar(loader: &Loader, context: &Context<'_>) -> forebay::Result<ProgressBar> {
     let tokens = loader.corpora().map(|(_, corpus)| corpus.tokens()).sum();
     Ok(progress::bar(tokens, TEMPLATE, context.env)?.with_message("reading files"))
-}
-
-fn paths(corpus: &Corpus) -> Vec<&Path> {
-    corpus.files().iter().map(|file| file.path.as_path()).collect()
 }
 
 fn coverage_json(checksum: &Checksum) -> Value {

@@ -10,7 +10,7 @@ use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::delivery_log::{Found, Group, of};
-use super::{BAR_EVERY, Options, TEMPLATE, paths, reading_bar, write_json};
+use super::{BAR_EVERY, Options, TEMPLATE, reading_bar, write_json};
 use crate::report::line;
 use crate::sequential::{self, Visitor};
 use crate::{Context, Failure, progress};
@@ -57,7 +57,7 @@ impl Found<'_> {
             documents.source = source;
             documents.sequences = rows.iter().filter(|row| row.0 == source).map(|row| row.1).collect();
             if !documents.sequences.is_empty() {
-                sequential::read(self.loader.config(), &paths(corpus), &mut documents)?;
+                sequential::read(self.loader.config(), corpus, &mut documents)?;
             }
         }
         documents.bar.finish_and_clear();
@@ -111,7 +111,7 @@ impl Found<'_> {
         };
         let (_, corpus) = self.loader.corpora().nth(meant.source).expect("a shard is of one of the sources");
         let mut place = Place { shard: meant.number, row, place: None, bar: reading_bar(self.loader, context)? };
-        sequential::read(self.loader.config(), &paths(corpus), &mut place)?;
+        sequential::read(self.loader.config(), corpus, &mut place)?;
         place.bar.finish_and_clear();
         let Some(place) = place.place else {
             return Err(Error::config(format!("`{}` has no document with tokens in row {row}", meant.name)).into());

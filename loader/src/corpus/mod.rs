@@ -9,10 +9,10 @@ pub mod index;
 pub mod schema;
 mod shard_cache;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use xxhash_rust::xxh3::Xxh3;
@@ -24,6 +24,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Access, Counts, MissingColumn, OpenOptions, Shard, ShardFacts};
 use crate::settings::DataFormat;
 use crate::storage::{Files, local};
+use crate::sync::lock;
+use crate::text::escaped;
 use crate::tokens::{Dtype, FieldTypes, MAX_FIELDS};
 
 /// A block of the corpus: shard and block in it.
@@ -50,10 +52,12 @@ impl OpenShard {
     /// Opens the token column of the file at `path`, and the further columns that `options` name.
     fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         let mut opened = Self::new(format::open(path, options)?);
+        // A shard without tokens has no values of any column.
+        let may_be_missing = options.fields_may_be_missing || opened.shard.blocks().is_empty();
         for name in &options.fields {
             let field = match format::open(path, &options.of_field(name)) {
                 Ok(field) => Some(Self::new(field)),
-                Err(error) if options.fields_may_be_missing && is_missing_column(&error) => None,
+                Err(error) if may_be_missing && is_missing_column(&error) => None,
                 Err(error) => return Err(error),
             };
             if let Some(field) = &field {
@@ -231,9 +235,11 @@ impl Corpus {
         let Discovery { shards: files, mut warnings } = discover::find(&options.files, data, format)?;
         let most = most_open_shards(options);
         let shards = Opened::new(files.len(), most);
+        let not_read = NotRead::default();
         let open = |index: usize| {
             options.cancel.check()?;
             let mut shard = OpenShard::open(&files[index].path, options)?;
+            not_read.add(shard.shard(), options);
             let facts = shard.facts();
             if files.len() * columns_of(options) > local::FEW_FILES {
                 shard.let_go();
@@ -247,10 +253,12 @@ impl Corpus {
         for (file, result) in files.iter().zip(side_by_side(pool, files.len(), open)) {
             result.map(|found| facts.push((&*file.path, found))).unwrap_or_else(|error| faults.push(error));
         }
-        no_faults(faults, facts.iter().copied(), format)?;
+        no_faults(faults, facts.iter().copied(), format, options)?;
         let facts = facts.into_iter().map(|(_, facts)| facts).collect();
-        warnings.extend(options.files.take_warnings());
-        Ok(Self { warnings, ..Self::new(files, Facts::Found(facts), shards, options)? })
+        warnings.extend(not_read.warning());
+        let mut corpus = Self::new(files, Facts::Found(facts), shards, options)?;
+        corpus.warnings.extend(warnings);
+        Ok(corpus)
     }
 
     /// As [`Corpus::open`] with a folder; `progress` is called with the number of shards opened and to be opened.
@@ -278,15 +286,16 @@ impl Corpus {
             Some(saved) if known.len() == saved.len() && is_in_order(&known) => {
                 let facts = Facts::Saved(saved.clone());
                 let described = files.iter().enumerate().map(|(index, file)| (&*file.path, facts.get(index)));
-                no_faults(Vec::new(), described, format)?;
+                no_faults(Vec::new(), described, format, options)?;
                 facts
             }
             _ => {
-                let done = AtomicU64::new(0);
+                let (done, not_read) = (AtomicU64::new(0), NotRead::default());
                 progress(0, stale.len() as u64);
                 let open = |place: usize| {
                     options.cancel.check()?;
-                    let facts = OpenShard::open(&files[stale[place]].path, options).map(|shard| shard.facts());
+                    let opened = OpenShard::open(&files[stale[place]].path, options);
+                    let facts = opened.inspect(|opened| not_read.add(opened.shard(), options)).map(|opened| opened.facts());
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1, stale.len() as u64);
                     facts
                 };
@@ -299,8 +308,9 @@ impl Corpus {
                 }
                 // One that cannot be opened is among the faults.
                 let described = files.iter().zip(&known).filter_map(|(file, facts)| Some((&*file.path, (*facts)?)));
-                no_faults(faults, described, format)?;
+                no_faults(faults, described, format, options)?;
                 let facts: Vec<ShardFacts> = known.into_iter().flatten().collect();
+                warnings.extend(not_read.warning());
                 if let Err(error) = indexed.file.save(places.iter().copied().zip(facts.iter().copied())) {
                     warnings.push(format!("{}; shards are opened at every start", error.report()));
                     indexed.unsaved = Some(error);
@@ -309,8 +319,9 @@ impl Corpus {
             }
         };
         let shards = Opened::new(files.len(), most_open_shards(options));
-        warnings.extend(options.files.take_warnings());
-        Ok((Self { warnings, ..Self::new(files, facts, shards, options)? }, indexed))
+        let mut corpus = Self::new(files, facts, shards, options)?;
+        corpus.warnings.extend(warnings);
+        Ok((corpus, indexed))
     }
 
     fn new(files: Vec<ShardFile>, facts: Facts, shards: Opened<OpenShard>, options: &OpenOptions) -> Result<Self> {
@@ -327,6 +338,15 @@ impl Corpus {
         let most = corpus.facts().map(|facts| facts.blocks).max().unwrap_or(0).max(corpus.len() as u64);
         if u32::try_from(most).is_err() {
             return Err(Error::data("corpus has more than 2^32 shards or blocks in a shard"));
+        }
+        let doubtful = corpus.facts().position(|facts| facts.blocks > 0 && facts.column.is_doubtful(options));
+        if let Some(index) = doubtful {
+            corpus.warnings.push(format!(
+                "each row of column `{}` is taken for one token, and a shard for one document (`{}`); set `token_column` to \
+                 say so, or to another column",
+                corpus.facts.get(index).column.name(options),
+                corpus.files[index].path.display()
+            ));
         }
         // Empty shards have no blocks and say nothing of how tokens are reached.
         let typical = corpus.facts().find(|facts| facts.blocks > 0).or_else(|| corpus.facts().next());
@@ -454,10 +474,17 @@ impl Corpus {
         &self.fingerprint
     }
 
+    /// Name of the token column of shard `index`.
+    pub fn token_column(&self, index: usize) -> &str {
+        self.facts.get(index).column.name(&self.options)
+    }
+
     /// The token columns of the first `shards` shards, each once, in the order of the corpus.
     pub fn token_columns(&self, shards: usize) -> Vec<&str> {
         let mut columns = Vec::new();
-        for facts in self.facts().take(shards) {
+        // The columns of shards without tokens take no part.
+        let is_empty = !self.facts().take(shards).any(|facts| facts.blocks > 0);
+        for facts in self.facts().take(shards).filter(|facts| is_empty || facts.blocks > 0) {
             let column = facts.column.name(&self.options);
             if !columns.contains(&column) {
                 columns.push(column);
@@ -516,6 +543,38 @@ fn most_open_shards(options: &OpenOptions) -> usize {
 /// Whether a file could not be opened because it lacks the column that was asked for.
 fn is_missing_column(error: &Error) -> bool {
     std::error::Error::source(error).is_some_and(|cause| cause.is::<MissingColumn>())
+}
+
+/// Columns that look like labels, masks or weights and that no loader reads: their names, and a shard that has them.
+#[derive(Debug, Default)]
+struct NotRead(Mutex<BTreeMap<String, String>>);
+
+impl NotRead {
+    /// Notes those of `shard`. Threads open shards side by side.
+    fn add(&self, shard: &Shard, options: &OpenOptions) {
+        let telling = |name: &&String| format::looks_like(name).is_some() && !options.fields.contains(name);
+        for name in shard.info().not_read.iter().filter(telling) {
+            let path = shard.path().display().to_string();
+            let mut found = lock(&self.0);
+            // The same shard is named at each start, whichever thread is first.
+            let first = found.entry(name.clone()).or_insert_with(|| path.clone());
+            if path < *first {
+                *first = path;
+            }
+        }
+    }
+
+    /// The line for the user.
+    fn warning(&self) -> Option<String> {
+        let found = lock(&self.0);
+        let path = found.values().min()?;
+        let names: Vec<String> = found.keys().map(|name| format!("`{}`", escaped(name))).collect();
+        Some(format!(
+            "{} {} not read, as in `{path}`: name them in `fields`, or prompts and padding become targets too",
+            names.join(", "),
+            if names.len() == 1 { "is" } else { "are" },
+        ))
+    }
 }
 
 /// Which record of `saved` is that of each file, where the file has the size and the time it had then.
@@ -613,14 +672,18 @@ fn no_faults<'a>(
     mut faults: Vec<Error>,
     shards: impl Iterator<Item = (&'a Path, ShardFacts)> + Clone,
     format: DataFormat,
+    options: &OpenOptions,
 ) -> Result<()> {
-    faults.extend(mixed_shards(shards.clone()));
+    faults.extend(mixed_shards(shards.clone(), options));
     faults.extend(unexpected_shard(shards, format));
     if faults.is_empty() { Ok(()) } else { Err(Error::all(faults)) }
 }
 
-/// Shards that cannot stand in one corpus together: other token types, or another way to be read.
-pub fn mixed_shards<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)> + Clone) -> Vec<Error> {
+/// Shards that cannot stand in one corpus together: other token columns or types, or another way to be read.
+pub fn mixed_shards<'a>(
+    shards: impl Iterator<Item = (&'a Path, ShardFacts)> + Clone,
+    options: &OpenOptions,
+) -> Vec<Error> {
     let Some((first_path, first)) = shards.clone().next() else { return Vec::new() };
     let mut faults = Vec::new();
     if let Some((path, other)) = shards.clone().find(|(_, facts)| facts.format.family() != first.format.family()) {
@@ -633,7 +696,14 @@ pub fn mixed_shards<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)> + C
         )));
         return faults;
     }
-    if let Some((path, other)) = shards.clone().find(|(_, facts)| facts.dtype != first.dtype) {
+    // A shard without tokens fits to all: writers give it any type, and nothing can be reached in it.
+    let mut full = shards.filter(|(_, facts)| facts.blocks > 0);
+    let Some((first_path, first)) = full.clone().next() else { return faults };
+    if let Some(error) = mixed_columns(full.clone(), options) {
+        faults.push(error);
+        return faults;
+    }
+    if let Some((path, other)) = full.clone().find(|(_, facts)| facts.dtype != first.dtype) {
         faults.push(Error::data(format!(
             "token types differ between shards: `{}` has {}, `{}` has {}; rewrite them with one type",
             first_path.display(),
@@ -644,7 +714,7 @@ pub fn mixed_shards<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)> + C
     }
     for index in 0..MAX_FIELDS {
         if let Some((path, other)) =
-            shards.clone().find(|(_, facts)| facts.fields.get(index) != first.fields.get(index))
+            full.clone().find(|(_, facts)| facts.fields.get(index) != first.fields.get(index))
         {
             let shown = |facts: ShardFacts| facts.fields.get(index).map_or("no such column", Dtype::name);
             faults.push(Error::data(format!(
@@ -657,11 +727,7 @@ pub fn mixed_shards<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)> + C
             )));
         }
     }
-    // Without tokens there is nothing that could be reached either way.
-    let mut full = shards.filter(|(_, facts)| facts.blocks > 0);
-    if let Some((first_path, first)) = full.next()
-        && let Some((path, _)) = full.find(|(_, facts)| facts.access != first.access)
-    {
+    if let Some((path, _)) = full.find(|(_, facts)| facts.access != first.access) {
         faults.push(Error::data(format!(
             "compressed and uncompressed Arrow shards cannot be mixed: `{}` and `{}` differ; rewrite them alike",
             first_path.display(),
@@ -669,6 +735,25 @@ pub fn mixed_shards<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)> + C
         )));
     }
     faults
+}
+
+/// The error of shards whose tokens are in columns of other names, or of which one has lists and another a token in
+/// each row. Shards without tokens take no part.
+pub fn mixed_columns<'a>(
+    shards: impl Iterator<Item = (&'a Path, ShardFacts)>,
+    options: &OpenOptions,
+) -> Option<Error> {
+    let mut full = shards.filter(|(_, facts)| facts.blocks > 0);
+    let (first_path, first) = full.next()?;
+    let (path, other) = full.find(|(_, facts)| facts.column != first.column)?;
+    Some(Error::data(format!(
+        "token columns differ between shards: `{}` has {}, `{}` has {}; name the column with `token_column`, or load \
+         them as two corpora",
+        first_path.display(),
+        first.column.describe(options),
+        path.display(),
+        other.column.describe(options)
+    )))
 }
 
 /// The first shard of another format than the setting `format` allows.

@@ -1,8 +1,7 @@
 //! Fields: the places of a row that the values of a further column are written to.
 
 use super::kernels::{Ahead, Id};
-use super::rows::{Row, widen};
-use crate::error::Result;
+use super::rows::{Row, UnfitId, widen};
 use crate::tokens::{Dtype, Tokens};
 
 /// Places that runs of a column are written to: the ids of a row with their labels, or one field.
@@ -11,7 +10,7 @@ pub(crate) trait Places: Sized {
     fn take(&mut self, count: usize) -> Self;
 
     /// Writes a run of as many values as these places take.
-    fn write(self, values: &Tokens<'_>, ahead: Ahead) -> Result<()>;
+    fn write(self, values: &Tokens<'_>, ahead: Ahead) -> Result<(), UnfitId>;
 
     /// Writes the special `id`, or the field's value for specials.
     fn write_special(self, id: u32);
@@ -22,7 +21,7 @@ impl<T: Id> Places for Row<'_, T> {
         self.take(count)
     }
 
-    fn write(self, values: &Tokens<'_>, ahead: Ahead) -> Result<()> {
+    fn write(self, values: &Tokens<'_>, ahead: Ahead) -> Result<(), UnfitId> {
         widen(self, values, ahead)
     }
 
@@ -68,7 +67,7 @@ impl Places for FieldRow<'_> {
         Self { bytes: first, lead, ..*self }
     }
 
-    fn write(self, values: &Tokens<'_>, _: Ahead) -> Result<()> {
+    fn write(self, values: &Tokens<'_>, _: Ahead) -> Result<(), UnfitId> {
         let places = self.bytes.len() / self.dtype.size();
         convert(&values.slice(self.lead..self.lead + places), self.dtype, self.bytes);
         Ok(())

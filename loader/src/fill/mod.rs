@@ -8,4 +8,4 @@ mod rows;
 pub(crate) use fields::{FieldRow, Places};
 pub(crate) use kernels::{Ahead, Id};
 pub(crate) use pieces::{Piece, pieces};
-pub(crate) use rows::Row;
+pub(crate) use rows::{Row, UnfitId};

@@ -1,8 +1,8 @@
 //! Rows: the places that a run of tokens is written to.
 
 use super::kernels::{Ahead, Id, widen_places};
-use crate::error::{Error, Result};
-use crate::tokens::Tokens;
+use crate::error::Error;
+use crate::tokens::{Tokens, negative_id};
 
 /// A row, or a part of one: the places of its ids and of its labels.
 ///
@@ -70,12 +70,30 @@ impl<'a, T: Id> Row<'a, T> {
     }
 }
 
-/// Writes `tokens` over `row`, which takes as many. Fails where one does not fit, naming it; the row is then not to be
-/// used.
+/// An id that the delivered type cannot hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct UnfitId {
+    /// Its place in the run of tokens.
+    pub(crate) index: usize,
+    id: i64,
+}
+
+impl UnfitId {
+    /// The error of a batch that this id is in.
+    pub(crate) fn error(self) -> Error {
+        match self.id {
+            ..0 => negative_id(self.id),
+            id => Error::data(format!("token id {id} does not fit `input_dtype` = int32: use int64")),
+        }
+    }
+}
+
+/// Writes `tokens` over `row`, which takes as many. Fails with the first id that does not fit; the row is then not to
+/// be used.
 ///
 /// # Panics
 /// When the lengths differ.
-pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -> Result<()> {
+pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -> Result<(), UnfitId> {
     let Row { mut ids, mut labels, lead } = row;
     let len = ids.len().max(lead + labels.len());
     assert_eq!(len, tokens.len(), "row and run differ in length");
@@ -102,12 +120,10 @@ pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -
     if any & T::UNFIT == 0 {
         return Ok(());
     }
-    tokens.check_ids()?;
-    let unfit = (0..tokens.len()).map(|index| tokens.get(index)).find(|id| *id as u64 & T::UNFIT != 0);
-    Err(Error::data(format!(
-        "token id {} does not fit `input_dtype` = int32: use int64",
-        unfit.expect("a bit of it was seen")
-    )))
+    let ids = (0..tokens.len()).map(|index| UnfitId { index, id: tokens.get(index) });
+    // Another process may write to the file between the two looks.
+    let unfit = { ids }.find(|unfit| unfit.id as u64 & T::UNFIT != 0);
+    Err(unfit.unwrap_or(UnfitId { index: 0, id: any as i64 }))
 }
 
 #[cfg(test)]

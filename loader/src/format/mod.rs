@@ -5,6 +5,7 @@
 //! decoded into memory. [`FORMATS`] lists the formats. Nothing here knows of layouts, orders or batches.
 
 pub mod arrow;
+mod columns;
 pub mod parquet;
 
 use std::collections::TryReserveError;
@@ -12,6 +13,8 @@ use std::fmt;
 use std::ops::Range;
 use std::path::Path;
 
+pub(crate) use self::columns::{Holds, MissingColumn, choose_column, column_title, null_list};
+pub use self::columns::{TOKEN_COLUMNS, TokenColumn, looks_like};
 use crate::error::{Error, Result};
 use crate::settings::{Config, DataFormat, Io};
 use crate::storage::{Files, Reads, SourceFile, Stamp};
@@ -346,6 +349,8 @@ pub struct ShardInfo {
     pub dtype: Dtype,
     /// Column that holds its tokens.
     pub column: TokenColumn,
+    /// Names of the other columns, which no loader reads.
+    pub not_read: Vec<String>,
     /// Rows of the file, empty and null ones included.
     pub rows: u64,
     /// Its blocks in file order. Blocks without tokens are left out.
@@ -403,6 +408,9 @@ pub trait RandomShard: AnyShard {
 
     /// Tells whether the first page of the window is in memory already. A guess: the page may leave at any time.
     fn is_resident(&self, block: usize, range: Range<u64>) -> bool;
+
+    /// The row of the shard that token `token` of block `block` is in, for the text of an error.
+    fn row_of(&self, block: usize, token: u64) -> Option<u64>;
 }
 
 /// A shard whose blocks have to be decoded before their tokens can be used.
@@ -483,7 +491,7 @@ impl Shard {
 
     /// What is known of it without its blocks.
     pub fn facts(&self) -> ShardFacts {
-        let ShardInfo { file, format, dtype, column, rows, blocks } = self.info();
+        let ShardInfo { file, format, dtype, column, rows, blocks, .. } = self.info();
         ShardFacts {
             stamp: file.stamp(),
             format: *format,
@@ -574,104 +582,6 @@ impl OpenOptions {
     }
 }
 
-/// Columns taken for the tokens when none is named, in order of preference.
-pub const TOKEN_COLUMNS: [&str; 4] = ["input_ids", "tokens", "token_ids", "ids"];
-
-/// The column that a shard's tokens are in, in one byte.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TokenColumn(Option<u8>);
-
-impl TokenColumn {
-    /// The column called `name`, which `choose_token_column` picked.
-    pub(crate) fn of(name: &str) -> Self {
-        Self(TOKEN_COLUMNS.iter().position(|known| *known == name).map(|index| index as u8))
-    }
-
-    /// The number by which a saved index holds the column. 0 is the column that the settings name.
-    pub(crate) fn number(self) -> u8 {
-        self.0.map_or(0, |index| index + 1)
-    }
-
-    /// The column of a number that [`TokenColumn::number`] gave.
-    pub(crate) fn of_number(number: u8) -> Option<Self> {
-        match number.checked_sub(1) {
-            Some(index) if usize::from(index) >= TOKEN_COLUMNS.len() => None,
-            index => Some(Self(index)),
-        }
-    }
-
-    /// Its name in a shard that was opened with `options`.
-    pub fn name(self, options: &OpenOptions) -> &str {
-        match self.0 {
-            Some(index) => TOKEN_COLUMNS[usize::from(index)],
-            None => options.token_column.as_deref().unwrap_or_default(),
-        }
-    }
-}
-
-/// The cause of an error that says that a file lacks a column.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct MissingColumn;
-
-impl fmt::Display for MissingColumn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the column is missing")
-    }
-}
-
-impl std::error::Error for MissingColumn {}
-
-/// Picks the column that `options` ask for among `columns` of a file.
-pub(crate) fn choose_column<'a>(columns: &[&'a str], options: &OpenOptions) -> Result<&'a str> {
-    let wanted = options.token_column.as_deref();
-    match wanted.filter(|_| options.is_field) {
-        None => choose_token_column(columns, wanted),
-        Some(name) if columns.contains(&name) => choose_token_column(columns, wanted),
-        Some(name) => {
-            let there = columns.join("`, `");
-            Err(Error::data(format!("column `{name}` of `fields` is missing: the file has `{there}`"))
-                .with_source(MissingColumn))
-        }
-    }
-}
-
-/// The name by which messages call the column that `options` ask for.
-pub(crate) fn column_title(is_field: bool, name: &str) -> String {
-    if is_field { format!("column `{name}`") } else { format!("token column `{name}`") }
-}
-
-/// The error about a null list in a further column.
-pub(crate) fn null_list(name: &str) -> Error {
-    Error::data(format!(
-        "column `{name}` has a null list: every row needs a list as long as its tokens, if only an empty one"
-    ))
-}
-
-/// Picks the token column among `columns` of a file.
-pub(crate) fn choose_token_column<'a>(columns: &[&'a str], wanted: Option<&str>) -> Result<&'a str> {
-    let found = match wanted {
-        Some(name) => columns.iter().find(|column| **column == name),
-        None => TOKEN_COLUMNS.iter().find_map(|name| columns.iter().find(|column| *column == name)),
-    };
-    if let Some(name) = found.filter(|name| columns.iter().filter(|column| column == name).count() > 1) {
-        return Err(Error::data(format!(
-            "the file has several columns named `{name}`: expected one; rename or remove the others"
-        )));
-    }
-    found.copied().ok_or_else(|| {
-        let there = if columns.is_empty() { "no columns".to_owned() } else { format!("`{}`", columns.join("`, `")) };
-        match wanted {
-            Some(name) => {
-                Error::data(format!("token column `{name}` is missing: the file has {there}; set `token_column`"))
-            }
-            None => Error::data(format!(
-                "no token column: expected one of `{}`, found {there}; name it with `token_column`",
-                TOKEN_COLUMNS.join("`, `")
-            )),
-        }
-    })
-}
-
 /// Opens the file at `path`, whose format is recognised by its content.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Shard> {
     let source = options.files.open(path, options.io)?;
@@ -695,8 +605,26 @@ fn recognise(reads: &mut Reads) -> Result<&'static FormatEntry> {
     }
     let [begins @ .., last] = FORMATS.each_ref().map(|entry| entry.begins);
     Err(Error::data(format!(
-        "not a file of a known format: expected it to begin with {} or {last}, found {:02x?}",
+        "not a file of a known format: expected it to begin with {} or {last}, found {:02x?}; {}",
         begins.join(", "),
-        sample.head
+        sample.head,
+        remedy(sample.head)
     )))
+}
+
+/// What to do with a file of no known format that begins with `head`.
+fn remedy(head: &[u8]) -> &'static str {
+    match head {
+        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => {
+            "it is a NumPy array: write the ids to an Arrow or Parquet file, such as with pyarrow"
+        }
+        [b'P', b'K', 3 | 5, ..] => "it is a zip archive: unpack it",
+        [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd, ..] | [b'B', b'Z', b'h', ..] | [0xfd, b'7', b'z', b'X', b'Z', ..] => {
+            "it is compressed as a whole: decompress it"
+        }
+        [b'{' | b'[', ..] => "it looks like JSON: tokenize it first, and write the ids to an Arrow or Parquet file",
+        _ => {
+            "a raw file of ids does not say their `dtype`: write the ids to an Arrow or Parquet file, such as with pyarrow"
+        }
+    }
 }

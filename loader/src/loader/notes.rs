@@ -1,9 +1,10 @@
 //! What a session tells the user's log: where it begins and resumes, and reads that take long.
 
 use super::session::Session;
-use crate::notices::{self, Level, number_of};
+use crate::notices::{self, Level};
 use crate::observe::slow_reads::LONG;
 use crate::sync::lock;
+use crate::text::{bytes, number_of};
 
 /// Names of files or corpora that a line lists.
 const LISTED: usize = 3;
@@ -27,11 +28,11 @@ impl Session {
         notices::add(
             Level::Info,
             format!(
-                "rank {} of {} {does} {data} ({shards}, {tokens}) at epoch {epoch}, position {position}, with {} and a memory budget of {} MiB",
+                "rank {} of {} {does} {data} ({shards}, {tokens}) at epoch {epoch}, position {position}, with {} and a memory budget of {}",
                 grouping.rank,
                 grouping.world_size,
                 number_of(self.threads() as u64, "thread"),
-                self.config.memory_budget >> 20,
+                bytes(self.config.memory_budget),
             ),
         );
     }

@@ -18,8 +18,8 @@ use super::block_cache::{BlockCache, NeededBy, Prepared};
 use super::lengths::DocumentLengths;
 use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fill::{Ahead, FieldRow, Id, Piece, Places, Row, pieces};
-use crate::format::{Access, DecodedBlock, Ends, EndsScratch, Shard};
+use crate::fill::{Ahead, FieldRow, Id, Piece, Places, Row, UnfitId, pieces};
+use crate::format::{Access, DecodedBlock, Ends, EndsScratch, RandomShard, Shard};
 use crate::layout::{Documents, Extent, Layout, LayoutWindow, Lengths, Segment, Specials, Stream, WindowPlan};
 use crate::observe::trace::Tracer;
 use crate::settings::Config;
@@ -421,14 +421,16 @@ impl Reader {
                     push_ends(&shard.ends(index, &mut scratch.ends)?, &stretch, found);
                 }
                 let tokens = shard.tokens(index, from..to, &mut scratch.tokens)?;
-                row.write(&tokens, ahead)
+                row.write(&tokens, ahead).map_err(|unfit| in_row(&**shard, index, from, unfit))
             }
             Shard::Random(shard) => {
                 let meta = &shard.info().blocks[index];
                 let ends = shard.ends(index, &mut scratch.ends)?;
                 let (buffer, found) = (&mut scratch.tokens, (&mut scratch.borders, &mut scratch.document_ends));
                 self.fill_pieces(&ends, meta.tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
+                    let start = tokens.start;
                     part.write(&shard.tokens(index, tokens, buffer)?, ahead)
+                        .map_err(|unfit| in_row(&**shard, index, start, unfit))
                 })
             }
             Shard::Block(shard) => {
@@ -463,14 +465,14 @@ impl Reader {
                     if let Some(found) = &mut scratch.document_ends {
                         push_ends(&decoded.document_ends(), &stretch, found);
                     }
-                    return row.write(&slice(from..to), ahead);
+                    return row.write(&slice(from..to), ahead).map_err(UnfitId::error);
                 }
                 // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
                 let ends = decoded.document_ends();
                 let found = (&mut scratch.borders, &mut scratch.document_ends);
                 self.fill_pieces(&ends, tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
-                    part.write(&slice(tokens), ahead)
+                    part.write(&slice(tokens), ahead).map_err(UnfitId::error)
                 })
             }
         }
@@ -658,4 +660,13 @@ fn push_ends(ends: &Ends<'_>, stretch: &Stretch, found: &mut Vec<u64>) {
     }
     let inside = (low..ends.len()).map(|document| ends.get(document)).take_while(|end| *end <= stretch.to);
     found.extend(inside.map(|end| stretch.place + (end - stretch.from)));
+}
+
+/// The error of an id in a run that begins at token `start` of block `block`, with the row of the shard.
+fn in_row(shard: &dyn RandomShard, block: usize, start: u64, unfit: UnfitId) -> Error {
+    let error = unfit.error();
+    match shard.row_of(block, start + unfit.index as u64) {
+        Some(row) => error.at_row(row),
+        None => error,
+    }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::local::Local;
 use super::{Item, ItemKind, SourceFile, Stat, Storage};
 use crate::error::{Error, Result};
+use crate::notices::{self, Level};
 use crate::settings::Io;
 use crate::sync::lock;
 
@@ -26,7 +27,7 @@ const MOST_WARNED: usize = 1024;
 /// Cheap to clone.
 ///
 /// Every error message contains the operating system's text. The first passing error of a location
-/// leaves a warning ([`Files::take_warnings`]).
+/// is a notice for the user's log.
 #[derive(Clone, Debug)]
 pub struct Files {
     inner: Arc<Inner>,
@@ -35,14 +36,8 @@ pub struct Files {
 #[derive(Debug)]
 struct Inner {
     storage: Box<dyn Storage>,
-    notices: Mutex<Notices>,
-}
-
-/// Warnings that no caller has taken yet, and the locations that already had a warning.
-#[derive(Debug, Default)]
-struct Notices {
-    warnings: Vec<String>,
-    warned: HashSet<PathBuf>,
+    /// Locations that the user was warned of.
+    warned: Mutex<HashSet<PathBuf>>,
 }
 
 impl Files {
@@ -53,7 +48,7 @@ impl Files {
 
     /// The files of `storage`.
     pub fn new(storage: Box<dyn Storage>) -> Self {
-        Self { inner: Arc::new(Inner { storage, notices: Mutex::default() }) }
+        Self { inner: Arc::new(Inner { storage, warned: Mutex::default() }) }
     }
 
     pub(super) fn storage(&self) -> &dyn Storage {
@@ -112,11 +107,6 @@ impl Files {
         self.storage().absolute(location)
     }
 
-    /// Takes the warnings that were added since the last call.
-    pub fn take_warnings(&self) -> Vec<String> {
-        std::mem::take(&mut lock(&self.inner.notices).warnings)
-    }
-
     /// Repeats `call` until it succeeds, fails for good, or has failed too often. `call` returns an
     /// error of its own if another try makes no sense.
     pub(super) fn retried<T>(
@@ -145,13 +135,13 @@ impl Files {
 
     #[cold]
     fn warn(&self, what: &dyn fmt::Display, location: &Path, error: &io::Error) {
-        let mut notices = lock(&self.inner.notices);
-        if notices.warned.len() >= MOST_WARNED {
-            notices.warned.clear();
+        let mut warned = lock(&self.inner.warned);
+        if warned.len() >= MOST_WARNED {
+            warned.clear();
         }
-        if notices.warned.insert(location.to_owned()) && notices.warnings.len() < MOST_WARNED {
+        if warned.insert(location.to_owned()) {
             let text = format!("cannot {what} (`{}`): {error}; trying again", location.display());
-            notices.warnings.push(text);
+            notices::add(Level::Warning, text);
         }
     }
 }

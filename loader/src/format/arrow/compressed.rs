@@ -14,7 +14,8 @@ use super::{Column, DocumentRun, RowShape, runs, stored_bytes, unpack};
 use crate::error::{Error, Result};
 use crate::format::{AnyShard, BlockMeta, BlockShard, DecodedBlock, OpenOptions, ShardInfo, TokenColumn};
 use crate::storage::SourceFile;
-use crate::tokens::{Dtype, Tokens};
+use crate::text::{escaped, number_of};
+use crate::tokens::{Dtype, Tokens, negative_id};
 
 /// Larger than the ratio of any codec. A buffer that claims to decompress to more is damaged.
 const MAX_RATIO: u64 = 1 << 16;
@@ -30,9 +31,10 @@ pub(super) struct CompressedArrow {
 
 impl CompressedArrow {
     pub(super) fn new(file: SourceFile, messages: Messages, options: &OpenOptions) -> Result<Self> {
-        let Messages { format, column, batches, rows, .. } = messages;
-        let token_column = TokenColumn::of(&column.name);
-        let info = ShardInfo { file, format, dtype: column.dtype, column: token_column, rows, blocks: Vec::new() };
+        let Messages { format, column, not_read, batches, rows, .. } = messages;
+        let token_column = TokenColumn::of(&column.name, column.kind == RowShape::Plain);
+        let info =
+            ShardInfo { file, format, dtype: column.dtype, column: token_column, not_read, rows, blocks: Vec::new() };
         let mut shard = Self { info, column, batches, ranges: Vec::new() };
         let mut pending: Option<(BlockMeta, Range<usize>)> = None;
         for index in 0..shard.batches.len() {
@@ -122,11 +124,11 @@ impl CompressedArrow {
                 zstd::stream::read::Decoder::new(stored).and_then(|mut reader| reader.read_exact(&mut plain))
             }
             CompressionType::LZ4_FRAME => lz4_flex::frame::FrameDecoder::new(stored).read_exact(&mut plain),
-            other => Err(std::io::Error::other(format!("unknown codec {other:?}"))),
+            other => Err(std::io::Error::other(format!("unknown codec {}", other.0))),
         };
         result.map_err(|error| {
-            let name = codec.variant_name().unwrap_or("unknown codec");
-            Error::data(format!("cannot decompress {} bytes of {name} to {plain_len}", stored.len())).with_source(error)
+            let message = format!("cannot decompress {} bytes of {} to {plain_len}", stored.len(), name_of(codec));
+            Error::data(message).with_source(error)
         })?;
         Ok(plain)
     }
@@ -170,9 +172,7 @@ impl CompressedArrow {
                 && let Some(at) = tokens.first_negative()
             {
                 let row = self.row_of(batch, &offsets, run, run.start + at as u64);
-                return Err(
-                    Error::data(format!("token ids must not be negative: found {}", tokens.get(at))).at_row(row)
-                );
+                return Err(negative_id(tokens.get(at)).at_row(row));
             }
             block.bytes.extend_from_slice(part);
             self.push_ends(&offsets, run, end, base, &mut block.ends)?;
@@ -215,6 +215,14 @@ impl CompressedArrow {
     }
 }
 
+fn name_of(codec: CompressionType) -> &'static str {
+    match codec {
+        CompressionType::LZ4_FRAME => "lz4",
+        CompressionType::ZSTD => "zstd",
+        _ => "an unknown codec",
+    }
+}
+
 impl AnyShard for CompressedArrow {
     fn info(&self) -> &ShardInfo {
         &self.info
@@ -244,12 +252,12 @@ impl AnyShard for CompressedArrow {
     }
 
     fn describe(&self) -> String {
-        let codec = self.batches.iter().find_map(|batch| batch.compression).and_then(|codec| codec.variant_name());
+        let codec = self.batches.iter().find_map(|batch| batch.compression);
         format!(
-            "column `{}`, {} record batches, {}",
-            self.column.name,
-            self.batches.len(),
-            codec.unwrap_or("uncompressed")
+            "column `{}`, {}, {}",
+            escaped(&self.column.name),
+            number_of(self.batches.len() as u64, "record batch"),
+            codec.map_or("uncompressed", name_of)
         )
     }
 

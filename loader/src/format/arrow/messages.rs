@@ -5,7 +5,7 @@
 
 use arrow_ipc::{CompressionType, Endianness, Message, MessageHeader, MetadataVersion};
 
-use super::{Column, DocumentRun, RowShape, runs, stored_bytes};
+use super::{Column, DocumentRun, RowShape, ShownBy, runs, stored_bytes};
 use crate::error::{Error, Result};
 use crate::format::{Format, OpenOptions};
 use crate::storage::Reads;
@@ -31,8 +31,9 @@ impl FileRange {
     }
 }
 
-/// The parts of a record batch that the token column needs.
-#[derive(Clone, Copy, Debug)]
+/// The parts of a record batch that the token column needs. They are empty if the column cannot hold
+/// tokens.
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct BatchParts {
     pub(super) rows: u64,
     /// Row of the shard that is the batch's first row.
@@ -55,6 +56,8 @@ pub(super) struct BatchParts {
 pub(super) struct Messages {
     pub(super) format: Format,
     pub(super) column: Column,
+    /// Names of the other columns.
+    pub(super) not_read: Vec<String>,
     pub(super) batches: Vec<BatchParts>,
     /// Runs of all record batches that are not compressed.
     pub(super) runs: Vec<DocumentRun>,
@@ -107,8 +110,8 @@ impl Messages {
         };
         let schema = first.message.header_as_schema().ok_or_else(|| {
             Error::data(format!(
-                "Arrow stream is damaged: it begins with {:?} instead of a schema",
-                first.message.header_type()
+                "Arrow stream is damaged: it begins with a message of type `{}` instead of a schema",
+                name_of(first.message.header_type())
             ))
         })?;
         let mut found = Self::from_schema(Format::ArrowStream, schema, first.message.version(), options)?;
@@ -135,7 +138,8 @@ impl Messages {
                 MessageHeader::DictionaryBatch => {}
                 other => {
                     return Err(Error::data(format!(
-                        "Arrow stream is damaged: an unexpected {other:?} message at byte {at}"
+                        "Arrow stream is damaged: an unexpected message of type `{}` at byte {at}",
+                        name_of(other)
                     )));
                 }
             }
@@ -155,8 +159,14 @@ impl Messages {
         }
         let schema = arrow_ipc::convert::try_fb_to_schema(schema)
             .map_err(|error| Error::data("Arrow schema is damaged").with_source(error))?;
-        let column = Column::find(&schema, options, version < MetadataVersion::V5)?;
-        Ok(Self { format, column, batches: Vec::new(), runs: Vec::new(), rows: 0 })
+        let column = match Column::find(&schema, options, version < MetadataVersion::V5) {
+            // A file without rows has no tokens, whatever its columns are.
+            Err(error) if !options.is_field => Column::missing(error),
+            found => found?,
+        };
+        let names = schema.fields().iter().map(|field| field.name());
+        let not_read = names.filter(|name| **name != column.name).cloned().collect();
+        Ok(Self { format, column, not_read, batches: Vec::new(), runs: Vec::new(), rows: 0 })
     }
 
     /// Reads the parts of the next record batch from `message`, in a file of `file_len` bytes.
@@ -198,6 +208,18 @@ impl Messages {
             }
             Ok(FileRange { start: message.body.start + offset, len })
         };
+        if let Some(refused) = &self.column.refused {
+            let rows = count(batch.length(), "its row count")?;
+            let shown = match refused.shown_by {
+                ShownBy::Rows => rows,
+                ShownBy::Elements => count(node(self.column.node + 1)?.length(), "a value count")?,
+                ShownBy::Nothing => 0,
+            };
+            if shown > 0 {
+                return Err(refused.error.clone());
+            }
+            return Ok(BatchParts { rows, first_row: self.rows, ..BatchParts::default() });
+        }
         let used = |part: FileRange, nulls: u64| if nulls == 0 { FileRange::default() } else { part };
 
         let list = node(self.column.node)?;
@@ -256,7 +278,7 @@ impl Messages {
     /// Adds `batch`, and finds its documents. Its offsets follow its message, so they may have been
     /// read together with it.
     fn add(&mut self, reads: &mut Reads, mut batch: BatchParts, options: &OpenOptions) -> Result<()> {
-        if batch.compression.is_none() {
+        if batch.compression.is_none() && self.column.refused.is_none() {
             let validity = reads.get(batch.validity.range())?.to_vec();
             let child_validity = reads.get(batch.child_validity.range())?.to_vec();
             let offsets = reads.get(batch.offsets.range())?;
@@ -356,4 +378,8 @@ fn read_message(reads: &mut Reads, at: u64) -> Result<Option<LocatedMessage<'_>>
 fn damaged(what: &str, error: &impl std::fmt::Display) -> Error {
     let text = error.to_string();
     Error::data(format!("Arrow {what} is damaged: {}", text.lines().next().unwrap_or_default().trim_end_matches('.')))
+}
+
+fn name_of(header: MessageHeader) -> &'static str {
+    header.variant_name().unwrap_or("unknown")
 }

@@ -12,7 +12,7 @@ mod random;
 
 use arrow_schema::DataType;
 
-use super::{Format, OpenOptions, Recognised, Sample, Shard, choose_column, column_title, null_list};
+use super::{Format, Holds, OpenOptions, Recognised, Sample, Shard, choose_column, column_title, null_list};
 use crate::error::{Error, Result};
 use crate::storage::Reads;
 use crate::tokens::Dtype;
@@ -44,12 +44,54 @@ struct Column {
     /// Number of columns of view type before it. Each record batch gives the number of their
     /// buffers.
     views: usize,
+    /// Set if the column cannot hold tokens. A file without tokens is sound all the same.
+    refused: Option<Refused>,
+}
+
+/// Why a column cannot hold tokens, and the number that shows that a record batch has none.
+#[derive(Clone, Debug)]
+struct Refused {
+    error: Error,
+    shown_by: ShownBy,
+}
+
+/// The number of a record batch that has to be 0 if it has no tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ShownBy {
+    Rows,
+    /// The elements of all lists.
+    Elements,
+    /// None: all rows are null.
+    Nothing,
+}
+
+/// The shape of a column's rows, and the type of its elements.
+fn shape(data_type: &DataType) -> Option<(RowShape, &DataType)> {
+    Some(match data_type {
+        DataType::List(item) => (RowShape::List { offset_width: 4 }, item.data_type()),
+        DataType::LargeList(item) => (RowShape::List { offset_width: 8 }, item.data_type()),
+        DataType::FixedSizeList(item, length) => {
+            (RowShape::FixedSizeList { length: u64::try_from(*length).ok()? }, item.data_type())
+        }
+        other => (RowShape::Plain, other),
+    })
+}
+
+/// What the rows of a column hold, for the choice among columns.
+fn holds(data_type: &DataType) -> Holds {
+    match shape(data_type) {
+        Some((RowShape::Plain, element)) if element.is_integer() => Holds::Numbers,
+        Some((RowShape::Plain, _)) | None => Holds::Other,
+        Some((_, element)) if element.is_integer() => Holds::Lists,
+        Some(_) => Holds::Other,
+    }
 }
 
 impl Column {
     fn find(schema: &arrow_schema::Schema, options: &OpenOptions, legacy_unions: bool) -> Result<Self> {
-        let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-        let name = choose_column(&names, options)?;
+        let columns: Vec<(&str, Holds)> =
+            schema.fields().iter().map(|field| (field.name().as_str(), holds(field.data_type()))).collect();
+        let name = choose_column(&columns, options)?;
         let is_field = options.is_field;
         let mut counts = NodeCounts { legacy_unions, ..NodeCounts::default() };
         for field in schema.fields() {
@@ -65,27 +107,39 @@ impl Column {
                     Dtype::accepted(is_field)
                 ))
             };
-            let (kind, element) = match field.data_type() {
-                DataType::List(item) => (RowShape::List { offset_width: 4 }, item.data_type()),
-                DataType::LargeList(item) => (RowShape::List { offset_width: 8 }, item.data_type()),
-                DataType::FixedSizeList(item, length) => (
-                    RowShape::FixedSizeList { length: u64::try_from(*length).map_err(|_| refused())? },
-                    item.data_type(),
-                ),
-                other => (RowShape::Plain, other),
+            let (kind, element) = shape(field.data_type()).ok_or_else(refused)?;
+            let dtype = dtype_of(element).filter(|dtype| is_field || dtype.is_id());
+            let shown_by = match (kind, element) {
+                (RowShape::Plain, DataType::Null) => ShownBy::Nothing,
+                (RowShape::Plain, _) => ShownBy::Rows,
+                _ => ShownBy::Elements,
             };
-            let dtype = dtype_of(element).filter(|dtype| is_field || dtype.is_id()).ok_or_else(refused)?;
             return Ok(Self {
                 name: name.to_owned(),
                 is_field,
                 kind,
-                dtype,
+                refused: if dtype.is_none() { Some(Refused { error: refused(), shown_by }) } else { None },
+                dtype: dtype.unwrap_or(Dtype::I32),
                 node: counts.nodes,
                 buffer: counts.buffers,
                 views: counts.views,
             });
         }
         unreachable!("the column was chosen among these fields")
+    }
+
+    /// A column that is not there, of a file without rows.
+    fn missing(error: Error) -> Self {
+        Self {
+            name: String::new(),
+            is_field: false,
+            kind: RowShape::List { offset_width: 4 },
+            dtype: Dtype::I32,
+            node: 0,
+            buffer: 0,
+            views: 0,
+            refused: Some(Refused { error, shown_by: ShownBy::Rows }),
+        }
     }
 }
 
@@ -308,12 +362,10 @@ fn cut(
         if end < start || end > batch.values {
             let negative = [row, row + 1].into_iter().find(|row| end_at(*row) < 0);
             return Err(Error::data(match negative {
-                Some(row) => format!("list offset {row} is negative: {}", end_at(row)),
-                None => format!(
-                    "list offsets are damaged: row {row} of a batch covers values {start}..{end} of {}",
-                    batch.values
-                ),
-            }));
+                Some(row) => format!("list offset {row} of the batch is negative: {}", end_at(row)),
+                None => format!("list offsets are damaged: values {start} to {end} of {}", batch.values),
+            })
+            .at_row(batch.first_row + row));
         }
         let null = is_null(validity, row);
         if plain && null {

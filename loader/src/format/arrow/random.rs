@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::format::{AnyShard, BlockMeta, Ends, EndsScratch, OpenOptions, RandomShard, ShardInfo, TokenColumn};
 use crate::settings::Config;
 use crate::storage::{Reads, SourceFile};
+use crate::text::{escaped, number_of};
 use crate::tokens::{Dtype, Tokens};
 
 /// Record batches with fewer tokens cost more to index than to read.
@@ -39,7 +40,7 @@ struct BlockLocation {
 
 impl MappedArrow {
     pub(super) fn new(file: SourceFile, messages: Messages) -> Self {
-        let Messages { format, column, batches, runs, rows } = messages;
+        let Messages { format, column, not_read, batches, runs, rows } = messages;
         let width = column.dtype.size() as u64;
         let (mut metas, mut blocks) = (Vec::with_capacity(runs.len()), Vec::with_capacity(runs.len()));
         let mut runs = runs.into_iter();
@@ -72,8 +73,9 @@ impl MappedArrow {
             as_one_document(&mut metas);
         }
         file.advise_random();
-        let token_column = TokenColumn::of(&column.name);
-        let info = ShardInfo { file, format, dtype: column.dtype, column: token_column, rows, blocks: metas };
+        let token_column = TokenColumn::of(&column.name, column.kind == RowShape::Plain);
+        let info =
+            ShardInfo { file, format, dtype: column.dtype, column: token_column, not_read, rows, blocks: metas };
         Self { info, column, batches: batches.len(), locations: blocks }
     }
 
@@ -125,7 +127,11 @@ impl AnyShard for MappedArrow {
     }
 
     fn describe(&self) -> String {
-        format!("column `{}`, {} record batches, uncompressed, read in place", self.column.name, self.batches)
+        format!(
+            "column `{}`, {}, uncompressed, read in place",
+            escaped(&self.column.name),
+            number_of(self.batches as u64, "record batch")
+        )
     }
 
     fn row_lengths(&self) -> Result<Vec<Option<u64>>> {
@@ -205,5 +211,23 @@ impl RandomShard for MappedArrow {
 
     fn is_resident(&self, block: usize, range: Range<u64>) -> bool {
         self.info.file.is_resident(self.byte_of(block, range.start))
+    }
+
+    fn row_of(&self, block: usize, token: u64) -> Option<u64> {
+        let first = self.info.blocks.get(block)?.first_row;
+        let row = match self.column.kind {
+            RowShape::Plain => token,
+            RowShape::FixedSizeList { length } => token / length.max(1),
+            RowShape::List { offset_width } => {
+                let range = self.locations[block].offsets.range();
+                let mut scratch = Vec::new();
+                let offsets = self.info.file.slice(range, &mut scratch).ok()?;
+                let offset = |index: u64| super::read_offset(offsets, offset_width, index).ok();
+                let base = offset(0)?;
+                let rows = (offsets.len() / offset_width) as u64 - 1;
+                (0..rows).find(|row| offset(row + 1).is_some_and(|end| end > base + token))?
+            }
+        };
+        Some(first + row)
     }
 }

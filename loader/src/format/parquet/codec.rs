@@ -24,6 +24,10 @@ pub(super) enum Codec {
     Zstd,
 }
 
+fn unsupported(codec: &str) -> Error {
+    Error::data(format!("codec `{codec}` is not supported: expected zstd, snappy, lz4, gzip or none; rewrite the file"))
+}
+
 impl Codec {
     pub(super) fn new(compression: Compression) -> Result<Self> {
         Ok(match compression {
@@ -33,11 +37,8 @@ impl Codec {
             Compression::LZ4 => Self::Lz4,
             Compression::LZ4_RAW => Self::Lz4Raw,
             Compression::ZSTD(_) => Self::Zstd,
-            other @ (Compression::LZO | Compression::BROTLI(_)) => {
-                return Err(Error::data(format!(
-                    "codec `{other}` is not supported: expected zstd, snappy, lz4, gzip or none; rewrite the file"
-                )));
-            }
+            Compression::LZO => return Err(unsupported("lzo")),
+            Compression::BROTLI(_) => return Err(unsupported("brotli")),
         })
     }
 

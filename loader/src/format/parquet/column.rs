@@ -6,7 +6,7 @@
 use parquet::basic::{ConvertedType, LogicalType, Repetition, Type as Physical};
 use parquet::schema::types::{SchemaDescriptor, Type};
 
-use super::super::{OpenOptions, choose_column, column_title};
+use super::super::{Holds, OpenOptions, choose_column, column_title};
 use crate::error::{Error, Result};
 use crate::tokens::{Dtype, DtypeKind};
 
@@ -30,12 +30,22 @@ pub(super) struct Column {
     pub(super) list_def: u32,
 }
 
+/// Why the chosen column cannot hold tokens. A file without tokens is sound all the same.
+#[derive(Clone, Debug)]
+pub(super) struct Refused {
+    pub(super) error: Error,
+    /// Whether its type has null as its only value, so that all rows are null.
+    pub(super) is_null: bool,
+}
+
 impl Column {
-    pub(super) fn choose(schema: &SchemaDescriptor, options: &OpenOptions) -> Result<Self> {
+    /// Chooses the column that `options` ask for. If only the type of its elements is wrong, says
+    /// why: its lists may be empty.
+    pub(super) fn choose(schema: &SchemaDescriptor, options: &OpenOptions) -> Result<(Self, Option<Refused>)> {
         let is_field = options.is_field;
         let fields = schema.root_schema().get_fields();
-        let names: Vec<_> = fields.iter().map(|field| field.name()).collect();
-        let name = choose_column(&names, options)?;
+        let columns: Vec<(&str, Holds)> = fields.iter().map(|field| (field.name(), holds(field))).collect();
+        let name = choose_column(&columns, options)?;
         let unsupported = |what: &str| {
             Error::data(format!(
                 "{} is {what}: expected a list of, or plain, {}; set `{}` or rewrite the file",
@@ -52,16 +62,18 @@ impl Column {
             Some(element) => element,
             None => return Err(unsupported(&describe(field))),
         };
-        let stored = dtype(element).map_err(|what| unsupported(&what))?;
-        if !is_field && !stored.is_id() {
-            let is_integer = matches!(stored.kind(), DtypeKind::Signed | DtypeKind::Unsigned);
-            let physical = element.get_physical_type().to_string().to_lowercase();
-            return Err(unsupported(&format!("of type {}", if is_integer { stored.name() } else { &physical })));
-        }
-        // The page decoder narrows only values without a sign.
-        let dtype = if matches!(stored, Dtype::I8 | Dtype::I16) { Dtype::I32 } else { stored };
         let descriptor = schema.column(leaf);
         let lists = descriptor.max_rep_level() == 1;
+        let is_null = !lists && is_null(element);
+        let refuse = |what: &str| (Dtype::I32, Some(Refused { error: unsupported(what), is_null }));
+        let (stored, refused) = match dtype(element) {
+            Ok(stored) if is_field || stored.is_id() => (stored, None),
+            Ok(stored) if is_integer(stored) => refuse(&format!("of type {}", stored.name())),
+            Ok(_) => refuse(&format!("of type {}", element.get_physical_type().to_string().to_lowercase())),
+            Err(what) => refuse(&what),
+        };
+        // The page decoder narrows only values without a sign.
+        let dtype = if matches!(stored, Dtype::I8 | Dtype::I16) { Dtype::I32 } else { stored };
         let max_def = descriptor.max_def_level().unsigned_abs().into();
         // Every optional node above the repeated one, and the repeated one itself, raise the level
         // at which a list has an entry. An optional element below it raises the level once more.
@@ -70,7 +82,21 @@ impl Column {
             true if field.is_primitive() => 1,
             true => u32::from(optional(field)) + 1,
         };
-        Ok(Self { name: name.to_owned(), is_field, stored, leaf, dtype, lists, max_def, list_def })
+        Ok((Self { name: name.to_owned(), is_field, stored, leaf, dtype, lists, max_def, list_def }, refused))
+    }
+
+    /// The column of a file that has no tokens.
+    pub(super) fn without_tokens(name: &str, is_field: bool) -> Self {
+        Self {
+            name: name.to_owned(),
+            is_field,
+            stored: Dtype::I32,
+            leaf: 0,
+            dtype: Dtype::I32,
+            lists: true,
+            max_def: 0,
+            list_def: 0,
+        }
     }
 
     /// Number of bits of a definition level.
@@ -124,6 +150,25 @@ fn shape(field: &Type) -> Option<&Type> {
     }
 }
 
+/// What the rows of a column hold, for the choice among columns.
+fn holds(field: &Type) -> Holds {
+    match shape(field).map(dtype) {
+        Some(Ok(dtype)) if !is_integer(dtype) => Holds::Other,
+        Some(Ok(_)) if field.is_primitive() && !repeated(field) => Holds::Numbers,
+        Some(Ok(_)) => Holds::Lists,
+        _ => Holds::Other,
+    }
+}
+
+fn is_integer(dtype: Dtype) -> bool {
+    matches!(dtype.kind(), DtypeKind::Signed | DtypeKind::Unsigned)
+}
+
+/// Whether null is the only value of the type.
+fn is_null(element: &Type) -> bool {
+    matches!(element.get_basic_info().logical_type_ref(), Some(LogicalType::Unknown))
+}
+
 fn describe(field: &Type) -> String {
     if !is_list(field) {
         return "a struct or map".to_owned();
@@ -140,7 +185,7 @@ fn dtype(element: &Type) -> std::result::Result<Dtype, String> {
                 integer(physical, u32::from(int.bit_width.unsigned_abs()), int.is_signed)
             }
             (Physical::FIXED_LEN_BYTE_ARRAY, LogicalType::Float16) => Ok(Dtype::F16),
-            _ => Err(format!("of type {logical:?} ({physical})").to_lowercase()),
+            _ => Err(format!("of type {} ({physical})", logical_name(logical)).to_lowercase()),
         };
     }
     match info.converted_type() {
@@ -161,6 +206,20 @@ fn dtype(element: &Type) -> std::result::Result<Dtype, String> {
         ConvertedType::INT_32 => integer(physical, 32, true),
         ConvertedType::INT_64 => integer(physical, 64, true),
         other => Err(format!("of type {other} ({physical})").to_lowercase()),
+    }
+}
+
+/// The name of a logical type in the format's documentation.
+fn logical_name(logical: &LogicalType) -> String {
+    match logical {
+        LogicalType::Unknown => "null".to_owned(),
+        LogicalType::Integer(int) => format!("{}int{}", if int.is_signed { "" } else { "u" }, int.bit_width),
+        LogicalType::Decimal(decimal) => format!("decimal({}, {})", decimal.precision, decimal.scale),
+        other => {
+            // Only the name stands before the first bracket of such a text.
+            let text = format!("{other:?}");
+            text.split(['(', '{', ' ']).next().unwrap_or_default().to_owned()
+        }
     }
 }
 

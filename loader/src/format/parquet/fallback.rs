@@ -5,12 +5,13 @@
 
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef};
 use arrow_schema::DataType;
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 
@@ -81,8 +82,9 @@ fn decode(file: &SourceFile, column: &Column, index: usize, decoded: Decoded) ->
 fn read_inner(file: &SourceFile, column: &Column, index: usize, mut decoded: Decoded) -> Result<Decoded> {
     let failed = |error: ParquetError| Error::data(format!("cannot read row group {index}")).with_source(error);
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-    let builder =
-        ParquetRecordBatchReaderBuilder::try_new_with_options(Chunks(file.clone()), options).map_err(failed)?;
+    let metadata = super::read_metadata(file)?;
+    let metadata = ArrowReaderMetadata::try_new(Arc::new(metadata), options).map_err(failed)?;
+    let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(Chunks(file.clone()), metadata);
     let mask = ProjectionMask::leaves(builder.parquet_schema(), [column.leaf]);
     let reader = builder.with_projection(mask).with_row_groups(vec![index]).build().map_err(failed)?;
     let mut row = 0;

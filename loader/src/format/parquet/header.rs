@@ -66,7 +66,7 @@ pub(super) enum HeaderFault {
     Damaged(&'static str),
 }
 
-type Parse<T> = Result<T, HeaderFault>;
+pub(super) type Parse<T> = Result<T, HeaderFault>;
 
 // Wire types of the compact protocol.
 const TRUE: u8 = 1;
@@ -76,12 +76,34 @@ const STRUCT: u8 = 12;
 /// Limit of nesting. Real headers stay far below it.
 const MAX_DEPTH: u32 = 16;
 
-struct Cursor<'a> {
+/// Reads values of the compact protocol.
+pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl Cursor<'_> {
+impl<'a> Cursor<'a> {
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0 }
+    }
+
+    /// Number of bytes read so far.
+    pub(super) fn at(&self) -> usize {
+        self.at
+    }
+
+    /// The bytes read since `start`.
+    pub(super) fn since(&self, start: usize) -> &'a [u8] {
+        &self.bytes[start..self.at]
+    }
+
+    /// The head of a list: the type and the number of its elements.
+    pub(super) fn list_head(&mut self) -> Parse<(u8, u64)> {
+        let head = self.byte()?;
+        let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
+        Ok((head & 0x0f, count))
+    }
+
     fn byte(&mut self) -> Parse<u8> {
         let byte = *self.bytes.get(self.at).ok_or(HeaderFault::CutOff)?;
         self.at += 1;
@@ -116,7 +138,7 @@ impl Cursor<'_> {
     }
 
     /// Next field of a struct as (id, wire type), or `None` at the end of the struct.
-    fn field(&mut self, last: &mut i32) -> Parse<Option<(i32, u8)>> {
+    pub(super) fn field(&mut self, last: &mut i32) -> Parse<Option<(i32, u8)>> {
         let byte = self.byte()?;
         let wire = byte & 0x0f;
         if wire == 0 {
@@ -129,7 +151,7 @@ impl Cursor<'_> {
         Ok(Some((*last, wire)))
     }
 
-    fn skip(&mut self, wire: u8, depth: u32) -> Parse<()> {
+    pub(super) fn skip(&mut self, wire: u8, depth: u32) -> Parse<()> {
         if depth > MAX_DEPTH {
             return Err(HeaderFault::Damaged("nested too deeply"));
         }
@@ -143,10 +165,9 @@ impl Cursor<'_> {
                 self.pass(length)
             }
             9 | 10 => {
-                let head = self.byte()?;
-                let count = if head >> 4 == 15 { self.varint()? } else { u64::from(head >> 4) };
+                let (wire, count) = self.list_head()?;
                 for _ in 0..count {
-                    self.skip_element(head & 0x0f, depth)?;
+                    self.skip_element(wire, depth)?;
                 }
                 Ok(())
             }
@@ -195,7 +216,7 @@ impl Cursor<'_> {
 
 /// Parses the page header at the start of `bytes`.
 pub(super) fn parse(bytes: &[u8]) -> Parse<PageHeader> {
-    let mut cursor = Cursor { bytes, at: 0 };
+    let mut cursor = Cursor::new(bytes);
     let mut last = 0;
     let (mut kind, mut uncompressed, mut compressed, mut crc) = (None, None, None, None);
     let (mut data, mut data2, mut dictionary) = (None, None, None);

@@ -9,6 +9,7 @@
 mod codec;
 mod column;
 mod fallback;
+mod footer;
 mod header;
 mod kernels;
 mod levels;
@@ -27,6 +28,7 @@ use ::parquet::file::statistics::Statistics;
 
 use self::codec::{Codec, Decompressor};
 use self::column::Column;
+use self::footer::Reduced;
 use self::levels::Levels;
 use self::pages::{Body, Coding, ForwardReader, Page, RowGroup, Walk, Walker};
 use self::values::{Dictionary, Encoded};
@@ -36,7 +38,8 @@ use super::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::SourceFile;
-use crate::tokens::{Dtype, Tokens};
+use crate::text::{bytes, escaped, number_of};
+use crate::tokens::{Dtype, Tokens, negative_id};
 
 /// Number of bytes of the magic and the footer length at the end of a file.
 const TAIL_BYTES: u64 = 8;
@@ -116,7 +119,21 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-fn read_footer(file: &SourceFile) -> Result<(ParquetMetaData, u64)> {
+/// A file's footer.
+struct Footer {
+    metadata: ParquetMetaData,
+    /// Row group and index of each column that is encrypted.
+    encrypted: Vec<(usize, usize)>,
+    /// Where the footer begins, so that data ends.
+    start: u64,
+}
+
+/// Reads the footer of a Parquet file. Leaves out the fields that no reader of columns needs.
+pub fn read_metadata(file: &SourceFile) -> Result<ParquetMetaData> {
+    Ok(read_footer(file)?.metadata)
+}
+
+fn read_footer(file: &SourceFile) -> Result<Footer> {
     let len = file.len();
     let damaged = |what: String| Error::data(format!("not a whole Parquet file: {what}"));
     if len < TAIL_BYTES + 4 {
@@ -126,7 +143,7 @@ fn read_footer(file: &SourceFile) -> Result<(ParquetMetaData, u64)> {
     let tail = file.slice(len - TAIL_BYTES..len, &mut scratch)?;
     let tail: &[u8; TAIL_BYTES as usize] = tail.try_into().map_err(|_| damaged("its tail is missing".to_owned()))?;
     if &tail[4..] == b"PARE" {
-        return Err(Error::data("encrypted Parquet files are not supported"));
+        return Err(encrypted("Parquet file"));
     }
     let footer = FooterTail::try_new(tail).map_err(|error| {
         damaged("it does not end in `PAR1`; it may be truncated, or still being written".to_owned()).with_source(error)
@@ -137,9 +154,31 @@ fn read_footer(file: &SourceFile) -> Result<(ParquetMetaData, u64)> {
         .ok_or_else(|| damaged(format!("its footer should have {size} bytes, the file has {len}")))?;
     let mut scratch = Vec::new();
     let bytes = file.slice(start..len - TAIL_BYTES, &mut scratch)?;
-    let metadata = ParquetMetaDataReader::decode_metadata(bytes)
-        .map_err(|error| damaged("its footer is damaged".to_owned()).with_source(error))?;
-    Ok((metadata, start))
+    // A footer that cannot be walked is left to the parquet crate, which says why.
+    let reduced = footer::reduce(bytes).unwrap_or_else(|_| Reduced { bytes: bytes.to_vec(), encrypted: Vec::new() });
+    match ParquetMetaDataReader::decode_metadata(&reduced.bytes) {
+        Ok(metadata) => Ok(Footer { metadata, encrypted: reduced.encrypted, start }),
+        Err(_) if !reduced.encrypted.is_empty() => Err(encrypted("a column of the Parquet file")),
+        Err(error) => Err(damaged("its footer is damaged".to_owned()).with_source(error)),
+    }
+}
+
+fn encrypted(what: &str) -> Error {
+    Error::data(format!("{what} is encrypted, which is not supported; write it without encryption"))
+}
+
+/// Number of rows of the file. Some writers give it for the row groups alone.
+fn count_rows(metadata: &ParquetMetaData) -> Result<u64> {
+    let negative = |_| Error::data("footer is damaged: negative row count");
+    let rows = u64::try_from(metadata.file_metadata().num_rows()).map_err(negative)?;
+    let mut found = 0_u64;
+    for group in metadata.row_groups() {
+        found = found.saturating_add(u64::try_from(group.num_rows()).map_err(negative)?);
+    }
+    if rows != found && rows != 0 {
+        return Err(Error::data(format!("footer is damaged: expected {rows} rows, its row groups have {found}")));
+    }
+    Ok(found)
 }
 
 impl ParquetShard {
@@ -149,16 +188,33 @@ impl ParquetShard {
     }
 
     fn open_inner(file: SourceFile, options: &OpenOptions, route: Route) -> Result<Self> {
-        let (metadata, data_end) = read_footer(&file)?;
-        let info = metadata.file_metadata();
-        let rows = u64::try_from(info.num_rows()).map_err(|_| Error::data("footer is damaged: negative row count"))?;
-        let mut column = Column::choose(info.schema_descr(), options)?;
+        let Footer { metadata, encrypted: encrypted_columns, start: data_end } = read_footer(&file)?;
+        let schema = metadata.file_metadata().schema_descr();
+        let rows = count_rows(&metadata)?;
+        let mut not_read: Vec<String> =
+            schema.root_schema().get_fields().iter().map(|field| field.name().to_owned()).collect();
+        let (mut column, refused) = match Column::choose(schema, options) {
+            Ok(chosen) => chosen,
+            // A file without rows has no tokens, whatever its columns are.
+            Err(_) if rows == 0 && !options.is_field => return Ok(Self::without_tokens(file, "", not_read, rows)),
+            Err(error) => return Err(error),
+        };
+        not_read.retain(|name| *name != column.name);
+        if let Some(refused) = &refused
+            && (rows == 0 || refused.is_null)
+        {
+            return Ok(Self::without_tokens(file, &column.name, not_read, rows));
+        }
+        let refused = refused.map(|refused| refused.error);
         let mut walker = Walker::default();
         let mut reader = ForwardReader::new(&file, data_end);
         let (mut row_groups, mut pages) = (Vec::new(), Vec::new());
         let mut rows_before = 0;
         for (index, group) in metadata.row_groups().iter().enumerate() {
             let number = u32::try_from(index).map_err(|_| Error::data("too many row groups"))?;
+            if encrypted_columns.contains(&(index, column.leaf)) {
+                return Err(encrypted(&format!("token column `{}`", escaped(&column.name))));
+            }
             let walk = match route {
                 Route::Pages if column.is_unfamiliar() => Walk::Unfamiliar(String::new()),
                 Route::Pages => walker.walk(&mut reader, &column, group, number, rows_before)?,
@@ -166,6 +222,10 @@ impl ParquetShard {
                 Route::Arrow => Walk::Unfamiliar(String::new()),
             };
             match walk {
+                Walk::Pages(_, found) if refused.is_some() && !found.is_empty() => {
+                    return Err(refused.expect("checked in this arm"));
+                }
+                Walk::Unfamiliar(_) if refused.is_some() => return Err(refused.expect("checked in this arm")),
                 Walk::Pages(row_group, found) => {
                     row_groups.push(row_group);
                     pages.extend(found);
@@ -183,11 +243,6 @@ impl ParquetShard {
         }
         if let Some(row) = walker.null_list {
             return Err(null_list(&column.name).at_row(row));
-        }
-        if rows_before != rows {
-            return Err(Error::data(format!(
-                "footer is damaged: expected {rows} rows, its row groups have {rows_before}"
-            )));
         }
         if !column.lists {
             // One document runs through the whole file.
@@ -209,9 +264,32 @@ impl ParquetShard {
         let ranges = cut(&pages, options.block_tokens);
         let blocks = ranges.iter().map(|range| describe_block(&pages[range.clone()], column.dtype)).collect();
         let max_id = range.map(|(_, most)| most);
-        let token_column = TokenColumn::of(&column.name);
-        let info = ShardInfo { file, format: Format::Parquet, dtype, column: token_column, rows, blocks };
+        let token_column = TokenColumn::of(&column.name, !column.lists);
+        let info = ShardInfo { file, format: Format::Parquet, dtype, column: token_column, not_read, rows, blocks };
         Ok(Self { info, column, row_groups, pages, ranges, max_id, dictionary: Mutex::new(None) })
+    }
+
+    /// A file whose column `name` has no tokens.
+    fn without_tokens(file: SourceFile, name: &str, not_read: Vec<String>, rows: u64) -> Self {
+        let column = Column::without_tokens(name, false);
+        let info = ShardInfo {
+            file,
+            format: Format::Parquet,
+            dtype: column.dtype,
+            column: TokenColumn::of(name, false),
+            not_read,
+            rows,
+            blocks: Vec::new(),
+        };
+        Self {
+            info,
+            column,
+            row_groups: Vec::new(),
+            pages: Vec::new(),
+            ranges: Vec::new(),
+            max_id: None,
+            dictionary: Mutex::new(None),
+        }
     }
 
     fn decode_block(
@@ -365,7 +443,7 @@ impl ParquetShard {
             let ids = Tokens::new(column.dtype, ids);
             if let Some(index) = ids.first_negative() {
                 levels.read(column, rep, def, entries)?;
-                return Err(negative_token(ids.get(index))
+                return Err(negative_id(ids.get(index))
                     .at(self.info.path())
                     .at_row(self.row_of(page, levels, index)));
             }
@@ -391,7 +469,7 @@ impl ParquetShard {
         if let Some(index) = ids.first_negative().filter(|_| !column.is_field) {
             let document = decoded.ends.partition_point(|&end| end as usize <= index);
             let row = decoded.rows.get(document).copied().unwrap_or(index as u64);
-            return Err(negative_token(ids.get(index)).at(self.info.path()).at_row(page.rows_before + row));
+            return Err(negative_id(ids.get(index)).at(self.info.path()).at_row(page.rows_before + row));
         }
         if base > 0 && page.opens {
             ends.push(base);
@@ -449,10 +527,6 @@ fn null_token(column: &Column) -> Error {
         return Error::data(format!("column `{}` has a null value: every value must be set", column.name));
     }
     Error::data("null token: expected lists without null elements; drop them when writing the file")
-}
-
-fn negative_token(id: i64) -> Error {
-    Error::data(format!("token ids must not be negative: found {id}"))
 }
 
 fn check_crc(body: &Body, bytes: &[u8]) -> Result<()> {
@@ -589,8 +663,8 @@ impl AnyShard for ParquetShard {
             && most > 1 << 24
         {
             advice.push(format!(
-                "a page has {most} tokens, {} MiB decoded, and cannot be read in part: write pages of 1 MiB",
-                (u64::from(most) * self.column.dtype.size() as u64) >> 20
+                "a page has {most} tokens, {} decoded, and cannot be read in part: write pages of 1 MiB",
+                bytes(u64::from(most) * self.column.dtype.size() as u64)
             ));
         }
         if self.row_groups.iter().any(|group| group.codec == Codec::Gzip) {
@@ -627,7 +701,7 @@ impl AnyShard for ParquetShard {
     fn describe(&self) -> String {
         let mut parts = Vec::new();
         let kind = if self.column.lists { "list of " } else { "" };
-        parts.push(format!("column `{}`, {kind}{}", self.column.name, self.info.dtype.name()));
+        parts.push(format!("column `{}`, {kind}{}", escaped(&self.column.name), self.info.dtype.name()));
         let mut codecs: Vec<_> = self.row_groups.iter().map(|group| group.codec.name()).collect();
         codecs.dedup();
         codecs.truncate(3);
@@ -641,11 +715,12 @@ impl AnyShard for ParquetShard {
         ] {
             let count = self.pages.iter().filter(|page| page.coding == coding).count();
             if count > 0 {
-                let what = if coding == Coding::RowGroup { "row groups" } else { "pages" };
-                parts.push(format!("{count} {what} {name}"));
+                let what = if coding == Coding::RowGroup { "row group" } else { "page" };
+                parts.push(format!("{} {name}", number_of(count as u64, what)));
             }
         }
-        parts.push(format!("{} row groups, {} blocks", self.row_groups.len(), self.info.blocks.len()));
+        let (groups, blocks) = (self.row_groups.len() as u64, self.info.blocks.len() as u64);
+        parts.push(format!("{}, {}", number_of(groups, "row group"), number_of(blocks, "block")));
         parts.retain(|part| !part.is_empty());
         parts.join("; ")
     }

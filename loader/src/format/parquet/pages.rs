@@ -7,6 +7,7 @@
 //! `null_count` counts. Decodes no values.
 
 use std::ops::Range;
+use std::path::{Component, Path};
 
 use parquet::file::metadata::RowGroupMetaData;
 
@@ -17,6 +18,7 @@ use super::levels::Levels;
 use crate::error::{Error, Result};
 use crate::format::DecodedPages;
 use crate::storage::SourceFile;
+use crate::text::escaped;
 
 /// Encoding of a page's values, which selects the decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,12 +170,15 @@ impl Walker {
         rows_before: u64,
     ) -> Result<Walk> {
         if column.leaf >= group.num_columns() {
-            return Err(Error::data(format!("row group {index} lacks column `{}`", column.name)));
+            return Err(Error::data(format!("row group {index} lacks column `{}`", escaped(&column.name))));
         }
         let chunk = group.column(column.leaf);
-        if let Some(path) = chunk.file_path() {
+        if let Some(path) = chunk.file_path()
+            && !is_path_of(path, reader.file.path())
+        {
             return Err(Error::data(format!(
-                "row group {index} keeps its column in another file, `{path}`; list that file instead"
+                "row group {index} keeps its column in another file, `{}`; list that file instead",
+                escaped(path)
             )));
         }
         let codec = Codec::new(chunk.compression())?;
@@ -335,6 +340,14 @@ impl Walker {
         let (rep, def, _) = split_v1(&self.bytes, column)?;
         self.levels.read(column, rep, def, entries)
     }
+}
+
+/// Whether `named`, the path in a column chunk, is that of the file itself: empty, or an ending of
+/// `path`, as far as that goes. Writers give the path below a folder that the reader does not know.
+fn is_path_of(named: &str, path: &Path) -> bool {
+    let named = Path::new(named).components().filter(|part| !matches!(part, Component::CurDir | Component::RootDir));
+    let mut own = path.components().rev();
+    named.rev().all(|part| own.next().is_none_or(|own| own == part))
 }
 
 fn v2(data: &DataHeader, body: &Body) -> Result<Option<LevelSizes>> {

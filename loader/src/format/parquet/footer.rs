@@ -1,0 +1,138 @@
+//! Footer: reduces a file's footer to the fields that reading needs, and notes encrypted columns.
+//!
+//! Writers have put values of wrong types into fields that no reader of tokens needs, such as the
+//! key-value metadata. The parquet crate refuses such a footer as a whole. It also skips the fields
+//! that mark a column as encrypted. So this module copies the needed fields alone, and the parquet
+//! crate decodes the copy.
+
+use super::header::{Cursor, HeaderFault, Parse};
+
+/// Wire types of the compact protocol.
+const LIST: u8 = 9;
+const STRUCT: u8 = 12;
+
+/// A reduced footer.
+#[derive(Debug, Default)]
+pub(super) struct Reduced {
+    /// The footer with the needed fields alone.
+    pub(super) bytes: Vec<u8>,
+    /// Row group and index of each column that is encrypted.
+    pub(super) encrypted: Vec<(usize, usize)>,
+}
+
+/// A field that the copy keeps: its number, and how its value is copied.
+struct Kept(i32, Copied);
+
+/// How a value is copied.
+enum Copied {
+    /// As it is.
+    Whole,
+    /// A struct, of which these fields are kept.
+    Struct(&'static [Kept]),
+    /// A list of such structs.
+    List(&'static [Kept]),
+}
+
+use Copied::{List, Struct, Whole};
+
+const FILE: &[Kept] = &[Kept(1, Whole), Kept(2, Whole), Kept(3, Whole), Kept(4, List(ROW_GROUP)), Kept(6, Whole)];
+const ROW_GROUP: &[Kept] = &[Kept(1, List(CHUNK)), Kept(2, Whole), Kept(3, Whole)];
+const CHUNK: &[Kept] = &[Kept(1, Whole), Kept(2, Whole), Kept(3, Struct(COLUMN))];
+/// Type, encodings, path, codec, number of values, sizes, offsets and statistics.
+const COLUMN: &[Kept] = &[
+    Kept(1, Whole),
+    Kept(2, Whole),
+    Kept(3, Whole),
+    Kept(4, Whole),
+    Kept(5, Whole),
+    Kept(6, Whole),
+    Kept(7, Whole),
+    Kept(9, Whole),
+    Kept(11, Whole),
+    Kept(12, Whole),
+];
+
+/// Fields of a column chunk that say that it is encrypted.
+const ENCRYPTED: [i32; 2] = [8, 9];
+
+/// Reduces the footer `bytes`.
+pub(super) fn reduce(bytes: &[u8]) -> Parse<Reduced> {
+    let mut copy = Copy {
+        cursor: Cursor::new(bytes),
+        out: Reduced { bytes: Vec::with_capacity(bytes.len()), encrypted: Vec::new() },
+        row_group: 0,
+        chunk: 0,
+    };
+    copy.structure(FILE)?;
+    Ok(copy.out)
+}
+
+struct Copy<'a> {
+    cursor: Cursor<'a>,
+    out: Reduced,
+    /// Number of the row group that is copied, and of the column in it.
+    row_group: usize,
+    chunk: usize,
+}
+
+impl Copy<'_> {
+    fn structure(&mut self, kept: &'static [Kept]) -> Parse<()> {
+        let (mut last, mut last_kept) = (0, 0);
+        loop {
+            let Some((id, wire)) = self.cursor.field(&mut last)? else { break };
+            if std::ptr::eq(kept, CHUNK) && ENCRYPTED.contains(&id) {
+                self.out.encrypted.push((self.row_group, self.chunk));
+            }
+            let Some(Kept(_, copied)) = kept.iter().find(|Kept(number, _)| *number == id) else {
+                self.cursor.skip(wire, 0)?;
+                continue;
+            };
+            self.head(id, wire, &mut last_kept);
+            match (copied, wire) {
+                (Struct(fields), STRUCT) => self.structure(fields)?,
+                (List(fields), LIST) => self.list(fields)?,
+                _ => {
+                    let start = self.cursor.at();
+                    self.cursor.skip(wire, 0)?;
+                    self.out.bytes.extend_from_slice(self.cursor.since(start));
+                }
+            }
+        }
+        self.out.bytes.push(0);
+        Ok(())
+    }
+
+    fn list(&mut self, kept: &'static [Kept]) -> Parse<()> {
+        let start = self.cursor.at();
+        let (wire, count) = self.cursor.list_head()?;
+        if wire != STRUCT && count > 0 {
+            return Err(HeaderFault::Damaged("a list has elements of another type"));
+        }
+        self.out.bytes.extend_from_slice(self.cursor.since(start));
+        for index in 0..count {
+            if std::ptr::eq(kept, ROW_GROUP) {
+                self.row_group = index as usize;
+            } else {
+                self.chunk = index as usize;
+            }
+            self.structure(kept)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the head of field `id`.
+    fn head(&mut self, id: i32, wire: u8, last: &mut i32) {
+        match id - std::mem::replace(last, id) {
+            delta @ 1..=15 => self.out.bytes.push((delta as u8) << 4 | wire),
+            _ => {
+                self.out.bytes.push(wire);
+                let mut zigzag = (id as u32) << 1 ^ (id >> 31) as u32;
+                while zigzag >= 0x80 {
+                    self.out.bytes.push(zigzag as u8 | 0x80);
+                    zigzag >>= 7;
+                }
+                self.out.bytes.push(zigzag as u8);
+            }
+        }
+    }
+}
