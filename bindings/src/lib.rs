@@ -31,7 +31,7 @@ mod _core {
     #[pymodule_export]
     use crate::batch::{Array, Batch, Tensors};
     #[pymodule_export]
-    use crate::loader::{Loader, resolve};
+    use crate::loader::{Loader, resolve, verdict_of_dataset};
     #[pymodule_export]
     use crate::pass::{Batches, Parts, SharedLoader};
     use pyo3::prelude::*;

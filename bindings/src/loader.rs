@@ -6,6 +6,7 @@ use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 
 use forebay::loader::state::{State, StateValue};
 use forebay::loader::{Cancel, MAX_EPOCH};
+use forebay::observe::stats::verdict_of;
 use forebay::settings::environment::Environment;
 use forebay::settings::{self, Config, DataFormat, Epochs, Io, Remainder, Resolved, Scope, Shuffle, Split, Targets};
 use forebay::{Error, ErrorKind};
@@ -16,6 +17,13 @@ use crate::batch::Batch;
 use crate::error::{detached, to_python};
 use crate::notices;
 use crate::pass::{Batches, SLICE, SharedLoader};
+
+/// The verdict on a loader of any dataset.
+#[pyfunction]
+pub(crate) fn verdict_of_dataset(batches: u64, wait_share: f64) -> String {
+    let remedy = "more `num_workers`; where its Python holds the interpreter, python3.14t";
+    verdict_of(batches, wait_share, "the dataset's own code", remedy)
+}
 
 /// Settings in force if these are given: values, where each is from, warnings, and notes. `from_env`: the environment may give all of them.
 #[pyfunction]

@@ -33,6 +33,9 @@ def resolve(
     Raises ConfigError, with all faults listed together.
     """
 
+def verdict_of_dataset(batches: int, wait_share: float) -> str:
+    """Who waited for whom, of a loader of any dataset whose consumers waited for `wait_share` of the time."""
+
 def run_command(arguments: Sequence[str]) -> int:
     """Runs the command line; `arguments` begin with the program's name. Returns the exit status."""
 

@@ -196,7 +196,8 @@ class Loader:
         `auto`, `parquet` or `arrow`.
     token_column:
         Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
-        and `ids` that is there. Default: none. Accepted: a column's name, or `none`.
+        and `ids` that has lists of ids, else the first that has an id in each row. Default: none.
+        Accepted: a column's name, or `none`.
     fields:
         Further columns to deliver, with one value for each token: labels, masks, weights, or any
         numbers. `labels` replace those made of the tokens. Their value is -100 where no token
@@ -503,15 +504,16 @@ class Loader:
         self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
     ) -> Arrays:
         """What a rank gets at a step of the pass that begins with `epoch`. Default: this loader's epoch and ranks."""
+        return _arrays(self._batch_at(step, epoch, rank, world_size))
+
+    def _batch_at(self, step: int, epoch: int | None, rank: int | None, world_size: int | None) -> _core.Batch:
         core = self._open_core()
         config = core.config()
-        return _arrays(
-            core.batch_at(
-                core.epoch if epoch is None else epoch,
-                step,
-                config["dp_rank"] if rank is None else rank,
-                config["dp_world_size"] if world_size is None else world_size,
-            )
+        return core.batch_at(
+            core.epoch if epoch is None else epoch,
+            step,
+            config["dp_rank"] if rank is None else rank,
+            config["dp_world_size"] if world_size is None else world_size,
         )
 
     def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Arrays]]:

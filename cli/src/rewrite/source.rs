@@ -86,8 +86,16 @@ impl Source {
 /// The reader of a shard's rows.
 enum Reader {
     Parquet(ParquetRecordBatchReader),
-    MappedFile { decoder: FileDecoder, blocks: std::vec::IntoIter<Block>, bytes: Buffer },
-    MappedStream { decoder: StreamDecoder, rest: Buffer, column: usize },
+    MappedFile {
+        decoder: FileDecoder,
+        blocks: std::vec::IntoIter<Block>,
+        bytes: Buffer,
+    },
+    MappedStream {
+        decoder: StreamDecoder,
+        rest: Buffer,
+        column: usize,
+    },
     File(FileReader<BufReader<File>>),
     Stream(StreamReader<BufReader<File>>),
     /// So many empty documents.

@@ -12,8 +12,8 @@ mod shard_cache;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::Path;
-use std::sync::{Mutex, OnceLock};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use xxhash_rust::xxh3::Xxh3;
 
@@ -295,7 +295,8 @@ impl Corpus {
                 let open = |place: usize| {
                     options.cancel.check()?;
                     let opened = OpenShard::open(&files[stale[place]].path, options);
-                    let facts = opened.inspect(|opened| not_read.add(opened.shard(), options)).map(|opened| opened.facts());
+                    let facts =
+                        opened.inspect(|opened| not_read.add(opened.shard(), options)).map(|opened| opened.facts());
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1, stale.len() as u64);
                     facts
                 };
@@ -713,8 +714,7 @@ pub fn mixed_shards<'a>(
         )));
     }
     for index in 0..MAX_FIELDS {
-        if let Some((path, other)) =
-            full.clone().find(|(_, facts)| facts.fields.get(index) != first.fields.get(index))
+        if let Some((path, other)) = full.clone().find(|(_, facts)| facts.fields.get(index) != first.fields.get(index))
         {
             let shown = |facts: ShardFacts| facts.fields.get(index).map_or("no such column", Dtype::name);
             faults.push(Error::data(format!(
@@ -739,10 +739,7 @@ pub fn mixed_shards<'a>(
 
 /// The error of shards whose tokens are in columns of other names, or of which one has lists and another a token in
 /// each row. Shards without tokens take no part.
-pub fn mixed_columns<'a>(
-    shards: impl Iterator<Item = (&'a Path, ShardFacts)>,
-    options: &OpenOptions,
-) -> Option<Error> {
+pub fn mixed_columns<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)>, options: &OpenOptions) -> Option<Error> {
     let mut full = shards.filter(|(_, facts)| facts.blocks > 0);
     let (first_path, first) = full.next()?;
     let (path, other) = full.find(|(_, facts)| facts.column != first.column)?;

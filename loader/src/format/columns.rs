@@ -135,9 +135,8 @@ fn names(columns: &[(&str, Holds)]) -> String {
 /// the file has no other column.
 fn choose_token_column<'a>(columns: &[(&'a str, Holds)], wanted: Option<&str>) -> Result<&'a str> {
     let known = || TOKEN_COLUMNS.iter().filter_map(|name| columns.iter().find(|(column, _)| column == name));
-    let is_doubtful = |name: &str, holds: Holds| {
-        holds == Holds::Numbers && columns.len() > 1 && AMBIGUOUS.contains(&name)
-    };
+    let is_doubtful =
+        |name: &str, holds: Holds| holds == Holds::Numbers && columns.len() > 1 && AMBIGUOUS.contains(&name);
     let sure = || known().filter(|(name, holds)| !is_doubtful(name, *holds));
     let found = match wanted {
         Some(name) => columns.iter().find(|(column, _)| *column == name),
@@ -158,10 +157,7 @@ fn choose_token_column<'a>(columns: &[(&'a str, Holds)], wanted: Option<&str>) -
     let there = names(columns);
     Err(Error::data(match (wanted, known().next()) {
         (Some(name), _) => {
-            format!(
-                "token column `{}` is missing: the file has {there}; set `token_column`",
-                escaped(name)
-            )
+            format!("token column `{}` is missing: the file has {there}; set `token_column`", escaped(name))
         }
         (None, Some((name, _))) => format!(
             "no token column: `{name}` has one number in each row, which may be a count or the number of the row; the \

@@ -619,9 +619,10 @@ fn remedy(head: &[u8]) -> &'static str {
             "it is a NumPy array: write the ids to an Arrow or Parquet file, such as with pyarrow"
         }
         [b'P', b'K', 3 | 5, ..] => "it is a zip archive: unpack it",
-        [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd, ..] | [b'B', b'Z', b'h', ..] | [0xfd, b'7', b'z', b'X', b'Z', ..] => {
-            "it is compressed as a whole: decompress it"
-        }
+        [0x1f, 0x8b, ..]
+        | [0x28, 0xb5, 0x2f, 0xfd, ..]
+        | [b'B', b'Z', b'h', ..]
+        | [0xfd, b'7', b'z', b'X', b'Z', ..] => "it is compressed as a whole: decompress it",
         [b'{' | b'[', ..] => "it looks like JSON: tokenize it first, and write the ids to an Arrow or Parquet file",
         _ => {
             "a raw file of ids does not say their `dtype`: write the ids to an Arrow or Parquet file, such as with pyarrow"

@@ -185,21 +185,27 @@ impl Stats {
     /// Tells in one line whether the trainer or the loader is the bottleneck, and by which
     /// threshold.
     pub fn verdict(&self) -> String {
-        if self.batches == 0 {
-            return "no batches yet".to_owned();
-        }
-        let (share, limit) = (self.wait_share * 100.0, TRAINER_BOUND_SHARE * 100.0);
-        if self.wait_share < TRAINER_BOUND_SHARE {
-            return format!("trainer-bound: {share:.1} % of the time was spent waiting for data, less than {limit} %");
-        }
         let (decode, fill): (f64, f64) = (self.decode_seconds.iter().sum(), self.fill_seconds.iter().sum());
         let (what, remedy) = if decode > fill {
             ("decoding", "more `num_threads`, a lighter codec, or uncompressed Arrow")
         } else {
             ("filling", "more `num_threads`; where files are not in memory, faster storage")
         };
-        format!(
-            "loader-bound: {what} ({share:.1} % of the time was spent waiting for data, {limit} % or more; try {remedy})"
-        )
+        verdict_of(self.batches, self.wait_share, what, remedy)
     }
+}
+
+/// The verdict on a loader that handed over `batches`, whose consumers waited for `wait_share` of the time. If they
+/// waited too long, that was for `what`, and `remedy` may help.
+pub fn verdict_of(batches: u64, wait_share: f64, what: &str, remedy: &str) -> String {
+    if batches == 0 {
+        return "no batches yet".to_owned();
+    }
+    let (share, limit) = (wait_share * 100.0, TRAINER_BOUND_SHARE * 100.0);
+    if wait_share < TRAINER_BOUND_SHARE {
+        return format!("trainer-bound: {share:.1} % of the time was spent waiting for data, less than {limit} %");
+    }
+    format!(
+        "loader-bound: {what} ({share:.1} % of the time was spent waiting for data, {limit} % or more; try {remedy})"
+    )
 }

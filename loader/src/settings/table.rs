@@ -41,7 +41,7 @@ settings! {
         Content(AsOpened), Name, [TokenDataset];
 
     /// Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
-    /// and `ids` that is there.
+    /// and `ids` that has lists of ids, else the first that has an id in each row.
     token_column: Option<String> = None,
         Content(AsOpened), Optional(column()), [TokenDataset];
 

@@ -34,7 +34,8 @@ class TokenDataset(Dataset[Tensors]):
         `auto`, `parquet` or `arrow`.
     token_column:
         Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
-        and `ids` that is there. Default: none. Accepted: a column's name, or `none`.
+        and `ids` that has lists of ids, else the first that has an id in each row. Default: none.
+        Accepted: a column's name, or `none`.
     fields:
         Further columns to deliver, with one value for each token: labels, masks, weights, or any
         numbers. `labels` replace those made of the tokens. Their value is -100 where no token
@@ -121,7 +122,7 @@ class TokenDataset(Dataset[Tensors]):
         process = os.getpid()
         if self._opened is None or self._opened[0] != process:
             alone = dict(dp_rank=0, dp_world_size=1, prefetch_batches=1)
-            self._opened = process, _core.Loader.open(self._pairs + settings_of(alone), False)
+            self._opened = process, _core.Loader.open(self._pairs + settings_of(alone), True)
         return self._opened[1]
 
     def __len__(self) -> int:

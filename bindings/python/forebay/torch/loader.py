@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -14,17 +15,18 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler, _DatasetKind
 
 from forebay import _core
 from forebay._errors import ConfigError
-from forebay._loader import Loader, Skip, first_time, settings_of
+from forebay._loader import Data, Loader, Skip, first_time, settings_of
 from forebay._split import Consumer, Split
 from forebay.torch.any_dataset.iterator import DatasetIterator
 from forebay.torch.any_dataset.order import State, is_plain
 from forebay.torch.any_dataset.state import Failed, Resume
+from forebay.torch.any_dataset.waits import Waits
 from forebay.torch.dataset import TokenDataset
 from forebay.torch.device import Ahead, Cuda, Handed, Link
 from forebay.torch.native import Native, NativeIterator, Rows
 from forebay.torch.pinned import pinned
 from forebay.torch.ranks import rank_in, with_ranks
-from forebay.torch.tensors import Tensors
+from forebay.torch.tensors import Tensors, tensors_of
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -273,7 +275,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
                 pin_memory_device=pin_memory_device,
                 in_order=in_order,
             )
-            self._resume = Resume()
+            self._resume, self._waits = Resume(), Waits()
             self._bind_state(link, device_prefetch)
             return
 
@@ -297,8 +299,9 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         names = {name for name, _ in own}
         pairs = [pair for pair in dataset._pairs if pair[0] not in names] + own
         pairs = with_ranks(pairs)
-        config, *_ = _core.resolve(pairs, False)
-        if remainder is None:
+        config, origins, *_ = _core.resolve(pairs, True)
+        # Without `drop_last`, torch delivers the tail.
+        if remainder is None and (drop_last or origins["remainder"].startswith("default")):
             rest = "short" if config["dp_world_size"] in (None, 1) else "pad"
             pairs.append(("remainder", "drop" if drop_last else rest))
 
@@ -309,7 +312,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
                 allocator = pinned
             elif first_time(_UNPINNED):
                 warnings.warn(_UNPINNED, stacklevel=2)
-        loader = Loader._of(pairs)
+        loader = Loader._of(pairs, from_env=True)
         self._native = Native(loader, allocator, timeout or None, sampler)
         self.dataset = Rows(loader, dataset)  # type: ignore[assignment]
         self.batch_size = batch_size
@@ -339,6 +342,24 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         self.remainder = -1
         self._bind_state(link, device_prefetch)
         self._DataLoader__initialized = True
+
+    @classmethod
+    def from_env(cls, data: Data | None = None, **settings: Any) -> Self:
+        """A native loader whose every setting may come from the environment or the file.
+
+        The arguments win over both: those of ``TokenDataset``, and those of this class by keyword. The constructor
+        takes the same, except for the data and the batch size, which it has as arguments.
+        """
+        own, of_dataset = (set(inspect.signature(kind).parameters) for kind in (cls, TokenDataset))
+        unknown = set(settings) - own - of_dataset
+        if unknown:
+            raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+        given = {name: value for name, value in settings.items() if name in of_dataset}
+        others = {name: value for name, value in settings.items() if name not in of_dataset}
+        if "batch_size" not in others:
+            others["batch_size"] = _core.resolve(settings_of({"data": data, **given}), True)[0]["batch_size"]
+        dataset: Any = TokenDataset(data, **given)
+        return cls(dataset, **others)
 
     def _bind_state(self, link: Callable[[], Link] | None, device_prefetch: int) -> None:
         self._link = link
@@ -397,6 +418,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         if self._native is None:
             # A loader whose dataset cannot give its state is copied without a position.
             state = self._state_ahead() if self._handed is None else self._handed.state
+            kept["_waits"] = Waits()
             kept["_resume"] = Resume(None if isinstance(state, Failed) or not state["batches"] else state)
         del kept["state_dict"], kept["load_state_dict"]
         return kept
@@ -476,6 +498,39 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         self._loader.seek(position, epoch)
         self._handed = None
 
+    def sequences_at(self, epoch: int, position: int, n: int = 1) -> Tensors:
+        """Rows at `n` positions from `position` on in an epoch's order, over all ranks. Native loaders only."""
+        return tensors_of(self._loader._open_core().sequences_at(epoch, position, n))
+
+    def batch_at(
+        self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
+    ) -> Tensors:
+        """What a rank gets at a step of the pass that begins with `epoch`. Native loaders only.
+
+        Default: this loader's epoch and ranks.
+        """
+        return tensors_of(self._loader._batch_at(step, epoch, rank, world_size))
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the newest pass, or of the next one if that was set or restored. Native loaders only."""
+        return self._loader.epoch
+
+    @property
+    def num_sequences(self) -> int:
+        """Full sequences of the present epoch, over all ranks. TypeError where it has no end. Native loaders only."""
+        return self._loader.num_sequences
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the present epoch, specials included. TypeError where it has no end. Native loaders only."""
+        return self._loader.num_tokens
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens of the present epoch that the remainder rule leaves out, over all ranks. Native loaders only."""
+        return self._loader.dropped_tokens
+
     @property
     def config(self) -> dict[str, Any]:
         """Every setting in force. Native loaders only."""
@@ -487,12 +542,12 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         return self._loader.origins
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far. Native loaders only."""
-        return self._loader.stats()
+        """What happened so far; times in seconds. Loaders of other datasets count batches and waits alone."""
+        return self._waits.stats() if self._native is None else self._loader.stats()
 
     def verdict(self) -> str:
-        """Who waits for whom, in one line. Native loaders only."""
-        return self._loader.verdict()
+        """Who waits for whom, in one line."""
+        return self._waits.verdict() if self._native is None else self._loader.verdict()
 
     def close(self) -> None:
         """Stops every pass; batches already handed over stay valid."""

@@ -74,8 +74,7 @@ impl MappedArrow {
         }
         file.advise_random();
         let token_column = TokenColumn::of(&column.name, column.kind == RowShape::Plain);
-        let info =
-            ShardInfo { file, format, dtype: column.dtype, column: token_column, not_read, rows, blocks: metas };
+        let info = ShardInfo { file, format, dtype: column.dtype, column: token_column, not_read, rows, blocks: metas };
         Self { info, column, batches: batches.len(), locations: blocks }
     }
 

@@ -443,9 +443,7 @@ impl ParquetShard {
             let ids = Tokens::new(column.dtype, ids);
             if let Some(index) = ids.first_negative() {
                 levels.read(column, rep, def, entries)?;
-                return Err(negative_id(ids.get(index))
-                    .at(self.info.path())
-                    .at_row(self.row_of(page, levels, index)));
+                return Err(negative_id(ids.get(index)).at(self.info.path()).at_row(self.row_of(page, levels, index)));
             }
         }
         Ok(())

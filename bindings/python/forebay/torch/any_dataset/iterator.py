@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,6 +73,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._sampler_start: list[Any] = []
         #: Workers whose dataset raised at their last batch: an end that follows is not the end of their data.
         self._broken: set[int] = set()
+        #: When each consumer left with its last batch.
+        self._left: dict[int, float] = {}
         #: The batch that a thread is about to return, which an interrupt must not lose.
         self._giving: dict[int, tuple[Outcome, Change | None]] = {}
         early = self._order is not None and not self._order.late
@@ -89,9 +92,14 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             raise ValueError("`timeout` needs `num_workers`: without threads, nothing can be given up")
 
     def __next__(self) -> Any:
-        self._giving.pop(threading.get_ident(), None)
+        me, began = threading.get_ident(), time.perf_counter()
+        self._giving.pop(me, None)
         try:
-            return super().__next__()
+            data = super().__next__()
+            ended = time.perf_counter()
+            self._owner._waits.add(ended - began, ended - self._left.get(me, began))
+            self._left[me] = ended
+            return data
         except BaseException:
             self._roll_back()
             raise
