@@ -337,3 +337,30 @@ def test_check_lists_every_column_that_is_not_read(tmp_path: Path, container: st
     root = write_corpus(tmp_path / "corpus", tables, container)
     found = {entry["column"]: entry["shards"] for entry in command("check", root)["not_read"]}
     assert found == {"text": 2, **dict.fromkeys(others, 1)}
+
+
+# --- First mistakes
+
+
+class Dataset:
+    """What a dataset of another library looks like from outside."""
+
+    column_names = ("input_ids",)
+
+    def __iter__(self) -> Any:
+        return iter([{"input_ids": [1]}])
+
+
+@pytest.mark.parametrize("data", [Dataset(), {"train": "a"}, [{"input_ids": [1]}], 7, [Path("a"), None]], ids=repr)
+def test_what_is_no_path_is_refused_with_the_remedy(data: Any) -> None:
+    with pytest.raises(TypeError, match="save_to_disk"):
+        forebay.Loader(data)
+
+
+@pytest.mark.parametrize(
+    "data", ["s3://bucket/corpus/*.parquet", "gs://b", "hf://datasets/x/y", "https://host/a.parquet"]
+)
+def test_a_url_is_refused_with_the_remedy(data: str) -> None:
+    with pytest.raises(forebay.ConfigError, match="object store") as caught:
+        forebay.Loader(data)
+    assert data in str(caught.value) and "local disk" in str(caught.value)

@@ -88,7 +88,15 @@ def settings_of(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _paths(data: Data) -> str | None:
     """The text of some paths, or None where there is none."""
-    paths = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+    # A dataset looks like a list of its rows, which may be large.
+    is_list = isinstance(data, Iterable) and not isinstance(data, Mapping) and not hasattr(data, "column_names")
+    paths = [data] if isinstance(data, (str, os.PathLike)) else list(data) if is_list else [data]
+    for path in paths:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(
+                f"`data` must be a path or several, found {type(path).__name__}; save a Hugging Face dataset with "
+                "`save_to_disk(folder)`, and give that folder"
+            )
     return _listed(os.fspath(path) for path in paths) or None
 
 

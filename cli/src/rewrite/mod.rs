@@ -98,15 +98,18 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let bar = progress::bar(tokens, TEMPLATE, context.env)?.with_message("rewriting");
     bar.set_position(manifest.done.values().map(|done| done.content.tokens).sum());
     bar.reset_eta();
+    // The column of a source without tokens may have any name, or none.
+    let full = sources.iter().find(|source| source.facts.counts.tokens > 0);
+    let column = full.map(|source| source.column.clone());
     let work = Work {
         groups: groups(&sources, options.shard_tokens),
         sources: &sources,
         target,
         suffix: name(options.to),
+        column: column.as_deref().unwrap_or(format::TOKEN_COLUMNS[0]),
         fields: &fields,
-        column: sources.first().map_or(format::TOKEN_COLUMNS[0], |source| &source.column),
         shape: Shape { container: options.container(), dtype, batch_tokens: options.batch_tokens },
-        open: OpenOptions { token_column: sources.first().map(|source| source.column.clone()), ..open },
+        open: OpenOptions { token_column: column.clone(), ..open },
         manifest: &manifest,
         bar: &bar,
         stop: AtomicBool::new(false),
@@ -134,8 +137,9 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
 
 /// The further columns that are carried, which all sources have in one type.
 fn carried(sources: &[Source]) -> forebay::Result<Vec<CarriedField>> {
-    let Some(first) = sources.first() else { return Ok(Vec::new()) };
-    for source in sources {
+    let full = || sources.iter().filter(|source| source.facts.counts.tokens > 0);
+    let Some(first) = full().next() else { return Ok(Vec::new()) };
+    for source in full() {
         if source.fields != first.fields {
             return Err(Error::data(format!(
                 "types of columns in `fields` differ between shards: `{}` and `{}`; rewrite them apart",

@@ -207,6 +207,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
                 raise TypeError(f"`{name}` must be a number, found {type(value).__name__}")
             if value < 0:
                 raise ValueError(f"`{name}` must not be negative, found {value}")
+        if isinstance(dataset, (str, os.PathLike)):
+            raise TypeError(
+                f"`dataset` must be a dataset, found a path; write DataLoader(TokenDataset({dataset!r}), ...)"
+            )
         link = _link_to(device) if _link is None else _link
         pin_memory = pin_memory or (link is not None and _link is None)
         if mesh is not None:

@@ -75,6 +75,9 @@ fn find_entry(files: &Files, entry: &str, format: DataFormat) -> Result<Discover
     let path = Path::new(entry);
     let there = files.stat_if_there(path);
     match there {
+        Ok(None) if is_url(entry) => Err(Error::config(format!(
+            "cannot read `{entry}`: an object store or a server; copy its files to a local disk, and name them there"
+        ))),
         Ok(Some(stat)) if stat.kind == ItemKind::Folder => find_in_folder(files, path, format),
         Ok(Some(_)) => {
             let shard = ShardFile { path: path.to_owned(), name: file_name(path) };
@@ -138,6 +141,14 @@ fn find_by_pattern(files: &Files, text: &str, format: DataFormat) -> Result<Disc
         return Err(Error::new(ErrorKind::NotFound, format!("no shards found: the pattern `{text}` matches no file")));
     }
     Ok(found)
+}
+
+/// Whether `entry` begins with a scheme, as in `s3://bucket`.
+fn is_url(entry: &str) -> bool {
+    let scheme = entry.split_once("://").map(|(scheme, _)| scheme);
+    scheme.is_some_and(|scheme| {
+        !scheme.is_empty() && scheme.chars().all(|c| c.is_ascii_alphanumeric() || "+.-".contains(c))
+    })
 }
 
 fn is_hidden(name: &str) -> bool {
