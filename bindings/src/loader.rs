@@ -60,6 +60,7 @@ fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyD
         },
     )?;
     dict.set_item("token_column", &config.token_column)?;
+    dict.set_item("fields", &config.fields)?;
     dict.set_item("seq_len", config.seq_len)?;
     dict.set_item("targets", if config.targets == Targets::Shifted { "shifted" } else { "labels" })?;
     dict.set_item("bos_id", config.bos_id)?;

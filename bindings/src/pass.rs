@@ -38,13 +38,14 @@ fn in_slices<T: Send>(
             Some(left) => WaitPolicy::Wait(left.min(SLICE)),
             None => WaitPolicy::Help(SLICE),
         };
+        // What the beginning of the pass had to say.
+        notices::tell(py)?;
         let found = detached(py, || wait(policy))?;
         if found.is_some() {
             // Notices wait for the next call: telling runs Python, where Ctrl-C or a failing handler of the log would
             // raise, and the batch would be lost.
             return Ok(found);
         }
-        notices::tell(py)?;
         py.check_signals()?;
         if left.is_some_and(|left| left.is_zero()) {
             return Ok(None);

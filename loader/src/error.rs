@@ -166,7 +166,8 @@ impl Error {
         self.0.location.as_ref()
     }
 
-    /// The texts of the errors that caused this one, a line each. Leaves out what the message says already.
+    /// The texts of the errors that caused this one, a line each. Leaves out what the message
+    /// says already.
     pub fn causes(&self) -> Vec<String> {
         let mut told = self.to_string();
         let mut causes = Vec::new();

@@ -3,8 +3,8 @@
 //! Each module below is one step on the way of the data, and imports only from the steps before it:
 //!
 //! ```text
-//! text error notices sync keys tokens -> settings -> storage -> format -> corpus -> layout -> order
-//!   -> fill -> observe -> read -> buffer -> pipeline -> proof -> loader -> batch_source
+//! text error notices sync keys tokens -> settings -> storage -> format -> corpus -> layout
+//!   -> order -> fill -> observe -> read -> buffer -> pipeline -> proof -> loader -> batch_source
 //! ```
 //!
 //! ```no_run

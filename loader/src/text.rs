@@ -20,7 +20,8 @@ pub fn number_of(number: u64, noun: &str) -> String {
     format!("{} {}", grouped(number), plural(number, noun))
 }
 
-/// The form of `noun` that agrees with `number`: `batch` or `batches`, `copy` or `copies`, `rank` or `ranks`.
+/// The form of `noun` that agrees with `number`: `batch` or `batches`, `copy` or `copies`,
+/// `rank` or `ranks`.
 pub fn plural(number: u64, noun: &str) -> Cow<'_, str> {
     let is_hissed = ["s", "x", "ch", "sh"].iter().any(|ending| noun.ends_with(ending));
     match noun.strip_suffix('y') {

@@ -266,7 +266,12 @@ def cells() -> list[Cell]:
         *datasets_cells(),
     ]
     names = cycle(("input_ids", "tokens", "token_ids", "ids"))
-    return [Cell(**{**vars(cell), "column": name}) for cell, name in zip(made, names, strict=False)]
+    # Numbers called `tokens` or `ids` beside other columns may be counts: they are no token column by name alone.
+    plain = {"tokens": "input_ids", "ids": "token_ids"}
+    return [
+        Cell(**{**vars(cell), "column": plain.get(name, name) if cell.kind == "plain" else name})
+        for cell, name in zip(made, names, strict=False)
+    ]
 
 
 def pyarrow_parquet() -> list[Cell]:

@@ -1,4 +1,4 @@
-"""Protects: no column is taken by its name alone, and whole files, with tokens or without, are not called damaged."""
+"""Protects: no column is taken by its name alone, and whole files are not called damaged."""
 
 from __future__ import annotations
 

@@ -195,8 +195,8 @@ impl Stats {
     }
 }
 
-/// The verdict on a loader that handed over `batches`, whose consumers waited for `wait_share` of the time. If they
-/// waited too long, that was for `what`, and `remedy` may help.
+/// The verdict on a loader that handed over `batches`, whose consumers waited for `wait_share` of
+/// the time. If they waited too long, they waited for `what`, and `remedy` may help.
 pub fn verdict_of(batches: u64, wait_share: f64, what: &str, remedy: &str) -> String {
     if batches == 0 {
         return "no batches yet".to_owned();

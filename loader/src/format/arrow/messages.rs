@@ -31,8 +31,8 @@ impl FileRange {
     }
 }
 
-/// The parts of a record batch that the token column needs. They are empty if the column cannot hold
-/// tokens.
+/// The parts of a record batch that the token column needs. They are empty if the column cannot
+/// hold tokens.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct BatchParts {
     pub(super) rows: u64,

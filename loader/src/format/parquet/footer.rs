@@ -25,7 +25,7 @@ struct Kept(i32, Copied);
 
 /// How a value is copied.
 enum Copied {
-    /// As it is.
+    /// Without a change.
     Whole,
     /// A struct, of which these fields are kept.
     Struct(&'static [Kept]),

@@ -13,7 +13,7 @@ use ::parquet::column::writer::ColumnWriter;
 use ::parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
 use ::parquet::file::writer::SerializedFileWriter;
 use ::parquet::schema::parser::parse_message_type;
-use ::parquet::schema::types::ColumnPath;
+use ::parquet::schema::types::{ColumnPath, SchemaDescriptor};
 use arrow_array::{
     Array, ArrayRef, FixedSizeListArray, Int32Array, Int64Array, LargeListArray, ListArray, RecordBatch, StringArray,
     UInt8Array, UInt16Array, UInt32Array,
@@ -403,6 +403,28 @@ fn write_leaf(message: &str, ids: &[i32], def: &[i16], rep: &[i16]) -> Vec<u8> {
     bytes
 }
 
+/// Writes one row with one value, whatever its type is.
+fn write_value(message: &str) -> Vec<u8> {
+    let schema = Arc::new(parse_message_type(message).unwrap());
+    let (def, rep) = ([SchemaDescriptor::new(Arc::clone(&schema)).column(0).max_def_level()], [0]);
+    let mut bytes = Vec::new();
+    let mut file = SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap();
+    let mut group = file.next_row_group().unwrap();
+    let mut column = group.next_column().unwrap().unwrap();
+    match column.untyped() {
+        ColumnWriter::ByteArrayColumnWriter(writer) => writer.write_batch(&["a".into()], Some(&def), Some(&rep)),
+        ColumnWriter::FloatColumnWriter(writer) => writer.write_batch(&[1.0], Some(&def), Some(&rep)),
+        ColumnWriter::Int32ColumnWriter(writer) => writer.write_batch(&[1], Some(&def), Some(&rep)),
+        ColumnWriter::Int64ColumnWriter(writer) => writer.write_batch(&[1], Some(&def), Some(&rep)),
+        _ => panic!("no value is known for the leaf's type"),
+    }
+    .unwrap();
+    column.close().unwrap();
+    group.close().unwrap();
+    file.close().unwrap();
+    bytes
+}
+
 #[test]
 fn legacy_spellings_of_lists_are_read() {
     // The rows are [1, 2], [] and [3]. The second column is the definition level of a token.
@@ -442,10 +464,7 @@ fn unusable_columns_are_refused_by_name_and_type() {
             "a list of lists or structs",
         ),
     ] {
-        let mut bytes = Vec::new();
-        let schema = Arc::new(parse_message_type(message).unwrap());
-        SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap().close().unwrap();
-        let error = open(&save(&bytes), 100).unwrap_err();
+        let error = open(&save(&write_value(message)), 100).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Data);
         let report = error.report();
         assert!(report.contains(&format!("token column `tokens` is {expected}: expected a list of")), "{report}");

@@ -9,7 +9,7 @@ from forebay import _core
 
 
 class Waits:
-    """Sums over all passes of a loader. Each thread adds to its own sums, so that nothing is locked."""
+    """Sums over all passes of a loader. Each thread adds to its own sums, so nothing is locked."""
 
     def __init__(self) -> None:
         #: Batches, seconds spent waiting, and seconds altogether, of each consumer.
