@@ -90,7 +90,7 @@ def _paths(data: Data) -> str | None:
     """The text of some paths, or None where there is none."""
     # A dataset looks like a list of its rows, which may be large.
     is_list = isinstance(data, Iterable) and not isinstance(data, Mapping) and not hasattr(data, "column_names")
-    paths = [data] if isinstance(data, (str, os.PathLike)) else list(data) if is_list else [data]
+    paths: list[Any] = [data] if isinstance(data, (str, os.PathLike)) or not is_list else list(data)
     for path in paths:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(

@@ -51,7 +51,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader[Any], resume: Resume, ahead_of: AheadOf) -> None:
-        self._owner = loader
+        self._owner: Any = loader
         self._resume = resume
         self._taking = threading.RLock()
         self._position: Position | None = None
