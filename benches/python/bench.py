@@ -1,9 +1,11 @@
-"""Limits of this machine, forebay, and its peers, side by side: `make bench`, or `make bench ARGS=--quick`.
+"""Compares limits of this machine, forebay, and its peers: `make bench`, or `make bench
+ARGS=--quick`.
 
-Every measurement is a fresh process, and they take turns in random order. Everything written is in `out/bench`:
-`results.md` with tables, `results.jsonl` with every run, `index.html` with plots, and the corpus. A quick run's
-results are in `out/bench/quick`, those of every peer (`make bench-all`) in `out/bench/all`. What there is so far is
-written after every turn, and when a run is interrupted.
+Every measurement is a fresh process, and the processes take turns in random order. All output goes
+to `out/bench`: `results.md` with tables, `results.jsonl` with every run, `index.html` with plots,
+and the corpus. The results of a quick run go to `out/bench/quick`, and the results of all peers
+(`make bench-all`) to `out/bench/all`. The present results are written after every turn, and when a
+run is interrupted.
 """
 
 import argparse
@@ -48,22 +50,23 @@ HERE = Path(__file__).resolve().parent
 OUT = ROOT / "out" / "bench"
 PACKAGES = ("forebay", "torch", "torchdata", "numpy", "pyarrow")
 LIMIT_S = 180
-#: For writing a peer's own form of the corpus.
+#: Time limit for writing a peer's own form of the corpus.
 WRITE_LIMIT_S = 600
-#: How Python shows an exception.
+#: Matches the line in which Python shows an exception.
 ERROR = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Exit)\b")
 
 
 @dataclass(frozen=True)
 class Plan:
     tokens: int
-    #: Of the Parquet files, enough that no window reaches the end.
+    #: Number of copies of the Parquet files. They are enough that no window reaches the end.
     copies: int
     repeats: int
     warm_up_s: float
     window_s: float
     limit_s: float
-    #: No repeat is begun that would, as long as those before, end later; preparation does not count.
+    #: No repeat begins if it would end later than this, judged by the earlier ones. Preparation
+    #: does not count.
     minutes: float
     shapes: int
 
@@ -72,26 +75,26 @@ DEFAULT = Plan(tokens=100_000_000, copies=16, repeats=3, warm_up_s=0.7, window_s
 QUICK = Plan(tokens=20_000_000, copies=32, repeats=1, warm_up_s=0.3, window_s=1, limit_s=0.3, minutes=1.8, shapes=1)
 
 
-#: With every peer.
+#: Minutes of a run with every peer.
 ALL_MINUTES = 90
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process to start, and what its result is filed under."""
+    """One process to start, and the label of its result."""
 
     labels: dict[str, Any]
     command: list[str]
     reads: Path
-    #: A first guess, which the progress bar corrects.
+    #: A first guess of its duration. The progress bar corrects it.
     seconds: float
-    #: Why it cannot be run.
+    #: Reason why it cannot run.
     failed: str | None = None
 
 
 @dataclass
 class Progress:
-    """A bar with the remaining time on a terminal, a line per tenth elsewhere."""
+    """Shows a bar with the remaining time on a terminal, and a line for each tenth elsewhere."""
 
     total_s: float
     began: float = field(default_factory=time.monotonic)
@@ -101,7 +104,7 @@ class Progress:
     def show(self, text: str) -> None:
         share = min(self.done_s / self.total_s, 1.0)
         elapsed = time.monotonic() - self.began
-        # Guesses are trusted until a twentieth is done.
+        # The bar trusts the guesses until a twentieth is done.
         pace = elapsed / self.done_s if share > 0.05 else 1.0
         left = max(self.total_s - self.done_s, 0) * pace
         line = f"{share:4.0%}  {left / 60:4.1f} min left  {text}"
@@ -146,7 +149,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line(arguments: list[str]) -> str:
-    """What a person types."""
+    """The command line that a person types."""
     rest = [argument for argument in arguments if argument != "--all"]
     return ("make bench-all" if "--all" in arguments else "make bench") + (f" ARGS='{' '.join(rest)}'" if rest else "")
 
@@ -168,7 +171,8 @@ def header(kind: str, quick: bool, seed: int) -> dict[str, Any]:
 
 @dataclass
 class Ready:
-    """What contestants need before they can run: where, or why not."""
+    """Things that contestants need before they can run: each path, or the reason why it is missing.
+    """
 
     pythons: dict[str, Path] = field(default_factory=dict)
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -176,7 +180,9 @@ class Ready:
 
 
 def prepare(chosen: list[Contestant], shapes: tuple[Shape, ...], data: Path, tell: Callable[[str], None]) -> Ready:
-    """Environments of the peers, and their own forms of the corpus, outside of what is timed."""
+    """Makes the environments of the peers and their own forms of the corpus, outside of the timed
+    part.
+    """
     ready = Ready()
     for name in dict.fromkeys(one.environment for one in chosen):
         try:
@@ -198,7 +204,9 @@ def prepare(chosen: list[Contestant], shapes: tuple[Shape, ...], data: Path, tel
 
 
 def missing(chosen: list[Contestant], shapes: tuple[Shape, ...], ready: Ready, data: Path) -> list[str]:
-    """Who cannot take part, and why: a comparison without them says less, so it is told before measuring."""
+    """Lists the contestants that cannot take part, with reasons. The user learns this before the
+    measurement, because a comparison without them says less.
+    """
     told = []
     for one in chosen:
         paths = (str(one.path(data, shape)) for shape in shapes)
@@ -215,7 +223,7 @@ def selected(quick: bool, every: bool, only: list[str]) -> list[Contestant]:
 
 
 def jobs(plan: Plan, chosen: list[Contestant], ready: Ready, data: Path) -> list[Job]:
-    """What one repeat consists of."""
+    """The jobs of one repeat."""
     found = []
     gather, unbuilt = "", None
     try:
@@ -242,7 +250,7 @@ def jobs(plan: Plan, chosen: list[Contestant], ready: Ready, data: Path) -> list
             for threads in (1, 2):
                 arguments = [str(path), dtype, shape.seq_len, shape.batch_size, threads, plan.limit_s]
                 labels = {"kind": "limit", "name": "gather", "group": dtype, "threads": threads, **sizes}
-                # Three kernels, and copying.
+                # Three kernels run, and then a copy.
                 found.append(Job(labels, [gather, *map(str, arguments)], path, 0.5 + 4 * plan.limit_s, unbuilt))
     for codec in sorted(groups & set(corpus.CODECS)):
         for name in ("decompress", "decode"):
@@ -257,7 +265,7 @@ def jobs(plan: Plan, chosen: list[Contestant], ready: Ready, data: Path) -> list
 
 
 def read_once(path: Path) -> None:
-    """So that the page cache holds it."""
+    """Reads the file so that the page cache holds it."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if not file.is_file():
             continue
@@ -267,7 +275,7 @@ def read_once(path: Path) -> None:
 
 
 def start(command: list[str], limit_s: float) -> dict[str, Any]:
-    """What a process of its own found, or `failed` and why."""
+    """Runs a process of its own. Returns its result, or `failed` with the reason."""
     # Settings of the caller's shell would change what is measured.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
     child = subprocess.Popen(
@@ -279,13 +287,13 @@ def start(command: list[str], limit_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"failed": f"did not end within {limit_s} s"}
     finally:
-        # Workers of a contestant that crashed must not disturb the next one.
+        # Workers of a crashed contestant must not disturb the next contestant.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     if child.returncode != 0:
         lines = complaints.strip().splitlines()
-        # What a library says of its own end comes after the error.
+        # Lines that a library prints about its own end come after the error.
         error = next((line for line in reversed(lines) if ERROR.match(line)), lines[-1] if lines else "")
         return {"failed": error[:300] or f"ended with status {child.returncode}"}
     try:
@@ -295,7 +303,7 @@ def start(command: list[str], limit_s: float) -> dict[str, Any]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """The result of a job, or `failed` and why."""
+    """Returns the result of a job, or `failed` with the reason."""
     if job.failed is not None:
         return {"failed": job.failed}
     try:
@@ -306,7 +314,7 @@ def run(job: Job) -> dict[str, Any]:
     if "kernels" in result:
         speed = result["tokens_per_second"]
         threads = job.labels["threads"]
-        # Its threads do nothing but run.
+        # The threads of this job do nothing but run.
         result = {
             "tokens_per_s": speed,
             "cores": float(threads),
@@ -320,7 +328,7 @@ def run(job: Job) -> dict[str, Any]:
 def benchmark(
     plan: Plan, chosen: list[Contestant], quick: bool, out: Path, report_so_far: Callable[[list[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
-    """All runs' records; an interrupted one has those until then."""
+    """Returns the records of all runs. An interrupted run returns the records so far."""
     out.mkdir(parents=True, exist_ok=True)
 
     def tell(done: int, total: int) -> None:
@@ -369,7 +377,7 @@ def benchmark(
                 try:
                     report_so_far(records)
                 except Exception as error:
-                    # The records are what counts; the report at the end tells all of the error.
+                    # The records matter most. The report at the end shows the error again.
                     print(f"\nbench: no report yet: {type(error).__name__}: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             records.append({"kind": "interrupted", "repeat": 0, "name": "", "group": ""})
@@ -393,10 +401,11 @@ def at_scale(_seed: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in told.splitlines()]
 
 
-#: What is measured of forebay alone, in under a minute each: one process at a time, all else as in the tables.
+#: Measurements of forebay alone, each under a minute. One process runs at a time, otherwise as for
+#: the tables.
 ALONE: dict[str, Callable[[int], list[dict[str, Any]]]] = {"resume": resuming, "scale": at_scale}
 
-#: What is measured against a target of its own, or shown beside these; all of them in 15 minutes.
+#: Measurements against a target of their own, or shown beside these. All of them take 15 minutes.
 TARGETS: dict[str, Any] = {
     "latency": latency, "trainer": trainer, "placement": placement, "memory": memory, "startup": startup, "cold": cold,
     "decode": decode,
@@ -416,7 +425,7 @@ def against_target(name: str) -> Callable[[int], list[dict[str, Any]]]:
 
 
 def section(records: list[dict[str, Any]]) -> str:
-    """The part of the results that a run of forebay alone gave."""
+    """The part of the results for a measurement of forebay alone."""
     kind = records[0]["kind"]
     if kind not in TARGETS:
         return report.section(records)
@@ -426,14 +435,14 @@ def section(records: list[dict[str, Any]]) -> str:
 
 
 def alone(name: str) -> str:
-    """Runs a part of its own; its section of the results."""
+    """Runs one part alone, and returns its section of the results."""
     OUT.mkdir(parents=True, exist_ok=True)
     seed = random.SystemRandom().randrange(1 << 32)
     taken, cpu, began = measure.machine_cpu_seconds(), cpu_seconds(), time.monotonic()
     try:
         found, failed = (ALONE.get(name) or against_target(name))(seed), {}
     except Exception as error:
-        # Of several parts, the others are still wanted.
+        # If one of several parts fails, the user still wants the other parts.
         if name not in TARGETS:
             raise
         traceback.print_exc()
@@ -446,7 +455,9 @@ def alone(name: str) -> str:
 
 
 def alone_if_possible(name: str) -> str | None:
-    """The section, or nothing but a complaint: what was measured before must not be lost."""
+    """Returns the section. Prints a complaint on failure, because the earlier measurements must not
+    be lost.
+    """
     try:
         return alone(name)
     except Exception as error:
@@ -455,7 +466,7 @@ def alone_if_possible(name: str) -> str | None:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it waited for."""
+    """CPU seconds of this process and of the children that it waited for."""
     return sum(os.times()[:4])
 
 
@@ -492,7 +503,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     out = OUT / ("all" if options.all else "only" if options.only else "") / ("quick" if options.quick else "")
     if options.write_results:
         results = ROOT / "benches" / "RESULTS.md"
-        # What workers.py wrote below its mark stays.
+        # Keep the text that workers.py wrote below its mark.
         kept = results.read_text().partition(workers.MARK) if results.exists() else ("", "", "")
         parts = [
             report.markdown(load(out / "results.jsonl"), "Where targets are missed, and why: [README.md](README.md)")
@@ -517,7 +528,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         (out / "results.md").write_text("\n".join([report.markdown(records), *sections]))
         (out / "index.html").write_text(page.page(records))
 
-    # Ended from outside, it writes what it has, as after Ctrl-C.
+    # A process that is ended from outside writes its results so far, as after Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     records = benchmark(replace(plan, minutes=minutes), taking_part, options.quick, out, write_report)
     interrupted = records[-1]["kind"] == "interrupted"

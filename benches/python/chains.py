@@ -1,7 +1,9 @@
-"""Finds rows of documents that were put into another order, joined and cut, as Megatron's GPTDataset does.
+"""Finds rows that Megatron's GPTDataset made: it reorders documents, joins them and cuts the
+result.
 
-A row is the end of a document, whole documents, and the beginning of one; or a part of a single one. Nothing in the
-tokens says where a document ends, so each row is taken apart by the corpus's documents.
+A row is either a part of one document, or it has three parts: the end of a document, whole
+documents, and the beginning of another. No token says where a document ends. Therefore the corpus's
+documents are used to take each row apart.
 """
 
 from pathlib import Path
@@ -12,12 +14,14 @@ HEAD = 4
 
 
 def four(heads: np.ndarray) -> np.ndarray:
-    """Each row's four tokens of 16 bits as one number."""
+    """Joins the first four tokens of 16 bits of each row to one number."""
     return heads.astype(np.uint64) @ (np.uint64(1) << np.arange(0, 64, 16, dtype=np.uint64))
 
 
 def document_ends(folder: Path) -> np.ndarray:
-    """Where each document of a folder of Arrow files ends, in tokens from the beginning of the first file."""
+    """The end of each document in a folder of Arrow files, in tokens from the start of the first
+    file.
+    """
     import pyarrow as pa
 
     lengths = []
@@ -36,7 +40,7 @@ class Chains:
         long = ends - starts >= HEAD
         self.short = list(zip(starts[~long], ends[~long], strict=True))
         self.starts, self.ends = starts[long], ends[long]
-        #: Documents by their first and by their last tokens.
+        #: Look documents up by their first tokens and by their last tokens.
         self.first = self.sorted(self.starts)
         self.last = self.sorted(self.ends - HEAD)
 
@@ -51,7 +55,7 @@ class Chains:
         return order[np.searchsorted(keys, key, "left") : np.searchsorted(keys, key, "right")]
 
     def goes_on(self, row: np.ndarray) -> bool:
-        """Whether the row is whole documents and the beginning of one."""
+        """Tells whether the row consists of whole documents and the beginning of another."""
         if len(row) == 0:
             return True
         if len(row) < HEAD:
@@ -71,9 +75,9 @@ class Chains:
         )
 
     def find(self, row: np.ndarray) -> int:
-        """Where the row's first token stands in the corpus."""
+        """The place of the row's first token in the corpus."""
         for at in range(HEAD):
-            # The rest of a document too short to have a key.
+            # The row may begin with the rest of a document that is too short to have a key.
             for found in self.short if at else []:
                 if np.array_equal(row[:at], self.flat[found[1] - at : found[1]]) and self.goes_on(row[at:]):
                     return int(found[1] - at)
@@ -92,7 +96,8 @@ class Chains:
                     and self.goes_on(row[at:])
                 ):
                     return int(end - at)
-        # Less than four tokens of a document's end, which may be any.
+        # The row may begin with fewer than four tokens of a document's end. Any document is
+        # possible then.
         for at in range(1, HEAD):
             tails = self.flat[self.ends[:, None] - np.arange(at, 0, -1)]
             for found in np.flatnonzero((tails == row[:at]).all(axis=1))[:1]:
@@ -101,7 +106,7 @@ class Chains:
         return self.within(row)
 
     def within(self, row: np.ndarray) -> int:
-        """The row as part of one document."""
+        """The place of the row inside one document."""
         at = np.flatnonzero(self.flat[: len(self.flat) - len(row)] == row[0])
         for place in range(1, 8):
             at = at[self.flat[at + place] == row[place]]

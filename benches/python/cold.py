@@ -1,8 +1,8 @@
-"""Random windows of files that are not in memory: `make bench ARGS=--cold`.
+"""Reads random windows of files that are not in memory: `make bench ARGS=--cold`.
 
-`forebay-cold` takes the file out of the page cache before each run, proves that it is out, and reads windows of it at
-random: through forebay, by page faults of a mapping, by read-ahead in the known order, by `pread` on many threads, and
-through io_uring.
+`forebay-cold` takes the file out of the page cache before each run and proves that it is out. It
+then reads random windows of it in five ways: through forebay, by page faults of a mapping, by
+read-ahead in the known order, by `pread` on many threads, and through io_uring.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ import corpus
 from targets import Record, Tell, Verdict, built, failures, in_turn, number, read_once, run, spread, table, verdicts
 
 LEAD = "Cold page cache, random windows"
-#: 3 GiB: much more than what read-ahead around the default faults of a run can load.
+#: 3 GiB, which is much more than the read-ahead around the page faults of a run can load.
 TOKENS = 1536 << 20
 REPEATS = 5
 SECONDS = 1.0
-#: Tokens of 2 bytes, so 4 and 16 kB, and how many windows are read.
+#: Number of windows to read, by their tokens. Tokens have 2 bytes, so the windows have 4 and 16 kB.
 WINDOWS = {2048: 8192, 8192: 4096}
 METHODS = (
     ("forebay", 1), ("forebay", 2), ("mmap", 0), ("random", 0), ("willneed", 64), ("willneed", 256),
@@ -32,7 +32,7 @@ LABELS = {
 
 
 def prepare(folder: Path) -> Path:
-    """An Arrow file of one record batch, written at the first call."""
+    """Returns an Arrow file of one record batch. The first call writes it."""
     target = corpus.written_once(folder / "cold-corpus", {"version": 1, "tokens": TOKENS}, write)
     return target / "00000.arrow"
 
@@ -49,7 +49,8 @@ def write(partial: Path) -> None:
 
 def measure(folder: Path, seed: int, tell: Tell) -> list[Record]:
     program, path = str(built("forebay-cold")), prepare(folder)
-    # What lies below this machine may keep the file as well: then it does from the first run on.
+    # A layer below this machine may keep the file in memory as well. This read makes it do so
+    # before the first run.
     read_once(path)
     jobs = [
         {"kind": "cold", "method": method, "depth": depth, "seq_len": seq_len}
@@ -58,7 +59,7 @@ def measure(folder: Path, seed: int, tell: Tell) -> list[Record]:
     ]
 
     def start(job: Record) -> Record:
-        # The same windows for all methods, so that a round asks the disk for the same.
+        # All methods read the same windows, so that a round asks the disk for the same data.
         sizes = [job["seq_len"], WINDOWS[job["seq_len"]], SECONDS, seed % 1000]
         return run([program, path, job["method"], job["depth"], *sizes])
 

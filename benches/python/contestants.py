@@ -1,9 +1,9 @@
-"""Who is measured. Each contestant delivers endless shuffled batches: dicts of `input_ids` and `labels`, int64
-[batch_size, seq_len], in memory of their own.
+"""The contestants. Each delivers shuffled batches without end.
 
-Peers get the fastest form known to us: permutations are drawn as one array, collation is skipped where there is nothing
-to collate, and gathered rows are widened by NumPy, once for the inputs and once for the labels. Those with a format or
-an environment of their own are in `peers.py`.
+A batch is a dict of `input_ids` and `labels`, int64 [batch_size, seq_len], in memory of their own.
+Peers get the fastest form that we know. Permutations are drawn as one array, and collation is
+skipped if there is nothing to collate. NumPy widens the gathered rows, once for the inputs and once
+for the labels. Peers with a format or an environment of their own are in `peers.py`.
 """
 
 import threading
@@ -27,7 +27,8 @@ GROUPS = {
     "snappy": "Parquet, snappy",
 }
 
-#: How each is used, by what its label begins with; the longest that fits.
+#: A description of how each contestant is used. The key is the longest one that its label begins
+#: with.
 HOW = {
     "forebay, Arrow": "Loader's defaults; documents joined to one stream, rows shuffled over the whole epoch",
     "forebay, Parquet": "Loader's defaults; documents joined to one stream, block shuffle: chunks of 4 Mi tokens in"
@@ -55,7 +56,7 @@ HOW = {
 }
 
 
-#: In the order of measuring.
+#: The shapes, in the order of measuring.
 SHAPES = (Shape(8, 2048), Shape(32, 4096))
 
 
@@ -64,41 +65,42 @@ class Contestant:
     name: str
     label: str
     group: str
-    #: Helper threads or processes that were asked for.
+    #: Number of helper threads or processes.
     helpers: int
-    #: File or folder below the corpus; may name the `{seq_len}` of the rows it holds.
+    #: File or folder below the corpus. May contain `{seq_len}`, the length of its rows.
     reads: str
     make: Callable[[Path, Shape, int], Any]
-    #: What it reads in the window, if not the same.
+    #: Path that it reads in the window, if that differs.
     reads_long: str | None = None
     ours: bool = False
     tensors: bool = True
     quick: bool = False
-    #: Measured by `make bench-all` only.
+    #: Whether only `make bench-all` measures it.
     every: bool = False
     both_shapes: bool = True
-    #: Beside the comparison: neither a peer nor held against them.
+    #: Whether it stands beside the comparison. Then it is no peer, and forebay is not compared with
+    #: it.
     reference: bool = False
-    #: What is imported before its first batch is timed.
+    #: Modules that are imported before its first batch is timed.
     imports: tuple[str, ...] = ("torch.utils.data",)
-    #: Where its rows begin, if not at the multiples of `seq_len`.
+    #: Gives the starts of its rows, if they are not the multiples of `seq_len`.
     starts: Callable[[Path, Shape], np.ndarray] | None = None
-    #: Its rows are documents in an order of its own, joined and cut; labels are shifted by one.
+    #: Whether it reorders documents, joins and cuts them, and shifts labels by one.
     joins: bool = False
-    #: What share of the rows may be followed by their neighbour of the corpus.
+    #: Largest share of rows that their neighbour in the corpus may follow.
     neighbours: float = 0.1
-    #: Has a state that resumes it.
+    #: Whether it has a state from which it can resume.
     resumes: bool = False
-    #: One of `environments.REQUIREMENTS`, or of what the benchmark itself runs in.
+    #: A name in `environments.REQUIREMENTS`, or empty for the benchmark's own environment.
     environment: str = ""
-    #: The distribution whose version is shown.
+    #: The distribution whose version the report shows.
     package: str = "torch"
-    #: Makes what it reads: of the corpus, at the path, for the shape.
+    #: Writes its form of the corpus: takes the corpus, the path to write, and the shape.
     write: Callable[[Path, Path, Shape], None] | None = None
 
     @property
     def offered(self) -> bool:
-        """By somebody, and not a script of ours."""
+        """Whether another project offers it, so that it is not a script of ours."""
         return not self.label.endswith("by hand")
 
     @property
@@ -161,13 +163,16 @@ def nodes_batched(path: Path, shape: Shape, workers: int):
 
 
 class RowGroups:
-    """The row groups of a folder of Parquet files, for several threads: each has its own open files."""
+    """The row groups of a folder of Parquet files, for several threads. Each thread opens the files
+    for itself.
+    """
 
     def __init__(self, folder: Path) -> None:
         import pyarrow.parquet as pq
 
         self.groups: list[tuple[Path, int]] = []
-        #: Tokens of each. No document is empty, so the values of the list column are tokens.
+        #: Tokens of each row group. No document is empty, so the values of the list column are
+        #: tokens.
         self.tokens: list[int] = []
         for path in sorted(folder.glob("*.parquet")):
             metadata = pq.ParquetFile(path).metadata
@@ -199,10 +204,11 @@ def chopped_starts(folder: Path, shape: Shape) -> np.ndarray:
 
 
 class Chopped:
-    """Row groups in random order, each decoded by pyarrow and cut into rows, which are shuffled among themselves.
+    """Decodes row groups in random order with pyarrow, and cuts each into rows, which it shuffles.
 
-    Less of a shuffle than the others', and a row group's rest of less than a row is dropped. With two threads, the next
-    row groups are decoded beside the one in use.
+    This shuffles less than the others. Tokens at the end of a row group that do not fill a row are
+    dropped. With two threads, one thread decodes the next row groups while the current one is in
+    use.
     """
 
     def __init__(self, path: Path, shape: Shape, threads: int) -> None:
@@ -290,7 +296,9 @@ def contestants() -> list[Contestant]:
 
 
 def every_peer() -> list[Contestant]:
-    """What only `make bench-all` measures, but for dataloader-rs and the threads of torchdata.nodes."""
+    """The contestants that only `make bench-all` measures. Excludes dataloader-rs and the threads
+    of torchdata.nodes.
+    """
     found = []
     flat = "tokens-uint16.bin"
 
@@ -344,6 +352,6 @@ def every_peer() -> list[Contestant]:
     more = {"reads": "lance-{seq_len}", "write": peers.write_lance, "environment": "lance", "package": "pylance"}
     more |= {"imports": ("torch.utils.data", "lance.torch.data")}
     add("lance-take", "Lance, rows by index", 0, peers.lance_take, **more)
-    # Whole batches are shuffled, so within a batch each row is followed by its neighbour.
+    # The loader shuffles whole batches, so within a batch each row is followed by its neighbour.
     add("lance-batches", "Lance, whole batches shuffled", 0, peers.lance_batches, **more, neighbours=1.0)
     return found

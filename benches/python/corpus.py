@@ -1,12 +1,12 @@
 """Writes the corpus that every contestant reads: the same tokens as Arrow, Parquet and flat files.
 
-Token ids follow Zipf's law over 50,257 ids and are drawn independently, so they compress somewhat worse than text;
-documents have log-normal lengths, 900 tokens in the mean. The stream of tokens depends on the size alone. Arrow record
-batches and Parquet row groups hold 1024 documents, near what Hugging Face `datasets` writes; all else is pyarrow's
-default.
+Token ids follow Zipf's law over 50,257 ids and are drawn independently, so they compress somewhat
+worse than text. Documents have log-normal lengths with a mean of 900 tokens. The stream of tokens
+depends only on the size. Arrow record batches and Parquet row groups hold 1024 documents, about as
+many as Hugging Face `datasets` writes. All other settings are pyarrow's defaults.
 
-Each Parquet folder has a sibling of many copies, as hard links: forebay keeps decoded blocks within its memory budget,
-and a corpus that fits there is decoded only once, which no real one is.
+Each Parquet folder has a sibling of many copies, as hard links. forebay keeps decoded blocks within
+its memory budget, so it would decode a corpus that fits there only once. No real corpus fits.
 """
 
 import json
@@ -21,7 +21,8 @@ import numpy as np
 VOCABULARY = 50_257
 SHARDS = 16
 DOCUMENTS_PER_GROUP = 1024
-#: Shards are whole rows of every shape, so that rows of the copies are rows of the corpus.
+#: A shard's length is a multiple of this, so that it has whole rows of every shape. Rows of the
+#: copies are then rows of the corpus.
 MULTIPLE = 4096
 COPIES = "-copies"
 CODECS = ("zstd", "snappy")
@@ -29,14 +30,14 @@ DTYPES = ("uint16", "int32")
 
 
 def token_table() -> np.ndarray:
-    """Ids such that a uniformly drawn entry follows Zipf's law."""
+    """A table of ids. An entry that is drawn uniformly follows Zipf's law."""
     cumulated = np.cumsum(1 / np.arange(1, VOCABULARY + 1))
     entries = 1 << 22
     return np.searchsorted(cumulated / cumulated[-1], (np.arange(entries) + 0.5) / entries).astype(np.uint16)
 
 
 def shard(number: int, tokens: int, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a shard, and the offsets of its documents in them."""
+    """Returns the tokens of a shard, and the offsets of its documents in them."""
     rng = np.random.default_rng([20, number])
     ids = table[rng.integers(0, len(table), tokens, dtype=np.uint32)]
     lengths = np.clip(rng.lognormal(6.2, 1.1, tokens // 200 + 10), 1, 65_536).astype(np.int64)
@@ -46,13 +47,16 @@ def shard(number: int, tokens: int, table: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def written_once(target: Path, description: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """`target`, which `write` fills unless what is there was written to the same description."""
+    """Returns `target`. Calls `write` to fill it unless it was written to the same description
+    before.
+    """
     try:
         if json.loads((target / "corpus.json").read_text()) == description:
             return target
     except (OSError, ValueError):
         pass
-    # Complete or absent: a run that is stopped half way leaves only the folder that the next one removes.
+    # The target is complete or absent. A run that stops half way leaves only a partial folder,
+    # which the next run removes.
     partial = target.with_suffix(".partial")
     for stale in (partial, target):
         shutil.rmtree(stale, ignore_errors=True)
@@ -64,7 +68,9 @@ def written_once(target: Path, description: dict[str, Any], write: Callable[[Pat
 
 
 def prepare(folder: Path, tokens: int, copies: int, tell: Callable[[int, int], None]) -> Path:
-    """The folder of the corpus, written at the first call; `tell` hears of shards done and all shards."""
+    """Returns the folder of the corpus, and writes it at the first call. Calls `tell` with the
+    number of shards done and of all shards.
+    """
     shard_tokens = tokens // SHARDS // MULTIPLE * MULTIPLE
     description = {"version": 2, "shard_tokens": shard_tokens, "shards": SHARDS, "copies": copies}
     target = folder / f"corpus-{tokens // 1_000_000}M"
@@ -91,7 +97,7 @@ def write(partial: Path, shard_tokens: int, copies: int, tell: Callable[[int, in
             path = partial / f"arrow-{dtype}" / f"{stem}.arrow"
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, documents.schema) as writer:
                 writer.write_table(documents, max_chunksize=DOCUMENTS_PER_GROUP)
-        # The last table is int32, what tokenizers' output is usually saved as.
+        # The last table is int32, the type in which tokenizers' output is usually saved.
         for codec in CODECS:
             path = partial / f"parquet-{codec}" / f"{stem}.parquet"
             pq.write_table(documents, path, compression=codec, row_group_size=DOCUMENTS_PER_GROUP)

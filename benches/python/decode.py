@@ -1,8 +1,10 @@
-"""Decoding of Parquet, alone: forebay, its limit and pyarrow over the same files, per encoding, codec and type.
+"""Compares the decoding of Parquet alone: forebay, its limit and pyarrow, per encoding, codec and
+type.
 
-`make bench ARGS=--decode`. Files hold the corpus of the other benchmarks, written by pyarrow;
-`forebay-decode` measures the limit (decompress, widen), forebay's blocks and its loader in turns, and pyarrow decodes
-the same row groups with one thread right before and after. All speeds are per second of CPU time.
+Run it with `make bench ARGS=--decode`. pyarrow writes files that hold the corpus of the other
+benchmarks. `forebay-decode` measures three things in turns: the limit (decompress, widen),
+forebay's blocks, and its loader. pyarrow decodes the same row groups with one thread right before
+and right after. All speeds are per second of CPU time.
 """
 
 import statistics
@@ -27,7 +29,7 @@ LEAF = "input_ids.list.element"
 
 
 def write(folder: Path, tokens: int) -> list[tuple[tuple[str, str, str], Path]]:
-    """A file for each (type, encoding, codec), of the same documents."""
+    """Writes one file for each (type, encoding, codec), all of the same documents."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -51,7 +53,7 @@ def write(folder: Path, tokens: int) -> list[tuple[tuple[str, str, str], Path]]:
 
 
 def pyarrow_turn(path: Path, tokens: int) -> float:
-    """Tokens per CPU second of one pass over the row groups, with one thread."""
+    """Tokens per second of CPU time in one pass over the row groups with one thread."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
@@ -65,8 +67,8 @@ def pyarrow_turn(path: Path, tokens: int) -> float:
 
 
 def measure(folder: Path, seed: int, tell: Tell) -> list[Record]:
-    """A record per file."""
-    del folder, seed  # files are small, and programs take turns in an order of their own
+    """Returns one record per file."""
+    del folder, seed  # files are small, and `forebay-decode` orders its turns itself
     binary, records = built("forebay-decode"), []
     with tempfile.TemporaryDirectory() as folder_of_files:
         files = write(Path(folder_of_files), TOKENS)

@@ -1,7 +1,9 @@
-"""Environments of the peers: each has its own below `out/peers`, on top of one that has torch.
+"""Makes the environments of the peers. Each is below `out/peers`, on top of an environment with
+torch.
 
-What the one below has in a version that fits is taken from there, so that torch is not installed twice. An environment
-is made at the first use and kept; one whose requirements changed is made anew.
+A package is taken from the environment below if that has a version that fits. So torch is not
+installed twice. The first use makes an environment, which is then kept. A change of its
+requirements makes it anew.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "out" / "peers"
 LIMIT_S = 900
 
-#: What to install. An environment without an entry is the one that runs the benchmark.
+#: Packages to install. An environment without an entry is the environment that runs the benchmark.
 REQUIREMENTS = {
     "dataloader-rs": ["dataloader-rs"],
     "datasets": ["datasets>=3"],
@@ -28,11 +30,12 @@ REQUIREMENTS = {
     "spdl": ["spdl"],
     "streaming": ["mosaicml-streaming"],
 }
-#: The least Python of those that need a newer one than forebay does.
+#: Least Python version of the peers that need a newer Python than forebay does.
 PYTHON = {"dataloader-rs": (3, 13)}
-#: The last that is looked for, which torch has wheels for.
+#: Newest Python 3 version to look for. torch has wheels for it.
 NEWEST_MINOR = 14
-#: Tells what an interpreter sees. Of a package that is there twice, the first is imported.
+#: Prints the packages that an interpreter sees. If a package is there twice, the first one is
+#: imported.
 LOOK = """
 import importlib.metadata, json, sys
 packages = {}
@@ -45,7 +48,7 @@ print(json.dumps({"packages": [f"{name}=={version}" for name, version in package
 
 
 class Unavailable(Exception):
-    """An environment cannot be made; the text says why."""
+    """Raised if an environment cannot be made. The text gives the reason."""
 
 
 def run(*command: str, stdin: str | None = None) -> str:
@@ -67,11 +70,13 @@ def find_uv() -> str:
 
 
 def below(least: tuple[int, int], tell: Callable[[str], None]) -> Path:
-    """The interpreter to build on: this one, the free-threaded one of the clone, or the first that is new enough."""
+    """The interpreter to build on: this one, the clone's free-threaded one, or the first that is
+    new enough.
+    """
     if sys.version_info >= least:
         return Path(sys.executable)
     script = str(ROOT / "scripts" / "setup.sh")
-    # Free-threaded CPython has torch in an environment that the tests use as well.
+    # The environment of free-threaded CPython has torch. The tests use it as well.
     for kind, group in (("ft", "ft"), *((f"3{minor}", "bench") for minor in range(least[1], NEWEST_MINOR + 1))):
         if run(script, f"python-{kind}"):
             folder = f".venv-{kind}"
@@ -91,7 +96,9 @@ def name_and_version(line: str) -> tuple[str, str]:
 
 
 def prepare(name: str, tell: Callable[[str], None]) -> Path:
-    """The interpreter of an environment, which is made if it is missing; `tell` hears of that."""
+    """Returns the interpreter of an environment, and makes the environment if it is missing.
+    Reports that to `tell`.
+    """
     if name not in REQUIREMENTS:
         return Path(sys.executable)
     folder, wanted = FOLDER / name, REQUIREMENTS[name]
@@ -120,7 +127,7 @@ def prepare(name: str, tell: Callable[[str], None]) -> Path:
 
 
 def resolve(uv: str, base: Path, wanted: list[str], has: dict[str, str]) -> list[str]:
-    """Versions of all that is wanted, as many of them as possible those that are there already."""
+    """Chooses versions of all wanted packages. Prefers the versions that are installed already."""
     constraints = FOLDER / f".constraints-{os.getpid()}"
     FOLDER.mkdir(parents=True, exist_ok=True)
     first: Unavailable | None = None

@@ -1,10 +1,12 @@
-"""What a step waits for its batch: `make bench ARGS=--latency`.
+"""Measures how long a step waits for its batch: `make bench ARGS=--latency`.
 
-`ready`: B=1 S=512, `next()` on a batch that is there, and allocating its two tensors, in turns in one loop. `paced`: a
-consumer of 1 ms per step, busy or asleep, takes from the loader for half a second, then the same one batch again and
-again for as long, and so on; epochs follow each other and windows are small, so that borders of both come by often.
-`passes`: the first `next()` of every pass, where threads start anew, after a whole pass of 1 ms per step and after one
-that was broken off.
+- `ready`: B=1 S=512. One loop alternates `next()` on a batch that is ready with allocating its two
+  tensors.
+- `paced`: a consumer of 1 ms per step, busy or asleep, takes from the loader for half a second.
+  Then it takes the same batch again and again for half a second, and so on. Epochs follow each
+  other and windows are small, so that borders of both are frequent.
+- `passes`: the first `next()` of every pass, where threads start anew. The pass before it was
+  either whole, with 1 ms per step, or broken off.
 """
 
 import itertools
@@ -20,15 +22,15 @@ from targets import Record, Tell, Verdict, child, failures, in_turn, number, sma
 LEAD = "Latency of `next()`"
 REPEATS = 2
 STEP_S = 0.001
-#: Above this, a step that did not compute waited for data.
+#: A step that took longer, and did not compute, waited for data.
 STALL_S = 0.001
 READY_S = 1.0
 SEGMENT_S, SEGMENTS = 0.5, 8
 FOLDERS = {"Arrow": "arrow-uint16", "Parquet, zstd": "parquet-zstd"}
 AFTER = ("a whole one", "one broken off")
 PERCENTILES = {"p50": (50, 20), "p99": (99, 100), "p99.9": (99.9, 200)}
-#: Small enough that an epoch has a dozen windows; the budget holds these, and less than the corpus, so that each epoch
-#: is decoded.
+#: Settings so small that an epoch has a dozen windows. The budget holds these windows but not the
+#: corpus, so that each epoch is decoded.
 ORDER: dict[str, Any] = {"window_tokens": 1 << 20, "chunk_tokens": 1 << 18, "memory_budget": 24 << 20}
 
 
@@ -42,7 +44,8 @@ def opened(path: str, seq_len: int, batch_size: int, threads: int, **more: Any) 
 
 
 def ready(job: Record) -> Record:
-    """Nanoseconds of `next()` and of allocating, each releasing what it gave the time before."""
+    """Nanoseconds of `next()` and of allocating. Each call releases the result of the call before.
+    """
     import torch
 
     loader = opened(job["path"], 512, 1, job["threads"], epochs="endless")
@@ -51,7 +54,8 @@ def ready(job: Record) -> Record:
     found: dict[str, list[int]] = {"next": [], "allocate": []}
     deep = clock() + int(READY_S * 1e9)
     while (now := clock()) < deep:
-        # Long enough for a batch of 512 tokens to be computed, so that all are ready again.
+        # The pause is long enough to compute a batch of 512 tokens, so that all batches are ready
+        # again.
         while clock() < now + 200_000:
             pass
         began = clock()
@@ -79,7 +83,7 @@ def asleep(until: float) -> None:
 
 
 def paced(job: Record) -> Record:
-    """Seconds of each `next()`, of the loader and of a loop over one batch."""
+    """Seconds of each `next()` of the loader, and of each step of a loop over one batch."""
     loader = opened(job["path"], 2048, 8, job["threads"], epochs="endless", **ORDER)
     batches, clock = iter(loader), time.perf_counter
     cached = itertools.repeat(next(batches))
@@ -88,7 +92,7 @@ def paced(job: Record) -> Record:
     for segment in range(2 * SEGMENTS):
         name = ("loader", "cached")[segment % 2]
         source, kept = (batches, cached)[segment % 2], waits[name]
-        # The loader is at rest before the other's turn, and has its batches ready before its own.
+        # The loader rests before the other's turn, and has its batches ready before its own turn.
         time.sleep(0.05)
         batch, end = None, clock() + SEGMENT_S
         while (began := clock()) < end:
@@ -110,7 +114,9 @@ def paced(job: Record) -> Record:
 
 
 def passes(job: Record) -> Record:
-    """Milliseconds of the first `next()` of passes after the first one, each whole, or broken off after some steps."""
+    """Milliseconds of the first `next()` of every pass after the first one. Each pass is whole, or
+    broken off after some steps.
+    """
     loader = opened(job["path"], 2048, 8, job["threads"], **ORDER)
     firsts = []
     whole = job["after"] == "a whole one"

@@ -1,10 +1,14 @@
-"""One measurement in this process, printed as one JSON line: of a contestant, or of a limit that Python can measure.
+"""Takes one measurement in this process and prints one JSON line. It measures a contestant, or a
+limit that Python can measure.
 
-    measure.py '{"contestant": NAME, "corpus": FOLDER, "batch_size": 8, "seq_len": 2048, "warm_up_s": 1, "window_s": 3}'
-    measure.py '{"write": NAME, "corpus": FOLDER, "batch_size": 8, "seq_len": 2048}'   what NAME reads
-    measure.py '{"limit": "decode" | "decompress", "codec": "zstd", "threads": 1, "corpus": FOLDER, "window_s": 1}'
+    measure.py '{"contestant": NAME, "corpus": FOLDER, "batch_size": 8, "seq_len": 2048,
+                 "warm_up_s": 1, "window_s": 3}'
+    measure.py '{"write": NAME, "corpus": FOLDER, "batch_size": 8, "seq_len": 2048}'
+    measure.py '{"limit": "decode" | "decompress", "codec": "zstd", "threads": 1, "corpus": FOLDER,
+                 "window_s": 1}'
 
-A contestant's first batches are checked against the corpus before it is timed; one that fails ends with an error.
+The second form writes the files that NAME reads. A contestant's first batches are checked against
+the corpus before the contestant is timed. A contestant that fails this check ends with an error.
 """
 
 import copy
@@ -34,13 +38,15 @@ from processes import descendants
 from rows import Batch, Shape, map_rows
 
 CHECKED_BATCHES = 48
-#: A peer's state further into the epoch than it gets in this time is not taken.
+#: Longest time to iterate to a peer's state. States further into the epoch are not taken.
 REACHED_S = 15
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds() -> float:
-    """Of this process and its descendants; of the latter in ticks of the kernel, usually 10 ms."""
+    """CPU seconds of this process and its descendants. Those of descendants come in ticks of the
+    kernel, usually 10 ms.
+    """
     total = time.process_time()
     for pid in descendants()[1:]:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -49,7 +55,9 @@ def cpu_seconds() -> float:
 
 
 def machine_cpu_seconds() -> float:
-    """What all processes of the machine, and other guests of its host, took from its cores."""
+    """CPU seconds that all processes of the machine, and other guests of its host, took from its
+    cores.
+    """
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     )
@@ -57,7 +65,9 @@ def machine_cpu_seconds() -> float:
 
 
 def memory_mb() -> float:
-    """Anonymous and shared memory of this process and its descendants, each page once; mapped files do not count."""
+    """Anonymous and shared memory of this process and its descendants. Each page counts once;
+    mapped files do not count.
+    """
     total = 0
     for pid in descendants():
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -143,10 +153,11 @@ class Checker:
 
 
 def resume_ms(contestant: Contestant, path: Path, shape: Shape, share: float, state: dict[str, Any]) -> float:
-    """From no loader to the first batch after `share` of the epoch."""
+    """Milliseconds from no loader to the first batch after `share` of the epoch."""
     began = time.perf_counter()
     loader = contestant.make(path, shape, contestant.helpers)
-    # A state is one position in the epoch, in sequences; going there by iterating would take the epoch's time.
+    # A state is one position in the epoch, in sequences. Iterating to that position would take the
+    # epoch's time.
     loader.load_state_dict({**state, "position": int(len(loader) * share) * shape.batch_size})
     next(iter(loader))
     took = time.perf_counter() - began
@@ -155,7 +166,9 @@ def resume_ms(contestant: Contestant, path: Path, shape: Shape, share: float, st
 
 
 def resume_peer(contestant: Contestant, path: Path, shape: Shape, steps: dict[int, int]) -> dict[str, Any]:
-    """The same of a peer, whose state is taken where it is after so many `steps`; and whether it went on exactly."""
+    """Measures the same for a peer, whose state is taken after each of `steps`. Also tells whether
+    the peer continued exactly.
+    """
     result: dict[str, Any] = {}
     exact = True
     for percent, step in steps.items():
@@ -183,7 +196,8 @@ def resume_peer(contestant: Contestant, path: Path, shape: Shape, steps: dict[in
 
 
 def timed(batches: Iterator[Batch], seconds: float) -> array:
-    """The duration of each `next()` within `seconds`, the release of the batch before included."""
+    """The duration of each `next()` within `seconds`. It includes the release of the batch before.
+    """
     waits, clock = array("d"), time.perf_counter
     now = clock()
     end = now + seconds
@@ -219,7 +233,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
     checker = Checker(corpus, contestant, shape)
     for _ in range(CHECKED_BATCHES - 1):
-        # Checked when the next one is there already, so that a buffer written again would show.
+        # A batch is checked when the next one is ready, so that a reused buffer would show.
         following = next(batches)
         checker.check(batch)
         batch = following
@@ -253,7 +267,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         **checked,
     }
     if contestant.ours:
-        # Its ids fit into 16 bits, which is what decoded blocks hold.
+        # The ids of this corpus fit into 16 bits, so decoded blocks hold 16 bits per token.
         result["decoded_per_token"] = (loader.stats()["decoded_bytes"] - decoded) / 2 / tokens
         batches.close()  # type: ignore[attr-defined]
         loader.close()
@@ -280,7 +294,7 @@ def corpus_tokens(corpus: Path) -> int:
 
 
 def write(job: dict[str, Any]) -> dict[str, Any]:
-    """Makes what a contestant reads, complete or not at all."""
+    """Writes the files that a contestant reads. They are complete or absent."""
     contestant = next(one for one in contestants() if one.name == job["write"])
     shape, corpus = Shape(job["batch_size"], job["seq_len"]), Path(job["corpus"])
     target = contestant.path(corpus, shape)
@@ -295,13 +309,17 @@ def write(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoder(corpus: Path, codec: str) -> Callable[[int], int]:
-    """pyarrow's decoding of a row group into int32 values, and nothing done with them."""
+    """Makes a function with which pyarrow decodes a row group into int32 values, which are not
+    used.
+    """
     groups = RowGroups(corpus / f"parquet-{codec}")
     return lambda step: len(groups.read(step % len(groups)))
 
 
 def decompressor(corpus: Path, codec: str) -> Callable[[int], int]:
-    """Decompression of blocks of 512 Ki tokens of 16 bits, about what the dictionary's indices in a page are."""
+    """Makes a function that decompresses blocks of 512 Ki tokens of 16 bits. They resemble the
+    dictionary's indices in a page.
+    """
     import pyarrow as pa
 
     block = 512 << 10

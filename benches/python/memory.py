@@ -1,7 +1,8 @@
-"""Memory against the stated budget: `make bench ARGS=--memory`.
+"""Compares memory with the stated budget: `make bench ARGS=--memory`.
 
-Anonymous memory of a process over what it had after the imports, the most that was seen while batches were taken until
-the cache of decoded blocks was full and turned over, with 1 and with 72 threads.
+The value is the anonymous memory of a process minus its memory after the imports. The largest value
+counts, taken while batches are read until the cache of decoded blocks was full and turned over.
+Runs with 1 and with 72 threads.
 """
 
 import time
@@ -13,7 +14,7 @@ from targets import Record, Tell, Verdict, anonymous_mb, child, failures, in_tur
 LEAD = "Memory"
 ALLOWED_MB = 40
 REPEATS = 2
-#: Copies, so that a corpus is larger than its budget.
+#: The Parquet folders are copies, so that a corpus is larger than its budget.
 FOLDERS = {"Arrow": "arrow-uint16", "Parquet, zstd": "parquet-zstd-copies", "Parquet, snappy": "parquet-snappy-copies"}
 BUDGETS_MB = {"Arrow": (32,), "Parquet, zstd": (128, 512), "Parquet, snappy": (256,)}
 
@@ -23,7 +24,7 @@ def once(job: Record) -> Record:
 
     import forebay.torch
 
-    # torch makes some of its own at its first tensor.
+    # torch allocates some memory of its own at its first tensor.
     held = [torch.zeros(8, 2048, dtype=torch.int64).numpy() for _ in range(2)]
     bare, most = anonymous_mb(), 0.0
     data = forebay.torch.TokenDataset(job["path"], seq_len=2048)
@@ -53,7 +54,7 @@ def measure(folder: Path, seed: int, tell: Tell) -> list[Record]:
         {"kind": "memory", "name": name, "path": str(data / below), "threads": threads, "budget_mb": budget}
         for name, below in FOLDERS.items()
         for budget in BUDGETS_MB[name]
-        # 73 blocks of some 2 MB do not fit into the smaller one.
+        # 73 blocks of some 2 MB do not fit into the smaller budget.
         for threads in ((1, 72) if budget == max(BUDGETS_MB[name]) else (1,))
     ]
     return in_turn(jobs, REPEATS, seed, tell, lambda job: child("memory", job))

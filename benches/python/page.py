@@ -1,4 +1,6 @@
-"""The results as one page with plots, for someone who has never seen the project: no script, nothing from elsewhere."""
+"""Writes the results as one page with plots, for readers who do not know the project. The page has
+no script and loads nothing.
+"""
 
 import html
 import math
@@ -116,7 +118,7 @@ def kind_of(one: Contestant) -> str:
 
 
 def entries(group: Group, field: str, more: bool) -> list[Entry]:
-    """Whoever has this number, the best first."""
+    """The contestants that have this number, the best first."""
     found = [
         Entry(named(one), kind_of(one), line, one.ours)
         for one, line in group.lines
@@ -126,7 +128,7 @@ def entries(group: Group, field: str, more: bool) -> list[Entry]:
 
 
 def values(line: Line, field: str) -> tuple[float, float, float]:
-    """The least, the median and the greatest."""
+    """The least, the median and the greatest value."""
     numbers = [run[field] for run in line.runs if field in run]
     return min(numbers), median(numbers), max(numbers)
 
@@ -149,7 +151,7 @@ def name(entry: Entry, y: float) -> str:
 
 
 def speeds(group: Group) -> str:
-    """Bars against lines for the limits."""
+    """Plots the speeds as bars, and the limits as lines."""
     found = entries(group, "tokens_per_s", True)
     limits = [(threads, line) for threads in (1, 2) if (line := group.limit(threads)) is not None and line.runs]
     limits = [(threads, line) for threads, line in limits if line.failed is None]
@@ -164,7 +166,7 @@ def speeds(group: Group) -> str:
     parts = []
     begin = TOP + 14 * (len(limits) - 1)
     end = begin + STEP * len(found) + 4
-    # The greatest on top, so that no line crosses another's text.
+    # The greatest limit stands on top, so that no line crosses another's text.
     limits.sort(key=lambda pair: -pair[1]["tokens_per_s"])
     for place, (threads, line) in enumerate(limits):
         at = x(line["tokens_per_s"])
@@ -192,7 +194,9 @@ def speeds(group: Group) -> str:
 
 
 def dots(group: Group, title: str, note: str, fields: list[tuple[str, str]], unit: str) -> str:
-    """Dots on a logarithmic scale, from the best to the worst; several numbers of a loader share a line."""
+    """Plots dots on a logarithmic scale, from the best to the worst. Several numbers of a loader
+    share a line.
+    """
     first = fields[len(fields) // 2][0]
     found = entries(group, first, False)
     if not found:
@@ -271,7 +275,7 @@ def plots(group: Group) -> str:
 
 
 def cell(text: str) -> str:
-    """Markdown's bold and code as HTML."""
+    """Converts Markdown's bold and code to HTML."""
     for mark, tag in (("**", "b"), ("`", "code")):
         parts = (text if tag == "code" else html.escape(text)).split(mark)
         text = "".join(f"<{tag}>{part}</{tag}>" if index % 2 else part for index, part in enumerate(parts))
@@ -283,7 +287,7 @@ def rival(one: Contestant) -> str:
 
 
 def verdict(group: Group) -> str:
-    """In words, what the plots of a group show."""
+    """Describes in words the plots of a group."""
     fastest, equal = group.against("tokens_per_s", True), group.equal()
     if fastest is None:
         return ""
@@ -324,13 +328,15 @@ def verdict(group: Group) -> str:
 
 
 def card(title: str, found: list[Against | None], better: str, worse: str) -> str:
-    """One measure over all tables, with the rows of the one that is least favourable to forebay."""
+    """Shows one measure over all tables. The rows come from the table that is least favourable to
+    forebay.
+    """
     worst = least(found)
     if worst is None:
         return ""
     heading = times(found, better, worse)
     if worst.field == "own_memory_mb":
-        # Beside what the imports take, a ratio would tell too much.
+        # Next to the time of the imports, a ratio would say too much.
         apart, worst = max(
             ((one.mine[1][one.field] - one.theirs[1][one.field], one) for one in found if one is not None),
             key=lambda pair: pair[0],
@@ -344,7 +350,7 @@ def card(title: str, found: list[Against | None], better: str, worse: str) -> st
 
 
 def cards(found: list[Group]) -> str:
-    """All groups at a glance."""
+    """Shows all groups at a glance."""
     if not any(group.against("tokens_per_s", True) for group in found):
         return ""
     parts = [card("throughput, as many threads on both sides", [group.equal() for group in found], "faster", "slower")]
@@ -366,7 +372,7 @@ def cards(found: list[Group]) -> str:
 
 
 def who(found: list[Group]) -> str:
-    """Everyone who took part, as what, and whether it was verified."""
+    """Lists all contestants, their kind, and whether they were verified."""
     rows: dict[tuple[str, ...], tuple[list[str], list[str], list[int]]] = {}
     for group in found:
         for one, line in group.lines:
@@ -409,7 +415,7 @@ def lost_of(found: list[Group]) -> str:
 
 
 def row_of(row: list[str]) -> str:
-    # The reason would widen the column of numbers it stands in.
+    # The reason would widen its column, which holds numbers.
     if row[2].replace("*", "").startswith("failed"):
         told = f'<td class="failed" colspan="{len(row) - 2}"><div>{cell(row[2])}</div></td>'
         return "".join(f"<td>{cell(text)}</td>" for text in row[:2]) + told

@@ -1,7 +1,8 @@
-"""Peers with a format or an environment of their own, each as its documentation recommends for tokens.
+"""Peers with a format or an environment of their own. Each is used as its documentation recommends
+for tokens.
 
-A `write_...` makes the peer's own form of the corpus, outside of what is timed; its rows are those of the flat file.
-Nothing of a peer is imported before it is its turn.
+A `write_...` function makes the peer's own form of the corpus, outside of the timed part. Its rows
+are the rows of the flat file. A peer's modules are imported only when its turn comes.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import numpy as np
 
 from rows import Batch, IndexBatches, Rows, Shape, as_it_is, map_rows, widen
 
-#: Bytes of a shard of what is written for a peer: what Streaming and LitData call usual.
+#: Bytes of a shard that is written for a peer. Streaming and LitData call this size usual.
 SHARD_BYTES = 1 << 26
 
 
@@ -25,7 +26,7 @@ def flat_rows(corpus: Path, shape: Shape) -> np.ndarray:
 
 
 def twice(tokens: Any) -> Batch:
-    """A batch of a tensor of tokens of any type."""
+    """Makes a batch of a tensor of tokens of any type."""
     import torch
 
     return {"input_ids": tokens.to(torch.int64), "labels": tokens.to(torch.int64, copy=True)}
@@ -63,7 +64,7 @@ def write_datasets(corpus: Path, target: Path, shape: Shape) -> None:
 
 
 class RowByRow:
-    """Hides `__getitems__`."""
+    """Hides `__getitems__`, so that rows are fetched one by one."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -80,7 +81,7 @@ def datasets_rows(path: Path, shape: Shape, workers: int):
 
 
 def datasets_map(path: Path, shape: Shape, workers: int, wrap: Callable[[Any], Any] = as_it_is):
-    """As documented: format torch, and a DataLoader, which fetches by `__getitems__`."""
+    """Follows the documentation: format torch, and a DataLoader that fetches by `__getitems__`."""
     from datasets import load_from_disk
     from torch.utils.data import DataLoader, default_collate
 
@@ -96,7 +97,9 @@ def datasets_map(path: Path, shape: Shape, workers: int, wrap: Callable[[Any], A
 
 
 def datasets_map_batched(path: Path, shape: Shape, workers: int):
-    """A batch is one index of the dataset: neither rows nor their collation."""
+    """One index of the dataset gives a whole batch, so neither rows nor their collation cost
+    anything.
+    """
     from datasets import load_from_disk
     from torch.utils.data import DataLoader
 
@@ -109,7 +112,7 @@ def datasets_map_batched(path: Path, shape: Shape, workers: int):
 
 
 class DatasetsIterable:
-    """Shards in random order, and a buffer of rows to draw from; `batch` of whole arrays."""
+    """Reads shards in random order and draws rows from a buffer. `batch` makes whole arrays."""
 
     def __init__(self, path: Path, shape: Shape, workers: int) -> None:
         from datasets import load_from_disk
@@ -132,7 +135,7 @@ class DatasetsIterable:
         self.rows.load_state_dict(state)
 
 
-# MosaicML Streaming: MDS shards, read where they lie.
+# MosaicML Streaming: MDS shards, which are read in place.
 
 
 def write_streaming(corpus: Path, target: Path, shape: Shape) -> None:
@@ -149,7 +152,7 @@ def streaming_loader(path: Path, shape: Shape, workers: int):
     from streaming import StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
-    # What a run that was ended left behind would stop this one.
+    # A run that was ended early leaves shared memory behind that would stop this run.
     clean_stale_shared_memory()
     dataset = StreamingDataset(local=str(path), shuffle=True, shuffle_seed=0, batch_size=shape.batch_size)
 
@@ -164,7 +167,7 @@ def streaming_loader(path: Path, shape: Shape, workers: int):
 
 # LitData: chunks of tokens, cut by the TokensLoader.
 
-#: Whole rows of every shape.
+#: A multiple of the rows of every shape.
 LITDATA_ITEM = 1 << 18
 
 
@@ -181,7 +184,7 @@ def write_litdata(corpus: Path, target: Path, shape: Shape) -> None:
 
     path = corpus / "tokens-uint16.bin"
     items = [(str(path), begin) for begin in range(0, path.stat().st_size // 2, LITDATA_ITEM)]
-    # Its progress would be the result.
+    # LitData prints its progress to the stream of the result.
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
         optimize(
             fn=litdata_item, inputs=items, output_dir=str(target), chunk_bytes="64MB", num_workers=1,
@@ -206,11 +209,12 @@ def litdata_loader(path: Path, shape: Shape, workers: int):
     )  # fmt: skip
 
 
-# Grain: a random access source, shuffled and batched by index, made tensors at the end.
+# Grain: a random access source, which is shuffled and batched by index. The last step makes
+# tensors.
 
 
 class GrainRows:
-    """What Grain asks of a source."""
+    """The interface that Grain requires of a source."""
 
     def __init__(self, path: Path, shape: Shape) -> None:
         self.path, self.shape, self.rows = path, shape, map_rows(path, shape)
@@ -226,7 +230,7 @@ class GrainRows:
 
 
 def grain_batch(rows: Any) -> dict[str, np.ndarray]:
-    # Gathers and widens in one go.
+    # Gathers and widens in one step.
     return {name: np.stack(rows, dtype=np.int64, casting="same_kind") for name in ("input_ids", "labels")}
 
 
@@ -259,7 +263,7 @@ class GrainLoader:
 
 
 def grain_processes(path: Path, shape: Shape, processes: int):
-    # Asked for by its workers, which take the arguments of this process for flags.
+    # Grain's workers ask for the flags, and would parse the arguments of this process.
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -313,7 +317,8 @@ def write_megatron(corpus: Path, target: Path, shape: Shape) -> None:
                     tokens = torch.from_numpy(values[begin:end].astype(np.int32))
                     builder.add_document(tokens, [len(tokens)])
     builder.finalize(str(target / "tokens.idx"))
-    # Its indices of documents, samples and their order are kept in a cache, as its documentation advises.
+    # The indices of documents, samples and their order are kept in a cache, as the documentation
+    # advises.
     megatron_dataset(target, shape)
 
 
@@ -343,14 +348,15 @@ def megatron_loader(path: Path, shape: Shape, workers: int):
         inputs, labels = (torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels"))
         return {"input_ids": inputs, "labels": labels}
 
-    # The order is the dataset's own, so it is read from its beginning.
+    # The order is the dataset's own, so the dataset is read from its beginning.
     return DataLoader(
         megatron_dataset(path, shape), shape.batch_size, drop_last=True, collate_fn=collate, num_workers=workers,
         persistent_workers=workers > 0,
     )  # fmt: skip
 
 
-# dataloader-rs: threads in Rust that call the dataset; views are gathered and widened when they are collated.
+# dataloader-rs: threads in Rust that call the dataset. Views are gathered and widened when they are
+# collated.
 
 
 def dataloader_rs(path: Path, shape: Shape, threads: int):
@@ -379,7 +385,8 @@ def dataloader_rs(path: Path, shape: Shape, threads: int):
     )  # fmt: skip
 
 
-# Lance: rows of the sequence's length; taken by index, or read in batches that are shuffled.
+# Lance: rows of the sequence's length. They are taken by index, or read in batches that are
+# shuffled.
 
 
 def write_lance(corpus: Path, target: Path, shape: Shape) -> None:
@@ -399,7 +406,9 @@ def write_lance(corpus: Path, target: Path, shape: Shape) -> None:
 
 
 class LanceRows:
-    """`take` of a batch of rows; opened where it is first used, as Lance is not safe to fork."""
+    """Takes a batch of rows by `take`. Opens the dataset at its first use, because forking Lance is
+    not safe.
+    """
 
     def __init__(self, path: Path, shape: Shape) -> None:
         import lance
@@ -432,7 +441,7 @@ def lance_batches(path: Path, shape: Shape, workers: int):
         lance.dataset(str(path)), batch_size=shape.batch_size, columns=["input_ids"],
         sampler=ShardedBatchSampler(0, 1, randomize=True, seed=0),
     )  # fmt: skip
-    # A last batch of less than `batch_size` rows is left out.
+    # The wrapper drops a last batch of fewer than `batch_size` rows.
     return Full(DataLoader(dataset, batch_size=None, collate_fn=twice), shape.batch_size)
 
 

@@ -1,7 +1,9 @@
-"""What workers take from a trainer on every CPU, by where they run: `make bench ARGS=--placement`.
+"""Measures what workers take from a trainer on every CPU, by their placement: `make bench
+ARGS=--placement`.
 
-Steps of matrix products with a thread on each CPU, and a large batch of Parquet before each; turns with the loader and
-with one batch again and again alternate in one process.
+Each step computes matrix products with a thread on each CPU, after it took a large batch of
+Parquet. Turns with the loader alternate with turns that use one batch again and again, in one
+process.
 """
 
 import itertools
@@ -17,7 +19,7 @@ from targets import Record, Tell, child, failures, in_turn, number, small_corpus
 LEAD = "Affinity and priority of the workers"
 REPEATS, PAIRS, TURN_S = 3, 5, 0.7
 BATCH_SIZE, SEQ_LEN = 256, 2048
-#: So little that what is decoded ahead in the other's turn is soon used up.
+#: A budget so small that the blocks decoded during the other's turn are soon used up.
 BUDGET = 96 << 20
 LAST = "on the last CPU"
 WAYS: dict[str, dict[str, Any]] = {
@@ -48,7 +50,7 @@ def once(job: Record) -> Record:
     for _ in range(PAIRS):
         took: dict[bool, list[float]] = {True: [], False: []}
         for is_loader, source in ((True, batches), (False, cached)):
-            # The loader has done what it does ahead.
+            # By now the loader has done all its work ahead.
             time.sleep(0.3)
             end = time.perf_counter() + TURN_S
             while (began := time.perf_counter()) < end:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def descendants() -> list[int]:
-    """This process and all below it."""
+    """The ids of this process and all its descendants."""
     found, at = [os.getpid()], 0
     while at < len(found):
         for tasks in Path(f"/proc/{found[at]}/task").glob("*/children"):

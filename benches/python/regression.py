@@ -1,8 +1,10 @@
-"""Instructions of the hot paths, compared with `benches/baseline.json`: `make bench-regression`, ARGS=--record.
+"""Compares the instructions of the hot paths with `benches/baseline.json`: `make bench-regression`,
+ARGS=--record.
 
-`forebay-steps` counts them by stepping through them, so that neither other work on the machine nor a missing counter of
-the processor has an influence. More than the margin above what is recorded fails; far fewer asks for a new record. What
-is recorded holds for processors with the same vector instructions; others skip.
+`forebay-steps` counts the instructions by stepping through them. So neither other work on the
+machine nor a missing counter of the processor matters. A count fails if it exceeds the recorded
+count by more than the margin. A much lower count asks for a new record. A record holds for
+processors with the same vector instructions; other processors skip the comparison.
 """
 
 import argparse
@@ -24,9 +26,10 @@ import numpy as np
 from targets import ROOT, built, environment
 
 BASELINE = ROOT / "benches" / "baseline.json"
-#: The same code gives the same Rust counts within 3 % on a busy machine, and Python ones within 6 %.
+#: On a busy machine, the same code gives the same Rust counts within 3 %, and Python counts within
+#: 6 %.
 MARGINS = {"rust": 0.08, "python": 0.15}
-#: Of Python's paths; the least counts.
+#: Number of runs of Python's paths. The least count is used.
 REPEATS = 20
 ENCODINGS: dict[str, dict[str, Any]] = {
     "plain": {"use_dictionary": False, "compression": "none"},
@@ -39,7 +42,7 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 
 
 def prepare(folder: Path) -> None:
-    """Corpora small enough to be stepped through."""
+    """Writes corpora that are small enough to be stepped through."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -60,7 +63,7 @@ def prepare(folder: Path) -> None:
 
 
 def work(folder: str) -> None:
-    """What is stepped through in Python: `next()` on a batch that is there."""
+    """The Python work that is stepped through: `next()` on a batch that is ready."""
     import forebay
     from forebay.torch import DataLoader, TokenDataset
 
@@ -74,7 +77,8 @@ def work(folder: str) -> None:
             batch = next(iterator)
             signal.raise_signal(signal.SIGUSR2)
             names.append(name)
-            # Released outside of the marks: when its memory goes back is the caller's.
+            # The batch is released outside of the marks, because the caller decides when its memory
+            # goes back.
             del batch
 
     path = f"{folder}/arrow-uint16"
@@ -88,7 +92,8 @@ def work(folder: str) -> None:
 
 
 def stepped(program: Path, command: list[str]) -> dict[str, int]:
-    """The least count of each name that the command printed, less that of nothing."""
+    """The least count of each name that the command printed, minus the count of an empty function.
+    """
     with tempfile.NamedTemporaryFile("r", suffix=".json") as counts:
         traced = [str(program), "trace", counts.name, *command]
         told = subprocess.run(
@@ -96,7 +101,7 @@ def stepped(program: Path, command: list[str]) -> dict[str, int]:
             capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         if "cannot trace" in told.stderr:
-            # Some containers forbid it.
+            # Some containers forbid stepping.
             raise PermissionError(told.stderr.strip())
         if told.returncode != 0:
             raise RuntimeError(told.stderr.strip() or f"ended with status {told.returncode}")
@@ -108,7 +113,7 @@ def stepped(program: Path, command: list[str]) -> dict[str, int]:
 
 
 def vectors() -> str:
-    """The widest vector instructions that the loader has code for, and this processor too."""
+    """The widest vector instructions that both the loader and this processor support."""
     flags = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
@@ -135,7 +140,7 @@ def versions() -> dict[str, str]:
 
 
 def compare(baseline: dict[str, Any], found: dict[str, dict[str, int]]) -> tuple[int, int]:
-    """Prints a line for each path; how many passed and failed."""
+    """Prints a line for each path. Returns how many passed and how many failed."""
     passed = failed = 0
     for side, counts in found.items():
         known = baseline["counts"].get(side, {})

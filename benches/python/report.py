@@ -1,4 +1,6 @@
-"""Turns the records of a run into Markdown, and into a page with plots. Numbers are medians over the turns."""
+"""Turns the records of a run into Markdown and into a page with plots. Numbers are medians over the
+turns.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from rows import Shape
 
 Record = dict[str, Any]
 
-#: Name, field, and whether more is better.
+#: Each entry has a name, a field, and whether more is better.
 METRICS = (
     ("speed", "tokens_per_s", True),
     ("CPU", "cpu_s_per_gtok", False),
@@ -22,7 +24,7 @@ METRICS = (
     ("resume at 1 %", "resume_1_ms", False),
     ("resume at 99 %", "resume_99_ms", False),
 )
-#: By what a field is divided, and what it is then.
+#: For each field, the divisor and the unit that results.
 UNITS = {
     "tokens_per_s": (1e6, "Mtok/s"), "cpu_s_per_gtok": (1, "CPU s/Gtok"), "own_memory_mb": (1, "MB"),
     "first_batch_ms": (1, "ms"), "p50_us": (1, "µs"), "p99_us": (1, "µs"), "p999_us": (1, "µs"),
@@ -41,7 +43,7 @@ HEADS = [
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """Formats a number with three significant digits."""
     for digits, above in ((0, 100), (1, 10), (2, 0.1)):
         if abs(value) >= above:
             return f"{value:.{digits}f}"
@@ -53,7 +55,7 @@ def named(one: Contestant) -> str:
 
 
 class Line:
-    """What several runs of one thing gave."""
+    """The results of several runs of one contestant or limit."""
 
     def __init__(self, records: list[Record]) -> None:
         self.name, self.group = records[0]["name"], records[0]["group"]
@@ -71,7 +73,7 @@ class Line:
 
     @property
     def resume(self) -> str:
-        """At 1 % and 99 % of an epoch; nothing for what has no state."""
+        """The times at 1 % and 99 % of an epoch. Empty for a contestant without a state."""
         failed = next((run["resume_failed"] for run in self.runs if "resume_failed" in run), None)
         shown = []
         for field in ("resume_1_ms", "resume_99_ms"):
@@ -108,13 +110,13 @@ Pair = tuple[Contestant, Line]
 
 @dataclass
 class Against:
-    """One of ours and one of the others in one table, by one measure."""
+    """One of our rows and one of the others' rows in one table, compared by one measure."""
 
     title: str
     field: str
     mine: Pair
     theirs: Pair
-    #: Above 1 where forebay is ahead.
+    #: Above 1 if forebay is ahead.
     ratio: float
 
     def shown(self, pair: Pair) -> str:
@@ -153,23 +155,27 @@ class Group:
         return (max if more else min)(found, key=lambda pair: pair[1][field], default=None)
 
     def against(self, field: str, more: bool, helpers: int | None = None) -> Against | None:
-        """The best of ours against the best of the others, each among all its rows or those with so many helpers."""
+        """Compares our best row with the others' best row. Takes all rows, or only rows with that
+        many helpers.
+        """
         mine, theirs = self.best(True, field, more, helpers), self.best(False, field, more, helpers)
         if mine is None or theirs is None:
             return None
         values = mine[1][field], theirs[1][field]
         above, below = values if more else values[::-1]
-        # What takes no memory at all is not infinitely better.
+        # A row that takes no memory at all is not infinitely better.
         return Against(self.title, field, mine, theirs, max(above, 0.01) / max(below, 0.01))
 
     def equal(self) -> Against | None:
-        """Speeds with as many threads on both sides; of several such numbers, where forebay is ahead least."""
+        """Compares speeds with the same number of threads on both sides. Of several numbers, takes
+        the least favourable to forebay.
+        """
         return least(
             [self.against("tokens_per_s", True, helpers) for helpers in {one.helpers for one, _ in self.lines}]
         )
 
     def behind(self, one: Contestant, line: Line) -> str:
-        """In what some peer beats this one of ours."""
+        """The measures in which some peer beats this row of ours."""
         if not one.ours or one.reference:
             return ""
         found = []
@@ -184,7 +190,7 @@ class Group:
     def rows(self) -> list[list[str]]:
         rows = []
         for (kind, threads), line in sorted(self.limits.items(), key=lambda item: (-len(item[0][0]), item[0])):
-            # No trainer's thread waits beside these.
+            # No trainer's thread waits beside the threads of a limit.
             label = f"{LIMITS[kind]}, {threads} thread{'s' * (threads > 1)} in all"
             if line.failed is not None:
                 rows.append([label, "", f"failed: {line.failed}", *[""] * (len(HEADS) - 3)])
@@ -218,7 +224,7 @@ class Group:
         return rows
 
     def lost(self) -> list[tuple[str, Against]]:
-        """Every measure in which the best peer beats the best of ours."""
+        """Every measure in which the best peer beats our best row."""
         found = [(name, self.against(field, more)) for name, field, more in METRICS]
         return [(name, one) for name, one in found if one is not None and one.ratio < 1]
 
@@ -246,7 +252,9 @@ def groups(records: list[Record]) -> list[Group]:
 
 
 def failures(records: list[Record]) -> list[str]:
-    """Who is missing from the comparison, and why; once for all tables."""
+    """Lists the contestants that are missing from the comparison, with reasons, once for all
+    tables.
+    """
     labels = {one.name: one.label for one in contestants()} | LIMITS
     reasons: dict[str, list[str]] = {}
     for record in records[1:]:
@@ -256,7 +264,7 @@ def failures(records: list[Record]) -> list[str]:
 
 
 def turns(records: list[Record]) -> str:
-    """How many there were, and what the numbers therefore are."""
+    """Tells how many turns there were, and how the numbers were therefore formed."""
     done = max((record["repeat"] for record in records[1:]), default=0) + 1
     planned = records[0]["plan"].get("repeats", done)
     kind = {1: "one turn", 2: "the mean of two turns"}.get(done, f"the median of {done} turns")
@@ -316,7 +324,7 @@ HOW_TO_READ = (
 
 
 def markdown(records: list[Record], *more: str) -> str:
-    """The main tables; `more` facts stand at their head."""
+    """The main tables. The facts in `more` stand at their head."""
     found = groups(records)
     parts = ["# Benchmark results", "", *[f"- {fact}" for fact in [*facts(records), *more]], "", HOW_TO_READ, ""]
     for group in found:
@@ -333,12 +341,14 @@ def markdown(records: list[Record], *more: str) -> str:
 
 
 def least(found: list[Against | None]) -> Against | None:
-    """Where forebay does worst."""
+    """The comparison in which forebay does worst."""
     return min((one for one in found if one is not None), key=lambda one: one.ratio, default=None)
 
 
 def times(found: list[Against | None], better: str, worse: str) -> str:
-    """Over several tables, where forebay does worst: no table is picked that flatters it."""
+    """Takes the table in which forebay does worst, so that no table is picked because it flatters
+    forebay.
+    """
     ratios = [one.ratio for one in found if one is not None]
     ahead = sum(ratio >= 1 for ratio in ratios)
     if ahead == len(ratios):
@@ -347,7 +357,7 @@ def times(found: list[Against | None], better: str, worse: str) -> str:
 
 
 def summary(records: list[Record]) -> list[str]:
-    """What a terminal shows at the end."""
+    """The lines that a terminal shows at the end."""
     found = groups(records)
     lines = []
     for title, several in (
@@ -382,7 +392,7 @@ def circumstances(head: Record) -> list[str]:
 
 
 def section(records: list[Record]) -> str:
-    """The part of the results that a run of forebay alone gave."""
+    """The part of the results for a measurement of forebay alone."""
     parts = {"resume": resume_parts, "scale": scale_parts}[records[0]["kind"]](records)
     return "\n".join(parts) + "\n"
 

@@ -1,8 +1,8 @@
-"""What resuming costs, wherever in the epoch: `make bench ARGS=--resume`.
+"""Measures the cost of resuming at several places of the epoch: `make bench ARGS=--resume`.
 
-A corpus of more than 10^5 blocks in Arrow (small record batches) and in Parquet (small pages and row groups) is opened
-anew for every measurement, set to 1 %, 50 % or 99 % of a shuffled epoch, and asked for its first batch. Places and
-formats take turns in random order, many times.
+The corpus has more than 10^5 blocks, in Arrow (small record batches) and in Parquet (small pages
+and row groups). Every measurement opens the corpus anew, seeks to 1 %, 50 % or 99 % of a shuffled
+epoch, and asks for the first batch. Places and formats take turns in random order, many times.
 """
 
 import json
@@ -19,7 +19,8 @@ import numpy as np
 import corpus
 
 SHARDS = 16
-#: What the blocks of a shard hold; with `block_tokens` as small, each is a block of its own.
+#: The size of a shard in blocks, and of a block. `block_tokens` is as small, so that each becomes a
+#: block of its own.
 BLOCKS, BLOCK_TOKENS, DOCUMENTS_PER_BLOCK = 8192, 128, 2
 SETTINGS: dict[str, Any] = {
     "seq_len": 512, "batch_size": 8, "shuffle": True, "seed": 7, "block_tokens": BLOCK_TOKENS,
@@ -31,7 +32,7 @@ REPEATS = 15
 
 
 def prepare(folder: Path) -> Path:
-    """The folder of the corpus, written at the first call."""
+    """Returns the folder of the corpus, and writes it at the first call."""
     target = folder / "resume-corpus"
     description = {"version": 1, "shards": SHARDS, "blocks": BLOCKS, "block_tokens": BLOCK_TOKENS}
     return corpus.written_once(target, description, write)
@@ -61,7 +62,7 @@ def write(partial: Path) -> None:
 
 
 def blocks(path: Path) -> int:
-    """How many blocks forebay makes of the corpus."""
+    """Number of blocks that forebay makes of the corpus."""
     sets = [f"--set={name}={str(value).lower()}" for name, value in SETTINGS.items()]
     command = [sys.executable, "-m", "forebay", "plan", str(path), "--json", *sets]
     told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
@@ -69,7 +70,9 @@ def blocks(path: Path) -> int:
 
 
 def once(path: Path, share: float) -> dict[str, float]:
-    """Times of a process that resumes: opening, and from `load_state_dict` to the first batch."""
+    """Times of a process that resumes: the opening, and the time from `load_state_dict` to the
+    first batch.
+    """
     from forebay import Loader
 
     began = time.perf_counter()
@@ -95,7 +98,7 @@ def measure(folder: Path, seed: int, repeats: int, tell: Callable[[int, int], No
     jobs = [(name, share) for name in FORMATS for share in SHARES]
     records: list[dict[str, Any]] = []
     shuffler = random.Random(seed)
-    # The first round finds files that are not in memory yet.
+    # The first round may find files that are not in memory yet, so it does not count.
     for repeat in range(-1, repeats):
         tell(repeat + 1, repeats + 1)
         shuffler.shuffle(jobs)

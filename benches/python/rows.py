@@ -1,4 +1,4 @@
-"""The flat file of the corpus as rows, for whoever gathers and widens them by NumPy."""
+"""Shows the flat file of the corpus as rows, for peers that gather and widen them by NumPy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Shape:
 
 
 def map_rows(path: Path, shape: Shape) -> np.ndarray:
-    # A plain view: indexing a memmap object costs more.
+    # A plain view costs less to index than a memmap object.
     flat = np.asarray(np.memmap(path, path.stem.rpartition("-")[2], "r"))
     return flat[: len(flat) // shape.seq_len * shape.seq_len].reshape(-1, shape.seq_len)
 
@@ -47,7 +47,7 @@ class IndexBatches:
 
 
 class Rows:
-    """A map-style dataset of one flat file; an index of several rows gives them as one batch."""
+    """A map-style dataset of one flat file. An index of several rows gives them as one batch."""
 
     def __init__(self, path: Path, shape: Shape) -> None:
         self.rows = map_rows(path, shape)

@@ -1,8 +1,11 @@
-"""Time to the first batch: `make bench ARGS=--startup`.
+"""Measures the time to the first batch: `make bench ARGS=--startup`.
 
-A thousand Arrow shards without an index, against a program that opens them and reads their footers; the same with the
-saved index; and Parquet, against the decoding of one block. Files are in the page cache; each run is a fresh process,
-and time begins after the imports.
+- A thousand Arrow shards without an index, against a program that opens them and reads their
+  footers.
+- The same shards with the saved index.
+- Parquet, against the decoding of one block.
+
+Files are in the page cache. Each run is a fresh process, and time begins after the imports.
 """
 
 import random
@@ -36,7 +39,7 @@ REPEATS = 9
 
 
 def shards(folder: Path) -> Path:
-    """A folder of many small Arrow files, written at the first call."""
+    """Returns a folder of many small Arrow files, and writes it at the first call."""
     target = folder / "startup-corpus"
     description = {"version": 1, "shape": [SHARDS, BATCHES, DOCUMENTS, LENGTH]}
     return corpus.written_once(target, description, write)
@@ -66,7 +69,8 @@ def once(job: Record) -> Record:
     opened = time.perf_counter()
     batch = next(iter(loader))
     ended = time.perf_counter()
-    # Workers run on: blocks counted now may be a few more than the first batch waited for.
+    # The workers keep running, so the count may include a few more blocks than the first batch
+    # needed.
     blocks = loader.stats()["decoded_blocks"]
     assert batch["input_ids"].shape[0] == settings["batch_size"]
     loader.close()
@@ -87,7 +91,7 @@ def measure(folder: Path, seed: int, tell: Tell) -> list[Record]:
     with tempfile.TemporaryDirectory(dir=folder) as index:
         arrow = {"seq_len": 512, "batch_size": 8}
         indexed = {**arrow, "cache_dir": index, "num_threads": 1}
-        # Writes the index.
+        # This run writes the index.
         first = start({"what": "index", "path": str(many), "settings": indexed})
         if "failed" in first:
             return [{**base, "what": "index", **first}]
@@ -136,7 +140,8 @@ def section(records: list[Record]) -> list[str]:
                 f" blocks decoded by then; one alone {spread(block)} ms"
             )
             what = f"Parquet, B={count}" + (", each row from another lane" if count > 1 else "")
-            # A row may begin in one block and end in the next; threads start, and hand over.
+            # A row may begin in one block and end in the next. The time also includes starting
+            # threads and handing over.
             rows.append(Verdict(what, f"{2 * count} x decoding one block", text, ratio <= 2 * count))
     return [
         f"From before the constructor to the first batch, imports excluded, fresh processes in turn, files in the page"

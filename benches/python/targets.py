@@ -1,8 +1,9 @@
-"""What the measurements against targets share: `make bench ARGS=--targets` runs all of them in turn.
+"""Code that the measurements against targets share. `make bench ARGS=--targets` runs all of them in
+turn.
 
-Each is a module with `LEAD` (its place in the results), `measure(folder, seed, tell)`, which gives records, and
-`section(records)`, which makes lines of Markdown of them. A run is a fresh process, `child`, and they take turns in
-random order, `in_turn`.
+Each measurement is a module. `LEAD` is its text in the results, `measure(folder, seed, tell)` gives
+records, and `section(records)` makes lines of Markdown from them. A run is a fresh process
+(`child`). The runs take turns in random order (`in_turn`).
 """
 
 import json
@@ -29,12 +30,12 @@ Tell = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row of a table: what was promised, and what came out."""
+    """A row of a table: the promised value and the measured value."""
 
     what: str
     target: str
     found: str
-    #: Nothing where a row is only shown.
+    #: `None` if the row is only shown.
     met: bool | None = None
 
     def row(self) -> list[str]:
@@ -45,7 +46,7 @@ HEADS = ["", "target", "found", "met"]
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """Formats a number with three significant digits."""
     for digits, above in ((0, 100), (1, 10), (2, 0.1)):
         if abs(value) >= above:
             return f"{value:.{digits}f}"
@@ -53,14 +54,14 @@ def number(value: float) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, and from the least to the most."""
+    """Formats the median and the range of the values."""
     if len(values) == 1:
         return number(values[0])
     return f"{number(median(values))} ({number(min(values))} to {number(max(values))})"
 
 
 def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
-    """The median, and its 95 % interval."""
+    """The median and its 95 % interval."""
     found = np.asarray(values)
     drawn = np.random.default_rng(seed).integers(0, len(found), (draws, len(found)))
     low, high = np.percentile(np.median(found[drawn], axis=1), [2.5, 97.5])
@@ -77,12 +78,13 @@ def verdicts(rows: Sequence[Verdict]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Without settings of the caller's shell, which would change what is measured."""
+    """The environment without settings of the caller's shell, which would change the measurement.
+    """
     return {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
 
 
 def run(command: Sequence[object], **more: Any) -> Record:
-    """What a process printed as its last line, or `failed` and why."""
+    """Returns the last line that a process printed, or `failed` with the reason."""
     try:
         done = subprocess.run(
             [str(part) for part in command], cwd=ROOT, env={**environment(), **more}, stdin=subprocess.DEVNULL,
@@ -97,13 +99,13 @@ def run(command: Sequence[object], **more: Any) -> Record:
 
 
 def child(module: str, job: Record) -> Record:
-    """`once(job)` of a module here, in a process of its own."""
+    """Runs `once(job)` of a module of this folder, in a process of its own."""
     code = f"import json, sys, {module}; print(json.dumps({module}.once(json.loads(sys.argv[1]))))"
     return run([sys.executable, "-c", code, json.dumps(job)], PYTHONPATH=str(Path(__file__).parent))
 
 
 def in_turn(jobs: list[Record], repeats: int, seed: int, tell: Tell, start: Callable[[Record], Record]) -> list[Record]:
-    """Every job as often as `repeats`, in random order; one that failed is not tried again."""
+    """Runs every job `repeats` times, in random order. A failed job is not tried again."""
     shuffler, jobs, records, lost = random.Random(seed), list(jobs), [], set()
     for repeat in range(repeats):
         shuffler.shuffle(jobs)
@@ -128,7 +130,7 @@ def failures(records: list[Record], *fields: str) -> list[str]:
 
 
 def built(name: str) -> Path:
-    """A program of `benches/src`, brought up to date with all that it is made of."""
+    """Builds a program of `benches/src` if any of its sources changed, and returns its path."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = Path(os.environ.get("CARGO_TARGET_DIR") or cache / "forebay" / "target")
     command = ["cargo", "build", "--release", "--quiet", "-p", "forebay-benches", "--bin", name]
@@ -140,7 +142,7 @@ def built(name: str) -> Path:
 
 
 def read_once(path: Path) -> None:
-    """So that the page cache holds it."""
+    """Reads the file so that the page cache holds it."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         with file.open("rb", buffering=0) as opened:
             while opened.read(8 << 20):
@@ -148,7 +150,7 @@ def read_once(path: Path) -> None:
 
 
 def small_corpus(folder: Path) -> Path:
-    """20 M tokens in every format, those of `--quick`."""
+    """Returns a corpus of 20 M tokens in every format, the corpus of `--quick`."""
     found = corpus.prepare(folder, 20_000_000, 32, lambda _done, _all: None)
     for name in ("arrow-uint16", "parquet-zstd", "tokens-uint16.bin"):
         read_once(found / name)
@@ -156,7 +158,7 @@ def small_corpus(folder: Path) -> Path:
 
 
 def anonymous_mb() -> float:
-    """Anonymous and shared memory of this process; mapped files do not count."""
+    """Anonymous and shared memory of this process. Mapped files do not count."""
     found = 0
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")

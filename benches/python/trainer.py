@@ -1,8 +1,9 @@
-"""How much the loader slows the trainer down: `make bench ARGS=--trainer`.
+"""Measures how much the loader slows the trainer down: `make bench ARGS=--trainer`.
 
-A small language model on the CPU takes some steps with batches of a loader, then as many with one batch again and
-again, and so on, in one process; which comes first is drawn for each pair. With a spare core, the model runs on core 0
-alone and the loader's threads where they like; without one, the model has a thread on each core.
+A small language model on the CPU takes some steps with batches of a loader. Then it takes as many
+steps with one batch again and again, and so on, in one process. The order within each pair is drawn
+at random. With a spare core, the model runs on core 0 alone and the loader's threads run anywhere.
+Without one, the model has a thread on each core.
 """
 
 import itertools
@@ -19,11 +20,13 @@ from targets import Record, Tell, Verdict, bootstrap, child, failures, in_turn, 
 LEAD = "A training step beside the loader"
 BATCH_SIZE, SEQ_LEN = 8, 2048
 PAIRS, SECONDS = 40, 9.0
-#: Of each turn: the first steps see what the turn before has left to do, so they do not count.
+#: Steps of each turn, and steps at its start that do not count, because they see work that the turn
+#: before left.
 STEPS, IGNORED = 10, 3
 REPEATS = 2
 TARGETS = {"spare": 1.01, "none": 1.05}
-#: What no loader can leave out: other ids in every step, which are in no cache.
+#: The control has the cost that no loader can avoid: other ids in every step, which are in no
+#: cache.
 LIST = "64 batches in a list, no loader"
 LOADERS = {
     LIST: "arrow-uint16",
@@ -34,7 +37,7 @@ LOADERS = {
 
 
 def rows_of(path: str) -> Any:
-    """Rows of a flat file for torch's DataLoader, each widened twice, as forebay's are."""
+    """Rows of a flat file for torch's DataLoader. Each row is widened twice, as in forebay."""
     import torch
 
     class Rows(torch.utils.data.Dataset):
@@ -73,10 +76,12 @@ def endless(loader: Any) -> Any:
 
 
 def model() -> Any:
-    """Forward and backward of embeddings and some square layers: some 10 ms, most of it in matrix products.
+    """Runs forward and backward through embeddings and some square layers. It takes some 10 ms,
+    most of it in matrix products.
 
-    The table of embeddings is small: rows of a large one would be in the caches for one batch again and again, and not
-    for other ids, whoever brings them.
+    The table of embeddings is small. Rows of a large table would stay in the caches if the model
+    sees one batch again and again. They would not stay with other ids, whichever loader brings
+    them.
     """
     import torch
 
@@ -112,7 +117,8 @@ def once(job: Record) -> Record:
         loader._native.close()
         batches = itertools.cycle(kept)
     cached = next(batches)
-    # Threads and workers have begun with all cores; what is pinned is the thread of the model, and those it starts.
+    # Threads and workers began with all cores. Only the model's thread, and the threads that it
+    # starts, are pinned.
     os.sched_setaffinity(0, own)
     torch.set_num_threads(len(own))
     step = model()
@@ -132,7 +138,8 @@ def once(job: Record) -> Record:
                 inside = inside + spent if number_of >= IGNORED else 0.0
                 del batch
             took[name] = time.perf_counter() - began, inside
-        # What `next()` takes is part of a step; the model's share alone shows what is taken from it.
+        # The time of `next()` is part of a step. The model's share alone shows what the loader
+        # takes from it.
         pairs.append(took["loader"][0] / took["cached"][0])
         wholes.append((took["cached"][0] / (STEPS - IGNORED), took["loader"][1] / took["cached"][1]))
     if job["name"].startswith("forebay"):

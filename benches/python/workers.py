@@ -1,11 +1,13 @@
-"""Threads against worker processes, for datasets written in Python: speed, memory of all processes, start and end.
+"""Compares threads with worker processes, for datasets written in Python: speed, memory of all
+processes, start and end.
 
     workers.py [--quick] [--python NAME ...] [--write-results]
 
-Every cell is a fresh process: one class of loader, one number of workers, one dataset. torch's workers are forked,
-which shares the dataset with them until they touch it: their best case. "bare" is the control: as many plain threads
-call the dataset and hand nothing over, which is what the interpreter itself allows. Results go to
-out/bench/workers.md, and with --write-results into benches/RESULTS.md as well.
+Every cell is a fresh process with one class of loader, one number of workers and one dataset.
+torch's workers are forked. They share the dataset until they touch it, which is their best case.
+"bare" is the control: as many plain threads call the dataset and hand nothing over, so it shows
+what the interpreter itself allows. Results go to out/bench/workers.md. With --write-results they
+also go to benches/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ DATASETS = {
     "memory": "a row of an array in memory, 8 kB",
 }
 BATCH = 16
-#: A process takes about this much that it shares with nobody, even if it was forked.
+#: Memory of a process that it shares with no other, even if it was forked.
 WORKER_MB = 60
 
 
-# One cell.
+# One cell of the tables.
 
 
 def dataset_of(name: str, size_mb: int) -> Any:
@@ -77,7 +79,7 @@ def dataset_of(name: str, size_mb: int) -> Any:
 
 
 def pss_mb() -> float:
-    """Memory of all processes, each page once."""
+    """Memory of all processes. Each page counts once."""
     total = 0
     for pid in descendants():
         try:
@@ -95,7 +97,9 @@ def wait_for(threads: int, children: int) -> None:
 
 
 class Bare:
-    """Items of the dataset on plain threads, 16 at a turn; only their number is handed over."""
+    """Plain threads take items of the dataset, 16 at a turn. They hand over only the number of
+    items.
+    """
 
     def __init__(self, dataset: Any, workers: int) -> None:
         self._dataset, self._stopped = dataset, False
@@ -121,7 +125,9 @@ class Bare:
             self._turn()
 
     def forget(self) -> None:
-        """What was done before the window, while the consumer had no turn, is not of it."""
+        """Work that was done before the window, while the consumer had no turn, is not part of the
+        window.
+        """
         for _ in range(self._done.qsize()):
             self._done.get()
 
@@ -130,7 +136,7 @@ class Bare:
 
 
 def cpu_s() -> float:
-    """Of this process and all below it, also those that live."""
+    """CPU seconds of this process and all its descendants, including those that still live."""
     ticks = 0
     for pid in descendants():
         try:
@@ -171,16 +177,18 @@ def cell(asked: dict[str, Any]) -> dict[str, Any]:
         next(batches)
     start_cpu_s = cpu_s()
     if asked["loader"] == "bare":
-        # Last of all: looking at processes takes seconds where threads fight for the interpreter.
+        # This comes last, because looking at processes takes seconds if threads fight for the
+        # interpreter.
         batches.forget()
     taken, start = 0, time.perf_counter()
-    # At least one: where threads fight for the interpreter it may take longer than the window.
+    # Take at least one batch. If threads fight for the interpreter, it may take longer than the
+    # window.
     while taken == 0 or (now := time.perf_counter()) < start + asked["window_s"]:
         next(batches)
         taken += BATCH
     cpu = cpu_s() - start_cpu_s
     memory = pss_mb() - before
-    # A full collection would take longer than what is measured.
+    # A full collection would take longer than the measured window.
     gc.freeze()
     end = time.perf_counter()
     if asked["loader"] == "bare":
@@ -198,7 +206,7 @@ def cell(asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# All of them.
+# All cells.
 
 
 def free_mb() -> float:
@@ -222,7 +230,9 @@ def measure(python: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[tuple[str, str, int, dict[str, Any]]], dataset: str) -> list[str]:
-    """Of one dataset; bold where torch's loader with as many workers is ahead of ours."""
+    """The table of one dataset. Bold marks cells where torch's loader with as many workers is ahead
+    of ours.
+    """
     lines = [
         f"### {dataset}: {DATASETS[dataset]}",
         "",

@@ -1,8 +1,11 @@
-//! Random windows of a file that is not in memory: the loader beside the ways there are to read them.
+//! Reads random windows of a file that is not in memory, through the loader and in every other way.
 //!
-//! `forebay-cold FILE METHOD DEPTH SEQ_LEN WINDOWS SECONDS SEED` takes the file out of the page cache, proves by `mincore` that it is, reads and widens
-//! `WINDOWS` windows of `SEQ_LEN` tokens (fewer, if `SECONDS` pass), and prints one JSON line. The file is an Arrow file of one record batch of
-//! `uint16` tokens. Every method reads the windows that the loader's order names, so that all of them ask the disk for the same.
+//! `forebay-cold FILE METHOD DEPTH SEQ_LEN WINDOWS SECONDS SEED` takes the file out of the page
+//! cache and proves by `mincore` that it is out. It then reads and widens `WINDOWS` windows of
+//! `SEQ_LEN` tokens, or fewer if `SECONDS` pass, and prints one JSON line.
+//!
+//! The file is an Arrow file of one record batch of `uint16` tokens. Every method reads the windows
+//! that the loader's order names, so that all of them ask the disk for the same data.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -25,14 +28,14 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 const BATCH_SIZE: u64 = 8;
 
-/// What to read.
+/// The windows to read.
 #[derive(Clone, Copy)]
 struct Job {
     seq_len: u64,
     windows: u64,
     seed: u64,
     time: Duration,
-    /// Where the tokens begin in the file.
+    /// Offset of the first token in the file.
     base: u64,
     sequences: u64,
 }
@@ -55,7 +58,7 @@ impl Job {
     }
 }
 
-/// Where windows go: inputs and labels, as in a loader's batch.
+/// Destination of the windows: inputs and labels, as in a loader's batch.
 struct Batch {
     rows: Vec<i64>,
     at: usize,
@@ -101,10 +104,10 @@ fn main() -> Result<()> {
         base: (first - mapped.as_ptr() as usize) as u64,
         sequences: tokens / seq_len,
     };
-    // A page that is mapped stays.
+    // The kernel keeps a mapped page, so close the file first.
     drop(opened);
     file.sync_all()?;
-    // SAFETY: a hint on an open descriptor; it touches no memory of ours.
+    // SAFETY: the call is a hint on an open descriptor and touches no memory of ours.
     let refused = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
     let before = resident_share(&file)?;
     if refused != 0 || before > 0.001 {
@@ -133,7 +136,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Windows read, and the time that opening took, which none of the others spends.
+/// Returns the number of windows read, and the time that opening took. No other method spends that
+/// time.
 fn forebay(path: &str, job: Job, threads: u64) -> Result<(u64, Duration)> {
     let began = Instant::now();
     let loader = Loader::open(Config {
@@ -160,10 +164,11 @@ fn forebay(path: &str, job: Job, threads: u64) -> Result<(u64, Duration)> {
     Ok((read, opening))
 }
 
-/// Windows taken from the mapping as it is, or with scattered access announced and so many windows asked for ahead.
+/// Reads windows from the mapping. With `ahead`, announces scattered access and asks for that many
+/// windows ahead.
 fn mapped_faults(file: &File, job: Job, ahead: Option<u64>) -> Result<(u64, Duration)> {
     #[allow(clippy::disallowed_methods)] // must not go through the code it is compared with
-    // SAFETY: the file is the benchmark's own and nobody writes it meanwhile.
+    // SAFETY: the benchmark owns the file, and no process writes it meanwhile.
     let map = unsafe { Mmap::map(file)? };
     if ahead.is_some() {
         map.advise(Advice::Random)?;
@@ -221,7 +226,7 @@ fn preads(file: &File, job: Job, threads: u64) -> Result<u64> {
     }
 }
 
-/// Reads through a ring of `depth` requests, in whatever order they end.
+/// Reads through a ring of `depth` requests, which may end in any order.
 fn ring(file: &File, job: Job, depth: u32) -> Result<u64> {
     use io_uring::{IoUring, opcode, types};
     let mut ring = IoUring::new(depth)?;
@@ -241,7 +246,8 @@ fn ring(file: &File, job: Job, depth: u32) -> Result<u64> {
                 .offset(job.offset(&order, asked))
                 .build()
                 .user_data(slot as u64);
-            // SAFETY: the buffer outlives the ring's use of it: all requests are waited for before this function returns.
+            // SAFETY: the buffer outlives the ring's use of it, because this function waits for all
+            // requests before it returns.
             unsafe { ring.submission().push(&request)? };
             asked += 1;
             in_flight += 1;
@@ -266,12 +272,13 @@ fn ring(file: &File, job: Job, depth: u32) -> Result<u64> {
 
 fn resident_share(file: &File) -> Result<f64> {
     #[allow(clippy::disallowed_methods)] // looks at the file, not at the loader
-    // SAFETY: only asked which of its pages are in memory; no byte is read.
+    // SAFETY: the mapping is only asked which of its pages are in memory; no byte is read.
     let map = unsafe { Mmap::map(file)? };
     // SAFETY: `sysconf` reads a constant of the system.
     let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
     let mut state = vec![0u8; map.len().div_ceil(page)];
-    // SAFETY: the whole mapping, which begins at a page, and one byte for each of its pages.
+    // SAFETY: the range is the whole mapping, which begins at a page. The state has one byte for
+    // each of its pages.
     let asked = unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), map.len(), state.as_mut_ptr()) };
     if asked != 0 {
         return Err(std::io::Error::last_os_error().into());

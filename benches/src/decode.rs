@@ -1,11 +1,18 @@
-//! Decoding of Parquet against its limit: `forebay-decode SECONDS FILE...` prints one JSON line per file, with tokens per second of CPU time:
+//! Compares the decoding of Parquet with its limit.
 //!
-//! - `limit`: the pages' bytes are decompressed into one buffer by the codec's library, or copied there where there is none, and that many tokens
-//!   of the stored width are widened to 64 bits; no levels, no encoding;
-//! - `blocks`: blocks are decoded by forebay into one buffer, and widened in the same way;
-//! - `loader`: batches come through a loader of one thread, in the order of the file, whose cache holds a part of it; it also writes labels.
+//! `forebay-decode SECONDS FILE...` prints one JSON line per file, with tokens per second of CPU
+//! time for three programs:
 //!
-//! The three take turns; printed are the medians and the best of their turns, and the median ratios to the limit within a turn. Each file should hold one column of lists of `uint16` or `int32`.
+//! - `limit`: the codec's library decompresses the bytes of the pages into one buffer; without a
+//!   codec the bytes are copied. Then as many tokens of the stored width are widened to 64 bits.
+//!   Levels and encodings are not decoded.
+//! - `blocks`: forebay decodes blocks into one buffer, which is widened in the same way.
+//! - `loader`: batches come from a loader of one thread, in the order of the file, whose cache
+//!   holds a part of the file. The loader also writes labels.
+//!
+//! The three programs take turns. The line has the median and the best of each program's turns, and
+//! the median of the ratios to the limit within a turn. Each file should hold one column of lists
+//! of `uint16` or `int32`.
 
 use std::fs;
 use std::hint::black_box;
@@ -23,7 +30,7 @@ use serde_json::json;
 
 type Failure = Box<dyn std::error::Error>;
 
-/// Body of a page: bytes in the file, and how many they decompress to.
+/// Body of a page: its bytes in the file, and their number after decompression.
 struct Body {
     from: usize,
     to: usize,
@@ -52,7 +59,7 @@ impl Thrift<'_> {
         (raw >> 1) as i64 ^ -((raw & 1) as i64)
     }
 
-    /// The integers of a struct's top level as (id, value).
+    /// The integers of a struct's top level, as pairs of id and value.
     fn structure(&mut self) -> Vec<(i64, i64)> {
         let (mut id, mut fields) = (0, Vec::new());
         loop {
@@ -103,7 +110,7 @@ fn bodies(bytes: &[u8], path: &Path) -> Result<(Compression, Vec<Body>), Failure
     Ok((codec, found))
 }
 
-/// Widens `tokens` tokens of `width` bytes out of `bytes`, a batch at a time.
+/// Widens `tokens` tokens of `width` bytes from `bytes`, one batch at a time.
 fn widen(bytes: &[u8], width: usize, out: &mut [i64]) {
     fn run(bytes: &[u8], width: usize, out: &mut [i64]) {
         if width == 2 {
@@ -124,7 +131,7 @@ fn widen(bytes: &[u8], width: usize, out: &mut [i64]) {
     for part in bytes.chunks(out.len() * width) {
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2, just asked.
+            // SAFETY: the processor has AVX2, as just checked.
             unsafe { avx2(part, width, out) };
             black_box(&mut *out);
             continue;
@@ -175,10 +182,10 @@ fn blocks(shard: &dyn BlockShard, width: usize, block: &mut DecodedBlock, out: &
     Ok(())
 }
 
-/// CPU time of this thread, or of the process, ended threads included.
+/// CPU time of this thread, or of this process with its ended threads.
 fn cpu_seconds(clock: libc::clockid_t) -> f64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: writes one `timespec`, to one.
+    // SAFETY: the call writes one `timespec`, and the pointer points to one.
     unsafe { libc::clock_gettime(clock, &mut time) };
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
@@ -215,7 +222,7 @@ fn measure(path: &Path, time: Duration) -> Result<serde_json::Value, Failure> {
     let mut block = DecodedBlock::default();
     let mut turns: Vec<[f64; 3]> = Vec::new();
     let began = Instant::now();
-    // The first turn warms up.
+    // The first turn is a warm-up.
     for turn in 0.. {
         let now = || cpu_seconds(libc::CLOCK_THREAD_CPUTIME_ID);
         let start = now();
@@ -251,7 +258,7 @@ fn measure(path: &Path, time: Duration) -> Result<serde_json::Value, Failure> {
     }))
 }
 
-/// Tokens per CPU second of one pass through a loader.
+/// Tokens per second of CPU time in one pass through a loader.
 fn loader(path: &Path) -> Result<f64, Failure> {
     let loader = Loader::open(Config {
         data: vec![path.to_string_lossy().into_owned()],
@@ -259,12 +266,12 @@ fn loader(path: &Path) -> Result<f64, Failure> {
         batch_size: 8,
         shuffle: Shuffle::Off,
         num_threads: Some(1),
-        // A few blocks, as of a corpus that does not fit.
+        // The cache holds only a few blocks, as for a corpus that does not fit.
         memory_budget: 12 << 20,
         ..Config::default()
     })?;
     let mut rate = 0.0;
-    // The first pass meets memory that was never touched.
+    // The first pass runs on memory that was never touched, so it does not count.
     for _ in 0..2 {
         let before = cpu_seconds(libc::CLOCK_PROCESS_CPUTIME_ID);
         let pass = loader.iter();

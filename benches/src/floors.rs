@@ -1,7 +1,7 @@
-//! What starting cannot do without, in a process that does nothing else.
+//! Measures the work that no start can avoid, in a process that does nothing else.
 //!
-//! `forebay-floors footers FOLDER` opens every Arrow file of a folder and reads its footer. `forebay-floors block FILE` decodes one block of a
-//! Parquet file. Each prints one JSON line.
+//! `forebay-floors footers FOLDER` opens every Arrow file of a folder and reads its footer.
+//! `forebay-floors block FILE` decodes one block of a Parquet file. Each prints one JSON line.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -32,7 +32,7 @@ fn footers(folder: &Path) -> Result<Value> {
     let mut paths: Vec<PathBuf> =
         std::fs::read_dir(folder)?.map(|entry| entry.map(|entry| entry.path())).collect::<std::io::Result<_>>()?;
     paths.sort();
-    // A loader keeps them open, too.
+    // A loader keeps the files open, too.
     let (mut files, mut bytes) = (Vec::with_capacity(paths.len()), 0);
     for path in paths {
         let file = File::open(path)?;

@@ -1,9 +1,13 @@
-//! Limits of the machine: what a loader could reach if it did nothing but move the tokens.
+//! Limits of the machine: the speed that a loader could reach if it only moved the tokens.
 //!
-//! `forebay-limits FILE DTYPE SEQ_LEN BATCH_SIZE THREADS SECONDS` maps a flat file of `uint16` or `int32` tokens and prints one JSON line with
-//! the speed of copying memory and of the bare loop: take rows of `SEQ_LEN` tokens in a shuffled order, widen them to 64 bits into the inputs of a batch, and
-//! write the labels beside them. Each thread has one batch that it writes again and again, so the output stays in its cache: no loader that hands
-//! memory over can do better. The loop is compiled for SSE2, AVX2 and AVX-512, and the fastest counts.
+//! `forebay-limits FILE DTYPE SEQ_LEN BATCH_SIZE THREADS SECONDS` maps a flat file of `uint16` or
+//! `int32` tokens. It prints one JSON line with the speed of copying memory and the speed of the
+//! bare loop.
+//!
+//! The loop takes rows of `SEQ_LEN` tokens in a shuffled order. It widens them to 64 bits into the
+//! inputs of a batch, and writes the labels beside them. Each thread writes one batch again and
+//! again, so the output stays in its cache. A loader that hands its memory over cannot do better.
+//! The loop is compiled for SSE2, AVX2 and AVX-512, and the fastest version counts.
 
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -19,7 +23,7 @@ struct Shape {
     time: Duration,
 }
 
-/// A row: token bytes in, inputs and labels out.
+/// Writes one row: reads token bytes, and writes inputs and labels.
 type Row = fn(&[u8], &mut [i64], &mut [i64]);
 
 macro_rules! kernels {
@@ -38,7 +42,7 @@ macro_rules! kernels {
             fn inner(tokens: &[u8], inputs: &mut [i64], labels: &mut [i64]) {
                 $plain(tokens, inputs, labels);
             }
-            // SAFETY: chosen only where the processor was asked for AVX2.
+            // SAFETY: the caller chooses it only if the processor has AVX2.
             unsafe { inner(tokens, inputs, labels) }
         }
         #[cfg(target_arch = "x86_64")]
@@ -47,7 +51,7 @@ macro_rules! kernels {
             fn inner(tokens: &[u8], inputs: &mut [i64], labels: &mut [i64]) {
                 $plain(tokens, inputs, labels);
             }
-            // SAFETY: chosen only where the processor was asked for AVX-512 BW and VL.
+            // SAFETY: the caller chooses it only if the processor has AVX-512 BW and VL.
             unsafe { inner(tokens, inputs, labels) }
         }
     };
@@ -58,7 +62,7 @@ kernels!(4, |b: [u8; 4]| i64::from(i32::from_le_bytes(b)), i32_plain, i32_avx2, 
 
 fn kernels(dtype: &str) -> (usize, Vec<(&'static str, Row)>) {
     let (width, plain): (usize, Row) = if dtype == "uint16" { (2, u16_plain) } else { (4, i32_plain) };
-    #[allow(unused_mut)] // other processors have only the plain one
+    #[allow(unused_mut)] // other processors have only the plain version
     let mut all = vec![("baseline", plain)];
     #[cfg(target_arch = "x86_64")]
     {
@@ -72,7 +76,7 @@ fn kernels(dtype: &str) -> (usize, Vec<(&'static str, Row)>) {
     (width, all)
 }
 
-/// Tokens per second, and CPU seconds per second, of `row` over shuffled rows of `tokens`.
+/// Tokens per second that `row` writes from shuffled rows of `tokens`.
 fn gather(tokens: &[u8], width: usize, row: Row, shape: Shape) -> f64 {
     let row_bytes = shape.seq_len * width;
     let rows = tokens.len() / row_bytes;
@@ -84,7 +88,8 @@ fn gather(tokens: &[u8], width: usize, row: Row, shape: Shape) -> f64 {
                 scope.spawn(move || {
                     let mut batch = vec![0i64; 2 * shape.batch_size * shape.seq_len];
                     let (inputs, labels) = batch.split_at_mut(shape.batch_size * shape.seq_len);
-                    // An odd multiplier visits every row before any twice, far from the last one each time.
+                    // An odd multiplier visits every row before it repeats one. Each step leads far
+                    // from the last row.
                     let mut at = thread * rows / shape.threads;
                     let step = (rows as f64 * 0.618) as usize | 1;
                     barrier.wait();
@@ -111,7 +116,7 @@ fn gather(tokens: &[u8], width: usize, row: Row, shape: Shape) -> f64 {
     counts.iter().map(|(batches, time)| (batches * (shape.batch_size * shape.seq_len) as u64) as f64 / time).sum()
 }
 
-/// Bytes copied per second, between buffers far larger than the caches.
+/// Bytes per second that are copied between buffers far larger than the caches.
 fn copy(threads: usize, time: Duration) -> f64 {
     const BYTES: usize = 256 << 20;
     let barrier = Barrier::new(threads);
@@ -149,8 +154,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         time: Duration::from_secs_f64(seconds.parse()?),
     };
     let file = std::fs::File::open(path)?;
-    #[allow(clippy::disallowed_methods)] // the limit must not go through the code it is the limit of
-    // SAFETY: the file is the benchmark's own and nobody writes it meanwhile.
+    #[allow(clippy::disallowed_methods)] // the limit must not go through the code that it limits
+    // SAFETY: the benchmark owns the file, and no process writes it meanwhile.
     let map = unsafe { Mmap::map(&file)? };
     let (width, kernels) = kernels(dtype);
     if map.len() < shape.seq_len * width * 2 {

@@ -1,7 +1,9 @@
-//! What grows with what: 15 x 10^12 tokens in 10^6 shards on 4096 ranks, and the order's own cost and quality.
+//! Shows how costs grow, for 15 x 10^12 tokens in 10^6 shards on 4096 ranks. Measures the cost and
+//! the quality of the order.
 //!
-//! `forebay-scale` prints JSON lines. There is no such corpus here: shards are a table of token counts, as an index would hold them, and
-//! blocks lie in them at multiples of their size. Everything else is the loader's own order, partition and plan.
+//! `forebay-scale` prints JSON lines. No such corpus exists here. A table of token counts, as an
+//! index would hold it, stands for the shards. Blocks lie in the shards at multiples of their size.
+//! The order, the partition and the plan are the loader's own.
 
 use std::collections::BTreeSet;
 use std::hint::black_box;
@@ -27,10 +29,10 @@ const SEQ_LEN: u64 = 4096;
 const BATCH_SIZE: u64 = 4;
 const BLOCK_TOKENS: u64 = 128 << 10;
 const CHUNK_TOKENS: u64 = 4 << 20;
-/// A window of this much for each rank's lane.
+/// Size of the window of each rank's lane.
 const LANE_WINDOW_TOKENS: u64 = 4 << 20;
 const CACHE_BYTES: u64 = 512 << 20;
-/// Visits places far from each other.
+/// A step that leads to places far from each other.
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -66,14 +68,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Where each shard starts in the stream.
+/// The start of each shard in the stream.
 struct Table {
     starts: Vec<u64>,
 }
 
 impl Table {
     fn build() -> (Self, Value) {
-        // Shards between half and one and a half times as long as the mean one.
+        // The shards have between 0.5 and 1.5 times the mean length.
         let mean = TOKENS / SHARDS;
         let counts: Vec<u64> = (0..SHARDS).map(|shard| mean / 2 + derive_key(1, &[shard]) % mean).collect();
         let began = Instant::now();
@@ -104,7 +106,8 @@ impl Table {
         self.starts.partition_point(|start| *start <= at) - 1
     }
 
-    /// The block at a stream token, counted over the corpus as if every shard had as many blocks as the longest could have.
+    /// The block at a stream token. The count runs over the corpus as if every shard had as many
+    /// blocks as the longest shard could have.
     fn block_at(&self, at: u64) -> BlockPlace {
         let shard = self.shard(at);
         let block = (at - self.starts[shard]) / BLOCK_TOKENS;
@@ -147,7 +150,7 @@ fn order(name: &str, table: &Table, arrangement: Arrangement) -> Value {
     })
 }
 
-/// What a rank does for the batch that it resumes at.
+/// Measures the work of a rank for the batch at which it resumes.
 fn first_batch(name: &str, table: &Table, arrangement: Arrangement, rank: u64, share: f64) -> Value {
     let grouping = grouping(rank);
     let steps = grouping.steps(table.sequences());
@@ -214,7 +217,7 @@ fn planned(name: &str, table: &Table, arrangement: Arrangement) -> Value {
     })
 }
 
-/// The largest that a state gets: every number in it as long as numbers are.
+/// Measures the largest possible state, in which every number has the most digits.
 fn state() -> Result<Value, Box<dyn std::error::Error>> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.arrow");
@@ -240,13 +243,13 @@ fn state() -> Result<Value, Box<dyn std::error::Error>> {
     Ok(json!({"kind": "scale-state", "most_json_bytes": Value::Object(entries).to_string().len()}))
 }
 
-/// Cost and uniformity of the permutation of `0..n`.
+/// Measures the cost and the uniformity of the permutation of `0..n`.
 fn permutation(n: u64) -> Value {
     let drawn = Permutation::new(n, 3);
     let (mut at, stride) = (0, GOLDEN % n);
     let apply = median_seconds(|_| {
         for _ in 0..1000 {
-            // A division would cost as much as what is measured.
+            // A division would cost as much as the permutation itself.
             at = if at >= n - stride { at - (n - stride) } else { at + stride };
             black_box(drawn.apply(black_box(at)));
         }
@@ -256,7 +259,9 @@ fn permutation(n: u64) -> Value {
             black_box(Permutation::apply_once(n, key, black_box(index % n)));
         }
     });
-    // Over keys: where two neighbours go, in a table of up to 16 x 16. Over places: by how much they are moved, in 64 classes of equal likelihood.
+    // Two tests of uniformity. The test over keys counts the places of two neighbours in a table of
+    // up to 16 x 16 cells. The test over places counts distances of moves, in 64 classes of equal
+    // likelihood.
     let side = n.min(16);
     let class = |value: u64| (u128::from(value) * u128::from(side) / u128::from(n)) as u64;
     let mut pairs = vec![0u64; (side * side) as usize];
@@ -265,7 +270,7 @@ fn permutation(n: u64) -> Value {
         let drawn = Permutation::new(n, derive_key(5, &[key]));
         pairs[(class(drawn.apply(0)) * side + class(drawn.apply(1))) as usize] += 1;
     }
-    // Two neighbours never go to one place, so equal classes are rarer where classes are small.
+    // Two neighbours never go to one place, so equal classes are rarer if classes are small.
     let width = |class: u64| ((u128::from(class) * u128::from(n)).div_ceil(u128::from(side))) as f64;
     let pair_chi = chi_squared(pairs.iter().zip(0u64..).map(|(count, index)| {
         let (first, second) = (index / side, index % side);
@@ -277,19 +282,20 @@ fn permutation(n: u64) -> Value {
     let places = n.min(1 << 18);
     for place in 0..places {
         let from = (u128::from(place) * u128::from(n) / u128::from(places)) as u64;
-        // A distance d of two places of n is undercut with probability 1 - (1 - d/n)^2.
+        // With n places, a move is shorter than the distance d with probability 1 - (1 - d/n)^2.
         let left = 1.0 - drawn.apply(from).abs_diff(from) as f64 / n as f64;
         moved[((1.0 - left * left) * 64.0).min(63.0) as usize] += 1;
     }
     let moved_chi = chi_squared(moved.iter().map(|count| (*count as f64, places as f64 / 64.0)));
     json!({
         "kind": "permutation", "n": n, "ns": apply * 1e6, "ns_once": once * 1e7, "pairs_z": pair_chi,
-        // Few places cannot fill the classes evenly.
+        // A small number of places cannot fill the classes evenly.
         "moved_z": (places == 1 << 18).then_some(moved_chi),
     })
 }
 
-/// How many standard deviations chi-squared lies above its mean; below 3 for what is uniform.
+/// Number of standard deviations by which chi-squared exceeds its mean. It is below 3 for a uniform
+/// distribution.
 fn chi_squared(counts: impl Iterator<Item = (f64, f64)>) -> f64 {
     let (mut sum, mut classes) = (0.0, 0.0);
     for (count, expected) in counts {
@@ -302,7 +308,7 @@ fn chi_squared(counts: impl Iterator<Item = (f64, f64)>) -> f64 {
     (sum - freedom) / (2.0 * freedom).sqrt()
 }
 
-/// Of 31 runs.
+/// Median seconds of 31 runs.
 fn median_seconds(mut run: impl FnMut(u64)) -> f64 {
     let mut times: Vec<f64> = (0..31)
         .map(|number| {
@@ -319,7 +325,7 @@ fn anonymous_bytes() -> u64 {
     status_bytes("RssAnon:")
 }
 
-/// A field of this process's status; 0 where the system has none.
+/// A field of this process's status, or 0 if the system has no such field.
 fn status_bytes(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field));

@@ -1,11 +1,16 @@
-//! Counts instructions by stepping through them, which needs no counter of the processor, and gives the same number on a busy machine.
+//! Counts instructions by stepping through them. That needs no counter of the processor, and gives
+//! the same number on a busy machine.
 //!
-//! `forebay-steps trace COUNTS COMMAND...` runs a command, and steps its first thread wherever that has raised `SIGUSR1`, until it raises `SIGUSR2`;
-//! the counts are written to `COUNTS` as a JSON list, in order. `forebay-steps work FOLDER` is such a command: the loader's hot paths,
-//! several times each, over the corpora of a folder; it prints their names in the same order.
+//! `forebay-steps trace COUNTS COMMAND...` runs a command. It steps the command's first thread from
+//! each `SIGUSR1` that the thread raises to the next `SIGUSR2`. It writes the counts to `COUNTS` as
+//! a JSON list, in order.
 //!
-//! Time in the kernel and in other threads does not count. A repeated string instruction counts once for each repetition, so the C library is
-//! told not to copy with them (`GLIBC_TUNABLES`).
+//! `forebay-steps work FOLDER` is such a command. It runs each hot path of the loader several times
+//! over the corpora of a folder, and prints the names of the paths in the same order.
+//!
+//! Time in the kernel and in other threads does not count. A repeated string instruction counts
+//! once for each repetition. Therefore the C library is told not to copy with these instructions
+//! (`GLIBC_TUNABLES`).
 
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
@@ -19,7 +24,8 @@ use forebay::{Loader, Next};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// The least of them counts: what is done once only, and what a busy machine adds, is not in it.
+/// Number of runs, of which the least count is used. It excludes work that happens only once and
+/// work that a busy machine adds.
 const REPEATS: usize = 2;
 
 fn main() -> Result<()> {
@@ -43,7 +49,7 @@ fn trace(counts: &Path, command: &[&str]) -> Result<()> {
 
     let mut child = std::process::Command::new(command[0]);
     child.args(&command[1..]).env("GLIBC_TUNABLES", tunables());
-    // SAFETY: between fork and exec only this system call is made.
+    // SAFETY: this system call is the only work between fork and exec.
     unsafe {
         child.pre_exec(|| match libc::ptrace(libc::PTRACE_TRACEME, 0, null_mut::<u8>(), null_mut::<u8>()) {
             -1 => Err(std::io::Error::last_os_error()),
@@ -56,7 +62,7 @@ fn trace(counts: &Path, command: &[&str]) -> Result<()> {
     let (mut cores, mut own) = (none(), none());
     loop {
         let mut status = 0;
-        // SAFETY: waits for our own child, and writes its status.
+        // SAFETY: the call waits for our own child and writes its status.
         if unsafe { libc::waitpid(pid, &mut status, libc::__WALL) } < 0 {
             return Err(std::io::Error::last_os_error().into());
         }
@@ -75,12 +81,13 @@ fn trace(counts: &Path, command: &[&str]) -> Result<()> {
             libc::SIGUSR1 => {
                 stepping = true;
                 found.push(0);
-                // On one core, a step is a switch between two threads, and not a signal to another core as well.
-                // SAFETY: asks for a number.
+                // On one core, a step is a switch between two threads. On two cores it would also
+                // signal the other core.
+                // SAFETY: the call only returns a number.
                 let core = unsafe { libc::sched_getcpu() }.max(0) as usize;
                 (cores, own) = (affinity(pid), affinity(0));
                 let mut one: libc::cpu_set_t = none();
-                // SAFETY: sets a bit of a plain C struct; the core is one that there is.
+                // SAFETY: the call sets a bit of a plain C struct, and the core exists.
                 unsafe { libc::CPU_SET(core, &mut one) };
                 set_affinity(pid, &one);
                 set_affinity(0, &one);
@@ -95,7 +102,7 @@ fn trace(counts: &Path, command: &[&str]) -> Result<()> {
             other => other,
         };
         let request = if stepping { libc::PTRACE_SINGLESTEP } else { libc::PTRACE_CONT };
-        // SAFETY: our own child, which is stopped; no memory is given.
+        // SAFETY: the process is our own child and is stopped. The call gets no memory.
         if unsafe { libc::ptrace(request, pid, null_mut::<u8>(), passed_on as usize) } < 0 {
             return Err(std::io::Error::last_os_error().into());
         }
@@ -104,22 +111,22 @@ fn trace(counts: &Path, command: &[&str]) -> Result<()> {
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn none() -> libc::cpu_set_t {
-    // SAFETY: a plain C struct of bits, for which all-zero bytes are a valid value.
+    // SAFETY: the type is a plain C struct of bits, for which all-zero bytes are a valid value.
     unsafe { std::mem::zeroed() }
 }
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn affinity(thread: libc::pid_t) -> libc::cpu_set_t {
     let mut cores = none();
-    // SAFETY: writes one set of cores, to one.
+    // SAFETY: the call writes one set of cores, and the pointer points to one.
     unsafe { libc::sched_getaffinity(thread, size_of_val(&cores), &mut cores) };
     cores
 }
 
-/// Best effort: counts are the same without.
+/// Best effort: the counts are the same without it.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn set_affinity(thread: libc::pid_t, cores: &libc::cpu_set_t) {
-    // SAFETY: reads one set of cores.
+    // SAFETY: the call reads one set of cores.
     unsafe { libc::sched_setaffinity(thread, size_of_val(cores), cores) };
 }
 
@@ -129,7 +136,7 @@ fn tunables() -> String {
     format!("glibc.cpu.x86_rep_movsb_threshold={NEVER}:glibc.cpu.x86_rep_stosb_threshold={NEVER}")
 }
 
-/// Does `run` within marks, and says its name.
+/// Runs `run` between two marks, and prints its name.
 fn marked<T>(name: &str, mut run: impl FnMut() -> Result<T>) -> Result<()> {
     for _ in 0..REPEATS {
         once(name, &mut run)?;
@@ -175,7 +182,7 @@ fn work(folder: &Path) -> Result<()> {
     let loader = open(folder, "arrow-uint16", Targets::Labels)?;
     let batches = loader.iter();
     for _ in 0..10 {
-        // Until the next ones are there.
+        // Wait until the next batches are ready.
         std::thread::sleep(Duration::from_millis(5));
         once("hand-over of a ready batch", &mut || match batches.next_timeout(Duration::MAX)? {
             Next::Batch(batch) => Ok(batch),
