@@ -1,11 +1,12 @@
-"""Compares forebay with `torch.utils.data.DataLoader` on one corpus: speed, memory, time to the first batch.
+"""Compares forebay with torch's `DataLoader` on one corpus: speed, memory, first batch.
 
-    python examples/compare.py measure LOADER DATA --workers N     one measurement in this process, as JSON
-    python examples/compare.py epoch LOADER DATA                   a digest of one epoch's rows, as JSON
+    python examples/compare.py measure LOADER DATA --workers N   one measurement, as JSON
+    python examples/compare.py epoch LOADER DATA                 a digest of one epoch, as JSON
 
-`compare()` runs each measurement in a fresh process, in alternating rounds, and keeps medians. Every loader delivers
-shuffled `input_ids` and `labels`, int64 [batch_size, seq_len], to a consumer that does nothing else; forebay decodes
-documents from Parquet or gathers them from Arrow, PyTorch indexes one flat uint16 file through a memory map.
+`compare()` runs each measurement in a fresh process, in alternating rounds, and keeps medians.
+Every loader delivers shuffled `input_ids` and `labels`, int64 [batch_size, seq_len], to a consumer
+that does nothing else. forebay decodes documents from Parquet or gathers them from Arrow. PyTorch
+indexes one flat uint16 file through a memory map.
 """
 
 import argparse
@@ -79,7 +80,9 @@ def make_loader(name: str, path: str, workers: int):
 
 
 def memory_mb() -> dict[str, float]:
-    """Memory of this process and its descendants: private and shared pages, and the mapped files beside them."""
+    """Memory of this process and its descendants: private and shared pages, and the mapped files
+    beside them.
+    """
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -243,7 +246,9 @@ def print_table(report: dict) -> None:
 
 
 def verdicts(report: dict) -> list[str]:
-    """Where forebay wins and where it loses, against PyTorch's fastest way with and without processes."""
+    """Where forebay wins and where it loses, against PyTorch's fastest way with and without
+    processes.
+    """
     results = {(result["loader"], result["workers"]): result for result in report["results"]}
     lines = []
     for name in ("forebay-parquet", "forebay-arrow"):

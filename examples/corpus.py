@@ -41,7 +41,9 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def write_shards(documents: list[np.ndarray], folder: Path) -> None:
-    """Writes the documents as 8 shards each of Parquet (zstd) and Arrow (uncompressed IPC file), in order."""
+    """Writes the documents as 8 shards each of Parquet (zstd) and Arrow (uncompressed IPC file), in
+    order.
+    """
     ends = np.cumsum([len(document) for document in documents])
     cuts = [int(np.searchsorted(ends, ends[-1] * k / SHARDS)) for k in range(SHARDS)] + [len(documents)]
     for name in ("parquet", "arrow"):
@@ -57,10 +59,12 @@ def write_shards(documents: list[np.ndarray], folder: Path) -> None:
 
 
 def prepare(folder: Path, comparison_tokens: int, multiple_of: int) -> dict:
-    """Writes `tokenizer.json`, the training shards, and the comparison's corpus, unless they are there already.
+    """Writes `tokenizer.json`, the training shards, and the comparison's corpus, unless they are
+    there already.
 
-    The comparison reads the same documents repeated until they are about `comparison_tokens`, cut to a multiple of
-    `multiple_of` so that an epoch leaves nothing out: as Parquet, as Arrow, and as one flat uint16 file for PyTorch.
+    The comparison reads the same documents repeated until they are about `comparison_tokens`, cut
+    to a multiple of `multiple_of` so that an epoch leaves nothing out: as Parquet, as Arrow, and as
+    one flat uint16 file for PyTorch.
     """
     documents = read_documents()
     wanted = hashlib.sha256(json.dumps([documents, comparison_tokens, multiple_of]).encode()).hexdigest()

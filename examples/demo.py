@@ -1,7 +1,9 @@
-"""The main job on real text: tokenise, train, be killed, resume exactly, and compare with PyTorch's loader.
+"""The main job on real text: tokenise, train, be killed, resume exactly, and compare with PyTorch's
+loader.
 
-Run by `make demo`; `FOREBAY_DEMO_QUICK=1` takes about a minute and is meant for continuous integration. Everything it
-makes is in `out/demo`. It ends with status 1 if anything it claims does not hold.
+Run by `make demo`; `FOREBAY_DEMO_QUICK=1` takes about a minute and is meant for continuous
+integration. Everything it makes is in `out/demo`. It ends with status 1 if anything it claims does
+not hold.
 """
 
 import json
@@ -76,7 +78,9 @@ def train_until_killed(out: Path, kill_step: int, *options: str) -> None:
 
 
 def show_resume() -> dict:
-    """Trains once undisturbed, once killed and resumed; returns the first run's summary and what the kill changed."""
+    """Trains once undisturbed, once killed and resumed; returns the first run's summary and what
+    the kill changed.
+    """
     whole, broken = OUT / "run-undisturbed", OUT / "run-killed"
     for folder in (whole, broken):
         shutil.rmtree(folder, ignore_errors=True)

@@ -48,7 +48,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Takes `input_ids` int64 [B, S]; with `labels` (same positions, -100 ignored) returns the mean loss."""
+    """Takes `input_ids` int64 [B, S]; with `labels` (same positions, -100 ignored) returns the mean
+    loss.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

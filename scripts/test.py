@@ -1,9 +1,12 @@
 """Runs test lanes one after the other and ends with one line that totals them.
 
-    test.py [--stress] LANE...      lanes: rust, python, ft, parallel, tsan, trainers, trainers-more, hostile
+    test.py [--stress] LANE...
 
-Counts come from the runners' own closing lines. A lane that breaks before it can count (a compile error, a crash)
-is one failure; a lane that cannot run here is named as skipped, and fails where `CI=true`.
+Lanes: rust, python, ft, parallel, tsan, trainers, trainers-more, hostile.
+
+Counts come from the runners' own closing lines. A lane that breaks before it can count (a compile
+error, a crash) is one failure. A lane that cannot run here is named as skipped. It fails if
+`CI=true`.
 """
 
 import os
@@ -126,7 +129,9 @@ def pytest(lane: Lane, venv: str, group: str, *arguments: str) -> None:
 
 
 def trainers(lane: Lane, *groups: str) -> None:
-    """Those that are asked for have to be there: a test that skips itself for want of a trainer fails the lane."""
+    """Those that are asked for have to be there: a test that skips itself for want of a trainer
+    fails the lane.
+    """
     everything = "trainers-more" in groups
     files = ("tests/python/test_trainers.py", "tests/python/test_adapters.py")
     chosen = () if everything else ("-k", "not ray and not deepspeed and not jax")
@@ -144,7 +149,8 @@ def free_threaded(lane: Lane, *arguments: str) -> None:
         lane.skip("no python3.14t found (on the PATH, or named in FOREBAY_PYTHON_FT; `uv python install 3.14t`)")
 
 
-#: What is one for the whole process, or runs in one of its own, where threads of this one would prove nothing.
+#: What is one for the whole process, or runs in one of its own, where threads of this one would
+#: prove nothing.
 ALONE = """
 support.run_python
 support.json_from
@@ -162,13 +168,17 @@ gc.collect
 
 
 def parallel(lane: Lane, *arguments: str) -> None:
-    """Every test body in several threads at once; those that cannot are skipped, with the reason."""
+    """Every test body in several threads at once; those that cannot are skipped, with the
+    reason.
+    """
     options = ("-o", f"thread_unsafe_functions={ALONE}", "--parallel-threads=3", "--skip-thread-unsafe=true")
     free_threaded(lane, *options, *arguments)
 
 
 def tsan(lane: Lane) -> None:
-    """The Rust tests of the core under ThreadSanitizer, with a std built for it, which only nightly Rust does."""
+    """The Rust tests of the core under ThreadSanitizer, with a std built for it, which only nightly
+    Rust does.
+    """
     nightly = subprocess.run(["rustc", "+nightly", "--print", "sysroot"], capture_output=True, text=True).stdout.strip()
     if not nightly or not Path(nightly, "lib/rustlib/src/rust/library/Cargo.lock").exists():
         lane.skip("no nightly Rust with rust-src (`rustup toolchain install nightly --component rust-src`)")

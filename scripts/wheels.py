@@ -1,6 +1,8 @@
-"""Builds the wheels that are published, proves their tags, and tries each in an environment that holds nothing else.
+"""Builds the wheels that are published, proves their tags, and tries each in an environment that
+holds nothing else.
 
-Ends with one line that totals the checks; a wheel without an interpreter to build it is one that is skipped.
+Ends with one line that totals the checks; a wheel without an interpreter to build it is one that is
+skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def asked(*command: str) -> str:
 
 
 def build(python: str) -> Path:
-    """Only the last link is zig's, with the libc of the tag: all before it is what the ordinary build compiles, too."""
+    """Only the last link is zig's, with the libc of the tag: all before it is what the ordinary
+    build compiles, too.
+    """
     tools = ROOT / ".venv" / "bin"
     folder = OUT / Path(python).name
     shutil.rmtree(folder, ignore_errors=True)
@@ -51,7 +55,9 @@ def build(python: str) -> Path:
 
 
 def newest_glibc(wheel: Path) -> tuple[int, ...]:
-    """The newest symbols that the wheel's library asks of the libc: their versions are names in its string table."""
+    """The newest symbols that the wheel's library asks of the libc: their versions are names in its
+    string table.
+    """
     with zipfile.ZipFile(wheel) as packed:
         libraries = [packed.read(name) for name in packed.namelist() if name.endswith(".so")]
     found = re.findall(rb"GLIBC_(\d+)\.(\d+)", b"".join(libraries))

@@ -1,5 +1,6 @@
-"""Compares limits of this machine, forebay, and its peers: `make bench`, or `make bench
-ARGS=--quick`.
+"""Compares limits of this machine, forebay, and its peers.
+
+Run it with `make bench`, or with `make bench ARGS=--quick`.
 
 Every measurement is a fresh process, and the processes take turns in random order. All output goes
 to `out/bench`: `results.md` with tables, `results.jsonl` with every run, `index.html` with plots,
@@ -171,7 +172,8 @@ def header(kind: str, quick: bool, seed: int) -> dict[str, Any]:
 
 @dataclass
 class Ready:
-    """Things that contestants need before they can run: each path, or the reason why it is missing.
+    """Things that contestants need before they can run: each path, or the reason why it is
+    missing.
     """
 
     pythons: dict[str, Path] = field(default_factory=dict)

@@ -44,7 +44,8 @@ def opened(path: str, seq_len: int, batch_size: int, threads: int, **more: Any) 
 
 
 def ready(job: Record) -> Record:
-    """Nanoseconds of `next()` and of allocating. Each call releases the result of the call before.
+    """Nanoseconds of `next()` and of allocating. Each call releases the result of the call
+    before.
     """
     import torch
 

@@ -196,7 +196,8 @@ def resume_peer(contestant: Contestant, path: Path, shape: Shape, steps: dict[in
 
 
 def timed(batches: Iterator[Batch], seconds: float) -> array:
-    """The duration of each `next()` within `seconds`. It includes the release of the batch before.
+    """The duration of each `next()` within `seconds`. It includes the release of the batch
+    before.
     """
     waits, clock = array("d"), time.perf_counter
     now = clock()

@@ -1,5 +1,6 @@
-"""Compares the instructions of the hot paths with `benches/baseline.json`: `make bench-regression`,
-ARGS=--record.
+"""Compares the instructions of the hot paths with `benches/baseline.json`.
+
+Run it with `make bench-regression`, or with ARGS=--record to record new counts.
 
 `forebay-steps` counts the instructions by stepping through them. So neither other work on the
 machine nor a missing counter of the processor matters. A count fails if it exceeds the recorded
@@ -92,7 +93,8 @@ def work(folder: str) -> None:
 
 
 def stepped(program: Path, command: list[str]) -> dict[str, int]:
-    """The least count of each name that the command printed, minus the count of an empty function.
+    """The least count of each name that the command printed, minus the count of an empty
+    function.
     """
     with tempfile.NamedTemporaryFile("r", suffix=".json") as counts:
         traced = [str(program), "trace", counts.name, *command]

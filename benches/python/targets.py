@@ -78,7 +78,8 @@ def verdicts(rows: Sequence[Verdict]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment without settings of the caller's shell, which would change the measurement.
+    """The environment without settings of the caller's shell, which would change the
+    measurement.
     """
     return {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
 

@@ -1,5 +1,6 @@
-"""Compares threads with worker processes, for datasets written in Python: speed, memory of all
-processes, start and end.
+"""Compares threads with worker processes, for datasets written in Python.
+
+Measures speed, memory of all processes, start and end.
 
     workers.py [--quick] [--python NAME ...] [--write-results]
 

@@ -1,4 +1,5 @@
-//! Protects: `verify` and `rewrite` take the column that a loader takes, whatever stands beside it in the file.
+//! Protects: `verify` and `rewrite` take the column that a loader takes, whatever stands beside it
+//! in the file.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -106,7 +107,8 @@ impl Column {
         }
     }
 
-    /// Whether each of its leaves holds the documents, something repeated, or a number for each row.
+    /// Whether each of its leaves holds the documents, something repeated, or a number for each
+    /// row.
     fn leaves(&self, all: &mut Vec<Leaf>) {
         match self {
             Self::Tokens => all.push(Leaf::Tokens),

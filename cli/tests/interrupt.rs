@@ -1,4 +1,5 @@
-//! Protects: Ctrl-C ends every command at once with status 130, and `bench` prints what it measured.
+//! Protects: Ctrl-C ends every command at once with status 130, and `bench` prints what it
+//! measured.
 #![cfg(unix)]
 
 use std::io::Read;

@@ -1,4 +1,5 @@
-//! Protects: a rewritten corpus gives the same batches as its source, whatever was killed on the way, and `check` has nothing to say against it.
+//! Protects: a rewritten corpus gives the same batches as its source, whatever was killed on the
+//! way, and `check` has nothing to say against it.
 
 use std::ffi::OsString;
 use std::fs::File;

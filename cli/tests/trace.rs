@@ -1,4 +1,5 @@
-//! Protects: `FOREBAY_TRACE` writes what each thread does, as Perfetto opens it, from one process or several.
+//! Protects: `FOREBAY_TRACE` writes what each thread does, as Perfetto opens it, from one process
+//! or several.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -44,7 +45,8 @@ fn events(path: &Path) -> Vec<Value> {
     serde_json::from_slice(&std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))).unwrap()
 }
 
-/// Spans by thread, in the order of their beginnings, the longer of two that begin at once first: name, begin, end in nanoseconds.
+/// Spans by thread, in the order of their beginnings, the longer of two that begin at once first:
+/// name, begin, end in nanoseconds.
 fn spans(events: &[Value]) -> BTreeMap<u64, Vec<(String, i64, i64)>> {
     let mut threads: BTreeMap<u64, Vec<(String, i64, i64)>> = BTreeMap::new();
     for event in events.iter().filter(|event| event["ph"] == "X") {

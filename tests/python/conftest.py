@@ -1,4 +1,6 @@
-"""Settings of the whole run: no inherited configuration, `--stress`, and the matrix of what was really covered."""
+"""Settings of the whole run: no inherited configuration, `--stress`, and the matrix of what was
+really covered.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def matrix(passed: list[dict[str, str]]) -> list[tuple[str, ...]]:
-    """One row for each writer, format, codec and encoding, with the types and shapes that were met there."""
+    """One row for each writer, format, codec and encoding, with the types and shapes that were met
+    there.
+    """
     grouped: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for facts in passed:
         shown = facts["type"] + (f" ({facts['note']})" if facts["note"] else "")

@@ -1,8 +1,8 @@
 """Corpora written by the writers people use: pyarrow, polars, DuckDB and Hugging Face `datasets`.
 
-Every cell of the matrix is a writer, a container, a codec, an encoding, a column type and what is special about it.
-Documents are deterministic; where the type is wide enough every token of the corpus is unique, so that a lost or
-repeated token cannot hide.
+Every cell of the matrix is a writer, a container, a codec, an encoding, a column type and what is
+special about it. Documents are deterministic; where the type is wide enough every token of the
+corpus is unique, so that a lost or repeated token cannot hide.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def available(writer: str) -> bool:
 
 
 def lengths(rng: np.random.Generator, count: int) -> list[int]:
-    """Ragged lengths with many short documents, and some of the awkward ones: none, one, and longer than a block."""
+    """Ragged lengths with many short documents, and some of the awkward ones: none, one, and longer
+    than a block.
+    """
     ragged = [int(n) for n in rng.lognormal(3.0, 1.0, count)]
     awkward = [0, 1, 0, 0, 2, 1500, 0]
     for at, length in enumerate(awkward):
@@ -72,7 +74,9 @@ def lengths(rng: np.random.Generator, count: int) -> list[int]:
 
 
 class Tokens:
-    """Hands out token ids: unique ones, or ids of a small vocabulary that suits dictionaries and narrow types."""
+    """Hands out token ids: unique ones, or ids of a small vocabulary that suits dictionaries and
+    narrow types.
+    """
 
     def __init__(self, dtype: str, vocabulary: int | None, seed: int = 7) -> None:
         limit = {"u8": 1 << 8, "u16": 1 << 16}.get(dtype)
@@ -88,7 +92,9 @@ class Tokens:
 
 
 def documents_of(cell: Cell, *, tokens_per_shard: int = 3000) -> list[Documents]:
-    """Documents of every shard of a cell: three shards with tokens and an empty one between them."""
+    """Documents of every shard of a cell: three shards with tokens and an empty one between
+    them.
+    """
     rng = np.random.default_rng(11)
     vocabulary = 300 if cell.encoding.startswith("dictionary") and "fallback" not in cell.encoding else None
     vocabulary = cell.options.get("vocabulary", vocabulary)
@@ -256,7 +262,9 @@ WRITERS = {"pyarrow": write_pyarrow, "polars": write_polars, "duckdb": write_duc
 
 
 def cells() -> list[Cell]:
-    """Every cell of the matrix. Columns take turns, so that each of the names that are found alone is met."""
+    """Every cell of the matrix. Columns take turns, so that each of the names that are found alone
+    is met.
+    """
     made = [
         *pyarrow_parquet(),
         *pyarrow_arrow(),
@@ -323,7 +331,8 @@ def pyarrow_arrow() -> list[Cell]:
         for codec in ("none", "lz4", "zstd"):
             for kind in ("list", "large_list", "fixed_size_list", "plain"):
                 for at, dtype in enumerate(DTYPES):
-                    # Every type meets every kind uncompressed; codecs are of buffers, so a diagonal is enough.
+                    # Every type meets every kind uncompressed; codecs are of buffers, so a diagonal
+                    # is enough.
                     if codec == "none" or (at + len(kind) + len(codec)) % 3 == 0:
                         made.append(Cell("pyarrow", container, codec, kind=kind, dtype=dtype))
             made.append(Cell("pyarrow", container, codec, note="one batch", options={"batch_rows": 1 << 20}))
@@ -450,7 +459,9 @@ def datasets_cells() -> list[Cell]:
 
 
 def observed(cell: Cell, path: Path) -> dict[str, str]:
-    """Codec, encodings and type of the tokens as the files say, for the matrix: writers do not always do as asked."""
+    """Codec, encodings and type of the tokens as the files say, for the matrix: writers do not
+    always do as asked.
+    """
     from reference import read_table, shards
 
     files = shards(path)
@@ -491,7 +502,9 @@ def join(names: set[str]) -> str:
 
 
 def unique_corpus(folder: Path, container: str, tokens: int, *, shards: int = 8) -> Path:
-    """`tokens` consecutive ids as `list<uint32>` documents of ragged lengths, in Parquet (zstd) or an Arrow file."""
+    """`tokens` consecutive ids as `list<uint32>` documents of ragged lengths, in Parquet (zstd) or
+    an Arrow file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(3)
     bounds = np.linspace(0, tokens, shards + 1).astype(np.int64)
@@ -515,7 +528,9 @@ def unique_corpus(folder: Path, container: str, tokens: int, *, shards: int = 8)
 def write_rows(
     path: Path, rows: Any, *, dtype: pa.DataType | None = None, column: str = "input_ids", **options: Any
 ) -> Path:
-    """One small shard: Parquet or an Arrow file, stream or compressed file, by the suffix and `options`."""
+    """One small shard: Parquet or an Arrow file, stream or compressed file, by the suffix and
+    `options`.
+    """
     table = pa.table({column: pa.array(rows, type=dtype or pa.list_(pa.int32()))})
     if path.suffix == ".parquet":
         pq.write_table(table, path, **options)

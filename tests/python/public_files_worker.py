@@ -1,10 +1,13 @@
-"""Reads public test files by forebay and by pyarrow, in a process that may crash without ending the tests.
+"""Reads public test files by forebay and by pyarrow, in a process that may crash without ending the
+tests.
 
-Arguments: a folder for rewritten corpora, then files. Prints one line of JSON per integer column of each file:
-``{"file": ..., "column": ..., "outcome": ..., "detail": ...}``. Before each file it prints ``{"begin": file}``, so that
-the parent knows which file was being read when this process died.
+Arguments: a folder for rewritten corpora, then files. Prints one line of JSON per integer column of
+each file: ``{"file": ..., "column": ..., "outcome": ..., "detail": ...}``. Before each file it
+prints ``{"begin": file}``, so that the parent knows which file was being read when this process
+died.
 
-Outcomes: ``equal`` (forebay gave exactly what pyarrow reads), ``refused`` (a clear error), ``wrong`` (anything else).
+Outcomes: ``equal`` (forebay gave exactly what pyarrow reads), ``refused`` (a clear error),
+``wrong`` (anything else).
 """
 
 from __future__ import annotations
@@ -53,7 +56,9 @@ def read_column(path: Path, column: str) -> pa.Table | str:
 
 
 def integer_columns(path: Path) -> list[str]:
-    """Names of integer and list-of-integer columns, from the schema alone, so that damaged data keeps its columns."""
+    """Names of integer and list-of-integer columns, from the schema alone, so that damaged data
+    keeps its columns.
+    """
     head = path.read_bytes()[:6]
     try:
         if head.startswith(b"PAR1"):

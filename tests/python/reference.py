@@ -1,7 +1,8 @@
 """The naive loader: what every batch has to be, in plain Python on top of pyarrow.
 
-Reads a corpus row by row, builds the stream of tokens as one list, cuts it, orders it and groups it, with no regard
-for memory or speed. It shares no code with the Rust core and can be read as the specification of a batch.
+Reads a corpus row by row, builds the stream of tokens as one list, cuts it, orders it and groups
+it, with no regard for memory or speed. It shares no code with the Rust core and can be read as the
+specification of a batch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ IGNORE = -100
 
 
 def shards(data: str | os.PathLike[str] | list[Any]) -> list[Path]:
-    """Files of a corpus in order: lists as given, folders by relative path bytewise, or as `state.json` says."""
+    """Files of a corpus in order: lists as given, folders by relative path bytewise, or as
+    `state.json` says.
+    """
     if isinstance(data, list | tuple):
         return [path for entry in data for path in shards(entry)]
     path = Path(data)
@@ -53,7 +56,9 @@ def read_table(path: Path) -> pa.Table:
 
 
 def documents(path: Path, column: str | None = None) -> list[list[int]]:
-    """Rows of the token column; null lists are empty, and a plain integer column is one document."""
+    """Rows of the token column; null lists are empty, and a plain integer column is one
+    document.
+    """
     table = read_table(path)
     if column is None:
         column = next(name for name in TOKEN_COLUMNS if name in table.column_names)
@@ -67,7 +72,9 @@ def documents(path: Path, column: str | None = None) -> list[list[int]]:
 def token_stream(
     data: Any, *, column: str | None = None, bos_id: int | None = None, eos_id: int | None = None
 ) -> list[int]:
-    """The corpus as one list of tokens: every non-empty document with `bos_id` before it and `eos_id` after it."""
+    """The corpus as one list of tokens: every non-empty document with `bos_id` before it and
+    `eos_id` after it.
+    """
     stream: list[int] = []
     for path in shards(data):
         for document in documents(path, column):
@@ -79,7 +86,9 @@ def token_stream(
 
 
 def resolve_shuffle(shuffle: bool | str, *, decoded: bool) -> str:
-    """What `shuffle=True` means: block order where blocks are decoded (Parquet, compressed Arrow), else global."""
+    """What `shuffle=True` means: block order where blocks are decoded (Parquet, compressed Arrow),
+    else global.
+    """
     if shuffle is True:
         return "block" if decoded else "global"
     return shuffle or "off"
@@ -145,7 +154,9 @@ class Reference:
         return order + list(range(n, self.positions))
 
     def sequence(self, index: int) -> Row:
-        """Sequence `index` of the stream; the tail is filled up by padding or from the stream's beginning."""
+        """Sequence `index` of the stream; the tail is filled up by padding or from the stream's
+        beginning.
+        """
         s = self.settings
         start, length = index * s.seq_len, s.seq_len + s.shifted
         tokens = self.stream[start : start + length]
@@ -161,7 +172,9 @@ class Reference:
         return self.positions // rows if self.settings.remainder == "drop" else -(-self.positions // rows)
 
     def batch_at(self, step: int, *, epoch: int = 0, rank: int = 0, world_size: int = 1) -> list[Row]:
-        """What `rank` gets at `step`: rows past the last position are padding, the epoch's first ones, or absent."""
+        """What `rank` gets at `step`: rows past the last position are padding, the epoch's first
+        ones, or absent.
+        """
         s, order, rows = self.settings, self.order(epoch), []
         for j in range(s.batch_size):
             position = step * s.batch_size * world_size + j * world_size + rank
@@ -179,7 +192,9 @@ class Reference:
             yield self.batch_at(step, epoch=epoch, rank=rank, world_size=world_size)
 
     def short_is_refused(self, world_size: int) -> bool:
-        """Whether the last step leaves a rank without a row, which `remainder="short"` does not allow."""
+        """Whether the last step leaves a rank without a row, which `remainder="short"` does not
+        allow.
+        """
         last = self.positions % (self.settings.batch_size * world_size)
         return 0 < last < world_size
 

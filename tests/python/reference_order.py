@@ -1,4 +1,6 @@
-"""Order v1 in plain Python integers: what the Rust order has to equal, written from its specification alone."""
+"""Order v1 in plain Python integers: what the Rust order has to equal, written from its
+specification alone.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def global_order(n: int, *, seed: int, epoch: int) -> list[int]:
 def block_order(
     n: int, *, seed: int, epoch: int, seq_len: int, chunk_tokens: int, window_tokens: int, lanes: int
 ) -> list[int]:
-    """Sequence at each of `n` positions: chunks are permuted, then sequences inside windows of each lane."""
+    """Sequence at each of `n` positions: chunks are permuted, then sequences inside windows of each
+    lane.
+    """
     if n == 0:
         return []
     epoch_key = derive(seed, 1, epoch)
@@ -96,7 +100,8 @@ def block_order(
         j, lane = divmod(p, lanes)
         length = share + (lane < extra)
         start = lane * share + min(lane, extra)
-        # The first window of a lane is shortened by its phase, so that lanes do not begin windows at the same step.
+        # The first window of a lane is shortened by its phase, so that lanes do not begin windows
+        # at the same step.
         phase = window * lane // lanes
         w = (j + phase) // window
         begin, end = max(0, w * window - phase), min((w + 1) * window - phase, length)

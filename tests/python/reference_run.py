@@ -1,4 +1,5 @@
-"""What a run delivers, as plain lists: the specification that `order/{course,holdout,mixture}.rs` have to equal.
+"""What a run delivers, as plain lists: the specification that `order/{course,holdout,mixture}.rs`
+have to equal.
 
 Nothing here is clever: every epoch is listed, every lane of a mixture is walked place by place.
 """
@@ -54,7 +55,9 @@ def course(epochs: Iterable[int], positions: Callable[[int], int], skips: list[S
 
 
 def steps(stages: list[Stage]) -> list[tuple[int, list[int]]]:
-    """Stages with each ramp as stages of its own; of those that begin together the last one counts."""
+    """Stages with each ramp as stages of its own; of those that begin together the last one
+    counts.
+    """
     found: dict[int, list[int]] = {}
     for number, stage in enumerate(stages):
         end = stage.start
@@ -82,7 +85,9 @@ def apportioned(weights: list[int], cycle: int) -> list[int]:
 
 
 def turns(weights: list[int], places: int) -> list[int]:
-    """Turns that each source has among the first `places`: one half of the sources against the other, and so on."""
+    """Turns that each source has among the first `places`: one half of the sources against the
+    other, and so on.
+    """
     if len(weights) == 1:
         return [places]
     half = len(weights) // 2

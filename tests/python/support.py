@@ -1,4 +1,6 @@
-"""What several test files share: loaders from reference settings, batches as plain rows, processes of their own."""
+"""What several test files share: loaders from reference settings, batches as plain rows, processes
+of their own.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,9 @@ def json_from(program: str, *args: Any, **more: Any) -> Any:
 
 
 def shown_for(consumer: str, **names: Any) -> dict[str, Any]:
-    """Runs what docs/torch.md shows for a consumer, as it stands after the change; gives its names."""
+    """Runs what docs/torch.md shows for a consumer, as it stands after the change; gives its
+    names.
+    """
     text = (HERE.parents[1] / "docs" / "torch.md").read_text()
     blocks = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     [lines] = [block.splitlines() for block in blocks if consumer in block.splitlines()[0]]

@@ -1,7 +1,8 @@
-"""Protects: trainers with an interface of their own get their batches, for two epochs and resumed in the middle.
+"""Protects: trainers with an interface of their own get their batches, for two epochs and resumed
+in the middle.
 
-The stand-ins have what the published interfaces have: torchtitan's abstract class, what Megatron-LM calls on an
-external iterator, what OLMo-core's trainer does around an epoch.
+The stand-ins have what the published interfaces have: torchtitan's abstract class, what Megatron-LM
+calls on an external iterator, what OLMo-core's trainer does around an epoch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Protects: datasets of others on threads. Nothing they raise, hold or return makes a loader hang, mix or lose data."""
+"""Protects: datasets of others on threads. Nothing they raise, hold or return makes a loader hang,
+mix or lose data.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,9 @@ def test_a_dataset_on_the_callers_thread_is_asked_only_when_a_user_asks() -> Non
 
 
 class Positioned(torch.utils.data.IterableDataset):  # type: ignore[misc,name-defined]
-    """Keeps the very objects that it is given as a state, and gives out the very objects that it changes."""
+    """Keeps the very objects that it is given as a state, and gives out the very objects that it
+    changes.
+    """
 
     def __init__(self) -> None:
         self.at = {"i": 0}
@@ -193,7 +197,7 @@ def test_states_share_nothing_with_the_dataset(workers: int) -> None:
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_state_that_is_asked_for_inside_a_batch_is_that_before_it(interrupted: bool) -> None:
-    """As a handler of SIGTERM asks."""
+    """Asks for the state as a handler of SIGTERM does."""
     asked: list[Any] = []
 
     class Asking(Positioned):
@@ -282,7 +286,9 @@ def test_a_state_at_the_end_lets_a_dataset_go_on_that_counts_its_epochs() -> Non
 
 
 def test_a_state_at_the_end_that_a_dataset_takes_for_its_end_begins_the_next_epoch() -> None:
-    """As an iterable dataset of Hugging Face does: it starts from what it was given until it is given another state."""
+    """Resumes as an iterable dataset of Hugging Face does: it starts from what it was given until it is
+    given another state.
+    """
 
     class Started(Positioned):
         start = 0

@@ -1,4 +1,6 @@
-"""The benchmark's own judgement: a loader that delivers wrong rows is found out, and a report survives failures."""
+"""The benchmark's own judgement: a loader that delivers wrong rows is found out, and a report
+survives failures.
+"""
 
 import importlib
 import sys

@@ -1,4 +1,6 @@
-"""Protects: `forebay verify` and `forebay rewrite` take the column that a loader takes, in files that pyarrow wrote."""
+"""Protects: `forebay verify` and `forebay rewrite` take the column that a loader takes, in files
+that pyarrow wrote.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Protects: where settings come from. Argument, then environment, then file, then default; ranks from the launcher.
+"""Protects: where settings come from. Argument, then environment, then file, then default; ranks
+from the launcher.
 
 Each case runs in an interpreter of its own, so that its environment is what it says.
 """
@@ -306,7 +307,9 @@ def test_a_saved_index_is_kept_where_the_setting_or_the_variable_says(corpus: Pa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="single threads are placed on Linux alone")
 def test_workers_run_where_they_are_sent_and_give_way(corpus: Path) -> None:
-    """What is asked for is seen in /proc; CPUs that are not there are refused, with those that are."""
+    """What is asked for is seen in /proc; CPUs that are not there are refused, with those that
+    are.
+    """
     import forebay
 
     def workers() -> dict[str, tuple[str, int]]:

@@ -1,7 +1,9 @@
-"""Protects: the batches of every format are those of the naive reference loader, whoever wrote the files.
+"""Protects: the batches of every format are those of the naive reference loader, whoever wrote the
+files.
 
-Every cell of the matrix is read with shuffling off, global and by blocks. Threads, document marks, targets, remainder,
-epoch and ranks take turns over the cells, so that each pair of them meets several writers.
+Every cell of the matrix is read with shuffling off, global and by blocks. Threads, document marks,
+targets, remainder, epoch and ranks take turns over the cells, so that each pair of them meets
+several writers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Protects: the whole order contract, in random cases against the lists of `reference_run.py`.
 
-A case is a corpus or a mixture, settings, and a run of it that is stopped at random steps and resumed by new loaders
-with other ranks, batch sizes, threads, skips and more shards. Every row of every rank is compared, and every state.
+A case is a corpus or a mixture, settings, and a run of it that is stopped at random steps and
+resumed by new loaders with other ranks, batch sizes, threads, skips and more shards. Every row of
+every rank is compared, and every state.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ MOST = 3000
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> list[list[Path]]:
-    """Corpora of one to four shards in both formats, empty documents and shards included; no token twice in one."""
+    """Corpora of one to four shards in both formats, empty documents and shards included; no token
+    twice in one.
+    """
     random = Random(1)
     found = []
     for number in range(14):

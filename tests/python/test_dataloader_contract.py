@@ -1,7 +1,7 @@
 """Protects: what PyTorch promises of its DataLoader holds for ours.
 
-Where both must agree a test runs with torch's class, without workers, and with ours, without and with threads. What
-differs on purpose stands in docs/torch.md, and under "Differences" below.
+Where both must agree a test runs with torch's class, without workers, and with ours, without and
+with threads. What differs on purpose stands in docs/torch.md, and under "Differences" below.
 """
 
 from __future__ import annotations
@@ -514,7 +514,9 @@ def test_batches_are_handed_over_without_shared_memory() -> None:
 
 
 def test_every_iterator_is_a_new_one_and_no_warning_counts_processors() -> None:
-    """torch hands the same iterator out again with `persistent_workers`, and warns of more workers than processors."""
+    """Differs from torch: that returns the same iterator again with `persistent_workers`, and warns
+    if there are more workers than processors.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loader = forebay.torch.DataLoader(Squares(4), num_workers=64, persistent_workers=True)
@@ -546,7 +548,7 @@ def test_a_map_style_dataset_is_shared_where_processes_have_copies(cls: Any) -> 
 
 
 def test_exceptions_are_themselves_and_no_text() -> None:
-    """torch sends the text of a traceback, and makes a new exception of the same type."""
+    """The text of a traceback crosses as in torch, which makes a new exception of the same type."""
     marker = LookupError("this one")
 
     class Failing(Squares):
@@ -560,7 +562,9 @@ def test_exceptions_are_themselves_and_no_text() -> None:
 
 
 def test_persistent_workers_have_nothing_to_keep() -> None:
-    """A thread costs too little to be kept; every pass begins with a fresh copy of an iterable dataset."""
+    """A thread costs too little to be kept; every pass begins with a fresh copy of an iterable
+    dataset.
+    """
     loader = forebay.torch.DataLoader(Count(9), num_workers=2, persistent_workers=True)
     assert [sorted(flat(loader)) for _ in range(2)] == [list(range(9))] * 2
 

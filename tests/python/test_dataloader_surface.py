@@ -1,7 +1,8 @@
-"""Protects: the corners of PyTorch's DataLoader, one by one, in ours; what torch's own class does is the judge.
+"""Protects: the corners of PyTorch's DataLoader, one by one, in ours; what torch's own class does
+is the judge.
 
-Where workers matter torch runs its processes, elsewhere it runs without. What differs on purpose stands in
-docs/torch.md, and under "Differences" below.
+Where workers matter torch runs its processes, elsewhere it runs without. What differs on purpose
+stands in docs/torch.md, and under "Differences" below.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Echo(Squares):
 
 
 class Uneven(IterableDataset):  # type: ignore[type-arg]
-    """As many items as there are for the worker."""
+    """Gives as many items as the worker has."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
@@ -704,14 +705,14 @@ assert [len(batches) for batches in kept] == [400, 200]
 
 
 def test_batches_that_are_kept_hold_no_open_file() -> None:
-    """torch's hold one each, and it names `ulimit -n` where they are too many."""
+    """Each batch of torch holds a file, and too many batches fail with a hint at `ulimit -n`."""
     pytest.importorskip("resource", reason="the system has no limit to set")
     run_python(FILES, timeout=100)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stop_iteration_in_an_item_is_an_error(workers: int) -> None:
-    """torch ends the epoch there, without a word."""
+    """The epoch ends there in torch, without an error."""
 
     class Stopping(Squares):
         def __getitem__(self, index: int) -> int:

@@ -1,4 +1,6 @@
-"""Protects: a loader over any dataset resumes after the last batch that it handed over, and loses or repeats none."""
+"""Protects: a loader over any dataset resumes after the last batch that it handed over, and loses
+or repeats none.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def orders(name: str) -> dict[str, Any]:
-    """Arguments of a loader, made anew for every loader. Seeds that a user would give anew are those of the run."""
+    """Arguments of a loader, made anew for every loader. Seeds that a user would give anew are
+    those of the run.
+    """
     plain: dict[str, dict[str, Any]] = {
         "in order": {},
         "shuffled": {"shuffle": True},
@@ -172,7 +176,9 @@ def test_epochs_after_the_resumed_one_are_those_of_the_whole_run(name: str, at: 
 
 
 def test_resuming_draws_nothing_of_the_trainers() -> None:
-    """An interrupted run and a whole one have the same dropout, if the trainer stores its random state."""
+    """An interrupted run and a whole one have the same dropout, if the trainer stores its random
+    state.
+    """
     torch.manual_seed(5)
     loader = DataLoader(Numbers(), batch_size=4, shuffle=True, num_workers=2)
     iterator = iter(loader)

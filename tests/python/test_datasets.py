@@ -1,6 +1,8 @@
-"""Protects: `forebay.torch.DataLoader` with datasets of others on threads, and the memory it fills by pointer.
+"""Protects: `forebay.torch.DataLoader` with datasets of others on threads, and the memory it fills
+by pointer.
 
-A program that changes one import line must see the batches, exceptions and ends that PyTorch's loader gave it.
+A program that changes one import line must see the batches, exceptions and ends that PyTorch's
+loader gave it.
 """
 
 from __future__ import annotations
@@ -222,7 +224,9 @@ def test_the_order_of_arrival_is_torchs_other_choice() -> None:
 def test_threads_that_wait_for_the_interpreter_are_noticed(
     busy_s: float, cpu_s: float, waited_s: float, told: bool
 ) -> None:
-    """In two seconds: held, in parallel, asleep, one at a time, and a consumer that is slower anyway."""
+    """In two seconds: held, in parallel, asleep, one at a time, and a consumer that is slower
+    anyway.
+    """
     from forebay.torch.any_dataset.workers import Workers
 
     workers = Workers([lambda: abs] * 2, own_data=False, window=4, in_order=True, timeout_s=0)

@@ -1,4 +1,6 @@
-"""Protects: the programs that README and docs show. Each runs as it stands, but for positions past a small corpus."""
+"""Protects: the programs that README and docs show. Each runs as it stands, but for positions past
+a small corpus.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Protects: bad data is an error that names the file and the place, never a hang or a shorter epoch.
+"""Protects: bad data is an error that names the file and the place, never a hang or a shorter
+epoch.
 
-What opening can see fails in the constructor; what only decoding sees fails at its batch, and the state points there.
+What opening can see fails in the constructor; what only decoding sees fails at its batch, and the
+state points there.
 """
 
 from __future__ import annotations
@@ -253,7 +255,9 @@ def test_an_unknown_setting_is_a_type_error(tmp_path: Path) -> None:
 
 
 def damage_page(path: Path, group: int) -> None:
-    """Destroys the compressed bytes of a token page, leaving all metadata and the size as they were."""
+    """Destroys the compressed bytes of a token page, leaving all metadata and the size as they
+    were.
+    """
     column = pq.ParquetFile(path).metadata.row_group(group).column(0)
     data = bytearray(path.read_bytes())
     frame = data.index(b"\x28\xb5\x2f\xfd", column.data_page_offset)
@@ -264,7 +268,8 @@ def damage_page(path: Path, group: int) -> None:
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_damaged_page_fails_at_its_batch_and_a_repaired_file_continues_there(tmp_path: Path, threads: int) -> None:
     path = tmp_path / "shard.parquet"
-    # Pages of version 2 keep the levels apart from the values, so that opening does not see the damage.
+    # Pages of version 2 keep the levels apart from the values, so that opening does not see the
+    # damage.
     pages = {"use_dictionary": False, "data_page_version": "2.0"}
     corpora.write_rows(path, rows(400), compression="zstd", row_group_size=100, **pages)
     whole = path.read_bytes()
@@ -371,7 +376,9 @@ def test_a_file_that_changes_after_opening_is_noticed(
 
 
 def test_a_file_that_vanishes_does_not_end_the_epoch_early(tmp_path: Path) -> None:
-    """An open file stays readable after its name is gone; either all batches come or an error does."""
+    """An open file stays readable after its name is gone; either all batches come or an error
+    does.
+    """
     path = corpora.write_rows(tmp_path / "shard.arrow", rows(2000))
     with open_loader(path, SETTINGS) as loader:
         iterator = iter(loader)

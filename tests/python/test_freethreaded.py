@@ -1,4 +1,6 @@
-"""Protects: on free-threaded CPython the interpreter stays free-threaded, and consumers run in parallel."""
+"""Protects: on free-threaded CPython the interpreter stays free-threaded, and consumers run in
+parallel.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Protects, on a real CUDA device: batches that are copied while their memory is dropped and refilled never differ.
+"""Protects, on a real CUDA device: batches that are copied while their memory is dropped and
+refilled never differ.
 
-`make test-gpu` prints the measured bandwidth and step times. Without a device every test here is skipped.
+`make test-gpu` prints the measured bandwidth and step times. Without a device every test here is
+skipped.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def forever(loader: Any) -> Iterator[Any]:
 
 
 def expected(corpus: Path) -> list[Any]:
-    """First ids of the rows of each batch of the first epochs; rows are runs of consecutive numbers."""
+    """First ids of the rows of each batch of the first epochs; rows are runs of consecutive
+    numbers.
+    """
     plain = loader_of(corpus)
     return [
         torch.from_numpy(np.ascontiguousarray(batch["input_ids"][:, 0].numpy()))

@@ -1,7 +1,8 @@
-"""Protects: a run that is killed again and again sees the same global batches as one that is left alone.
+"""Protects: a run that is killed again and again sees the same global batches as one that is left
+alone.
 
-Processes under torchrun are killed with SIGKILL at random moments and started again on another number of ranks. Their
-delivery_log has to prove the epoch, and to equal that of an undisturbed run.
+Processes under torchrun are killed with SIGKILL at random moments and started again on another
+number of ranks. Their delivery_log has to prove the epoch, and to equal that of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ if rank == 0:
 
 
 def descendants(root: int) -> list[int]:
-    """`root` and all processes below it; torchrun gives each of its workers a session of its own."""
+    """`root` and all processes below it; torchrun gives each of its workers a session of its
+    own.
+    """
     parents: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -92,7 +95,9 @@ def descendants(root: int) -> list[int]:
 
 
 def kill(launcher: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to all at once; the launcher is stopped first, so that it starts and notices nothing meanwhile."""
+    """SIGKILL to all at once; the launcher is stopped first, so that it starts and notices nothing
+    meanwhile.
+    """
     os.kill(launcher.pid, signal.SIGSTOP)
     for process in descendants(launcher.pid):
         try:
@@ -135,7 +140,9 @@ class Job:
         return sum(path.read_bytes().count(b"\n") for path in self.delivery_log.glob("rank-*.jsonl"))
 
     def run_and_kill(self, world_size: int, moment: float, *, starting: bool) -> bool:
-        """Kills it `moment` seconds after its start, or after its first batches; whether it lived that long."""
+        """Kills it `moment` seconds after its start, or after its first batches; whether it lived
+        that long.
+        """
         launcher = self.start(world_size)
         try:
             before, limit = self.lines(), time.monotonic() + LAUNCH_LIMIT_S

@@ -1,4 +1,6 @@
-"""Protects: a batch belongs to its holder, its memory comes back when the last view dies, and all of it is bounded."""
+"""Protects: a batch belongs to its holder, its memory comes back when the last view dies, and all
+of it is bounded.
+"""
 
 from __future__ import annotations
 

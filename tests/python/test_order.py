@@ -1,6 +1,8 @@
-"""Protects: a batch is a pure function of corpus, settings, epoch and position, and an epoch gives each token once.
+"""Protects: a batch is a pure function of corpus, settings, epoch and position, and an epoch gives
+each token once.
 
-Large corpora count up, so a sequence is known by its first token, and whole epochs are checked in NumPy.
+Large corpora count up, so a sequence is known by its first token, and whole epochs are checked in
+NumPy.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def test_two_epochs_hold_each_token_once_in_the_order_of_the_reference(
     )  # fmt: skip
     n, tail = divmod(tokens, SEQ_LEN)
     assert tail, "the tail is part of what is tested"
-    # Drawn from all of Parquet at once, blocks that do not stay decoded would be decoded for a row each.
+    # Drawn from all of Parquet at once, blocks that do not stay decoded would be decoded for a row
+    # each.
     budget = "2GiB" if stress else "256MiB"
     with open_loader(path, settings, num_threads=threads, memory_budget=budget) as loader:
         assert loader.num_sequences == n
@@ -205,7 +208,8 @@ def test_operational_settings_never_change_a_batch(small: Path) -> None:
                 assert_batch(batch, rows, where=f"{more}, step {step}")
 
 
-# Orders below are literal: one that changes is a new version of the order, or a broken resume for everyone.
+# Orders below are literal: one that changes is a new version of the order, or a broken resume for
+# everyone.
 
 
 def order_of(tmp_path: Path, n: int, epoch: int, settings: Settings) -> list[int]:

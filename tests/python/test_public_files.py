@@ -1,7 +1,9 @@
-"""Protects: files that other projects published to try readers give pyarrow's tokens or a clear error.
+"""Protects: files that other projects published to try readers give pyarrow's tokens or a clear
+error.
 
-The files are no part of this project. ``FOREBAY_TEST_FILES`` names their folder: one sub-folder for each project. Each
-group of files is read in a process of its own, so that a crash is a failure of the file that was being read.
+The files are no part of this project. ``FOREBAY_TEST_FILES`` names their folder: one sub-folder for
+each project. Each group of files is read in a process of its own, so that a crash is a failure of
+the file that was being read.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ FAULTS = ("wrong", "died", "hung", "accepted, though pyarrow refuses it")
 
 
 def read_group(files: list[Path], out: Path) -> list[dict[str, str]]:
-    """Results of the files; a file at which the process dies or hangs gets one of its own, and the rest go on."""
+    """Results of the files; a file at which the process dies or hangs gets one of its own, and the
+    rest go on.
+    """
     found: list[dict[str, str]] = []
     left = list(files)
     while left:

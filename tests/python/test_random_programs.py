@@ -1,8 +1,10 @@
-"""Protects: random programs of a loader over any dataset get what torch's loader gives, and lose or repeat nothing.
+"""Protects: random programs of a loader over any dataset get what torch's loader gives, and lose or
+repeat nothing.
 
-A program is a list of steps: take batches, leave the pass, interrupt, store a state, restore one (in this loader or in
-a new one), tell an epoch. A model follows it step by step. Its batches come from torch's loader with 0 workers, which
-is fast; for iterable datasets it deals the workers' batches out as torch does. One test checks that against processes.
+A program is a list of steps: take batches, leave the pass, interrupt, store a state, restore one
+(in this loader or in a new one), tell an epoch. A model follows it step by step. Its batches come
+from torch's loader with 0 workers, which is fast; for iterable datasets it deals the workers'
+batches out as torch does. One test checks that against processes.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ class ReadingWithState(Reading):
 
 
 class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc,name-defined]
-    """The numbers of a worker, in an order of the epoch. `part` stands for the worker in the model."""
+    """The numbers of a worker, in an order of the epoch. `part` stands for the worker in the
+    model.
+    """
 
     def __init__(self, size: int, bad: frozenset[int], kind: str, part: tuple[int, int] | None = None) -> None:
         self.size, self.bad, self.kind, self.part = size, bad, kind, part
@@ -122,10 +126,11 @@ def results(loader: Any) -> Iterator[Result]:
 
 
 class Pass:
-    """The model of a pass over `lists`, one for each worker of an iterable dataset, or a single one.
+    """The model of a pass over `lists`, one for each worker of an iterable dataset, or a single
+    one.
 
-    `at` is where each worker stands, `kept` where it would stand after a restart: after the last batch of a map-style
-    dataset, failed or not, and after the last good one of an iterable dataset.
+    `at` is where each worker stands, `kept` where it would stand after a restart: after the last
+    batch of a map-style dataset, failed or not, and after the last good one of an iterable dataset.
     """
 
     def __init__(self, lists: list[list[Result]], retries: bool, kept: list[int], done: list[int], epoch: int) -> None:
@@ -337,7 +342,9 @@ class Program:
 
 
 def interrupted_take(iterator: Any, found: list[Any], after_s: float) -> None:
-    """Takes a batch while a signal comes. The batch is either in `found` afterwards, or still to come."""
+    """Takes a batch while a signal comes. The batch is either in `found` afterwards, or still to
+    come.
+    """
     armed = [True]
 
     def interrupt(*_: Any) -> None:

@@ -1,4 +1,5 @@
-"""Protects the yardstick: reference and corpora are right by themselves, checked by hand-worked examples.
+"""Protects the yardstick: reference and corpora are right by themselves, checked by hand-worked
+examples.
 
 Nothing here imports forebay, so a failure here means that the tests are wrong, not the loader.
 """
@@ -58,7 +59,9 @@ def test_orders_hold_every_sequence_once() -> None:
 
 
 def test_block_order_stays_within_windows_of_lanes() -> None:
-    """Two lanes of 10 sequences, windows of 5, one chunk; the second lane's windows are staggered by half of one."""
+    """Two lanes of 10 sequences, windows of 5, one chunk; the second lane's windows are staggered
+    by half of one.
+    """
     order = block_order(20, seed=1, epoch=0, seq_len=1, chunk_tokens=100, window_tokens=10, lanes=2)
     first, second = order[::2], order[1::2]
     assert [sorted(first[:5]), sorted(first[5:])] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]

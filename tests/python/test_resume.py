@@ -1,4 +1,6 @@
-"""Protects: resuming is a jump to the next batch that was not handed over, in a new process, as often as one likes."""
+"""Protects: resuming is a jump to the next batch that was not handed over, in a new process, as
+often as one likes.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +156,9 @@ def test_an_empty_state_changes_nothing(corpus: Path, epochs: list[list[Any]]) -
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 2), (1, 8), (2, 4), (4, 2), (8, 1)])
 def test_grouping_may_change_on_resume(corpus: Path, epochs: list[list[Any]], world_size: int, batch_size: int) -> None:
-    """Eight positions were taken as two global batches of four; another grouping takes up the ninth."""
+    """Eight positions were taken as two global batches of four; another grouping takes up the
+    ninth.
+    """
     with open_loader(corpus, SETTINGS) as loader:
         for _ in zip(range(2), loader, strict=False):
             pass

@@ -1,4 +1,6 @@
-"""Protects: what the binding adds. Memory outlives its loader, capsules are sound, threads run Python datasets."""
+"""Protects: what the binding adds. Memory outlives its loader, capsules are sound, threads run
+Python datasets.
+"""
 
 from __future__ import annotations
 

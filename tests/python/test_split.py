@@ -1,4 +1,6 @@
-"""Protects: the consumers of a split loader get what separate ranks get, share one pass, and wait for each other."""
+"""Protects: the consumers of a split loader get what separate ranks get, share one pass, and wait
+for each other.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Protects: threads, signals, forks and exits. The interpreter is never held, and every way of stopping is clean."""
+"""Protects: threads, signals, forks and exits. The interpreter is never held, and every way of
+stopping is clean.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ def test_batches_come_in_order_to_one_consumer_while_others_read_by_position(cor
 
 
 def test_the_interpreter_is_free_while_next_waits(slow_corpus: Path) -> None:
-    """A second thread gets no turn by force here: it counts only where the loader lets go of the interpreter."""
+    """A second thread gets no turn by force here: it counts only where the loader lets go of the
+    interpreter.
+    """
     turns = 0
     stop = threading.Event()
 

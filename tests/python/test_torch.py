@@ -1,4 +1,6 @@
-"""Protects: `forebay.torch` stands where `torch.utils.data` stood, with PyTorch's meaning of every argument."""
+"""Protects: `forebay.torch` stands where `torch.utils.data` stood, with PyTorch's meaning of every
+argument.
+"""
 
 from __future__ import annotations
 

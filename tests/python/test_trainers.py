@@ -1,4 +1,5 @@
-"""Protects: trainers that others wrote take a forebay loader as it is, see every batch, and resume where they were.
+"""Protects: trainers that others wrote take a forebay loader as it is, see every batch, and resume
+where they were.
 
 Each test skips itself where its trainer is not installed: requirements/trainers.txt.
 """
@@ -181,7 +182,9 @@ SYNCED = [False, False, False, True] * 2 + [True]
 
 
 def accumulating(accelerator: Any, corpus: Path) -> tuple[Any, Callable[[Any], bool]]:
-    """A loader, and what trains on a batch and says whether gradients were synchronised after it."""
+    """A loader, and what trains on a batch and says whether gradients were synchronised after
+    it.
+    """
     model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ours = loader_of(corpus)
@@ -333,8 +336,9 @@ def test_fabric_keeps_the_state(corpus: Path, tmp_path: Path, make: Any) -> None
     assert [first_ids(batch) for batch in fresh] == epochs_of(make, corpus, 1)[0][4:]
 
 
-# Several ranks, and what wants processes of its own. Each rank calls one of these functions, which trains two epochs,
-# stores in the middle of the second, and trains the rest of it again: the first ids of both are what it gives.
+# Several ranks, and what wants processes of its own. Each rank calls one of these functions, which
+# trains two epochs, stores in the middle of the second, and trains the rest of it again: the first
+# ids of both are what it gives.
 
 AT = STEPS + 4
 Found = tuple[list[list[int]], list[list[int]]]

@@ -1,4 +1,6 @@
-"""Protects: the types that users see. The stub says what the module has, and a strict program checks against it."""
+"""Protects: the types that users see. The stub says what the module has, and a strict program
+checks against it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-//! Protects: every container, codec, encoding, type and shape that arrow-rs writes gives the documents that were written.
+//! Protects: every container, codec, encoding, type and shape that arrow-rs writes gives the
+//! documents that were written.
 
 use forebay::format::DecodedPages;
 use forebay::settings::{Config, Io, Shuffle, Targets};

@@ -1,4 +1,5 @@
-//! Protects: a saved index changes when shards are opened, and nothing that is delivered; what it says is never believed against a file.
+//! Protects: a saved index changes when shards are opened, and nothing that is delivered; what it
+//! says is never believed against a file.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -122,7 +123,8 @@ proptest! {
         for (shard, count) in counts.iter().enumerate() {
             place.write(shard, *count, shard as u64);
         }
-        // Parquet without any row has no column to look at the documents of, but is a shard all the same.
+        // Parquet without any row has no column to look at the documents of, but is a shard all the
+        // same.
         let targets = if shifted { Targets::Shifted } else { Targets::Labels };
         let config = |cached| Config {
             bos_id: bos, eos_id: eos, shuffle, targets, chunk_tokens: 24, window_tokens: 64, lanes: 2, ..place.config(cached)

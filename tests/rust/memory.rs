@@ -1,4 +1,5 @@
-//! Protects: a batch belongs to its holder. Nothing is written to a buffer after it was handed over, and nothing after it was given back.
+//! Protects: a batch belongs to its holder. Nothing is written to a buffer after it was handed
+//! over, and nothing after it was given back.
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::ptr::NonNull;
@@ -14,14 +15,16 @@ use forebay_tests::{Container, Shape, documents, rows, write};
 
 const POISON: u8 = 0xA5;
 
-/// Gives out each buffer once, poisons what comes back, and looks at the end whether the poison is still there.
+/// Gives out each buffer once, poisons what comes back, and looks at the end whether the poison is
+/// still there.
 #[derive(Debug, Default)]
 struct Poisoning {
     given: AtomicUsize,
     returned: Mutex<Vec<(usize, usize)>>,
 }
 
-// SAFETY: `take` gives fresh memory of this alignment and size, written over, that is freed only after it came back.
+// SAFETY: `take` gives fresh memory of this alignment and size, written over, that is freed only
+// after it came back.
 unsafe impl BufferSource for Poisoning {
     fn take(&self, bytes: usize) -> NonNull<u8> {
         self.given.fetch_add(1, Ordering::Relaxed);
@@ -137,7 +140,8 @@ fn submitted_buffers_are_filled_in_their_order_and_let_go_with_their_batch() {
         let mut memory = vec![0i64; pass.batch_bytes() / 8];
         let start = NonNull::new(memory.as_mut_ptr().cast::<u8>()).unwrap();
         starts.push(start.as_ptr() as usize);
-        // SAFETY: the vector's heap memory stays where it is while the boxed owner lives, and no one else uses it.
+        // SAFETY: the vector's heap memory stays where it is while the boxed owner lives, and no
+        // one else uses it.
         unsafe { pass.submit(start, memory.len() * 8, Box::new((memory, Arc::clone(&alive)))) }.unwrap();
     };
     (0..pass.buffers_wanted()).for_each(|_| submit());

@@ -1,4 +1,5 @@
-//! Protects: what `plan` announces is what happens - steps, remainder, displacement, decoding, memory.
+//! Protects: what `plan` announces is what happens - steps, remainder, displacement, decoding,
+//! memory.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -16,7 +17,8 @@ use parquet::basic::Compression;
 
 const SEQ_LEN: u64 = 64;
 const LANES: u64 = 8;
-/// Compressed pages, so that the larger part of a block's cost is real, and small ones, so that blocks can be.
+/// Compressed pages, so that the larger part of a block's cost is real, and small ones, so that
+/// blocks can be.
 const PARQUET: Container = Container::Parquet { codec: Compression::SNAPPY, encoding: None, pages: 1 };
 
 /// About 400,000 tokens in a folder, written once.
@@ -106,12 +108,14 @@ fn plan(config: &Config, world_size: u64) -> Plan {
 
 #[test]
 fn blocks_are_decoded_as_often_as_planned_and_about_once_where_ranks_divide_the_lanes() {
-    // The cache holds the windows and not much more, so that the order and not the memory keeps decoding low.
+    // The cache holds the windows and not much more, so that the order and not the memory keeps
+    // decoding low.
     let base = Config { memory_budget: 256 << 10, batch_size: 2, prefetch_batches: 2, ..parquet() };
     for world_size in [1, 2, 4, 8] {
         let planned = plan(&base, world_size);
         let decoding = planned.decoding.unwrap();
-        // The last epoch that there is, so that no first blocks of another are decoded towards its end.
+        // The last epoch that there is, so that no first blocks of another are decoded towards its
+        // end.
         let ran = run_epoch(&base, world_size, MAX_EPOCH);
         let measured = ran.decoded_tokens as f64 / planned.pass.delivered_tokens as f64;
         eprintln!("W={world_size}: planned {:.3}, measured {measured:.3}", decoding.amplification);
@@ -292,7 +296,8 @@ fn sequences_move_as_far_as_planned() {
         assert_eq!(planned.sampled, n, "{shuffle:?}: small corpora are looked at whole");
         assert!((planned.mean - mean).abs() < 1e-6, "{shuffle:?}: {mean} as against {planned:?}");
         assert_eq!((planned.p50, planned.p95), (moved[n as usize / 2], moved[n as usize * 95 / 100]), "{shuffle:?}");
-        // Three standard deviations of the mean over permutations of that many things (Spearman's footrule).
+        // Three standard deviations of the mean over permutations of that many things (Spearman's
+        // footrule).
         let permuted = if shuffle == Shuffle::Block { n * SEQ_LEN / base.chunk_tokens } else { n };
         let spread = 3.0 * (2.0 / 45.0_f64).sqrt() * 3.0 / (permuted as f64).sqrt();
         let off = (planned.mean - planned.expected_mean).abs();

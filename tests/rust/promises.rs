@@ -1,4 +1,5 @@
-//! Protects: a batch is a function of settings, epoch and position; every token once; resuming is a jump.
+//! Protects: a batch is a function of settings, epoch and position; every token once; resuming is a
+//! jump.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;

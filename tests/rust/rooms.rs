@@ -36,7 +36,8 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The rooms that a line names by `crate::ROOM`, without those that a comment or a test module names.
+/// The rooms that a line names by `crate::ROOM`, without those that a comment or a test module
+/// names.
 fn named(line: &str) -> impl Iterator<Item = &str> {
     let code = line.split("//").next().unwrap_or_default();
     code.match_indices("crate::").map(|(at, found)| {

@@ -1,4 +1,5 @@
-//! Protects: consumers of a split loader get the rows of separate ranks, without a copy; and a failed batch is not lost.
+//! Protects: consumers of a split loader get the rows of separate ranks, without a copy; and a
+//! failed batch is not lost.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -49,7 +50,8 @@ fn values(part: &BatchPart, field: usize) -> Vec<i64> {
     let field = &part.fields[field];
     let at = |row: usize, column: usize| {
         let place = field.offset_bytes / 8 + row * field.shape[1] + column;
-        // SAFETY: the field lies in the batch's buffer of initialised 64-bit integers, which nobody writes.
+        // SAFETY: the field lies in the batch's buffer of initialised 64-bit integers, which nobody
+        // writes.
         unsafe { *part.batch.as_ptr().cast::<i64>().add(place) }
     };
     (0..part.rows).flat_map(|row| (0..field.shape[1]).map(move |column| at(row, column))).collect()

@@ -1,4 +1,5 @@
-//! Passing errors of a storage cost a warning; lasting ones are named errors. Faults are injected behind the seam.
+//! Passing errors of a storage cost a warning; lasting ones are named errors. Faults are injected
+//! behind the seam.
 
 use std::io;
 use std::ops::Range;

@@ -1,6 +1,7 @@
 //! Corpora for the tests, and a naive reading of them.
 //!
-//! Files are written by arrow-rs; the expected stream comes from the documents that were written, never from the code under test.
+//! Files are written by arrow-rs; the expected stream comes from the documents that were written,
+//! never from the code under test.
 
 pub mod generated;
 
@@ -176,7 +177,8 @@ where
     }
 }
 
-/// Documents of many lengths, empty and null ones among them; ids are below `vocabulary`, and unique where that allows it.
+/// Documents of many lengths, empty and null ones among them; ids are below `vocabulary`, and
+/// unique where that allows it.
 pub fn documents(count: usize, longest: u64, vocabulary: i64, seed: u64) -> Vec<Document> {
     let mut state = seed;
     let mut random = |below: u64| {

@@ -1,7 +1,7 @@
 """Protects: a wheel works where nothing but NumPy is installed.
 
-tiny.arrow and tiny.parquet hold the tokens 0 to 999 in documents of 100; the environment has nothing to write such
-files with.
+tiny.arrow and tiny.parquet hold the tokens 0 to 999 in documents of 100; the environment has
+nothing to write such files with.
 """
 
 import importlib.util

@@ -1,11 +1,14 @@
 """Copies an iterable dataset for a thread: all that could change is copied, large data is shared.
 
-A worker process of torch has its own memory. A thread needs its own buffers, positions and generators instead.
+A worker process of torch has its own memory. A thread needs its own buffers, positions and
+generators instead.
 
-- Arrays and tensors of 1 MiB or more are shared. So are read-only arrays, and the tables of pyarrow and polars.
+- Arrays and tensors of 1 MiB or more are shared. So are read-only arrays, and the tables of pyarrow
+  and polars.
 - A container of more than 10,000 items is copied, but its items are shared.
 - Locks, files, connections and everything else that cannot be copied are shared.
-- An iterator that cannot be copied, such as a generator, is refused: it is a position that threads would share.
+- An iterator that cannot be copied, such as a generator, is refused: it is a position that threads
+  would share.
 
 A dataset that has ``__copy__`` or ``__deepcopy__`` is copied by that method.
 """

@@ -34,7 +34,8 @@ from forebay.torch.any_dataset.worker_info import answer_per_thread
 from forebay.torch.any_dataset.workers import Outcome, Workers
 from forebay.torch.device import Ahead
 
-#: Makes the copies of a new pass to the device out of what takes its next batch; None for host memory.
+#: Makes the copies of a new pass to the device out of what takes its next batch; None for host
+#: memory.
 AheadOf = Callable[[Callable[[float | None], Any]], Ahead | None]
 
 #: What a pass continues of an earlier one.
@@ -44,10 +45,12 @@ _CONTINUED = (
 
 
 class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
-    """A pass over a dataset: on ``num_workers`` threads, or on the caller's for 0. It begins at the first ``next()``.
+    """A pass over a dataset: on ``num_workers`` threads, or on the caller's for 0. It begins at the
+    first ``next()``.
 
-    Threads share a map-style dataset; each iterates a copy of its own of an iterable one. Several threads may take
-    batches from one iterator. A set-up that is interrupted or fails is begun again by the next ``next()``.
+    Threads share a map-style dataset; each iterates a copy of its own of an iterable one. Several
+    threads may take batches from one iterator. A set-up that is interrupted or fails is begun again
+    by the next ``next()``.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader[Any], resume: Resume, ahead_of: AheadOf) -> None:
@@ -58,7 +61,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._workers: Workers | Caller | None = None
         self._ahead = ahead_of(self._take_on_host)
         self._ended = False
-        # Where there is one processor, or no lock, threads wait for nothing that could be had otherwise.
+        # Where there is one processor, or no lock, threads wait for nothing that could be had
+        # otherwise.
         self._hints = _has_gil() and len(os.sched_getaffinity(0)) > 1 if hasattr(os, "sched_getaffinity") else False
         self._order = None if loader._dataset_kind == _DatasetKind.Iterable else Order(loader)
         #: The index that is drawn and not given out, if there is one, and the task made of it.
@@ -71,7 +75,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._must_redraw = False
         #: State of the sampler before the first index, where it has one.
         self._sampler_start: list[Any] = []
-        #: Workers whose dataset raised at their last batch: an end that follows is not the end of their data.
+        #: Workers whose dataset raised at their last batch: an end that follows is not the end of
+        #: their data.
         self._broken: set[int] = set()
         #: When each consumer left with its last batch.
         self._left: dict[int, float] = {}
@@ -80,8 +85,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         early = self._order is not None and not self._order.late
         self._mark = self._order.mark() if early and self._order is not None else []
         if is_inside(resume.restored):
-            # The interrupted run drew for this pass before its state was taken: drawing again would shift the numbers
-            # that the trainer gets.
+            # The interrupted run drew for this pass before its state was taken: drawing again would
+            # shift the numbers that the trainer gets.
             with seeding, OwnRandomState():
                 super().__init__(loader)
         else:
@@ -123,7 +128,9 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         return found[0]
 
     def _take_on_host(self, limit_s: float | None) -> tuple[Any] | None:
-        """The next batch, None at the end; raises TimeoutError if none is there and `limit_s` is 0."""
+        """The next batch, None at the end; raises TimeoutError if none is there and `limit_s`
+        is 0.
+        """
         with self._taking:
             if limit_s == 0 and not self._is_ready():
                 raise TimeoutError
@@ -181,7 +188,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._broken.discard(outcome.worker)
         if isinstance(self._workers, Caller):
             items = self._workers.items
-            # The position outlives the pass: it must hold neither threads nor data that nobody needs.
+            # The position outlives the pass: it must hold neither threads nor data that nobody
+            # needs.
             if items is not None and items.is_stateful and position.asked is dict:
                 position.asked = _asker(items, self._taking)
         ended = [worker for worker in self._workers.ended if worker not in self._broken]
@@ -190,7 +198,8 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
     def _end(self) -> None:
         self._ended = True
         assert self._position is not None
-        # After an error, a generator only says that it has ended: the rest of the epoch was not handed over.
+        # After an error, a generator only says that it has ended: the rest of the epoch was not
+        # handed over.
         if not self._broken and not self._sampler_failed:
             self._position.finish()
 
@@ -272,14 +281,17 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         return base_seed
 
     def _draw(self, at: int) -> tuple[int, Any]:
-        """Number and index of the next batch; for another `at` than before, it goes on to the next."""
+        """Number and index of the next batch; for another `at` than before, it goes on to the
+        next.
+        """
         while at >= self._draws:
             if not self._pulled:
                 if self._must_redraw:
                     self._sampler_iter = self._redrawn()
                     self._must_redraw = False
                 try:
-                    # In one step: an interrupt comes before the index is drawn, or after it is kept.
+                    # In one step: an interrupt comes before the index is drawn, or after it is
+                    # kept.
                     self._pulled.extend(itertools.islice(self._sampler_iter, 1))
                 except Exception:
                     self._sampler_failed = True
@@ -374,10 +386,13 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
 
 
 def _asker(items: Items, taking: threading.RLock) -> Callable[[], State]:
-    """Makes the function that asks the dataset of `items` for its state, once a user asks for it."""
+    """Makes the function that asks the dataset of `items` for its state, once a user asks for
+    it.
+    """
 
     def asked() -> State:
-        # Another thread that is computing a batch holds the lock; the last known state will do then.
+        # Another thread that is computing a batch holds the lock; the last known state will do
+        # then.
         if not taking.acquire(blocking=False):
             return {}
         try:

@@ -41,7 +41,9 @@ def is_plain(value: object, kind: type, *methods: str) -> bool:
 
 
 def is_stateful(value: object) -> bool:
-    """Whether `value` has ``state_dict()`` and ``load_state_dict(state)``, which take no further arguments."""
+    """Whether `value` has ``state_dict()`` and ``load_state_dict(state)``, which take no further
+    arguments.
+    """
     return _takes(value, "state_dict") and _takes(value, "load_state_dict", {})
 
 
@@ -61,8 +63,8 @@ def _takes(value: object, name: str, *arguments: object) -> bool:
 class Order:
     """The source of a pass's indices, and what it takes to draw the same ones again.
 
-    `kind` says what the order follows from: nothing (``"fixed"``), a sampler's own state, a seed that the pass draws,
-    the state of a generator, or the random state of the process.
+    `kind` says what the order follows from: nothing (``"fixed"``), a sampler's own state, a seed
+    that the pass draws, the state of a generator, or the random state of the process.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader[Any]) -> None:
@@ -106,7 +108,8 @@ class Order:
     def unused(self, marked: list[Any], used: list[Any]) -> list[Any]:
         """`marked`, or a random state derived from it if an epoch of `used` began with it.
 
-        A script that seeds the process at its start gives every restart the random state of the first epoch.
+        A script that seeds the process at its start gives every restart the random state of the
+        first epoch.
         """
         if self.kind not in ("seed", "process") or not used or self.seed_of(marked) not in used:
             return marked
@@ -134,7 +137,9 @@ class Order:
         return iter(batch_sampler)
 
     def again(self, marked: list[Any], skip: int | None, digest: str | None = None) -> Iterator[Any]:
-        """Indices after the first `skip`, or after all of them. Those passed over must have this `digest`."""
+        """Indices after the first `skip`, or after all of them. Those passed over must have this
+        `digest`.
+        """
         if self.kind == "seed":
             return _skipped(self.seeded(marked[0]), skip, digest)
         if self.kind == "process":
@@ -200,7 +205,8 @@ def _spelled(index: Any) -> str:
 def told_of_epochs(loader: torch.utils.data.DataLoader[Any]) -> list[Any]:
     """Every sampler and dataset of `loader` that has `set_epoch`, also inside of others.
 
-    A sampler or dataset that has the method tells the ones inside it itself, so the search ends there.
+    A sampler or dataset that has the method tells the ones inside it itself, so the search ends
+    there.
     """
     found: list[Any] = []
     seen: set[int] = set()

@@ -26,9 +26,11 @@ def from_text(text: str) -> torch.Tensor:
 
 
 class OwnRandomState:
-    """Puts the random state of the process back at the end of a ``with seeding, OwnRandomState()`` block.
+    """Puts the random state of the process back at the end of a ``with seeding, OwnRandomState()``
+    block.
 
-    This is a class because ``contextlib.contextmanager`` assigns to exceptions that pass through, and some refuse it.
+    This is a class because ``contextlib.contextmanager`` assigns to exceptions that pass through,
+    and some refuse it.
     """
 
     def __enter__(self) -> None:

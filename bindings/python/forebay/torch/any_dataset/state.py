@@ -24,7 +24,9 @@ class Failed:
 
 
 def state_of(owner: Any) -> Any:
-    """A copy of the state of `owner`, or what raised. A pass must not fail because nobody can store its position."""
+    """A copy of the state of `owner`, or what raised. A pass must not fail because nobody can store
+    its position.
+    """
     try:
         return copy.deepcopy(owner.state_dict())
     except Exception as error:
@@ -46,7 +48,8 @@ class Change:
 
 
 class Position:
-    """The batches that a pass has handed over. The pass writes it, any thread reads it; it holds no threads.
+    """The batches that a pass has handed over. The pass writes it, any thread reads it; it holds no
+    threads.
 
     `state` is replaced and never changed, so that readers need no lock.
     """
@@ -104,7 +107,9 @@ class Position:
         self.state = {**self.state, "finished": 1}
 
     def snapshot(self) -> State:
-        """The state as a user gets it: it shares no object with the pass, a dataset or a sampler."""
+        """The state as a user gets it: it shares no object with the pass, a dataset or a
+        sampler.
+        """
         return _shown({**self.state, **self.asked()})
 
 
@@ -125,7 +130,9 @@ def size_of(dataset: Any) -> int:
 
 
 def first_state(loader: torch.utils.data.DataLoader[Any], told: int = -1) -> State:
-    """The position before the first batch. Every state has these keys, and lists where their number could change."""
+    """The position before the first batch. Every state has these keys, and lists where their number
+    could change.
+    """
     iterable = loader._dataset_kind == _DatasetKind.Iterable
     streams = max(loader.num_workers, 1) if iterable else 0
     return {
@@ -192,7 +199,8 @@ class Resume:
         self.newest: Position | None = None
         #: Seeds of the epochs that began so far, those before a restart included.
         self.seeds: list[Any] = [] if restored is None else list(restored["seeds"])
-        #: Whether a state was restored: only then could an epoch repeat the order of an earlier one.
+        #: Whether a state was restored: only then could an epoch repeat the order of an earlier
+        #: one.
         self.is_continued = restored is not None
         #: Held by a pass that sets itself up: only one of them continues what was restored.
         self.starting = threading.RLock()
@@ -235,6 +243,8 @@ class Resume:
 
 
 def keeps_dataset_state(loader: torch.utils.data.DataLoader[Any]) -> bool:
-    """Whether a state holds the state of the dataset itself: one that threads share has none at a given batch."""
+    """Whether a state holds the state of the dataset itself: one that threads share has none at a
+    given batch.
+    """
     iterable = loader._dataset_kind == _DatasetKind.Iterable
     return loader.num_workers <= (0 if iterable else 1) and is_stateful(loader.dataset)

@@ -25,7 +25,9 @@ from forebay.torch.any_dataset.workers import Begin, Draw, Outcome, told_of_stop
 
 
 class Modes:
-    """The modes of torch that belong to a thread: a worker process would begin with those of its parent."""
+    """The modes of torch that belong to a thread: a worker process would begin with those of its
+    parent.
+    """
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
@@ -75,7 +77,9 @@ class Recipe:
         return copied_for_thread(source) if self.is_iterable else source
 
     def begin(self, dataset: Any, worker: int | None, state: State, keeps: bool) -> Begin:
-        """The set-up of a worker; None is the caller of `num_workers=0`. Its results are `Fetched`."""
+        """The set-up of a worker; None is the caller of `num_workers=0`. Its results are
+        `Fetched`.
+        """
         modes = Modes() if worker is not None else None
 
         def begin() -> Callable[[Any], Fetched]:
@@ -124,8 +128,8 @@ class Indexed:
 class Items:
     """Batches of an iterable dataset.
 
-    Restores what is stateful in this order: the dataset, then its iterator. Then it passes over the items that were
-    read since that state was taken.
+    Restores what is stateful in this order: the dataset, then its iterator. Then it passes over the
+    items that were read since that state was taken.
     """
 
     def __init__(self, recipe: Recipe, dataset: Any, worker: int, state: State, keeps: bool) -> None:
@@ -141,15 +145,18 @@ class Items:
         self._watch()
         self._pulls.pass_over(0 if kept is None else kept["items"])
         self._pass_over(state["items"][worker] - self._pulls.count)
-        #: Whether each batch comes with the state after it: threads read ahead of what is handed over.
+        #: Whether each batch comes with the state after it: threads read ahead of what is handed
+        #: over.
         self._keeps = keeps
         self._base = kept
-        #: Whether the dataset stands somewhere inside a batch, because it is read or because it raised.
+        #: Whether the dataset stands somewhere inside a batch, because it is read or because it
+        #: raised.
         self._is_inside = False
         self._has_raised = False
         #: The number of the batch that the caller may not have yet, and the batch.
         self._last: tuple[int, Fetched] | None = None
-        #: The state of a dataset that has not been iterated, to begin with if the restored one is at its end.
+        #: The state of a dataset that has not been iterated, to begin with if the restored one is
+        #: at its end.
         self._fresh = None if isinstance(fresh, Failed) else fresh
 
     def _watch(self) -> None:
@@ -221,7 +228,9 @@ class Items:
         return {"dataset": states[0], "iterator": states[1], "items": self._pulls.count}
 
     def asked(self) -> State:
-        """Entries of the state as they are now. None if the dataset is inside a batch: then the last ones count."""
+        """Entries of the state as they are now. None if the dataset is inside a batch: then the
+        last ones count.
+        """
         if self._is_inside or self._last is not None:
             return {}
         self._base = self._taken()
@@ -290,7 +299,9 @@ class Caller:
         return found if isinstance(found, Items) else None
 
     def peek(self, draw: Draw) -> Outcome | None:
-        """The outcome that is delivered next, None after the last. An interrupted task is done again."""
+        """The outcome that is delivered next, None after the last. An interrupted task is done
+        again.
+        """
         if self._outcome is not None:
             return self._outcome
         if self._work is None:

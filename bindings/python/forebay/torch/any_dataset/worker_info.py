@@ -1,4 +1,5 @@
-"""Answers ``torch.utils.data.get_worker_info()`` for threads. README.md beside this file describes the patch.
+"""Answers ``torch.utils.data.get_worker_info()`` for threads. README.md beside this file describes
+the patch.
 
 Only ``answer_per_thread`` changes something of torch. ``undo`` takes that back.
 """
@@ -19,7 +20,8 @@ from torch.utils.data._utils import worker as torch_worker
 
 from forebay.torch.any_dataset.random_state import OwnRandomState, seeding
 
-#: `here.info` is the answer for the calling thread, where the thread belongs to a loader of forebay.
+#: `here.info` is the answer for the calling thread, where the thread belongs to a loader of
+#: forebay.
 here = threading.local()
 
 _patching = threading.RLock()
@@ -29,8 +31,8 @@ _original: CodeType | None = None
 def answer_per_thread() -> None:
     """Makes ``get_worker_info`` answer for the calling thread.
 
-    The function reads a global of its module, and other modules hold the function itself. So its code is replaced,
-    which reaches all of them.
+    The function reads a global of its module, and other modules hold the function itself. So its
+    code is replaced, which reaches all of them.
     """
     global _original
     with _patching:
@@ -41,7 +43,9 @@ def answer_per_thread() -> None:
 
 
 def undo() -> None:
-    """Gives ``get_worker_info`` its own code back. Loaders with threads must not be iterating meanwhile."""
+    """Gives ``get_worker_info`` its own code back. Loaders with threads must not be iterating
+    meanwhile.
+    """
     global _original
     with _patching:
         if _original is not None:
@@ -59,15 +63,17 @@ def _of_thread() -> Any:
     info = getattr(here, "info", None)
     if info is None:
         return torch_worker._worker_info
-    # For a worker, torch stacks tensors into shared memory, which costs a file for each tensor of a batch.
-    # Threads need none of that: this caller alone is told that there is no worker.
+    # For a worker, torch stacks tensors into shared memory, which costs a file for each tensor of a
+    # batch. Threads need none of that: this caller alone is told that there is no worker.
     if sys._getframe(2).f_code is torch_collate.collate_tensor_fn.__code__:
         return None
     return info
 
 
 def make_worker_info(worker: int, count: int, base_seed: int, dataset: Any) -> torch_worker.WorkerInfo:
-    """Makes the answer for thread `worker` of `count`, with the fields that this version of torch has."""
+    """Makes the answer for thread `worker` of `count`, with the fields that this version of torch
+    has.
+    """
     known = getattr(torch_worker.WorkerInfo, "__dataclass_fields__", ())
     more: dict[str, Any] = {"worker_method": "thread"} if "worker_method" in known else {}
     seed = base_seed + worker
@@ -82,7 +88,9 @@ def make_worker_info(worker: int, count: int, base_seed: int, dataset: Any) -> t
 
 
 def run_init_fn(init_fn: Callable[[int], None], worker: int, base_seed: int) -> None:
-    """Runs `init_fn` with the random state that torch gives a worker process, and puts the process's own back."""
+    """Runs `init_fn` with the random state that torch gives a worker process, and puts the
+    process's own back.
+    """
     with seeding, OwnRandomState():
         random.seed(base_seed + worker)
         torch.manual_seed(base_seed + worker)

@@ -1,8 +1,8 @@
 """Runs numbered tasks on threads and gives their results in order. Knows nothing of torch.
 
-The consumer looks at a result with `peek` and removes it with `done`. An interrupt may come between any two lines, so
-each step either has not happened yet or can be repeated: tasks are noted before they are sent, a task that is sent
-twice is done once, and `put_back` undoes `done`.
+The consumer looks at a result with `peek` and removes it with `done`. An interrupt may come between
+any two lines, so each step either has not happened yet or can be repeated: tasks are noted before
+they are sent, a task that is sent twice is done once, and `put_back` undoes `done`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Draw(Protocol):
     """Gives the indices of tasks, in the consumer's thread."""
 
     def __call__(self, at: int) -> Any:
-        """Index `at`, counted from 0, as often as it is asked for. Raises StopIteration after the last."""
+        """Index `at`, counted from 0, as often as it is asked for. Raises StopIteration after the
+        last.
+        """
 
 
 class Outcome:
@@ -62,7 +64,9 @@ _CLAIMS_KEPT = 1 << 16
 
 @atexit.register
 def _end_all() -> None:
-    """Stops and awaits the threads. A thread that is in C++ when the interpreter goes down aborts the process."""
+    """Stops and awaits the threads. A thread that is in C++ when the interpreter goes down aborts
+    the process.
+    """
     live: list[_Shared] = []
     with contextlib.suppress(RuntimeError):  # another thread begins a pass
         live = list(_live)
@@ -74,12 +78,14 @@ def _end_all() -> None:
 
 
 class _Shared:
-    """State of the consumer and the threads. Threads hold nothing else, so dropping `Workers` ends them.
+    """State of the consumer and the threads. Threads hold nothing else, so dropping `Workers` ends
+    them.
 
-    The consumer waits for `changed`, which gets an entry at every change. It takes no lock: an interrupt can come
-    between taking a lock and the body of its ``with`` block, and the lock then stays taken. CPython 3.14 looks for
-    signals there, and ``threading.Condition`` is written in Python. So the consumer changes a container by single
-    operations, which are atomic on every build. Only the threads of this module take `lock`, and `stop` does not.
+    The consumer waits for `changed`, which gets an entry at every change. It takes no lock: an
+    interrupt can come between taking a lock and the body of its ``with`` block, and the lock then
+    stays taken. CPython 3.14 looks for signals there, and ``threading.Condition`` is written in
+    Python. So the consumer changes a container by single operations, which are atomic on every
+    build. Only the threads of this module take `lock`, and `stop` does not.
     """
 
     def __init__(self, queues: list[Tasks]) -> None:
@@ -145,11 +151,12 @@ _live: weakref.WeakSet[_Shared] = weakref.WeakSet()
 class Workers:
     """Threads for numbered tasks.
 
-    `own_data`: each thread goes through data of its own and gets every `len(begins)`-th number, until its data raises
-    ``StopIteration``; results come from the threads in turn. Otherwise the next free thread takes the next task.
-    At most `window` tasks are given and not delivered. `done` and `ended` continue an earlier pass over own data: how
-    many results each worker delivered there, and which workers came to their end. `together`: nothing is delivered
-    before every thread is set up.
+    `own_data`: each thread goes through data of its own and gets every `len(begins)`-th number,
+    until its data raises ``StopIteration``; results come from the threads in turn. Otherwise the
+    next free thread takes the next task. At most `window` tasks are given and not delivered. `done`
+    and `ended` continue an earlier pass over own data: how many results each worker delivered
+    there, and which workers came to their end. `together`: nothing is delivered before every thread
+    is set up.
     """
 
     def __init__(
@@ -193,7 +200,9 @@ class Workers:
         return sorted(self._ended)
 
     def peek(self, draw: Draw) -> Outcome | None:
-        """Waits for the outcome that is delivered next, None after the last. It stays until `done`."""
+        """Waits for the outcome that is delivered next, None after the last. It stays until
+        `done`.
+        """
         if os.getpid() != self._process:
             raise RuntimeError("this pass belongs to the process that began it: begin a new one after a fork")
         self._start()
@@ -245,10 +254,11 @@ class Workers:
                 thread.join()
 
     def contention(self) -> tuple[float, float] | None:
-        """Seconds of work and seconds gone by, if threads waited for the interpreter and the consumer for them.
+        """Seconds of work and seconds gone by, if threads waited for the interpreter and the
+        consumer for them.
 
-        Then together they keep one processor busy, and take longer over their tasks than that, though not because
-        other work has the processors.
+        Then together they keep one processor busy, and take longer over their tasks than that,
+        though not because other work has the processors.
         """
         gone_s = time.monotonic() - self._started_s
         busy_s, cpu_s = self._shared.busy_s, self._shared.cpu_s
@@ -284,7 +294,9 @@ class Workers:
             self._threads.append(thread)
 
     def _failed_setup(self) -> Outcome | None:
-        """The set-up that failed and is waited for; each worker of its own data fails in its turn."""
+        """The set-up that failed and is waited for; each worker of its own data fails in its
+        turn.
+        """
         failed = self._shared.failed
         if self._own_data and self._in_order and not self._together:
             return failed.get(self._front % len(self._begins))
@@ -440,7 +452,9 @@ def _noted(error: BaseException) -> BaseException:
 
 
 def _queued_s(threads: Iterable[threading.Thread]) -> float:
-    """Seconds that threads were ready to run and had no processor; 0 where the system does not tell."""
+    """Seconds that threads were ready to run and had no processor; 0 where the system does not
+    tell.
+    """
     queued_ns = 0
     for thread in threads:
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -449,7 +463,9 @@ def _queued_s(threads: Iterable[threading.Thread]) -> float:
 
 
 def told_of_stop(error: StopIteration) -> RuntimeError:
-    """An error to raise in place of a StopIteration of the dataset, which would end the epoch silently."""
+    """An error to raise in place of a StopIteration of the dataset, which would end the epoch
+    silently.
+    """
     told = RuntimeError("the dataset raised StopIteration")
     told.__cause__ = error
     return told
