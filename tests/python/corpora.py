@@ -274,7 +274,8 @@ def cells() -> list[Cell]:
         *datasets_cells(),
     ]
     names = cycle(("input_ids", "tokens", "token_ids", "ids"))
-    # Numbers called `tokens` or `ids` beside other columns may be counts: they are no token column by name alone.
+    # Numbers called `tokens` or `ids` beside other columns may be counts: they are no token
+    # column by name alone.
     plain = {"tokens": "input_ids", "ids": "token_ids"}
     return [
         Cell(**{**vars(cell), "column": plain.get(name, name) if cell.kind == "plain" else name})
