@@ -3,11 +3,11 @@
 //!
 //! Rules, frozen with the name of the layout `pack`:
 //!
-//! 1. Larger pieces go first. Pieces of equal size go in the order of the stream. 2. A piece goes
-//! into the row with the least room that is enough. Among rows of equal room the row wins whose
-//!    room changed last. Where no row has enough room, the piece opens a row.
+//! 1. Larger pieces go first. Pieces of equal size go in the order of the stream.
+//! 2. A piece goes into the row with the least room that is enough. Among rows of equal room the
+//!    row wins whose room changed last. Where no row has enough room, the piece opens a row.
 //! 3. Rows are numbered by their first piece in the order of the stream. In a row, pieces stand in
-//! that order.
+//!    that order.
 //!
 //! Open rows lie in stacks by the room that they have left. A bit per room says which stacks hold a
 //! row, so that finding a row takes a few instructions however many rows are open.

@@ -78,8 +78,7 @@ struct Copy<'a> {
 impl Copy<'_> {
     fn structure(&mut self, kept: &'static [Kept]) -> Parse<()> {
         let (mut last, mut last_kept) = (0, 0);
-        loop {
-            let Some((id, wire)) = self.cursor.field(&mut last)? else { break };
+        while let Some((id, wire)) = self.cursor.field(&mut last)? {
             if std::ptr::eq(kept, CHUNK) && ENCRYPTED.contains(&id) {
                 self.out.encrypted.push((self.row_group, self.chunk));
             }
