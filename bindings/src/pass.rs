@@ -9,7 +9,7 @@ use forebay::batch_source::BatchSource;
 use forebay::batch_source::split::{NextPart, PartPass, Split, SplitOptions};
 use forebay::loader::{MAX_EPOCH, WaitPolicy};
 use forebay::{Error, Next};
-use pyo3::exceptions::{PyRuntimeError, PyTimeoutError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyRuntimeError, PyTimeoutError};
 use pyo3::marker::Ungil;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -38,18 +38,31 @@ fn in_slices<T: Send>(
             Some(left) => WaitPolicy::Wait(left.min(SLICE)),
             None => WaitPolicy::Help(SLICE),
         };
-        // What the beginning of the pass had to say.
-        notices::tell(py)?;
         let found = detached(py, || wait(policy))?;
         if found.is_some() {
-            // Notices wait for the next call: telling runs Python, where Ctrl-C or a failing handler of the log would
-            // raise, and the batch would be lost.
+            tell_with_a_batch(py);
             return Ok(found);
         }
+        notices::tell(py)?;
         py.check_signals()?;
         if left.is_some_and(|left| left.is_zero()) {
             return Ok(None);
         }
+    }
+}
+
+/// Tells the notices while this thread holds a batch, which no error may lose.
+///
+/// Telling runs Python: handlers of the log, and the interpreter's check for signals. An interrupt
+/// that is raised there is raised again as soon as the batch is handed over. Another error of a
+/// handler goes to Python's hook for errors that nobody can catch.
+fn tell_with_a_batch(py: Python<'_>) {
+    let Err(error) = notices::tell(py) else { return };
+    if error.is_instance_of::<PyKeyboardInterrupt>(py) {
+        // SAFETY: this thread is attached to the interpreter. The call only notes a signal.
+        unsafe { pyo3::ffi::PyErr_SetInterrupt() };
+    } else {
+        error.write_unraisable(py, None);
     }
 }
 

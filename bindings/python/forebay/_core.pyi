@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "resolve",
     "run_command",
+    "verdict_of_dataset",
 ]
 
 __version__: str
