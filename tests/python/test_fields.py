@@ -219,6 +219,29 @@ def test_a_resumed_run_continues_every_column(tmp_path: Path) -> None:
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("container", ["arrow", "parquet"])
+def test_a_shard_without_tokens_hides_no_column(tmp_path: Path, container: str, place: int) -> None:
+    data = corpus(tmp_path / "corpus", container, ["labels"])
+    settings: dict[str, Any] = {"seq_len": 16, "batch_size": 2, "fields": ["labels"]}
+    with forebay.Loader(data, **settings) as loader:
+        wanted = [batch["labels"].tolist() for batch in loader]
+    first, *_ = names = [path.name for path in shards(data)]
+    assert len(names) >= 2
+    table = pa.table({"input_ids": pa.array([[], []], pa.list_(pa.int32()))})
+    # A name that sorts before, between or after the others.
+    stem = ["!", Path(first).stem + "~", "~"][place]
+    path = data / f"{stem}{CONTAINERS[container][0]}"
+    if container == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    assert [path.name for path in shards(data)].index(path.name) == (0, 1, len(names))[place]
+    with forebay.Loader(data, **settings) as loader:
+        assert [batch["labels"].tolist() for batch in loader] == wanted
+
+
 def test_what_fields_cannot_be_is_said(tmp_path: Path) -> None:
     data = corpus(tmp_path / "corpus", "parquet", ["labels"])
     with pytest.raises(ValueError, match="up to 8 columns, each once"):

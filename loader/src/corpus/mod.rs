@@ -84,8 +84,8 @@ impl OpenShard {
         }
     }
 
-    /// The error about a column `field`, called `name`, whose documents are not as long as those of the tokens. Reads
-    /// both columns to find the row.
+    /// The error for the column `name` when its documents and the token documents differ in
+    /// length. Reads both columns to find the first such row.
     pub(crate) fn misfit(&self, field: &Self, name: &str) -> Error {
         let error = |text: String| Error::data(text).at(self.shard.path());
         let lengths = self.shard.row_lengths().and_then(|tokens| Ok((tokens, field.shard.row_lengths()?)));
@@ -105,7 +105,8 @@ impl OpenShard {
         }
     }
 
-    /// Column `column` of the file: 0 is that of the tokens, and the fields follow. None where the file lacks it.
+    /// Column `column` of the file. Column 0 holds the tokens, and the fields follow in order. None
+    /// if the file lacks the column.
     pub(crate) fn column(&self, column: usize) -> Option<&Self> {
         match column.checked_sub(1) {
             None => Some(self),
@@ -124,7 +125,7 @@ impl OpenShard {
         std::iter::once(self).chain(self.fields.iter().flatten())
     }
 
-    /// What is known of the file without its blocks. Sizes are those of all columns.
+    /// Facts about the file that need none of its blocks. Sizes count all columns.
     pub fn facts(&self) -> ShardFacts {
         let mut facts = self.shard.facts();
         for field in self.fields.iter().flatten() {
@@ -460,9 +461,11 @@ impl Corpus {
         (0..self.len()).filter_map(|index| self.opened(index))
     }
 
-    /// The type in which field `index` is stored; none where the corpus lacks it. All shards agree.
+    /// The type in which field `index` is stored. None if the corpus lacks the field. All shards with
+    /// tokens agree; a shard without tokens may lack the column.
     pub fn field_dtype(&self, index: usize) -> Option<Dtype> {
-        self.facts().next()?.fields.get(index)
+        let full = self.facts().find(|facts| facts.blocks > 0).or_else(|| self.facts().next());
+        full?.fields.get(index)
     }
 
     /// The further columns that the corpus was opened with.
@@ -737,8 +740,8 @@ pub fn mixed_shards<'a>(
     faults
 }
 
-/// The error of shards whose tokens are in columns of other names, or of which one has lists and another a token in
-/// each row. Shards without tokens take no part.
+/// The error for two shards whose token columns differ in name, or where only one holds lists.
+/// Shards without tokens take no part.
 pub fn mixed_columns<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)>, options: &OpenOptions) -> Option<Error> {
     let mut full = shards.filter(|(_, facts)| facts.blocks > 0);
     let (first_path, first) = full.next()?;
