@@ -167,8 +167,8 @@ class Group:
         return Against(self.title, field, mine, theirs, max(above, 0.01) / max(below, 0.01))
 
     def equal(self) -> Against | None:
-        """Compares speeds with the same number of threads on both sides. Of several numbers, takes
-        the least favourable to forebay.
+        """Compares speeds with the same number of threads on both sides. Takes the number
+        that is least favourable to forebay.
         """
         return least(
             [self.against("tokens_per_s", True, helpers) for helpers in {one.helpers for one, _ in self.lines}]

@@ -24,7 +24,7 @@ use forebay::{Loader, Next};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Number of runs, of which the least count is used. It excludes work that happens only once and
+/// Number of runs. The smallest count is used. It excludes work that happens only once and
 /// work that a busy machine adds.
 const REPEATS: usize = 2;
 

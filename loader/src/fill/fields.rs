@@ -113,7 +113,7 @@ fn each<const N: usize, const M: usize>(bytes: &[u8], out: &mut [u8], value: imp
     }
 }
 
-/// The number of which `bits` are half precision.
+/// Converts the half-precision number with these `bits`.
 fn half(bits: u16) -> f32 {
     let (sign, exponent, fraction) = (u32::from(bits >> 15) << 31, u32::from(bits >> 10 & 31), u32::from(bits & 1023));
     match exponent {
