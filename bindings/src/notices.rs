@@ -3,7 +3,9 @@
 use forebay::notices::{self, Level};
 use pyo3::prelude::*;
 
-/// Hands the waiting notices to `forebay._loader.tell`. Called by consumers, which hold the interpreter anyway.
+/// Hands the waiting notices to `forebay._loader.tell`.
+///
+/// Consumers call this, because they hold the interpreter anyway.
 #[inline]
 pub(crate) fn tell(py: Python<'_>) -> PyResult<()> {
     if notices::are_waiting() { tell_all(py) } else { Ok(()) }

@@ -1,6 +1,7 @@
-"""Forebay: token loader for LLM training. Parquet and Arrow shards to batches, in an exact and resumable order.
+"""Forebay: a token loader for LLM training.
 
-``Loader`` gives NumPy arrays and never imports torch; ``forebay.torch`` gives tensors and stands in for torch's own
+It turns Parquet and Arrow shards into batches, in an exact and resumable order. ``Loader`` gives
+NumPy arrays and never imports torch. ``forebay.torch`` gives tensors and stands in for torch's own
 DataLoader.
 """
 

@@ -1,6 +1,7 @@
-"""The compiled part. Private: use `forebay.Loader` and `forebay.torch`.
+"""The compiled part of forebay. It is private: use `forebay.Loader` and `forebay.torch`.
 
-Errors are the exceptions of `forebay`; each has `path`, `block` and `row`, and its causes as notes.
+Its functions raise the exceptions of `forebay`. Each exception has `path`, `block` and `row`, and
+carries its causes as notes.
 """
 
 import sys
@@ -28,137 +29,198 @@ __version__: str
 def resolve(
     settings: Sequence[tuple[str, str]], from_env: bool
 ) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
-    """Settings in force if these are given as names and texts: values, where each is from, warnings, and notes.
+    """Resolves settings that are given as pairs of name and text.
 
-    `from_env`: the environment and the file may give all of them, not only operational ones and ranks.
-    Raises ConfigError, with all faults listed together.
+    Returns the values in force by name, the origin of each value by name, warnings, and notes. With
+    `from_env`, every setting may come from the environment or the configuration file. Without it,
+    only operational settings and ranks may.
+
+    Raises ConfigError, which lists all faults together.
     """
 
 def verdict_of_dataset(batches: int, wait_share: float) -> str:
-    """Who waited for whom, of a loader of any dataset whose consumers waited for `wait_share` of the time."""
+    """Tells in one line whether the consumers or the dataset are slower.
+
+    `batches` counts the delivered batches of a loader of any dataset. `wait_share` is the part of
+    the time that its consumers waited, from 0 to 1.
+    """
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Runs the command line; `arguments` begin with the program's name. Returns the exit status."""
+    """Runs the command line and returns its exit status.
+
+    `arguments` begin with the name of the program.
+    """
 
 @final
 class Loader:
-    """A loader over one corpus. Its methods may be called from any thread; those that wait release the interpreter."""
+    """A loader over one corpus.
+
+    Any thread may call its methods. Methods that wait release the interpreter.
+    """
 
     @staticmethod
     def open(settings: Sequence[tuple[str, str]], from_env: bool) -> Loader:
-        """Opens and indexes the corpus under the settings that `resolve` gives for the same arguments.
+        """Opens and indexes the corpus under the settings that `resolve` gives for the same
+        arguments.
 
-        Raises ConfigError, NotFoundError, ReadError or DataError, with all faults listed together.
+        Raises ConfigError, NotFoundError, ReadError or DataError, which lists all faults together.
         """
     def iter(self) -> Batches:
-        """A new pass, in memory of forebay's pool. It has no effect before its first `next`."""
-    def iter_external(self) -> Batches:
-        """A new pass, in memory that is submitted by the caller."""
-    def split(self, count: int, ahead: int | None, external: bool) -> SharedLoader:
-        """`count` consumers, of which each may be `ahead` batches before the slowest one; None: ``prefetch_batches``.
+        """Makes a new pass, with batches in memory of forebay's pool.
 
-        `external`: batches lie in memory that is submitted by the caller. Raises ConfigError if rows cannot be dealt
-        out evenly.
+        The pass begins at its first `next`. Until then it has no effect.
+        """
+    def iter_external(self) -> Batches:
+        """Makes a new pass, with batches in memory that the caller submits."""
+    def split(self, count: int, ahead: int | None, external: bool) -> SharedLoader:
+        """Shares the loader among `count` consumers.
+
+        A consumer may be at most `ahead` batches before the slowest consumer; None means
+        ``prefetch_batches``. With `external`, batches lie in memory that the caller submits.
+
+        Raises ConfigError if the rows of a batch cannot be dealt out evenly.
         """
     @property
     def len(self) -> int | None:
-        """Batches of this rank in a pass; None where it has no end."""
+        """Batches of this rank in a pass. None if the pass has no end."""
     @property
     def num_sequences(self) -> int | None:
-        """Full sequences of the present epoch, over all ranks; None where it has no end."""
+        """Full sequences of the present epoch, over all ranks. None if the epoch has no end."""
     @property
     def num_tokens(self) -> int | None:
-        """Tokens of the present epoch, specials included; None where it has no end."""
+        """Tokens of the present epoch, special ids included. None if the epoch has no end."""
     @property
     def dropped_tokens(self) -> int:
-        """Tokens of the present epoch that the remainder rule leaves out, over all ranks."""
+        """Tokens of the present epoch that `remainder` leaves out, over all ranks."""
     @property
     def epoch(self) -> int:
-        """Epoch of the newest pass, or of the next one if that was set or restored."""
+        """Epoch of the newest pass.
+
+        After `set_epoch`, `seek` or `load_state` it is the epoch of the next pass.
+        """
     def set_epoch(self, epoch: int) -> None:
-        """The next pass begins this epoch, unless a position of it was restored and not continued yet."""
+        """Lets the next pass begin this epoch.
+
+        A restored position of this epoch stays in force until a pass has continued it.
+        """
     def seek(self, epoch: int, position: int) -> None:
-        """The next pass begins at `position` of `epoch`. Raises ConfigError past the epoch's end."""
+        """Lets the next pass begin at `position` of `epoch`.
+
+        Raises ConfigError if the epoch has fewer positions.
+        """
     def state(self) -> list[tuple[str, int | str]]:
-        """Keys and values of the position, in a fixed order."""
+        """Returns the position of the newest pass as keys and values, in a fixed order."""
     def load_state(self, pairs: Sequence[tuple[str, int | str]]) -> None:
-        """The next pass continues there. Raises StateMismatchError."""
+        """Lets the next pass continue at a position that `state` returned.
+
+        Raises StateMismatchError if the position belongs to another corpus or to other content
+        settings.
+        """
     def sequences_at(self, epoch: int, position: int, n: int) -> Batch:
-        """`n` rows from `position` of the epoch's order, over all ranks. Raises ConfigError past the epoch's end."""
+        """Returns `n` rows of the epoch's order, from `position` on, over all ranks.
+
+        Raises ConfigError if the epoch has fewer positions.
+        """
     def batch_at(self, epoch: int, step: int, rank: int, world_size: int) -> Batch:
-        """What a rank gets at a step. Raises ConfigError past the epoch's end."""
+        """Returns the batch that a rank gets at a step of the pass that begins with `epoch`.
+
+        Raises ConfigError if the pass has fewer steps.
+        """
     def stats(self) -> dict[str, Any]:
-        """Counters since opening. Keys end in their unit; `*_share` is a part of 1."""
+        """Returns counters since the loader was opened.
+
+        A key ends in its unit. Values of `*_share` lie between 0 and 1.
+        """
     def warnings(self) -> list[str]:
-        """What makes these settings slow on this corpus, with the remedy."""
+        """Lists what makes these settings slow on this corpus, each with its remedy."""
     def verdict(self) -> str:
-        """Who waits for whom, in one line."""
+        """Tells in one line whether the loader or its consumers are slower."""
     def config(self) -> dict[str, Any]:
-        """Every setting in force, by name."""
+        """Returns every setting in force, by name."""
     def close(self) -> None:
-        """Stops every pass and waits for its threads; nothing in a forked child."""
+        """Stops every pass and waits for its threads. In a forked child it does nothing."""
 
 @final
 class Batches:
-    """A pass over one epoch; several threads may take batches from it, each batch is given once."""
+    """A pass over one or several epochs.
+
+    Several threads may take batches from it. Each batch is given to only one of them.
+    """
 
     def next(self, timeout_seconds: float | None = None) -> Batch | None:
-        """Waits for the next batch; None at the end. Signals are seen while it waits.
+        """Waits for the next batch and returns it. Returns None at the end.
 
-        Raises TimeoutError, which loses no batch; DataError, ReadError or ClosedError; a failed batch fails again at
-        every later call, and the next pass continues there.
+        The method checks for signals while it waits. `timeout_seconds` limits the wait; None means
+        no limit.
+
+        Raises TimeoutError, which loses no batch, and ClosedError. Raises DataError or ReadError
+        for a batch that failed. Every later call then raises the same error, and the next pass
+        continues at that batch.
         """
     def next_tensors(self, tensors: Tensors, timeout_seconds: float | None = None) -> tuple[int, dict[str, Any]] | None:
-        """As ``next``, its step and its arrays as tensors."""
+        """Waits as ``next`` does, and returns the step of the batch and its arrays as tensors."""
     def submit(self, ptr: int, nbytes: int, owner: object) -> None:
-        """Memory for the next batch that has none: `nbytes` (at least `batch_bytes`) at `ptr` (a multiple of 8).
+        """Gives memory to the next batch that has none.
 
-        It must stay valid while `owner` lives; `owner` is dropped with the batch, on any thread.
+        The memory begins at address `ptr`, a multiple of 8, and has `nbytes` bytes, at least
+        `batch_bytes`. It must stay valid while `owner` lives. `owner` is dropped with the batch, on
+        any thread.
         """
     @property
     def batch_bytes(self) -> int:
-        """Bytes of a submitted buffer."""
+        """Smallest size of a submitted buffer, in bytes."""
     @property
     def buffers_wanted(self) -> int:
-        """Buffers to keep submitted and not delivered."""
+        """Number of buffers that should be submitted and not yet delivered at any time."""
     def close(self) -> None:
         """Ends the pass and waits for its threads."""
 
 @final
 class SharedLoader:
-    """A loader that several consumers share. Each gets every n-th row of its batches."""
+    """A loader that several consumers share. Each consumer gets every n-th row of its batches."""
 
     def iter(self, consumer: int) -> Parts:
-        """A new pass of a consumer, together with the others. It begins at its first `next`."""
+        """Makes the next pass of a consumer. All consumers take part in the same pass of the
+        loader.
+
+        The pass begins at its first `next`.
+        """
     def set_epoch(self, consumer: int, epoch: int) -> None:
-        """The consumer's next pass is of this epoch."""
+        """Lets the next pass of the consumer begin this epoch."""
     def begins_pass(self, consumer: int) -> bool:
-        """Whether a pass of the consumer that begins now begins a pass of the loader."""
+        """Tells whether a pass that the consumer begins now also begins a pass of the loader."""
     def close(self, consumer: int) -> None:
-        """Ends a consumer; the others go on without it."""
+        """Ends a consumer. The others go on without it."""
     def state(self) -> list[tuple[str, int | str]]:
-        """Keys and values of the position after the last batch that every consumer has."""
+        """Returns the position after the last batch that every consumer has, as keys and values."""
     def restored(self) -> None:
-        """The loader was given another position: every consumer continues there in its next pass."""
+        """Tells the consumers that the loader has a new position.
+
+        Every consumer continues there in its next pass.
+        """
 
 @final
 class Parts:
-    """A pass of one consumer of a split loader."""
+    """A pass of one consumer of a shared loader."""
 
     def next(self, timeout_seconds: float | None = None) -> Batch | None:
-        """Waits for the next rows; None at the end. Signals are seen while it waits.
+        """Waits for the next rows of this consumer and returns them. Returns None at the end.
 
-        Raises TimeoutError, which loses no rows and says which consumer is waited for; RuntimeError if this consumer
-        was told another epoch than the others; and what `Batches.next` raises.
+        The method checks for signals while it waits. `timeout_seconds` limits the wait; None means
+        no limit.
+
+        Raises TimeoutError, which loses no rows and names the consumer that the others wait for.
+        Raises RuntimeError if this consumer was told another epoch than the others. Raises the
+        errors of `Batches.next` as well.
         """
     def buffers_missing(self) -> int:
-        """Buffers to submit before the next rows are taken."""
+        """Returns the number of buffers to submit before the next rows can be taken."""
     def batch_bytes(self) -> int:
-        """Bytes of a submitted buffer."""
+        """Returns the smallest size of a submitted buffer, in bytes."""
     def submit(self, ptr: int, nbytes: int, owner: object) -> None:
-        """Memory for the next batch that has none, as `Batches.submit` takes it."""
+        """Gives memory to the next batch that has none, like `Batches.submit`."""
     def close(self) -> None:
-        """Takes no more of this pass: the other consumers need not wait."""
+        """Ends this consumer's part in the pass. The other consumers no longer wait for it."""
 
 @final
 class Batch:
@@ -166,37 +228,43 @@ class Batch:
 
     @property
     def epoch(self) -> int:
-        """Epoch it belongs to."""
+        """Epoch of the batch."""
     @property
     def step(self) -> int:
-        """Step in the epoch, counted from 0."""
+        """Step of the batch in its epoch, from 0."""
     @property
     def rows(self) -> int:
-        """Rows, `batch_size` but for a short last batch."""
+        """Number of rows: `batch_size`, or fewer in a short last batch."""
     @property
     def owner(self) -> Any:
-        """The `owner` that its buffer was submitted with; None for memory of forebay's pool."""
+        """The `owner` that the buffer was submitted with. None for memory of forebay's pool."""
     @property
     def address(self) -> int:
-        """First byte of its buffer: for a submitted one, the `ptr` it was submitted with."""
+        """Address of the first byte of the buffer. For a submitted buffer it is the given `ptr`."""
     def fields(self) -> list[tuple[str, Array]]:
-        """Its arrays by name."""
+        """Returns the arrays with their names."""
     def tensors(self, tensors: Tensors) -> dict[str, Any]:
-        """Its arrays by name, as tensors that share its memory."""
+        """Returns the arrays by name, as tensors that share the memory of the batch."""
     def layout(self) -> list[tuple[str, str, int, list[int]]]:
-        """Name, dtype, offset in bytes and shape of each array in the batch's buffer."""
+        """Returns name, dtype, offset in the buffer in bytes, and shape of each array."""
 
 @final
 class Tensors:
-    """How a library makes its tensors, by DLPack's exchange table in C."""
+    """Makes tensors of a library through DLPack's exchange table in C."""
 
     @staticmethod
     def by(api: CapsuleType) -> Tensors | None:
-        """Of the ``__dlpack_c_exchange_api__`` of a tensor class; None where that is of an unknown version."""
+        """Reads the ``__dlpack_c_exchange_api__`` of a tensor class.
+
+        Returns None if the version of the table is unknown.
+        """
 
 @final
 class Array:
-    """A writable view of shape (rows, seq_len) or (rows,), int64 or int32; its batch's memory lives as long."""
+    """A writable view of one array of a batch, with shape (rows, seq_len) or (rows,).
+
+    The memory of the batch lives as long as its views.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -213,6 +281,9 @@ class Array:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> CapsuleType:
-        """A capsule without a version. Raises BufferError for another device, a stream, or a copy."""
+        """Returns a capsule of the unversioned form.
+
+        Raises BufferError if a stream, a copy or another device than host memory is asked for.
+        """
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Host memory: (1, 0)."""
+        """Returns (1, 0), the number of host memory in DLPack."""

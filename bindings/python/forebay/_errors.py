@@ -1,25 +1,29 @@
-"""Exceptions: one base, and beside it the built-in that users expect. The core raises them by name."""
+"""The exceptions of forebay.
+
+All have one base. Most are also the built-in exception that users expect. The core raises them by
+name.
+"""
 
 from __future__ import annotations
 
 
 class ForebayError(Exception):
-    """Base of every exception of forebay. Causes are in ``__notes__``."""
+    """Base of every exception of forebay. The causes are in ``__notes__``."""
 
-    #: Shard that it happened in, if it has a place in the data.
+    #: Shard with the fault. None if the fault has no place in the data.
     path: str | None = None
-    #: Block of the shard, counted from 0.
+    #: Block in the shard, from 0.
     block: int | None = None
-    #: Row of the shard, counted from 0.
+    #: Row in the shard, from 0.
     row: int | None = None
 
 
 class ConfigError(ForebayError, ValueError):
-    """A setting, an argument or an environment variable has an unusable value."""
+    """A setting, an argument or an environment variable has a value that cannot be used."""
 
 
 class DataError(ForebayError, ValueError):
-    """A shard is damaged, of an unsupported type, or no longer the file that was opened."""
+    """A shard is damaged, has an unsupported type, or has changed since it was opened."""
 
 
 class StateMismatchError(ForebayError, ValueError):
@@ -35,11 +39,11 @@ class ReadError(ForebayError, OSError):
 
 
 class ClosedError(ForebayError, RuntimeError):
-    """The loader was closed, or is used in a forked child of its process."""
+    """The loader was closed, or a forked child of its process uses it."""
 
 
 class InternalError(ForebayError, RuntimeError):
-    """A defect of forebay, such as a panic in a worker."""
+    """Forebay has a defect, such as a panic in a worker."""
 
 
 for _class in (

@@ -1,6 +1,7 @@
-"""Several consumers of one loader, each in a thread of its own. Free of torch.
+"""Several consumers of one loader, each in a thread of its own.
 
-The core deals out the rows and lets the consumers wait for each other. These classes make iterators of that.
+The core deals out the rows and lets the consumers wait for each other. These classes turn that into
+iterators. The module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ class Whole(Protocol):
 
 
 class Split(Generic[Batch]):
-    """What the consumers share.
+    """The state that the consumers share.
 
-    `take` takes the next rows of a consumer's pass, or None at its end. `begins` runs before the first consumer begins
-    a pass.
+    `take` takes the next rows of a consumer's pass, and gives None at its end. `begins` runs before
+    the first consumer begins a pass.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class Split(Generic[Batch]):
         self.consumers = [Consumer(self, index, count) for index in range(count)]
 
     def state(self) -> State:
-        """The position after the last batch that every consumer has."""
+        """Returns the position after the last batch that every consumer has."""
         return dict(self.core.state())
 
     def restored(self) -> None:
-        """The loader was given another position: every consumer continues there in its next pass."""
+        """Tells the consumers that the loader has a new position.
+
+        Every consumer continues there in its next pass.
+        """
         self.core.restored()
 
 
@@ -57,22 +61,32 @@ class Consumer(Generic[Batch]):
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
-        """A new pass, together with the other consumers; it begins at its first ``next()``."""
+        """Makes a new pass, together with the other consumers.
+
+        It begins at its first ``next()``.
+        """
         return _Part(self)
 
     def __len__(self) -> int:
         return len(self._split.whole)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass is of this epoch. All consumers are told the same, or only the first to begin."""
+        """Lets the next pass begin `epoch`.
+
+        It is enough that the first consumer to begin is told. Consumers that are told must be told
+        the same epoch.
+        """
         self._split.core.set_epoch(self.index, epoch)
 
     def state_dict(self) -> State:
-        """The state of the loader: the position after the last batch that every consumer has."""
+        """Returns the position after the last batch that every consumer has.
+
+        It is the state of the loader.
+        """
         return self._split.state()
 
     def close(self) -> None:
-        """The others go on without this one."""
+        """Ends this consumer. The others go on without it."""
         self._closed = True
         self._split.core.close(self.index)
 
@@ -110,5 +124,5 @@ class _Part(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Takes no more of this pass: the others need not wait."""
+        """Ends this consumer's part in the pass. The others no longer wait for it."""
         self._core.close()

@@ -1,7 +1,7 @@
-"""Loaders in the shapes that trainers ask for which take neither torch's DataLoader nor any iterable.
+"""Loaders in the shapes that some trainers ask for.
 
-None of these projects is imported to import this. Each adapter keeps a loader of ``forebay.torch``; its state is the
-loader's.
+These trainers take neither torch's DataLoader nor any iterable. Importing this module imports none
+of their projects. Each adapter holds a loader of ``forebay.torch`` and keeps its state there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def hugging_face(trainer: Any, loader: DataLoader[Any]) -> None:
     """Lets a Trainer of transformers train on a native `loader`, and resume within any epoch."""
 
     def on_epoch_begin(_: Any, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        # Trainer tells the epoch to what it iterates, which after a resume is a loader of its own making.
+        # Trainer tells the epoch to the object that it iterates. After a resume, that is a loader
+        # that Trainer made itself.
         loader.set_epoch(int(state.epoch))
 
     base = importlib.import_module("transformers").TrainerCallback
@@ -38,7 +39,10 @@ def _shifted(loader: DataLoader[Any], what: str) -> DataLoader[Any]:
 
 
 class _Titan:
-    """What torchtitan's trainer takes of a data loader. Endless: its trainer counts steps."""
+    """The data loader that torchtitan's trainer takes.
+
+    It has no end, because that trainer counts steps.
+    """
 
     def __init__(self, loader: DataLoader[Any], flat: bool) -> None:
         self._loader, self._flat = loader, flat
@@ -64,19 +68,13 @@ class _Titan:
 
 
 def torchtitan(loader: DataLoader[Any], base: type | None = None, *, flat: bool = True) -> Any:
-    """A ``BaseDataLoader`` of torchtitan.
+    """Makes a ``BaseDataLoader`` of torchtitan from `loader`.
 
-    Parameters
-    ----------
-    base:
-        ``torchtitan.components.dataloader.BaseDataLoader``, of which the adapter is an instance then.
-    flat:
-        Batches of one axis of tokens, with ``positions``, as torchtitan has them since August 2026; else of rows.
+    Parameters ---------- base: ``torchtitan.components.dataloader.BaseDataLoader``, or None. The
+    adapter becomes an instance of it. flat: True gives batches with one axis of tokens and with
+    ``positions``, as torchtitan takes them since August 2026. False gives batches of rows.
 
-    Raises
-    ------
-    ConfigError
-        The loader has not ``targets="shifted"``.
+    Raises ------ ConfigError The loader does not have ``targets="shifted"``.
     """
     _shifted(loader, "torchtitan")
     kind = _Titan if base is None else type("ForebayDataLoader", (_Titan, base), {})
@@ -84,7 +82,10 @@ def torchtitan(loader: DataLoader[Any], base: type | None = None, *, flat: bool 
 
 
 class _Megatron:
-    """An iterator, as Megatron-LM wants ``--dataloader-type external`` to be. Endless: its trainer counts steps."""
+    """The iterator that Megatron-LM takes with ``--dataloader-type external``.
+
+    It has no end, because that trainer counts steps.
+    """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
@@ -108,7 +109,10 @@ class _Megatron:
         }
 
     def save_state(self) -> dict[str, Any]:
-        """What Megatron-LM stores for each data-parallel rank; the same for all of them."""
+        """Returns the state that Megatron-LM stores for each data-parallel rank.
+
+        It is the same for all ranks.
+        """
         return self._loader.state_dict()
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
@@ -117,18 +121,13 @@ class _Megatron:
 
 
 def megatron(loader: DataLoader[Any], state: Mapping[str, Any] | None = None) -> Any:
-    """An external data iterator of Megatron-LM.
+    """Makes an external data iterator of Megatron-LM from `loader`.
 
-    Parameters
-    ----------
-    state:
-        What ``save_state()`` gave, to go on there: Megatron-LM stores it as ``dataloader_state_dict``, and leaves
-        restoring to whoever builds the iterator.
+    Parameters ---------- state: A state that ``save_state()`` returned. The iterator continues
+    there. Megatron-LM stores the state as ``dataloader_state_dict``; the code that builds the
+    iterator has to restore it.
 
-    Raises
-    ------
-    ConfigError
-        The loader has not ``targets="shifted"``.
+    Raises ------ ConfigError The loader does not have ``targets="shifted"``.
     """
     iterator = _Megatron(_shifted(loader, "Megatron-LM"))
     if state is not None:
@@ -137,7 +136,7 @@ def megatron(loader: DataLoader[Any], state: Mapping[str, Any] | None = None) ->
 
 
 class _Olmo:
-    """What OLMo-core's trainer and its callbacks read of a data loader; its epochs are counted from 1."""
+    """The data loader that OLMo-core's trainer and its callbacks read. Its epochs begin at 1."""
 
     def __init__(self, loader: DataLoader[Any], fs_local_rank: int) -> None:
         config = loader.config
@@ -168,7 +167,7 @@ class _Olmo:
         return self.total_batches
 
     def reshuffle(self, epoch: int | None = None, **_: Any) -> None:
-        """Goes to an epoch; what was restored of it stays."""
+        """Goes to `epoch`. A position of that epoch that was restored stays."""
         if epoch is None:
             epoch = 1 if self._epoch is None else self._epoch + 1
         if epoch < 1:
@@ -189,7 +188,7 @@ class _Olmo:
         return self.global_batch_size
 
     def get_mock_batch(self) -> Tensors:
-        """Any tokens of the right shape."""
+        """Returns zeros with the shape of a batch."""
         config = self._loader.config
         return {"input_ids": torch.zeros(config["batch_size"], config["seq_len"], dtype=torch.int64)}
 
@@ -211,12 +210,12 @@ class _Olmo:
 
 
 def olmo(loader: DataLoader[Any], *, fs_local_rank: int = 0) -> Any:
-    """A data loader for OLMo-core's trainer.
+    """Makes a data loader of OLMo-core's trainer from `loader`.
 
     Raises
     ------
     ConfigError
-        The loader has not ``targets="labels"``, or a last batch of another size.
+        The loader does not have ``targets="labels"``, or its last batch may have another size.
     """
     config = loader.config
     if config["targets"] != "labels" or config["remainder"] == "short":

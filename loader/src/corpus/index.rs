@@ -1,9 +1,15 @@
-//! Index: what opening the shards of a corpus found, saved in one file, so that a start need not open them.
+//! The saved index: facts about the shards, in one file, so that a start need not open them.
 //!
-//! The file is a header and one record of fixed size per shard, in corpus order; ranks map it and read records where they lie. It is a cache:
-//! its name and key are of all that the records depend on beside the shards, a checksum covers every byte, and a record stands only while its
-//! shard has the size and the modification time it had. Whatever does not fit is an error to be shown as a warning, and the index is made anew.
-//! Writers make a file of their own and rename it, so that those who start at once replace each other's whole files.
+//! The file has a header and one record of fixed size per shard, in corpus order. Ranks map the
+//! file and read records in place.
+//!
+//! The index is a cache. Its name and key depend on all settings that the records depend on. A
+//! checksum covers every byte. A record is valid only while its shard has the same size and
+//! modification time. Any other content is an error, which the caller shows as a warning before it
+//! makes the index anew.
+//!
+//! A writer writes a file of its own and renames it. Writers that run at the same time replace each
+//! other's complete files.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -20,25 +26,28 @@ use crate::storage::{Files, ItemKind, Stamp};
 use crate::tokens::{Dtype, FieldTypes, MAX_FIELDS};
 
 const MAGIC: &[u8; 8] = b"forebayI";
-/// Layout of header and records.
+/// Version of the layout of header and records.
 const VERSION: u32 = 3;
-/// Magic, version, size of a record, number of records, key; then the checksum.
+/// Size of the header without its checksum, in bytes: magic, version, size of a record, number of
+/// records, key.
 const CHECKED_HEADER: usize = 40;
 const HEADER: usize = CHECKED_HEADER + 8;
 const RECORD: usize = 96 + MAX_FIELDS;
-/// In place of nanoseconds, where a file system has no modification times.
+/// Stands in the place of the nanoseconds if a file system has no modification times.
 const NO_TIME: u32 = u32::MAX;
 
 const ACCESSES: [Access; 2] = [Access::Random, Access::Block];
 
-/// A shard's place, by its absolute path: names may occur once under each root.
+/// Hash of a shard's absolute path.
+///
+/// Names would not do: a name may occur once under each root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Place(u128);
 
 impl Place {
-    /// Of each of `files`.
+    /// The places of `files`, in order.
     pub fn of_all(storage: &Files, files: &[ShardFile]) -> Vec<Self> {
-        // Shards by the thousand share a folder.
+        // Thousands of shards share a folder, so that its links are resolved only once.
         let mut folders: HashMap<&Path, PathBuf> = HashMap::new();
         let mut places = Vec::with_capacity(files.len());
         for file in files {
@@ -54,7 +63,7 @@ impl Place {
     }
 }
 
-/// The file that the index of a corpus is kept in.
+/// The file that holds the index of a corpus.
 #[derive(Clone, Debug)]
 pub struct IndexFile {
     files: Files,
@@ -63,14 +72,14 @@ pub struct IndexFile {
 }
 
 impl IndexFile {
-    /// In `folder`, of what `data` and the other settings mean.
+    /// Names the file in `folder` for the corpus that `data` and the other settings describe.
     pub fn new(folder: &Path, data: &[String], format: DataFormat, options: &OpenOptions) -> Self {
         let mut hash = Xxh3::new();
         let mut part = |bytes: &[u8]| {
             hash.update(&(bytes.len() as u64).to_le_bytes());
             hash.update(bytes);
         };
-        // Another version may cut blocks elsewhere.
+        // Another version of forebay may cut blocks elsewhere.
         part(env!("CARGO_PKG_VERSION").as_bytes());
         part(&VERSION.to_le_bytes());
         part(format!("{format:?} {:?} {}", options.token_column, options.block_tokens).as_bytes());
@@ -82,12 +91,12 @@ impl IndexFile {
         Self { files: options.files.clone(), path: folder.join(format!("{key:032x}.forebay-index")), key }
     }
 
-    /// Where it is.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What is saved there, if anything is.
+    /// Loads the saved index. Returns `None` if there is no file.
     pub fn load(&self, io: Io) -> Result<Option<SavedIndex>> {
         let damaged = |what: &str| Error::data(format!("saved index is damaged: {what}")).at(&self.path);
         let Some(stat) = self.files.stat_if_there(&self.path)? else { return Ok(None) };
@@ -117,7 +126,7 @@ impl IndexFile {
         Ok(Some(SavedIndex { bytes }))
     }
 
-    /// Saves `records`, in corpus order, in place of what is there. Returns the bytes of the file.
+    /// Saves `records`, in corpus order, and replaces the previous file. Returns the size in bytes.
     pub fn save(&self, records: impl ExactSizeIterator<Item = (Place, ShardFacts)>) -> Result<u64> {
         let mut bytes = Vec::with_capacity(HEADER + records.len() * RECORD);
         bytes.extend_from_slice(MAGIC);
@@ -139,27 +148,28 @@ impl IndexFile {
     }
 }
 
-/// A loaded index. Cheap to clone; a mapped one costs no memory of its own.
+/// A loaded index. It is cheap to clone. A mapped index costs no memory of its own.
 #[derive(Clone, Debug)]
 pub struct SavedIndex {
     bytes: Bytes,
 }
 
 impl SavedIndex {
-    /// Records.
+    /// The number of records.
     pub fn len(&self) -> usize {
         (self.bytes.len() - HEADER) / RECORD
     }
 
-    /// Whether there are none.
+    /// Whether the index has no records.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Record `index`: whose it is, and what is known of that shard; none where it holds what no writer writes.
+    /// Returns record `index`: the place of its shard, and the facts about it. Returns `None` if
+    /// the record holds values that no writer writes.
     ///
     /// # Panics
-    /// When `index` is not below [`SavedIndex::len`].
+    /// Panics if `index` is not below [`SavedIndex::len`].
     pub fn get(&self, index: usize) -> Option<(Place, ShardFacts)> {
         let record = &self.bytes[HEADER + index * RECORD..HEADER + (index + 1) * RECORD];
         let word = |place: usize| u64_at(record, 40 + place * 8);
@@ -203,7 +213,8 @@ fn push_record(bytes: &mut Vec<u8>, place: Place, facts: &ShardFacts) {
     debug_assert_eq!(bytes.len() - start, RECORD);
 }
 
-/// Whole seconds since 1970, which are negative before it, and the nanoseconds after them.
+/// Splits a time into whole seconds since 1970 and the nanoseconds after them. Seconds before 1970
+/// are negative.
 fn time_parts(time: Option<SystemTime>) -> (i64, u32) {
     match time.map(|time| time.duration_since(UNIX_EPOCH)) {
         None => (0, NO_TIME),

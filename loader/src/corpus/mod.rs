@@ -1,8 +1,10 @@
-//! Corpus: the shards of one source in order, what is where in them, and a fingerprint.
+//! The shards of one source in order, with the facts about each and a fingerprint of all.
 //!
-//! Without a saved index all shards are opened at the start, side by side on a pool of the loader's own, and every fault found is reported, not only
-//! the first. With one, only shards that it does not know as they are now are opened then; each of the others is opened by the first thread that reads
-//! it, and has to be what the index says.
+//! Without a saved index, all shards are opened at the start, in parallel on a pool of the loader.
+//! Every fault is reported, not only the first.
+//!
+//! With a saved index, only shards that are new or changed are opened at the start. Every other
+//! shard is opened by the first thread that reads it, and must be as the index says.
 
 pub mod discover;
 pub mod index;
@@ -28,7 +30,7 @@ use crate::sync::lock;
 use crate::text::escaped;
 use crate::tokens::{Dtype, FieldTypes, MAX_FIELDS};
 
-/// A block of the corpus: shard and block in it.
+/// A block of the corpus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockRef {
     /// Index of the shard.
@@ -37,14 +39,15 @@ pub struct BlockRef {
     pub block: u32,
 }
 
-/// An opened shard, and what stands before each of its blocks.
+/// An opened shard, with the counts before each of its blocks.
 #[derive(Debug)]
 pub struct OpenShard {
     shard: Shard,
     before: Vec<Counts>,
-    /// The further columns of its file, in the order of the setting `fields`; none where the file lacks one.
+    /// The further columns of the file, in the order of the setting `fields`. `None` stands for a
+    /// column that the file lacks.
     fields: Vec<Option<OpenShard>>,
-    /// Bytes that all blocks of the further columns take when decoded.
+    /// Bytes of all blocks of the further columns when decoded.
     fields_bytes: u64,
 }
 
@@ -70,7 +73,8 @@ impl OpenShard {
         Ok(opened)
     }
 
-    /// Fails unless the column `field`, called `name`, has as many documents and values as the tokens.
+    /// Fails unless the column `field`, called `name`, has as many documents and values as the
+    /// tokens.
     fn check_fits(&self, field: &Self, name: &str) -> Result<()> {
         let [tokens, values] = [self, field].map(|column| column.before[column.before.len() - 1]);
         let (there, now) = (self.shard.info().file.stamp(), field.shard.info().file.stamp());
@@ -84,8 +88,10 @@ impl OpenShard {
         }
     }
 
-    /// The error for the column `name` when its documents and the token documents differ in
-    /// length. Reads both columns to find the first such row.
+    /// Makes the error for the column `name` whose documents differ in length from the token
+    /// documents.
+    ///
+    /// Reads both columns to find the first such row.
     pub(crate) fn misfit(&self, field: &Self, name: &str) -> Error {
         let error = |text: String| Error::data(text).at(self.shard.path());
         let lengths = self.shard.row_lengths().and_then(|tokens| Ok((tokens, field.shard.row_lengths()?)));
@@ -105,8 +111,8 @@ impl OpenShard {
         }
     }
 
-    /// Column `column` of the file. Column 0 holds the tokens, and the fields follow in order. None
-    /// if the file lacks the column.
+    /// Returns column `column` of the file. Column 0 holds the tokens, and the fields follow in
+    /// order. Returns `None` if the file lacks the column.
     pub(crate) fn column(&self, column: usize) -> Option<&Self> {
         match column.checked_sub(1) {
             None => Some(self),
@@ -114,7 +120,7 @@ impl OpenShard {
         }
     }
 
-    /// Bytes that `tokens` tokens take in the further columns when decoded, on average.
+    /// Average bytes that `tokens` tokens take in the further columns when decoded.
     pub(crate) fn fields_bytes_of(&self, tokens: u64) -> u64 {
         let all = self.before[self.before.len() - 1].tokens.max(1);
         (u128::from(self.fields_bytes) * u128::from(tokens) / u128::from(all)) as u64
@@ -138,7 +144,7 @@ impl OpenShard {
         facts
     }
 
-    /// Closes the file until its next use, which fails if the file changed meanwhile.
+    /// Closes the file until its next use. That use fails if the file has changed meanwhile.
     fn let_go(&mut self) {
         self.shard.let_go();
         self.fields.iter_mut().flatten().for_each(Self::let_go);
@@ -155,23 +161,23 @@ impl OpenShard {
         Self { shard, before, fields: Vec::new(), fields_bytes: 0 }
     }
 
-    /// The shard.
+    /// The token column of the file.
     pub fn shard(&self) -> &Shard {
         &self.shard
     }
 
-    /// What is before each block and, last, in all of them.
+    /// The counts before each block, and last the counts of the whole shard.
     pub fn before(&self) -> &[Counts] {
         &self.before
     }
 
-    /// Bytes of its tables.
+    /// Bytes of the tables of this shard.
     pub fn index_bytes(&self) -> u64 {
         let of = |column: &Self| column.shard.index_bytes() + size_of_val(column.before.as_slice()) as u64;
         self.columns().map(of).sum()
     }
 
-    /// Whether the first token of block `block` continues a document of the block before.
+    /// Whether the first token of block `block` continues a document of the previous block.
     pub fn continues(&self, block: usize) -> bool {
         self.before[block].starts > self.before[block].ends
     }
@@ -190,12 +196,12 @@ pub struct Corpus {
     warnings: Vec<String>,
 }
 
-/// What is known of the shards.
+/// Facts about all shards.
 #[derive(Debug)]
 enum Facts {
-    /// Found by opening them.
+    /// The shards were opened, and these facts were found.
     Found(Vec<ShardFacts>),
-    /// Of an index whose records are those of the shards, in their order.
+    /// A saved index, whose records are those of the shards, in their order.
     Saved(SavedIndex),
 }
 
@@ -208,21 +214,23 @@ impl Facts {
     }
 }
 
-/// What bringing the index of a corpus up to date came to.
+/// The result of bringing the index of a corpus up to date.
 #[derive(Debug)]
 pub struct Indexed {
-    /// Where the index is.
+    /// The file of the index.
     pub file: IndexFile,
-    /// Shards that had to be opened, because they were not known as they are now.
+    /// Number of shards that were opened, because they were new or changed.
     pub opened: u64,
-    /// Why the index could not be saved, if it could not.
+    /// The reason why the index could not be saved. `None` if it was saved.
     pub unsaved: Option<Error>,
 }
 
 impl Corpus {
-    /// Finds the shards of `data` and opens them all; with a folder `cache`, only those that the index there does not know as they are now.
+    /// Finds the shards of `data` and opens them.
     ///
-    /// An index that is missing, outdated or damaged is made anew; one that cannot be saved is a warning.
+    /// With a folder `cache`, only shards that are new or changed since the index there was saved
+    /// are opened. An index that is missing, outdated or damaged is made anew. An index that cannot
+    /// be saved is a warning.
     pub fn open(
         data: &[String],
         format: DataFormat,
@@ -262,7 +270,9 @@ impl Corpus {
         Ok(corpus)
     }
 
-    /// As [`Corpus::open`] with a folder; `progress` is called with the number of shards opened and to be opened.
+    /// Opens the corpus like [`Corpus::open`] with a folder.
+    ///
+    /// Calls `progress` with the number of opened shards and the number of shards to open.
     pub fn index(
         data: &[String],
         format: DataFormat,
@@ -308,7 +318,7 @@ impl Corpus {
                 for (index, facts) in stale.iter().zip(opened) {
                     facts.map(|facts| known[*index] = Some(facts)).unwrap_or_else(|error| faults.push(error));
                 }
-                // One that cannot be opened is among the faults.
+                // A shard that cannot be opened is among the faults.
                 let described = files.iter().zip(&known).filter_map(|(file, facts)| Some((&*file.path, (*facts)?)));
                 no_faults(faults, described, format, options)?;
                 let facts: Vec<ShardFacts> = known.into_iter().flatten().collect();
@@ -350,7 +360,7 @@ impl Corpus {
                 corpus.files[index].path.display()
             ));
         }
-        // Empty shards have no blocks and say nothing of how tokens are reached.
+        // A shard without blocks does not show whether shards of this corpus are decoded.
         let typical = corpus.facts().find(|facts| facts.blocks > 0).or_else(|| corpus.facts().next());
         if let Some(typical) = typical {
             (corpus.dtype, corpus.access) = (typical.dtype, typical.access);
@@ -359,22 +369,22 @@ impl Corpus {
         Ok(corpus)
     }
 
-    /// Shards.
+    /// The number of shards.
     pub fn len(&self) -> usize {
         self.files.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no shards.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
     }
 
-    /// Where the shards are, and their names relative to the roots they were found under.
+    /// The paths of the shards, and their names relative to the roots they were found under.
     pub fn files(&self) -> &[ShardFile] {
         &self.files
     }
 
-    /// What is known of each shard, in corpus order.
+    /// The facts about each shard, in corpus order.
     pub fn facts(&self) -> impl ExactSizeIterator<Item = ShardFacts> + '_ {
         (0..self.len()).map(|index| self.facts.get(index))
     }
@@ -384,7 +394,7 @@ impl Corpus {
         self.facts().map(|facts| facts.counts)
     }
 
-    /// Shard `index`, opened now if it is not yet, and then compared with what is known of it.
+    /// Returns shard `index`. Opens it if it is closed, and then compares it with the known facts.
     pub fn shard(&self, index: usize) -> Result<Held<'_, OpenShard>> {
         self.shards.get_or_open(index, || {
             let opened = OpenShard::open(&self.files[index].path, &self.options)?;
@@ -393,12 +403,12 @@ impl Corpus {
         })
     }
 
-    /// Shard `index`, if it is open already.
+    /// Returns shard `index`, if it is open.
     pub fn opened(&self, index: usize) -> Option<Held<'_, OpenShard>> {
         self.shards.get(index)
     }
 
-    /// What went wrong with the saved index, a line each.
+    /// Faults of the saved index that are no errors, one line each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
@@ -408,42 +418,43 @@ impl Corpus {
         self.dtype
     }
 
-    /// How tokens are reached: `Block` if any shard has to be decoded.
+    /// How tokens are read: `Block` if any shard must be decoded.
     pub fn access(&self) -> Access {
         self.access
     }
 
-    /// Tokens on disk.
+    /// Number of tokens on disk.
     pub fn tokens(&self) -> u64 {
         self.counts().map(|counts| counts.tokens).sum()
     }
 
-    /// Non-empty documents.
+    /// Number of documents with tokens.
     pub fn documents(&self) -> u64 {
         self.counts().map(|counts| counts.starts).sum()
     }
 
-    /// Bytes that all blocks take when decoded; 0 where nothing is decoded.
+    /// Bytes of all blocks when decoded. 0 if nothing is decoded.
     pub fn decoded_bytes(&self) -> u64 {
         self.facts().map(|facts| facts.decoded_bytes).sum()
     }
 
-    /// Bytes that the largest block takes when decoded.
+    /// Bytes of the largest block when decoded.
     pub fn largest_block_bytes(&self) -> u64 {
         self.facts().map(|facts| facts.largest_block_bytes).max().unwrap_or(0)
     }
 
-    /// Blocks that hold tokens.
+    /// Number of blocks with tokens.
     pub fn blocks(&self) -> u64 {
         self.facts().map(|facts| facts.blocks).sum()
     }
 
-    /// What is known of shard `index`.
+    /// The facts about shard `index`.
     pub fn facts_of(&self, index: usize) -> ShardFacts {
         self.facts.get(index)
     }
 
-    /// Bytes of the tables of shards, and of the blocks of those that are open. A saved index is mapped and not counted.
+    /// Bytes of the table of shards, and of the tables of the open shards. A saved index is mapped
+    /// and not counted.
     pub fn index_bytes(&self) -> u64 {
         let path = |file: &ShardFile| size_of_val(file) + file.path.as_os_str().len() + file.name.len();
         let files: usize = self.files.iter().map(path).sum();
@@ -451,18 +462,19 @@ impl Corpus {
         (files + facts) as u64 + self.open_shards().map(|shard| shard.index_bytes()).sum::<u64>()
     }
 
-    /// Shards that may be open at the same time.
+    /// Number of shards that may be open at the same time.
     pub fn most_open(&self) -> usize {
         self.len().min(most_open_shards(&self.options))
     }
 
-    /// Shards that are open.
+    /// The shards that are open.
     pub fn open_shards(&self) -> impl Iterator<Item = Held<'_, OpenShard>> {
         (0..self.len()).filter_map(|index| self.opened(index))
     }
 
-    /// The type in which field `index` is stored. None if the corpus lacks the field. All shards with
-    /// tokens agree; a shard without tokens may lack the column.
+    /// The type in which field `index` is stored. `None` if the corpus lacks the field.
+    ///
+    /// All shards with tokens have the same type. A shard without tokens may lack the column.
     pub fn field_dtype(&self, index: usize) -> Option<Dtype> {
         let full = self.facts().find(|facts| facts.blocks > 0).or_else(|| self.facts().next());
         full?.fields.get(index)
@@ -473,7 +485,7 @@ impl Corpus {
         &self.options.fields
     }
 
-    /// Digest of names, sizes, counts and types, but of no absolute path or time.
+    /// Digest of names, sizes, counts and types. Absolute paths and times are not part of it.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -483,10 +495,10 @@ impl Corpus {
         self.facts.get(index).column.name(&self.options)
     }
 
-    /// The token columns of the first `shards` shards, each once, in the order of the corpus.
+    /// The token columns of the first `shards` shards, each once, in corpus order.
     pub fn token_columns(&self, shards: usize) -> Vec<&str> {
         let mut columns = Vec::new();
-        // The columns of shards without tokens take no part.
+        // Shards without tokens count only if no shard has tokens.
         let is_empty = !self.facts().take(shards).any(|facts| facts.blocks > 0);
         for facts in self.facts().take(shards).filter(|facts| is_empty || facts.blocks > 0) {
             let column = facts.column.name(&self.options);
@@ -497,7 +509,7 @@ impl Corpus {
         columns
     }
 
-    /// The families of formats of the first `shards` shards, each once, in the order of the corpus.
+    /// The families of formats of the first `shards` shards, each once, in corpus order.
     pub fn families(&self, shards: usize) -> Vec<&'static str> {
         let mut families = Vec::new();
         for facts in self.facts().take(shards) {
@@ -509,10 +521,12 @@ impl Corpus {
         families
     }
 
-    /// The fingerprint of a corpus of the first `shards` shards alone. Costs a hash of some 50 bytes per shard.
+    /// The fingerprint of a corpus of the first `shards` shards alone.
+    ///
+    /// Costs a hash of some 50 bytes per shard.
     ///
     /// # Panics
-    /// When there are fewer shards.
+    /// Panics if there are fewer shards.
     pub fn fingerprint_of(&self, shards: usize) -> String {
         let mut hash = Xxh3::new();
         let mut text = |text: &str| {
@@ -534,12 +548,12 @@ impl Corpus {
     }
 }
 
-/// Columns that are read of each file.
+/// Number of columns that are read from each file.
 fn columns_of(options: &OpenOptions) -> usize {
     1 + options.fields.len()
 }
 
-/// Shards that may be open at the same time. Each column has a file handle of its own.
+/// Number of shards that may be open at the same time. Each column has its own file handle.
 fn most_open_shards(options: &OpenOptions) -> usize {
     (local::most_files() / columns_of(options)).max(1)
 }
@@ -549,18 +563,19 @@ fn is_missing_column(error: &Error) -> bool {
     std::error::Error::source(error).is_some_and(|cause| cause.is::<MissingColumn>())
 }
 
-/// Columns that look like labels, masks or weights and that no loader reads: their names, and a shard that has them.
+/// Columns that look like labels, masks or weights, but are not read. Maps each to a shard that has
+/// it.
 #[derive(Debug, Default)]
 struct NotRead(Mutex<BTreeMap<String, String>>);
 
 impl NotRead {
-    /// Notes those of `shard`. Threads open shards side by side.
+    /// Notes such columns of `shard`. Threads open shards in parallel.
     fn add(&self, shard: &Shard, options: &OpenOptions) {
         let telling = |name: &&String| format::looks_like(name).is_some() && !options.fields.contains(name);
         for name in shard.info().not_read.iter().filter(telling) {
             let path = shard.path().display().to_string();
             let mut found = lock(&self.0);
-            // The same shard is named at each start, whichever thread is first.
+            // The message names the same shard at each start, whichever thread comes first.
             let first = found.entry(name.clone()).or_insert_with(|| path.clone());
             if path < *first {
                 *first = path;
@@ -568,7 +583,7 @@ impl NotRead {
         }
     }
 
-    /// The line for the user.
+    /// The warning for the user.
     fn warning(&self) -> Option<String> {
         let found = lock(&self.0);
         let path = found.values().min()?;
@@ -581,7 +596,7 @@ impl NotRead {
     }
 }
 
-/// Which record of `saved` is that of each file, where the file has the size and the time it had then.
+/// Finds for each file its record in `saved`. `None` if the file has another size or time now.
 fn known_records(
     files: &[ShardFile],
     places: &[Place],
@@ -590,7 +605,8 @@ fn known_records(
     pool: &rayon::ThreadPool,
 ) -> Vec<Option<usize>> {
     let Some(saved) = saved else { return vec![None; files.len()] };
-    // Shards stand where they stood, as a rule; the table of the others is made when one does not.
+    // Shards mostly keep their place in the index. The table of the other places is made only when
+    // a shard has moved.
     let others: OnceLock<HashMap<Place, usize>> = OnceLock::new();
     let elsewhere = |place: Place| -> Option<usize> {
         let table = others.get_or_init(|| {
@@ -602,13 +618,15 @@ fn known_records(
     let known = |index: usize| {
         let is_here = index < saved.len() && saved.get(index).is_some_and(|(place, _)| place == places[index]);
         let record = if is_here { index } else { elsewhere(places[index])? };
-        // A file that cannot be looked at is opened, which tells why.
+        // A file whose `stat` fails is opened, and the error of opening tells why.
         (storage.stat(&files[index].path).ok()?.stamp == saved.get(record)?.1.stamp).then_some(record)
     };
     side_by_side(pool, files.len(), known)
 }
 
-/// What `work` makes of each of `0..count`, in order, by the threads of `pool` and the caller, which would only wait.
+/// Returns the result of `work` for each of `0..count`, in order.
+///
+/// The threads of `pool` and the caller work in parallel. Otherwise the caller would only wait.
 fn side_by_side<T: Send + Sync>(pool: &rayon::ThreadPool, count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let results: Vec<OnceLock<T>> = std::iter::repeat_with(OnceLock::new).take(count).collect();
     let next = AtomicUsize::new(0);
@@ -632,7 +650,8 @@ fn is_in_order(records: &[Option<usize>]) -> bool {
     records.iter().enumerate().all(|(index, record)| *record == Some(index))
 }
 
-/// Fails where an opened shard is not what the index says. Sizes of blocks are left out: they are needed for budgets only.
+/// Fails if an opened shard differs from its record in the index. The sizes of blocks are not
+/// compared, because only budgets need them.
 fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
     let changed = |what: &str, then: &dyn fmt::Debug, now: &dyn fmt::Debug| {
         Err(Error::new(
@@ -649,7 +668,7 @@ fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
     if now != then {
         return changed("its modification time", &then.modified, &now.modified);
     }
-    // Same size and time, other content: the index would be taken for right at the next start too.
+    // Size and time are the same, so that the next start would believe the index again.
     let content = |facts: ShardFacts| {
         (facts.format, facts.dtype, facts.column, facts.access, facts.rows, facts.counts, facts.fields)
     };
@@ -671,7 +690,7 @@ fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
     Ok(())
 }
 
-/// Fails with `faults` and with those that show only when all shards are seen together.
+/// Fails with `faults`, and with faults that show only when all shards are seen together.
 fn no_faults<'a>(
     mut faults: Vec<Error>,
     shards: impl Iterator<Item = (&'a Path, ShardFacts)> + Clone,
@@ -683,7 +702,8 @@ fn no_faults<'a>(
     if faults.is_empty() { Ok(()) } else { Err(Error::all(faults)) }
 }
 
-/// Shards that cannot stand in one corpus together: other token columns or types, or another way to be read.
+/// Finds shards that cannot be in one corpus: shards with different token columns, types, or ways
+/// of reading.
 pub fn mixed_shards<'a>(
     shards: impl Iterator<Item = (&'a Path, ShardFacts)> + Clone,
     options: &OpenOptions,
@@ -700,7 +720,8 @@ pub fn mixed_shards<'a>(
         )));
         return faults;
     }
-    // A shard without tokens fits to all: writers give it any type, and nothing can be reached in it.
+    // A shard without tokens fits every corpus. Writers give it any type, and nothing is read from
+    // it.
     let mut full = shards.filter(|(_, facts)| facts.blocks > 0);
     let Some((first_path, first)) = full.clone().next() else { return faults };
     if let Some(error) = mixed_columns(full.clone(), options) {
@@ -741,7 +762,8 @@ pub fn mixed_shards<'a>(
 }
 
 /// The error for two shards whose token columns differ in name, or where only one holds lists.
-/// Shards without tokens take no part.
+///
+/// Shards without tokens are ignored.
 pub fn mixed_columns<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)>, options: &OpenOptions) -> Option<Error> {
     let mut full = shards.filter(|(_, facts)| facts.blocks > 0);
     let (first_path, first) = full.next()?;
@@ -756,7 +778,7 @@ pub fn mixed_columns<'a>(shards: impl Iterator<Item = (&'a Path, ShardFacts)>, o
     )))
 }
 
-/// The first shard of another format than the setting `format` allows.
+/// Finds the first shard of another format than the setting `format` allows.
 fn unexpected_shard<'a>(mut shards: impl Iterator<Item = (&'a Path, ShardFacts)>, format: DataFormat) -> Option<Error> {
     if format == DataFormat::Auto {
         return None;

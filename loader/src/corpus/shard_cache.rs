@@ -1,7 +1,8 @@
-//! Opened shards: each opened once by whoever needs it first, and closed again where a corpus has more than a process may have open.
+//! Keeps opened shards.
 //!
-//! Up to the limit shards stay open, and getting at one takes no lock. Above it the ones that were not used lately make room; whoever holds one keeps it
-//! until they let go.
+//! The first thread that needs a shard opens it. Up to the limit of open shards, shards stay open,
+//! and access takes no lock. Above the limit, shards that were not used lately are closed. A thread
+//! that holds a shard keeps it until it lets go.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Deref;
@@ -10,45 +11,46 @@ use std::sync::{Arc, Mutex, OnceLock};
 use crate::error::Result;
 use crate::sync::lock;
 
-/// Shards that can be opened at the same time.
+/// Number of shards that can be opened at the same time.
 const OPENING: usize = 64;
 
-/// The opened ones of a number of shards.
+/// The opened shards of a corpus.
 #[derive(Debug)]
 pub(crate) struct Opened<T> {
     places: Places<T>,
-    /// Held by whoever opens a shard whose number is this one's modulo the length, so that none is opened twice.
+    /// The thread that opens a shard holds the lock with the shard's number modulo the length. No
+    /// shard is opened twice.
     opening: [Mutex<()>; OPENING],
 }
 
 #[derive(Debug)]
 enum Places<T> {
-    /// All may be open.
+    /// All shards may be open.
     All(Vec<OnceLock<T>>),
-    /// So many may.
+    /// At most `most` shards may be open.
     Some { most: usize, recent: Mutex<Recent<T>> },
 }
 
 #[derive(Debug)]
 struct Recent<T> {
     open: HashMap<usize, Entry<T>>,
-    /// The open ones, in the order in which they are looked at when room is needed.
+    /// The open shards, in the order in which they are examined when room is needed.
     queue: VecDeque<usize>,
 }
 
 #[derive(Debug)]
 struct Entry<T> {
     shard: Arc<T>,
-    /// Whether it was used since it was last passed over.
+    /// Whether the shard was used since it was last examined.
     used: bool,
 }
 
-/// An opened shard, kept open while this lives.
+/// An opened shard, which stays open while this value lives.
 #[derive(Debug)]
 pub enum Held<'a, T> {
-    /// It stays open anyway.
+    /// The shard stays open in any case.
     Kept(&'a T),
-    /// It may be closed afterwards.
+    /// The shard may be closed afterwards.
     Shared(Arc<T>),
 }
 
@@ -64,7 +66,7 @@ impl<T> Deref for Held<'_, T> {
 }
 
 impl<T> Opened<T> {
-    /// For `count` shards, of which at most `most` stay open.
+    /// Makes room for `count` shards, of which at most `most` stay open.
     pub(crate) fn new(count: usize, most: usize) -> Self {
         let places = if count <= most {
             Places::All(std::iter::repeat_with(OnceLock::new).take(count).collect())
@@ -77,7 +79,7 @@ impl<T> Opened<T> {
         Self { places, opening: std::array::from_fn(|_| Mutex::new(())) }
     }
 
-    /// Shard `index`, if it is open.
+    /// Returns shard `index`, if it is open.
     pub(crate) fn get(&self, index: usize) -> Option<Held<'_, T>> {
         match &self.places {
             Places::All(shards) => shards[index].get().map(Held::Kept),
@@ -90,7 +92,9 @@ impl<T> Opened<T> {
         }
     }
 
-    /// Shard `index`, opened by `open` if it is not yet. An error is not kept: the next one tries again.
+    /// Returns shard `index`. Opens it by `open` if it is closed.
+    ///
+    /// An error is not kept: the next caller tries again.
     pub(crate) fn get_or_open(&self, index: usize, open: impl FnOnce() -> Result<T>) -> Result<Held<'_, T>> {
         if let Some(shard) = self.get(index) {
             return Ok(shard);
@@ -105,7 +109,8 @@ impl<T> Opened<T> {
             Places::Some { most, recent } => {
                 let shard = Arc::new(shard);
                 let closed = lock(recent).insert(index, Arc::clone(&shard), *most);
-                // Outside of the lock, as unmapping a large file takes a while.
+                // The drop happens outside of the lock, because unmapping a large file takes a
+                // while.
                 drop(closed);
                 Held::Shared(shard)
             }
@@ -114,7 +119,7 @@ impl<T> Opened<T> {
 }
 
 impl<T> Recent<T> {
-    /// Adds a shard, and takes out the ones that make room for it.
+    /// Adds a shard, and returns the shards that must be closed to make room.
     fn insert(&mut self, index: usize, shard: Arc<T>, most: usize) -> Vec<Arc<T>> {
         let mut closed = Vec::new();
         while self.open.len() >= most

@@ -1,7 +1,8 @@
 //! Loops that widen runs of tokens.
 //!
-//! The loops have no branches and no bounds checks inside, so the compiler turns them into vector code. On x86-64 they
-//! are compiled once more for AVX2 and for AVX-512, and chosen at run time.
+//! The loops have no branches and no bounds checks inside, so that the compiler turns them into
+//! vector code. On x86-64 they are also compiled for AVX2 and for AVX-512. The version is chosen at
+//! run time.
 
 use crate::tokens::{Dtype, Tokens};
 
@@ -9,7 +10,7 @@ use crate::tokens::{Dtype, Tokens};
 pub(crate) trait Id: Copy + Send + 'static {
     /// Bits of an id that this type cannot hold.
     const UNFIT: u64;
-    /// The id, of which no unfit bit is set.
+    /// Converts an id without unfit bits.
     fn of(id: i64) -> Self;
 }
 
@@ -27,21 +28,21 @@ impl Id for i32 {
     }
 }
 
-/// Where the next run of tokens begins. Its bytes are brought into the cache while this run is widened. Only a hint:
-/// nothing is read there.
+/// The start of the next run of tokens. Its bytes are brought into the cache while this run is
+/// widened. It is only a hint: nothing is read there.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ahead(*const u8);
 
 impl Ahead {
-    /// Nothing is known to come.
+    /// No next run is known.
     pub(crate) const NONE: Self = Self(std::ptr::null());
 
-    /// These bytes come.
+    /// These bytes are read next.
     pub(crate) fn of(bytes: &[u8]) -> Self {
         Self(bytes.as_ptr())
     }
 
-    /// Whether nothing is known to come.
+    /// Whether no next run is known.
     pub(super) fn is_none(self) -> bool {
         self.0.is_null()
     }
@@ -52,7 +53,7 @@ impl Ahead {
         #[cfg(target_arch = "x86_64")]
         for line in 0..LINES {
             let at = self.0.wrapping_add(offset_bytes + line * 64);
-            // SAFETY: prefetching is a hint that reads nothing and never faults, whatever the address.
+            // SAFETY: a prefetch is a hint. It reads nothing and never faults, at any address.
             unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast()) };
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -60,10 +61,10 @@ impl Ahead {
     }
 }
 
-/// Tokens widened between two prefetches: a cache line of the narrowest type.
+/// Number of tokens widened between two prefetches: a cache line of the narrowest type.
 const STEP: usize = 64;
 
-/// Writes the `id` of every chunk. Returns all ids or-ed together where `CHECKED`, and else 0.
+/// Writes the `id` of every chunk. Returns all ids or-ed together if `CHECKED`, and otherwise 0.
 #[inline(always)]
 fn each<const N: usize, const CHECKED: bool, T: Id>(
     ids: &mut [T],
@@ -155,15 +156,16 @@ fn widen_avx512<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, a
     widen_with(ids, labels, tokens, ahead)
 }
 
-/// Writes `tokens` to `ids`, and to `labels` where there are any; each has as many places as there are tokens. Returns
-/// all ids or-ed together where they may not fit, and else 0.
+/// Writes `tokens` to `ids`, and to `labels` if there are any. Each has one place per token.
+///
+/// Returns all ids or-ed together if some may not fit, and otherwise 0.
 pub(super) fn widen_places<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahead: Ahead) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx512bw") && std::arch::is_x86_feature_detected!("avx512vl") {
-        // SAFETY: the processor has AVX-512 BW and VL, just asked.
+        // SAFETY: the check above found AVX-512 BW and VL on this processor.
         return unsafe { widen_avx512(ids, labels, tokens, ahead) };
     } else if std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the processor has AVX2, just asked.
+        // SAFETY: the check above found AVX2 on this processor.
         return unsafe { widen_avx2(ids, labels, tokens, ahead) };
     }
     widen_with(ids, labels, tokens, ahead)

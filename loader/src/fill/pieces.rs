@@ -5,11 +5,11 @@ use crate::format::Ends;
 /// A part of a stretch of a block's stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Piece {
-    /// `bos_id`.
+    /// The id `bos_id`.
     Bos,
-    /// Tokens `start..start + len` of the block.
+    /// The tokens `start..start + len` of the block.
     Tokens { start: u64, len: u64 },
-    /// `eos_id`.
+    /// The id `eos_id`.
     Eos,
     /// The end of a document, which takes no place.
     End,
@@ -17,8 +17,8 @@ pub(crate) enum Piece {
 
 /// Calls `each` with the pieces of stream places `from..to` of a block, in order.
 ///
-/// `ends` are the block's document ends, and `tokens` is its token count. `continues` says that the first token of the
-/// block continues a document of the block before.
+/// `ends` holds the block's document ends, and `tokens` is its token count. `continues` tells that
+/// the first token of the block continues a document of the previous block.
 pub(crate) fn pieces<E>(
     ends: &Ends<'_>,
     tokens: u64,
@@ -30,10 +30,10 @@ pub(crate) fn pieces<E>(
 ) -> Result<(), E> {
     let (bos, eos) = (u64::from(bos), u64::from(eos));
     let started = |documents: u64| (documents - u64::from(continues && documents > 0)) * bos;
-    // Stream place just after document `index` of those that end in the block.
+    // The stream place just after the `index`-th document that ends in the block.
     let stream_end = |index: usize| ends.get(index) + (index as u64 + 1) * eos + started(index as u64 + 1);
 
-    // First document that reaches beyond `from`.
+    // The first document that reaches beyond `from`.
     let (mut low, mut high) = (0, ends.len());
     while low < high {
         let middle = low + (high - low) / 2;

@@ -1,53 +1,53 @@
-//! Rows: the places that a run of tokens is written to.
+//! Rows, as the places that a run of tokens is written to.
 
 use super::kernels::{Ahead, Id, widen_places};
 use crate::error::Error;
 use crate::tokens::{Tokens, negative_id};
 
-/// A row, or a part of one: the places of its ids and of its labels.
+/// The places of the ids and labels of a row, or of a part of a row.
 ///
-/// A label stands at its id's place, or one token ahead where targets are shifted. A shifted row of `n` places
-/// takes `n + 1` tokens: the first one has no label, and the last one has no id.
+/// A label is written at its id's place, or one token ahead if targets are shifted. A shifted row
+/// of `n` places takes `n + 1` tokens. The first token has no label, and the last one has no id.
 #[derive(Debug)]
 pub(crate) struct Row<'a, T> {
     ids: &'a mut [T],
-    /// As many as ids, or none.
+    /// The labels. There are as many as ids, or none.
     labels: &'a mut [i64],
-    /// Tokens at the start that have no label: 1 at the start of a shifted row.
+    /// Number of tokens at the start that have no label: 1 at the start of a shifted row.
     lead: usize,
 }
 
 impl<'a, T: Id> Row<'a, T> {
-    /// A row of ids alone.
+    /// Makes a row of ids without labels.
     #[cfg(test)]
     pub(crate) fn of_ids(ids: &'a mut [T]) -> Self {
         Self { ids, labels: &mut [], lead: 0 }
     }
 
-    /// A row of ids and of labels that say the same.
+    /// Makes a row of ids and of labels with the same values.
     ///
     /// # Panics
-    /// When the lengths differ.
+    /// Panics if the lengths differ.
     pub(crate) fn with_labels(ids: &'a mut [T], labels: &'a mut [i64]) -> Self {
         assert_eq!(ids.len(), labels.len(), "ids and labels differ in length");
         Self { ids, labels, lead: 0 }
     }
 
-    /// A row of ids and of labels that are one token ahead.
+    /// Makes a row of ids and of labels that are one token ahead.
     ///
     /// # Panics
-    /// When the lengths differ.
+    /// Panics if the lengths differ.
     pub(crate) fn with_shifted_labels(ids: &'a mut [T], labels: &'a mut [i64]) -> Self {
         Self { lead: 1, ..Self::with_labels(ids, labels) }
     }
 
-    /// Tokens that the row takes.
+    /// Number of tokens that the row takes.
     #[cfg(test)]
     fn len(&self) -> usize {
         self.ids.len().max(self.lead + self.labels.len())
     }
 
-    /// The first `count` tokens, and the others.
+    /// Splits the row into its first `count` tokens and the others.
     pub(crate) fn split_at(self, count: usize) -> (Self, Self) {
         let lead = self.lead.min(count);
         let (ids, more_ids) = self.ids.split_at_mut(count.min(self.ids.len()));
@@ -55,7 +55,7 @@ impl<'a, T: Id> Row<'a, T> {
         (Self { ids, labels, lead }, Self { ids: more_ids, labels: more_labels, lead: self.lead - lead })
     }
 
-    /// Takes the first `count` tokens off.
+    /// Takes off the first `count` tokens.
     pub(crate) fn take(&mut self, count: usize) -> Self {
         let (ids, labels) = (std::mem::take(&mut self.ids), std::mem::take(&mut self.labels));
         let (first, rest) = Self { ids, labels, lead: self.lead }.split_at(count);
@@ -73,13 +73,13 @@ impl<'a, T: Id> Row<'a, T> {
 /// An id that the delivered type cannot hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct UnfitId {
-    /// Its place in the run of tokens.
+    /// Place of the id in the run of tokens.
     pub(crate) index: usize,
     id: i64,
 }
 
 impl UnfitId {
-    /// The error of a batch that this id is in.
+    /// Makes the error of a batch with this id.
     pub(crate) fn error(self) -> Error {
         match self.id {
             ..0 => negative_id(self.id),
@@ -88,16 +88,18 @@ impl UnfitId {
     }
 }
 
-/// Writes `tokens` over `row`, which takes as many. Fails with the first id that does not fit; the row is then not to
-/// be used.
+/// Writes `tokens` to `row`, which has a place for each.
+///
+/// Fails with the first id that does not fit. The content of the row is then undefined.
 ///
 /// # Panics
-/// When the lengths differ.
+/// Panics if the lengths differ.
 pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -> Result<(), UnfitId> {
     let Row { mut ids, mut labels, lead } = row;
     let len = ids.len().max(lead + labels.len());
     assert_eq!(len, tokens.len(), "row and run differ in length");
-    // Fetching where nothing is mapped walks the page table every time; fetching the bytes that are read now is free.
+    // Fetching an unmapped address walks the page table every time. Fetching bytes that are read
+    // anyway costs nothing.
     let ahead = if ahead.is_none() { Ahead::of(tokens.bytes()) } else { ahead };
     let (mut any, mut paired) = (0, *tokens);
     if lead == 1 && len > 0 {
@@ -108,7 +110,7 @@ pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -
         paired = paired.slice(1..paired.len());
     }
     if ids.len() < paired.len() {
-        // The last token of a shifted row.
+        // A shifted row ends with a token that has no id.
         let id = paired.get(paired.len() - 1);
         any |= id as u64;
         let (last, before) = labels.split_last_mut().expect("a token without an id has a label");
@@ -121,7 +123,7 @@ pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -
         return Ok(());
     }
     let ids = (0..tokens.len()).map(|index| UnfitId { index, id: tokens.get(index) });
-    // Another process may write to the file between the two looks.
+    // Another process may write to the file between the two reads.
     let unfit = { ids }.find(|unfit| unfit.id as u64 & T::UNFIT != 0);
     Err(unfit.unwrap_or(UnfitId { index: 0, id: any as i64 }))
 }

@@ -1,8 +1,11 @@
-//! Shards: one file each, opened, described by blocks, and read.
+//! Opens shards, describes them by blocks, and reads them. A shard is one file.
 //!
-//! A shard knows its blocks from metadata alone: how many tokens each holds and how many non-empty documents start
-//! and end in it. Its content decides how it is read (see [`Shard`]): windows straight from the file, or whole blocks
-//! decoded into memory. [`FORMATS`] lists the formats. Nothing here knows of layouts, orders or batches.
+//! A shard knows its blocks from metadata alone: the tokens of each block, and the non-empty
+//! documents that start and end in it. The content of the file decides how it is read (see
+//! [`Shard`]). Either windows are read straight from the file, or whole blocks are decoded into
+//! memory.
+//!
+//! [`FORMATS`] lists the formats. This room knows nothing of layouts, orders or batches.
 
 pub mod arrow;
 mod columns;
@@ -21,7 +24,7 @@ use crate::storage::{Files, Reads, SourceFile, Stamp};
 use crate::sync::Cancel;
 use crate::tokens::{Dtype, FieldTypes, Tokens};
 
-/// Container format of a shard: a row of [`FORMATS`].
+/// Container format of a shard. [`FORMATS`] has a row for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
     /// Apache Parquet.
@@ -32,10 +35,11 @@ pub enum Format {
     ArrowStream,
 }
 
-/// Every format that shards may have, in the order in which a file's content is compared with them.
+/// The formats of shards, in the order in which a file's content is compared with them.
 ///
-/// Discovery, the setting `format`, opening, the saved index and the messages read this table. A saved index stores
-/// positions in it, so a new format goes to the end or raises the version of the index.
+/// Discovery, the setting `format`, opening, the saved index and the messages read this table. A
+/// saved index stores positions in it. So a new format goes to the end, or raises the version of
+/// the index.
 pub static FORMATS: [FormatEntry; 3] = [
     FormatEntry {
         format: Format::Parquet,
@@ -66,20 +70,21 @@ pub static FORMATS: [FormatEntry; 3] = [
     },
 ];
 
-/// What the core has to know of a format.
+/// The facts about a format that the core needs.
 #[derive(Debug)]
 pub struct FormatEntry {
     /// The format that this row describes.
     pub format: Format,
     /// Name shown to users.
     pub name: &'static str,
-    /// Formats of one family may be mixed in one corpus. The setting `format` names a family.
+    /// The family of the format. Formats of one family may be mixed in one corpus. The setting
+    /// `format` names a family.
     pub family: DataFormat,
     /// Suffixes of the files that a search of a folder takes.
     pub suffixes: &'static [&'static str],
-    /// The bytes that a file begins with, for messages.
+    /// The bytes that a file begins with, as text for messages.
     begins: &'static str,
-    /// Tells whether a file has this format. The file's name says nothing.
+    /// Tells whether a file has this format. The name of the file is not used.
     recognise: fn(&Sample<'_>) -> Recognised,
     /// Opens a file whose content is known to have this format.
     open: fn(Reads, &OpenOptions) -> Result<Shard>,
@@ -88,27 +93,27 @@ pub struct FormatEntry {
 /// The beginning and the end of a file, from which its format is recognised.
 #[derive(Debug)]
 pub(crate) struct Sample<'a> {
-    /// Bytes of the file.
+    /// Size of the file, in bytes.
     pub(crate) len: u64,
-    /// Its first 8 bytes, or all of a shorter file.
+    /// The first 8 bytes, or all bytes of a shorter file.
     pub(crate) head: &'a [u8],
-    /// Its last 6 bytes, or all of a shorter file.
+    /// The last 6 bytes, or all bytes of a shorter file.
     pub(crate) tail: &'a [u8],
 }
 
-/// What a format says of a file.
+/// The answer of a format about a file.
 #[derive(Debug)]
 pub(crate) enum Recognised {
     /// The file has another format.
     No,
     /// The file has this format.
     Yes,
-    /// The file has this format and cannot be read, for the reason given.
+    /// The file has this format, but cannot be read for the given reason.
     Refused(&'static str),
 }
 
 impl Format {
-    /// Its row in the table.
+    /// The row of the format in the table.
     pub fn entry(self) -> &'static FormatEntry {
         FORMATS.iter().find(|entry| entry.format == self).expect("the table has every format")
     }
@@ -118,13 +123,13 @@ impl Format {
         self.entry().name
     }
 
-    /// The family of formats that may be mixed in one corpus.
+    /// The family of the format. Formats of one family may be mixed in one corpus.
     pub fn family(self) -> DataFormat {
         self.entry().family
     }
 }
 
-/// Suffixes of the files that a search of a folder takes if the setting `format` is `wanted`.
+/// Suffixes of the files that a search of a folder takes under the setting `format`.
 pub fn suffixes(wanted: DataFormat) -> Vec<&'static str> {
     let mut suffixes = Vec::new();
     for entry in &FORMATS {
@@ -136,47 +141,50 @@ pub fn suffixes(wanted: DataFormat) -> Vec<&'static str> {
     suffixes
 }
 
-/// How the tokens of a shard can be reached.
+/// The way to read the tokens of a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
-    /// Any window of tokens lies in the file as it is: [`RandomShard`].
+    /// The file holds any window of tokens as it is: [`RandomShard`].
     Random,
-    /// A block has to be decoded first: [`BlockShard`].
+    /// A block must be decoded first: [`BlockShard`].
     Block,
 }
 
-/// What metadata says of one block.
+/// The facts about one block that metadata gives.
 ///
-/// A document may span blocks, so starts and ends are counted apart; empty and null documents count in neither.
+/// A document may span blocks, so starts and ends are counted separately. Empty and null documents
+/// count in neither.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockMeta {
-    /// Tokens in the block.
+    /// Number of tokens in the block.
     pub tokens: u64,
-    /// Non-empty documents whose first token is in the block.
+    /// Number of non-empty documents whose first token is in the block.
     pub starts: u64,
-    /// Non-empty documents whose last token is in the block.
+    /// Number of non-empty documents whose last token is in the block.
     pub ends: u64,
-    /// Bytes the decoded block takes in memory; 0 where nothing is decoded.
+    /// Bytes of the decoded block in memory. 0 if nothing is decoded.
     pub decoded_bytes: u64,
-    /// Shard row of the first document that starts in the block, where known; for error messages.
+    /// Row of the first document that starts in the block, if known. Error messages use it.
     pub first_row: u64,
 }
 
 impl BlockMeta {
-    /// Its part of the counts of its shard.
+    /// The counts that the block adds to its shard.
     pub fn counts(&self) -> Counts {
         Counts { tokens: self.tokens, starts: self.starts, ends: self.ends }
     }
 }
 
-/// Tokens, and the non-empty documents that start and end among them. A shard has as many starts as ends.
+/// A number of tokens, and the non-empty documents that start and end among them.
+///
+/// A shard has as many starts as ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Tokens.
+    /// Number of tokens.
     pub tokens: u64,
-    /// Non-empty documents whose first token is among them.
+    /// Number of non-empty documents whose first token is counted.
     pub starts: u64,
-    /// Non-empty documents whose last token is among them.
+    /// Number of non-empty documents whose last token is counted.
     pub ends: u64,
 }
 
@@ -194,58 +202,58 @@ impl std::iter::Sum for Counts {
     }
 }
 
-/// What is known of a shard without its blocks: enough to place it in a corpus before it is opened.
+/// The facts about a shard without its blocks. They are enough to place it in a corpus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardFacts {
     /// Size and modification time of the file.
     pub stamp: Stamp,
-    /// Its container format.
+    /// Container format of the file.
     pub format: Format,
-    /// Type of its token ids.
+    /// Type of the token ids.
     pub dtype: Dtype,
-    /// Column that holds its tokens.
+    /// Column with the tokens.
     pub column: TokenColumn,
-    /// How its tokens are reached.
+    /// The way to read the tokens.
     pub access: Access,
-    /// Rows, empty and null ones included.
+    /// Number of rows. Empty and null rows count.
     pub rows: u64,
-    /// Blocks that hold tokens.
+    /// Number of blocks with tokens.
     pub blocks: u64,
-    /// Tokens and documents.
+    /// Number of tokens and documents.
     pub counts: Counts,
-    /// Bytes that all its blocks take when decoded; 0 where nothing is decoded.
+    /// Bytes of all blocks when decoded. 0 if nothing is decoded.
     pub decoded_bytes: u64,
-    /// Bytes that the largest of them takes.
+    /// Bytes of the largest block when decoded. 0 if nothing is decoded.
     pub largest_block_bytes: u64,
     /// Types of the further columns.
     pub fields: FieldTypes,
 }
 
-/// Where the non-empty documents of a block end: strictly increasing token offsets from the block's start.
+/// The ends of the non-empty documents of a block, as token offsets from the start of the block.
 ///
-/// The last document of the block is listed only if it ends there.
+/// The offsets increase strictly. The last document of the block is listed only if it ends there.
 #[derive(Clone, Copy, Debug)]
 pub enum Ends<'a> {
-    /// One offset per document.
+    /// A list with one offset per document.
     List(&'a [u32]),
-    /// Arrow list offsets, little-endian, of `width` 4 or 8 bytes; the first value is the base of the rest.
+    /// Little-endian list offsets of Arrow. The first value is the base of the others.
     Offsets {
         /// `documents + 1` offsets.
         bytes: &'a [u8],
-        /// Bytes of one offset.
+        /// Size of one offset in bytes: 4 or 8.
         width: usize,
     },
-    /// Documents of one length.
+    /// Documents of equal length.
     Fixed {
-        /// Tokens of each.
+        /// Number of tokens of each document.
         length: u64,
-        /// How many.
+        /// Number of documents.
         count: usize,
     },
 }
 
 impl Ends<'_> {
-    /// How many documents end in the block.
+    /// Number of documents that end in the block.
     pub fn len(&self) -> usize {
         match *self {
             Self::List(list) => list.len(),
@@ -254,15 +262,15 @@ impl Ends<'_> {
         }
     }
 
-    /// Whether none does.
+    /// Whether no document ends in the block.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Token offset, from the block's start, just after document `index`.
+    /// The token offset just after document `index`, from the start of the block.
     ///
     /// # Panics
-    /// When `index` is not below [`Ends::len`].
+    /// Panics if `index` is not below [`Ends::len`].
     pub fn get(&self, index: usize) -> u64 {
         match *self {
             Self::List(list) => u64::from(list[index]),
@@ -277,34 +285,34 @@ impl Ends<'_> {
 
 fn offset_at(bytes: &[u8], width: usize, index: usize) -> u64 {
     let at = &bytes[index * width..(index + 1) * width];
-    // Offsets were checked to be non-negative when the shard was opened.
+    // Opening the shard checked that no offset is negative.
     match width {
         4 => u64::from(u32::from_le_bytes([at[0], at[1], at[2], at[3]])),
         _ => u64::from_le_bytes([at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]]),
     }
 }
 
-/// A block in memory, in the width of [`BlockShard::block_dtype`].
+/// A block in memory. Its ids have the type [`BlockShard::block_dtype`].
 #[derive(Debug, Default)]
 pub struct DecodedBlock {
-    /// Little-endian token ids.
+    /// Token ids, little-endian.
     pub bytes: Vec<u8>,
-    /// As [`Ends::List`].
+    /// Ends of the documents, as in [`Ends::List`].
     pub ends: Vec<u32>,
-    /// Whether this holds the whole block, or only the prefix that was asked for.
+    /// Whether the whole block is here, or only the prefix that was asked for.
     pub complete: bool,
-    /// How its Parquet pages were decoded.
+    /// The decoders of the block's Parquet pages.
     pub pages: DecodedPages,
 }
 
 impl DecodedBlock {
-    /// Makes room for `bytes` of ids, which hold anything, and for `ends`, of which there are none.
+    /// Makes room for `bytes` bytes of ids with any content, and for `ends` ends. Removes all ends.
     fn reset(&mut self, bytes: usize, ends: usize) -> std::result::Result<(), TryReserveError> {
         self.pages = DecodedPages::default();
         self.ends.clear();
         self.ends.try_reserve_exact(ends)?;
         if bytes > self.bytes.capacity() {
-            // Not to be copied to where there is room.
+            // A vector without elements is not copied when it grows.
             self.bytes.clear();
             self.bytes.try_reserve_exact(bytes)?;
         }
@@ -312,48 +320,48 @@ impl DecodedBlock {
         Ok(())
     }
 
-    /// Where the documents of the block end.
+    /// The ends of the documents of the block.
     pub fn document_ends(&self) -> Ends<'_> {
         Ends::List(&self.ends)
     }
 
-    /// Bytes of memory it takes.
+    /// Bytes of memory that the block takes.
     pub(crate) fn capacity_bytes(&self) -> u64 {
         (self.bytes.capacity() + 4 * self.ends.capacity()) as u64
     }
 }
 
-/// Parquet data pages by the decoder that took them.
+/// Numbers of Parquet data pages, by the decoder that took them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DecodedPages {
-    /// PLAIN.
+    /// Pages in PLAIN encoding.
     pub plain: u64,
-    /// Indices of a dictionary.
+    /// Pages with indices into a dictionary.
     pub dictionary: u64,
-    /// DELTA_BINARY_PACKED.
+    /// Pages in DELTA_BINARY_PACKED encoding.
     pub delta: u64,
-    /// BYTE_STREAM_SPLIT.
+    /// Pages in BYTE_STREAM_SPLIT encoding.
     pub byte_stream_split: u64,
-    /// Not pages but row groups, which hold something unfamiliar and were left to arrow-rs.
+    /// Row groups, not pages, that arrow-rs decoded because they hold something unfamiliar.
     pub row_groups_by_arrow: u64,
 }
 
-/// What every opened file tells of itself, whichever way it is read. It does not change after opening.
+/// The facts about an opened file. They do not change after opening.
 #[derive(Debug)]
 pub struct ShardInfo {
     /// The opened file.
     pub file: SourceFile,
-    /// Its container format.
+    /// Container format of the file.
     pub format: Format,
-    /// Type of its token ids.
+    /// Type of the token ids.
     pub dtype: Dtype,
-    /// Column that holds its tokens.
+    /// Column with the tokens.
     pub column: TokenColumn,
-    /// Names of the other columns, which no loader reads.
+    /// Names of the other columns, which are not read.
     pub not_read: Vec<String>,
-    /// Rows of the file, empty and null ones included.
+    /// Number of rows of the file. Empty and null rows count.
     pub rows: u64,
-    /// Its blocks in file order. Blocks without tokens are left out.
+    /// The blocks in file order. Blocks without tokens are left out.
     pub blocks: Vec<BlockMeta>,
 }
 
@@ -364,67 +372,77 @@ impl ShardInfo {
     }
 }
 
-/// The part that both kinds of shards have. Implementations are immutable after opening; all threads share them.
+/// The methods of both kinds of shards.
+///
+/// A shard does not change after opening, and all threads share it.
 pub trait AnyShard: Send + Sync + fmt::Debug {
-    /// What is known of the file.
+    /// The facts about the file.
     fn info(&self) -> &ShardInfo;
 
-    /// Its blocks in file order. Blocks without tokens are left out.
+    /// The blocks in file order. Blocks without tokens are left out.
     fn blocks(&self) -> &[BlockMeta] {
         &self.info().blocks
     }
 
-    /// The same as [`AnyShard::info`], to be changed while the shard is not shared yet.
+    /// The same facts as [`AnyShard::info`]. They may change only before the shard is shared.
     fn info_mut(&mut self) -> &mut ShardInfo;
 
-    /// Bytes of the tables that it keeps in memory to find its tokens, without [`ShardInfo::blocks`].
+    /// Bytes of the tables that find tokens in this shard, without [`ShardInfo::blocks`].
     fn index_bytes(&self) -> u64;
 
-    /// One line per property that makes the file slow to read, with the remedy; for `forebay check`.
+    /// Properties that make the file slow to read, one line each, with the remedy. `forebay check`
+    /// prints them.
     fn advice(&self) -> Vec<String>;
 
-    /// Column, encodings and codec; for `forebay check`.
+    /// Column, encodings and codec. `forebay check` prints them.
     fn describe(&self) -> String;
 
-    /// Values of each row of the column, empty rows included; none where the row is null.
+    /// The number of values in each row of the column. `None` stands for a null row.
     ///
-    /// Reads the whole column: for messages about columns that do not fit each other.
+    /// Reads the whole column. Only messages about columns that do not fit each other need it.
     fn row_lengths(&self) -> Result<Vec<Option<u64>>>;
 }
 
-/// A shard whose windows lie in the file as they are.
+/// A shard whose file holds any window of tokens as it is.
 pub trait RandomShard: AnyShard {
-    /// The ids of `range` (token offsets in block `block`), borrowed from the mapping, or read into `scratch`.
+    /// The ids of `range`, which counts tokens from the start of block `block`. The ids are
+    /// borrowed from the mapping, or read into `scratch`.
     fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>>;
 
-    /// The bytes from token `token` of block `block` on, if they are mapped.
+    /// The mapped bytes of block `block`, from token `token` on. `None` if the file is not mapped.
     fn mapped(&self, block: usize, token: u64) -> Option<&[u8]>;
 
-    /// Document ends of block `block`, borrowed from the mapping where possible, or built in `scratch`.
+    /// The document ends of block `block`. They are borrowed from the mapping where possible, or
+    /// built in `scratch`.
     fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>>;
 
-    /// Asks the operating system to read the window ahead of its use. Never fails; may do nothing.
+    /// Asks the operating system to read a window before its use. It never fails, and may do
+    /// nothing.
     fn will_need(&self, block: usize, range: Range<u64>);
 
-    /// Tells whether the first page of the window is in memory already. A guess: the page may leave at any time.
+    /// Tells whether the first page of a window is in memory. This is a guess: the page may leave
+    /// memory at any time.
     fn is_resident(&self, block: usize, range: Range<u64>) -> bool;
 
-    /// The row of the shard that token `token` of block `block` is in, for the text of an error.
+    /// The row of the shard with token `token` of block `block`. Error messages use it.
     fn row_of(&self, block: usize, token: u64) -> Option<u64>;
 }
 
-/// A shard whose blocks have to be decoded before their tokens can be used.
+/// A shard whose blocks must be decoded before their tokens can be used.
 pub trait BlockShard: AnyShard {
-    /// Type of the ids in a decoded block: the type of the file's ids, or a smaller one that holds all of them.
+    /// Type of the ids in a decoded block. It is the type of the file's ids, or a smaller type that
+    /// holds all of them.
     fn block_dtype(&self) -> Dtype;
 
-    /// Decodes block `block`, or at least its first `limit` tokens, into `out`, whose memory is used again.
+    /// Decodes block `block` into `out`, or at least its first `limit` tokens. Reuses the memory of
+    /// `out`.
     ///
-    /// The block is checked against its [`BlockMeta`]. Negative ids, null tokens and counts that differ from the index
-    /// are errors with path, block and row. After an error `out` holds anything.
+    /// The block is checked against its [`BlockMeta`]. Negative ids, null tokens, and counts that
+    /// differ from the index are errors with path, block and row. After an error the content of
+    /// `out` is undefined.
     fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()>;
 
-    /// Decodes as [`BlockShard::decode_into`] does, into new memory.
+    /// Decodes like [`BlockShard::decode_into`], into new memory.
     fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock> {
         let mut out = DecodedBlock::default();
         self.decode_into(block, limit, &mut out)?;
@@ -432,12 +450,12 @@ pub trait BlockShard: AnyShard {
     }
 }
 
-/// One opened file. Its content alone decides how it is read, never the place where it lies.
+/// One opened file. Only its content decides how it is read, never its location.
 #[derive(Debug)]
 pub enum Shard {
-    /// Its windows are read straight from the file.
+    /// Windows are read straight from the file.
     Random(Box<dyn RandomShard>),
-    /// Its blocks are decoded.
+    /// Blocks are decoded.
     Block(Box<dyn BlockShard>),
 }
 
@@ -449,7 +467,7 @@ impl Shard {
         }
     }
 
-    /// What is known of the file, however it is read.
+    /// The facts about the file.
     pub fn info(&self) -> &ShardInfo {
         match self {
             Self::Random(shard) => shard.info(),
@@ -462,12 +480,12 @@ impl Shard {
         self.info().path()
     }
 
-    /// Its blocks in file order. Blocks without tokens are left out.
+    /// The blocks in file order. Blocks without tokens are left out.
     pub fn blocks(&self) -> &[BlockMeta] {
         &self.info().blocks
     }
 
-    /// How its tokens are reached.
+    /// The way to read the tokens.
     pub fn access(&self) -> Access {
         match self {
             Self::Random(_) => Access::Random,
@@ -475,7 +493,7 @@ impl Shard {
         }
     }
 
-    /// Closes the file until its next use, which fails if the file changed meanwhile.
+    /// Closes the file until its next use. That use fails if the file has changed meanwhile.
     pub fn let_go(&mut self) {
         let info = match self {
             Self::Random(shard) => shard.info_mut(),
@@ -484,12 +502,12 @@ impl Shard {
         info.file.let_go();
     }
 
-    /// Fails if the file is no longer the one that was opened (size or modification time).
+    /// Fails if the file has another size or modification time than when it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         self.info().file.check_unchanged()
     }
 
-    /// What is known of it without its blocks.
+    /// The facts about the shard without its blocks.
     pub fn facts(&self) -> ShardFacts {
         let ShardInfo { file, format, dtype, column, rows, blocks, .. } = self.info();
         ShardFacts {
@@ -507,51 +525,54 @@ impl Shard {
         }
     }
 
-    /// Bytes of the tables that it keeps in memory to find its tokens.
+    /// Bytes of the tables that find tokens in this shard.
     pub fn index_bytes(&self) -> u64 {
         self.any().index_bytes() + size_of_val(self.blocks()) as u64
     }
 
-    /// Values of each row of the column, empty rows included; none where the row is null. Reads the whole column.
+    /// The number of values in each row of the column. `None` stands for a null row.
+    ///
+    /// Reads the whole column.
     pub fn row_lengths(&self) -> Result<Vec<Option<u64>>> {
         self.any().row_lengths()
     }
 
-    /// One line per property that makes the file slow to read, with the remedy; for `forebay check`.
+    /// Properties that make the file slow to read, one line each, with the remedy. `forebay check`
+    /// prints them.
     pub fn advice(&self) -> Vec<String> {
         self.any().advice()
     }
 
-    /// Column, encodings and codec; for `forebay check`.
+    /// Column, encodings and codec. `forebay check` prints them.
     pub fn describe(&self) -> String {
         self.any().describe()
     }
 }
 
-/// Reused memory for [`RandomShard::ends`].
+/// Memory that [`RandomShard::ends`] reuses.
 #[derive(Debug, Default)]
 pub struct EndsScratch {
-    /// Offsets as read.
+    /// Offsets as the file has them.
     pub bytes: Vec<u8>,
-    /// Ends without empty documents.
+    /// Document ends, without empty documents.
     pub list: Vec<u32>,
 }
 
-/// What opening a shard has to know.
+/// The options for opening a shard.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
-    /// Token column; `None` takes the first of [`TOKEN_COLUMNS`] that is there.
+    /// The token column. `None` takes the first of [`TOKEN_COLUMNS`] that the file has.
     pub token_column: Option<String>,
-    /// Further per-token columns of the same files.
+    /// Further columns of the same files, with one value per token.
     pub fields: Vec<String>,
     /// Whether a file may lack some of `fields`.
     pub fields_may_be_missing: bool,
-    /// Whether `token_column` is one of the further columns. It may then have any type of a field and
-    /// negative values, and no list of it may be null.
+    /// Whether `token_column` is one of the further columns. It may then have any type of a field
+    /// and negative values, but no null list.
     pub is_field: bool,
-    /// How file bytes are reached.
+    /// Access to file bytes.
     pub io: Io,
-    /// Tokens near which blocks are cut.
+    /// Number of tokens near which blocks are cut.
     pub block_tokens: u64,
     /// Stops the opening of a corpus between two shards.
     pub cancel: Cancel,
@@ -560,7 +581,7 @@ pub struct OpenOptions {
 }
 
 impl OpenOptions {
-    /// What `config` says of it.
+    /// The options that `config` describes.
     pub fn of(config: &Config) -> Self {
         Self {
             token_column: config.token_column.clone(),
@@ -582,14 +603,14 @@ impl OpenOptions {
     }
 }
 
-/// Opens the file at `path`, whose format is recognised by its content.
+/// Opens the file at `path`. The content of the file tells its format.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Shard> {
     let source = options.files.open(path, options.io)?;
     let open = |mut reads| (recognise(&mut reads)?.open)(reads, options);
     open(Reads::new(source)).map_err(|error| error.at(path))
 }
 
-/// The row of the format that a file has by its first and last bytes.
+/// Finds the row of a file's format by the first and last bytes of the file.
 fn recognise(reads: &mut Reads) -> Result<&'static FormatEntry> {
     let len = reads.file().len();
     let mut head = [0; 8];
@@ -612,7 +633,7 @@ fn recognise(reads: &mut Reads) -> Result<&'static FormatEntry> {
     )))
 }
 
-/// What to do with a file of no known format that begins with `head`.
+/// The advice for a file of unknown format that begins with `head`.
 fn remedy(head: &[u8]) -> &'static str {
     match head {
         [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => {

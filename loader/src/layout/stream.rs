@@ -1,13 +1,13 @@
-//! Stream: all documents of a source joined, and where its shards stand in it.
+//! The stream: all documents of a source joined, and the place of each shard in it.
 //!
-//! Every non-empty document contributes its tokens, with `bos_id` before and `eos_id` after them where these are
-//! set. The table of shards needs 8 bytes per shard. A block is found from its shard's own table, with
-//! [`Specials::block_at`].
+//! Every non-empty document contributes its tokens. `bos_id` comes before them and `eos_id` after
+//! them, if these are set. The table of shards needs 8 bytes per shard. [`Specials::block_at`]
+//! finds a block by the shard's own table.
 
 use crate::format::Counts;
 use crate::settings::Config;
 
-/// Ids put around documents.
+/// Ids around documents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Specials {
     /// Id before every non-empty document.
@@ -22,7 +22,7 @@ impl Specials {
         Self { bos: config.bos_id, eos: config.eos_id }
     }
 
-    /// Whether the stream is the tokens alone.
+    /// Whether no special id is set.
     pub fn none(&self) -> bool {
         self.bos.is_none() && self.eos.is_none()
     }
@@ -32,19 +32,19 @@ impl Specials {
         counts.tokens + u64::from(self.bos.is_some()) * counts.starts + u64::from(self.eos.is_some()) * counts.ends
     }
 
-    /// The block that holds place `at` of its shard's stream. `before` counts the contents before each block and,
-    /// last, of all blocks.
+    /// Finds the block with place `at` of its shard's stream. `before` counts the contents before
+    /// each block, and last those of all blocks.
     pub fn block_at(&self, before: &[Counts], at: u64) -> usize {
         let len = before.last().map_or(0, |all| self.stream_len(*all));
         partition_near(before.len(), at, len, |index| self.stream_len(before[index]) <= at).saturating_sub(1)
     }
 }
 
-/// The number of places, from the first on, for which `reached` holds, of `places` that stand about evenly from 0
+/// Counts the leading places for which `reached` holds. The `places` are spread about evenly from 0
 /// to `len`.
 ///
-/// The search begins at the place that `at` suggests: in a large table each step of a binary search is a miss of
-/// the caches.
+/// The search begins at the place that `at` suggests. In a large table, each step of a binary
+/// search misses the caches.
 fn partition_near(places: usize, at: u64, len: u64, reached: impl Fn(usize) -> bool) -> usize {
     // A guess need not be exact, and `as` keeps it in range.
     let guess = ((at as f64 / len as f64) * places.saturating_sub(1) as f64) as usize;
@@ -66,16 +66,16 @@ fn partition_near(places: usize, at: u64, len: u64, reached: impl Fn(usize) -> b
     low
 }
 
-/// Where each shard stands in the stream of its source.
+/// The place of each shard in the stream of its source.
 #[derive(Debug)]
 pub struct Stream {
-    /// Start of each shard in the stream, and the stream's length last.
+    /// Start of each shard in the stream, and last the length of the stream.
     starts: Vec<u64>,
     specials: Specials,
 }
 
 impl Stream {
-    /// The stream of shards with `counts`, in corpus order.
+    /// Makes the stream of shards with `counts`, in corpus order.
     pub fn new(counts: impl Iterator<Item = Counts>, specials: Specials) -> Self {
         let mut starts = Vec::with_capacity(counts.size_hint().0 + 1);
         let mut len = 0;
@@ -92,7 +92,7 @@ impl Stream {
         self.specials
     }
 
-    /// Stream tokens of all shards.
+    /// Number of tokens in the stream.
     pub fn len(&self) -> u64 {
         *self.starts.last().expect("has at least its first entry")
     }
@@ -102,15 +102,16 @@ impl Stream {
         self.len() == 0
     }
 
-    /// Shards in the stream.
+    /// Number of shards in the stream.
     pub fn shards(&self) -> usize {
         self.starts.len() - 1
     }
 
-    /// Place of the first token of shard `shard`; the length of the stream for the number of shards.
+    /// Offset of the first token of shard `shard`. For the number of shards, it is the length of
+    /// the stream.
     ///
     /// # Panics
-    /// When there are fewer shards.
+    /// Panics if there are fewer shards.
     pub fn start_of(&self, shard: usize) -> u64 {
         self.starts[shard]
     }
@@ -120,10 +121,10 @@ impl Stream {
         size_of_val(self.starts.as_slice()) as u64
     }
 
-    /// The shard that holds stream token `at`, and the token's place in the shard's stream.
+    /// Finds the shard with stream token `at`, and the token's place in the shard's stream.
     ///
     /// # Panics
-    /// When `at` is not below [`Stream::len`].
+    /// Panics if `at` is not below [`Stream::len`].
     pub fn locate(&self, at: u64) -> (usize, u64) {
         assert!(at < self.len(), "stream token {at} of {}", self.len());
         let shard = partition_near(self.starts.len(), at, self.len(), |index| self.starts[index] <= at) - 1;
@@ -160,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_block_is_found_where_a_document_runs_over_several() {
-        // Blocks of 3, 4 and 2 tokens: one document over the first two, one in the last.
+        // Blocks of 3, 4 and 2 tokens. One document spans the first two, and one is in the last.
         let counts = |tokens, starts, ends| Counts { tokens, starts, ends };
         let before = [counts(0, 0, 0), counts(3, 1, 0), counts(7, 1, 1), counts(9, 2, 2)];
         let found = |specials: Specials| -> Vec<usize> {

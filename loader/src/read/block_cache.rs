@@ -1,8 +1,8 @@
-//! The cache of decoded blocks, which all workers of all sessions share and which stays within a budget of bytes.
+//! The cache of decoded blocks. All workers of all sessions share it, and it stays within a budget.
 //!
-//! If several workers need the same block, one decodes it and the others wait. Sessions note which blocks their coming
-//! batches need, and may decode them ahead as long as only blocks make room that nobody needs. [`EvictionPolicy`] decides
-//! which blocks make room.
+//! When several workers need the same block, one decodes it and the others wait. Sessions note
+//! which blocks their coming batches need. They may decode these blocks ahead while idle blocks can
+//! make room: blocks that no session needs. [`EvictionPolicy`] decides which block is evicted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -18,9 +18,9 @@ use crate::sync::{lock, wait};
 pub(crate) enum Prepared {
     /// A block was decoded.
     Decoded,
-    /// There is no room except that of blocks which are needed before.
+    /// All room is taken by blocks that are needed earlier.
     Full,
-    /// Every block is there, or about to be.
+    /// Every block is decoded, or is being decoded.
     Nothing,
 }
 
@@ -34,38 +34,38 @@ pub(crate) struct NeededBy {
 /// Decoded blocks, within a budget of bytes.
 #[derive(Debug)]
 pub(crate) struct BlockCache {
-    /// Bytes of the whole budget, the sessions' part included.
+    /// The whole budget in bytes, including the sessions' part.
     total_bytes: u64,
     inner: Mutex<CacheInner>,
     loaded: Condvar,
     decoded_blocks: AtomicU64,
     decoded_bytes: AtomicU64,
-    /// Pages by decoder, in the order of the fields of [`DecodedPages`].
+    /// Numbers of pages by decoder, in the order of the fields of [`DecodedPages`].
     decoded_pages: [AtomicU64; 5],
-    /// Bytes that were freed since the allocator was last told to let go of memory.
+    /// Bytes freed since the allocator last returned memory to the system.
     freed_bytes: AtomicU64,
 }
 
-/// Smaller blocks are not rounded: they cost the allocator little.
+/// Smaller blocks are not rounded, because they cost the allocator little.
 const ROUNDED_FROM_BYTES: u64 = 64 << 10;
 
-/// Freed memory that the allocator may keep.
+/// Bytes of freed memory that the allocator may keep.
 const TRIM_AFTER_BYTES: u64 = 16 << 20;
 
-/// Decoding frees one byte for every four that it decodes: dictionaries, and pages that needed a larger buffer, leave
-/// holes in each thread's part of the allocator.
+/// Decoding frees about one byte for every four bytes that it decodes. Dictionaries, and pages that
+/// needed a larger buffer, leave holes in each thread's part of the allocator.
 const SCRAPS: u64 = 4;
 
-/// A column of a source, and a block of it.
+/// A column of a source, and a block of the column.
 ///
-/// The number of the column counts those of all sources. To the policy each column is a source of its own: its blocks
-/// are read as far as its own values are.
+/// Column numbers run over the columns of all sources. The policy treats each column as a source of
+/// its own, because its blocks are read in step with its own values.
 type BlockKey = (usize, BlockRef);
 
 #[derive(Debug)]
 struct CacheInner {
     policy: EvictionPolicy<BlockKey>,
-    /// The blocks by their slots; none while a worker decodes it.
+    /// The blocks by their slots. `None` while a worker decodes the block.
     blocks: Vec<Option<Arc<DecodedBlock>>>,
     /// Bytes of the budget that sessions hold.
     reserved_bytes: u64,
@@ -89,10 +89,12 @@ impl BlockCache {
         self.total_bytes - lock(&self.inner).reserved_bytes
     }
 
-    /// Adds a session, whose needs may lag by `window` positions behind those of the first session, and takes `bytes`
-    /// from the budget for its own memory. Returns the bytes that are left for blocks.
+    /// Adds a session and takes `bytes` of the budget for its own memory. Returns the bytes that
+    /// are left for blocks.
     ///
-    /// If less than `least` would be left, adds nothing and returns the bytes that other sessions hold.
+    /// The needs of the session may lag `window` positions behind the first session. If fewer than
+    /// `least` bytes would be left, adds nothing and returns the bytes that other sessions hold as
+    /// an error.
     pub(crate) fn join(&self, bytes: u64, least: u64, window: u64) -> std::result::Result<(SessionId, u64), u64> {
         let mut inner = lock(&self.inner);
         let reserved = inner.reserved_bytes.saturating_add(bytes);
@@ -105,33 +107,33 @@ impl BlockCache {
         }
     }
 
-    /// Ends a session that took `bytes` from the budget.
+    /// Ends a session that took `bytes` of the budget.
     pub(crate) fn leave(&self, session: SessionId, bytes: u64) {
         let mut inner = lock(&self.inner);
         inner.policy.leave(session);
         inner.reserved_bytes -= bytes;
     }
 
-    /// Blocks decoded so far, and their bytes.
+    /// The number of blocks decoded so far, and their bytes.
     pub(crate) fn decoded(&self) -> (u64, u64) {
-        // Statistics: no other memory depends on them.
+        // The counters are statistics: no other memory depends on them.
         (self.decoded_blocks.load(Ordering::Relaxed), self.decoded_bytes.load(Ordering::Relaxed))
     }
 
-    /// Pages decoded so far.
+    /// The numbers of pages decoded so far.
     pub(crate) fn decoded_pages(&self) -> DecodedPages {
         let [plain, dictionary, delta, byte_stream_split, row_groups_by_arrow] =
             self.decoded_pages.each_ref().map(|pages| pages.load(Ordering::Relaxed));
         DecodedPages { plain, dictionary, delta, byte_stream_split, row_groups_by_arrow }
     }
 
-    /// Bytes of the blocks held.
+    /// Bytes of the blocks in the cache.
     pub(crate) fn used_bytes(&self) -> u64 {
         lock(&self.inner).policy.used_bytes()
     }
 
-    /// Block `key`, to read `tokens` tokens of it, if it is there or about to be; otherwise the lock under which it was
-    /// missing.
+    /// Returns block `key`, to read `tokens` tokens of it, and waits for it if it is being decoded.
+    /// If the block is missing, returns the lock under which it was missing.
     fn wait_for(
         &self,
         key: BlockKey,
@@ -149,13 +151,15 @@ impl BlockCache {
         }
     }
 
-    /// Block `key`, to read `tokens` tokens of it, if it is there or about to be.
+    /// Returns block `key`, to read `tokens` tokens of it, and waits for it if it is being decoded.
     pub(super) fn held(&self, key: BlockKey, tokens: u64) -> Option<Arc<DecodedBlock>> {
         self.wait_for(key, tokens).ok()
     }
 
-    /// Block `key` of `bytes` bytes, to read `tokens` tokens of it. If it is not there, `decode` decodes it, over the
-    /// memory of a block that made room for it.
+    /// Returns block `key` of `bytes` bytes, to read `tokens` tokens of it.
+    ///
+    /// If the block is missing, `decode` decodes it, if possible into the memory of an evicted
+    /// block.
     pub(super) fn get(
         &self,
         key: BlockKey,
@@ -166,10 +170,11 @@ impl BlockCache {
         self.wait_for(key, tokens).or_else(|inner| self.load(inner, key, bytes, None, decode))
     }
 
-    /// Notes that a session needs block `key` of `bytes` bytes. Decodes it if it is not there and the blocks that nobody
-    /// needs give enough room.
+    /// Notes that a session needs block `key` of `bytes` bytes. Decodes the block if it is missing
+    /// and evicting idle blocks gives enough room.
     ///
-    /// If a session asks in the order of its batches, only blocks make room that it needs later than this one, if ever.
+    /// A session that asks in the order of its batches loses only blocks that it needs later, or
+    /// not at all.
     pub(super) fn prepare(
         &self,
         key: BlockKey,
@@ -190,14 +195,16 @@ impl BlockCache {
         Ok(Prepared::Decoded)
     }
 
-    /// Notes that a session is done with everything before a global position. Returns whether a block that it needs has
-    /// made room since the last call.
+    /// Notes that a session has finished everything before a global position. Returns whether a
+    /// block that it needs was evicted since the last call.
     pub(crate) fn reached(&self, session: SessionId, position: u64) -> bool {
         lock(&self.inner).policy.reached(session, position)
     }
 
-    /// Begins a pass of a session at a global position. Once the session has read `done_after` tokens of a source, its
-    /// rows have gone through two windows.
+    /// Begins a pass of a session at a global position.
+    ///
+    /// `done_after` is the number of tokens of a source that the session reads while its rows go
+    /// through two windows.
     pub(crate) fn begin_pass(&self, session: SessionId, position: u64, done_after: u64) {
         lock(&self.inner).policy.begin(session, position, done_after);
     }
@@ -211,7 +218,8 @@ impl BlockCache {
         decode: impl FnOnce(&mut DecodedBlock) -> Result<()>,
     ) -> Result<Arc<DecodedBlock>> {
         let mut dropped = Vec::new();
-        // Blocks are of almost one size: rounded, the memory of any of them suits most others.
+        // Blocks have nearly the same size. With rounded sizes, the memory of one suits most
+        // others.
         let step = if bytes < ROUNDED_FROM_BYTES { 1 } else { bytes.next_power_of_two() / 32 };
         let budget_bytes = self.total_bytes - inner.reserved_bytes;
         let rounded = bytes.next_multiple_of(step).min(budget_bytes.max(bytes));
@@ -224,11 +232,11 @@ impl BlockCache {
         drop(inner);
         self.free(dropped, charged / SCRAPS);
 
-        // Removes the entry if decoding fails or panics, so that nobody waits for it for ever.
+        // Removes the entry if decoding fails or panics, so that no thread waits for it forever.
         let loading = Loading { cache: self, slot };
         let mut block = reused.unwrap_or_default();
         if block.bytes.capacity() == 0 {
-            // If there is no memory for it, decoding says so.
+            // If there is no memory for the block, decoding reports it.
             let _ = block.bytes.try_reserve_exact(rounded as usize);
         }
         decode(&mut block)?;
@@ -243,10 +251,10 @@ impl BlockCache {
         Ok(block)
     }
 
-    /// Frees blocks whose memory suited no other one; decoding frees `scraps` bytes besides.
+    /// Frees evicted blocks whose memory was not reused. Decoding frees `scraps` bytes besides.
     ///
-    /// The allocator keeps memory that it cannot join to larger pieces, half of the budget after some gigabytes. So it is
-    /// told to let go of that now and then.
+    /// The allocator keeps memory that it cannot join to larger pieces. After some gigabytes that
+    /// is half of the budget. So it is told now and then to return memory to the system.
     fn free(&self, dropped: Vec<Arc<DecodedBlock>>, scraps: u64) {
         let bytes = dropped.iter().map(|block| block.capacity_bytes()).sum::<u64>() + scraps;
         drop(dropped);
@@ -254,14 +262,14 @@ impl BlockCache {
         if freed >= TRIM_AFTER_BYTES {
             self.freed_bytes.store(0, Ordering::Relaxed);
             #[cfg(all(target_os = "linux", target_env = "gnu"))]
-            // SAFETY: any thread may call it at any time; it returns free memory to the system.
+            // SAFETY: any thread may call it at any time. It returns free memory to the system.
             unsafe {
                 libc::malloc_trim(0);
             }
         }
     }
 
-    /// Counts a decoded block, or the beginning of one.
+    /// Counts a decoded block, or the decoded beginning of a block.
     pub(super) fn count(&self, block: &DecodedBlock) {
         self.decoded_blocks.fetch_add(1, Ordering::Relaxed);
         self.decoded_bytes.fetch_add(block.bytes.len() as u64, Ordering::Relaxed);
@@ -285,10 +293,10 @@ impl CacheInner {
         slot
     }
 
-    /// Lets go of blocks until there is room for `bytes`, which take `fresh_bytes` of memory of their own.
+    /// Evicts blocks until there is room for `bytes` bytes, which take `fresh_bytes` of new memory.
     ///
-    /// Returns a block whose memory suits the new one: fresh memory costs a page fault for every 4 kB of it. The others
-    /// go to `dropped`, to be freed outside of the lock.
+    /// Returns a block whose memory suits the new block, because new memory costs a page fault per
+    /// 4 kB. The other blocks go to `dropped`, so that the caller frees them outside of the lock.
     fn make_room(
         &mut self,
         bytes: u64,
@@ -307,7 +315,7 @@ impl CacheInner {
             let suits = reused.is_none() && suiting.contains(&block.capacity_bytes());
             match if suits { Arc::try_unwrap(block) } else { Err(block) } {
                 Ok(block) => reused = Some(block),
-                // The worker that still reads it frees it.
+                // The worker that still reads the block frees it.
                 Err(block) => dropped.push(block),
             }
         }

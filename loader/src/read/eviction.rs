@@ -1,37 +1,40 @@
-//! Decides which decoded block makes room for the next one.
+//! Decides which decoded block is evicted to make room for the next one.
 //!
-//! Takes keys, bytes, the tokens that are read, and the global positions up to which sessions need a block. Holds no
-//! block, does no IO, and knows no clock but its own count of uses. The block cache follows it, and `plan` simulates it.
+//! Takes keys, bytes, the tokens that are read, and the global positions up to which sessions need
+//! a block. Holds no block, does no IO, and knows no clock but its own count of uses. The block
+//! cache follows its decisions, and `plan` simulates them.
 //!
-//! Three classes make room, in this order:
+//! Blocks are evicted in this order of classes:
 //!
-//! 1. Blocks that the epoch is *done with*, the last used first. A block is done with when two windows' worth of its
-//!    source's tokens have been read since its last use. The blocks that stay are there again in the next epoch.
-//! 2. Other blocks that nobody needs, the least recently used first.
-//! 3. Blocks that a session needs, the one needed last first.
+//! 1. Blocks that the epoch has *finished*, the last used first. A block is finished when two
+//!    windows' worth of its source's tokens have been read since its last use. The remaining blocks
+//!    are still there in the next epoch.
+//! 2. Other idle blocks, the least recently used first. A block is *idle* if no session needs it.
+//! 3. Blocks that a session needs. The block that is needed last goes first.
 //!
-//! Every step is a constant number of list operations, or one per source or session, however many blocks there are. The
-//! blocks that nobody needs stand in one list per source, in the order of their last use: those at its front that are
-//! done with end at `done`. The blocks that a session needs stand in a list of the session, by position.
+//! Every step takes a constant number of list operations, or one per source or session, for any
+//! number of blocks. The idle blocks of a source are in one list, in the order of their last use.
+//! The finished blocks are at its front and end at `done`. The blocks that a session needs are in a
+//! list of the session, by position.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::ops::RangeInclusive;
 
-/// Where no entry or need is.
+/// Stands for no entry or no need.
 const NONE: u32 = u32::MAX;
 
-/// Steps along a list before the next best choice is taken.
+/// Most steps along a list before the next best choice is taken.
 const MOST_STEPS: u32 = 64;
 
-/// The place of a key; valid until its block is evicted or removed.
+/// The slot of a key. It is valid until its block is evicted or removed.
 pub(crate) type Slot = u32;
 
 /// A session whose needs count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SessionId(u32);
 
-/// Which block makes room, by keys, bytes and needs.
+/// Chooses the blocks to evict, by keys, bytes and needs.
 #[derive(Debug)]
 pub(crate) struct EvictionPolicy<K> {
     slots: HashMap<K, Slot>,
@@ -42,11 +45,12 @@ pub(crate) struct EvictionPolicy<K> {
     sources: Vec<Source>,
     sessions: Vec<Option<Session>>,
     used_bytes: u64,
-    /// Bytes of blocks that nobody needs.
+    /// Bytes of the idle blocks.
     idle_bytes: u64,
-    /// Counts uses.
+    /// Number of uses so far.
     clock: u64,
-    /// Tokens of a source after which a block is done with: the sum over the sessions that count.
+    /// Number of tokens of a source after which a block is finished: the sum over the sessions that
+    /// count.
     done_after: Option<u64>,
 }
 
@@ -55,60 +59,60 @@ struct Entry<K> {
     key: K,
     source: u32,
     bytes: u64,
-    /// Whether it is being decoded, so that it cannot make room.
+    /// Whether the block is being decoded, so that it cannot be evicted.
     is_loading: bool,
     /// The clock at its last use, or when the last need for it ended.
     used_at: u64,
-    /// Tokens read of its source by then.
+    /// Number of tokens of its source that had been read by then.
     read: u64,
     /// The first of its needs.
     need: u32,
-    /// Neighbours in its source's list, while nobody needs it.
+    /// Neighbours in its source's list, while it is idle.
     before: Slot,
     after: Slot,
 }
 
-/// A session needs a block.
+/// The need of a session for a block.
 #[derive(Clone, Copy, Debug)]
 struct Need {
     session: u32,
     slot: Slot,
-    /// One past the last global position that is known to need it.
+    /// The position after the last global position that is known to need the block.
     until: u64,
     /// Neighbours in the session's list.
     before: u32,
     after: u32,
-    /// The next need of the same block.
+    /// The next need for the same block.
     next: u32,
 }
 
-/// The blocks of a source that nobody needs, the least recently used first.
+/// The idle blocks of a source, the least recently used first.
 #[derive(Debug)]
 struct Source {
     read: u64,
     first: Slot,
     last: Slot,
-    /// The last block from the front that is done with.
+    /// The last finished block from the front.
     done: Slot,
 }
 
 /// The blocks that a session needs, by position.
 #[derive(Debug)]
 struct Session {
-    /// Everything before this global position is done.
+    /// The session has finished everything before this global position.
     current: u64,
-    /// Positions by which it may lag behind the first session.
+    /// Number of positions that it may lag behind the first session.
     window: u64,
-    /// Tokens of a source that it reads while its rows go through two windows.
+    /// Number of tokens of a source that it reads while its rows go through two windows.
     done_after: Option<u64>,
     counts: bool,
-    /// Whether a block that it needs had to make room.
+    /// Whether a block that it needs was evicted.
     lost: bool,
     first: u32,
     last: u32,
 }
 
-/// A block that makes room.
+/// An evicted block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Evicted<K> {
     pub(crate) key: K,
@@ -138,8 +142,8 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         self.used_bytes
     }
 
-    /// Whether a block of `bytes` bytes has room in `budget_bytes` if only blocks go that nobody needs. Memory that is used
-    /// again may be a quarter larger.
+    /// Whether evicting only idle blocks gives room for a block of `bytes` bytes in `budget_bytes`.
+    /// Reused memory may be a quarter larger than its block.
     pub(crate) fn has_idle_room(&self, bytes: u64, budget_bytes: u64) -> bool {
         self.used_bytes + budget_bytes.min(bytes + bytes / 4) <= budget_bytes + self.idle_bytes
     }
@@ -164,7 +168,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         Some(slot)
     }
 
-    /// Adds a block that is being decoded. It cannot make room before [`EvictionPolicy::loaded`].
+    /// Adds a block that is being decoded. It cannot be evicted before [`EvictionPolicy::loaded`].
     pub(crate) fn insert(&mut self, key: K, source: usize, bytes: u64) -> Slot {
         let read = self.source(source).read;
         let entry = Entry {
@@ -215,7 +219,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         self.free_slots.push(slot);
     }
 
-    /// Chooses a block that makes room, and removes it. Of blocks that are done with, prefers one of `suiting` bytes.
+    /// Chooses a block to evict and removes it. Of finished blocks, prefers one of `suiting` bytes.
     pub(crate) fn evict(&mut self, suiting: &RangeInclusive<u64>) -> Option<Evicted<K>> {
         let slot = self.done_with(suiting).or_else(|| self.least_recent()).or_else(|| self.needed_last())?;
         let Entry { key, bytes, need, .. } = self.entries[slot as usize];
@@ -229,9 +233,9 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         Some(Evicted { key, slot, bytes })
     }
 
-    /// The block that is done with and was used last; one that suits, if there is one near.
+    /// The finished block that was used last, or a suiting one if there is one near.
     fn done_with(&mut self, suiting: &RangeInclusive<u64>) -> Option<Slot> {
-        // By the clock at their last use.
+        // The clock at its last use, and the slot.
         let mut best: Option<(u64, Slot)> = None;
         let mut best_suiting: Option<(u64, Slot)> = None;
         for source in 0..self.sources.len() {
@@ -255,7 +259,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         best_suiting.or(best).map(|(_, slot)| slot)
     }
 
-    /// The block that nobody needs and that was not used for longest.
+    /// The idle block that was used least recently.
     fn least_recent(&self) -> Option<Slot> {
         let firsts = self.sources.iter().map(|source| match source.done {
             NONE => source.first,
@@ -280,7 +284,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         self.sessions.iter().flatten().filter_map(last).max().map(|(_, slot)| slot)
     }
 
-    /// Adds a session. Its needs may lag by `window` positions behind those of the first one.
+    /// Adds a session. Its needs may lag `window` positions behind the first session.
     pub(crate) fn join(&mut self, window: u64) -> SessionId {
         let session =
             Session { current: 0, window, done_after: None, counts: true, lost: false, first: NONE, last: NONE };
@@ -300,10 +304,11 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         self.recount();
     }
 
-    /// Begins a pass of a session at a global position. Once the session reads `done_after` tokens of a source, its rows
-    /// have gone through two windows.
+    /// Begins a pass of a session at a global position.
     ///
-    /// Needs after the position stay, so that a pass finds what the pass before it had decoded for it.
+    /// `done_after` is the number of tokens of a source that the session reads while its rows go
+    /// through two windows. Needs after the position stay, so that a pass finds the blocks that the
+    /// previous pass decoded for it.
     pub(crate) fn begin(&mut self, session: SessionId, at: u64, done_after: u64) {
         let Session { current, done_after: known, .. } = self.session(session.0);
         let is_behind = at < *current;
@@ -312,8 +317,8 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         self.recount();
     }
 
-    /// Notes that a session is done with everything before a global position. Returns whether a block that it needed
-    /// has made room since the last call.
+    /// Notes that a session has finished everything before a global position. Returns whether a
+    /// block that it needed was evicted since the last call.
     pub(crate) fn reached(&mut self, session: SessionId, at: u64) -> bool {
         let Session { current, lost, .. } = self.session(session.0);
         let lost = std::mem::take(lost);
@@ -380,7 +385,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         &mut self.sources[index]
     }
 
-    /// Finds out which sessions count, and what their sum says about blocks that are done with.
+    /// Finds the sessions that count, and the number of tokens after which a block is finished.
     fn recount(&mut self) {
         let begun = |session: &Session| session.done_after.map(|_| session.current);
         let front = self.sessions.iter().flatten().filter_map(begun).max().unwrap_or(0);
@@ -426,8 +431,10 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         self.free_needs.push(need);
     }
 
-    /// Puts a need into its session's list. Needs are noted nearly in order, so its place is near the end; one that is
-    /// far from there is taken to be needed longer.
+    /// Puts a need into its session's list.
+    ///
+    /// Needs are noted nearly in order, so the search begins at the end. A need whose place is far
+    /// from the end is treated as if it lasted longer.
     fn link_need(&mut self, need: u32) {
         let Need { session, until, .. } = self.needs[need as usize];
         let last = self.session(session).last;
@@ -466,7 +473,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         }
     }
 
-    /// Counts a decoded block that nobody needs as used now, and lets it make room.
+    /// Counts a decoded block without needs as used now, and lets it be evicted.
     fn idle_if_unneeded(&mut self, slot: Slot) {
         let entry = &mut self.entries[slot as usize];
         if entry.is_loading || entry.need != NONE {
@@ -507,7 +514,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         }
     }
 
-    /// Moves the border of the blocks that are done with to where it belongs now.
+    /// Moves the border of the finished blocks to its present place.
     fn move_done(&mut self, source: usize) {
         let Source { read, first, mut done, .. } = self.sources[source];
         let Some(done_after) = self.done_after else {
@@ -537,7 +544,7 @@ mod tests {
 
     use super::*;
 
-    /// The same rule by scanning every block.
+    /// The same rule, by a scan of all blocks.
     #[derive(Debug, Default)]
     struct Scanning {
         blocks: HashMap<u64, Scanned>,
@@ -632,7 +639,8 @@ mod tests {
             let mut scanning = Scanning { done_after, ..Scanning::default() };
             let session = policy.join(1 << 20);
             policy.begin(session, 0, done_after);
-            // Positions of needs only grow, and differ, so that no two blocks are needed equally long.
+            // Positions of needs differ and only grow, so that no two blocks are needed equally
+            // long.
             let mut noted = 0;
             for step in steps {
                 match step {
@@ -727,7 +735,7 @@ mod tests {
         assert!(policy.reached(second, 26) && !policy.reached(first, 26), "only the second one lost a block");
     }
 
-    /// What a load costs among a million blocks: run with `--ignored --nocapture`.
+    /// Prints the time of a load among a million blocks. Run it with `--ignored --nocapture`.
     #[test]
     #[ignore = "a timing"]
     fn time_of_a_load_among_a_million_blocks() {

@@ -1,7 +1,8 @@
 //! Supplies the lengths of documents, for layouts that need them.
 //!
-//! The lengths of a shard are read when a layout first asks for them, and kept within a budget of bytes. The shard
-//! that was read first makes room first. The `concat` layout asks for none, so that nothing is held for it.
+//! The lengths of a shard are read when a layout first asks for them. They are kept within a budget
+//! of bytes, and the shard that was read first is dropped first. The `concat` layout asks for none,
+//! so that no memory is used for it.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -19,19 +20,19 @@ const LENGTH_BYTES: u64 = 4;
 pub(crate) struct DocumentLengths {
     corpus: Arc<Corpus>,
     budget_bytes: u64,
-    /// The shards whose lengths are held, in the order in which they were read.
+    /// The shards with known lengths, in the order in which they were read.
     held: Mutex<VecDeque<(usize, Arc<[u32]>)>>,
 }
 
 impl DocumentLengths {
-    /// Lengths for `corpus`, of which at most `budget_bytes` are held.
+    /// Keeps lengths of shards of `corpus`, in at most `budget_bytes` bytes.
     pub(crate) fn new(corpus: Arc<Corpus>, budget_bytes: u64) -> Self {
         Self { corpus, budget_bytes, held: Mutex::default() }
     }
 
-    /// Tokens of each non-empty document of shard `shard`, without specials.
+    /// Returns the number of tokens of each non-empty document of shard `shard`, without specials.
     ///
-    /// Fails where the shard cannot be read, and where its lengths alone need more than the budget.
+    /// Fails if the shard cannot be read, or if its lengths alone exceed the budget.
     pub(crate) fn of_shard(&self, shard: usize) -> Result<Arc<[u32]>> {
         if let Some((_, lengths)) = lock(&self.held).iter().find(|(held, _)| *held == shard) {
             return Ok(Arc::clone(lengths));
@@ -62,12 +63,13 @@ impl DocumentLengths {
     }
 }
 
-/// Reads the lengths of all documents of a shard, block by block. A document may run over several blocks.
+/// Reads the lengths of all documents of a shard, block by block. A document may span several
+/// blocks.
 fn read(opened: &OpenShard, documents: u64) -> Result<Vec<u32>> {
     let shard = opened.shard();
     let mut lengths = Vec::with_capacity(documents as usize);
     let (mut scratch, mut decoded) = (EndsScratch::default(), DecodedBlock::default());
-    // Tokens of a document that began in a block before.
+    // Tokens of a document that began in an earlier block.
     let mut begun = 0;
     for (index, meta) in shard.blocks().iter().enumerate() {
         let ends = match shard {

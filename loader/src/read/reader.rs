@@ -1,12 +1,12 @@
 //! Reads the segments of a row into the row.
 //!
-//! Random-access blocks are borrowed from the mapping window by window. Other blocks are decoded whole into a
-//! cache that all workers share and that stays within its budget: when several workers need a block, one decodes
-//! it and the others wait. Blocks that no upcoming batch needs make room first. A row that ends a chunk and runs
-//! on into a block decodes only the first tokens of that block.
+//! Random-access blocks are borrowed from the mapping, window by window. Other blocks are decoded
+//! whole into a cache with a budget, which all workers share. When several workers need a block,
+//! one decodes it and the others wait. Blocks that no upcoming batch needs are evicted first. If a
+//! row ends a chunk and runs on into a block, only the first tokens of that block are decoded.
 //!
-//! The layout says which segments make a row. Where a layout asks for document lengths, this room supplies them
-//! and keeps the plans of windows.
+//! The layout says which segments make a row. If a layout asks for document lengths, this room
+//! supplies them and keeps the plans of windows.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -26,11 +26,11 @@ use crate::settings::Config;
 use crate::sync::lock;
 use crate::tokens::Tokens;
 
-/// Plans of windows that a reader keeps. A rank draws from two windows of each of its lanes.
+/// Number of window plans that a reader keeps. A rank draws from two windows of each of its lanes.
 const KEPT_PLANS: usize = 64;
 
-/// Document lengths may take one byte in so many of `memory_budget`. A layout that asks for lengths has to leave that
-/// room; `concat` asks for none.
+/// Document lengths may take `memory_budget` divided by this number. A layout that asks for lengths
+/// must leave that room. `concat` asks for none.
 const LENGTHS_SHARE: u64 = 8;
 
 /// Memory of one worker, reused from row to row.
@@ -43,42 +43,43 @@ pub(crate) struct Scratch {
     prefix: DecodedBlock,
     /// The plan of a window that needs no lengths.
     plan: WindowPlan,
-    /// Where documents end in the rows read, if a caller asks for it: places just after each document.
+    /// Places just after each document in the rows that were read. `None` if no caller asks for
+    /// them.
     pub(crate) borders: Option<Vec<u64>>,
-    /// Where the blocks say that documents end in the rows read, if columns are compared.
+    /// The same places as the blocks give them. `None` if no columns are compared.
     document_ends: Option<Vec<u64>>,
-    /// Nanoseconds that this worker spent decoding since the last time they were taken.
+    /// Time that this worker spent decoding since it was last taken, in nanoseconds.
     pub(crate) decode_nanos: u64,
     pub(crate) tracer: Tracer,
 }
 
-/// Where a segment begins: its shard, its block, and its bytes if they are mapped.
+/// The shard and the block where a segment begins, and its bytes if they are mapped.
 ///
-/// The reader finds it for the next row while it fills this one, so that the next row's bytes can be fetched
-/// ahead.
+/// The reader finds it for the next row while it fills this row, so that the next row's bytes can
+/// be fetched ahead.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StreamLocation {
-    /// Place in the stream of the source.
+    /// Token offset in the stream of the source.
     at: u64,
     shard: usize,
-    /// Place in the shard's stream.
+    /// Token offset in the stream of the shard.
     within: u64,
     block: usize,
-    /// The bytes there, if they are mapped.
+    /// The bytes at this location, if they are mapped.
     pub(crate) ahead: Ahead,
 }
 
-/// What a row reads.
+/// A request to read one row.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowRequest<'a> {
-    /// The segments of the row, sorted by their place.
+    /// The segments of the row, sorted by their place in the row.
     pub(crate) segments: &'a [Segment],
-    /// Whether the tokens after the row are read at another time of the epoch. Blocks that begin inside the last
-    /// segment are then decoded no further than needed.
+    /// Whether the tokens after the row are read at another time of the epoch. Blocks that begin
+    /// inside the last segment are then decoded no further than needed.
     pub(crate) ends_chunk: bool,
-    /// Where the first segment begins, if that was found before.
+    /// The location where the first segment begins, if it is known.
     pub(crate) begin: Option<StreamLocation>,
-    /// Bytes that are read next.
+    /// The bytes that are read next.
     pub(crate) ahead: Ahead,
 }
 
@@ -89,22 +90,23 @@ pub(crate) struct Padding {
     pub(crate) label: i64,
 }
 
-/// Where a block lies in the stream of its source, and its size. The plan of a run simulates decoding with it.
+/// The size of a block and its position in the stream of its source. The plan of a run simulates
+/// decoding with it.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockPlace {
-    /// The block's number in the corpus: the shard in the upper 32 bits.
+    /// The block's number in the corpus. The upper 32 bits hold the shard.
     pub block: u64,
-    /// Its first stream token.
+    /// Offset of its first token in the stream.
     pub start: u64,
-    /// Stream tokens it holds.
+    /// Number of stream tokens that it holds.
     pub len: u64,
-    /// Tokens in the file.
+    /// Number of tokens in the file.
     pub tokens: u64,
     /// Bytes when decoded.
     pub bytes: u64,
 }
 
-/// A stretch of one block, at a place in a row.
+/// A stretch of one block, and its place in a row.
 #[derive(Clone, Copy, Debug)]
 struct Stretch {
     block: BlockRef,
@@ -127,17 +129,17 @@ pub(crate) struct Reader {
     specials: Specials,
     layout: Box<dyn Layout>,
     lengths: DocumentLengths,
-    /// Plans of windows by their number; the oldest first.
+    /// Plans of windows by window number, the oldest first.
     plans: Mutex<VecDeque<(u64, Arc<WindowPlan>)>>,
-    /// Shared with the readers of other sources.
+    /// The cache, which readers of other sources share.
     cache: Arc<BlockCache>,
-    /// The number of the token column among the columns of all sources, in the keys of the cache. The
-    /// numbers of the further columns follow it.
+    /// The number of the token column among the columns of all sources. Keys of the cache have it.
+    /// The numbers of the further columns follow it.
     first_column: usize,
 }
 
 impl Reader {
-    /// A reader of `corpus` with the layout that `open` makes of its stream, usually [`crate::layout::open`].
+    /// Makes a reader of `corpus`. `open` makes the layout, and is usually [`crate::layout::open`].
     pub(crate) fn new(
         corpus: Arc<Corpus>,
         config: &Config,
@@ -165,13 +167,14 @@ impl Reader {
         &*self.layout
     }
 
-    /// Bytes of the tables that place shards and rows.
+    /// Bytes of the tables that locate shards and rows.
     pub(crate) fn index_bytes(&self) -> u64 {
         self.stream.index_bytes() + self.layout.index_bytes()
     }
 
-    /// Appends the segments of row `row` of `extent` to `segments`. Fails where the layout needs document lengths and
-    /// these cannot be read.
+    /// Appends the segments of row `row` of `extent` to `segments`.
+    ///
+    /// Fails if the layout needs document lengths that cannot be read.
     pub(crate) fn plan_row(
         &self,
         extent: &Extent,
@@ -197,7 +200,7 @@ impl Reader {
         Ok(())
     }
 
-    /// The plan of a window that needs the lengths of `documents` of shard `shard`.
+    /// Returns the plan of a window that needs the lengths of `documents` of shard `shard`.
     fn plan_of(&self, window: &LayoutWindow, shard: usize, documents: &Range<u64>) -> Result<Arc<WindowPlan>> {
         if let Some((_, plan)) = lock(&self.plans).iter().find(|(number, _)| *number == window.number) {
             return Ok(Arc::clone(plan));
@@ -214,18 +217,19 @@ impl Reader {
         Ok(plan)
     }
 
-    /// The path of the shard that holds stream token `at`.
+    /// The path of the shard with stream token `at`.
     pub(crate) fn path_at(&self, at: u64) -> &Path {
         let (shard, _) = self.stream.locate(at);
         &self.corpus.files()[shard].path
     }
 
-    /// Finds stream token `at`, where that takes no opening of its shard.
+    /// Finds stream token `at`. Returns `None` if its shard is closed.
     pub(crate) fn find(&self, at: u64) -> Option<StreamLocation> {
         let (shard, within) = self.stream.locate(at);
         let opened = self.corpus.opened(shard)?;
         let block = self.specials.block_at(opened.before(), within);
-        // With specials, places in the stream run ahead of tokens: too far by some lines at most.
+        // With specials, places in the stream run ahead of tokens: the hint is off by some lines at
+        // most.
         let token = within - self.specials.stream_len(opened.before()[block]);
         let ahead = match opened.shard() {
             Shard::Random(shard) => shard.mapped(block, token).map_or(Ahead::NONE, Ahead::of),
@@ -234,7 +238,7 @@ impl Reader {
         Some(StreamLocation { at, shard, within, block, ahead })
     }
 
-    /// Writes what `request` asks for to `row`, and `padding` to the places that no segment covers.
+    /// Writes the tokens of `request` to `row`, and `padding` to the places that no segment covers.
     pub(crate) fn fill<T: Id>(
         &self,
         request: RowRequest<'_>,
@@ -257,11 +261,11 @@ impl Reader {
         Ok(())
     }
 
-    /// Writes the values of further column `index` to `row`, for the segments that `request` asks for, and `padding` to
-    /// the other places.
+    /// Writes the values of further column `index` to `row`, and `padding` to the places that no
+    /// segment of `request` covers.
     ///
-    /// Fails where the documents of the column do not end where those of the tokens end, which [`Reader::fill`] left in
-    /// `scratch`.
+    /// Fails if the documents of the column end at other places than the documents of the tokens.
+    /// [`Reader::fill`] left the latter in `scratch`.
     pub(crate) fn fill_field(
         &self,
         index: usize,
@@ -303,12 +307,13 @@ impl Reader {
         Ok(())
     }
 
-    /// Lets the rows that follow note where their documents end, so that further columns can be compared.
+    /// Lets the next rows note where their documents end, so that further columns can be compared.
     pub(crate) fn compare_columns(&self, scratch: &mut Scratch) {
         scratch.document_ends.get_or_insert_default().clear();
     }
 
-    /// The error about further column `index`, whose documents do not fit the tokens somewhere in `segments`.
+    /// Makes the error for further column `index`, whose documents do not fit the tokens somewhere
+    /// in `segments`.
     #[cold]
     fn misfit(&self, index: usize, segments: &[Segment]) -> Error {
         let name = &self.corpus.fields()[index];
@@ -376,7 +381,7 @@ impl Reader {
         Ok(())
     }
 
-    /// A further column of an opened shard.
+    /// Returns a further column of an opened shard.
     fn field_of<'a>(&self, shard: &'a OpenShard, column: usize) -> Result<&'a OpenShard> {
         shard.column(column).ok_or_else(|| {
             let name = &self.corpus.fields()[column - 1];
@@ -384,8 +389,8 @@ impl Reader {
         })
     }
 
-    /// The blocks that hold up to `len` tokens from place `within` of a shard's stream, each with a stretch of the
-    /// block's own stream. The first block is searched for if it is not known.
+    /// Cuts up to `len` tokens from place `within` of a shard's stream into blocks. Each comes with
+    /// a stretch of the block's own stream. Searches for the first block if it is not known.
     fn stretches<'a>(
         &self,
         shard: &'a OpenShard,
@@ -467,7 +472,7 @@ impl Reader {
                     }
                     return row.write(&slice(from..to), ahead).map_err(UnfitId::error);
                 }
-                // A prefix ends inside a document; `pieces` needs no more of the block than it was asked for.
+                // A prefix ends inside a document, so that `pieces` must not reach beyond it.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
                 let ends = decoded.document_ends();
                 let found = (&mut scratch.borders, &mut scratch.document_ends);
@@ -518,7 +523,7 @@ impl Reader {
         })
     }
 
-    /// The block that holds stream token `at`. Blocks of a shard that is not open are taken to be equal.
+    /// The block with stream token `at`. Blocks of a closed shard are assumed to be of equal size.
     pub(crate) fn block_at(&self, at: u64) -> BlockPlace {
         let (index, within) = self.stream.locate(at);
         let shard_start = at - within;
@@ -552,12 +557,13 @@ impl Reader {
         }
     }
 
-    /// Whether its blocks can be decoded ahead.
+    /// Whether blocks of this source can be decoded ahead.
     pub(crate) fn decodes(&self) -> bool {
         self.corpus.access() == Access::Block
     }
 
-    /// Decodes the first block of `segment` that nobody has decoded, for the batch that needs it, if there is room.
+    /// Decodes the first block of `segment` that is not decoded yet, for the batch that needs it.
+    /// Does nothing if there is no room.
     pub(crate) fn decode_ahead(
         &self,
         segment: &Segment,
@@ -591,7 +597,7 @@ impl Reader {
             let Shard::Block(shard) = opened.shard() else { return Ok(Prepared::Nothing) };
             for (block, part) in self.stretches(opened, None, within, range.end - at) {
                 if ends_chunk && at > range.start {
-                    // Just its beginning will be read.
+                    // Only the beginning of the block will be read.
                     return Ok(Prepared::Nothing);
                 }
                 at += part.end - part.start;
@@ -611,12 +617,13 @@ impl Reader {
         Ok(Prepared::Nothing)
     }
 
-    /// Whether reading ahead can help: windows are read from the file one by one.
+    /// Whether reading ahead can help, because windows are read from the file one by one.
     pub(crate) fn reads_ahead(&self) -> bool {
         self.corpus.access() == Access::Random
     }
 
-    /// Asks the system to read the windows of `segment` that are not in memory. Returns whether there were any.
+    /// Asks the system to read the windows of `segment` that are not in memory. Returns whether
+    /// there were any.
     pub(crate) fn read_ahead(&self, segment: &Segment) -> bool {
         let mut asked = false;
         for column in 0..=self.corpus.fields().len() {
@@ -631,15 +638,16 @@ impl Reader {
         let mut asked = false;
         while at < range.end {
             let (index, within) = self.stream.locate(at);
-            // The worker that reads a shard opens it: the first batch must not wait for the shards of all windows
-            // ahead.
+            // The worker that reads a shard opens it. Otherwise the first batch would wait for the
+            // shards of all windows ahead.
             let Some(opened) = self.corpus.opened(index) else { return true };
             let Some(opened) = opened.column(column) else { return false };
             let Shard::Random(shard) = opened.shard() else { return false };
             for (block, part) in self.stretches(opened, None, within, range.end - at) {
                 at += part.end - part.start;
                 let tokens = shard.info().blocks[block].tokens;
-                // With specials, places in the stream run ahead of tokens: asking a little too far is harmless.
+                // With specials, places in the stream run ahead of tokens. Asking a little too far
+                // is harmless.
                 let wanted = part.start.min(tokens)..part.end.min(tokens);
                 if !shard.is_resident(block, wanted.clone()) {
                     shard.will_need(block, wanted);
@@ -651,7 +659,8 @@ impl Reader {
     }
 }
 
-/// Appends where the documents of a block end in a stretch without specials: the places in the row just after them.
+/// Appends the ends of a block's documents in a stretch without specials, as the places in the row
+/// just after them.
 fn push_ends(ends: &Ends<'_>, stretch: &Stretch, found: &mut Vec<u64>) {
     let (mut low, mut high) = (0, ends.len());
     while low < high {
@@ -662,7 +671,8 @@ fn push_ends(ends: &Ends<'_>, stretch: &Stretch, found: &mut Vec<u64>) {
     found.extend(inside.map(|end| stretch.place + (end - stretch.from)));
 }
 
-/// The error of an id in a run that begins at token `start` of block `block`, with the row of the shard.
+/// Makes the error for an id in a run that begins at token `start` of block `block`. Adds the row
+/// of the shard.
 fn in_row(shard: &dyn RandomShard, block: usize, start: u64, unfit: UnfitId) -> Error {
     let error = unfit.error();
     match shard.row_of(block, start + unfit.index as u64) {

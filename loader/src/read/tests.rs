@@ -1,5 +1,7 @@
-//! Protects: a layout that needs document lengths gets them, and its rows hold what its segments say; the joined
-//! layout knows where documents end in a row. Both on real Arrow and Parquet files.
+//! Tests the reader on real Arrow and Parquet files.
+//!
+//! A layout that needs document lengths gets them, and its rows hold the tokens of its segments.
+//! The joined layout knows where documents end in a row.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,15 +25,15 @@ const PADDING: Padding = Padding { id: 7, label: -100 };
 /// Documents in a window of the layout under test.
 const WINDOW_DOCUMENTS: usize = 3;
 
-/// One row per document: padded where the document is shorter than a row, cut where it is longer.
+/// A layout with one row per document. It pads shorter documents and cuts longer ones.
 #[derive(Debug)]
 struct OneDocument {
     stream: Arc<Stream>,
     row_tokens: u64,
-    /// Tokens of the specials around a document.
+    /// Number of specials around a document.
     specials: u64,
     windows: Vec<LayoutWindow>,
-    /// Windows and rows before each shard, and of all of them.
+    /// Windows and rows before each shard, and last those of all shards.
     before: Vec<(usize, u64)>,
 }
 
@@ -91,7 +93,7 @@ impl Layout for OneDocument {
     }
 }
 
-/// Documents of three shards, the empty ones included; the second shard has none with tokens.
+/// Documents of three shards, empty ones included. The second shard has no tokens.
 fn shards() -> Vec<Vec<Vec<i32>>> {
     let document = |shard: i32, number: i32, len: usize| vec![shard * 1000 + number; len];
     let lengths = [vec![3, 0, 5, 1, 9, 2, 0, 4], vec![0, 0], vec![12, 1, 1, 1]];
@@ -109,7 +111,7 @@ enum Written {
 
 fn write(folder: &Path, written: Written) {
     for (number, documents) in shards().into_iter().enumerate() {
-        // Several record batches, row groups and pages.
+        // The files have several record batches, row groups and pages.
         let batch = |documents: &[Vec<i32>]| {
             let mut lists = ListBuilder::new(Int32Builder::new());
             documents.iter().for_each(|document| lists.append_value(document.iter().map(|id| Some(*id))));
@@ -151,7 +153,7 @@ fn reader(folder: &Path, config: &Config, open: Open) -> Result<Reader> {
     Reader::new(Arc::new(corpus), config, open, Arc::new(BlockCache::new(1 << 20)), 0)
 }
 
-/// A row and its labels as the reader fills them, and where documents end in it.
+/// Reads a row: its ids, its labels, and the ends of its documents.
 fn filled(reader: &Reader, extent: &Extent, row: u64, row_tokens: usize) -> (Vec<i64>, Vec<i64>, Vec<u64>) {
     let mut scratch = Scratch::default();
     scratch.borders = Some(Vec::new());
@@ -163,7 +165,7 @@ fn filled(reader: &Reader, extent: &Extent, row: u64, row_tokens: usize) -> (Vec
     (ids, labels, scratch.borders.unwrap())
 }
 
-/// Each document as it stands in the stream.
+/// Returns each document as the stream holds it.
 fn documents(config: &Config) -> impl Iterator<Item = Vec<i64>> {
     let around = |id: Option<u32>| id.map(i64::from);
     let (bos, eos) = (around(config.bos_id), around(config.eos_id));

@@ -1,7 +1,8 @@
-"""Tensors, and a stand-in for ``torch.utils.data.DataLoader``. Only this package imports torch.
+"""Tensors, and a stand-in for ``torch.utils.data.DataLoader``.
 
-A ``TokenDataset`` in this ``DataLoader`` goes the native way: forebay's threads compute the batches, and no Python runs
-for them. Every other dataset runs its own code, on threads of this process in place of worker processes.
+Only this package imports torch. With a ``TokenDataset``, forebay's threads compute the batches, and
+no Python code runs for them. Every other dataset runs its own code, on threads of this process
+instead of worker processes.
 """
 
 from forebay.torch.dataset import TokenDataset

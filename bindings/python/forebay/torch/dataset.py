@@ -1,4 +1,4 @@
-"""The sequences of a corpus as a map-style dataset."""
+"""A map-style dataset of the sequences of a corpus."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from forebay.torch.tensors import Tensors, tensors_of
 
 
 class TokenDataset(Dataset[Tensors]):
-    """Sequences of a corpus, in corpus order: ``dataset[i]`` is a dict of 1-D tensors of ``seq_len`` tokens.
+    """Sequences of a corpus, in corpus order.
 
-    Each process opens the corpus at its first use, so that the dataset can be pickled and forked. A
-    DataLoader takes the other settings.
+    ``dataset[i]`` is a dict of 1-D tensors with ``seq_len`` elements. Each process opens the corpus
+    at its first use, so that the dataset can be pickled and forked. The DataLoader takes the other
+    settings.
 
     Parameters
     ----------
@@ -126,22 +127,22 @@ class TokenDataset(Dataset[Tensors]):
         return self._opened[1]
 
     def __len__(self) -> int:
-        """Full sequences of the corpus."""
+        """Returns the number of full sequences of the corpus."""
         return finite(self._core().num_sequences)
 
     def __getitem__(self, index: int) -> Tensors:
-        """Sequence ``index``: ``input_ids`` and ``labels``, or ``x`` and ``y``."""
+        """Returns sequence ``index``: ``input_ids`` and ``labels``, or ``x`` and ``y``."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensors]:
-        """Several sequences at once; neighbours are read together."""
+        """Returns several sequences. Neighbouring sequences are read together."""
         core, length = self._core(), len(self)
         rows: list[Tensors] = []
         at = 0
         while at < len(indices):
             first = int(indices[at])
             if not -length <= first < length:
-                raise IndexError(f"sequence {first} is asked for, the corpus has {length}")
+                raise IndexError(f"sequence {first} is asked for, but the corpus has {length} sequences")
             first %= length
             n = 1
             while at + n < len(indices) and indices[at + n] == first + n < length:

@@ -1,4 +1,4 @@
-"""Memory of the caller's for the batches of a pass, such as torch's page-locked memory."""
+"""Puts the batches of a pass into memory of the caller, such as torch's page-locked memory."""
 
 from __future__ import annotations
 
@@ -13,26 +13,31 @@ from forebay.torch.tensors import Tensors
 
 
 def pinned(nbytes: int) -> torch.Tensor:
-    # torch's own allocator reuses a block only after the copies issued from it have ended, which no other memory gets.
+    # torch's own allocator reuses a block only after the copies from it have ended. No other memory
+    # has this protection.
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 class Memory:
-    """Buffers for the batches of a pass, one for each, kept until their batch is handed over."""
+    """Buffers for the batches of a pass, one for each batch.
+
+    A buffer is kept until its batch is handed over.
+    """
 
     def __init__(self, core: _core.Batches, allocate: Callable[[int], torch.Tensor]) -> None:
         self._core = core
         self._allocate = allocate
         self._lock = threading.RLock()
-        #: Submitted and not handed over, by address.
+        #: Buffers that are submitted and not handed over yet, by address.
         self._buffers: dict[int, torch.Tensor] = {}
         self._takers = 0
         self._ended = False
 
     def take(self, limit_s: float | None) -> tuple[int, Tensors] | None:
-        """Step and tensors of the next batch, None at the end."""
+        """Returns step and tensors of the next batch, or None at the end."""
         with self._lock:
-            # All that can fail comes before a batch is taken, which would be lost.
+            # Steps that can fail come before a batch is taken. A failure after that would lose the
+            # batch.
             while not self._ended and len(self._buffers) <= self._core.buffers_wanted + self._takers:
                 self._submit()
             self._takers += 1
@@ -49,7 +54,7 @@ class Memory:
                 self._let_go()
 
     def end(self) -> None:
-        """Lets buffers go that no batch will come in."""
+        """Releases the buffers that no batch will use."""
         with self._lock:
             self._ended = True
             self._let_go()
@@ -57,7 +62,7 @@ class Memory:
     def _submit(self) -> None:
         buffer = self._allocate(self._core.batch_bytes)
         address = buffer.data_ptr()
-        # First noted: once submitted, it may be another taker's.
+        # The buffer is noted first: another taker may receive it as soon as it is submitted.
         self._buffers[address] = buffer
         try:
             self._core.submit(address, buffer.nbytes, buffer)
@@ -66,7 +71,7 @@ class Memory:
             raise
 
     def _let_go(self) -> None:
-        # Another taker may have a batch and look for its buffer.
+        # Another taker may hold a batch and look for its buffer.
         if self._ended and self._takers == 0:
             self._buffers.clear()
 

@@ -1,4 +1,4 @@
-"""The data-parallel rank of this process, as torch knows it."""
+"""Finds the data-parallel rank of this process, as torch knows it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from forebay._loader import log_notes
 
 
 def with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Adds the rank of torch.distributed where nothing else was given."""
+    """Adds the rank of torch.distributed to the settings, unless another rank was given."""
     names = {name for name, _ in pairs}
     dist = torch.distributed
     if names & {"dp_rank", "dp_world_size"} or not (dist.is_available() and dist.is_initialized()):
@@ -25,7 +25,9 @@ def with_ranks(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     here = dist.get_rank() // peers, dist.get_world_size() // peers
     origin = origins["dp_rank"]
     if origin.startswith("FOREBAY_") or found == here:
-        return pairs  # the former said on purpose, where peers of another kind of parallelism read the same rows
+        # A variable of forebay is set on purpose. It may differ from torch's rank, because peers of
+        # another kind of parallelism read the same rows.
+        return pairs
     if not origin.startswith("default"):
         raise ConfigError(
             f"rank {found[0]} of {found[1]} was found in {origin}, but torch.distributed says rank "
@@ -44,7 +46,10 @@ _DATA_PARALLEL = ("dp_replicate", "dp_shard", "dp", "ddp", "fsdp", "data")
 
 
 def rank_in(mesh: Any) -> tuple[int, int]:
-    """Data-parallel rank and size of this process in `mesh`; of several such dimensions the first varies slowest."""
+    """Returns the data-parallel rank and the number of such ranks of this process in `mesh`.
+
+    Of several data-parallel dimensions, the first varies slowest.
+    """
     names = tuple(mesh.mesh_dim_names or ())
     dims = [dim for dim, name in enumerate(names) if name in _DATA_PARALLEL]
     if not dims and mesh.ndim == 1:

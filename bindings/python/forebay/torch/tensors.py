@@ -11,7 +11,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def _native_tensors() -> _core.Tensors | None:
-    """torch's own way of making tensors from C; there since torch 2.10."""
+    """Gives torch's own way of making tensors from C, which exists since torch 2.10."""
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     return None if exchange is None else _core.Tensors.by(exchange)
 

@@ -1,11 +1,11 @@
 //! Finds the shards that paths, folders and patterns mean, in corpus order.
 //!
-//! The shards of a list stand in the order of the list. The shards of a folder or pattern are sorted bytewise by relative
-//! path, so that the order is the same on every machine. The name of a shard is relative to where it was found: a corpus
-//! may move without becoming another one.
+//! Shards of a list keep the order of the list. Shards of a folder or a pattern are sorted bytewise
+//! by relative path, so that the order is the same on every machine. A shard's name is relative to
+//! the place where it was found, so that a corpus may move and stay the same corpus.
 //!
-//! Folders that are no plain corpora are refused with the remedy ([`plain`]): reading all their files would give removed
-//! rows, test splits or the same rows twice.
+//! Folders that are not plain corpora are refused with a remedy ([`plain`]). Reading all their
+//! files would give removed rows, test splits, or the same rows twice.
 
 mod pattern;
 mod plain;
@@ -19,15 +19,15 @@ use crate::format::{FORMATS, suffixes};
 use crate::settings::DataFormat;
 use crate::storage::{Files, Item, ItemKind};
 
-/// The file beside the shards in which `forebay rewrite` notes what it has done.
+/// The file beside the shards in which `forebay rewrite` notes its progress.
 pub const REWRITING: &str = "_forebay_rewrite.jsonl";
 
 /// A shard to be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardFile {
-    /// Where it is.
+    /// Location of the shard.
     pub path: PathBuf,
-    /// Its name in the corpus: the path below the root it was found under, with `/` between the parts.
+    /// Name in the corpus: the path below the root, with `/` between the parts.
     pub name: String,
 }
 
@@ -36,14 +36,14 @@ pub struct ShardFile {
 pub struct Discovery {
     /// The shards in corpus order.
     pub shards: Vec<ShardFile>,
-    /// What the caller should tell the user, one line each.
+    /// Warnings for the user, one line each.
     pub warnings: Vec<String>,
 }
 
 /// Finds the shards of `data`, in order.
 ///
-/// If `format` names a family, files of other families are left out of folders with a warning. Named files of another
-/// family are refused when they are opened.
+/// If `format` names a family of formats, folders leave out files of other families, with a
+/// warning. A file of another family that `data` names is refused when it is opened.
 pub fn find(files: &Files, data: &[String], format: DataFormat) -> Result<Discovery> {
     let mut found = Discovery::default();
     let mut faults = Vec::new();
@@ -114,10 +114,11 @@ fn find_in_folder(files: &Files, folder: &Path, format: DataFormat) -> Result<Di
 
 /// Finds the files that `pattern` matches, and searches the folders that it matches.
 fn find_by_pattern(files: &Files, text: &str, format: DataFormat) -> Result<Discovery> {
-    // Names are relative to the part of the pattern before its first wildcard, as a folder's files are to the folder.
+    // Names are relative to the part of the pattern before its first wildcard.
     let (fixed, items) = pattern::expand(files, text)?;
     plain::check_parents(files, &fixed)?;
-    // A wildcard passes over the names that a search of a folder passes over, unless the pattern spells one out.
+    // A wildcard does not match the names that a search of a folder leaves out, unless the pattern
+    // spells such a name out.
     let spelled_out = is_hidden(&relative_name(Path::new(text), &fixed));
     let mut search = Search::new(files, &fixed, format);
     if search.holds(&fixed, REWRITING)? {
@@ -143,7 +144,7 @@ fn find_by_pattern(files: &Files, text: &str, format: DataFormat) -> Result<Disc
     Ok(found)
 }
 
-/// Whether `entry` begins with a scheme, as in `s3://bucket`.
+/// Tells whether `entry` begins with a scheme, as in `s3://bucket`.
 fn is_url(entry: &str) -> bool {
     let scheme = entry.split_once("://").map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| {
@@ -155,7 +156,9 @@ fn is_hidden(name: &str) -> bool {
     name.split('/').any(|part| part.starts_with(['_', '.']))
 }
 
-/// Fails if `forebay rewrite` was begun in `folder` and is not complete: its shards are sound, but some are missing.
+/// Fails if `forebay rewrite` was begun in `folder` and is not complete.
+///
+/// Its shards are sound, but some are missing.
 fn check_rewriting(files: &Files, folder: &Path) -> Result<()> {
     let path = folder.join(REWRITING);
     let Some(notes) = files.read_if_there(&path)? else { return Ok(()) };
@@ -164,18 +167,19 @@ fn check_rewriting(files: &Files, folder: &Path) -> Result<()> {
         return Ok(());
     }
     Err(Error::data(
-        "this rewriting was begun and is not complete: run the same `forebay rewrite` again, which goes on where it stopped",
+        "this rewriting was begun and is not complete: run the same `forebay rewrite` again, it goes on where it stopped",
     )
     .at(folder))
 }
 
-/// Numbers the folders that paths are in: a folder and the links to it have the same number.
+/// Gives a number to each folder that holds files. A folder and the links to it have one number.
 ///
-/// A link at the end of a path is not followed: the cache of a hub links several names to one file where their content
-/// is the same.
+/// A link at the end of a path is not followed. The cache of a hub links several names to one file
+/// if their content is the same.
 struct Folders<'a> {
     files: &'a Files,
-    /// Thousands of shards share a folder, and resolving its links asks the system for each of its parts.
+    /// The numbers by folder. Thousands of shards share a folder, and resolving its links asks the
+    /// system for each of its parts.
     seen: HashMap<&'a OsStr, usize>,
     real: HashMap<PathBuf, usize>,
 }
@@ -239,14 +243,14 @@ struct Search<'a> {
     root: &'a Path,
     format: DataFormat,
     suffixes: Vec<&'static str>,
-    /// The shards, each with the key that sorts it in place of its name. A saved dataset has the key of its folder, and
-    /// an order of its own.
+    /// The shards, each with an optional key that sorts it instead of its name. Shards of a saved
+    /// dataset have the key of their folder, and keep their own order.
     found: Vec<(Option<String>, ShardFile)>,
     /// Files that `format` leaves out.
     left_out: Vec<String>,
-    /// Files that have no suffix of a shard.
+    /// The number of files without the suffix of a shard.
     other: usize,
-    /// The folders being searched, to end loops of links.
+    /// The folders on the way to the searched one. They end loops of links.
     folders: Vec<PathBuf>,
 }
 
@@ -261,7 +265,7 @@ impl<'a> Search<'a> {
         self.files.has_file(&folder.join(name))
     }
 
-    /// Searches `folder`, below which names begin with `prefix`.
+    /// Searches `folder`. Names of its files begin with `prefix`.
     fn walk(&mut self, folder: &Path, prefix: &str) -> Result<()> {
         let real = self.files.canonical(folder)?;
         if self.folders.contains(&real) {
@@ -270,7 +274,7 @@ impl<'a> Search<'a> {
         let items = self.files.list(folder)?;
         plain::check_table(self.files, folder, &items)?;
         let has = |name: &str| items.iter().any(|item| item.name == name && item.kind == ItemKind::File);
-        // A saved dataset may hold caches of `map` beside its files, which are not part of it.
+        // A saved dataset may hold caches of `map`, which are not part of it.
         if has(DATASET_STATE) {
             let key = if prefix.is_empty() { "/" } else { prefix };
             for file in find_saved_dataset(self.files, folder)? {
@@ -311,7 +315,7 @@ impl<'a> Search<'a> {
         Ok(())
     }
 
-    /// Sorts what was found below `folder`, and refuses what is no plain corpus.
+    /// Sorts the shards found below `folder`. Fails if the folder is not a plain corpus.
     fn finish(mut self, folder: &Path, without_caches: bool) -> Result<Discovery> {
         self.found.sort_by(|a, b| sorted_by(a).cmp(sorted_by(b)));
         let mut warnings = Vec::new();
@@ -326,7 +330,7 @@ impl<'a> Search<'a> {
             ));
         }
         if without_caches {
-            // The state of a saved dataset lists its files, whatever they are called.
+            // The state of a saved dataset lists its files, so that any name is right for them.
             let unlisted = self.found.iter().filter(|(key, _)| key.is_none()).map(|(_, shard)| shard);
             plain::check_caches(folder, unlisted)?;
         }

@@ -1,4 +1,6 @@
-//! Refuses folders that are no plain corpora: tables with a log, splits side by side, caches of `datasets`.
+//! Refuses folders that are not plain corpora.
+//!
+//! Such folders are tables with a log, folders with several splits, and caches of `datasets`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,20 +9,21 @@ use crate::corpus::discover::ShardFile;
 use crate::error::{Error, Result};
 use crate::storage::{Files, Item, ItemKind};
 
-/// How the files begin in which `datasets` keeps what `map` and `filter` gave.
+/// Prefix of the files in which `datasets` keeps the results of `map` and `filter`.
 pub(super) const CACHE_PREFIX: &str = "cache-";
-/// Digits of the fingerprint that follows.
+/// Number of digits of the fingerprint after the prefix.
 const FINGERPRINT: usize = 16;
-/// How many folders above a named one are looked at. A table's partitions lie this deep at most, as a rule.
+/// Number of parent folders that are searched for a log. Partitions of a table rarely lie deeper.
 const PARENTS: usize = 4;
 
-/// Folders that keep the log of a table, with the name of its kind.
+/// Folders with the log of a table, each with the kind of table.
 const TABLE_LOGS: [(&str, &str); 3] = [("_delta_log", "Delta"), (".hoodie", "Hudi"), (ICEBERG_LOG, "Iceberg")];
-/// Any folder may be called so; it is the log of a table if it holds a file that ends in [`ICEBERG_FILE`].
+/// A folder of any kind may have this name. It is the log of a table if it holds a file that ends
+/// in [`ICEBERG_FILE`].
 const ICEBERG_LOG: &str = "metadata";
 const ICEBERG_FILE: &str = ".metadata.json";
 
-/// Words that name a split, each with the split.
+/// Words that name a split, each with its split.
 const SPLITS: [(&str, &str); 9] = [
     ("train", "train"),
     ("training", "train"),
@@ -33,7 +36,7 @@ const SPLITS: [(&str, &str); 9] = [
     ("eval", "validation"),
 ];
 
-/// Fails if `folder`, which holds `items`, is a table whose log says which files are live.
+/// Fails if `folder`, which holds `items`, is a table with a log that says which files are live.
 pub(super) fn check_table(files: &Files, folder: &Path, items: &[Item]) -> Result<()> {
     for item in items.iter().filter(|item| item.kind == ItemKind::Folder) {
         let Some((log, kind)) = TABLE_LOGS.iter().find(|(log, _)| *log == item.name) else { continue };
@@ -55,7 +58,7 @@ pub(super) fn check_parents(files: &Files, folder: &Path) -> Result<()> {
     for parent in absolute.ancestors().take(1 + PARENTS) {
         for (log, _) in TABLE_LOGS {
             let location = parent.join(log);
-            // A folder that cannot be looked at is none of the corpus.
+            // A folder that cannot be read is not the log of a table.
             let Ok(Some(stat)) = files.stat_if_there(&location) else { continue };
             if stat.kind == ItemKind::Folder {
                 let item = Item { name: log.to_owned(), location, kind: stat.kind, is_link: false };
@@ -66,7 +69,7 @@ pub(super) fn check_parents(files: &Files, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Fails if the names of `shards`, found below `folder`, tell of more than one split.
+/// Fails if the names of `shards`, found below `folder`, name more than one split.
 pub(super) fn check_splits<'a>(folder: &Path, shards: impl Iterator<Item = &'a ShardFile>) -> Result<()> {
     let mut splits: BTreeMap<&str, &str> = BTreeMap::new();
     for shard in shards {
@@ -88,15 +91,16 @@ pub(super) fn check_splits<'a>(folder: &Path, shards: impl Iterator<Item = &'a S
     )))
 }
 
-/// The split that a word of `name` tells of.
+/// Returns the split that a word of `name` names.
 fn split_of(name: &str) -> Option<&'static str> {
     let words = name.split(|c: char| !c.is_alphabetic());
     let known = |word: &str| SPLITS.iter().find(|(known, _)| word.eq_ignore_ascii_case(known));
     words.filter_map(known).map(|(_, split)| *split).next()
 }
 
-/// Fails if one of `shards`, found below `folder`, is a cache of `datasets`: its rows are those of other files, or come
-/// from them.
+/// Fails if one of `shards`, found below `folder`, is a cache of `datasets`.
+///
+/// The rows of a cache are copies of rows of other files, or are made from them.
 pub(super) fn check_caches<'a>(folder: &Path, mut shards: impl Iterator<Item = &'a ShardFile>) -> Result<()> {
     let Some(cache) = shards.find(|shard| is_cache(shard.name.rsplit('/').next().unwrap_or_default())) else {
         return Ok(());
