@@ -1,7 +1,7 @@
-//! `forebay bench`: takes batches as fast as they come, and measures what that costs.
+//! `forebay bench`: takes batches as fast as they come, and measures the cost.
 //!
-//! Nothing is done with a batch, so the numbers are those of the loader alone: the most that a trainer on this
-//! machine could get. Ctrl-C ends the measurement and prints what it has so far.
+//! The command does nothing with a batch. So the numbers show the most that a trainer on this
+//! machine could get from the loader. Ctrl-C ends the measurement and prints the results so far.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -16,11 +16,11 @@ use crate::interrupt::{self, Hold, INTERRUPTED};
 use crate::report::{bytes, grouped, line, number_of};
 use crate::{Context, Failure, Sets, Shape, progress};
 
-/// Time to run if neither time nor epochs are given.
+/// Time to run if neither time nor epochs are given, in seconds.
 const DEFAULT_SECONDS: f64 = 10.0;
-/// Time between two looks at the memory. A look takes some 20 µs.
+/// Time between two samples of the memory. A sample takes some 20 µs.
 const SAMPLE_EVERY: Duration = Duration::from_millis(50);
-/// Time of one wait for a batch, after which Ctrl-C is heard.
+/// Time of one wait for a batch, after which the command checks for Ctrl-C.
 const SLICE: Duration = Duration::from_millis(100);
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}%";
 
@@ -59,7 +59,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let own = [("num_threads", options.threads.clone())];
     let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
-    // Nothing is trained on these batches, so no delivery log may name them.
+    // Nothing is trained on these batches, so that no delivery log may name them.
     config.delivery_log = None;
     let limit = match (options.seconds, options.epochs) {
         (None, None) => Some(DEFAULT_SECONDS),
@@ -88,8 +88,8 @@ struct Measured {
     corpus_tokens: u64,
     /// Bytes of all files.
     corpus_bytes: u64,
-    /// Bytes that all blocks take when decoded, and bytes of decoded blocks that the cache may hold. `None` if
-    /// nothing is decoded.
+    /// Bytes of all blocks when decoded, and bytes of decoded blocks that the cache may hold.
+    /// `None` if nothing is decoded.
     decoded: Option<(u64, u64)>,
     interrupted: bool,
     epochs: u64,
@@ -100,20 +100,20 @@ struct Measured {
     cpu: f64,
     open: f64,
     first_batch: f64,
-    /// Waits for batches, sorted.
+    /// Waits for batches in seconds, sorted.
     waits: Vec<f32>,
     peak_anon_bytes: u64,
     peak_resident_bytes: u64,
-    /// Bytes read from storage, opening included: few if the system has the files in memory. `None` if the
-    /// system does not count them.
+    /// Bytes read from storage, including opening. The number is small if the system has the files
+    /// in memory. `None` if the system does not count them.
     storage_bytes: Option<u64>,
-    /// Time of all threads together.
+    /// Decoding time of all threads together.
     decode: f64,
-    /// Time of all threads together.
+    /// Filling time of all threads together.
     fill: f64,
 }
 
-/// Runs a loader until `limit` or `epochs` or Ctrl-C. Returns none if no batch came before Ctrl-C.
+/// Runs a loader until `limit`, `epochs` or Ctrl-C. Returns `None` if no batch came before Ctrl-C.
 fn measure(
     config: Config,
     limit: Option<Duration>,
@@ -208,7 +208,7 @@ struct Run {
 }
 
 impl Run {
-    /// Takes the batches of one epoch. Returns `false` if the time or Ctrl-C ended it before its end.
+    /// Takes the batches of one epoch. Returns `false` if the time or Ctrl-C ended it early.
     fn pass(&mut self, loader: &Loader) -> forebay::Result<bool> {
         let batches = loader.iter();
         let seq_len = loader.config().seq_len;
@@ -249,7 +249,7 @@ impl Run {
     }
 }
 
-/// Reads a field of this process's status. Returns 0 if the system has none.
+/// Reads a field of this process's status, in bytes. Returns 0 if the system has none.
 fn status_bytes(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field));
@@ -257,17 +257,18 @@ fn status_bytes(field: &str) -> u64 {
     kibibytes.unwrap_or(0) * 1024
 }
 
-/// Bytes that this process made the system read from storage so far, by reads and by touching mapped files.
+/// Bytes that this process made the system read from storage, by reads and by touching mapped
+/// files.
 fn storage_bytes() -> Option<u64> {
     let counters = std::fs::read_to_string("/proc/self/io").ok()?;
     counters.lines().find_map(|line| line.strip_prefix("read_bytes:"))?.trim().parse().ok()
 }
 
-/// CPU time of all threads of this process.
+/// CPU time of all threads of this process, in seconds.
 fn cpu_seconds() -> f64 {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: `getrusage` writes one `rusage` to the pointer, which points to one. All of its fields are
-    // integers, so zeros are valid too.
+    // SAFETY: `getrusage` writes one `rusage` to the pointer, which points to one. All of its
+    // fields are integers, so that zeros are valid too.
     let usage = unsafe {
         libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
         usage.assume_init()
@@ -289,7 +290,7 @@ impl Measured {
         self.cpu / self.tokens as f64 * 1e9
     }
 
-    /// The longest of the shortest `share` of all waits, in milliseconds.
+    /// The wait, in milliseconds, that a `share` of all waits does not exceed.
     fn wait_ms(&self, share: f64) -> f64 {
         let rank = (self.waits.len() as f64 * share).ceil() as usize;
         self.waits.get(rank.saturating_sub(1)).map_or(0.0, |wait| f64::from(*wait) * 1e3)
@@ -300,7 +301,8 @@ impl Measured {
         self.decoded.map(|(corpus, cache)| corpus <= cache)
     }
 
-    /// Whether storage was hardly read for the tokens that were taken. `None` if the system does not count it.
+    /// Whether hardly any storage was read for these tokens. `None` if the system does not count
+    /// it.
     fn files_in_memory(&self) -> Option<bool> {
         let share = (self.tokens as f64 / self.corpus_tokens.max(1) as f64).min(1.0);
         self.storage_bytes.map(|read| (read as f64) < 0.1 * share * self.corpus_bytes as f64)

@@ -1,6 +1,7 @@
-//! `forebay check`: opens and reads every shard, and says what it found.
+//! `forebay check`: opens and reads every shard, and reports its findings.
 //!
-//! The reading goes on after a broken shard or block, because the point is to find all of them before a run does.
+//! Reading goes on after a broken shard or block, because the command should find all faults before
+//! a run does.
 
 use std::io::Write;
 
@@ -15,9 +16,10 @@ use serde_json::{Value, json};
 use crate::report::{bytes, counted, counts, escaped_faults, grouped, line, number_of, plural};
 use crate::{Context, FAILED, Failure, Sets, progress};
 
-/// Tokens read at once if they lie in the file as they are.
+/// Number of tokens read at once if the file holds them as they are.
 const PIECE_TOKENS: u64 = 1 << 20;
-/// Number of different descriptions shown. Those of a large corpus all differ by their counts of pages.
+/// Number of different descriptions shown. Descriptions in a large corpus all differ by their
+/// counts of pages.
 const SHOWN_TEXTS: usize = 10;
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} tokens, {eta} left";
 
@@ -49,9 +51,9 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     }
 }
 
-/// What reading a corpus showed.
+/// The findings of reading a corpus.
 struct Findings {
-    /// Number of files, broken ones included.
+    /// Number of files, including broken files.
     files: usize,
     shards: Vec<Shard>,
     /// Columns beside the tokens, each with the number of shards that have it.
@@ -85,7 +87,8 @@ fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure
         broken.extend(mixed_shards(shards[first..].iter().map(|shard| (shard.path(), shard.facts())), &options));
     }
 
-    // By blocks, not shards, so that a large shard is not left to one thread at the end.
+    // Threads take blocks, not shards. Otherwise a thread could be left alone with a large shard at
+    // the end.
     let blocks: Vec<(&Shard, usize)> =
         shards.iter().flat_map(|shard| (0..shard.blocks().len()).map(move |block| (shard, block))).collect();
     let tokens = shards.iter().map(tokens_of).sum();
@@ -115,7 +118,7 @@ struct Scratch {
     ends: EndsScratch,
 }
 
-/// Reads a whole block, as a loader would.
+/// Reads a whole block like a loader.
 fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &ProgressBar) -> forebay::Result<()> {
     let meta = shard.blocks()[block];
     match shard {
@@ -165,7 +168,7 @@ impl Findings {
         self.shards.iter().map(of).collect()
     }
 
-    /// Types of the ids of the shards that have any.
+    /// Types of the ids of all shards with tokens.
     fn dtypes(&self) -> Vec<&'static str> {
         let full = self.shards.iter().filter(|shard| !shard.blocks().is_empty());
         full.map(|shard| shard.info().dtype.name()).collect()
@@ -181,12 +184,12 @@ impl Findings {
             .collect()
     }
 
-    /// The number of blocks, and the tokens of the smallest, median and largest.
+    /// The number of blocks, and the tokens of the smallest, median and largest block.
     fn block_tokens(&self) -> Option<(usize, [u64; 3])> {
         spread(self.shards.iter().flat_map(|shard| shard.blocks()).map(|block| block.tokens).collect())
     }
 
-    /// Tokens of the largest shard, divided by those of the median shard.
+    /// Tokens of the largest shard, divided by the tokens of the median shard.
     fn skew(&self) -> Option<f64> {
         let (_, [_, median, largest]) = spread(self.shards.iter().map(tokens_of).collect())?;
         (median > 0).then(|| largest as f64 / median as f64)
@@ -316,7 +319,7 @@ fn kind(kind: ErrorKind) -> &'static str {
     }
 }
 
-/// The number of values, and the smallest, median and largest of them.
+/// The number of values, and the smallest, median and largest value.
 fn spread(mut values: Vec<u64>) -> Option<(usize, [u64; 3])> {
     values.sort_unstable();
     let (first, last) = (*values.first()?, *values.last()?);

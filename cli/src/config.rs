@@ -1,4 +1,4 @@
-//! `forebay config`: prints the settings in force, and where each came from.
+//! `forebay config`: prints the settings in force and the origin of each.
 
 use forebay::Config;
 use forebay::settings::{self, Resolved, Scope, Setting};
@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::report::{escaped, exact_bytes, number_of};
 use crate::{Context, Failure, MISUSED, Sets};
 
-/// Columns are no wider than this. Longer values push the rest of their line to the right.
+/// Largest width of a column. Longer values push the rest of their line to the right.
 const WIDEST: usize = 32;
 
 #[derive(Debug, clap::Args)]
@@ -43,7 +43,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     Ok(0)
 }
 
-/// The meaning of the setting `name` and the values that it accepts, as the help of an option.
+/// The help of an option: the meaning of the setting `name`, and its accepted values.
 pub(crate) fn help_of(name: &str) -> String {
     let setting = settings::find(name).expect("an option has the name of its setting");
     let doc = setting.doc().replace('`', "");
@@ -82,7 +82,7 @@ fn write_table(resolved: &Resolved, context: &mut Context<'_>) -> Result<(), Fai
     Ok(())
 }
 
-/// The text of a value, where bytes have a unit.
+/// The text of a value. A number of bytes gets a unit.
 fn readable(text: &str, name: &str) -> String {
     if text.is_empty() {
         return "-".to_owned();
@@ -107,14 +107,15 @@ fn as_json(resolved: &Resolved) -> Value {
     json!({"settings": settings, "warnings": resolved.warnings, "notes": resolved.notes})
 }
 
-/// The number that `text` means to a setting. A name or a list of numbers is none, though it may look like one.
+/// The number that `text` means to a setting. `None` for a name or a list of numbers, even if it
+/// looks like a number.
 fn number(setting: &Setting, text: &str) -> Option<u64> {
     let number = settings::size(text, true)?;
     let is_number = means(setting, text, &format!("0{number}")) && !accepts(setting, "1-2");
     is_number.then_some(number)
 }
 
-/// Whether two texts are one value to a setting.
+/// Whether two texts are the same value of a setting.
 fn means(setting: &Setting, text: &str, other: &str) -> bool {
     let [mut one, mut two] = [Config::default(), Config::default()];
     setting.set(&mut one, text).is_ok() && setting.set(&mut two, other).is_ok() && one == two
@@ -122,6 +123,6 @@ fn means(setting: &Setting, text: &str, other: &str) -> bool {
 
 fn accepts(setting: &Setting, text: &str) -> bool {
     setting.set(&mut Config::default(), text).is_ok()
-        // Anything is a name.
+        // A setting that accepts any name takes no number.
         && setting.set(&mut Config::default(), "no number").is_err()
 }

@@ -1,4 +1,4 @@
-//! `forebay index`: writes the index of each corpus, which the ranks of a run find when they start.
+//! `forebay index`: writes the index of each corpus. The ranks of a run find it when they start.
 
 use std::io::Write;
 use std::time::Instant;
@@ -40,7 +40,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
             Error::config("no folder for the index: name one with `--cache-dir`, or set `FOREBAY_CACHE_DIR`").into()
         );
     };
-    // This fails now, not after the minutes in which all shards are opened.
+    // This fails now, and not after the minutes in which all shards are opened.
     std::fs::create_dir_all(folder).map_err(|error| {
         Error::io("cannot create the folder of the index, which `cache_dir` names", error).at(folder.as_ref())
     })?;
@@ -63,7 +63,8 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         let seconds = began.elapsed().as_secs_f64();
         let unsaved = indexed.unsaved.as_ref().map(forebay::Error::report);
         for warning in corpus.warnings() {
-            // That an index cannot be saved is a warning to a loader, and the failure of this command.
+            // For a loader, an index that cannot be saved is a warning. For this command it is a
+            // failure.
             if unsaved.as_ref().is_none_or(|fault| !warning.starts_with(fault)) {
                 bar.suspend(|| context.warn(warning))?;
             }
@@ -88,9 +89,9 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     Ok(if saved { 0 } else { FAILED })
 }
 
-/// The printed facts of one corpus.
+/// The printed facts about one corpus.
 struct Entry {
-    /// Name of the source in a mixture; empty without a mixture.
+    /// Name of the source in a mixture. Empty without a mixture.
     name: String,
     index: String,
     index_bytes: u64,

@@ -1,8 +1,10 @@
 //! The command line: `forebay config`, `check`, `index`, `rewrite`, `plan`, `bench` and `verify`.
 //!
-//! [`run`] takes arguments, environment and outputs, so that the binary, the Python package and the tests share
-//! it. Results go to the output; warnings, notes and errors go to the error output. The status is 0, or 1 where
-//! the data is at fault, or 2 where the command or a setting is, or 130 after Ctrl-C.
+//! [`run`] takes arguments, environment and outputs, so that the binary, the Python package and the
+//! tests share it. Results go to the output. Warnings, notes and errors go to the error output.
+//!
+//! The exit status is 0 for success, 1 for faulty data, 2 for a wrong command or setting, and 130
+//! after Ctrl-C.
 
 mod bench;
 mod check;
@@ -31,9 +33,9 @@ use forebay::{Error, ErrorKind, settings};
 pub use interrupt::end_at_interrupt;
 use report::{escaped, escaped_faults};
 
-/// Failure of the data.
+/// Exit status if the data is faulty.
 const FAILED: u8 = 1;
-/// Failure of the command: its usage, or a setting.
+/// Exit status if the usage or a setting is wrong.
 const MISUSED: u8 = 2;
 
 /// Loads tokens for LLM training: looks at corpora, plans runs, measures, proves.
@@ -74,7 +76,7 @@ enum Command {
     },
 }
 
-/// Settings with options of their own in every command that runs a loader.
+/// Settings that have their own options in every command that runs a loader.
 #[derive(Debug, Default, Args)]
 struct Shape {
     #[arg(long, value_name = "TOKENS", help = config::help_of("seq_len"))]
@@ -114,7 +116,8 @@ fn name_and_value(text: &str) -> Result<(String, String), String> {
 }
 
 impl Sets {
-    /// Resolves the settings in force, with `flags` as arguments too. Tells warnings and notes.
+    /// Resolves the settings in force, with `flags` as further arguments. Prints warnings and
+    /// notes.
     fn resolve(
         &self,
         paths: &[String],
@@ -142,7 +145,7 @@ struct Context<'a> {
     env: &'a Environment,
     out: &'a mut dyn Write,
     err: &'a mut dyn Write,
-    /// Notices below this level are not printed. None are printed without it.
+    /// Notices below this level are not printed. `None` prints no notice.
     level: Option<Level>,
 }
 
@@ -176,7 +179,7 @@ impl Context<'_> {
         Ok(())
     }
 
-    /// Finds the shards of `data` in `files`, and tells the warnings.
+    /// Finds the shards of `data` in `files`, and prints the warnings.
     fn find(&mut self, files: &Files, data: &[String], format: DataFormat) -> Result<Vec<ShardFile>, Failure> {
         let found = discover::find(files, data, format)?;
         for warning in &found.warnings {
@@ -217,7 +220,7 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
         Ok(cli) => cli,
         Err(error) => {
             let text = error.render();
-            // If even this cannot be written, nobody can be told.
+            // If this cannot be written either, there is no way to report it.
             if error.use_stderr() {
                 let _ = write!(err, "{text}");
                 if let Some(hint) = mistakes::hint(&error) {
@@ -238,7 +241,7 @@ pub fn run(args: &[OsString], env: &Environment, out: &mut dyn Write, err: &mut 
     });
     match result {
         Ok(status) => status,
-        // The reader of the output has seen enough, as `head` does.
+        // The reader of the output has closed it early, like `head`.
         Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => 0,
         Err(Failure::Output(error)) => {
             let _ = writeln!(context.err, "error: cannot write the output: {error}");
@@ -264,7 +267,7 @@ fn run_command(command: &Command, context: &mut Context<'_>) -> Result<u8, Failu
     }
 }
 
-/// The level that `FOREBAY_LOG` asks for: warnings if it is not set, and none for `error`.
+/// The level that `FOREBAY_LOG` asks for. Warnings if it is not set, and `None` for `error`.
 fn log_level(env: &Environment) -> Result<Option<Level>, Error> {
     let text = env.get("FOREBAY_LOG").unwrap_or_default().trim().to_lowercase();
     Ok(match &*text {

@@ -1,7 +1,7 @@
-//! `forebay plan`: computes what a run comes to and costs, before a GPU is used.
+//! `forebay plan`: computes the size and cost of a run before a GPU is used.
 //!
-//! Opens the corpus, takes one batch and closes it again; everything else is computed. The settings of the run, its
-//! launcher's environment and `--world-size` choose the rank.
+//! The command opens the corpus, takes one batch and closes the corpus. Everything else is
+//! computed. The settings, the launcher's environment and `--world-size` choose the rank.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ pub(crate) struct Options {
     paths: Vec<String>,
     #[command(flatten)]
     shape: Shape,
-    /// Number of ranks; the plan is the first rank's
+    /// Number of ranks; the plan is for the first rank
     #[arg(long, value_name = "N")]
     world_size: Option<String>,
     /// Prints one JSON object
@@ -57,7 +57,8 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     Ok(0)
 }
 
-/// Measures the time from the request for the first batch to its arrival. `None` if a pass has no batch.
+/// Measures the time from the request for the first batch to its arrival. `None` if a pass has no
+/// batch.
 fn first_batch(loader: &Loader) -> Result<Option<Duration>, Failure> {
     let asked = Instant::now();
     let batches = loader.iter();

@@ -1,23 +1,24 @@
-//! Writes numbers, names and lines as people read them.
+//! Writes numbers, names and lines for readers.
 
 use std::io::{Result, Write};
 
 pub(crate) use forebay::text::{bytes, escaped, grouped, number_of, plural};
 
-/// Writes bytes as [`bytes`] does, and adds the exact number where that rounds.
+/// Writes bytes like [`bytes`], and adds the exact number if that is rounded.
 pub(crate) fn exact_bytes(number: u64) -> String {
     let is_exact = [40, 30, 20, 10].iter().any(|shift| number >> shift > 0 && number.trailing_zeros() >= *shift);
     if is_exact || number < 1 << 10 { bytes(number) } else { format!("{} ({})", bytes(number), number) }
 }
 
-/// Writes a fact under its name.
+/// Writes a fact after its name.
 pub(crate) fn line(out: &mut dyn Write, name: &str, text: &str) -> Result<()> {
     writeln!(out, "{name:<11} {}", escaped(text))
 }
 
-/// Escapes a report of one or several faults, which stand on a line each.
+/// Escapes a report of one or several faults, one per line.
 ///
-/// Leaves out the trace of a cause: flatbuffers adds a line for each table that it was in.
+/// Leaves out the trace of a cause, because flatbuffers adds a line for each table on the way to
+/// it.
 pub(crate) fn escaped_faults(report: &str) -> String {
     const NEXT: &str = "\n  - ";
     let without_trace = |fault: &'_ str| escaped(fault.split("\n\t").next().unwrap_or(fault)).into_owned();
@@ -29,7 +30,7 @@ pub(crate) fn names<T: AsRef<str>>(names: impl IntoIterator<Item = T>) -> String
     names.into_iter().map(|name| format!("`{}`", name.as_ref())).collect::<Vec<_>>().join(", ")
 }
 
-/// Writes how often each name occurs, as in `3 parquet, 1 arrow file`; the name alone if there is only one.
+/// Writes how often each name occurs, as in `3 parquet, 1 arrow file`. Writes a single name alone.
 pub(crate) fn counted<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     let counts = counts(names);
     match counts.as_slice() {

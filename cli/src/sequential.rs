@@ -1,7 +1,8 @@
-//! Reads a corpus in file order by arrow-rs: the expectation that a loader is held to.
+//! Reads a corpus in file order by arrow-rs. A loader must deliver the same content.
 //!
-//! Shares no layout, order, decoding or gathering with the loader. Files come whole through arrow's and parquet's own
-//! readers. Documents follow each other in one stream, and every `seq_len` tokens of the stream are a row.
+//! The reader shares no layout, order, decoding or gathering with the loader. Arrow's and parquet's
+//! own readers read whole files. Documents follow each other in one stream, and every `seq_len`
+//! tokens of the stream are a row.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -27,8 +28,8 @@ pub(crate) trait Visitor {
     /// Takes a sequence, or the shorter tail after the last sequence.
     fn row(&mut self, sequence: u64, tokens: &[i64]);
 
-    /// Takes a document that is not empty: its shard, its row, and its place in the stream. The place includes
-    /// `bos_id` and `eos_id`.
+    /// Takes a document with tokens: its shard, its row, and its place in the stream. The place
+    /// includes `bos_id` and `eos_id`.
     fn document(&mut self, shard: usize, row: u64, place: Range<u64>);
 
     /// Notes that `tokens` more tokens of the corpus were read.
@@ -41,8 +42,10 @@ pub(crate) fn read(config: &Config, corpus: &Corpus, visitor: &mut dyn Visitor) 
     read_column(config, None, None, specials, corpus, visitor)
 }
 
-/// Reads a further column of the shards of `corpus`. The visitor gets its values as they are delivered: floating-point
-/// numbers by their bits, and the values of both tokens where rows share one.
+/// Reads a further column of the shards of `corpus`.
+///
+/// The visitor receives the delivered values: floating-point numbers by their bits, and the values
+/// of both tokens if rows share one.
 pub(crate) fn read_field(
     config: &Config,
     field: &SchemaField,
@@ -53,7 +56,7 @@ pub(crate) fn read_field(
     read_column(config, Some(field.name), Some(field.dtype), specials, corpus, visitor)
 }
 
-/// Reads column `column` of each shard; none is the token column.
+/// Reads column `column` of each shard. `None` means the token column.
 fn read_column(
     config: &Config,
     column: Option<&str>,
@@ -89,7 +92,7 @@ fn read_column(
 
 /// The part of the stream that is not in rows yet.
 struct Stream<'a> {
-    /// Type in which a further column is delivered; none for tokens.
+    /// Type in which a further column is delivered. `None` for tokens.
     delivered: Option<Dtype>,
     bos: Option<i64>,
     eos: Option<i64>,
@@ -101,7 +104,7 @@ struct Stream<'a> {
     /// Row and start of the document that is being read.
     open: Option<(u64, u64)>,
     pending: Vec<i64>,
-    /// Number of stream tokens before the pending ones.
+    /// Number of stream tokens before the pending tokens.
     done: u64,
     sequence: u64,
 }
@@ -184,7 +187,7 @@ fn read_file(path: &Path, column: &str, stream: &mut Stream<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Adds the rows of a token column, after the `before` rows that came already.
+/// Adds the rows of a token column, after the `before` rows that were added already.
 fn add(column: &ArrayRef, before: u64, stream: &mut Stream<'_>) -> Result<()> {
     let values = match column.data_type() {
         DataType::List(_) => column.as_list::<i32>().values(),
@@ -206,7 +209,8 @@ fn add(column: &ArrayRef, before: u64, stream: &mut Stream<'_>) -> Result<()> {
     }
 }
 
-/// The values of a further column, as 64-bit integers: floating-point numbers by the bits of the delivered type.
+/// The values of a further column as 64-bit integers. Floating-point numbers appear as the bits of
+/// the delivered type.
 pub(crate) fn field_values(values: &ArrayRef, delivered: Dtype) -> Result<ArrayRef> {
     if let Some(values) = values.as_boolean_opt() {
         let wide = values.values().iter().map(i64::from).collect::<Vec<_>>();

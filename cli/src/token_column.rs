@@ -1,9 +1,9 @@
-//! Opens files for their token column alone, by arrow-rs's and parquet's readers.
+//! Opens files for their token column alone, with the readers of arrow-rs and parquet.
 //!
-//! A Parquet file is opened as if it held the token column alone: a footer is built that has this column's
-//! part of the schema and its chunks, and nothing else. So no index of one schema is ever used in another
-//! (arrow-rs leaves out groups without columns, which Parquet's own schema counts), and columns that arrow-rs
-//! cannot describe do no harm.
+//! A Parquet file is opened as if it had only the token column. For that, a footer is built with
+//! this column's part of the schema and its chunks, and nothing else. So no index into one schema
+//! is ever used in another: arrow-rs leaves out groups without columns, and Parquet's own schema
+//! counts them. Columns that arrow-rs cannot describe do no harm.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -22,7 +22,7 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::{FileMetaData, ParquetMetaData, RowGroupMetaData};
 use parquet::schema::types::{SchemaDescriptor, Type};
 
-/// Tokens that parquet decodes at once, if the rows are about as long as their mean.
+/// Number of tokens that parquet decodes at once, if the rows have nearly equal lengths.
 const DECODED_TOKENS: u64 = 1 << 20;
 
 /// The type of column `name` in the file at `path`.
@@ -50,7 +50,7 @@ pub(crate) fn open_file(path: &Path) -> Result<File> {
     File::open(path).map_err(|error| Error::io("cannot open shard", error))
 }
 
-/// Opens a Parquet file to read column `name`. Its batches have this one column.
+/// Opens a Parquet file to read column `name`. Its batches have only this column.
 pub(crate) fn parquet(path: &Path, name: &str) -> Result<ParquetRecordBatchReaderBuilder<File>> {
     let metadata = read_metadata(&Files::local().open(path, Io::Pread)?)?;
     let schema = metadata.file_metadata().schema_descr();
@@ -58,7 +58,7 @@ pub(crate) fn parquet(path: &Path, name: &str) -> Result<ParquetRecordBatchReade
     let leaf = leaf.ok_or_else(|| missing(name))?;
     let alone = ArrowReaderMetadata::try_new(
         Arc::new(alone(&metadata, leaf).map_err(unsound)?),
-        // It describes all columns, and what the file's writer said about lists is not needed.
+        // It describes all columns. The hints of the file's writer about lists are not needed.
         ArrowReaderOptions::new().with_skip_arrow_metadata(true),
     );
     let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(open_file(path)?, alone.map_err(unsound)?);
@@ -68,7 +68,7 @@ pub(crate) fn parquet(path: &Path, name: &str) -> Result<ParquetRecordBatchReade
     Ok(builder.with_batch_size(batch as usize))
 }
 
-/// The footer of a file that has the column of `leaf` alone.
+/// The footer of a file with only the column of `leaf`.
 fn alone(whole: &ParquetMetaData, leaf: usize) -> std::result::Result<ParquetMetaData, ParquetError> {
     let file = whole.file_metadata();
     let root = file.schema_descr().get_column_root_ptr(leaf);
@@ -95,7 +95,7 @@ fn missing(name: &str) -> Error {
     Error::data(format!("arrow-rs finds no column `{name}`"))
 }
 
-/// A fault that arrow-rs or parquet found while reading.
+/// The error for a fault that arrow-rs or parquet found while reading.
 pub(crate) fn unsound(error: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::data("arrow-rs cannot read the shard").with_source(error)
 }

@@ -1,6 +1,7 @@
-//! Compares what a shard of the result holds with what came from its source.
+//! Compares the content of a shard of the result with the content of its source.
 //!
-//! The writer adds up what it is given; afterwards forebay's own reader reads the file back. Both sums must agree.
+//! The writer adds up what it is given. Afterwards forebay's own reader reads the file back. Both
+//! sums must agree.
 
 use std::path::Path;
 
@@ -11,13 +12,13 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::report::number_of;
 
-/// Tokens read back at once if they lie in the file as they are.
+/// Number of tokens read back at once if the file holds them as they are.
 const PIECE_TOKENS: u64 = 1 << 20;
 
 /// The content of a shard, in numbers that can be compared.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Content {
-    /// Number of rows: documents, empty ones included, or tokens of a plain column.
+    /// Number of rows: documents, including empty documents, or tokens of a plain column.
     pub(super) rows: u64,
     /// Number of documents with tokens.
     pub(super) documents: u64,
@@ -61,7 +62,8 @@ impl Digest {
         self.documents += 1;
     }
 
-    /// The content of a shard of `rows` rows with these tokens, and with the digests `fields` of its further columns.
+    /// The content of a shard with `rows` rows and these tokens. `fields` are the digests of its
+    /// further columns.
     pub(super) fn content(&self, rows: u64, fields: impl IntoIterator<Item = Self>) -> Content {
         let mut hash = format!("{:016x}{:016x}", self.ids.digest(), self.ends.digest());
         for field in fields {
@@ -71,7 +73,7 @@ impl Digest {
     }
 }
 
-/// Reads the content of the shard at `path`, as a loader reads it.
+/// Reads the content of the shard at `path` like a loader.
 pub(super) fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
     let shard = format::open(path, options)?;
     let of_field = |name: &String| digest_of(&format::open(path, &options.of_field(name))?);
@@ -116,12 +118,12 @@ fn widen(tokens: &Tokens<'_>, ids: &mut Vec<i64>) {
         Dtype::U32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(u32::from_le_bytes(*id)))),
         Dtype::I32 => ids.extend(bytes.as_chunks::<4>().0.iter().map(|id| i64::from(i32::from_le_bytes(*id)))),
         Dtype::I64 => ids.extend(bytes.as_chunks::<8>().0.iter().map(|id| i64::from_le_bytes(*id))),
-        // The types that only further columns have.
+        // Only further columns have these types.
         _ => ids.extend((0..tokens.len()).map(|index| tokens.get(index))),
     }
 }
 
-/// The largest id among `tokens`; 0 if there are none.
+/// The largest id among `tokens`, or 0 without tokens.
 pub(super) fn largest_id(tokens: &Tokens<'_>, ids: &mut Vec<i64>) -> i64 {
     widen(tokens, ids);
     ids.iter().copied().max().unwrap_or(0)

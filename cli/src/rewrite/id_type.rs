@@ -13,7 +13,8 @@ use super::source::Source;
 /// The types of ids, the smallest first.
 pub(super) const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::I32, Dtype::U32, Dtype::I64];
 
-/// The smallest type that holds every id. Stops reading once no type smaller than that of the sources is possible.
+/// The smallest type that holds every id. Stops reading once no type smaller than the sources' type
+/// is possible.
 pub(super) fn smallest_dtype(sources: &[Source], open: &OpenOptions, bar: &ProgressBar) -> forebay::Result<Dtype> {
     let rank = |dtype: Dtype| DTYPES.iter().position(|other| *other == dtype);
     let fitting = |id: i64| DTYPES.into_iter().find(|dtype| id <= most(*dtype)).unwrap_or(Dtype::I64);
@@ -24,7 +25,7 @@ pub(super) fn smallest_dtype(sources: &[Source], open: &OpenOptions, bar: &Progr
         let shard = format::open(&source.file.path, open)?;
         let blocks: Vec<usize> = (0..shard.blocks().len()).collect();
         blocks.par_iter().try_for_each(|block| {
-            // A stale value costs one more block; no other memory depends on it.
+            // A stale value costs one more block. No other memory depends on it.
             if rank(fitting(largest.load(Ordering::Relaxed))) >= widest {
                 return Ok(());
             }

@@ -1,8 +1,10 @@
-//! Keeps how far a rewriting has come: `_forebay_rewrite.jsonl` in the folder of the result.
+//! Keeps the progress of a rewriting, in `_forebay_rewrite.jsonl` in the folder of the result.
 //!
-//! The first lines name the options and the sources. A run with others refuses to go on. Then each shard has a line,
-//! which is on storage before the shard gets its name. So no name lacks its line, and a line without its shard means
-//! that the shard is missing. The last line says that all shards are there. Without it, loaders refuse the folder.
+//! The first lines name the options and the sources. A run with other options or sources refuses to
+//! go on. Then each shard has a line, which is on storage before the shard gets its name. So no
+//! named shard lacks its line, and a line without its shard means that the shard is missing.
+//!
+//! The last line says that all shards are complete. Loaders refuse a folder without it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -31,7 +33,7 @@ pub(super) struct Done {
     pub(super) next: (usize, u64),
 }
 
-/// The manifest of a folder. No other process rewrites to the folder while this lives.
+/// The manifest of a folder. No other process rewrites to the folder while this value lives.
 pub(super) struct Manifest {
     folder: PathBuf,
     /// Values that the options left open, such as the type of the ids.
@@ -46,8 +48,8 @@ pub(super) struct Manifest {
 pub(super) type Options = Vec<(&'static str, String)>;
 
 impl Manifest {
-    /// Continues the rewriting that `folder` holds, or begins one. A new one calls `settle` for the values that the
-    /// options leave open.
+    /// Continues the rewriting in `folder`, or begins one. A new rewriting calls `settle` for the
+    /// values that the options leave open.
     pub(super) fn open(
         folder: &Path,
         options: &Options,
@@ -70,7 +72,7 @@ impl Manifest {
         } else {
             Vec::new()
         };
-        // A line that a kill tore has no end.
+        // A line that a killed process left incomplete has no line end.
         let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         // Without a shard nothing is lost, and a wrong option may have stopped the first run.
         if !has_shards(&bytes[..whole]) {
@@ -137,7 +139,7 @@ impl Manifest {
         let whole = file.seek(SeekFrom::End(0)).map_err(failed)?;
         let written = file.write_all(format!("{line}\n").as_bytes()).and_then(|()| file.sync_data());
         if written.is_err() {
-            // Another thread's line must not follow half of this one.
+            // Another thread's line must not follow half of this line.
             let _ = file.set_len(whole);
         }
         written.map_err(failed)

@@ -1,12 +1,13 @@
 //! `forebay rewrite`: writes the documents of a corpus to files that a loader reads fast.
 //!
-//! The order of a loader is logical. So the result gives the same batches as the source if `shuffle` is named as
-//! `global` or `block`. Sources are joined, or cut between documents, into shards of about one size. The groups of
-//! sources that shards are made of follow from their metadata. So threads write shards side by side, and a later run
-//! knows which shards are missing.
+//! A loader's order does not depend on the files. So the result gives the same batches as the
+//! source if `shuffle` is `global` or `block`. Sources are joined, or cut between documents, into
+//! shards of nearly equal size. The metadata of the sources decides which sources form a group of
+//! shards. So threads write shards in parallel, and a later run knows which shards are missing.
 //!
 //! ```text
-//! options -> source (rows by arrow-rs) -> groups -> work (cursor -> output -> content) -> manifest -> summary
+//! options -> source (rows by arrow-rs) -> groups -> work (cursor -> output -> content)
+//!         -> manifest -> summary
 //! ```
 
 mod content;
@@ -98,7 +99,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let bar = progress::bar(tokens, TEMPLATE, context.env)?.with_message("rewriting");
     bar.set_position(manifest.done.values().map(|done| done.content.tokens).sum());
     bar.reset_eta();
-    // The column of a source without tokens may have any name, or none.
+    // The column of a source without tokens may have any name, or be missing.
     let full = sources.iter().find(|source| source.facts.counts.tokens > 0);
     let column = full.map(|source| source.column.clone());
     let work = Work {
@@ -135,7 +136,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     Ok(0)
 }
 
-/// The further columns that are carried, which all sources have in one type.
+/// The further columns that are copied. All sources have them in one type.
 fn carried(sources: &[Source]) -> forebay::Result<Vec<CarriedField>> {
     let full = || sources.iter().filter(|source| source.facts.counts.tokens > 0);
     let Some(first) = full().next() else { return Ok(Vec::new()) };

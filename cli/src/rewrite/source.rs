@@ -1,8 +1,10 @@
-//! Reads the documents of a shard in order, from any row on, by arrow-rs's and parquet's readers.
+//! Reads the documents of a shard in order, from any row on, with the readers of arrow-rs and
+//! parquet.
 //!
-//! These readers give empty documents as well, which a loader does not need. They share no code with the reader that
-//! reads the result back. Mapped Arrow files are not copied, so that memory does not depend on their record batches.
-//! Compressed files, and files that are read by position, take the memory of one record batch.
+//! These readers give empty documents as well, which a loader does not need. They share no code
+//! with the reader that reads the result back. Mapped Arrow files are not copied, so that memory
+//! does not depend on their record batches. Compressed files, and files that are read by position,
+//! take the memory of one record batch.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -38,7 +40,7 @@ pub(super) struct Source {
     pub(super) plain: bool,
     /// Names of the columns that no loader reads.
     pub(super) others: Vec<String>,
-    /// The further columns that are carried.
+    /// The further columns that are copied.
     pub(super) fields: Vec<CarriedField>,
 }
 
@@ -65,7 +67,7 @@ impl Source {
         Ok(Self { file: file.clone(), facts, column, plain: facts.column.is_plain(), others, fields })
     }
 
-    /// Its rows from `first_row` on: tokens, or the values of a further column.
+    /// The rows from `first_row` on: tokens, or the values of a further column.
     pub(super) fn rows(&self, field: Option<usize>, first_row: u64, io: Io) -> Result<Rows> {
         if self.facts.counts.tokens == 0 {
             return Ok(Rows { reader: Reader::Empty(self.facts.rows), skip: first_row, row: 0 });
@@ -75,7 +77,7 @@ impl Source {
         let reader = Reader::open(path, self.facts.format, io, column, first_row);
         let mut rows = Rows { reader: reader.map_err(|error| error.at(path))?, skip: 0, row: 0 };
         match rows.reader {
-            // The reader has passed over the rows by its index.
+            // The reader has skipped the rows by its index.
             Reader::Parquet(_) => rows.row = first_row,
             _ => rows.skip = first_row,
         }
@@ -98,12 +100,13 @@ enum Reader {
     },
     File(FileReader<BufReader<File>>),
     Stream(StreamReader<BufReader<File>>),
-    /// So many empty documents.
+    /// This many empty documents.
     Empty(u64),
 }
 
 impl Reader {
-    /// Opens a shard for its token column. Parquet begins at `first_row`; other formats begin at the first row.
+    /// Opens a shard for its token column. Parquet begins at `first_row`. Other formats begin at
+    /// the first row.
     fn open(path: &Path, format: Format, io: Io, column: &str, first_row: u64) -> Result<Self> {
         let index = |schema: &SchemaRef| token_column::arrow(schema, column);
         if format == Format::Parquet {
@@ -158,7 +161,7 @@ impl Reader {
                 batch.map(first).map(Some).ok_or_else(|| Error::data("a record batch of the footer is none"))
             }
             Self::MappedStream { decoder, rest, column } => {
-                // What comes after the end marker is not part of the stream.
+                // Bytes after the end marker are not part of the stream.
                 if rest.len() < 4 || rest[..4] == [0; 4] || rest.starts_with(&[255, 255, 255, 255, 0, 0, 0, 0]) {
                     return Ok(None);
                 }
@@ -200,14 +203,14 @@ fn block_bytes(bytes: &Buffer, block: &Block) -> Result<Buffer> {
 /// The rows of a shard, batch by batch.
 pub(super) struct Rows {
     reader: Reader,
-    /// Number of rows that are still to be passed over.
+    /// Number of rows that are still to be skipped.
     skip: u64,
-    /// The shard's row that the next batch begins with.
+    /// The shard's row with which the next batch begins.
     row: u64,
 }
 
 impl Rows {
-    /// The next rows, and the number of the first.
+    /// Returns the next rows and the number of the first.
     pub(super) fn next(&mut self) -> Result<Option<Batch>> {
         loop {
             let Some(column) = self.reader.next()? else { return Ok(None) };
@@ -228,7 +231,7 @@ pub(super) struct Batch {
     pub(super) values: ArrayRef,
     nulls: Option<NullBuffer>,
     ends: Ends,
-    /// The shard's row that it begins with.
+    /// The shard's row with which the batch begins.
     first_row: u64,
     /// Number of rows.
     pub(super) len: usize,
@@ -236,7 +239,7 @@ pub(super) struct Batch {
     pub(super) next: usize,
 }
 
-/// Which values belong to a row.
+/// The assignment of values to rows.
 enum Ends {
     Short(OffsetBuffer<i32>),
     Long(OffsetBuffer<i64>),

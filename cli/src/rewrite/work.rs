@@ -1,4 +1,5 @@
-//! Writes the shards of each group. Groups do not depend on each other, so that threads take one each.
+//! Writes the shards of each group. Groups do not depend on each other, so that each thread takes
+//! one.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -18,7 +19,7 @@ use super::output::Part;
 use super::source::Source;
 use crate::report::{names, number_of};
 
-/// Rows of a plain column taken at once.
+/// Number of rows of a plain column taken at once.
 const PLAIN_ROWS: usize = 1 << 16;
 
 /// The state that the threads share.
@@ -28,7 +29,7 @@ pub(super) struct Work<'a> {
     pub(super) target: &'a Path,
     pub(super) suffix: String,
     pub(super) column: &'a str,
-    /// The further columns that are carried.
+    /// The further columns that are copied.
     pub(super) fields: &'a [CarriedField],
     pub(super) shape: Shape,
     pub(super) open: OpenOptions,
@@ -62,7 +63,7 @@ impl Work<'_> {
         names(self.sources[self.groups[group].sources.clone()].iter().map(|source| source.file.path.to_string_lossy()))
     }
 
-    /// The name of a shard. Names have the order of the shards, as folders are read.
+    /// The name of a shard. Folders list names in the order of the shards.
     fn name(&self, group: usize, shard: u64) -> String {
         let digits = |most: u64| most.max(1).ilog10() as usize + 1;
         let most_shards = self.groups.iter().map(|group| group.tokens / group.shard_tokens + 1).max().unwrap_or(1);
@@ -112,7 +113,8 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Writes a shard from the place of `cursor` on. Returns none if another thread has failed meanwhile.
+    /// Writes a shard from the place of `cursor` on. Returns `None` if another thread has failed
+    /// meanwhile.
     fn write_shard(
         &self,
         name: &str,
@@ -139,7 +141,8 @@ impl Work<'_> {
                 added.map_err(|error| error.at_row(batch.row(rows.start)).at(path))?;
                 batch.next = rows.end;
             } else {
-                // Empty documents stay in the shard before them, so that the last shard never has them alone.
+                // Empty documents stay in the shard before them, so that the last shard never
+                // consists of them.
                 let document = batch.document(batch.next);
                 if part.tokens() >= group.shard_tokens && !document.is_empty() {
                     break;

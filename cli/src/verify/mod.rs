@@ -1,9 +1,10 @@
 //! `forebay verify`: proves that every token was delivered once.
 //!
-//! The expectation comes from reading the files in their own order with arrow-rs ([`crate::sequential`]). The finding
-//! comes from running the loader, or from the delivery log that a training run wrote. Both are sums of row hashes,
-//! which do not depend on the order. The loader's order only says which sequences belong to a part of an epoch, and
-//! `verify` checks that it names each of them once.
+//! The expected sum comes from reading the files in their own order with arrow-rs
+//! ([`crate::sequential`]). The actual sum comes from running the loader, or from the delivery log
+//! that a training run wrote. Both are sums of row hashes, which do not depend on the order. The
+//! loader's order only says which sequences belong to a part of an epoch. `verify` checks that it
+//! names each of them once.
 
 mod delivery_log;
 mod search;
@@ -48,22 +49,23 @@ pub(crate) struct Options {
     /// Seed of the order
     #[arg(long, value_name = "N")]
     seed: Option<String>,
-    /// Number of ranks, which run one after the other; default: that of the settings
+    /// Number of ranks, which run one after the other; default: the number in the settings
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "delivery_log")]
     world_size: Option<u64>,
-    /// Number of the epoch; default: that of the state, or 0, or all with `--delivery-log`
+    /// Number of the epoch; default: the epoch of the state, or 0, or all with `--delivery-log`
     #[arg(long, value_name = "N")]
     epoch: Option<u64>,
-    /// File with a state as `state_dict()` gives it, in JSON: proves from there to the epoch's end
+    /// File with a state that `state_dict()` gave, as JSON: proves from there to the epoch's end
     #[arg(long, value_name = "FILE")]
     state: Option<PathBuf>,
-    /// Folder of a delivery log, which the ranks of a run wrote: proves what it says
+    /// Folder of a delivery log that the ranks of a run wrote: proves the run from it
     #[arg(long, value_name = "DIR")]
     delivery_log: Option<PathBuf>,
     /// Prints the documents of one global batch of the delivery log, counted from 0 in its epoch
     #[arg(long, value_name = "N", requires = "delivery_log", conflicts_with = "document")]
     step: Option<u64>,
-    /// Prints where the delivery log had the document in a row of a shard, named as its file or by its end
+    /// Prints where the delivery log had a document, given by shard and row; the shard is named by
+    /// its file or by its end
     #[arg(long, value_name = "SHARD:ROW", requires = "delivery_log", value_parser = shard_and_row)]
     document: Option<(String, u64)>,
     /// Prints one JSON object
@@ -97,7 +99,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
             stream::run(config, world_size, options, state.as_ref(), context)
         }
         Some(folder) => {
-            // The delivery log says the ranks and the batch sizes.
+            // The delivery log gives the ranks and the batch sizes.
             config.batch_size = 1;
             (config.dp_rank, config.dp_world_size) = (Some(0), Some(1));
             let loader = Loader::open(config)?;
@@ -129,23 +131,24 @@ fn read_state(path: &Path) -> Result<State, Error> {
     State::from_entries(entries.collect::<Result<_, _>>()?).map_err(|error| error.at(path))
 }
 
-/// How often each sequence should be delivered.
+/// Number of times that each sequence should be delivered.
 enum Wanted {
-    /// Each sequence below a number once, of the only source.
+    /// The sequences below this number of the only source are delivered once.
     Below(u64),
     /// A count for each sequence of each source.
     Counts(Vec<Vec<u8>>),
 }
 
 impl Wanted {
-    /// Counts what stands at the indices `covered` of `epochs`. Fails if the order names a sequence twice in an epoch
-    /// of its source.
+    /// Counts the samples at the indices `covered` of `epochs`.
+    ///
+    /// Fails if the order names a sequence twice in an epoch of its source.
     fn new(loader: &Loader, epochs: Range<u64>, covered: &[Range<u64>], bar: &ProgressBar) -> forebay::Result<Self> {
         let config = loader.config();
         let (chain, mut sample) = loader.epoch_chain(epochs.clone());
         let is_whole = config.mixture.is_none() && config.holdout.is_none() && config.skip.is_empty();
         let len = chain.len().unwrap_or(u64::MAX);
-        // The number alone says that these are all sequences, and the tail if it has a position.
+        // The number alone shows that these are all sequences, and the tail if it has a position.
         if is_whole
             && epochs.end - epochs.start == 1
             && matches!(covered, [all] if *all == (0..len))
@@ -201,9 +204,10 @@ struct Expected<'a> {
     wanted: &'a [Wanted],
     sums: Vec<Checksum>,
     source: usize,
-    /// The further column that is being read; none while tokens are.
+    /// The further column that is being read. `None` while tokens are read.
     field: Option<SchemaField>,
-    /// The places of a row that hold its values: all tokens, or those that an array of the batch has.
+    /// The places of a row with values of the column. These are all tokens, or the tokens that an
+    /// array of the batch has.
     places: Range<usize>,
     bar: ProgressBar,
 }
@@ -247,7 +251,7 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
             loader.schema().iter().enumerate().filter(is_there).map(|(_, field)| *field).collect();
         expected.bar.inc_length(corpus.tokens() * fields.len() as u64);
         (expected.source, expected.field) = (source, None);
-        // Where labels are a column, no array has the last token that a shifted row reads.
+        // If labels are a column, no array has the last token that a shifted row reads.
         let has_labels = fields.iter().any(|field| field.name == "labels");
         expected.places = if has_labels { 0..seq_len } else { 0..usize::MAX };
         sequential::read(config, corpus, &mut expected)?;

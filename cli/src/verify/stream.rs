@@ -1,4 +1,5 @@
-//! Proves an epoch, or the rest of an epoch: runs a loader for each rank, and compares with the files.
+//! Proves an epoch, or the rest of an epoch. It runs a loader for each rank, and compares the
+//! result with the files.
 
 use std::time::Duration;
 

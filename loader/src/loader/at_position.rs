@@ -1,4 +1,6 @@
-//! Gives batches by their place, without a pass: what a rank gets at a step, and the rows at some positions.
+//! Gives batches by their position, without a pass.
+//!
+//! A caller asks for the batch that a rank gets at a step, or for the rows at some positions.
 
 use std::sync::Arc;
 
@@ -10,8 +12,11 @@ use crate::order::partition::Grouping;
 use crate::sync::lock;
 
 impl Loader {
-    /// Gives the rows at positions `position..position + n` of `epoch`, over all ranks, as one batch. Skipped positions
-    /// have rows, too.
+    /// Returns the rows at positions `position..position + n` of `epoch`, over all ranks, as one
+    /// batch.
+    ///
+    /// Skipped positions have rows, too. Fails if the epoch has fewer positions, or if the rows
+    /// take more memory than `memory_budget`.
     pub fn sequences_at(&self, epoch: u64, position: u64, n: u64) -> Result<Arc<Batch>> {
         let session = &self.session;
         session.check_process()?;
@@ -37,8 +42,10 @@ impl Loader {
         session.compute_alone(&growth, (epoch, position), position / session.grouping.global_batch(), &rows)
     }
 
-    /// Gives what rank `rank` of `world_size` gets at `step` of the pass that begins with `epoch`, with this loader's
-    /// batch size and remainder rule.
+    /// Returns the batch that rank `rank` of `world_size` gets at `step` of the pass that begins
+    /// with `epoch`.
+    ///
+    /// Uses this loader's batch size and remainder rule. Fails if the pass has fewer steps.
     pub fn batch_at(&self, epoch: u64, step: u64, rank: u64, world_size: u64) -> Result<Arc<Batch>> {
         let session = &self.session;
         session.check_process()?;

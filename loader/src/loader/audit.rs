@@ -1,4 +1,6 @@
-//! What proving a run takes: what stands where, and what every pass writes to its delivery log.
+//! The facts that prove a run.
+//!
+//! They are the sample in each row, and the entries that every pass writes to its delivery log.
 
 use std::ops::Range;
 use std::path::Path;
@@ -17,19 +19,20 @@ use crate::proof::delivery_log::{self, LoggedPass};
 use crate::settings::environment;
 use crate::sync::lock;
 
-/// What stands in a row.
+/// The sample in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sample {
-    /// Index of the source; 0 where there is no mixture.
+    /// Index of the source. 0 without a mixture.
     pub source: usize,
     /// Epoch of the source.
     pub epoch: u64,
-    /// Sequence of it; the one after the last full one is its tail.
+    /// Sequence of that epoch. The number after the last full sequence means the tail.
     pub sequence: u64,
 }
 
 impl Loader {
-    /// What passes over `epochs` go through, one after the other, and what stands at each of its indices.
+    /// The epochs that passes over `epochs` go through, one after the other, and the sample at each
+    /// index.
     pub fn epoch_chain(&self, epochs: Range<u64>) -> (EpochChain, impl FnMut(u64) -> Sample + use<>) {
         let session = Arc::clone(&self.session);
         let growth = lock(&session.cursor).growth.clone();
@@ -46,7 +49,8 @@ impl Loader {
         (epochs, sample)
     }
 
-    /// Takes the history of a corpus that grew from the `growth` of a state or a delivery log.
+    /// Takes over the history of a corpus that grew, from the `growth` of a state or a delivery
+    /// log.
     pub fn assume_growth(&self, text: &str) -> Result<()> {
         let shards = self.session.opened.sources.shards();
         let growth = Growth::parse(text).filter(|growth| growth.latest() <= shards);
@@ -56,20 +60,21 @@ impl Loader {
         Ok(())
     }
 
-    /// Digest of the corpus and the content settings, which a delivery log names.
+    /// Digest of the corpus and the content settings. Delivery logs contain it.
     pub fn content_digest(&self) -> String {
         self.session.content_digest()
     }
 
-    /// The content settings, which a delivery log names too.
+    /// The content settings, as names and texts. Delivery logs contain them.
     pub fn content_settings(&self) -> Vec<(String, String)> {
         self.session.content_texts()
     }
 }
 
 impl Session {
-    /// Everything that decides the data of a run and its order, except for what may change in later epochs: shards and
-    /// stages that were added, and skips.
+    /// The values that decide the data of a run and its order.
+    ///
+    /// Later epochs may change shards and stages that were added, and skips. These are left out.
     fn fixed_content(&self) -> Vec<(&'static str, StateValue)> {
         let mut content = self.opened.content.clone();
         content.extend(self.opened.sources.as_opened(1, 1));
@@ -94,7 +99,7 @@ impl Session {
         format!("{:032x}", xxh3_128(text.join("\n").as_bytes()))
     }
 
-    /// Begins the delivery log of a pass, where there is one.
+    /// Begins the delivery log of a pass, if the session has a log.
     pub(super) fn begin_delivery_log(&self, heading: &PassRange) -> Result<Option<delivery_log::LogWriter>> {
         let Some(folder) = &self.config.delivery_log else { return Ok(None) };
         let (epoch, position) = heading.epochs.state_at(heading.start);

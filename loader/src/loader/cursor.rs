@@ -1,7 +1,8 @@
-//! The position of a session: where the next pass begins, and how far the newest one has come.
+//! The position of a session: the start of the next pass, and the progress of the newest one.
 //!
-//! A pass reads the position at its first batch and writes it with every batch that it hands over. States, `seek` and
-//! `set_epoch` go through here, so that the rules for "which epoch comes next" stand in one place.
+//! A pass reads the position at its first batch. It moves the position with every batch that it
+//! hands over. States, `seek` and `set_epoch` go through this file, so that all rules about the
+//! next epoch are in one place.
 
 use super::MAX_EPOCH;
 use super::pass::PassRange;
@@ -19,9 +20,9 @@ pub(super) struct Cursor {
     pub(super) growth: Growth,
     pub(super) epoch: u64,
     pub(super) position: u64,
-    /// Whether the next pass continues here; otherwise it begins the epoch after this one.
+    /// Whether the next pass continues here. Otherwise it begins the next epoch.
     continues: bool,
-    /// Whether the caller named that epoch, so that its pass is empty if nothing of it is left.
+    /// Whether the caller named that epoch. If nothing of it is left, its pass is then empty.
     named: bool,
     /// The pass that moves this position.
     pass: u64,
@@ -33,12 +34,13 @@ impl Cursor {
         Self { growth: Growth::none(shards), epoch: 0, position: 0, continues: true, named: false, pass: u64::MAX }
     }
 
-    /// Sends the next pass elsewhere.
+    /// Moves the position. The next pass begins there.
     fn go(&mut self, epoch: u64, position: u64, named: bool) {
         *self = Self { growth: self.growth.clone(), epoch, position, continues: true, named, pass: u64::MAX };
     }
 
-    /// Notes that pass `pass` handed over everything before `end`, unless another pass moves this position now.
+    /// Notes that pass `pass` handed over everything before `end`. Has no effect if another pass
+    /// moves the position now.
     pub(super) fn advance(&mut self, pass: u64, end: (u64, u64)) {
         if self.pass == pass {
             (self.epoch, self.position) = end;
@@ -47,7 +49,8 @@ impl Cursor {
 }
 
 impl Cursor {
-    /// Lets the next pass continue where pass `pass` failed, at its first batch that was not handed over.
+    /// Lets the next pass continue at the first batch that the failed pass `pass` did not hand
+    /// over.
     pub(super) fn failed(&mut self, pass: u64) {
         if self.pass == pass {
             self.continues = true;
@@ -90,7 +93,8 @@ impl Session {
         }
         let (saved, growth) = self.growth(state)?;
         state.check(&self.content(&saved, epoch, position))?;
-        // A run that ended its epochs with another remainder rule may have delivered the tail as well.
+        // A run that ended its epochs with another remainder rule may have delivered the tail as
+        // well.
         let most = self.opened.sources.full_rows(&saved, epoch) + 1;
         if position > most {
             let text = format!("state is damaged: position {position} is past the {most} of epoch {epoch}");
@@ -102,7 +106,7 @@ impl Session {
         Ok(())
     }
 
-    /// Decides where pass `pass` goes, and moves the position there.
+    /// Decides which epochs pass `pass` covers, and moves the position to its start.
     pub(super) fn begin_pass(&self, pass: u64) -> Result<PassRange> {
         let mut cursor = lock(&self.cursor);
         let mut epochs = self.epoch_chain(&cursor.growth, cursor.epoch);
@@ -129,7 +133,7 @@ impl Session {
         Ok(PassRange { epochs, growth, start })
     }
 
-    /// Everything that a state at `position` of `epoch` belongs to, under a fixed list of keys.
+    /// The content that a state at `position` of `epoch` belongs to, under a fixed list of keys.
     fn content(&self, growth: &Growth, epoch: u64, position: u64) -> Vec<(&'static str, StateValue)> {
         let sources = &self.opened.sources;
         let mut content = self.opened.content.clone();
@@ -142,7 +146,8 @@ impl Session {
             .into_iter()
             .filter(|skip| (skip.epoch, skip.start) < (epoch, position))
             .collect();
-        // What has begun of a mixture's first epoch; later epochs begin with all of it.
+        // The part of a mixture that has begun in its first epoch. Later epochs begin with all of
+        // it.
         let progress = if epoch == 0 { position } else { u64::MAX };
         content.extend(sources.as_opened(shards, progress));
         content.extend([
@@ -163,7 +168,7 @@ impl Session {
             .ok_or_else(|| refused("state is damaged: `growth` must hold `EPOCH:SHARDS` pairs, in order".to_owned()))?;
         let (before, now) = (saved.latest(), sources.shards());
         if sources.mixture().is_some() || before >= now {
-            // The comparison of states finds what differs.
+            // The comparison of states finds the differences.
             return Ok(if before == now { (saved.clone(), saved) } else { (Growth::none(now), Growth::none(now)) });
         }
         let corpus = sources.list()[0].reader.corpus();

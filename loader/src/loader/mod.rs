@@ -1,11 +1,12 @@
 //! Loader: hands out the batches of an opened corpus in order, and saves and restores its position.
 //!
-//! A [`Loader`] is two things. [`Opened`] holds the corpora, the cache of decoded blocks and the content settings; it
-//! knows no rank and no batch size, so several loaders may share it. The session holds the rest: grouping, position,
-//! buffers, counters, trace and delivery log.
+//! A [`Loader`] has two parts. [`Opened`] holds the corpora, the cache of decoded blocks and the
+//! content settings. It knows no rank and no batch size, so that several loaders may share it. The
+//! session holds the rest: grouping, position, buffers, counters, trace and delivery log.
 //!
-//! A batch is computed from its position alone (`Session::compute`, in `compute.rs`), by any thread that takes its
-//! number. Iteration, `batch_at` and `sequences_at` share that function, so they cannot differ.
+//! A batch is computed from its position alone (`Session::compute`, in `compute.rs`), by any thread
+//! that takes its number. Iteration, `batch_at` and `sequences_at` share that function, so that
+//! they cannot differ.
 
 mod at_position;
 mod audit;
@@ -45,10 +46,10 @@ use crate::settings::{Config, Remainder};
 pub use crate::sync::Cancel;
 use crate::sync::lock;
 
-/// The largest epoch number; a larger one is taken for a mistake.
+/// The largest epoch number. A larger number is treated as a mistake.
 pub const MAX_EPOCH: u64 = 1 << 32;
 
-/// A loader of one corpus or one mixture. All methods may be called from any thread.
+/// A loader of one corpus or one mixture. Any thread may call its methods.
 #[derive(Debug)]
 pub struct Loader {
     session: Arc<Session>,
@@ -57,12 +58,12 @@ pub struct Loader {
 }
 
 impl Loader {
-    /// Opens and indexes the corpus. Reports every fault that opening can see, all together.
+    /// Opens and indexes the corpus. Fails with all faults that opening can find, listed together.
     pub fn open(config: Config) -> Result<Self> {
         Self::open_with(config, |bytes, idle| Arc::new(Pool::new(bytes, idle)))
     }
 
-    /// Opens the corpus like [`Loader::open`]. Fails soon after `cancel` is set from another thread.
+    /// Opens the corpus like [`Loader::open`]. Fails soon after another thread sets `cancel`.
     pub fn open_cancellable(config: Config, cancel: &Cancel) -> Result<Self> {
         let opened = Arc::new(Opened::open_cancellable(&config, cancel)?);
         Self::of(Session::new(opened, config, |bytes, idle| Arc::new(Pool::new(bytes, idle)))?)
@@ -70,15 +71,17 @@ impl Loader {
 
     /// Opens the corpus, and takes the memory of batches from the source that `buffers` makes.
     ///
-    /// `buffers` gets the bytes of one buffer, and how many unused buffers the source should keep.
+    /// `buffers` receives the size of one buffer in bytes, and the number of unused buffers that
+    /// the source should keep.
     pub fn open_with(config: Config, buffers: impl FnOnce(usize, usize) -> Arc<dyn BufferSource>) -> Result<Self> {
         Self::of(Session::new(Arc::new(Opened::open(&config)?), config, buffers)?)
     }
 
-    /// Makes a loader of a corpus that is open already, with a rank, a batch size and a position of its own.
+    /// Makes a loader of an opened corpus, with its own rank, batch size and position.
     ///
-    /// Loaders of one [`Opened`] share its files, its decoded blocks and its `memory_budget`. `config` must name the
-    /// data and the content settings that the corpus was opened with; [`Opened::config`] gives them.
+    /// Loaders of one [`Opened`] share its files, its decoded blocks and its `memory_budget`.
+    /// `config` must name the data and the content settings that the corpus was opened with.
+    /// [`Opened::config`] gives them.
     pub fn new(opened: &Arc<Opened>, config: Config) -> Result<Self> {
         Self::of(Session::new(Arc::clone(opened), config, |bytes, idle| Arc::new(Pool::new(bytes, idle)))?)
     }
@@ -88,7 +91,7 @@ impl Loader {
         Ok(Self { session: Arc::new(session), passes: Mutex::default() })
     }
 
-    /// The opened corpus, for further loaders of it.
+    /// The opened corpus, from which further loaders can be made.
     pub fn opened(&self) -> &Arc<Opened> {
         &self.session.opened
     }
@@ -98,26 +101,27 @@ impl Loader {
         &self.session.config
     }
 
-    /// The opened corpus; the first one of a mixture.
+    /// The opened corpus, or the first corpus of a mixture.
     pub fn corpus(&self) -> &Corpus {
         self.session.opened.sources.list()[0].reader.corpus()
     }
 
-    /// The columns that batches have beside the tokens.
+    /// The columns of batches beside the tokens.
     pub fn schema(&self) -> &[SchemaField] {
         &self.session.opened.schema
     }
 
-    /// Every opened corpus with its name in the mixture; without a mixture, the name is empty.
+    /// Every opened corpus with its name in the mixture. Without a mixture, the name is empty.
     pub fn corpora(&self) -> impl Iterator<Item = (&str, &Corpus)> {
         let sources = self.session.opened.sources.list().iter();
         sources.map(|source| (source.name.as_str(), source.reader.corpus()))
     }
 
-    /// Batches that this rank gets in a pass, the same number on every rank; `u64::MAX` for a pass without end.
+    /// Number of batches that this rank gets in a pass, the same on every rank. `u64::MAX` for a
+    /// pass without end.
     ///
-    /// Counted for the pass that the present epoch belongs to. Other passes differ where positions are skipped or the
-    /// corpus grew.
+    /// The number holds for the pass of the present epoch. Other passes differ if positions are
+    /// skipped or the corpus grew.
     pub fn len(&self) -> u64 {
         let cursor = lock(&self.session.cursor).clone();
         self.session.steps_from(0, &self.session.epoch_chain(&cursor.growth, cursor.epoch))
@@ -128,7 +132,7 @@ impl Loader {
         self.len() == 0
     }
 
-    /// Full sequences of the present epoch, over all ranks; `u64::MAX` for an epoch without end.
+    /// Full sequences of the present epoch, over all ranks. `u64::MAX` for an epoch without end.
     pub fn num_sequences(&self) -> u64 {
         let cursor = lock(&self.session.cursor).clone();
         Some(self.session.opened.sources.full_rows(&cursor.growth, cursor.epoch))
@@ -136,8 +140,8 @@ impl Loader {
             .unwrap_or(u64::MAX)
     }
 
-    /// Tokens of the present epoch, `bos_id` and `eos_id` included, whether they are delivered or in the remainder;
-    /// `u64::MAX` for an epoch without end.
+    /// Tokens of the present epoch, including `bos_id`, `eos_id` and the remainder. `u64::MAX` for
+    /// an epoch without end.
     pub fn num_tokens(&self) -> u64 {
         let cursor = lock(&self.session.cursor).clone();
         Some(self.session.opened.sources.tokens(&cursor.growth, cursor.epoch))
@@ -145,7 +149,8 @@ impl Loader {
             .unwrap_or(u64::MAX)
     }
 
-    /// Tokens of the present epoch that the remainder rule leaves out, over all ranks. Correct for passes of one epoch.
+    /// Tokens of the present epoch that the remainder rule leaves out, over all ranks. Correct for
+    /// passes of one epoch.
     pub fn dropped_tokens(&self) -> u64 {
         let session = &self.session;
         let cursor = lock(&session.cursor).clone();
@@ -158,13 +163,17 @@ impl Loader {
         (end - delivered) * session.config.seq_len + tail
     }
 
-    /// Makes a new pass. It continues a restored position, or begins the first epoch, or begins the epoch after the last
-    /// one that began. The first request for a batch decides that; before it, a pass has no effect.
+    /// Makes a new pass.
+    ///
+    /// The pass continues a restored position, begins the first epoch, or begins the epoch after
+    /// the last one that began. The first request for a batch decides which. Until then, a pass has
+    /// no effect.
     pub fn iter(&self) -> Batches {
         self.begin(PassOptions::default())
     }
 
-    /// Makes a pass like [`Loader::iter`], whose batches lie in buffers that the caller submits ([`Batches::submit`]).
+    /// Makes a pass like [`Loader::iter`]. Its batches lie in buffers that the caller submits
+    /// ([`Batches::submit`]).
     pub fn iter_external(&self) -> Batches {
         self.begin(PassOptions { external: true, ..PassOptions::default() })
     }
@@ -178,18 +187,24 @@ impl Loader {
         Batches { pass }
     }
 
-    /// Lets the next pass begin `epoch` at its start. If a position of that epoch was restored and not continued yet, the
-    /// pass continues it; if that position is the epoch's end, the pass is empty.
+    /// Lets the next pass begin `epoch` at its start.
+    ///
+    /// If a position of that epoch was restored and not continued yet, the pass continues it. At
+    /// the end of the epoch, such a pass is empty.
     pub fn set_epoch(&self, epoch: u64) {
         self.session.set_epoch(epoch);
     }
 
-    /// Lets the next pass begin at `position` of `epoch`, or at the first position after it that is not skipped.
+    /// Lets the next pass begin at `position` of `epoch`. If that position is skipped, begins at
+    /// the first later position that is not.
+    ///
+    /// Fails if the epoch has fewer positions.
     pub fn seek(&self, epoch: u64, position: u64) -> Result<()> {
         self.session.seek(epoch, position)
     }
 
-    /// The epoch of the newest pass, or of the next one if that was set or restored.
+    /// Epoch of the newest pass. After `set_epoch`, `seek` or `load_state`, the epoch of the next
+    /// pass.
     pub fn epoch(&self) -> u64 {
         lock(&self.session.cursor).epoch
     }
@@ -199,8 +214,10 @@ impl Loader {
         self.session.state()
     }
 
-    /// Lets the next pass continue from `state`. Refuses a state of another corpus or of other content settings, and
-    /// names both values.
+    /// Lets the next pass continue from `state`.
+    ///
+    /// Fails if the state belongs to another corpus or to other content settings. The error names
+    /// both values.
     pub fn load_state(&self, state: &State) -> Result<()> {
         self.session.load_state(state)?;
         self.session.tell("resumes");
@@ -212,17 +229,18 @@ impl Loader {
         self.session.stats()
     }
 
-    /// What makes these settings slow on this corpus: one line each, with the remedy.
+    /// Reasons why these settings are slow on this corpus, one line each, with the remedy.
     pub fn warnings(&self) -> &[String] {
         &self.session.warnings
     }
 
-    /// Hashes the rows of every batch that begins from now on, so that [`Batch::checksum`] is there.
+    /// Hashes the rows of every batch that begins from now on, so that it has a
+    /// [`Batch::checksum`].
     pub fn cover(&self) {
         self.session.covers.store(true, Ordering::Relaxed);
     }
 
-    /// Stops every pass and waits for its threads. Batches handed over stay valid.
+    /// Stops every pass and waits for its threads. Batches that were handed over stay valid.
     pub fn close(&self) {
         let passes: Vec<_> = lock(&self.passes).drain(..).filter_map(|pass| pass.upgrade()).collect();
         for pass in passes {

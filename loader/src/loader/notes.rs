@@ -1,4 +1,4 @@
-//! What a session tells the user's log: where it begins and resumes, and reads that take long.
+//! Notices of a session: the start and the resuming of passes, and reads that take long.
 
 use super::session::Session;
 use crate::notices::{self, Level};
@@ -6,11 +6,12 @@ use crate::observe::slow_reads::LONG;
 use crate::sync::lock;
 use crate::text::{bytes, number_of};
 
-/// Names of files or corpora that a line lists.
+/// Number of names of files or corpora that a notice lists.
 const LISTED: usize = 3;
 
 impl Session {
-    /// Tells one line about this rank: its corpus, position, threads and budget. `does` is the verb.
+    /// Reports this rank's corpus, position, threads and budget in one line. `does` is the verb of
+    /// the sentence.
     pub(super) fn tell(&self, does: &str) {
         let sources = self.opened.sources.list();
         let (epoch, position) = {
@@ -37,7 +38,7 @@ impl Session {
         );
     }
 
-    /// Tells that a pass begins.
+    /// Reports that a pass begins.
     pub(super) fn tell_pass(&self, epoch: u64, position: u64, steps: u64) {
         let steps = if steps == u64::MAX { "without end".to_owned() } else { number_of(steps, "step") };
         let rank = self.grouping.rank;
@@ -45,7 +46,7 @@ impl Session {
         notices::add(Level::Debug, text);
     }
 
-    /// Tells reads that take long, while a consumer waits for them.
+    /// Reports reads that take long while a consumer waits for them.
     pub(super) fn tell_slow_reads(&self) {
         for slow in self.slow_reads.look(LONG) {
             let reader = &self.opened.sources.list()[slow.source].reader;
@@ -55,7 +56,8 @@ impl Session {
         }
     }
 
-    /// Tells that a batch took long, of which the rows begin at `places`: source and stream token.
+    /// Reports a batch that took `seconds`. Its rows begin at `places`: pairs of source and stream
+    /// token.
     pub(super) fn tell_slow_batch(&self, seconds: f64, places: impl Iterator<Item = (usize, u64)>) {
         let mut paths: Vec<String> = places
             .map(|(source, token)| self.opened.sources.list()[source].reader.path_at(token).display().to_string())
@@ -69,7 +71,7 @@ impl Session {
     }
 }
 
-/// Some names in backticks, and the number of the others.
+/// Lists some names in backticks, and the number of the other names.
 fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let names: Vec<&str> = names.collect();
     let shown: Vec<String> = names.iter().take(LISTED).map(|name| format!("`{name}`")).collect();

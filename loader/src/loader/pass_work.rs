@@ -1,7 +1,8 @@
-//! The work of a pass: computes its batches by number, and looks ahead for those to come.
+//! Computes the batches of a pass by number, and looks ahead for later batches.
 //!
-//! A worker that finds no batch to begin decodes blocks that later batches will read, in the order in which they need
-//! them. Before a batch is computed, the windows that batches some way ahead will read are asked for.
+//! A worker without a batch to compute decodes blocks for later batches, in the order in which
+//! these need them. Before a batch is computed, the worker asks the system for the windows of
+//! batches some way ahead.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -25,31 +26,33 @@ use crate::read::Prepared;
 use crate::settings::Config;
 use crate::storage::local;
 
-/// Windows read ahead of their use from the first batch on, if files are not in memory.
+/// Number of windows read ahead from the first batch on, if files are not in memory.
 const FIRST_AHEAD: u64 = 64;
 
-/// Windows read ahead later on, if they are small: as many as keep a disk's queue full.
+/// Number of small windows read ahead later on. This many keep the queue of a disk full.
 const WINDOWS_AHEAD: u64 = 256;
 
-/// Tokens of all windows read ahead, at most, beyond the first ones.
+/// Most tokens of all windows read ahead after the first batches.
 const TOKENS_AHEAD: u64 = 8 << 20;
 
-/// Batches looked at before a worker asks again whether there is one to be computed.
+/// Number of batches examined before a worker asks again for a batch to compute.
 const LOOK_AT_ONCE: u64 = 32;
 
-/// Batches of the following pass for which blocks are decoded: mostly, all lanes have a row in them.
+/// Number of batches of the following pass whose blocks are decoded. In most runs, all lanes have a
+/// row in them.
 const LOOK_BEYOND: u64 = 8;
 
-/// Batches whose blocks are decoded ahead: so many that each lane enters another window in that time. None without
-/// workers.
+/// Number of batches whose blocks are decoded ahead. In so many batches, each lane enters another
+/// window. 0 without workers.
 pub(super) fn decoded_ahead(config: &Config, grouping: Grouping) -> u64 {
     let window = config.window_tokens / config.seq_len;
     let batches = window.div_ceil(grouping.global_batch()).clamp(8, 4096);
     if config.num_threads == Some(0) { 0 } else { batches }
 }
 
-/// Tokens that a rank reads of a source while its rows go through two windows. A block lies in two windows at most, and
-/// each rank reads its part of them.
+/// Number of tokens of a source that a rank reads while its rows go through two windows.
+///
+/// A block lies in two windows at most, and each rank reads its part of them.
 pub(super) fn done_after(config: &Config, grouping: Grouping) -> u64 {
     2 * config.window_tokens.div_ceil(grouping.world_size)
 }
@@ -58,20 +61,21 @@ pub(super) fn done_after(config: &Config, grouping: Grouping) -> u64 {
 pub(super) struct PassWork {
     session: Arc<Session>,
     range: Arc<PassRange>,
-    /// Batches whose windows are read ahead: from the first batch on, and later.
+    /// Number of batches whose windows are read ahead: at the first batch, and later on.
     ahead: RangeInclusive<u64>,
-    /// Batches of the pass.
+    /// Number of batches in the pass.
     items: u64,
-    /// Parts of a batch, whose rows lie together.
+    /// Number of parts of a batch. The rows of a part are stored together.
     parts: usize,
-    /// Batches whose blocks are decoded ahead.
+    /// Number of batches whose blocks are decoded ahead.
     decoded_ahead: u64,
-    /// The pass that probably follows, if blocks are decoded ahead. The numbers of its first batches continue those of
-    /// this pass.
+    /// The pass that probably follows, if blocks are decoded ahead. Its first batches continue the
+    /// numbers of this pass.
     following: Option<PassRange>,
-    /// One past the last number of these batches.
+    /// The number after the last of these batches.
     end: u64,
-    /// The first batch that may miss a block. Workers write and read it; a stale value costs a second look.
+    /// The first batch that may miss a block. Workers write and read it. A stale value costs a
+    /// second look.
     looked_at: AtomicU64,
 }
 
@@ -106,7 +110,7 @@ impl PassWork {
         }
     }
 
-    /// Batches of the pass.
+    /// Number of batches in the pass.
     pub(super) fn batches(&self) -> u64 {
         self.items
     }
@@ -121,7 +125,7 @@ impl PassWork {
         }
     }
 
-    /// Decodes a block that batch `number` will read and that nobody has decoded.
+    /// Decodes a block that batch `number` will read and that is not decoded yet.
     fn decode_ahead(&self, number: u64, worker: &mut WorkerMemory) -> Result<Prepared> {
         let (range, past) = match (&self.following, number.checked_sub(self.items)) {
             (Some(following), Some(past)) => (following, past),
@@ -140,7 +144,7 @@ impl Work for PassWork {
             self.session.placement.apply();
         }
         if worker == Some(0) {
-            // Other workers and the consumer do not wait for this as long as the table has room.
+            // Other workers and the consumer do not wait for this while the table has room.
             let corpora = self.session.opened.sources.list().iter().map(|source| source.reader.corpus());
             local::make_room_for(corpora.map(Corpus::most_open).sum());
         }
@@ -157,7 +161,8 @@ impl Work for PassWork {
         session.slow_reads.begin(worker.index, began);
         let traced = worker.scratch.tracer.begin();
         if *self.ahead.end() > 0 {
-            // The reach grows by one batch with each batch, so that the first of a pass does not wait for many reads.
+            // The reach grows by one batch with each batch, so that the first batch does not wait
+            // for many reads.
             let reach = |number: u64| (self.ahead.start() + number).min(*self.ahead.end());
             let first = number.checked_sub(1).map_or(1, reach);
             for distance in (first..=reach(number)).take_while(|distance| number + distance < self.items) {
@@ -167,7 +172,8 @@ impl Work for PassWork {
         }
         if self.decoded_ahead > 0 && number >= self.looked_at.load(Ordering::Relaxed) {
             self.reached(number);
-            // Comes before the rows, so that threads whose batches need the same blocks decode different ones.
+            // This comes before the rows. Threads whose batches need the same blocks then decode
+            // different ones.
             while let Ok(Prepared::Decoded) = self.decode_ahead(number, worker) {}
         }
         let start = batch_rows_into(session.grouping, &range.epochs, index, &mut worker.rows);

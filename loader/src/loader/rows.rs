@@ -1,4 +1,5 @@
-//! Finds the rows of a batch: the positions that one rank gets at one step, and what each of them reads.
+//! Finds the rows of a batch: the positions that a rank gets at a step, and the segments of each
+//! row.
 
 use super::session::Session;
 use super::sources::{Growth, Orders, RowReads};
@@ -20,15 +21,16 @@ pub(super) enum PositionedRow {
     Padding,
 }
 
-/// Gives the rows of one rank in the global batch at index `start` of `epochs`, and the epoch and position of the
-/// batch's first row.
+/// Returns the rows of one rank in the global batch at index `start` of `epochs`.
+///
+/// The first value is the epoch and position of the batch's first row.
 pub(super) fn batch_rows(grouping: Grouping, epochs: &EpochChain, start: u64) -> ((u64, u64), Vec<PositionedRow>) {
     let mut rows = Vec::new();
     let first = batch_rows_into(grouping, epochs, start, &mut rows);
     (first, rows)
 }
 
-/// Does what [`batch_rows`] does, and overwrites `rows`.
+/// Works like [`batch_rows`], and overwrites `rows`.
 pub(super) fn batch_rows_into(
     grouping: Grouping,
     epochs: &EpochChain,
@@ -51,7 +53,7 @@ pub(super) fn batch_rows_into(
     epochs.at(start)
 }
 
-/// Puts the rows of each of `parts` parts together: row `i` belongs to part `i` modulo `parts`.
+/// Groups the rows by part. Row `i` belongs to part `i` modulo `parts`.
 pub(super) fn deal(rows: &mut Vec<PositionedRow>, parts: usize) {
     if parts > 1 {
         *rows = (0..parts).flat_map(|part| rows.iter().skip(part).step_by(parts).copied()).collect();
@@ -59,7 +61,7 @@ pub(super) fn deal(rows: &mut Vec<PositionedRow>, parts: usize) {
 }
 
 impl Session {
-    /// Overwrites `reads` with what `rows` read; a row of padding reads nothing.
+    /// Overwrites `reads` with the reads of `rows`. A row of padding reads nothing.
     pub(super) fn reads_into(
         &self,
         growth: &Growth,

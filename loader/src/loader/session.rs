@@ -1,7 +1,8 @@
-//! A session: one rank's way through an opened corpus.
+//! A session: the way of one rank through an opened corpus.
 //!
-//! Holds all that depends on the rank, the batch size or the time: grouping, position, the epochs of its passes, the
-//! layout of batches and their buffers, counters, trace, and its part of the memory budget.
+//! It holds all that depends on the rank, the batch size or the time. These are grouping, position,
+//! the epochs of its passes, the layout of batches and their buffers, counters, trace, and its part
+//! of the memory budget.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
@@ -28,29 +29,30 @@ use crate::sync::{ForkGuard, lock};
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) opened: Arc<Opened>,
-    /// Settings in force, those of `opened` included.
+    /// Settings in force, including the settings of `opened`.
     pub(super) config: Config,
     pub(super) grouping: Grouping,
     pub(super) warnings: Vec<String>,
     pub(super) pool: Arc<dyn BufferSource>,
-    /// Layout of a batch that is not short.
+    /// Layout of a full batch.
     pub(super) layout: BatchLayout,
-    /// Bytes of every batch's memory.
+    /// Size of the memory of a batch, in bytes.
     pub(super) batch_bytes: usize,
-    /// This session in the block cache.
+    /// Number of this session in the block cache.
     pub(super) in_cache: SessionId,
-    /// Bytes of the budget that it keeps from blocks.
+    /// Bytes of the budget that the session holds for its own memory.
     reserved_bytes: u64,
     pub(super) counters: Counters,
     pub(super) slow_reads: SlowReads,
     pub(super) cursor: Mutex<Cursor>,
     pub(super) next_pass: AtomicU64,
-    /// Whether windows were found out of memory lately, so that all are read ahead. Workers write and read it; a stale
-    /// value costs little.
+    /// Whether windows were found out of memory lately, so that all are read ahead. Workers write
+    /// and read it. A stale value costs little.
     pub(super) cold: AtomicBool,
-    /// Whether batches are hashed. Callers write it and workers read it; a batch that began before may have no hash.
+    /// Whether batches are hashed. Callers write it and workers read it. A batch that began earlier
+    /// may have no hash.
     pub(super) covers: AtomicBool,
-    /// Where spans go, if `FOREBAY_TRACE` names a file.
+    /// Writer of spans, if `FOREBAY_TRACE` names a file.
     pub(super) trace: Option<Arc<Trace>>,
     pub(super) placement: Placement,
     home: ForkGuard,
@@ -121,12 +123,12 @@ impl Session {
         Ok(session)
     }
 
-    /// Worker threads of a pass.
+    /// Number of worker threads of a pass.
     pub(super) fn threads(&self) -> usize {
         self.config.num_threads.unwrap_or(1) as usize
     }
 
-    /// Fails in a forked child of the process that the session began in.
+    /// Fails in a forked child of the process in which the session began.
     pub(super) fn check_process(&self) -> Result<()> {
         if !self.home.is_forked_child() {
             return Ok(());
@@ -142,13 +144,14 @@ impl Session {
         ))
     }
 
-    /// The number of index `index` of a pass among the positions of all epochs, for the block cache.
+    /// Converts index `index` of a pass to a number among the positions of all epochs, for the
+    /// block cache.
     pub(super) fn global_position(&self, range: &PassRange, index: u64) -> u64 {
         let (epoch, position) = range.epochs.state_at(index);
         self.opened.sources.global_position(epoch, position)
     }
 
-    /// Positions of an epoch under the remainder rule.
+    /// Number of positions of an epoch under the remainder rule.
     pub(super) fn positions(&self, growth: &Growth, epoch: u64) -> u64 {
         let sources = &self.opened.sources;
         self.grouping.positions(sources.full_rows(growth, epoch), sources.has_tail(growth, epoch))
@@ -165,14 +168,14 @@ impl Session {
         EpochChain::new(first, count, &self.config.skip, growth.changes(), |epoch| self.positions(growth, epoch))
     }
 
-    /// Steps of a pass that begins at index `start`.
+    /// Number of steps of a pass that begins at index `start`.
     pub(super) fn steps_from(&self, start: u64, epochs: &EpochChain) -> u64 {
         let steps = epochs.len().map_or(u64::MAX, |end| self.grouping.steps(end.saturating_sub(start)));
         let limit = self.config.max_steps.unwrap_or(u64::MAX);
         steps.min(limit.saturating_sub(start / self.grouping.global_batch()))
     }
 
-    /// Fails for an epoch that no pass can have.
+    /// Fails if no pass can have `epoch`.
     pub(super) fn check_epoch(&self, epoch: u64) -> Result<()> {
         if epoch > MAX_EPOCH {
             return Err(Error::config(format!("epoch {epoch} is too large: the last one is {MAX_EPOCH}")));
@@ -197,8 +200,8 @@ impl Session {
         }
     }
 
-    /// What each source of a mixture has given to all ranks together before the present position; empty without a
-    /// mixture.
+    /// The rows that each source of a mixture gave to all ranks together before the present
+    /// position. Empty without a mixture.
     fn source_stats(&self) -> Vec<SourceStats> {
         let sources = &self.opened.sources;
         let (epoch, position) = {
@@ -226,7 +229,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // In a forked child, a thread that is gone may hold the cache's lock.
+        // In a forked child, a vanished thread may hold the cache's lock.
         if !self.home.is_forked_child() {
             self.opened.cache.leave(self.in_cache, self.reserved_bytes);
         }

@@ -1,7 +1,8 @@
-//! State: a position in the global order, and what it belongs to.
+//! State: a position in the global order, and the content it belongs to.
 //!
-//! Flat, small, the same on every rank, and with the same keys at every time: it survives JSON, `torch.save`, distributed checkpoints that
-//! keep one rank's copy, and a change of the world size. It holds the content settings themselves, so that a mismatch can name both values.
+//! A state is flat, small and the same on every rank, and has the same keys at every time. It
+//! survives JSON, `torch.save`, distributed checkpoints that keep one rank's copy, and a change of
+//! the world size. It holds the content settings themselves, so that a mismatch names both values.
 
 use std::fmt;
 
@@ -9,23 +10,23 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Version of the state's own format.
+/// Version of the format of states.
 pub const VERSION: u64 = 1;
 
-/// Keys of the position; every other key belongs to the content.
+/// Keys of the position. Every other key belongs to the content.
 const POSITION_KEYS: [&str; 2] = ["epoch", "position"];
 
-/// A value of a state.
+/// A value in a state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StateValue {
-    /// A number that is never negative.
+    /// A number from 0.
     Int(u64),
-    /// A word.
+    /// A text, or the digest of a long text.
     Text(String),
 }
 
 impl StateValue {
-    /// `text`, or its digest where it is long.
+    /// Keeps `text`, or its digest if it is long.
     pub(crate) fn short(text: String) -> Self {
         const LONGEST: usize = 120;
         if text.len() <= LONGEST {
@@ -57,14 +58,14 @@ impl From<&str> for StateValue {
     }
 }
 
-/// A saved position: epoch, position in it, and the content they belong to.
+/// A saved position: an epoch, a position in it, and the content it belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct State {
     entries: Vec<(String, StateValue)>,
 }
 
 impl State {
-    /// The state at `position` of `epoch` of the content that `content` describes.
+    /// Makes the state at `position` of `epoch`, for the content that `content` describes.
     pub(crate) fn new(epoch: u64, position: u64, content: &[(&'static str, StateValue)]) -> Self {
         let mut entries = vec![
             ("version".to_owned(), VERSION.into()),
@@ -75,7 +76,9 @@ impl State {
         Self { entries }
     }
 
-    /// A state from the key and value pairs that [`State::entries`] gave.
+    /// Makes a state from keys and values of [`State::entries`].
+    ///
+    /// Fails if a key is missing, or if the state has another version.
     pub fn from_entries(entries: Vec<(String, StateValue)>) -> Result<Self> {
         let state = Self { entries };
         let version = state.int("version")?;
@@ -93,12 +96,12 @@ impl State {
         &self.entries
     }
 
-    /// Epoch, counted from 0.
+    /// Epoch, from 0.
     pub fn epoch(&self) -> u64 {
         self.int("epoch").expect("checked when made")
     }
 
-    /// Positions of the epoch that were handed to the callers of all ranks together.
+    /// Number of positions of the epoch that the callers of all ranks together have received.
     pub fn position(&self) -> u64 {
         self.int("position").expect("checked when made")
     }
@@ -123,7 +126,7 @@ impl State {
         }
     }
 
-    /// Fails unless this state belongs to `content`, naming every difference.
+    /// Fails unless this state belongs to `content`. The error names every difference.
     pub(crate) fn check(&self, content: &[(&'static str, StateValue)]) -> Result<()> {
         let differences: Vec<String> = content
             .iter()

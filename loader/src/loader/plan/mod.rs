@@ -1,8 +1,12 @@
-//! Plan: what a pass comes to and costs, before it is run.
+//! Plan: size and cost of a pass, before it runs.
 //!
-//! Takes counts, arrangements, the grouping and ways to ask what rows read and where blocks lie; gives the remainder in numbers, how far the order
-//! moves sequences, how often blocks are decoded, and the memory by part. Reads no token and opens no shard. The work is bounded whatever the corpus:
-//! what is not counted in closed form is sampled or simulated over at most [`MOST_ROWS`] rows, and says over how many.
+//! Takes counts, arrangements, the grouping, and functions that give the reads of rows and the
+//! places of blocks. Gives the remainder in numbers, the distance by which the order moves
+//! sequences, the number of decoded blocks, and the memory by part.
+//!
+//! Reads no token and opens no shard. The work is bounded for every corpus. Values without a closed
+//! form are sampled or simulated over at most [`MOST_ROWS`] rows, and come with the number of these
+//! rows.
 
 mod of_loader;
 
@@ -18,56 +22,56 @@ pub use crate::read::BlockPlace;
 use crate::read::{EvictionPolicy, SessionId};
 use crate::settings::Remainder;
 
-/// Rows simulated at most: about a second of work.
+/// Most rows that are simulated. They take about a second.
 pub const MOST_ROWS: u64 = 1 << 20;
-/// Positions looked at for the distances.
+/// Number of positions that are sampled for distances.
 const SAMPLED_POSITIONS: u64 = 1 << 16;
-/// Keys the sample of positions; any number would do.
+/// Key of the sample of positions. Any number would do.
 const SAMPLE_KEY: u64 = 1;
 
-/// What a run with some settings comes to.
+/// The size and cost of a run with some settings.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// The corpus and its order; those of a mixture.
+    /// The corpus and its order, or those of each source of a mixture.
     pub sources: Vec<SourcePlan>,
     /// One pass, over all ranks.
     pub pass: PassPlan,
-    /// How often blocks are decoded; `None` where tokens are read in place.
+    /// The decoding of blocks. `None` if tokens are read in place.
     pub decoding: Option<Decoding>,
     /// Memory of one rank.
     pub memory: MemoryPlan,
 }
 
-/// What is known of one source.
+/// Facts about one source.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SourcePlan {
-    /// Its name in a mixture, else nothing.
+    /// Name in the mixture. Empty without a mixture.
     pub name: String,
-    /// Files.
+    /// Number of files.
     pub shards: u64,
-    /// Of these, how many are open.
+    /// Number of open files.
     pub open_shards: u64,
-    /// Blocks in them that hold tokens.
+    /// Number of blocks with tokens.
     pub blocks: u64,
-    /// Documents that hold tokens.
+    /// Number of documents with tokens.
     pub documents: u64,
-    /// Tokens in the files.
+    /// Number of tokens in the files.
     pub tokens: u64,
-    /// Tokens of the stream, `bos_id` and `eos_id` included.
+    /// Number of tokens in the stream, including `bos_id` and `eos_id`.
     pub stream_tokens: u64,
-    /// Full sequences of one of its epochs, on the side of a holdout that is delivered.
+    /// Full sequences of one epoch, on the delivered side of a holdout.
     pub sequences: u64,
-    /// Full sequences on the other side.
+    /// Full sequences of one epoch, on the other side.
     pub held_out_sequences: u64,
-    /// Tokens after the full sequences.
+    /// Number of tokens after the full sequences.
     pub tail_tokens: u64,
-    /// Sequences drawn from it in the pass; `None` where the pass has no end.
+    /// Sequences drawn from the source in the pass. `None` if the pass has no end.
     pub drawn_sequences: Option<u64>,
-    /// How the sequences are arranged.
+    /// Arrangement of the sequences.
     pub arrangement: Arrangement,
-    /// How far sequences are moved from their places in the corpus.
+    /// Distances between the places of sequences in the corpus and in the order.
     pub displacement: Distance,
-    /// How far apart sequences come to stand that follow each other in the corpus.
+    /// Distances in the order between sequences that are neighbours in the corpus.
     pub neighbours: Distance,
 }
 
@@ -80,118 +84,120 @@ pub struct Distance {
     pub mean: f64,
     /// Median of the sample.
     pub p50: u64,
-    /// What 95 % of the sample do not exceed.
+    /// 95th percentile of the sample.
     pub p95: u64,
-    /// Distances in the sample; 0 where the arrangement leaves nothing to be sampled.
+    /// Number of distances in the sample. 0 if the arrangement leaves nothing to sample.
     pub sampled: u64,
 }
 
 /// The decoding of a simulated pass, or of a part of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decoding {
-    /// Tokens decoded by all ranks together per token that they deliver.
+    /// Tokens decoded by all ranks together, per token that they deliver.
     pub amplification: f64,
-    /// Blocks decoded by the simulated ranks, prefixes included.
+    /// Number of blocks that the simulated ranks decode, including prefixes.
     pub blocks: u64,
-    /// Tokens decoded by the simulated ranks.
+    /// Number of tokens that the simulated ranks decode.
     pub tokens: u64,
-    /// Ranks that were simulated; all of them, or one that stands for all.
+    /// Number of simulated ranks: all ranks, or one that represents all.
     pub ranks: u64,
-    /// Rows that they were given.
+    /// Number of rows that these ranks were given.
     pub rows: u64,
-    /// Rows that were simulated before these, to fill the cache.
+    /// Number of rows simulated before, to fill the cache.
     pub warm_up_rows: u64,
     /// Whether these rows are the whole pass of these ranks.
     pub whole_pass: bool,
 }
 
-/// What one pass delivers, all ranks together. A pass without end has no steps to count, and no remainder.
+/// The rows and tokens that one pass delivers, over all ranks.
+///
+/// A pass without end has no steps to count, and no remainder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassPlan {
-    /// Steps, the same on every rank.
+    /// Number of steps, the same on every rank. `None` if the pass has no end.
     pub steps: Option<u64>,
-    /// Rows of a step over all ranks.
+    /// Number of rows in a step, over all ranks.
     pub global_batch: u64,
-    /// Data-parallel ranks.
+    /// Number of data-parallel ranks.
     pub world_size: u64,
-    /// Ranks that draw from the same lanes, and so from the same blocks.
+    /// Number of ranks that draw from the same lanes, and so from the same blocks.
     pub sharing_ranks: u64,
-    /// The rule for what follows.
+    /// The remainder rule in force.
     pub remainder: Remainder,
-    /// Positions delivered, each counted once.
+    /// Number of delivered positions, each counted once.
     pub delivered_rows: u64,
-    /// Of these, how many are tails, which fill no row.
+    /// Number of delivered tails. A tail fills no row.
     pub delivered_tails: u64,
-    /// Tokens delivered, each counted once.
+    /// Number of delivered tokens, each counted once.
     pub delivered_tokens: u64,
-    /// Full sequences left out by the remainder rule.
+    /// Full sequences that the remainder rule leaves out.
     pub dropped_sequences: u64,
-    /// Tokens left out by it, those of dropped sequences included.
+    /// Tokens that the remainder rule leaves out, including the tokens of dropped sequences.
     pub dropped_tokens: u64,
-    /// Rows of nothing but padding.
+    /// Number of rows with padding only.
     pub padded_rows: u64,
-    /// Places filled with `pad_id`, in these rows and after tails.
+    /// Number of places filled with `pad_id`, in these rows and after tails.
     pub padded_tokens: u64,
-    /// Rows given a second time.
+    /// Number of rows delivered a second time.
     pub repeated_rows: u64,
-    /// Tokens given a second time, in these rows and after tails.
+    /// Number of tokens delivered a second time, in these rows and after tails.
     pub repeated_tokens: u64,
-    /// Rows of the last step over all ranks.
+    /// Number of rows of the last step, over all ranks.
     pub last_batch_rows: u64,
-    /// Positions after the last step that `max_steps` allows.
+    /// Number of positions after the last step that `max_steps` allows.
     pub cut_rows: u64,
 }
 
-/// What a pass consists of, for [`PassPlan::new`].
+/// The counts of a pass, for [`PassPlan::new`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PassCounts {
-    /// Positions, without those that are skipped; none where there is no end.
+    /// Number of positions that are not skipped. `None` if there is no end.
     pub rows: Option<u64>,
-    /// Of the delivered ones, how many are tails.
+    /// Number of delivered tails.
     pub delivered_tails: u64,
-    /// Tokens of a tail that a row has to deliver.
+    /// Tokens of a tail that has a row to deliver it.
     pub tail_tokens: u64,
-    /// Tokens that stand in no position.
+    /// Tokens that belong to no position.
     pub rowless_tokens: u64,
     /// Tokens of a full row.
     pub seq_len: u64,
-    /// Steps allowed.
+    /// The setting `max_steps`.
     pub max_steps: Option<u64>,
 }
 
-/// Bytes of one rank by what they are for.
+/// Memory of one rank in bytes, by use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// One batch.
+    /// Size of one batch.
     pub batch_bytes: u64,
-    /// Batches begun, ready, or held by a consumer that holds one.
+    /// Batches that are begun or ready, and one that the consumer holds.
     pub batches_bytes: u64,
-    /// Decoded blocks that worker threads hold while they fill from them.
+    /// Decoded blocks that worker threads hold while they copy from them.
     pub held_blocks_bytes: u64,
-    /// Decoded blocks in the cache: the room for them, or all there are.
+    /// Decoded blocks in the cache: the room for them, or all blocks if they fit.
     pub cache_bytes: u64,
-    /// Tables of shards, blocks and pages. Not part of the budget.
+    /// Tables of shards, blocks and pages. They are not part of the budget.
     pub index_bytes: u64,
     /// The setting `memory_budget`.
     pub budget_bytes: u64,
 }
 
 impl MemoryPlan {
-    /// What stands against the budget.
+    /// The bytes that count against the budget.
     pub fn budgeted_bytes(&self) -> u64 {
         self.batches_bytes + self.held_blocks_bytes + self.cache_bytes
     }
 }
 
 impl PassPlan {
-    /// Steps of a pass of so many rows, and how many rows they deliver.
+    /// Number of steps of a pass with `rows` rows, and the number of rows that they deliver.
     pub fn steps(grouping: &Grouping, rows: Option<u64>, max_steps: Option<u64>) -> Option<(u64, u64)> {
         let steps = rows.map(|rows| grouping.steps(rows)).into_iter().chain(max_steps).min()?;
         let places = steps.saturating_mul(grouping.global_batch());
         Some((steps, rows.map_or(places, |rows| rows.min(places))))
     }
 
-    /// A pass of `counts`, `lanes` of which hold the blocks that ranks have in common; 1 where there are none.
+    /// Plans a pass of `counts`. `lanes` is the number of lanes, or 1 without block shuffling.
     pub fn new(grouping: &Grouping, lanes: u64, counts: PassCounts) -> Self {
         let PassCounts { rows, delivered_tails: tails, tail_tokens, rowless_tokens, seq_len, max_steps } = counts;
         let global_batch = grouping.global_batch();
@@ -248,12 +254,15 @@ impl PassPlan {
     }
 }
 
-/// How far `order` moves sequences. Both shufflings spread a sequence over the whole corpus; they differ in [`neighbours`].
+/// Measures how far `order` moves sequences.
+///
+/// Both kinds of shuffling spread a sequence over the whole corpus. They differ in [`neighbours`].
 pub fn displacement(order: &EpochOrder, arrangement: Arrangement) -> Distance {
     let n = order.len();
     let expected_mean = match arrangement {
         Arrangement::Sequential => 0.0,
-        // Two independent places of n: (n^2 - 1) / 3n. Permuted chunks are as far away as permuted sequences.
+        // The mean distance of two independent places of n is (n^2 - 1) / 3n. Permuted chunks are
+        // as far away as permuted sequences.
         Arrangement::Global | Arrangement::Block { .. } => (n as f64 - 1.0 / n.max(1) as f64) / 3.0,
     };
     let sample = Permutation::new(n.max(1), SAMPLE_KEY);
@@ -264,7 +273,8 @@ pub fn displacement(order: &EpochOrder, arrangement: Arrangement) -> Distance {
     Distance::of(distances.collect(), expected_mean)
 }
 
-/// How far apart neighbours of the corpus come to stand, where they are in one window.
+/// Measures the distance in the order of sequences that are neighbours in the corpus and in one
+/// window.
 pub fn neighbours(order: &EpochOrder, arrangement: Arrangement) -> Distance {
     let n = order.len();
     let (lanes, window) = match arrangement {
@@ -274,10 +284,11 @@ pub fn neighbours(order: &EpochOrder, arrangement: Arrangement) -> Distance {
     };
     let expected_mean = lanes as f64 * (window as f64 + 1.0) / 3.0;
     if window > SAMPLED_POSITIONS {
-        // The closed form is all there is: too few neighbours would be among a sample.
+        // A sample would contain too few neighbours, so that only the closed form is given.
         return Distance { expected_mean, ..Distance::default() };
     }
-    // Lane 0 has no phase: its windows are the multiples of `window`. It has at least n / lanes places.
+    // Lane 0 has no phase: its windows are the multiples of `window`. It has at least n / lanes
+    // places.
     let windows = (n / lanes / window.max(1)).clamp(1, (SAMPLED_POSITIONS / window.max(1)).max(1));
     let mut distances = Vec::new();
     for index in 0..windows {
@@ -290,46 +301,46 @@ pub fn neighbours(order: &EpochOrder, arrangement: Arrangement) -> Distance {
     Distance::of(distances, expected_mean)
 }
 
-/// What a row reads.
+/// The stretches that a row reads.
 #[derive(Clone, Debug)]
 pub struct Reads {
-    /// The source.
+    /// Index of the source.
     pub source: usize,
-    /// Stretches of its stream.
+    /// Segments of its stream.
     pub segments: Vec<Segment>,
-    /// Whether the tokens after it belong to another time of the epoch.
+    /// Whether the tokens after the row are read at another time of the epoch.
     pub ends_chunk: bool,
 }
 
-/// A pass, as far as its decoding goes. Nothing in it grows with the corpus.
+/// A pass, reduced to its decoding. Its size does not depend on the corpus.
 #[allow(missing_debug_implementations)] // holds functions
 pub struct Simulated<'a> {
-    /// How rows are grouped.
+    /// The grouping of rows.
     pub grouping: Grouping,
-    /// Steps of the pass.
+    /// Number of steps of the pass.
     pub steps: u64,
-    /// What a rank's rows of a step read; nothing for padding.
+    /// Gives the reads of a rank's rows at a step. `None` stands for padding.
     pub rows: &'a dyn Fn(u64, u64) -> Result<Vec<Option<Reads>>>,
-    /// The block of a source that holds a stream token.
+    /// Gives the block of a source with a stream token.
     pub block_at: &'a dyn Fn(usize, u64) -> BlockPlace,
-    /// Tokens of its files per token of a source's stream.
+    /// Gives the tokens in the files per token of a source's stream.
     pub tokens_per_stream_token: &'a dyn Fn(usize) -> f64,
-    /// Steps after which all windows have been through.
+    /// Number of steps in which all windows are read once.
     pub round: u64,
-    /// Room for decoded blocks.
+    /// Bytes of room for decoded blocks.
     pub cache_bytes: u64,
-    /// Batches computed ahead.
+    /// Number of batches computed ahead.
     pub prefetch: u64,
-    /// Batches whose blocks are decoded ahead; 0 without workers.
+    /// Number of batches whose blocks are decoded ahead. 0 without workers.
     pub decoded_ahead: u64,
-    /// Tokens that a rank reads of a source while its rows go through two windows.
+    /// Number of tokens of a source that a rank reads while its rows go through two windows.
     pub done_after: u64,
-    /// Rows to simulate at most, such as [`MOST_ROWS`].
+    /// Most rows to simulate, such as [`MOST_ROWS`].
     pub most_rows: u64,
 }
 
 impl Simulated<'_> {
-    /// Decodes in thought what the ranks would decode.
+    /// Simulates the decoding of the ranks.
     pub fn decoding(&self) -> Result<Decoding> {
         let Grouping { rank, world_size, batch_size, .. } = self.grouping;
         let rank_rows = self.steps.saturating_mul(batch_size);
@@ -348,7 +359,8 @@ impl Simulated<'_> {
             return Ok(Decoding { ranks: 1, whole_pass: true, ..one.counts.decoding(0) });
         }
 
-        // From the middle of the pass, after as many rows as bring the cache to what it holds from then on.
+        // The part begins in the middle of the pass. The rows before it fill the cache to its usual
+        // state.
         let half = (self.most_rows / 2 / batch_size).max(1);
         let round = self.round.max(1);
         let begin = (self.steps / 2).min(self.steps.saturating_sub(2 * half));
@@ -358,7 +370,8 @@ impl Simulated<'_> {
         }
         let warm_up_rows = one.counts.rows;
         one.counts = Counts::default();
-        // Whole rounds of windows, if one fits: a part of a round decodes more at its start than at its end.
+        // It has whole rounds of windows, if one fits. A round decodes more at its start than at
+        // its end.
         let measured = if round <= half { half / round * round } else { half };
         one.run((one.step + measured).min(self.steps))?;
         Ok(Decoding { ranks: 1, whole_pass: false, ..one.counts.decoding(warm_up_rows) })
@@ -377,7 +390,7 @@ impl Simulated<'_> {
         Ok(found)
     }
 
-    /// Adds the blocks that hold `tokens` of a source's stream.
+    /// Adds the blocks with `tokens` of a source's stream.
     fn read(&self, found: &mut StepBlocks, source: usize, tokens: Range<u64>, ends_chunk: bool) {
         found.delivered_tokens += (tokens.end - tokens.start) as f64 * (self.tokens_per_stream_token)(source);
         let mut at = tokens.start;
@@ -385,7 +398,8 @@ impl Simulated<'_> {
             let place = (self.block_at)(source, at);
             let end = place.start + place.len;
             let read = tokens.end.min(end) - at;
-            // As `Reader::fill`: the last row of a chunk reads a block that it only runs on into no further than that.
+            // `Reader::fill` does the same: if the last row of a chunk runs on into a block, it
+            // decodes only the part of the block that it needs.
             let prefix = (ends_chunk && place.start > tokens.start)
                 .then(|| (tokens.end.min(end) - place.start).min(place.tokens));
             found.blocks.push(BlockUse { source, place, read, prefix });
@@ -406,14 +420,14 @@ struct StepBlocks {
 struct BlockUse {
     source: usize,
     place: BlockPlace,
-    /// Tokens read.
+    /// Number of tokens read.
     read: u64,
-    /// Tokens decoded, if the block is not kept.
+    /// Number of tokens decoded, if the block is not kept.
     prefix: Option<u64>,
 }
 
-/// A rank that decodes without blocks: it follows the cache's own policy, and one worker that always has time to decode
-/// ahead.
+/// A simulated rank. It has no blocks, but follows the policy of the cache, and has one worker that
+/// always has time to decode ahead.
 struct Simulation<'a> {
     of: &'a Simulated<'a>,
     rank: u64,
@@ -421,11 +435,11 @@ struct Simulation<'a> {
     session: SessionId,
     /// The next step.
     step: u64,
-    /// The blocks of that step and of those after it that were looked at.
+    /// The blocks of the next step and of later steps that were examined.
     coming: VecDeque<StepBlocks>,
     /// The first step that may miss a block.
     looked_at: u64,
-    /// Steps that may be looked at once more, so that the work stays bounded.
+    /// Number of steps that may be examined once more, so that the work stays bounded.
     second_looks: u64,
     evicted: bool,
     counts: Counts,
@@ -476,7 +490,8 @@ impl<'a> Simulation<'a> {
         Ok(())
     }
 
-    /// Decodes what the coming steps need, in their order, until only blocks could make room that are needed before.
+    /// Decodes the blocks of coming steps, in their order. Stops when only blocks that are needed
+    /// earlier could be evicted.
     fn decode_ahead(&mut self) -> Result<()> {
         let end = self.step.saturating_add(self.of.decoded_ahead).min(self.of.steps);
         for step in self.looked_at.max(self.step)..end {
@@ -502,7 +517,7 @@ impl<'a> Simulation<'a> {
         Ok(())
     }
 
-    /// Finds the blocks of a step and of those before it.
+    /// Finds the blocks of a step and of all earlier steps.
     fn look_at(&mut self, step: u64) -> Result<()> {
         while self.step + (self.coming.len() as u64) <= step {
             let blocks = self.of.blocks_of(self.rank, self.step + self.coming.len() as u64)?;
@@ -573,7 +588,7 @@ impl Distance {
 mod tests {
     use super::*;
 
-    /// A corpus of equal blocks, in sequences of 16 tokens.
+    /// Simulates a corpus of equal blocks, in sequences of 16 tokens.
     fn decoding(arrangement: Arrangement, world_size: u64, cache_blocks: u64, most_rows: u64) -> Decoding {
         const BLOCK: u64 = 200;
         let sequences = 200_000;

@@ -1,4 +1,4 @@
-//! The plan of a loader: what its settings and corpora are to [`crate::plan`].
+//! Makes the plan of a loader from its settings and corpora.
 
 use std::cell::RefCell;
 
@@ -17,7 +17,9 @@ use crate::order::partition::Grouping;
 use crate::settings::Shuffle;
 
 impl Loader {
-    /// What the first pass of these settings comes to and costs. Reads no token and opens no shard; takes about a second at most.
+    /// Plans the first pass of these settings.
+    ///
+    /// Reads no token and opens no shard. Takes about a second at most.
     pub fn plan(&self) -> Result<Plan> {
         let session = &self.session;
         let growth = Growth::none(session.opened.sources.shards());
@@ -34,7 +36,7 @@ impl Loader {
         })
     }
 
-    /// Computes what the loader holds in memory. Costs nothing.
+    /// Computes the memory of the loader. Costs nothing.
     pub fn memory_plan(&self) -> MemoryPlan {
         self.session.plan_memory()
     }
@@ -80,7 +82,7 @@ impl Session {
         let (extent, arrangement, order) = self.opened.sources.order_of(index, 0);
         let drawn_sequences = match self.opened.sources.mixture() {
             _ if pass.steps.is_none() => None,
-            // Skipped positions are among those that are counted up to the last one.
+            // Skipped positions are among the positions that are counted up to the last one.
             Some(mixture) => {
                 let (epoch, position) = epochs.state_at(pass.delivered_rows);
                 let whole = if epoch > 0 { mixture.counts(mixture.positions())[index] * epoch } else { 0 };
@@ -136,7 +138,8 @@ impl Session {
             rows: &rows,
             block_at: &|source, at| list[source].reader.block_at(at),
             tokens_per_stream_token: &|source| ratios[source],
-            // A source of a mixture goes through its windows as slowly as its share is small; they are taken to be equal.
+            // A source with a small share goes through its windows slowly. All shares are assumed
+            // to be equal.
             round: (windows.max().unwrap_or(1) * list.len() as u64).div_ceil(grouping.global_batch()),
             cache_bytes: self.opened.cache.budget_bytes(),
             prefetch: self.config.prefetch_batches,
