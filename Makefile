@@ -71,7 +71,7 @@ check-macos: ## Compile the core, the commands and the binding for macOS on ARM 
 	CARGO_ZIGBUILD_PYTHON_PATH=$(CURDIR)/.venv/bin/python CC_aarch64_apple_darwin="$(CURDIR)/.venv/bin/maturin zig cc -- -target aarch64-macos" \
 	  PYO3_NO_PYTHON=1 cargo check --target aarch64-apple-darwin -p forebay -p forebay-cli -p forebay-python
 
-generate: ## Write the parts of README and Python that come from the table of settings
+generate: ## Write the parts of docs/settings.md and Python that come from the table of settings
 	cargo run --quiet -p forebay-tests --bin generate
 
 fmt: ## Format Rust and Python

@@ -70,7 +70,7 @@ enum Command {
     /// Prints the names of all settings
     #[command(hide = true)]
     Settings {
-        /// Prints the table of the README
+        /// Prints the table of docs/settings.md
         #[arg(long)]
         markdown: bool,
     },

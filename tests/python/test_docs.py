@@ -1,5 +1,6 @@
-"""Protects: the programs that README and docs show. Each runs as it stands, but for positions past
-a small corpus.
+"""Runs the programs that the README and the pages show.
+
+Each runs as it stands. Only positions that lie past a small corpus are replaced.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SEQUENCES = 400
+#: The pages, each with the number of programs that it shows.
+PAGES = {"README.md": 2, "docs/runs.md": 3, "docs/torch.md": 3}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,13 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/torch.md"])
+def test_every_page_with_programs_is_known() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = {path.relative_to(ROOT).as_posix(): len(BLOCK.findall(path.read_text())) for path in pages}
+    assert {name: count for name, count in found.items() if count} == PAGES
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_every_program_that_is_shown_runs(
     name: str, corpora: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,14 +63,13 @@ def test_every_program_that_is_shown_runs(
         "dataset": dataset, "loader": DataLoader(dataset, batch_size=8, drop_last=True),
         "model": lambda **_: SimpleNamespace(loss=0.0),
     }  # fmt: skip
-    programs = BLOCK.findall((ROOT / name).read_text())
-    assert len(programs) >= 3
-    for program in programs:
+    for program in BLOCK.findall((ROOT / name).read_text()):
         if 'device="cuda"' in program and not torch.cuda.is_available():
             continue
         exec(compile(program.replace("12_000", "12").replace("120_", "").replace("121_", "1"), name, "exec"), shown)
     if name == "README.md":
         assert "of the time was spent waiting for data" in capsys.readouterr().out
+    elif name == "docs/runs.md":
         assert {source["name"] for source in shown["loader"].stats()["sources"]} == {"web", "code"}
     else:
         for thread in shown["threads"]:

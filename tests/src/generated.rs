@@ -34,7 +34,7 @@ const TORCH_LOADER: &str = "bindings/python/forebay/torch/loader.py";
 /// Every part.
 pub const PARTS: &[Part] = &[
     Part {
-        file: "README.md",
+        file: "docs/settings.md",
         begin: "<!-- settings:begin -->\n",
         end: "<!-- settings:end -->",
         text: settings::markdown,

@@ -13,7 +13,7 @@ use crate::Sets;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Documents keep their order, their tokens and their ends. Empty and null documents stay, as empty ones. \
-    Other columns are left out. A file whose token column is plain is one document, and stays one file.\n\n\
+    Columns that `--set fields=NAME,...` names are carried, and all others are left out. A file whose token column is plain is one document, and stays one file.\n\n\
     The same command continues a run that was killed, and keeps the shards that are there. Every shard is read \
     back and compared with its source before it gets its name.\n\n\
     Memory on each thread: 16 bytes for each of --batch-tokens, with --to parquet a row group, and the longest \

@@ -1,4 +1,4 @@
-//! The reference of all settings, as the README holds it.
+//! The reference of all settings, as `docs/settings.md` holds it.
 
 use super::all;
 

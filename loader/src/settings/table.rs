@@ -2,7 +2,7 @@
 //!
 //! The table feeds the struct [`Config`] with its defaults, parsing and printing, ranges and
 //! choices, environment variables, the configuration file, the command line, the Python signatures
-//! with their types and docs, the README, and the list of values that a saved state compares. Run
+//! with their types and docs, docs/settings.md, and the list of values that a saved state compares. Run
 //! `make generate` after a change. A row reads:
 //!
 //! ```text
