@@ -1,12 +1,12 @@
-"""Runs test lanes one after the other and ends with one line that totals them.
+"""Runs test lanes one after the other, and ends with one line of totals.
 
     test.py [--stress] LANE...
 
 Lanes: rust, python, ft, parallel, tsan, trainers, trainers-more, hostile.
 
-Counts come from the runners' own closing lines. A lane that breaks before it can count (a compile
-error, a crash) is one failure. A lane that cannot run here is named as skipped. It fails if
-`CI=true`.
+Counts come from the closing lines of the runners. A lane that breaks before it can count, such as
+by a compile error or a crash, is one failure. A lane that cannot run on this machine is named as
+skipped, and fails if `CI=true`.
 """
 
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETUP = str(ROOT / "scripts" / "setup.sh")
 LANE_LIMIT_S = 25 * 60
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-# The word each runner uses -> what it means here.
+# The words of the runners, each with the word for it here.
 MEANING = {
     "passed": "passed",
     "xpassed": "passed",
@@ -51,7 +51,7 @@ class Lane:
     counts: dict[str, int] = field(default_factory=lambda: {"passed": 0, "failed": 0, "skipped": 0})
     seconds: float = 0.0
     why: str = ""
-    #: What the lane left out without being skipped as a whole.
+    #: The tests that the lane left out without being skipped as a whole.
     note: str = ""
 
     def count(self, line: str) -> None:
@@ -73,7 +73,7 @@ class Lane:
 
 
 def run(lane: Lane, *command: str) -> None:
-    """Runs one command of a lane, passing its output on while counting."""
+    """Runs one command of a lane. Passes its output on, and counts the results in it."""
     print(f"\n== {lane.name}: {' '.join(command)}", flush=True)
     before = sum(lane.counts.values())
     failed_before = lane.counts["failed"]
@@ -110,7 +110,7 @@ def set_up(lane: Lane, *command: str) -> bool:
 
 
 def rust(lane: Lane) -> None:
-    # The binding is a cdylib without tests of its own: Python tests it.
+    # The binding is a cdylib without tests of its own. The Python tests cover it.
     chosen = ("--workspace", "--exclude", "forebay-python")
     if shutil.which("cargo-nextest"):
         run(lane, "cargo", "nextest", "run", *chosen)
@@ -129,8 +129,10 @@ def pytest(lane: Lane, venv: str, group: str, *arguments: str) -> None:
 
 
 def trainers(lane: Lane, *groups: str) -> None:
-    """Those that are asked for have to be there: a test that skips itself for want of a trainer
-    fails the lane.
+    """Runs the tests of trainers.
+
+    Every trainer of the groups must be installed: a test that skips itself because it lacks a
+    trainer fails the lane.
     """
     everything = "trainers-more" in groups
     files = ("tests/python/test_trainers.py", "tests/python/test_adapters.py")
@@ -149,8 +151,8 @@ def free_threaded(lane: Lane, *arguments: str) -> None:
         lane.skip("no python3.14t found (on the PATH, or named in FOREBAY_PYTHON_FT; `uv python install 3.14t`)")
 
 
-#: What is one for the whole process, or runs in one of its own, where threads of this one would
-#: prove nothing.
+#: Tests that use something of the whole process, or that start a process of their own. Threads of
+#: this process would prove nothing there.
 ALONE = """
 support.run_python
 support.json_from
@@ -168,16 +170,15 @@ gc.collect
 
 
 def parallel(lane: Lane, *arguments: str) -> None:
-    """Every test body in several threads at once; those that cannot are skipped, with the
-    reason.
-    """
+    """Runs every test body in several threads at once. Skips those that cannot, with the reason."""
     options = ("-o", f"thread_unsafe_functions={ALONE}", "--parallel-threads=3", "--skip-thread-unsafe=true")
     free_threaded(lane, *options, *arguments)
 
 
 def tsan(lane: Lane) -> None:
-    """The Rust tests of the core under ThreadSanitizer, with a std built for it, which only nightly
-    Rust does.
+    """Runs the Rust tests of the core under ThreadSanitizer.
+
+    It needs a standard library that is built for it, so only nightly Rust can do this.
     """
     nightly = subprocess.run(["rustc", "+nightly", "--print", "sysroot"], capture_output=True, text=True).stdout.strip()
     if not nightly or not Path(nightly, "lib/rustlib/src/rust/library/Cargo.lock").exists():

@@ -1,5 +1,6 @@
-"""Writes the results as one page with plots, for readers who do not know the project. The page has
-no script and loads nothing.
+"""Writes the results as one page with plots, for readers who do not know the project.
+
+The page has no script and loads nothing.
 """
 
 import html
@@ -68,38 +69,37 @@ code, pre { background: var(--card); border-radius: 4px; padding: .1em .3em; } p
 INTRODUCTION = """
 <p>Training a language model means reading billions of tokens: integers, stored in files, which a <em>loader</em> picks
 in random order, widens to 64 bits and hands to the trainer as batches of <code>B</code> rows of <code>S</code> tokens.
-This is small work per token, so what counts is how little of the machine it takes. This page compares
-<b>forebay</b> with other loaders, and both with the <b>limit</b>: a bare loop on the same machine that does only what
-no loader can leave out (gathering and widening rows; for compressed files, decompressing them).</p>
+This is little work per token, so a good loader takes little of the machine. This page compares <b>forebay</b> with
+other loaders, and both with the <b>limit</b>: a bare loop on the same machine. The loop does only the work that no
+loader can leave out. It gathers and widens rows, and decompresses compressed files.</p>
 <p><b>How it was done.</b> Every loader delivers shuffled <code>input_ids</code> and <code>labels</code>, each with
-memory of its own, to a consumer that does nothing else. Before it is timed, its first batches are looked up in the
-corpus: every row must occur there, in random order, none twice. How far they shuffle is not the same: from Parquet,
-forebay shuffles rows within windows of 16 Mi tokens, and the script over pyarrow within a row group; the table at the
-end says how each is used. Each run is a fresh process, they take turns in random order, and {turns}.
-All files are in memory already, so disks play no part.</p>
+memory of its own, to a consumer that does nothing else. Before a loader is timed, its first batches are looked up in
+the corpus. Every row must occur there, in random order, and none twice. Loaders shuffle over different distances. From
+Parquet, forebay shuffles rows within windows of 16 Mi tokens, and the script over pyarrow within a row group. The
+table at the end shows the use of each loader. Each run is a fresh process. The runs take turns in random order, and
+{turns}. All files are in memory already, so disks play no part.</p>
 <p><b>How to read it.</b> <span class="key ours-key"></span>forebay<span class="key ours-key reference"></span>forebay
 without torch, for reference and not compared<span class="key peer-key"></span>other loaders<span class="key limit-key">
 </span>limit of the machine.<br>{names}
-Thin lines reach from the slowest to the fastest turn. In plots with bars longer is better; in plots with dots further
-left is, and their scale is logarithmic: one step of the grid is ten times as much. Point at a bar or dot for its
-numbers.</p>
+Thin lines reach from the slowest to the fastest turn. A longer bar is better, and so is a dot further left. Dots have
+a logarithmic scale: each step of the grid is ten times as much. Point at a bar or dot for its numbers.</p>
 """
 
 NAMES_NOTE = (
-    "The number after a name, as in <b>· 2</b>, is how many helper threads or processes were asked for beside the"
-    " trainer's own thread; without one, the loader works in the trainer's thread alone."
+    "The number after a name, as in <b>· 2</b>, counts the helper threads or processes beside the trainer's own"
+    " thread. A loader without a number works in the trainer's thread alone."
 )
-PALE = " The pale marks are of NumPy arrays handed over without torch: a reference, which is compared with nothing."
+PALE = " The pale marks show NumPy arrays that are handed over without torch. They are a reference, not compared."
 BY_HAND = (
-    " <b>By hand</b> is our own script over pyarrow: it stands for what one would write, and is no loader that is"
-    " offered. Of forebay's memory, up to 512 MiB are decoded blocks that it keeps: its default"
+    " <b>By hand</b> is our own script over pyarrow. It represents the script that a user would write, and is not a"
+    " published loader. Up to 512 MiB of forebay's memory are decoded blocks that it keeps, by its default"
     " <code>memory_budget</code>."
 )
 
 GROUP_NOTES = {
-    "uint16": "The corpus as 16-bit integers. forebay reads Arrow files of documents; peers read a flat file or a form"
-    " of their own, written before, which is the fastest they have.",
-    "int32": "The same tokens as 32-bit integers, what tokenizers' output is usually stored as.",
+    "uint16": "The corpus as 16-bit integers. forebay reads Arrow files of documents. Peers read a flat file, or a"
+    " format of their own that was written before: the fastest that they have.",
+    "int32": "The same tokens as 32-bit integers, the usual type of tokenizers' output.",
     "zstd": "Documents in Parquet, compressed with zstd: the limit is decompression alone.",
     "snappy": "Documents in Parquet, compressed with snappy: the limit is decompression alone.",
 }
@@ -118,7 +118,7 @@ def kind_of(one: Contestant) -> str:
 
 
 def entries(group: Group, field: str, more: bool) -> list[Entry]:
-    """The contestants that have this number, the best first."""
+    """Returns the contestants that have this number, the best first."""
     found = [
         Entry(named(one), kind_of(one), line, one.ours)
         for one, line in group.lines
@@ -128,7 +128,7 @@ def entries(group: Group, field: str, more: bool) -> list[Entry]:
 
 
 def values(line: Line, field: str) -> tuple[float, float, float]:
-    """The least, the median and the greatest value."""
+    """Returns the least, the median and the greatest value."""
     numbers = [run[field] for run in line.runs if field in run]
     return min(numbers), median(numbers), max(numbers)
 
@@ -166,7 +166,7 @@ def speeds(group: Group) -> str:
     parts = []
     begin = TOP + 14 * (len(limits) - 1)
     end = begin + STEP * len(found) + 4
-    # The greatest limit stands on top, so that no line crosses another's text.
+    # The greatest limit is drawn on top, so that no line crosses the text of another.
     limits.sort(key=lambda pair: -pair[1]["tokens_per_s"])
     for place, (threads, line) in enumerate(limits):
         at = x(line["tokens_per_s"])
@@ -194,8 +194,9 @@ def speeds(group: Group) -> str:
 
 
 def dots(group: Group, title: str, note: str, fields: list[tuple[str, str]], unit: str) -> str:
-    """Plots dots on a logarithmic scale, from the best to the worst. Several numbers of a loader
-    share a line.
+    """Plots dots on a logarithmic scale, from the best to the worst.
+
+    Several numbers of a loader share a line.
     """
     first = fields[len(fields) // 2][0]
     found = entries(group, first, False)
@@ -328,8 +329,9 @@ def verdict(group: Group) -> str:
 
 
 def card(title: str, found: list[Against | None], better: str, worse: str) -> str:
-    """Shows one measure over all tables. The rows come from the table that is least favourable to
-    forebay.
+    """Shows one measure over all tables.
+
+    The rows come from the table that is least favourable to forebay.
     """
     worst = least(found)
     if worst is None:

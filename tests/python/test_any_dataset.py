@@ -1,5 +1,6 @@
-"""Protects: datasets of others on threads. Nothing they raise, hold or return makes a loader hang,
-mix or lose data.
+"""Protects datasets of others on threads.
+
+Whatever they raise, hold or return, a loader does not hang, and neither mixes nor loses data.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Numbers(torch.utils.data.Dataset):  # type: ignore[misc,name-defined]
 
 
 class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc,name-defined]
-    """The numbers of a worker."""
+    """Gives the numbers of one worker."""
 
     def __iter__(self) -> Iterator[int]:
         info = get_worker_info()
@@ -53,7 +54,7 @@ def flat(batches: Any) -> list[int]:
 
 
 def within(seconds: float, run: Any) -> Any:
-    """What `run` returns or raises, on a thread of its own that has this much time."""
+    """Returns or raises the outcome of `run`, which has so many seconds on a thread of its own."""
     found: list[Any] = []
 
     def keep() -> None:
@@ -149,7 +150,7 @@ def test_a_dataset_on_the_callers_thread_is_asked_only_when_a_user_asks() -> Non
 
 
 class Positioned(torch.utils.data.IterableDataset):  # type: ignore[misc,name-defined]
-    """Keeps the very objects that it is given as a state, and gives out the very objects that it
+    """Keeps the very object that it receives as a state, and returns the very object that it
     changes.
     """
 
@@ -197,7 +198,7 @@ def test_states_share_nothing_with_the_dataset(workers: int) -> None:
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_state_that_is_asked_for_inside_a_batch_is_that_before_it(interrupted: bool) -> None:
-    """Asks for the state as a handler of SIGTERM does."""
+    """Asks for the state like a handler of SIGTERM."""
     asked: list[Any] = []
 
     class Asking(Positioned):
@@ -223,7 +224,7 @@ def test_a_state_that_is_asked_for_inside_a_batch_is_that_before_it(interrupted:
 
 
 class Draws(Numbers):
-    """A map-style dataset with a generator of its own."""
+    """A map-style dataset with its own generator."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
@@ -286,8 +287,9 @@ def test_a_state_at_the_end_lets_a_dataset_go_on_that_counts_its_epochs() -> Non
 
 
 def test_a_state_at_the_end_that_a_dataset_takes_for_its_end_begins_the_next_epoch() -> None:
-    """Resumes as an iterable dataset of Hugging Face does: it starts from what it was given until it is
-    given another state.
+    """Checks a dataset that resumes like an iterable dataset of Hugging Face.
+
+    Such a dataset starts from the state that it was given, until it is given another state.
     """
 
     class Started(Positioned):
@@ -620,7 +622,7 @@ def test_the_epoch_of_an_iterable_dataset_is_in_the_state(workers: int, says_it:
 
 
 class OwnOrder(RandomIndices):
-    """Draws from everything that the process has."""
+    """Draws from every generator of the process."""
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(SIZE).tolist()
@@ -668,7 +670,7 @@ def test_a_restored_random_state_gives_the_order_of_the_whole_run() -> None:
 
 
 class OwnGenerator(RandomIndices):
-    """Its order follows from a generator that no state holds."""
+    """Takes its order from a generator that no state holds."""
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(1)
@@ -711,7 +713,7 @@ def test_a_sampler_that_draws_another_order_is_refused(workers: int, batches: st
 
 
 class Packed(torch.utils.data.IterableDataset):  # type: ignore[misc,name-defined]
-    """Packs documents in a buffer of some kind, which it keeps between items."""
+    """Packs documents in some kind of buffer, which it keeps between items."""
 
     def __init__(self, buffer: Any) -> None:
         self.documents = [[d * 100 + i for i in range(1 + d * 7 % 13)] for d in range(60)]

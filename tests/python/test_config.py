@@ -1,7 +1,8 @@
-"""Protects: where settings come from. Argument, then environment, then file, then default; ranks
-from the launcher.
+"""Protects the order in which settings are looked up.
 
-Each case runs in an interpreter of its own, so that its environment is what it says.
+An argument wins over the environment, which wins over the file, which wins over the default. Ranks
+come from the launcher. Each case runs in an interpreter of its own, with exactly the environment
+that it states.
 """
 
 from __future__ import annotations
@@ -307,15 +308,16 @@ def test_a_saved_index_is_kept_where_the_setting_or_the_variable_says(corpus: Pa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="single threads are placed on Linux alone")
 def test_workers_run_where_they_are_sent_and_give_way(corpus: Path) -> None:
-    """What is asked for is seen in /proc; CPUs that are not there are refused, with those that
-    are.
+    """Looks for the placed workers in /proc.
+
+    CPUs that do not exist are refused, and the error lists the CPUs that do.
     """
     import forebay
 
     def workers() -> dict[str, tuple[str, int]]:
         found = {}
         for task in Path("/proc/self/task").iterdir():
-            # Others may end meanwhile.
+            # Other threads may end meanwhile.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 name = (task / "comm").read_text().strip()
                 if re.fullmatch(r"forebay-\d+", name):
@@ -331,7 +333,7 @@ def test_workers_run_where_they_are_sent_and_give_way(corpus: Path) -> None:
         batches = iter(loader)
         next(batches)
         expected = (str(cpu), min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5))
-        # The first batch may be there before a worker has begun.
+        # The first batch may arrive before a worker has begun.
         deadline = time.monotonic() + 30
         while workers() != {"forebay-0": expected, "forebay-1": expected}:
             assert time.monotonic() < deadline, workers()

@@ -1,8 +1,7 @@
-"""Protects: the corners of PyTorch's DataLoader, one by one, in ours; what torch's own class does
-is the judge.
+"""Protects the corners of PyTorch's DataLoader in ours. The judge is torch's own class.
 
-Where workers matter torch runs its processes, elsewhere it runs without. What differs on purpose
-stands in docs/torch.md, and under "Differences" below.
+Torch runs its processes only in tests where workers matter. docs/torch.md lists the differences
+that are on purpose. The tests under "Differences" below check them.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ import forebay.torch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
-#: Keywords that give a class its workers: processes of torch, threads of ours.
+#: Keywords that give a class its workers: processes in torch, threads in ours.
 PROCESSES = pytest.param(
     (torch.utils.data.DataLoader, {"multiprocessing_context": "fork"}),
     id="processes",
@@ -70,7 +69,7 @@ class Echo(Squares):
 
 
 class Uneven(IterableDataset):  # type: ignore[type-arg]
-    """Gives as many items as the worker has."""
+    """Gives as many items as its worker has."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
@@ -88,7 +87,7 @@ class Uneven(IterableDataset):  # type: ignore[type-arg]
 
 
 class Chunks:
-    """Batches of indices in a random order, for datasets that read many items at once."""
+    """Gives batches of indices in a random order, for datasets that read many items at once."""
 
     def __init__(self, size: int, batch_size: int) -> None:
         self.size, self.batch_size = size, batch_size
@@ -420,7 +419,7 @@ def test_a_mapped_file_becomes_a_batch(kind: Any, tmp_path: Any) -> None:
 
 @both
 def test_what_has_no_place_in_a_batch_is_refused(kind: Any) -> None:
-    # Not of the jagged layout: that imports triton, which turns the GIL on.
+    # The jagged layout is not used, because it imports triton, which turns the GIL on.
     ragged, sparse = torch.nested.nested_tensor([torch.ones(2)]), torch.eye(2).to_sparse()
     for items, error in (
         ([["X"], ["X", "X"]], RuntimeError), ([["X", "X"], ["X"]], RuntimeError),
@@ -526,7 +525,7 @@ def test_the_class_takes_the_type_of_its_items(cls: Any) -> None:
 
 
 class Told(IterableDataset):  # type: ignore[type-arg]
-    """What its worker knows, and what its `worker_init_fn` drew."""
+    """Gives the facts that its worker knows, and the numbers that its `worker_init_fn` drew."""
 
     drawn: tuple[float, ...] = ()
 
@@ -569,7 +568,7 @@ def test_late_items_of_one_worker_keep_the_order(kind: Any) -> None:
 
 
 def test_arrival_decides_where_order_is_not_asked_for() -> None:
-    """One worker waits until all the rest was handed over: others do what it would have done."""
+    """Lets one worker wait until all other batches are handed over. The others do its share."""
     held = threading.Event()
 
     class Held(Echo):
@@ -705,14 +704,14 @@ assert [len(batches) for batches in kept] == [400, 200]
 
 
 def test_batches_that_are_kept_hold_no_open_file() -> None:
-    """Each batch of torch holds a file, and too many batches fail with a hint at `ulimit -n`."""
+    """Each batch of torch holds a file. Too many batches fail with a hint at `ulimit -n`."""
     pytest.importorskip("resource", reason="the system has no limit to set")
     run_python(FILES, timeout=100)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stop_iteration_in_an_item_is_an_error(workers: int) -> None:
-    """The epoch ends there in torch, without an error."""
+    """In torch the epoch ends there, without an error."""
 
     class Stopping(Squares):
         def __getitem__(self, index: int) -> int:
@@ -770,7 +769,7 @@ def test_batches_go_to_a_worker_in_turn_only_in_torch(kind: Any) -> None:
             return info.id
 
     found = list(employ(kind, Whose(8), batch_size=None, prefetch_factor=4))
-    # While a thread is held up at the first item, the other computes what comes next.
+    # While one thread is held at the first item, the other computes the next ones.
     if torch_class:
         assert found == [0, 1] * 4
     else:

@@ -1,5 +1,6 @@
-"""Protects: a batch belongs to its holder, its memory comes back when the last view dies, and all
-of it is bounded.
+"""Protects the memory of batches.
+
+A batch belongs to its holder. Its memory comes back when the last view dies. All memory is bounded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SETTINGS = Settings(seq_len=64, batch_size=4, shuffle="block", chunk_tokens=4096
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 1500 batches of 4 x 64."""
+    """A corpus of about 1500 batches of 4 x 64 tokens."""
     return corpora.unique_corpus(tmp_path_factory.mktemp("memory") / "corpus", "parquet", 400_000, shards=2)
 
 
@@ -87,7 +88,7 @@ def test_memory_of_a_held_slice_is_not_handed_out(corpus: Path) -> None:
 
 
 def test_batches_can_be_written_without_harm(corpus: Path) -> None:
-    """Masking labels in place is common; neither inputs nor later batches may notice."""
+    """Masks labels in place, as many trainers do. Neither inputs nor later batches may change."""
     with open_loader(corpus, SETTINGS) as loader:
         for step, batch in enumerate(islice(loader, 200)):
             ids = batch["input_ids"].copy()
@@ -178,7 +179,7 @@ def test_memory_stays_under_the_budget_on_a_corpus_ten_times_larger(
     large = corpora.unique_corpus(tmp_path / "large", container, tokens * 10)
     (small_peak,) = json_from(WHOLE_EPOCHS, small, budget, 1)
     (large_peak,) = json_from(WHOLE_EPOCHS, large, budget, 1, timeout=600)
-    # Beside the budget there is room for the interpreter's own growth, code and tables per block.
+    # Besides the budget, there is room for the interpreter's own growth, for code, and for tables.
     assert small_peak < budget + (40 << 20)
     assert large_peak < budget + (40 << 20), f"{large_peak >> 20} MiB, {small_peak >> 20} MiB on a tenth"
 
@@ -200,12 +201,12 @@ def test_batches_in_reference_cycles_are_freed(tmp_path: Path) -> None:
 
 def test_the_pass_that_follows_finds_its_first_block_decoded(tmp_path: Path) -> None:
     corpus = corpora.unique_corpus(tmp_path / "corpus", "parquet", 400_000)
-    # Eight blocks of 200 kB, of which four fit.
+    # The corpus has eight blocks of 200 kB. Four of them fit.
     with open_loader(corpus, Settings(seq_len=64, batch_size=4), num_threads=1, memory_budget=1 << 20) as loader:
         for epoch in range(2):
             batches = iter(loader)
             assert next(batches)["input_ids"][0, 0] == 0
-            # Workers end when the last batch is begun, and begin some ahead.
+            # Workers end when the last batch is begun, and begin some batches ahead.
             for _ in range(len(loader) - 11):
                 next(batches)
             deadline = time.monotonic() + 60

@@ -1,5 +1,6 @@
-"""Protects: resuming is a jump to the next batch that was not handed over, in a new process, as
-often as one likes.
+"""Protects resuming.
+
+It jumps to the next batch that was not handed over, in a new process, any number of times.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def epochs(corpus: Path) -> list[list[Any]]:
-    """Batches of three epochs as the reference gives them."""
+    """Returns the batches of three epochs by the reference."""
     reference = Reference(token_stream(corpus, eos_id=0), SETTINGS)
     return [list(reference.batches(epoch=epoch)) for epoch in range(3)]
 
@@ -156,8 +157,9 @@ def test_an_empty_state_changes_nothing(corpus: Path, epochs: list[list[Any]]) -
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 2), (1, 8), (2, 4), (4, 2), (8, 1)])
 def test_grouping_may_change_on_resume(corpus: Path, epochs: list[list[Any]], world_size: int, batch_size: int) -> None:
-    """Eight positions were taken as two global batches of four; another grouping takes up the
-    ninth.
+    """Takes eight positions as two global batches of four.
+
+    Another grouping continues at the ninth.
     """
     with open_loader(corpus, SETTINGS) as loader:
         for _ in zip(range(2), loader, strict=False):
@@ -342,7 +344,7 @@ def test_state_follows_the_newest_iterator(corpus: Path) -> None:
 
 
 def test_resume_works_from_plain_values_of_other_stores(corpus: Path, epochs: list[list[Any]]) -> None:
-    """Checkpoint libraries give numbers back as NumPy scalars."""
+    """Checkpoint libraries return numbers as NumPy scalars."""
     with open_loader(corpus, SETTINGS) as loader:
         next(iter(loader))
         state = {k: np.int64(v) if isinstance(v, int) else v for k, v in loader.state_dict().items()}

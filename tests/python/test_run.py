@@ -1,4 +1,4 @@
-"""Protects: what a run can be told besides its order, and what happens where that cannot be."""
+"""Protects settings of a run beside its order, and their errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEQ_LEN = 10
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1000 sequences of 10 tokens that count up, in 5 shards."""
+    """A corpus of 1000 sequences of 10 tokens that count up, in 5 shards."""
     return corpora.unique_corpus(tmp_path_factory.mktemp("run") / "corpus", "arrow", 10_000, shards=5)
 
 
@@ -266,7 +266,7 @@ def test_a_mesh_says_the_data_parallel_rank(corpus: Path) -> None:
     from forebay.torch import DataLoader, TokenDataset
 
     class Mesh:
-        """What is asked of a DeviceMesh."""
+        """The part of a DeviceMesh that the loader uses."""
 
         def __init__(self, **sizes: tuple[int, int]) -> None:
             self.mesh_dim_names, self._dims = tuple(sizes), list(sizes.values())

@@ -1,5 +1,6 @@
-"""Protects: threads, signals, forks and exits. The interpreter is never held, and every way of
-stopping is clean.
+"""Protects threads, signals, forks and exits.
+
+The interpreter is never held, and every way of stopping is clean.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def slow_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Few large batches that take long to decode: gzip over random ids in one row group."""
+    """A corpus of few large batches that take long to decode: gzip over random ids in one row
+    group.
+    """
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -108,8 +111,9 @@ def test_batches_come_in_order_to_one_consumer_while_others_read_by_position(cor
 
 
 def test_the_interpreter_is_free_while_next_waits(slow_corpus: Path) -> None:
-    """A second thread gets no turn by force here: it counts only where the loader lets go of the
-    interpreter.
+    """Counts turns of a second thread.
+
+    It gets a turn only where the loader releases the interpreter.
     """
     turns = 0
     stop = threading.Event()

@@ -1,6 +1,4 @@
-"""Protects: `forebay.torch` stands where `torch.utils.data` stood, with PyTorch's meaning of every
-argument.
-"""
+"""Protects the stand-in for `torch.utils.data`, with PyTorch's meaning of every argument."""
 
 from __future__ import annotations
 
@@ -122,7 +120,7 @@ def test_without_a_seed_the_seed_is_zero_and_a_generator_gives_one(dataset: Any,
 
 
 def test_dataset_of_a_loader_is_its_rows(corpus: Path, dataset: Any) -> None:
-    """Trainers that resume read it, re-batch it, and skip."""
+    """Trainers that resume read the dataset, batch its rows again, and skip some."""
     loader = DataLoader(dataset, batch_size=4, shuffle=True, seed=3, drop_last=True)
     rows = loader.dataset
     assert isinstance(rows, torch.utils.data.IterableDataset)

@@ -1,6 +1,4 @@
-"""Protects: the types that users see. The stub says what the module has, and a strict program
-checks against it.
-"""
+"""Protects the types that users see. The stub matches the module, and a strict program checks."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ from forebay import ConfigError, DataError, ForebayError, Loader, NotFoundError,
 
 
 def train(data: str | Path | list[str]) -> int:
-    """A loop as users write it."""
+    """A training loop as users write it."""
     tokens = 0
     with Loader(data, seq_len=128, batch_size=4, shuffle=True, seed=1, remainder="pad", eos_id=0) as loader:
         loader.set_epoch(1)
@@ -48,7 +46,7 @@ def train(data: str | Path | list[str]) -> int:
 
 
 def place(error: ForebayError) -> str:
-    """Exceptions carry their place."""
+    """Reads the location that exceptions carry."""
     if isinstance(error, DataError):
         path: str | None = str(error.path) if error.path is not None else None
         block: int | None = error.block

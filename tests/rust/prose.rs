@@ -74,11 +74,15 @@ fn rust_comments(text: &str) -> Vec<CommentLine<'_>> {
 /// The comment lines and the lines of docstrings of Python source text.
 fn python_comments(text: &str) -> Vec<CommentLine<'_>> {
     let mut lines = Vec::new();
-    let (mut in_docstring, mut after_marker) = (false, false);
+    let (mut in_docstring, mut in_text, mut after_marker) = (false, false, false);
     for (index, line) in text.lines().enumerate() {
         let code = line.trim_start();
         let number = index + 1;
-        if in_docstring {
+        // A string that begins after code is no documentation.
+        let has_odd_quotes = code.matches("\"\"\"").count() % 2 == 1;
+        if in_text {
+            in_text = !has_odd_quotes;
+        } else if in_docstring {
             lines.push(CommentLine { number, line, first: None });
             in_docstring = !code.contains("\"\"\"");
         } else if let Some(text) = code.strip_prefix("\"\"\"").or_else(|| code.strip_prefix("r\"\"\"")) {
@@ -88,6 +92,8 @@ fn python_comments(text: &str) -> Vec<CommentLine<'_>> {
             lines.push(CommentLine { number, line, first: (!after_marker).then(|| text.trim_start()) });
         } else if code.starts_with('#') {
             lines.push(CommentLine { number, line, first: None });
+        } else {
+            in_text = has_odd_quotes;
         }
         after_marker = code.starts_with("#:");
     }
@@ -134,6 +140,7 @@ fn comments_keep_the_rules_of_prose() {
 #[test]
 fn faults_of_prose_are_found() {
     let long = format!("/// {}", "x".repeat(MOST));
+    let long_code = format!("x = {}", "1".repeat(MOST));
     for (path, text, expected) in [
         ("a.rs", "/// Counts rows.\n/// of a shard", 0),
         ("a.rs", "/// counts rows.", 1),
@@ -143,6 +150,7 @@ fn faults_of_prose_are_found() {
         ("a.py", "def f():\n    \"\"\"Counts rows.\n\n    as they come\n    \"\"\"\n", 0),
         ("a.py", "\"\"\"That row.\"\"\"\n#: the path\n#: of it\n", 2),
         ("a.py", "text = \"\"\"\nthat\n\"\"\"\n", 0),
+        ("a.py", &format!("text = \"\"\"\nthat\n\"\"\"\n{long_code}\n\"\"\"of it\"\"\"\n"), 1),
     ] {
         assert_eq!(faults(path, text).len(), expected, "{path}: {text}");
     }

@@ -1,4 +1,4 @@
-//! A pass: batches of one epoch, or of several, in order, for any number of callers.
+//! A pass: the batches of one or several epochs, in order, for any number of callers.
 
 use std::any::Any;
 use std::ptr::NonNull;
@@ -24,17 +24,19 @@ pub enum Next {
     Batch(Arc<Batch>),
     /// The pass is over.
     End,
-    /// No batch was ready in the given time; ask again.
+    /// No batch was ready in the given time. The caller may ask again.
     Pending,
 }
 
-/// How a pass hands over its batches.
+/// Options for the way in which a pass hands over its batches.
 #[derive(Clone, Copy, Debug)]
 pub struct PassOptions {
-    /// Whether batches lie in buffers that the caller submits ([`Batches::submit`]).
+    /// Whether batches lie in buffers that the caller submits ([`Batches::submit`]). Default: no.
     pub external: bool,
-    /// Parts of a batch: row `i` belongs to part `i` modulo `parts`, and the rows of a part lie together in memory, in
-    /// their order. Must divide `batch_size`.
+    /// Number of parts of a batch. It must divide `batch_size`. Default: 1.
+    ///
+    /// Row `i` belongs to part `i` modulo `parts`. The rows of a part are stored together, in their
+    /// order.
     pub parts: u64,
 }
 
@@ -44,27 +46,35 @@ impl Default for PassOptions {
     }
 }
 
-/// A pass over one epoch, or over several. Cheap to clone; clones share the pass, so that several threads can consume it.
+/// A pass over one or several epochs.
+///
+/// It is cheap to clone. Clones share the pass, so that several threads can consume it.
 #[derive(Clone, Debug)]
 pub struct Batches {
     pub(super) pass: Arc<SharedPass>,
 }
 
 impl Batches {
-    /// Waits at most `timeout` for the next batch. Several threads may call it; each batch is given once.
+    /// Waits at most `timeout` for the next batch. Several threads may call it. Each batch is given
+    /// once.
     ///
-    /// Without worker threads (`num_threads` = 0) the caller computes the batch, however long that takes.
+    /// Without worker threads (`num_threads` = 0), the caller computes the batch, even if that takes
+    /// longer than `timeout`.
     pub fn next_timeout(&self, timeout: Duration) -> Result<Next> {
         self.take(WaitPolicy::Wait(timeout))
     }
 
-    /// Waits like [`Batches::next_timeout`]. If the batch is not ready and computing one is quicker than waiting, the
-    /// caller computes one itself, which may take as long as one batch takes.
+    /// Waits like [`Batches::next_timeout`], or computes a batch.
+    ///
+    /// If the batch is not ready and computing one is quicker than waiting, the caller computes
+    /// one. That may take as long as one batch takes.
     pub fn next_or_help(&self, timeout: Duration) -> Result<Next> {
         self.take(WaitPolicy::Help(timeout))
     }
 
-    /// Gives the next batch if it is ready. Gives [`Next::Pending`] if it is not, or if handing it over would read or
+    /// Returns the next batch if it is ready.
+    ///
+    /// Returns [`Next::Pending`] if the batch is not ready, or if handing it over would read or
     /// write a file.
     pub fn try_next(&self) -> Result<Next> {
         match self.pass.started.get() {
@@ -75,9 +85,10 @@ impl Batches {
         }
     }
 
-    /// Takes the next batch, and waits for it as `wait` says.
+    /// Takes the next batch, and waits for it by the policy `wait`.
     ///
-    /// After an error, this pass fails at every later call, and the next pass continues at the batch that failed.
+    /// After an error, this pass fails at every later call. The next pass continues at the failed
+    /// batch.
     pub fn take(&self, wait: WaitPolicy) -> Result<Next> {
         self.take_or_fail(wait).inspect_err(|error| {
             if error.kind() != ErrorKind::Closed {
@@ -102,7 +113,7 @@ impl Batches {
         }
         let mut written = Ok(());
         let taken = started.pipeline.take(wait, |batch| {
-            // The pipeline lets one taker at a time in here.
+            // The pipeline lets only one thread at a time run this.
             let delivered = started.delivered.load(Ordering::Relaxed) + 1;
             let index = started.range.start.saturating_add(delivered * session.grouping.global_batch());
             let end = started.range.epochs.state_at(index);
@@ -142,17 +153,19 @@ impl Batches {
         }
     }
 
-    /// Bytes that a submitted buffer must have.
+    /// Smallest size of a submitted buffer, in bytes.
     pub fn batch_bytes(&self) -> usize {
         self.pass.session.batch_bytes
     }
 
-    /// Buffers to keep submitted and not yet delivered, so that workers never wait for a buffer.
+    /// Number of buffers that should be submitted and not yet delivered, so that workers never wait
+    /// for one.
     pub fn buffers_wanted(&self) -> usize {
         self.pass.session.config.prefetch_batches as usize
     }
 
-    /// Buffers to submit now so that [`Batches::buffers_wanted`] of them are left when the next batch is taken.
+    /// Number of buffers to submit now, so that [`Batches::buffers_wanted`] are left when the next
+    /// batch is taken.
     pub fn buffers_missing(&self) -> usize {
         let delivered = match self.pass.started.get() {
             Some(Ok(started)) => started.delivered.load(Ordering::Relaxed),
@@ -162,19 +175,23 @@ impl Batches {
         (self.buffers_wanted() + 1).saturating_sub(waiting as usize)
     }
 
-    /// Gives a buffer to the next batch that has none yet, in a pass made by [`super::Loader::iter_external`].
+    /// Gives a buffer to the next batch without one, in a pass made by
+    /// [`super::Loader::iter_external`].
+    ///
+    /// Fails if the buffer is smaller than [`Batches::batch_bytes`].
     ///
     /// # Safety
-    /// The contract of [`Lease::from_caller`]: `start` is aligned to 8 bytes and valid for `len` initialised bytes while
-    /// `owner` lives, and nobody else writes there before the batch is delivered.
+    /// The contract of [`Lease::from_caller`] applies. `start` is aligned to 8 bytes. It is valid
+    /// for `len` initialised bytes while `owner` lives. Nothing else writes there before the batch
+    /// is delivered.
     pub unsafe fn submit(&self, start: NonNull<u8>, len: usize, owner: Box<dyn Any + Send + Sync>) -> Result<()> {
         if len < self.batch_bytes() {
             return Err(Error::config(format!("a batch needs a buffer of {} bytes, found {len}", self.batch_bytes())));
         }
-        // SAFETY: passed on from the caller.
+        // SAFETY: the caller keeps the same contract.
         let lease = unsafe { Lease::from_caller(start, len, owner) };
         self.pass.buffers.fetch_add(1, Ordering::Relaxed);
-        // Under the lock, so that buffers submitted around the start keep their order.
+        // The lock keeps buffers in order if some are submitted while the pass starts.
         let mut submitted = lock(&self.pass.submitted);
         match self.pass.started.get() {
             Some(Ok(started)) if submitted.is_empty() => started.pipeline.submit(lease),
@@ -195,7 +212,7 @@ pub(super) struct SharedPass {
     pub(super) session: Arc<Session>,
     pub(super) id: u64,
     options: PassOptions,
-    /// Buffers that the caller submitted.
+    /// Number of buffers that the caller submitted.
     buffers: AtomicU64,
     pub(super) started: OnceLock<Result<StartedPass>>,
     /// Buffers submitted before the start, in order.
@@ -210,7 +227,7 @@ pub(super) struct StartedPass {
     delivery_log: Option<Mutex<delivery_log::LogWriter>>,
 }
 
-/// The indices that a pass goes through.
+/// The indices that a pass covers.
 #[derive(Debug)]
 pub(super) struct PassRange {
     pub(super) epochs: EpochChain,
