@@ -58,7 +58,9 @@ fn positive_seconds(text: &str) -> Result<f64, String> {
 pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
     let own = [("num_threads", options.threads.clone())];
     let flags = [options.shape.flags().as_slice(), &own].concat();
-    let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
+    let resolved = options.sets.resolve(&options.paths, &flags, context)?;
+    resolved.refuse_pinning()?;
+    let mut config = resolved.config;
     // Nothing is trained on these batches, so that no delivery log may name them.
     config.delivery_log = None;
     let limit = match (options.seconds, options.epochs) {

@@ -2,11 +2,13 @@
 //!
 //! [`table`] defines each setting once. [`Config`] holds their values. [`resolve`] finds the values
 //! in arguments, the environment and the configuration file, and decides the rank and the number of
-//! threads. [`mixture`] is the syntax of one setting: several corpora with weights.
+//! threads. [`Framework`] holds what a training framework says beside them. [`mixture`] is the
+//! syntax of one setting: several corpora with weights.
 
 mod config;
 pub mod environment;
 mod forms;
+mod framework;
 pub mod mixture;
 mod ranks;
 mod reference;
@@ -18,9 +20,10 @@ mod table;
 mod values;
 
 pub use config::{Config, DataFormat, Epochs, Io, Remainder, Shuffle, Skip, Split, Targets};
+pub use framework::{Framework, MeshDimension, ProcessGroup, Sampler};
 pub use ranks::default_threads;
 pub use reference::markdown;
-pub use resolve::{Origin, Resolved, Scope, resolve};
+pub use resolve::{Origin, Resolved, Scope, resolve, resolve_within};
 pub use setting::{Compared, Setting, SettingKind, Taker};
 pub use suggest::nearest_of;
 pub(crate) use values::{MOST_CPUS, cpus_text, skips_text};

@@ -1,6 +1,7 @@
 //! Policies about processes: the data-parallel rank of this one, and the number of its threads.
 
 use super::environment::{Environment, LAUNCHERS};
+use super::framework::ProcessGroup;
 use super::sources::GivenValues;
 use super::values::integer;
 use super::{Config, find as find_setting};
@@ -15,10 +16,11 @@ pub(super) struct Ranks {
 }
 
 /// Finds the data-parallel rank: in the first of the sources `own` that names it, else in the
-/// variables of a launcher.
+/// variables of a launcher, else in the process group.
 pub(super) fn find(
     own: &[&GivenValues],
     env: &Environment,
+    group: Option<&ProcessGroup>,
     model_parallel_size: u64,
     warnings: &mut Vec<String>,
     notes: &mut Vec<String>,
@@ -28,6 +30,42 @@ pub(super) fn find(
             return Ok(ranks);
         }
     }
+    let launched = launched(env, model_parallel_size, warnings, notes)?;
+    let Some(ProcessGroup { name, rank, size }) = group else {
+        let alone = || Ranks { rank: 0, size: 1, origin: "default: no launcher found".to_owned() };
+        return Ok(launched.unwrap_or_else(alone));
+    };
+    if size % model_parallel_size != 0 {
+        return Err(Error::config(format!(
+            "`model_parallel_size` must divide the {size} ranks of {name}, found {model_parallel_size}"
+        )));
+    }
+    let (rank, size) = (rank / model_parallel_size, size / model_parallel_size);
+    if let Some(found) = launched {
+        if (found.rank, found.size) == (rank, size) {
+            return Ok(found);
+        }
+        return Err(Error::config(format!(
+            "rank {} of {} was found in {}, but {name} says rank {rank} of {size}: give `dp_rank` and `dp_world_size`",
+            found.rank, found.size, found.origin
+        )));
+    }
+    if size > 1 && model_parallel_size == 1 {
+        notes.push(format!(
+            "assuming pure data parallel over {size} ranks (from {name}); where tensor-, context- or pipeline-parallel \
+             peers should read the same rows, set `mesh`, `model_parallel_size`, or `dp_rank` and `dp_world_size`"
+        ));
+    }
+    Ok(Ranks { rank, size, origin: (*name).to_owned() })
+}
+
+/// The data-parallel rank in the variables of the first launcher that has left some.
+fn launched(
+    env: &Environment,
+    model_parallel_size: u64,
+    warnings: &mut Vec<String>,
+    notes: &mut Vec<String>,
+) -> Result<Option<Ranks>> {
     for (rank_name, size_name) in LAUNCHERS {
         let (rank, size) = match (env.get(rank_name), env.get(size_name)) {
             (None, None) => continue,
@@ -60,11 +98,8 @@ pub(super) fn find(
                 )));
             }
             let (rank, size) = (rank / model_parallel_size, size / model_parallel_size);
-            return Ok(Ranks {
-                rank,
-                size,
-                origin: format!("{origin}, {model_parallel_size} at a time reading the same rows"),
-            });
+            let origin = format!("{origin}, {model_parallel_size} at a time reading the same rows");
+            return Ok(Some(Ranks { rank, size, origin }));
         }
         if size > 1 {
             notes.push(format!(
@@ -72,9 +107,9 @@ pub(super) fn find(
                  should read the same rows, set `model_parallel_size`, or `dp_rank` and `dp_world_size`"
             ));
         }
-        return Ok(Ranks { rank, size, origin });
+        return Ok(Some(Ranks { rank, size, origin }));
     }
-    Ok(Ranks { rank: 0, size: 1, origin: "default: no launcher found".to_owned() })
+    Ok(None)
 }
 
 /// Whether srun started this process as a task. The shell of an allocation and a batch script are

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::environment::Environment;
+use super::framework::Framework;
 use super::ranks::{self, Ranks};
 use super::setting::{Role, Setting, SettingKind};
 use super::sources::{arguments, file, variables};
@@ -17,8 +18,8 @@ use crate::error::{Error, Result};
 /// Settings that may be taken from the environment and the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Operational settings, and the rank. A variable must not change silently what an explicit call
-    /// trains on.
+    /// Operational settings, the rank, and `model_parallel_size`. A variable must not change silently
+    /// what an explicit call trains on.
     OperationalOnly,
     /// Every setting.
     All,
@@ -46,6 +47,21 @@ pub struct Resolved {
     pub warnings: Vec<String>,
     /// Assumptions that were made.
     pub notes: Vec<String>,
+    /// Settings whose values come from the framework.
+    pub implied: Vec<&'static str>,
+}
+
+impl Resolved {
+    /// Fails where page-locked memory is asked for. A loader that cannot give it calls this.
+    pub fn refuse_pinning(&self) -> Result<()> {
+        if !self.config.pin_memory {
+            return Ok(());
+        }
+        let origin = self.origins.iter().find(|origin| origin.name == "pin_memory");
+        let origin = origin.map_or("default", |origin| origin.origin.as_str());
+        let text = "`pin_memory` needs forebay.torch.DataLoader: only torch's memory can be page-locked";
+        Err(Error::config(format!("{text} (set by {origin})")))
+    }
 }
 
 /// Resolves the settings from the arguments `explicit` (names and values), `env`, and the file that it
@@ -56,16 +72,43 @@ pub fn resolve<'a, V: 'a>(explicit: &'a [(String, V)], env: &Environment, scope:
 where
     Value: From<&'a V>,
 {
-    resolve_on(explicit, env, scope, ranks::available_cpus())
+    resolve_on(explicit, env, scope, None, ranks::available_cpus())
 }
 
-fn resolve_on<'a, V: 'a>(explicit: &'a [(String, V)], env: &Environment, scope: Scope, cpus: u64) -> Result<Resolved>
+/// Resolves the settings of a loader inside a training framework, as [`resolve`] does. The framework
+/// stands for arguments that are not given, and says the rank where the environment does not.
+pub fn resolve_within<'a, V: 'a>(
+    explicit: &'a [(String, V)],
+    env: &Environment,
+    scope: Scope,
+    framework: &Framework,
+) -> Result<Resolved>
+where
+    Value: From<&'a V>,
+{
+    resolve_on(explicit, env, scope, Some(framework), ranks::available_cpus())
+}
+
+fn resolve_on<'a, V: 'a>(
+    explicit: &'a [(String, V)],
+    env: &Environment,
+    scope: Scope,
+    framework: Option<&Framework>,
+    cpus: u64,
+) -> Result<Resolved>
 where
     Value: From<&'a V>,
 {
     let mut faults = Vec::new();
     let (mut warnings, mut notes) = (Vec::new(), Vec::new());
-    let arguments = arguments(explicit, &mut faults);
+    let mut arguments = arguments(explicit, &mut faults);
+    let mut implied = Vec::new();
+    if let Some(framework) = framework {
+        match framework.complete(&mut arguments) {
+            Ok(names) => implied = names,
+            Err(fault) => faults.push(fault),
+        }
+    }
     let variables = variables(env, &mut faults, &mut warnings);
     let file = file(env, &mut faults);
 
@@ -104,13 +147,23 @@ where
     // A faulty number is among the faults already.
     if !rank_is_faulty {
         let own = [&arguments, &variables, &file];
-        match ranks::find(&own, env, config.model_parallel_size, &mut warnings, &mut notes) {
+        let group = framework.and_then(|framework| framework.process_group.as_ref());
+        match ranks::find(&own, env, group, config.model_parallel_size, &mut warnings, &mut notes) {
             Ok(Ranks { rank, size, origin }) => {
+                if group.is_some_and(|group| group.name == origin) {
+                    implied.extend(["dp_rank", "dp_world_size"]);
+                }
                 (config.dp_rank, config.dp_world_size) = (Some(rank), Some(size));
                 origins.extend([("dp_rank", origin.clone()), ("dp_world_size", origin)]);
             }
             Err(fault) => faults.push(fault),
         }
+    }
+    if let (Some(framework), false) = (framework, origins.contains_key("remainder")) {
+        let (remainder, origin) = framework.remainder(config.dp_world_size.unwrap_or(1));
+        config.remainder = remainder;
+        origins.insert("remainder", origin.to_owned());
+        implied.push("remainder");
     }
     if config.num_threads.is_none() {
         let (count, arithmetic) = ranks::threads(env, cpus, &mut warnings);
@@ -126,20 +179,21 @@ where
         origin: origins.remove(setting.name).unwrap_or_else(|| "default".to_owned()),
     };
     let origins = all().iter().map(origin).collect();
-    Ok(Resolved { config, origins, warnings, notes })
+    Ok(Resolved { config, origins, warnings, notes, implied })
 }
 
 /// Whether `scope` takes the setting from the environment and the file.
 fn applies(setting: &Setting, scope: Scope) -> bool {
-    scope == Scope::All || setting.kind() == SettingKind::Operational || matches!(setting.role, Role::Rank)
+    scope == Scope::All
+        || setting.kind() == SettingKind::Operational
+        || matches!(setting.role, Role::Rank | Role::Peers)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::error::ErrorKind;
-    use crate::settings::Shuffle;
-    use crate::settings::default_threads;
+    use crate::settings::{MeshDimension, ProcessGroup, Remainder, Sampler, Shuffle, default_threads};
 
     fn env(pairs: &[(&str, &str)]) -> Environment {
         Environment::from_pairs(pairs.iter().copied())
@@ -150,7 +204,7 @@ mod tests {
     }
 
     fn settle(arguments: &[(&str, &str)], variables: &[(&str, &str)]) -> Result<Resolved> {
-        resolve_on(&explicit(arguments), &env(variables), Scope::All, 16)
+        resolve_on(&explicit(arguments), &env(variables), Scope::All, None, 16)
     }
 
     fn origin<'a>(resolved: &'a Resolved, name: &str) -> &'a str {
@@ -266,7 +320,7 @@ mod tests {
             ("FOREBAY_DP_WORLD_SIZE", "2"),
         ]);
         let arguments = explicit(&[("lanes", "4")]);
-        let resolved = resolve_on(&arguments, &variables, Scope::OperationalOnly, 16).unwrap();
+        let resolved = resolve_on(&arguments, &variables, Scope::OperationalOnly, None, 16).unwrap();
         let config = &resolved.config;
         assert_eq!((config.seq_len, config.batch_size, config.seed, config.lanes), (2048, 1, 0, 4));
         assert_eq!((config.prefetch_batches, config.num_threads), (9, Some(5)));
@@ -380,6 +434,128 @@ mod tests {
         }
     }
 
+    fn within(arguments: &[(&str, &str)], variables: &[(&str, &str)], framework: &Framework) -> Result<Resolved> {
+        resolve_on(&explicit(arguments), &env(variables), Scope::OperationalOnly, Some(framework), 16)
+    }
+
+    #[test]
+    fn a_framework_stands_for_arguments_that_are_not_given() {
+        let sampler = Sampler { rank: 1, size: 4, seed: 7, drop_last: false };
+        let framework = Framework {
+            num_workers: 3,
+            prefetch_factor: Some(2),
+            generator_seed: Some(9),
+            sampler: Some(sampler),
+            ..Framework::default()
+        };
+        let resolved = within(&[], &[("RANK", "0"), ("WORLD_SIZE", "2")], &framework).unwrap();
+        let config = &resolved.config;
+        assert_eq!((config.dp_rank, config.dp_world_size, config.seed), (Some(1), Some(4), 7));
+        assert_eq!((config.num_threads, config.prefetch_batches), (Some(3), 6));
+        assert_eq!(config.remainder, Remainder::Pad);
+        assert_eq!(origin(&resolved, "num_threads"), "num_workers");
+        assert_eq!(origin(&resolved, "remainder"), "drop_last");
+        let mut implied = resolved.implied.clone();
+        implied.sort_unstable();
+        let names = ["dp_rank", "dp_world_size", "num_threads", "prefetch_batches", "remainder", "seed"];
+        assert_eq!(implied, names);
+        let given =
+            [("dp_rank", "0"), ("dp_world_size", "1"), ("seed", "1"), ("num_threads", "2"), ("remainder", "wrap")];
+        let resolved = within(&given, &[], &framework).unwrap();
+        assert_eq!(resolved.implied, ["prefetch_batches"]);
+        assert!(given.iter().all(|(name, _)| origin(&resolved, name) == "argument"));
+        let error = within(&[], &[], &Framework { num_workers: 2000, ..framework }).unwrap_err().to_string();
+        assert!(error.contains("`num_workers` must be an integer from 0 to 1024"), "{error}");
+    }
+
+    #[test]
+    fn the_remainder_follows_drop_last_and_the_number_of_ranks() {
+        let one = [("dp_rank", "0"), ("dp_world_size", "1")];
+        let two = [("dp_rank", "0"), ("dp_world_size", "2")];
+        let sampler = |drop_last| Sampler { rank: 0, size: 1, seed: 0, drop_last };
+        for (ranks, drop_last, sampler, remainder) in [
+            (one, false, None, Remainder::Short),
+            (one, true, None, Remainder::Drop),
+            (one, false, Some(sampler(true)), Remainder::Drop),
+            (two, false, Some(sampler(false)), Remainder::Pad),
+            (two, true, None, Remainder::Drop),
+        ] {
+            let framework = Framework { drop_last, sampler, ..Framework::default() };
+            assert_eq!(within(&ranks, &[], &framework).unwrap().config.remainder, remainder);
+        }
+    }
+
+    #[test]
+    fn a_process_group_and_a_launcher_agree_or_are_refused() {
+        let framework = |rank, size| {
+            let process_group = Some(ProcessGroup { name: "the group", rank, size });
+            Framework { process_group, ..Framework::default() }
+        };
+        let ranks = |resolved: &Resolved| (resolved.config.dp_rank.unwrap(), resolved.config.dp_world_size.unwrap());
+        let launcher = [("RANK", "3"), ("WORLD_SIZE", "4")];
+        let resolved = within(&[], &[], &framework(3, 4)).unwrap();
+        assert_eq!((ranks(&resolved), origin(&resolved, "dp_rank")), ((3, 4), "the group"));
+        assert!(resolved.notes[0].contains("assuming pure data parallel over 4 ranks (from the group)"));
+        assert_eq!(ranks(&within(&[], &launcher, &framework(3, 4)).unwrap()), (3, 4));
+        let own = [("FOREBAY_DP_RANK", "0"), ("FOREBAY_DP_WORLD_SIZE", "2")];
+        assert_eq!(ranks(&within(&[], &own, &framework(3, 4)).unwrap()), (0, 2));
+        assert_eq!(
+            ranks(&within(&[("dp_rank", "0"), ("dp_world_size", "1")], &launcher, &framework(1, 2)).unwrap()),
+            (0, 1)
+        );
+        for (variables, group, words) in [
+            (
+                &launcher[..],
+                framework(0, 4),
+                "rank 3 of 4 was found in RANK and WORLD_SIZE, but the group says rank 0 of 4",
+            ),
+            (&[("FOREBAY_MODEL_PARALLEL_SIZE", "3")], framework(0, 4), "must divide the 4 ranks of the group, found 3"),
+        ] {
+            let error = within(&[], variables, &group).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        let peers = [("FOREBAY_MODEL_PARALLEL_SIZE", "2")];
+        let resolved = within(&[], &peers, &framework(3, 4)).unwrap();
+        assert_eq!((ranks(&resolved), resolved.notes.len()), ((1, 2), 0), "the environment says the peers");
+    }
+
+    #[test]
+    fn a_mesh_says_the_rank() {
+        let framework = |dimensions: &[(&str, u64, u64)]| {
+            let dimension = |(name, rank, size): &(&str, u64, u64)| MeshDimension {
+                name: Some((*name).to_owned()).filter(|name| !name.is_empty()),
+                rank: *rank,
+                size: *size,
+            };
+            Framework { mesh: Some(dimensions.iter().map(dimension).collect()), ..Framework::default() }
+        };
+        for (dimensions, expected) in [
+            (&[("", 1, 3)][..], (1, 3)),
+            (&[("dp", 1, 2), ("tp", 3, 4)], (1, 2)),
+            (&[("dp_replicate", 1, 2), ("dp_shard", 2, 4), ("tp", 0, 2)], (6, 8)),
+        ] {
+            let config = within(&[], &[], &framework(dimensions)).unwrap().config;
+            assert_eq!((config.dp_rank.unwrap(), config.dp_world_size.unwrap()), expected);
+        }
+        let error = within(&[], &[], &framework(&[("tp", 0, 2), ("pp", 0, 2)])).unwrap_err().to_string();
+        assert!(error.contains("`mesh` needs a data-parallel dimension") && error.contains("found tp, pp"), "{error}");
+        let given = [("dp_rank", "0"), ("dp_world_size", "1")];
+        let error = within(&given, &[], &framework(&[("dp", 0, 2)])).unwrap_err().to_string();
+        assert!(error.contains("leave `dp_rank` and `dp_world_size` out"), "{error}");
+    }
+
+    #[test]
+    fn pinning_is_refused_with_its_origin() {
+        for (arguments, variables, origin) in [
+            (&[("pin_memory", "true")][..], &[][..], "argument"),
+            (&[], &[("FOREBAY_PIN_MEMORY", "1")], "FOREBAY_PIN_MEMORY"),
+        ] {
+            let error = settle(arguments, variables).unwrap().refuse_pinning().unwrap_err().to_string();
+            assert!(error.contains("`pin_memory`") && error.ends_with(&format!("(set by {origin})")), "{error}");
+        }
+        settle(&[], &[]).unwrap().refuse_pinning().unwrap();
+    }
+
     #[test]
     fn slurm_counts_only_inside_of_a_step() {
         let size = |variables: &[(&str, &str)]| {
@@ -437,7 +613,7 @@ mod tests {
                 "default: min(32 CPUs, SLURM_CPUS_PER_TASK 32) / LOCAL_WORLD_SIZE 8 - 1, within 1 to 8",
             ),
         ] {
-            let resolved = resolve_on(&explicit(&[]), &env(variables), Scope::OperationalOnly, cpus).unwrap();
+            let resolved = resolve_on(&explicit(&[]), &env(variables), Scope::OperationalOnly, None, cpus).unwrap();
             assert_eq!(resolved.config.num_threads, Some(count), "{text}");
             assert_eq!(origin(&resolved, "num_threads"), text);
         }

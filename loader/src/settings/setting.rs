@@ -57,6 +57,9 @@ pub(crate) enum Role {
     /// A grouping setting that says which rank this process is. Every loader takes it from the
     /// environment, as it takes operational settings.
     Rank,
+    /// A grouping setting that says which ranks read the same rows. Every loader takes it from the
+    /// environment, since it belongs to the rank.
+    Peers,
     Operational,
 }
 
@@ -89,7 +92,7 @@ impl Setting {
     pub fn kind(&self) -> SettingKind {
         match self.role {
             Role::Content(_) => SettingKind::Content,
-            Role::Grouping | Role::Rank => SettingKind::Grouping,
+            Role::Grouping | Role::Rank | Role::Peers => SettingKind::Grouping,
             Role::Operational => SettingKind::Operational,
         }
     }
@@ -117,6 +120,16 @@ impl Setting {
     /// Its type annotation in Python, without `None`.
     pub fn python(&self) -> String {
         self.field.python()
+    }
+
+    /// Whether its values are paths. Text of Python is then one path, whatever commas it has.
+    pub fn takes_paths(&self) -> bool {
+        self.python() == "Data"
+    }
+
+    /// Whether its value is a dtype, which other libraries have objects for.
+    pub fn takes_dtype(&self) -> bool {
+        self.python() == "npt.DTypeLike"
     }
 
     /// Name of its environment variable.

@@ -19,7 +19,7 @@ use super::forms::{
     column, few_tokens, folder, number, tokens,
 };
 use super::setting::Compared::{Always, AsOpened, ByCorpus, ByProgress, OrZero, WithBlocks, WithLanes};
-use super::setting::Role::{Content, Grouping, Operational, Rank};
+use super::setting::Role::{Content, Grouping, Operational, Peers, Rank};
 use super::setting::{FieldOf, Setting, Taker, settings};
 use crate::tokens::Dtype;
 
@@ -125,7 +125,7 @@ settings! {
     /// Neighbouring ranks of the launcher that read the same rows: tensor-, context- and
     /// pipeline-parallel peers.
     model_parallel_size: u64 = 1,
-        Grouping, number(1, 1 << 32), [DataLoader];
+        Peers, number(1, 1 << 32), [DataLoader];
 
     /// Epochs of one pass. With more than one, batches run on across their borders.
     epochs: Epochs = Epochs::Count(1),
