@@ -5,6 +5,7 @@ mod error;
 mod loader;
 mod notices;
 mod pass;
+mod settings;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -31,9 +32,11 @@ mod _core {
     #[pymodule_export]
     use crate::batch::{Array, Batch, Tensors};
     #[pymodule_export]
-    use crate::loader::{Loader, resolve, verdict_of_dataset};
+    use crate::loader::{Loader, verdict_of_dataset};
     #[pymodule_export]
     use crate::pass::{Batches, Parts, SharedLoader};
+    #[pymodule_export]
+    use crate::settings::{Settings, typed};
     use pyo3::prelude::*;
 
     #[pymodule_export]

@@ -7,8 +7,7 @@ use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use forebay::loader::state::{State, StateValue};
 use forebay::loader::{Cancel, MAX_EPOCH};
 use forebay::observe::stats::verdict_of;
-use forebay::settings::environment::Environment;
-use forebay::settings::{self, Config, DataFormat, Epochs, Io, Remainder, Resolved, Scope, Shuffle, Split, Targets};
+use forebay::settings::Config;
 use forebay::{Error, ErrorKind};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
@@ -17,107 +16,13 @@ use crate::batch::Batch;
 use crate::error::{detached, to_python};
 use crate::notices;
 use crate::pass::{Batches, SLICE, SharedLoader};
+use crate::settings::{self, Settings};
 
 /// The verdict on a loader of any dataset.
 #[pyfunction]
 pub(crate) fn verdict_of_dataset(batches: u64, wait_share: f64) -> String {
     let remedy = "more `num_workers`; where its Python holds the interpreter, python3.14t";
     verdict_of(batches, wait_share, "the dataset's own code", remedy)
-}
-
-/// Settings in force if these are given: values, where each is from, warnings, and notes. `from_env`: the environment may give all of them.
-#[pyfunction]
-#[allow(clippy::type_complexity)] // a tuple of Python's own types
-pub(crate) fn resolve<'py>(
-    py: Python<'py>,
-    settings: Vec<(String, String)>,
-    from_env: bool,
-) -> PyResult<(Bound<'py, PyDict>, Bound<'py, PyDict>, Vec<String>, Vec<String>)> {
-    let resolved = detached(py, || resolved(&settings, from_env))?;
-    let origins = PyDict::new(py);
-    for origin in &resolved.origins {
-        origins.set_item(origin.name, &origin.origin)?;
-    }
-    Ok((config_dict(py, &resolved.config)?, origins, resolved.warnings, resolved.notes))
-}
-
-fn resolved(settings: &[(String, String)], from_env: bool) -> forebay::Result<Resolved> {
-    let scope = if from_env { Scope::All } else { Scope::OperationalOnly };
-    settings::resolve(settings, &Environment::current(), scope)
-}
-
-/// Every setting as a Python value.
-fn config_dict<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'py, PyDict>> {
-    let dict = PyDict::new(py);
-    dict.set_item("data", &config.data)?;
-    dict.set_item("mixture", &config.mixture)?;
-    dict.set_item(
-        "format",
-        match config.format {
-            DataFormat::Auto => "auto",
-            DataFormat::Parquet => "parquet",
-            DataFormat::Arrow => "arrow",
-        },
-    )?;
-    dict.set_item("token_column", &config.token_column)?;
-    dict.set_item("fields", &config.fields)?;
-    dict.set_item("seq_len", config.seq_len)?;
-    dict.set_item("targets", if config.targets == Targets::Shifted { "shifted" } else { "labels" })?;
-    dict.set_item("bos_id", config.bos_id)?;
-    dict.set_item("eos_id", config.eos_id)?;
-    match config.shuffle {
-        Shuffle::Off => dict.set_item("shuffle", false)?,
-        Shuffle::On => dict.set_item("shuffle", true)?,
-        Shuffle::Global => dict.set_item("shuffle", "global")?,
-        Shuffle::Block => dict.set_item("shuffle", "block")?,
-    }
-    dict.set_item("seed", config.seed)?;
-    dict.set_item("chunk_tokens", config.chunk_tokens)?;
-    dict.set_item("window_tokens", config.window_tokens)?;
-    dict.set_item("lanes", config.lanes)?;
-    dict.set_item("holdout", config.holdout)?;
-    dict.set_item("split", if config.split == Split::Holdout { "holdout" } else { "train" })?;
-    dict.set_item("skip", config.skip.iter().map(|skip| (skip.epoch, skip.start, skip.end)).collect::<Vec<_>>())?;
-    dict.set_item("extend", config.extend)?;
-    dict.set_item("batch_size", config.batch_size)?;
-    dict.set_item("dp_rank", config.dp_rank)?;
-    dict.set_item("dp_world_size", config.dp_world_size)?;
-    dict.set_item("model_parallel_size", config.model_parallel_size)?;
-    match config.epochs {
-        Epochs::Count(count) => dict.set_item("epochs", count)?,
-        Epochs::Endless => dict.set_item("epochs", "endless")?,
-    }
-    dict.set_item("max_steps", config.max_steps)?;
-    dict.set_item(
-        "remainder",
-        match config.remainder {
-            Remainder::Drop => "drop",
-            Remainder::Pad => "pad",
-            Remainder::Wrap => "wrap",
-            Remainder::Short => "short",
-        },
-    )?;
-    dict.set_item("pad_id", config.pad_id)?;
-    dict.set_item("input_dtype", config.input_dtype.name())?;
-    dict.set_item("sample_ids", config.sample_ids)?;
-    dict.set_item("num_threads", config.num_threads)?;
-    dict.set_item("cpu_affinity", &config.cpu_affinity)?;
-    dict.set_item("thread_priority", config.thread_priority)?;
-    dict.set_item("prefetch_batches", config.prefetch_batches)?;
-    dict.set_item("memory_budget", config.memory_budget)?;
-    dict.set_item("block_tokens", config.block_tokens)?;
-    dict.set_item(
-        "io",
-        match config.io {
-            Io::Auto => "auto",
-            Io::Mmap => "mmap",
-            Io::Pread => "pread",
-        },
-    )?;
-    dict.set_item("cache_dir", &config.cache_dir)?;
-    dict.set_item("pin_memory", config.pin_memory)?;
-    dict.set_item("delivery_log", &config.delivery_log)?;
-    Ok(dict)
 }
 
 /// A loader over one corpus.
@@ -129,11 +34,13 @@ pub(crate) struct Loader {
 
 #[pymethods]
 impl Loader {
-    /// Opens the corpus under the settings that `resolve` gives for the same arguments.
+    /// Opens the corpus under `settings`. `can_pin`: whether its batches can lie in page-locked memory.
     #[staticmethod]
-    fn open(py: Python<'_>, settings: Vec<(String, String)>, from_env: bool) -> PyResult<Self> {
-        let config = detached(py, || Ok(resolved(&settings, from_env)?.config))?;
-        let inner = Arc::new(opened(py, config)?);
+    fn open(py: Python<'_>, settings: &Settings, can_pin: bool) -> PyResult<Self> {
+        if !can_pin {
+            settings.resolved.refuse_pinning().map_err(|error| to_python(py, &error))?;
+        }
+        let inner = Arc::new(opened(py, settings.resolved.config.clone())?);
         notices::tell(py)?;
         Ok(Self { inner, process: std::process::id() })
     }
@@ -191,8 +98,8 @@ impl Loader {
         Ok(())
     }
 
-    fn seek(&self, py: Python<'_>, epoch: &Bound<'_, PyAny>, position: &Bound<'_, PyAny>) -> PyResult<()> {
-        let epoch = counted(py, "epoch", epoch, MAX_EPOCH)?;
+    fn seek(&self, py: Python<'_>, position: &Bound<'_, PyAny>, epoch: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let epoch = epoch.map_or(Ok(self.inner.epoch()), |epoch| counted(py, "epoch", epoch, MAX_EPOCH))?;
         let position = counted(py, "position", position, u64::MAX)?;
         detached(py, || self.inner.seek(epoch, position))
     }
@@ -236,14 +143,19 @@ impl Loader {
     fn batch_at(
         &self,
         py: Python<'_>,
-        epoch: &Bound<'_, PyAny>,
         step: &Bound<'_, PyAny>,
-        rank: &Bound<'_, PyAny>,
-        world_size: &Bound<'_, PyAny>,
+        epoch: Option<&Bound<'_, PyAny>>,
+        rank: Option<&Bound<'_, PyAny>>,
+        world_size: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Batch> {
-        let epoch = counted(py, "epoch", epoch, MAX_EPOCH)?;
+        let or_own = |name, value: Option<&Bound<'_, PyAny>>, most, own: u64| {
+            value.map_or(Ok(own), |value| counted(py, name, value, most))
+        };
+        let config = self.inner.config();
         let step = counted(py, "step", step, u64::MAX)?;
-        let (rank, world_size) = (counted(py, "rank", rank, 1 << 32)?, counted(py, "world_size", world_size, 1 << 32)?);
+        let epoch = or_own("epoch", epoch, MAX_EPOCH, self.inner.epoch())?;
+        let rank = or_own("rank", rank, 1 << 32, config.dp_rank.unwrap_or(0))?;
+        let world_size = or_own("world_size", world_size, 1 << 32, config.dp_world_size.unwrap_or(1))?;
         detached(py, || self.inner.batch_at(epoch, step, rank, world_size)).map(Batch::new)
     }
 
@@ -298,7 +210,7 @@ impl Loader {
 
     /// Every setting in force.
     fn config<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        config_dict(py, self.inner.config())
+        settings::values(py, self.inner.config())
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

@@ -344,3 +344,72 @@ def test_workers_run_where_they_are_sent_and_give_way(corpus: Path) -> None:
             forebay.Loader(corpus, seq_len=4, cpu_affinity=asked)
     assert config(corpus, FOREBAY_CPU_AFFINITY=allowed)["cpu_affinity"] == sorted(os.sched_getaffinity(0))
     assert config(corpus, FOREBAY_THREAD_PRIORITY="3")["thread_priority"] == 3
+
+
+def test_page_locked_memory_is_refused_where_it_cannot_be_had(corpus: Path) -> None:
+    for asked in ("from_env", str(corpus)):
+        message = refusal(asked, FOREBAY_DATA=str(corpus), FOREBAY_PIN_MEMORY="1")
+        assert "`pin_memory` needs forebay.torch.DataLoader" in message and "FOREBAY_PIN_MEMORY" in message
+
+
+def test_peers_come_from_the_environment_of_every_loader(corpus: Path) -> None:
+    names = {"RANK": "5", "WORLD_SIZE": "8", "FOREBAY_MODEL_PARALLEL_SIZE": "2"}
+    found = config(corpus, {"seq_len": 16}, **names)
+    assert (found["dp_rank"], found["dp_world_size"]) == (2, 4)
+    found = config(corpus, {"seq_len": 16, "model_parallel_size": 4}, **names)
+    assert (found["dp_rank"], found["dp_world_size"]) == (1, 2)
+
+
+def test_objects_of_many_types_are_values(tmp_path: Path) -> None:
+    import numpy as np
+
+    import forebay
+
+    folder = corpora.unique_corpus(tmp_path / "a,b\\c", "arrow", 400, shards=1)
+    for given, expected in (
+        ({"seq_len": np.int64(8)}, {"seq_len": 8}),
+        ({"seq_len": "1Ki", "batch_size": "1"}, {"seq_len": 1024, "batch_size": 1}),
+        ({"shuffle": np.False_}, {"shuffle": False}),
+        ({"sample_ids": 1, "shuffle": "block"}, {"sample_ids": True, "shuffle": "block"}),
+        ({"skip": np.array([[3, 5]])}, {"skip": [(0, 3, 5)]}),
+        ({"skip": ((1, 3, 5), [2, 3])}, {"skip": [(1, 3, 5), (0, 2, 3)]}),
+        ({"skip": []}, {"skip": []}),
+        ({"input_dtype": np.int32}, {"input_dtype": "int32"}),
+        ({"input_dtype": np.dtype("int32")}, {"input_dtype": "int32"}),
+        ({"epochs": "endless"}, {"epochs": "endless"}),
+        ({"cache_dir": tmp_path / "index"}, {"cache_dir": str(tmp_path / "index")}),
+        ({"holdout": None}, {"holdout": None}),
+    ):
+        for data in (folder, str(folder), [folder], (str(folder),)):
+            with forebay.Loader(data, **given) as loader:
+                found = loader.config
+                assert {name: found[name] for name in expected} == expected
+                assert found["data"] == [str(folder)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seq_len", 3.0), ("seq_len", True), ("shuffle", 0.5), ("skip", 3), ("skip", [(1, 2, 3, 4)]), ("skip", [5]),
+     ("cache_dir", 3), ("input_dtype", 3), ("bos_id", b"3"), ("data", 3), ("data", [3]),
+     ("mixture", [1]), ("format", 1), ("cpu_affinity", 1), ("cpu_affinity", [0.5])],
+)  # fmt: skip
+def test_an_object_of_a_wrong_type_is_a_type_error(corpus: Path, name: str, value: Any) -> None:
+    import forebay
+
+    with pytest.raises(TypeError, match=f"`{name}` must be .*, found "):
+        forebay.Loader(**{"data": corpus, name: value})
+
+
+def test_a_number_out_of_range_is_shown(corpus: Path) -> None:
+    import forebay
+
+    for value in (-1, 0, 1 << 40, 1 << 200):
+        with pytest.raises(forebay.ConfigError, match=f"`seq_len` must be .*, found `{value}`"):
+            forebay.Loader(corpus, seq_len=value)
+
+
+def test_a_mistyped_name_is_a_type_error_with_the_name_that_is_meant(corpus: Path) -> None:
+    import forebay
+
+    with pytest.raises(TypeError, match="unknown setting `seqlen`: did you mean `seq_len`"):
+        forebay.Loader.from_env(corpus, seqlen=3)

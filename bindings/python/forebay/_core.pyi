@@ -6,7 +6,7 @@ carries its causes as notes.
 
 import sys
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, TypedDict, final, type_check_only
 
 from typing_extensions import CapsuleType
 
@@ -16,26 +16,57 @@ __all__ = [
     "Batches",
     "Loader",
     "Parts",
+    "Settings",
     "SharedLoader",
     "Tensors",
     "__version__",
-    "resolve",
     "run_command",
+    "typed",
     "verdict_of_dataset",
 ]
 
 __version__: str
 
-def resolve(
-    settings: Sequence[tuple[str, str]], from_env: bool
-) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
-    """Resolves settings that are given as pairs of name and text.
+@type_check_only
+class Torch(TypedDict):
+    """What torch says beside the settings. The core decides which settings it stands for."""
 
-    Returns the values in force by name, the origin of each value by name, warnings, and notes. With
-    `from_env`, every setting may come from the environment or the configuration file. Without it,
-    only operational settings and ranks may.
+    drop_last: bool
+    num_workers: int
+    prefetch_factor: int | None
+    generator_seed: int | None
+    sampler: tuple[int, int, int, bool] | None
+    mesh: list[tuple[str | None, int, int]] | None
+    process_group: tuple[int, int] | None
 
-    Raises ConfigError, which lists all faults together.
+@final
+class Settings:
+    """The settings of a loader, resolved once."""
+
+    def __new__(cls, given: dict[str, Any], from_env: bool = False, torch: Torch | None = None) -> Settings:
+        """Resolves the settings `given` by name, where ``None`` is not given.
+
+        `from_env`: the environment and the file may give all of them, not only operational ones and
+        ranks. Raises TypeError for a name or a type that no setting has, and ConfigError with all
+        other faults together.
+        """
+    def values(self) -> dict[str, Any]:
+        """Every setting in force, by name."""
+    def origins(self) -> dict[str, str]:
+        """The origin of each setting, by name."""
+    @property
+    def warnings(self) -> list[str]:
+        """Probable mistakes."""
+    @property
+    def notes(self) -> list[str]:
+        """Assumptions that were made."""
+    def arguments(self) -> tuple[dict[str, Any], bool]:
+        """The settings that give the same loader in a process without torch, and `from_env`."""
+
+def typed(given: dict[str, Any]) -> dict[str, Any]:
+    """Checks names and types of the settings `given`, and leaves out those that are ``None``.
+
+    The values become Python's own types, which can be pickled. Raises TypeError.
     """
 
 def verdict_of_dataset(batches: int, wait_share: float) -> str:
@@ -59,9 +90,10 @@ class Loader:
     """
 
     @staticmethod
-    def open(settings: Sequence[tuple[str, str]], from_env: bool) -> Loader:
-        """Opens and indexes the corpus under the settings that `resolve` gives for the same
-        arguments.
+    def open(settings: Settings, can_pin: bool) -> Loader:
+        """Opens and indexes the corpus under `settings`.
+
+        `can_pin` says whether batches can lie in page-locked memory.
 
         Raises ConfigError, NotFoundError, ReadError or DataError, which lists all faults together.
         """
@@ -103,8 +135,8 @@ class Loader:
 
         A restored position of this epoch stays in force until a pass has continued it.
         """
-    def seek(self, epoch: int, position: int) -> None:
-        """Lets the next pass begin at `position` of `epoch`.
+    def seek(self, position: int, epoch: int | None) -> None:
+        """Lets the next pass begin at `position` of `epoch`. None means the present epoch.
 
         Raises ConfigError if the epoch has fewer positions.
         """
@@ -121,10 +153,11 @@ class Loader:
 
         Raises ConfigError if the epoch has fewer positions.
         """
-    def batch_at(self, epoch: int, step: int, rank: int, world_size: int) -> Batch:
+    def batch_at(self, step: int, epoch: int | None, rank: int | None, world_size: int | None) -> Batch:
         """Returns the batch that a rank gets at a step of the pass that begins with `epoch`.
 
-        Raises ConfigError if the pass has fewer steps.
+        None means this loader's epoch, rank or number of ranks. Raises ConfigError if the pass has
+        fewer steps.
         """
     def stats(self) -> dict[str, Any]:
         """Returns counters since the loader was opened.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import logging
-import operator
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, SupportsFloat, SupportsIndex
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -70,86 +67,6 @@ def tell(level: str, text: str) -> None:
     """Logs a notice of the core. The core calls this from the threads that ask it for batches."""
     _set_log_level()
     _logger.log(_LEVELS[level], "%s", text)
-
-
-#: Settings that are paths.
-PATHS = ("cache_dir", "delivery_log")
-
-
-def settings_of(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and texts of the settings that are given. ``None`` is not given."""
-    pairs: list[tuple[str, str]] = []
-    for name, value in settings.items():
-        text = None if value is None else _paths(value) if name == "data" else _text(name, value)
-        if text is not None:
-            pairs.append((name, text))
-    return pairs
-
-
-def _paths(data: Data) -> str | None:
-    """The text of some paths, or None where there is none."""
-    # A dataset looks like a list of its rows, which may be large.
-    is_list = isinstance(data, Iterable) and not isinstance(data, Mapping) and not hasattr(data, "column_names")
-    paths: list[Any] = [data] if isinstance(data, (str, os.PathLike)) or not is_list else list(data)
-    for path in paths:
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(
-                f"`data` must be a path or several, found {type(path).__name__}; save a Hugging Face dataset with "
-                "`save_to_disk(folder)`, and give that folder"
-            )
-    return _listed(os.fspath(path) for path in paths) or None
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ",".join(name.replace("\\", "\\\\").replace(",", "\\,") for name in names)
-
-
-def _text(name: str, value: object) -> str:
-    if isinstance(value, (str, os.PathLike)):
-        return os.fspath(value)
-    if name in PATHS:
-        raise TypeError(f"`{name}` must be a path, found {type(value).__name__}")
-    if isinstance(value, (bool, np.bool_)):
-        return "true" if value else "false"
-    if name == "mixture" and isinstance(value, Mapping):
-        return json.dumps(value, default=_plain)
-    if name == "fields" and isinstance(value, Iterable):
-        return _listed(value) or "none"
-    if name == "skip" and not isinstance(value, str) and isinstance(value, Iterable):
-        return ",".join(_range(part) for part in value) or "none"
-    if name == "cpu_affinity" and isinstance(value, Iterable):
-        return ",".join(str(operator.index(cpu)) for cpu in value) or "none"
-    if name == "input_dtype":
-        if str(value).startswith("torch."):
-            return str(value).removeprefix("torch.")
-        try:
-            return np.dtype(value).name  # type: ignore[call-overload, no-any-return]
-        except TypeError:
-            raise TypeError(f"`input_dtype` must be an integer dtype, found {value!r}") from None
-    if isinstance(value, SupportsIndex):
-        return str(operator.index(value))
-    raise TypeError(f"`{name}` must be an int, a bool or a str, found {type(value).__name__}")
-
-
-def _plain(value: Any) -> Any:
-    """A path, or a number of NumPy's or another library's, as JSON has it."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, SupportsIndex):
-        return operator.index(value)
-    if isinstance(value, SupportsFloat):
-        return float(value)
-    raise TypeError(f"`mixture` cannot hold a {type(value).__name__}: {value!r}")
-
-
-def _range(part: Any) -> str:
-    try:
-        numbers = [operator.index(number) for number in part]
-    except TypeError:
-        numbers = []
-    if len(numbers) not in (2, 3):
-        raise TypeError(f"`skip` must be a list of (start, end) or (epoch, start, end), found {part!r}")
-    return f"{numbers[-3] if len(numbers) == 3 else 0}:{numbers[-2]}-{numbers[-1]}"
 
 
 class Batches:
@@ -403,32 +320,27 @@ class Loader:
             delivery_log=delivery_log,
             # settings: end
         )
-        if pin_memory:
-            raise ConfigError("`pin_memory` needs forebay.torch.DataLoader: this loader does not import torch")
-        self._open(settings_of(settings), from_env=False)
+        self._open(_core.Settings(settings), can_pin=False)
 
-    def _open(self, pairs: list[tuple[str, str]], from_env: bool) -> None:
-        self._arguments = pairs, from_env
+    def _open(self, settings: _core.Settings, can_pin: bool) -> None:
+        self._settings = settings
         self._closed = False
         self._split: Split[Any] | None = None
-        config, self._origins, warnings, notes = _core.resolve(pairs, from_env)
-        log_notes(warnings, notes, config["dp_rank"])
-        self._core: _core.Loader = _core.Loader.open(pairs, from_env)
-        log_notes(self._core.warnings(), [], config["dp_rank"])
+        rank = settings.values()["dp_rank"]
+        log_notes(settings.warnings, settings.notes, rank)
+        self._core: _core.Loader = _core.Loader.open(settings, can_pin)
+        log_notes(self._core.warnings(), [], rank)
 
     @classmethod
-    def _of(cls, pairs: list[tuple[str, str]], from_env: bool = False) -> Self:
+    def _of(cls, settings: _core.Settings, can_pin: bool = False) -> Self:
         loader = cls.__new__(cls)
-        loader._open(pairs, from_env)
+        loader._open(settings, can_pin)
         return loader
 
     @classmethod
     def from_env(cls, data: Data | None = None, **settings: Any) -> Self:
         """A loader whose every setting may come from the environment or the file; the arguments win over both."""
-        unknown = set(settings) - set(inspect.signature(Loader).parameters)
-        if unknown:
-            raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
-        return cls._of(settings_of({"data": data, **settings}), from_env=True)
+        return cls._of(_core.Settings({"data": data, **settings}, from_env=True))
 
     def _open_core(self) -> _core.Loader:
         if self._closed:
@@ -449,7 +361,7 @@ class Loader:
 
     def seek(self, position: int, epoch: int | None = None) -> None:
         """The next pass begins at `position` of `epoch` (default: the present one), or the next one not skipped."""
-        self._core.seek(self.epoch if epoch is None else epoch, position)
+        self._core.seek(position, epoch)
         if self._split is not None:
             self._split.restored()
 
@@ -502,7 +414,7 @@ class Loader:
     @property
     def origins(self) -> dict[str, str]:
         """Where each setting comes from: an argument, a variable, a file, the launcher, or the default."""
-        return dict(self._origins)
+        return self._settings.origins()
 
     def sequences_at(self, epoch: int, position: int, n: int = 1) -> Arrays:
         """Rows at positions ``position`` to ``position + n`` of an epoch's order, over all ranks."""
@@ -512,17 +424,7 @@ class Loader:
         self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
     ) -> Arrays:
         """What a rank gets at a step of the pass that begins with `epoch`. Default: this loader's epoch and ranks."""
-        return _arrays(self._batch_at(step, epoch, rank, world_size))
-
-    def _batch_at(self, step: int, epoch: int | None, rank: int | None, world_size: int | None) -> _core.Batch:
-        core = self._open_core()
-        config = core.config()
-        return core.batch_at(
-            core.epoch if epoch is None else epoch,
-            step,
-            config["dp_rank"] if rank is None else rank,
-            config["dp_world_size"] if world_size is None else world_size,
-        )
+        return _arrays(self._open_core().batch_at(step, epoch, rank, world_size))
 
     def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Arrays]]:
         """Consumers for `count` threads, that share this loader's threads, mapping and windows.
@@ -563,7 +465,7 @@ class Loader:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (type(self), *self._arguments, self.state_dict())
+        return _reopen, (type(self), *self._settings.arguments(), self.state_dict())
 
     def __repr__(self) -> str:
         # Debuggers and test runners show an object whose constructor failed.
@@ -585,7 +487,8 @@ def finite(count: int | None) -> int:
     return count
 
 
-def _reopen(kind: type[Loader], pairs: list[tuple[str, str]], from_env: bool, state: Mapping[str, Any]) -> Loader:
-    loader = kind._of(pairs, from_env)
+def _reopen(kind: type[Loader], given: dict[str, Any], from_env: bool, state: Mapping[str, Any]) -> Loader:
+    # A loader that was opened could give what it was asked for.
+    loader = kind._of(_core.Settings(given, from_env), can_pin=True)
     loader.load_state_dict(state)
     return loader

@@ -100,14 +100,18 @@ impl Framework {
         Ok(implied.into_iter().map(|(name, ..)| name).collect())
     }
 
+    /// Whether a last batch that is not full is left out.
+    pub(super) fn drops(&self) -> bool {
+        self.drop_last || self.sampler.is_some_and(|sampler| sampler.drop_last)
+    }
+
     /// The treatment of the remainder on each of `ranks` ranks, and the parameter that says it.
     ///
     /// A single rank gets a short last batch, as from the framework's own loader. Several ranks
     /// need the same number of full batches, or their collective operations would wait for ever.
     pub(super) fn remainder(&self, ranks: u64) -> (Remainder, &'static str) {
-        let drops = self.drop_last || self.sampler.is_some_and(|sampler| sampler.drop_last);
         let remainder = match ranks {
-            _ if drops => Remainder::Drop,
+            _ if self.drops() => Remainder::Drop,
             1 => Remainder::Short,
             _ => Remainder::Pad,
         };

@@ -159,7 +159,11 @@ where
             Err(fault) => faults.push(fault),
         }
     }
-    if let (Some(framework), false) = (framework, origins.contains_key("remainder")) {
+    // A framework's own default gives way to the environment. `drop_last` does not.
+    let follows = |framework: &&Framework| {
+        !arguments.contains_key("remainder") && (framework.drops() || !origins.contains_key("remainder"))
+    };
+    if let Some(framework) = framework.filter(follows) {
         let (remainder, origin) = framework.remainder(config.dp_world_size.unwrap_or(1));
         config.remainder = remainder;
         origins.insert("remainder", origin.to_owned());

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from forebay import _core
-from forebay._loader import Data, finite, settings_of
+from forebay._loader import Data, finite
 from forebay.torch.tensors import Tensors, tensors_of
 
 
@@ -116,14 +116,18 @@ class TokenDataset(Dataset[Tensors]):
             cache_dir=cache_dir,
             # settings: end
         )
-        self._pairs = settings_of(settings)
+        self._given = _core.typed(settings)
         self._opened: tuple[int, _core.Loader] | None = None
 
     def _core(self) -> _core.Loader:
         process = os.getpid()
         if self._opened is None or self._opened[0] != process:
             alone = dict(dp_rank=0, dp_world_size=1, prefetch_batches=1)
-            self._opened = process, _core.Loader.open(self._pairs + settings_of(alone), True)
+            # A DataLoader pins the rows, if they are to be pinned.
+            self._opened = (
+                process,
+                _core.Loader.open(_core.Settings({**self._given, **alone}, from_env=True), can_pin=True),
+            )
         return self._opened[1]
 
     def __len__(self) -> int:

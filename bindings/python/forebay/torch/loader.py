@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler, _DatasetKind
 
 from forebay import _core
 from forebay._errors import ConfigError
-from forebay._loader import Data, Loader, Skip, first_time, settings_of
+from forebay._loader import Data, Loader, Skip, first_time
 from forebay._split import Consumer, Split
 from forebay.torch.any_dataset.iterator import DatasetIterator
 from forebay.torch.any_dataset.order import State, is_plain
@@ -25,7 +26,7 @@ from forebay.torch.dataset import TokenDataset
 from forebay.torch.device import Ahead, Cuda, Handed, Link
 from forebay.torch.native import Native, NativeIterator, Rows
 from forebay.torch.pinned import pinned
-from forebay.torch.ranks import rank_in, with_ranks
+from forebay.torch.ranks import dimensions_of, process_group, sampler_facts
 from forebay.torch.tensors import Tensors, tensors_of
 
 _T_co = TypeVar("_T_co", covariant=True)
@@ -213,10 +214,6 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             )
         link = _link_to(device) if _link is None else _link
         pin_memory = pin_memory or (link is not None and _link is None)
-        if mesh is not None:
-            if dp_rank is not None or dp_world_size is not None:
-                raise ConfigError("`mesh` says the data-parallel rank: leave `dp_rank` and `dp_world_size` out")
-            dp_rank, dp_world_size = rank_in(mesh)
         settings: dict[str, Any] = dict(
             # settings: values, from `make generate`
             seed=seed,
@@ -284,39 +281,31 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             return
 
         assert isinstance(dataset, TokenDataset)
-        if isinstance(sampler, DistributedSampler):
+        follows = sampler if isinstance(sampler, DistributedSampler) else None
+        if follows is not None:
             if shuffle:
                 raise ValueError("sampler option is mutually exclusive with shuffle")
-            shuffle = sampler.shuffle
-            settings["seed"] = sampler.seed if seed is None else seed
-            if dp_rank is None and dp_world_size is None:
-                settings["dp_rank"], settings["dp_world_size"] = sampler.rank, sampler.num_replicas
-            drop_last = drop_last or sampler.drop_last
-        elif generator is not None and seed is None:
-            settings["seed"] = generator.initial_seed()
-        if num_workers > 0 and num_threads is None:
-            settings["num_threads"] = num_workers
-        if prefetch_factor is not None and prefetch_batches is None:
-            settings["prefetch_batches"] = prefetch_factor * max(num_workers, 1)
-        settings["shuffle"], settings["batch_size"], settings["pin_memory"] = shuffle, batch_size, pin_memory or None
-        own = settings_of(settings)
-        names = {name for name, _ in own}
-        pairs = [pair for pair in dataset._pairs if pair[0] not in names] + own
-        pairs = with_ranks(pairs)
-        config, origins, *_ = _core.resolve(pairs, True)
-        # Without `drop_last`, torch delivers the tail.
-        if remainder is None and (drop_last or origins["remainder"].startswith("default")):
-            rest = "short" if config["dp_world_size"] in (None, 1) else "pad"
-            pairs.append(("remainder", "drop" if drop_last else rest))
+            shuffle = follows.shuffle
+        settings.update(shuffle=shuffle, batch_size=batch_size, pin_memory=pin_memory or None)
+        facts: _core.Torch = {
+            "drop_last": bool(drop_last),
+            "num_workers": operator.index(num_workers),
+            "prefetch_factor": prefetch_factor,
+            "generator_seed": None if generator is None else generator.initial_seed(),
+            "sampler": None if follows is None else sampler_facts(follows),
+            "mesh": None if mesh is None else dimensions_of(mesh),
+            "process_group": process_group(),
+        }
+        resolved = _core.Settings({**dataset._given, **_core.typed(settings)}, from_env=True, torch=facts)
 
         allocator = _allocator
-        pin_memory = config["pin_memory"]
+        pin_memory = resolved.values()["pin_memory"]
         if pin_memory and allocator is None:
             if torch.cuda.is_available():
                 allocator = pinned
             elif first_time(_UNPINNED):
                 warnings.warn(_UNPINNED, stacklevel=2)
-        loader = Loader._of(pairs, from_env=True)
+        loader = Loader._of(resolved, can_pin=True)
         self._native = Native(loader, allocator, timeout or None, sampler)
         self.dataset = Rows(loader, dataset)  # type: ignore[assignment]
         self.batch_size = batch_size
@@ -361,7 +350,8 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         given = {name: value for name, value in settings.items() if name in of_dataset}
         others = {name: value for name, value in settings.items() if name not in of_dataset}
         if "batch_size" not in others:
-            others["batch_size"] = _core.resolve(settings_of({"data": data, **given}), True)[0]["batch_size"]
+            settings_here = _core.Settings({"data": data, **given}, from_env=True)
+            others["batch_size"] = settings_here.values()["batch_size"]
         dataset: Any = TokenDataset(data, **given)
         return cls(dataset, **others)
 
@@ -513,7 +503,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
 
         Default: this loader's epoch and ranks.
         """
-        return tensors_of(self._loader._batch_at(step, epoch, rank, world_size))
+        return tensors_of(self._loader._open_core().batch_at(step, epoch, rank, world_size))
 
     @property
     def epoch(self) -> int:
