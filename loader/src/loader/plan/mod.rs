@@ -118,7 +118,7 @@ pub struct PassPlan {
     pub steps: Option<u64>,
     /// Number of rows in a step, over all ranks.
     pub global_batch: u64,
-    /// Number of data-parallel ranks.
+    /// The number of ranks that share a step.
     pub world_size: u64,
     /// Number of ranks that draw from the same lanes, and so from the same blocks.
     pub sharing_ranks: u64,
