@@ -70,11 +70,19 @@ class _Titan:
 def torchtitan(loader: DataLoader[Any], base: type | None = None, *, flat: bool = True) -> Any:
     """Makes a ``BaseDataLoader`` of torchtitan from `loader`.
 
-    Parameters ---------- base: ``torchtitan.components.dataloader.BaseDataLoader``, or None. The
-    adapter becomes an instance of it. flat: True gives batches with one axis of tokens and with
-    ``positions``, as torchtitan takes them since August 2026. False gives batches of rows.
+    Parameters
+    ----------
+    base:
+        ``torchtitan.components.dataloader.BaseDataLoader``, or None. The adapter becomes an
+        instance of it.
+    flat:
+        True gives batches with one axis of tokens and with ``positions``, as torchtitan takes them
+        since August 2026. False gives batches of rows.
 
-    Raises ------ ConfigError The loader does not have ``targets="shifted"``.
+    Raises
+    ------
+    ConfigError
+        The loader does not have ``targets="shifted"``.
     """
     _shifted(loader, "torchtitan")
     kind = _Titan if base is None else type("ForebayDataLoader", (_Titan, base), {})
@@ -123,11 +131,16 @@ class _Megatron:
 def megatron(loader: DataLoader[Any], state: Mapping[str, Any] | None = None) -> Any:
     """Makes an external data iterator of Megatron-LM from `loader`.
 
-    Parameters ---------- state: A state that ``save_state()`` returned. The iterator continues
-    there. Megatron-LM stores the state as ``dataloader_state_dict``; the code that builds the
-    iterator has to restore it.
+    Parameters
+    ----------
+    state:
+        A state that ``save_state()`` returned. The iterator continues there. Megatron-LM stores
+        the state as ``dataloader_state_dict``. The code that builds the iterator must restore it.
 
-    Raises ------ ConfigError The loader does not have ``targets="shifted"``.
+    Raises
+    ------
+    ConfigError
+        The loader does not have ``targets="shifted"``.
     """
     iterator = _Megatron(_shifted(loader, "Megatron-LM"))
     if state is not None:

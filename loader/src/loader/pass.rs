@@ -58,8 +58,8 @@ impl Batches {
     /// Waits at most `timeout` for the next batch. Several threads may call it. Each batch is given
     /// once.
     ///
-    /// Without worker threads (`num_threads` = 0), the caller computes the batch, even if that takes
-    /// longer than `timeout`.
+    /// Without worker threads (`num_threads` = 0), the caller computes the batch, even if that
+    /// takes longer than `timeout`.
     pub fn next_timeout(&self, timeout: Duration) -> Result<Next> {
         self.take(WaitPolicy::Wait(timeout))
     }

@@ -1,11 +1,13 @@
-//! The environment of the process: the variables that have a meaning here. Nothing else reads it.
+//! The environment of the process, limited to the variables that have a meaning here.
+//!
+//! No other module reads the environment.
 
 use std::collections::BTreeMap;
 
 use super::values::{boolean, size};
 use crate::error::{Error, Result};
 
-/// Variables of forebay that are no settings.
+/// Variables of forebay that are not settings.
 pub(super) const OTHER_VARIABLES: [&str; 10] = [
     "FOREBAY_CONFIG",
     "FOREBAY_STRICT_ENV",
@@ -19,7 +21,7 @@ pub(super) const OTHER_VARIABLES: [&str; 10] = [
     "FOREBAY_WHEEL_PROFILE",
 ];
 
-/// Variables of other programs that are read, beside the ranks of the launchers.
+/// Variables of other programs that are read, besides the ranks of the launchers.
 const FOREIGN_VARIABLES: [&str; 11] = [
     "NO_COLOR",
     "LOCAL_WORLD_SIZE",
@@ -42,15 +44,16 @@ pub(super) const LAUNCHERS: [(&str, &str); 4] = [
     ("SLURM_PROCID", "SLURM_NTASKS"),
 ];
 
-/// The variables of a process that have a meaning here. It keeps no others, so that printing it gives
-/// no secret away.
+/// The variables of a process that have a meaning here.
+///
+/// Other variables are not kept, so that printing this value reveals no secret.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Environment {
     vars: BTreeMap<String, String>,
 }
 
 impl Environment {
-    /// The environment of this process. Bytes that are not UTF-8 are replaced.
+    /// Reads the environment of this process. Bytes that are not UTF-8 are replaced.
     pub fn current() -> Self {
         #[allow(clippy::disallowed_methods)] // only this function may
         let vars = std::env::vars_os();
@@ -60,7 +63,7 @@ impl Environment {
         }))
     }
 
-    /// An environment of these names and values.
+    /// Makes an environment of these names and values.
     pub fn from_pairs<N: Into<String>, V: Into<String>>(pairs: impl IntoIterator<Item = (N, V)>) -> Self {
         Self { vars: pairs.into_iter().map(|(name, value)| (name.into(), value.into())).collect() }
     }
@@ -75,16 +78,16 @@ impl Environment {
         self.vars.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
-    /// Whether the boolean variable `name` is on. `default` where it is not set.
+    /// Whether the boolean variable `name` is on. Returns `default` if it is not set.
     pub fn switch(&self, name: &str, default: bool) -> Result<bool> {
         let Some(text) = self.get(name) else { return Ok(default) };
         boolean(text.trim()).ok_or_else(|| Error::config(format!("`{name}` must be `true` or `false`, found `{text}`")))
     }
 
     /// The launcher's name of this start of the job: an id of torchrun or SLURM, and the number of
-    /// restarts before it.
+    /// earlier restarts.
     pub(super) fn launch(&self) -> Option<String> {
-        // torchrun's id is `none` where neither it nor the user made one up.
+        // The id of torchrun is `none` if neither torchrun nor the user chose one.
         let torchrun = self.get("TORCHELASTIC_RUN_ID").filter(|id| !matches!(*id, "" | "none"));
         let found = match torchrun {
             Some(id) => Some(("torchrun", id, "TORCHELASTIC_RESTART_COUNT")),
@@ -99,10 +102,10 @@ pub fn launch() -> Option<String> {
     Environment::current().launch()
 }
 
-/// Bytes of a trace, at most, unless `FOREBAY_TRACE_LIMIT` gives another limit.
+/// Largest size of a trace in bytes, unless `FOREBAY_TRACE_LIMIT` gives another limit.
 const TRACE_LIMIT: u64 = 64 << 20;
 
-/// Path of the trace and its limit in bytes, if the environment asks for one.
+/// Path of the trace and its limit in bytes, if the environment asks for a trace.
 pub(crate) fn trace() -> Result<Option<(String, u64)>> {
     trace_in(&Environment::current())
 }

@@ -1,14 +1,17 @@
-//! MixtureSettings: a mixture of sources as its user writes it, in JSON.
+//! Reads a mixture of sources as a user writes it, in JSON.
 //!
 //! ```json
-//! {"sources": [{"name": "web", "data": ["web/"], "weight": 0.7}, {"name": "code", "data": ["code/"], "weight": 0.3, "epochs": 4}],
-//!  "stages": [{"at_tokens": 1000000000, "ramp_tokens": 100000000, "weights": {"web": "1/3", "code": "2/3"}}],
+//! {"sources": [{"name": "web", "data": ["web/"], "weight": 0.7},
+//!              {"name": "code", "data": ["code/"], "weight": 0.3, "epochs": 4}],
+//!  "stages": [{"at_tokens": 1000000000, "ramp_tokens": 100000000,
+//!              "weights": {"web": "1/3", "code": "2/3"}}],
 //!  "exhausted": "drop"}
 //! ```
 //!
-//! Weights are shares of the tokens, which are shares of the sequences, since all have one length. A weight is a
-//! decimal number or a fraction, and is taken exactly as it is written, never as a binary fraction. Weights whose
-//! cycle would be too long are rounded to simple fractions, and a note says so.
+//! Weights are shares of the tokens. All sequences have one length, so weights are also shares of
+//! the sequences. A weight is a decimal number or a fraction. It is taken exactly as written, never
+//! as a binary fraction. Weights whose cycle would be too long are rounded to simple fractions, and
+//! a note reports that.
 
 use serde_json::{Map, Value};
 
@@ -18,40 +21,42 @@ use crate::settings::suggest::nearest_of;
 /// Largest sum of the weights of one stage.
 pub const MAX_CYCLE: u64 = 100_000_000;
 
-/// Digits that a weight keeps when it is rounded: it changes by at most half of 10^-8 of itself.
+/// Number of digits that a rounded weight keeps. Rounding changes it by at most half of 10^-8 of
+/// itself.
 const KEPT_DIGITS: u32 = 8;
 
-/// What happens when a source has had its epochs.
+/// The rule for a source that has given all its epochs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Exhausted {
-    /// The epoch of the mixture ends with the first source that has, on each lane.
+    /// The epoch of the mixture ends with the first such source, on each lane.
     #[default]
     Stop,
-    /// The others go on by their weights, until all have.
+    /// The other sources go on by their weights, until all have given their epochs.
     Drop,
 }
 
-/// Weights from a position on.
+/// The weights from a position on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stage {
-    /// First position; rounded up to a whole number of places in every lane.
+    /// First position. It is rounded up to a whole number of places in every lane.
     pub start: u64,
-    /// Positions over which the weights move there from those of the stage before.
+    /// Number of positions in which the weights change from the previous stage to this stage.
     pub ramp: u64,
-    /// One per source.
+    /// One weight per source.
     pub weights: Vec<u64>,
 }
 
-/// A mixture.
+/// A mixture of sources.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MixtureSettings {
-    /// The sources, in order; new ones are appended.
+    /// The sources, in order. New sources are appended.
     pub sources: Vec<Source>,
-    /// What happens when a source has had its epochs.
+    /// The rule for a source that has given all its epochs.
     pub exhausted: Exhausted,
-    /// Sequences of the global batches that have exact counts of each source, where that is asked for.
+    /// Number of sequences in a global batch with exact counts of each source. `None` if counts
+    /// need not be exact.
     pub exact_per: Option<u64>,
-    /// What was rounded, a line for each list of weights.
+    /// The rounded weights, one line for each list of weights.
     pub notes: Vec<String>,
     stages: Vec<Written>,
 }
@@ -59,11 +64,11 @@ pub struct MixtureSettings {
 /// One corpus of a mixture.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
-    /// Its name, in stages and statistics.
+    /// Name of the source in stages and statistics.
     pub name: String,
     /// Files, folders and glob patterns.
     pub data: Vec<String>,
-    /// Epochs that it gives at most; none if it is repeated as often as its weight asks for.
+    /// Most epochs that the source gives. `None` if it is repeated as its weight demands.
     pub epochs: Option<u64>,
 }
 
@@ -90,7 +95,7 @@ impl Length {
 }
 
 impl MixtureSettings {
-    /// Reads mixture settings. An error names its place in them.
+    /// Reads the settings of a mixture. An error names its place in them.
     pub fn parse(text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text)
             .map_err(|error| Error::config(format!("`mixture` is not valid JSON: {error}")))?;
@@ -167,7 +172,7 @@ impl MixtureSettings {
         Ok(mixture)
     }
 
-    /// Fails where a source has a weight, and no place in an exact global batch.
+    /// Fails if a source has a weight but no place in an exact global batch.
     fn check_exact(&self) -> Result<()> {
         let Some(count) = self.exact_per else { return Ok(()) };
         for (index, stage) in self.stages.iter().enumerate() {
@@ -183,7 +188,7 @@ impl MixtureSettings {
         Ok(())
     }
 
-    /// The stages for sequences of `seq_len` tokens, in order; fails where they overlap.
+    /// The stages for sequences of `seq_len` tokens, in order. Fails if they overlap.
     pub fn stages(&self, seq_len: u64) -> Result<Vec<Stage>> {
         let mut stages: Vec<Stage> = Vec::with_capacity(self.stages.len());
         for (index, written) in self.stages.iter().enumerate() {
@@ -215,7 +220,7 @@ fn stage(place: &str, value: &Value, sources: &[Source], notes: &mut Vec<String>
     let start = match (number("at_tokens")?, number("at_sequences")?, number("at_step")?, number("global_batch")?) {
         (Some(tokens), None, None, None) => Length::Tokens(tokens),
         (None, Some(sequences), None, None) => Length::Sequences(sequences),
-        // A step alone means another place for every batch size.
+        // A step alone would mean another position for every batch size.
         (None, None, Some(step), Some(global_batch)) => Length::Sequences(step.saturating_mul(global_batch)),
         _ => {
             return Err(
@@ -241,7 +246,7 @@ fn stage(place: &str, value: &Value, sources: &[Source], notes: &mut Vec<String>
     Ok(Written { start, ramp, weights: whole(&list, &format!("`mixture`: the weights of {place}"), notes)? })
 }
 
-/// An object and its place in the settings.
+/// An object, and its place in the settings.
 struct Table<'a> {
     place: String,
     map: &'a Map<String, Value>,
@@ -274,10 +279,10 @@ impl<'a> Table<'a> {
     }
 }
 
-/// The accepted weights.
+/// The accepted weights, in words.
 const WEIGHT: &str = "a number from 0, or a fraction such as \"1/3\"";
 
-/// A weight as it is written: a fraction of whole numbers.
+/// A weight as the user wrote it: a fraction of whole numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Weight {
     numerator: u128,
@@ -299,14 +304,14 @@ impl Weight {
             },
             _ => {
                 let number = value.as_f64().filter(|number| number.is_finite() && *number >= 0.0)?;
-                // The shortest text that means this number, which is the one that was written.
+                // The shortest text of this number is the text that the user wrote.
                 let text = value.as_u64().map_or_else(|| format!("{number}"), |whole| whole.to_string());
                 Self::decimal(&text)
             }
         }
     }
 
-    /// Reads digits with a point between or before them. Digits that no number of 128 bits holds are left out.
+    /// Reads digits with a point between or before them. Leaves out digits that exceed 128 bits.
     fn decimal(text: &str) -> Option<Self> {
         let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
         let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
@@ -323,7 +328,8 @@ impl Weight {
         Self { numerator: self.numerator / divisor, denominator: self.denominator / divisor }
     }
 
-    /// The simplest fraction that rounds to this weight, to [`KEPT_DIGITS`] digits of it.
+    /// The simplest fraction that equals this weight when both are rounded to [`KEPT_DIGITS`]
+    /// digits.
     fn simplest(self) -> Self {
         let Self { numerator, denominator } = self;
         let unit = 2 * 10_u128.pow(KEPT_DIGITS);
@@ -332,7 +338,7 @@ impl Weight {
             let (a, b) = (n.checked_mul(denominator), numerator.checked_mul(d));
             a.zip(b).is_some_and(|(a, b)| a.abs_diff(b).checked_mul(unit).is_some_and(|error| error <= b))
         };
-        // Convergents of the continued fraction, each of which is the nearest for its size.
+        // Each convergent of the continued fraction is the nearest fraction of its size.
         let (mut before, mut now) = ((0, 1), (1, 0));
         let (mut a, mut b) = (numerator, denominator);
         while b > 0 {
@@ -357,8 +363,8 @@ impl std::fmt::Display for Weight {
     }
 }
 
-/// `weights` as whole numbers in the same proportion, or in the nearest one of a cycle that is short enough. Adds a
-/// note where it rounds.
+/// Converts `weights` to whole numbers in the same proportion, if their cycle is short enough.
+/// Otherwise takes the nearest proportion with a short cycle, and adds a note.
 fn whole(weights: &[Weight], what: &str, notes: &mut Vec<String>) -> Result<Vec<u64>> {
     if weights.iter().all(|weight| weight.numerator == 0) {
         return Err(Error::config(format!("{what} are all 0: at least one must be more")));
@@ -370,7 +376,7 @@ fn whole(weights: &[Weight], what: &str, notes: &mut Vec<String>) -> Result<Vec<
     let rounded = match in_proportion(&simple) {
         Some(rounded) => rounded,
         None => {
-            // Shares of the longest cycle. Bits that `f64` lacks are far below a unit of that.
+            // Shares of the longest cycle. `f64` is far more precise than one unit of it.
             let shares: Vec<f64> =
                 simple.iter().map(|weight| weight.numerator as f64 / weight.denominator as f64).collect();
             let most = shares.iter().copied().fold(0.0, f64::max);
@@ -391,7 +397,8 @@ fn whole(weights: &[Weight], what: &str, notes: &mut Vec<String>) -> Result<Vec<
     Ok(rounded)
 }
 
-/// `weights` as the smallest whole numbers in exactly the same proportion. None if their sum is too large.
+/// The smallest whole numbers in exactly the proportion of `weights`. `None` if their sum is too
+/// large.
 fn in_proportion(weights: &[Weight]) -> Option<Vec<u64>> {
     let denominator = weights
         .iter()
@@ -408,7 +415,8 @@ fn gcd(a: u128, b: u128) -> u128 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// `weights` scaled to the sum `cycle`; what rounding leaves goes to the largest remainders, of equal ones to the first.
+/// Scales `weights` to the sum `cycle`. The largest remainders get the units that rounding leaves.
+/// Of equal remainders, the first comes first.
 pub fn apportioned(weights: &[u64], cycle: u64) -> Vec<u64> {
     let total: u128 = weights.iter().map(|weight| u128::from(*weight)).sum();
     if total == 0 {
@@ -466,7 +474,7 @@ mod tests {
             (&[r#""0.25""#, "0.75"], &[1, 3]),
             (&["0.333333333", "0.333333333", "0.333333333"], &[1, 1, 1]),
             (&["0.3333", "0.6667"], &[3333, 6667]),
-            // Twice the same digits are twice the number.
+            // Numbers with twice the same digits are in the proportion 1 to 2.
             (&["0.3333333333333333", "0.6666666666666666"], &[1, 2]),
             (&["1e-6", "1"], &[1, 1_000_000]),
             (&["0.12345678", "0.87654322"], &[6_172_839, 43_827_161]),
@@ -495,7 +503,7 @@ mod tests {
             let end = format!("are rounded to {}, in cycles of {sum} sequences", shown.join(" : "));
             assert!(note.starts_with("`mixture`: the weights of the sources") && note.ends_with(&end), "{note}");
         }
-        // No simple fractions are near, so the longest cycle is shared out.
+        // No simple fractions are near, so that the longest cycle is used.
         let (found, notes) = of_weights(&["0.1234567891", "0.2718281828459045", "0.6047150280540955"]);
         assert!(found.iter().sum::<u64>() <= MAX_CYCLE && notes.len() == 1, "{found:?}");
         let sum = found.iter().sum::<u64>() as f64;

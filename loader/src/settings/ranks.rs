@@ -1,4 +1,4 @@
-//! Policies about processes: the data-parallel rank of this one, and the number of its threads.
+//! Finds the data-parallel rank of this process, and the number of its threads.
 
 use super::environment::{Environment, LAUNCHERS};
 use super::framework::ProcessGroup;
@@ -15,8 +15,10 @@ pub(super) struct Ranks {
     pub(super) origin: String,
 }
 
-/// Finds the data-parallel rank: in the first of the sources `own` that names it, else in the
-/// variables of a launcher, else in the process group.
+/// Finds the data-parallel rank.
+///
+/// Takes it from the first of the sources `own` that names it, then from the variables of a
+/// launcher, and then from the process group.
 pub(super) fn find(
     own: &[&GivenValues],
     env: &Environment,
@@ -69,7 +71,7 @@ fn launched(
     for (rank_name, size_name) in LAUNCHERS {
         let (rank, size) = match (env.get(rank_name), env.get(size_name)) {
             (None, None) => continue,
-            // An allocation has these names without having started a task.
+            // An allocation sets these names even if no task was started.
             _ if rank_name == "SLURM_PROCID" && !is_slurm_step(env) => continue,
             (Some(rank), Some(size)) => (rank, size),
             (rank, _) => {
@@ -112,16 +114,18 @@ fn launched(
     Ok(None)
 }
 
-/// Whether srun started this process as a task. The shell of an allocation and a batch script are
-/// steps as well, with ids above all of srun's, and see the number of tasks that they may start. Taken
-/// for tasks, they would train on a share of the data.
+/// Whether srun started this process as a task.
+///
+/// The shell of an allocation and a batch script are steps as well. Their ids are above all ids of
+/// srun's steps, and they see the number of tasks that they may start. If they counted as tasks,
+/// they would train on a share of the data.
 fn is_slurm_step(env: &Environment) -> bool {
     const LAST_OF_SRUN: u64 = 0xffff_fff0;
     let id = env.get("SLURM_STEP_ID").or_else(|| env.get("SLURM_STEPID"));
     id.is_some_and(|id| integer(id.trim()).is_none_or(|id| id <= LAST_OF_SRUN))
 }
 
-/// The ranks that `source` sets. Its values were checked one by one.
+/// The ranks that `source` sets. Each of its values was checked before.
 fn own_ranks(source: &GivenValues) -> Result<Option<Ranks>> {
     let mut config = Config::default();
     let given = [source.get("dp_rank"), source.get("dp_world_size")];
@@ -156,20 +160,21 @@ fn check_rank(rank: u64, size: u64, place: &str) -> Result<()> {
     Err(Error::config(format!("rank must be below world size: found rank {rank} of {size} (from {place})")))
 }
 
-/// CPUs that affinity and cgroup limits leave to this process.
+/// Number of CPUs that affinity and cgroup limits leave to this process.
 pub(super) fn available_cpus() -> u64 {
     std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
 }
 
-/// The number of worker threads where no setting says it.
+/// Default number of worker threads.
 pub fn default_threads() -> u64 {
     threads(&Environment::current(), available_cpus(), &mut Vec::new()).0
 }
 
-/// The number of worker threads for one of the ranks on `cpus`, and the arithmetic.
+/// Computes the number of worker threads for one of the ranks on `cpus`. The text shows the
+/// arithmetic.
 ///
-/// `OMP_NUM_THREADS` and `RAYON_NUM_THREADS` play no part: they are about other pools, and torchrun
-/// sets the first to 1.
+/// `OMP_NUM_THREADS` and `RAYON_NUM_THREADS` are not used. They are about other pools, and torchrun
+/// sets the first one to 1.
 pub(super) fn threads(env: &Environment, cpus: u64, warnings: &mut Vec<String>) -> (u64, String) {
     let mut positive = |name: &str| {
         let text = env.get(name)?;
@@ -180,10 +185,10 @@ pub(super) fn threads(env: &Environment, cpus: u64, warnings: &mut Vec<String>) 
         number
     };
     let per_task = positive("SLURM_CPUS_PER_TASK");
-    // srun gives each task CPUs of its own, so its ranks do not share them. Ranks that torchrun starts
-    // inside of a task do.
+    // srun gives each task its own CPUs, so that its ranks do not share them. Ranks that torchrun
+    // starts inside a task share them.
     let are_shared = per_task.is_none() || env.get("TORCHELASTIC_RUN_ID").is_some();
-    // Outside of a step it counts the tasks that could be started, not those that run.
+    // Outside of a step, the variable counts the tasks that could be started, not the running ones.
     let of_slurm = is_slurm_step(env).then_some("SLURM_NTASKS_PER_NODE");
     let local = are_shared.then(|| {
         let mut names = ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"].into_iter().chain(of_slurm);

@@ -1,8 +1,8 @@
-//! Resolving: which value of each setting is in force, and where it came from.
+//! Resolves the settings: decides the value of each setting, and notes its origin.
 //!
 //! An argument wins over a `FOREBAY_*` variable, the variable over the file that `FOREBAY_CONFIG`
-//! names, and the file over the default. Every value keeps a note of its origin. Unusable values are
-//! errors, and all of them are reported together.
+//! names, and the file over the default. Unusable values are errors, and all of them are reported
+//! together.
 
 use std::collections::BTreeMap;
 
@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 /// Settings that may be taken from the environment and the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Operational settings, the rank, and `model_parallel_size`. A variable must not change silently
-    /// what an explicit call trains on.
+    /// Operational settings, the rank, and `model_parallel_size`. A variable must not silently change
+    /// the data of an explicit call.
     OperationalOnly,
     /// Every setting.
     All,
@@ -28,11 +28,11 @@ pub enum Scope {
 /// The value of a setting, and its origin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {
-    /// The setting.
+    /// Name of the setting.
     pub name: &'static str,
     /// Its value, as text.
     pub value: String,
-    /// `argument`, a variable, a file, `default`, or how it was computed.
+    /// `argument`, a variable, a file, `default`, or the computation of the value.
     pub origin: String,
 }
 
@@ -52,7 +52,7 @@ pub struct Resolved {
 }
 
 impl Resolved {
-    /// Fails where page-locked memory is asked for. A loader that cannot give it calls this.
+    /// Fails if page-locked memory is asked for. A loader that cannot give it calls this.
     pub fn refuse_pinning(&self) -> Result<()> {
         if !self.config.pin_memory {
             return Ok(());
@@ -64,10 +64,11 @@ impl Resolved {
     }
 }
 
-/// Resolves the settings from the arguments `explicit` (names and values), `env`, and the file that it
-/// names. The error lists every fault.
+/// Resolves the settings from the arguments `explicit` (names and values), `env`, and the file that
+/// `env` names.
 ///
-/// Of arguments given twice the last one counts, but those for `data` are one list.
+/// If an argument is given twice, the last one counts. Arguments for `data` are joined to one list
+/// instead. Fails with all faults, listed together.
 pub fn resolve<'a, V: 'a>(explicit: &'a [(String, V)], env: &Environment, scope: Scope) -> Result<Resolved>
 where
     Value: From<&'a V>,
@@ -116,7 +117,7 @@ where
     let mut origins: BTreeMap<&str, String> = BTreeMap::new();
     let mut ignored = Vec::new();
     let mut rank_is_faulty = false;
-    // The weakest source comes first. A value that is overruled is still checked.
+    // The weakest source comes first. A value that a stronger source replaces is still checked.
     for (source, is_explicit) in [(&file, false), (&variables, false), (&arguments, true)] {
         for setting in all() {
             let Some(given) = source.get(setting.name) else { continue };
@@ -125,7 +126,7 @@ where
                 ignored.push(format!("`{}`", given.place));
                 continue;
             }
-            // Ranks go by pairs, below.
+            // Rank and world size are checked as a pair below.
             let mut alone = Config::default();
             let target = if is_rank { &mut alone } else { &mut config };
             match setting.set_from(target, &given.value, &given.place) {
@@ -215,7 +216,7 @@ mod tests {
         &resolved.origins.iter().find(|origin| origin.name == name).unwrap().origin
     }
 
-    /// A file with `text`, deleted when dropped.
+    /// Writes `text` to a file, which is deleted on drop.
     fn file(text: &str) -> (tempfile::NamedTempFile, String) {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
@@ -338,7 +339,7 @@ mod tests {
 
     #[test]
     fn ranks_come_from_the_first_that_names_both() {
-        // From the weakest to the strongest; each wins over all before it.
+        // From the weakest source to the strongest. Each wins over all before it.
         let (_file, path) = file("dp_rank = 4\ndp_world_size = 40\n");
         type Family<'a> = (&'a [(&'a str, &'a str)], u64, &'a str);
         let families: [Family<'_>; 6] = [

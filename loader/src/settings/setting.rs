@@ -1,4 +1,4 @@
-//! One setting: what the table says of it, and access to its value in [`Config`].
+//! One setting: its row of the table, and access to its value in [`Config`].
 //!
 //! The macro `settings!` turns the table into the struct [`Config`], its defaults and the list of
 //! [`Setting`]s. Everything else about settings is derived from that list.
@@ -8,14 +8,14 @@ use super::forms::{Form, Unfit};
 use super::values::Value;
 use crate::error::{Error, Result};
 
-/// What a setting has an influence on.
+/// The part of a run that a setting influences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SettingKind {
-    /// The data that is trained on, and its order. A saved state belongs to it.
+    /// The training data and its order. A saved state belongs to them.
     Content,
-    /// How positions are grouped into batches.
+    /// The grouping of positions into batches.
     Grouping,
-    /// Speed and memory only.
+    /// Only speed and memory.
     Operational,
 }
 
@@ -30,35 +30,37 @@ impl SettingKind {
     }
 }
 
-/// How a saved state compares a content setting.
+/// The way in which a saved state compares a content setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compared {
     /// By its value.
     Always,
-    /// By its value, and as 0 where it is not set.
+    /// By its value, or 0 if it is not set.
     OrZero,
-    /// By its value where block shuffling is on, and as 0 elsewhere, where it has no effect.
+    /// By its value with block shuffling. Otherwise as 0, because it has no effect.
     WithBlocks,
-    /// By its value where block shuffling is on or sources are mixed, and as 0 elsewhere.
+    /// By its value with block shuffling or several sources. Otherwise as 0.
     WithLanes,
-    /// By the value that opening the corpus came to, which the loader adds.
+    /// By the value that opening the corpus decided. The loader adds this value.
     AsOpened,
-    /// By these other keys of the state, which describe the opened corpus, for the reason given.
+    /// By these other keys of the state, which describe the opened corpus. The text gives the
+    /// reason.
     ByCorpus(&'static [&'static str], &'static str),
-    /// By these other keys of the state, which tell how far the run has come, for the reason given.
+    /// By these other keys of the state, which tell the progress of the run. The text gives the
+    /// reason.
     ByProgress(&'static [&'static str], &'static str),
 }
 
-/// What a row of the table says about the kind of its setting.
+/// The kind of a setting, as its row of the table gives it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Role {
     Content(Compared),
     Grouping,
-    /// A grouping setting that says which rank this process is. Every loader takes it from the
-    /// environment, as it takes operational settings.
+    /// A grouping setting that gives the rank of this process. Every loader takes it from the
+    /// environment, like operational settings.
     Rank,
-    /// A grouping setting that says which ranks read the same rows. Every loader takes it from the
-    /// environment, since it belongs to the rank.
+    /// A grouping setting that gives the ranks that read the same rows. Every loader takes it from
+    /// the environment, because it belongs to the rank.
     Peers,
     Operational,
 }
@@ -66,20 +68,20 @@ pub(crate) enum Role {
 /// A class of the Python package that takes settings as keywords.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taker {
-    /// `forebay.Loader`, which takes all.
+    /// `forebay.Loader`, which takes all settings.
     Loader,
     /// `forebay.torch.TokenDataset`.
     TokenDataset,
-    /// `forebay.torch.DataLoader`, beside the parameters that it has from torch.
+    /// `forebay.torch.DataLoader`, by a keyword that torch's class does not have.
     DataLoader,
     /// `forebay.torch.DataLoader`, by a parameter of torch with the same name.
     TorchParameter,
 }
 
-/// One setting. [`super::all`] lists them.
+/// One setting. [`super::all`] lists all of them.
 #[derive(Debug)]
 pub struct Setting {
-    /// The name of the field in [`Config`], of the keyword in Python and of the key in a file.
+    /// Name of the field in [`Config`], of the keyword in Python, and of the key in a file.
     pub name: &'static str,
     pub(crate) lines: &'static str,
     pub(crate) role: Role,
@@ -88,7 +90,7 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// What it has an influence on.
+    /// The part of a run that the setting influences.
     pub fn kind(&self) -> SettingKind {
         match self.role {
             Role::Content(_) => SettingKind::Content,
@@ -97,17 +99,17 @@ impl Setting {
         }
     }
 
-    /// How a state compares it. `None` where it is no content setting.
+    /// The way in which a state compares the setting. `None` if it is not a content setting.
     pub fn compared(&self) -> Option<Compared> {
         if let Role::Content(compared) = self.role { Some(compared) } else { None }
     }
 
-    /// Whether `taker` has a keyword for it.
+    /// Whether `taker` has a keyword for the setting.
     pub fn is_taken_by(&self, taker: Taker) -> bool {
         taker == Taker::Loader || self.takers.contains(&taker)
     }
 
-    /// Its meaning, as one paragraph.
+    /// Meaning of the setting, as one paragraph.
     pub fn doc(&self) -> String {
         self.lines.lines().map(str::trim).collect::<Vec<_>>().join(" ")
     }
@@ -117,47 +119,47 @@ impl Setting {
         self.field.accepts()
     }
 
-    /// Its type annotation in Python, without `None`.
+    /// Type annotation in Python, without `None`.
     pub fn python(&self) -> String {
         self.field.python()
     }
 
-    /// Whether its values are paths. Text of Python is then one path, whatever commas it has.
+    /// Whether its values are paths. In Python, a text is then one path, with any commas in it.
     pub fn takes_paths(&self) -> bool {
         self.python() == "Data"
     }
 
-    /// Whether its value is a dtype, which other libraries have objects for.
+    /// Whether its value is a dtype. Other libraries have their own objects for dtypes.
     pub fn takes_dtype(&self) -> bool {
         self.python() == "npt.DTypeLike"
     }
 
-    /// Name of its environment variable.
+    /// Name of the environment variable.
     pub fn variable(&self) -> String {
         format!("FOREBAY_{}", self.name.to_uppercase())
     }
 
-    /// Its default, as text.
+    /// Default value, as text.
     pub fn default_text(&self) -> String {
         self.text(&Config::default())
     }
 
-    /// Its value in `config`, as text that [`Setting::set`] takes.
+    /// The value in `config`, as text that [`Setting::set`] accepts.
     pub fn text(&self, config: &Config) -> String {
         self.field.text(config)
     }
 
-    /// Its value in `config`, with its type.
+    /// The value in `config`, with its type.
     pub fn value(&self, config: &Config) -> Value {
         self.field.value(config)
     }
 
-    /// Sets it in `config`.
+    /// Sets the value in `config`.
     pub fn set(&self, config: &mut Config, value: impl Into<Value>) -> Result<()> {
         self.set_from(config, &value.into(), self.name)
     }
 
-    /// As [`Setting::set`], with errors that name `place`, where the value was found.
+    /// Works like [`Setting::set`]. Errors name `place`, where the value was found.
     pub fn set_from(&self, config: &mut Config, value: &Value, place: &str) -> Result<()> {
         self.field.set(config, value).map_err(|unfit| match unfit {
             Unfit::Type | Unfit::Value => self.fault(place, &value.shown()),
@@ -166,7 +168,8 @@ impl Setting {
         })
     }
 
-    /// Fails where the setting takes no value of the type of `value`, in words for a type error.
+    /// Fails if the setting accepts no value with the type of `value`. The text is for a type
+    /// error.
     pub fn check_type(&self, value: &Value) -> Result<(), String> {
         match self.field.set(&mut Config::default(), value) {
             Err(Unfit::Type) => Err(format!("`{}` must be {}, found {}", self.name, self.accepts(), value.type_name())),
@@ -174,7 +177,7 @@ impl Setting {
         }
     }
 
-    /// Fails where a `config` that was built in Rust holds a value that is not accepted.
+    /// Fails if `config`, which was built in Rust, holds a value that is not accepted.
     pub(crate) fn check(&self, config: &Config) -> Result<()> {
         if self.field.holds(config) {
             return Ok(());

@@ -1,7 +1,8 @@
-"""Batches on their way to a device: copied on a stream of their own, some number ahead. Private part of forebay.torch.
+"""Copies batches to a device, on a stream of their own, a given number of batches ahead.
 
-Host memory is let go only after the event of its copy; a batch is handed over when what the caller does next on its
-stream comes after the copy. All that knows of CUDA is in `Cuda`, so that tests can put a slow device in its place.
+This is a private part of forebay.torch. Host memory is released only after the event of its copy. A
+batch is handed over when the next work on the caller's stream waits for the copy. Only `Cuda` knows
+CUDA, so that tests can replace it by a slow device.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ class Event(Protocol):
     """The end of a copy."""
 
     def query(self) -> bool:
-        """Whether it was reached."""
+        """Tells whether the copy has ended."""
 
     def synchronize(self) -> None:
-        """Waits for it."""
+        """Waits for the end of the copy."""
 
 
 class Link(Protocol):
@@ -33,11 +34,14 @@ class Link(Protocol):
         """Begins to copy `block`, which stays alive and unchanged until the event."""
 
     def order(self, block: torch.Tensor, event: Event) -> None:
-        """What the caller's stream does from now on comes after the event, and keeps the memory of `block`."""
+        """Lets later work on the caller's stream wait for the event.
+
+        Keeps the memory of `block` until that work has ended.
+        """
 
 
 class Cuda:
-    """A CUDA device, with a stream for copies only."""
+    """A CUDA device, with a stream that only copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -54,19 +58,23 @@ class Cuda:
     def order(self, block: torch.Tensor, event: Event) -> None:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(event)  # type: ignore[arg-type]
-        # The block came from the copying stream's memory: it may not go back there before this stream is through.
+        # The block came from the memory of the copying stream. It may not go back before this
+        # stream has finished with it.
         block.record_stream(stream)
 
 
 class Handed:
-    """The position after the batches that were handed over, and not after those that are ahead."""
+    """The position after the batches that were handed over. Batches that are ahead do not count."""
 
     def __init__(self, state: Any) -> None:
         self.state = state
 
 
 class Ahead:
-    """Takes batches, copies them, and hands them over in order. Several threads may take."""
+    """Takes batches, copies them, and hands them over in order.
+
+    Several threads may take batches.
+    """
 
     def __init__(
         self,
@@ -83,11 +91,14 @@ class Ahead:
         self._reading: deque[tuple[Event, Any]] = deque()
         self._handed: Handed | None = None
         self._ended = False
-        # Who drops a pass in the middle must not free what a copy reads.
+        # If a pass is dropped in the middle, memory that a copy reads must not be freed.
         weakref.finalize(self, _wait, self._reading).atexit = False
 
     def take(self, limit_s: float | None) -> Any:
-        """The next batch, on the device; None at the end. Raises what taking it raised."""
+        """Returns the next batch, on the device, or None at the end.
+
+        Raises errors of computing it.
+        """
         with self._lock:
             if self._handed is None:
                 self._handed = Handed(self._state())
@@ -128,7 +139,7 @@ class Ahead:
             self._reading.popleft()
 
     def close(self) -> None:
-        """Waits for the copies that were begun; batches handed over stay valid."""
+        """Waits for the copies that were begun. Batches that were handed over stay valid."""
         with self._lock:
             self._ended = True
             self._ready.clear()
@@ -142,7 +153,10 @@ def _wait(reading: deque[tuple[Event, Any]]) -> None:
 
 
 def _moved(link: Link, batch: Any) -> tuple[Any, list[tuple[torch.Tensor, Event]], list[torch.Tensor]]:
-    """The batch with its tensors on the device, the copies that have to end first, and what they read."""
+    """Moves the tensors of a batch to the device.
+
+    Returns the batch, the copies that must end first, and the host memory that they read.
+    """
     leaves, form = _pytree.tree_flatten(batch)
     used: dict[int, int] = {}
     for leaf in leaves:
@@ -163,7 +177,8 @@ def _moved(link: Link, batch: Any) -> tuple[Any, list[tuple[torch.Tensor, Event]
         if not isinstance(leaf, torch.Tensor) or leaf.device.type != "cpu":
             return leaf
         storage = leaf.untyped_storage()
-        # A small view of something large is copied alone; the tensors of one buffer go in one piece.
+        # A small view of a large storage is copied alone. Tensors of one buffer are copied in one
+        # piece.
         if leaf.layout != torch.strided or used[storage.data_ptr()] * 2 < storage.nbytes():
             return copied(leaf)
         key = storage.data_ptr()

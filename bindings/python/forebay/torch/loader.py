@@ -1,4 +1,7 @@
-"""The stand-in for ``torch.utils.data.DataLoader``. It chooses the way."""
+"""The stand-in for ``torch.utils.data.DataLoader``.
+
+It chooses between the native way and the Python way.
+"""
 
 from __future__ import annotations
 
@@ -35,34 +38,44 @@ _UNPINNED = "'pin_memory' argument is set as true but no accelerator is found, t
 
 
 class DataLoader(torch.utils.data.DataLoader[_T_co]):
-    """``torch.utils.data.DataLoader`` without worker processes; the same arguments, and forebay's settings by keyword.
+    """A ``torch.utils.data.DataLoader`` without worker processes.
 
-    The native way is taken for a ``TokenDataset`` with no sampler or a ``DistributedSampler``, no ``batch_sampler`` and
-    no ``collate_fn``. Batches are dicts of tensors of shape ``(batch_size, seq_len)``. There, ``num_workers=0`` means
-    the default number of threads; ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have nothing to act on;
-    ``drop_last=False`` delivers the tail in a short batch on one rank, and padded on several; ``pin_memory=True`` fills
-    torch's page-locked memory directly. Their ``dataset`` goes through the same rows one by one; its ``tokens`` is
-    the TokenDataset.
+    It takes the same arguments, and forebay's settings as further keywords.
 
-    On the Python way, ``num_workers`` counts threads: batches come in order, exceptions keep their type and their
-    traceback, and ``torch.utils.data.get_worker_info()`` answers for each thread. Map-style datasets resume with any
-    ``num_workers``, iterable ones with the same. docs/torch.md has all that differs from torch.
+    A ``TokenDataset`` goes the native way if there is no ``batch_sampler``, no ``collate_fn``, and
+    no sampler other than a ``DistributedSampler``. Batches are then dicts of tensors with shape
+    ``(batch_size, seq_len)``. On the native way:
 
-    A setting wins over the parameter of torch that means the same: ``remainder`` over ``drop_last``,
-    ``num_threads`` over ``num_workers``, ``prefetch_batches`` over ``prefetch_factor``, and ``seed``
-    over the sampler's seed and ``generator.initial_seed()``. The rank is ``dp_rank``, else that of
-    ``mesh``, of the sampler, of the launcher or torch.distributed, else 0 of 1.
+    - ``num_workers=0`` means the default number of threads.
+    - ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have no effect.
+    - ``drop_last=False`` delivers the tail: in a short batch on one rank, and padded on several.
+    - ``pin_memory=True`` fills torch's page-locked memory directly.
+    - ``dataset`` is an iterable over the same rows, one by one. ``dataset.tokens`` is the
+      TokenDataset.
+
+    Every other dataset goes the Python way, where ``num_workers`` counts threads. Batches come in
+    order. Exceptions keep their type and their traceback. ``torch.utils.data.get_worker_info()``
+    answers for each thread. Map-style datasets resume with any ``num_workers``, iterable datasets
+    with the same number. docs/torch.md lists all differences from torch.
+
+    A setting wins over the parameter of torch with the same meaning: ``remainder`` over
+    ``drop_last``, ``num_threads`` over ``num_workers``, ``prefetch_batches`` over
+    ``prefetch_factor``, and ``seed`` over the sampler's seed and ``generator.initial_seed()``. The
+    rank is ``dp_rank``, or the rank of ``mesh``, of the sampler, of the launcher or of
+    torch.distributed, in this order. The default is rank 0 of 1.
 
     Parameters
     ----------
     mesh:
-        A ``torch.distributed.device_mesh.DeviceMesh``: only ranks that differ in its data-parallel dimensions (named
-        ``dp``, ``dp_replicate``, ``dp_shard``, ``fsdp``, ``ddp`` or ``data``, or its only one) read different rows.
+        A ``torch.distributed.device_mesh.DeviceMesh``. Only ranks that differ in its data-parallel
+        dimensions read different rows. These are the dimensions named ``dp``, ``dp_replicate``,
+        ``dp_shard``, ``fsdp``, ``ddp`` or ``data``, or its only dimension. Default: None.
     device:
-        A CUDA device: batches are copied there on a stream of their own, and are safe to use on the current one.
-        Implies ``pin_memory``. Default: host memory.
+        A CUDA device. Batches are copied to it on a stream of their own, and are safe to use on the
+        current stream. It implies ``pin_memory``. Default: None, which leaves batches in host
+        memory.
     device_prefetch:
-        Batches copied ahead of the one handed over. Default: 2.
+        Number of batches copied ahead of the batch that was handed over. Default: 2.
 
     Other Parameters
     ----------------
@@ -142,7 +155,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
     Raises
     ------
     ConfigError
-        A setting is unusable, or the launcher's rank is not that of torch.distributed.
+        A setting cannot be used, or the launcher's rank differs from the rank of torch.distributed.
     """
 
     def __init__(
@@ -314,7 +327,8 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         self.prefetch_factor = None
         self.pin_memory = pin_memory
         self.pin_memory_device = pin_memory_device
-        # Who builds a loader of torch's from these would set a limit to workers that it has none of.
+        # A caller may build a loader of torch from these attributes. It must not set a limit for
+        # workers, because it has none.
         self.timeout = 0
         self.worker_init_fn = None
         self.in_order = in_order
@@ -338,10 +352,11 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
 
     @classmethod
     def from_env(cls, data: Data | None = None, **settings: Any) -> Self:
-        """A native loader whose every setting may come from the environment or the file.
+        """Opens a native loader. Every setting may come from the environment or the file.
 
-        The arguments win over both: those of ``TokenDataset``, and those of this class by keyword. The constructor
-        takes the same, except for the data and the batch size, which it has as arguments.
+        The arguments win over both. They are the arguments of ``TokenDataset``, and those of this
+        class as keywords. The constructor reads the environment in the same way, except for the
+        data and the batch size, which it takes as arguments.
         """
         own, of_dataset = (set(inspect.signature(kind).parameters) for kind in (cls, TokenDataset))
         unknown = set(settings) - own - of_dataset
@@ -359,11 +374,12 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         self._link = link
         self.device_prefetch = device_prefetch
         self._handed: Handed | None = None
-        # Wrappers of Lightning Fabric and Ray copy `__dict__`, and ask the copy. Methods of a subclass count.
+        # Wrappers of Lightning Fabric and Ray copy `__dict__`, and ask the copy. Methods of a
+        # subclass count.
         self.__dict__.update(state_dict=self.state_dict, load_state_dict=self.load_state_dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batches handed over by the newest pass."""
+        """Returns the position after the batches that the newest pass handed over."""
         if self._handed is None:
             return self._state_taken()
         if isinstance(self._handed.state, Failed):
@@ -371,7 +387,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         return dict(self._handed.state)
 
     def _state_taken(self) -> State:
-        """The position after what was taken, which on the way to a device is ahead of what was handed over."""
+        """Returns the position after the batches that were taken.
+
+        On the way to a device, these are more batches than were handed over.
+        """
         return self._resume.state(self) if self._native is None else self._native.loader.state_dict()
 
     def _state_ahead(self) -> State | Failed:
@@ -381,14 +400,17 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             return Failed(error)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The next pass continues there; ``{}`` changes nothing.
+        """Lets the next pass continue at a position that ``state_dict`` returned.
+
+        An empty dict changes nothing.
 
         Raises
         ------
         StateMismatchError
-            It belongs to another dataset, or to another kind of loader; both values are named.
+            The state belongs to another dataset, or to another kind of loader. Both values are
+            named.
         TypeError
-            It is no mapping.
+            The state is not a mapping.
         """
         if isinstance(state_dict, Mapping) and not state_dict:
             return
@@ -402,7 +424,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         self._handed = handed
 
     def _ahead(self, take: Callable[[float | None], Any]) -> Ahead | None:
-        """What brings the batches of a new pass to the device."""
+        """Returns the copier that brings the batches of a new pass to the device.
+
+        None without device.
+        """
         if self._link is None:
             return None
         return Ahead(self._link(), take, self._state_ahead, self._begun_ahead, self.device_prefetch)
@@ -431,18 +456,18 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         return self._native.loader
 
     def __iter__(self) -> Any:
-        """A new pass; it begins at its first ``next()``."""
+        """Makes a new pass, which begins at its first ``next()``."""
         if self._native is not None:
             return NativeIterator(self._native, self, self._ahead)
         return DatasetIterator(self, self._resume, self._ahead)
 
     def __len__(self) -> int:
-        """Batches of this rank in an epoch."""
+        """Returns the number of batches of this rank in an epoch."""
         return len(self._native.loader) if self._native is not None else super().__len__()
 
     @property
     def multiprocessing_context(self) -> None:
-        """None: there are no processes, and setting it is an error."""
+        """None, because there are no processes. Setting another value is an error."""
         return None
 
     @multiprocessing_context.setter
@@ -453,12 +478,14 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             )
 
     def check_worker_number_rationality(self) -> None:
-        """Nothing: it warns of too many processes, and there are none."""
+        """Does nothing. In torch it warns of too many processes."""
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass begins this epoch, unless a position of it was restored and not continued yet.
+        """Lets the next pass begin this epoch.
 
-        On the Python way, every sampler and dataset that has the method is told, also inside of others.
+        A restored position of this epoch stays in force until a pass has continued it. On the
+        Python way, every sampler and dataset with this method is told the epoch, also inside of
+        others.
         """
         if self._native is not None:
             self._native.loader.set_epoch(epoch)
@@ -466,17 +493,22 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         self._resume.set_epoch(self, epoch)
 
     def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Tensors]]:
-        """Consumers for `count` threads, that share this loader's threads, mapping and windows. Native loaders only.
+        """Shares this loader among `count` consumers, one per thread. Native loaders only.
 
-        Each is a rank of its own: consumer `i` gets every `count`-th row of each batch from the `i`-th on, as rank
-        ``dp_rank + i * dp_world_size`` of ``dp_world_size * count`` ranks gets with a `count`-th of the batch size. A
-        consumer may be `ahead` batches before the slowest one, and waits for it then (default: ``prefetch_batches``).
-        ``state_dict`` then gives the position after the last batch that all consumers have.
+        The consumers share this loader's threads, files and decoded blocks. Each consumer is a rank
+        of its own. Consumer `i` gets every `count`-th row of each batch, from the `i`-th row on.
+        Rank ``dp_rank + i * dp_world_size`` of ``dp_world_size * count`` ranks gets the same rows
+        with a `count`-th of the batch size.
+
+        A consumer may be `ahead` batches before the slowest one (default: ``prefetch_batches``).
+        Then it waits. ``state_dict`` gives the position after the last batch that all consumers
+        have.
 
         Raises
         ------
         ConfigError
-            Rows cannot be dealt out evenly: `batch_size` is no multiple of `count`, or a last batch may be short.
+            Rows cannot be dealt out evenly: `batch_size` is not a multiple of `count`, or a last
+            batch may be short.
         """
         loader, native = self._loader, self._native
         assert native is not None
@@ -488,63 +520,88 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         return split.consumers
 
     def seek(self, position: int, epoch: int | None = None) -> None:
-        """The next pass begins at `position` of `epoch` (default: the present one). Native loaders only."""
+        """Lets the next pass begin at `position` of `epoch`. Native loaders only.
+
+        The default is the present epoch.
+        """
         self._loader.seek(position, epoch)
         self._handed = None
 
     def sequences_at(self, epoch: int, position: int, n: int = 1) -> Tensors:
-        """Rows at `n` positions from `position` on in an epoch's order, over all ranks. Native loaders only."""
+        """Returns the rows at `n` positions of an epoch's order, from `position` on, over all
+        ranks.
+
+        Native loaders only.
+        """
         return tensors_of(self._loader._open_core().sequences_at(epoch, position, n))
 
     def batch_at(
         self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
     ) -> Tensors:
-        """What a rank gets at a step of the pass that begins with `epoch`. Native loaders only.
+        """Returns the batch that a rank gets at a step of the pass that begins with `epoch`.
 
-        Default: this loader's epoch and ranks.
+        The defaults are this loader's epoch and ranks. Native loaders only.
         """
         return tensors_of(self._loader._open_core().batch_at(step, epoch, rank, world_size))
 
     @property
     def epoch(self) -> int:
-        """Epoch of the newest pass, or of the next one if that was set or restored. Native loaders only."""
+        """Epoch of the newest pass. Native loaders only.
+
+        After `set_epoch`, `seek` or `load_state_dict` it is the epoch of the next pass.
+        """
         return self._loader.epoch
 
     @property
     def num_sequences(self) -> int:
-        """Full sequences of the present epoch, over all ranks. TypeError where it has no end. Native loaders only."""
+        """Full sequences of the present epoch, over all ranks. Native loaders only.
+
+        Raises TypeError if the epoch has no end.
+        """
         return self._loader.num_sequences
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the present epoch, specials included. TypeError where it has no end. Native loaders only."""
+        """Tokens of the present epoch, special ids included. Native loaders only.
+
+        Raises TypeError if the epoch has no end.
+        """
         return self._loader.num_tokens
 
     @property
     def dropped_tokens(self) -> int:
-        """Tokens of the present epoch that the remainder rule leaves out, over all ranks. Native loaders only."""
+        """Tokens of the present epoch that `remainder` leaves out, over all ranks.
+
+        Native loaders only.
+        """
         return self._loader.dropped_tokens
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every setting in force. Native loaders only."""
+        """Every setting in force, by name. Native loaders only."""
         return self._loader.config
 
     @property
     def origins(self) -> dict[str, str]:
-        """Where each setting comes from. Native loaders only."""
+        """Origin of each setting: an argument, a variable, a file, the launcher, or the default.
+
+        Native loaders only.
+        """
         return self._loader.origins
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far; times in seconds. Loaders of other datasets count batches and waits alone."""
+        """Returns counters since the loader was opened. Times are in seconds.
+
+        Loaders of other datasets count only batches and waits.
+        """
         return self._waits.stats() if self._native is None else self._loader.stats()
 
     def verdict(self) -> str:
-        """Who waits for whom, in one line."""
+        """Tells in one line whether the loader or its consumers are slower."""
         return self._waits.verdict() if self._native is None else self._loader.verdict()
 
     def close(self) -> None:
-        """Stops every pass; batches already handed over stay valid."""
+        """Stops every pass. Batches that were handed over stay valid."""
         if self._native is not None:
             self._native.close()
 
@@ -556,7 +613,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
 
 
 def _link_to(device: str | torch.device | None) -> Callable[[], Link] | None:
-    """Makes the way to `device` for a pass; None for host memory."""
+    """Makes the way to `device` for a pass. None for host memory."""
     place = torch.device("cpu" if device is None else device)
     if place.type == "cpu":
         return None
