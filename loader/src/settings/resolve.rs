@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 /// Settings that may be taken from the environment and the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Operational settings, the rank, and `model_parallel_size`. A variable must not silently change
-    /// the data of an explicit call.
+    /// Operational settings, the rank, and `model_parallel_size`. A variable must not silently
+    /// change the data of an explicit call.
     OperationalOnly,
     /// Every setting.
     All,
@@ -64,8 +64,8 @@ impl Resolved {
     }
 }
 
-/// Resolves the settings from the arguments `explicit` (names and values), `env`, and the file that
-/// `env` names.
+/// Resolves the settings from the arguments `explicit` (names and values), `env`, and the file
+/// that `env` names.
 ///
 /// If an argument is given twice, the last one counts. Arguments for `data` are joined to one list
 /// instead. Fails with all faults, listed together.
@@ -76,8 +76,10 @@ where
     resolve_on(explicit, env, scope, None, ranks::available_cpus())
 }
 
-/// Resolves the settings of a loader inside a training framework, as [`resolve`] does. The framework
-/// stands for arguments that are not given, and says the rank where the environment does not.
+/// Resolves the settings of a loader inside a training framework, like [`resolve`].
+///
+/// The framework stands for arguments that are not given. It gives the rank if the environment does
+/// not.
 pub fn resolve_within<'a, V: 'a>(
     explicit: &'a [(String, V)],
     env: &Environment,
