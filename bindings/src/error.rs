@@ -1,4 +1,4 @@
-//! Errors of the core as Python exceptions: the one place where a kind becomes a class.
+//! Turns errors of the core into Python exceptions. Only this module chooses the class.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -19,7 +19,8 @@ fn class_name(kind: ErrorKind) -> &'static str {
     }
 }
 
-/// The exception for `error`: its place as `path`, `block` and `row`, its causes as notes.
+/// Makes the exception for `error`, with its place as `path`, `block` and `row`, and its causes as
+/// notes.
 pub(crate) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
     build(py, error).unwrap_or_else(|failed| failed)
 }
@@ -39,7 +40,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     Ok(PyErr::from_value(exception))
 }
 
-/// Runs `work` without holding the interpreter; its error or panic becomes an exception.
+/// Runs `work` without holding the interpreter. Its error or panic becomes an exception.
 pub(crate) fn detached<T: Send>(
     py: Python<'_>,
     work: impl FnOnce() -> forebay::Result<T> + Ungil + Send,

@@ -1,4 +1,4 @@
-//! Python bindings: `forebay._core`. They convert and hand over; every decision is the core's.
+//! Python bindings: `forebay._core`. They convert and hand over. The core makes every decision.
 
 mod batch;
 mod error;
@@ -13,15 +13,15 @@ use std::io::Write;
 use forebay::settings::environment::Environment;
 use pyo3::prelude::*;
 
-/// Runs the command line; `arguments` begin with the program's name. Returns the exit status.
+/// Runs the command line and returns its exit status. `arguments` begin with the program's name.
 #[pyfunction]
 fn run_command(py: Python<'_>, arguments: Vec<OsString>) -> PyResult<u8> {
-    // The command runs outside of the interpreter, which would hear of Ctrl-C only at its end.
+    // The command runs outside of the interpreter, which would notice Ctrl-C only at its end.
     let _interrupt = forebay_cli::end_at_interrupt();
     error::detached(py, || {
         let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
         let status = forebay_cli::run(&arguments, &Environment::current(), &mut out, &mut err);
-        // Python's exit does not flush Rust's streams; a reader that has gone has seen enough.
+        // Python's exit does not flush Rust's streams. An error means that the reader has gone.
         let _ = out.flush();
         Ok(status)
     })

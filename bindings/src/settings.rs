@@ -1,4 +1,4 @@
-//! Settings: Python objects to typed values and back. The core resolves and checks them.
+//! Converts Python objects to typed values and back. The core resolves and checks them.
 
 use forebay::settings::environment::Environment;
 use forebay::settings::{
@@ -21,7 +21,8 @@ pub(crate) struct Settings {
     from_env: bool,
 }
 
-/// What torch says beside the settings, by the names that its own loader has for it.
+/// The facts that torch states beside the settings, by the names that torch's own loader has for
+/// them.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
 pub(crate) struct Torch {
@@ -29,7 +30,7 @@ pub(crate) struct Torch {
     num_workers: u64,
     prefetch_factor: Option<u64>,
     generator_seed: Option<u64>,
-    /// Rank, number of ranks, seed, and whether it drops the last samples.
+    /// Rank, number of ranks, seed, and whether the last samples are dropped.
     sampler: Option<(u64, u64, u64, bool)>,
     /// Name, rank and size of each dimension.
     mesh: Option<Vec<(Option<String>, u64, u64)>>,
@@ -106,8 +107,9 @@ impl Settings {
     }
 }
 
-/// Checks the types of the settings `given` by name, and leaves out those that are `None`. The
-/// values become Python's own types, which can be pickled.
+/// Checks the types of the settings `given` by name, and leaves out settings that are `None`.
+///
+/// The values become Python's own types, which can be pickled.
 #[pyfunction]
 pub(crate) fn typed<'py>(py: Python<'py>, given: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyDict>> {
     objects(py, &typed_values(given)?)
@@ -135,7 +137,7 @@ fn typed_values(given: &Bound<'_, PyDict>) -> PyResult<Vec<(String, Value)>> {
     Ok(values)
 }
 
-/// The paths in `object`, which is a path or several.
+/// The paths in `object`, which is one path or several.
 fn paths_of(name: &str, object: &Bound<'_, PyAny>, setting: &Setting) -> PyResult<Value> {
     let refused = |object: &Bound<'_, PyAny>| {
         let kind = object.get_type().name()?;
@@ -183,7 +185,7 @@ pub(crate) fn values<'py>(py: Python<'py>, config: &Config) -> PyResult<Bound<'p
     Ok(dict)
 }
 
-/// The Python object of a value. A list inside a list becomes a tuple, as users write ranges.
+/// Makes the Python object of a value. A list inside a list becomes a tuple, as users write ranges.
 fn object_of<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
     Ok(match value {
         Value::None => py.None().into_bound(py),
@@ -207,7 +209,7 @@ fn object_of<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>>
     })
 }
 
-/// The typed value of a Python object for `setting`.
+/// Makes the typed value of a Python object for `setting`.
 ///
 /// Numbers of NumPy and other libraries count as numbers, paths as text, and every other iterable
 /// as a list.
@@ -235,7 +237,7 @@ fn value_of(object: &Bound<'_, PyAny>, setting: Option<&Setting>, level: usize) 
         let path = object.py().import("os")?.call_method1("fspath", (object,))?;
         return value_of(&path, setting, MOST_LEVELS);
     }
-    // NumPy's booleans are neither Python's nor numbers.
+    // NumPy's booleans are not Python's booleans, and not numbers.
     if matches!(kind.as_str(), "bool" | "bool_") {
         return Ok(Value::Switch(object.is_truthy()?));
     }
@@ -262,12 +264,12 @@ fn value_of(object: &Bound<'_, PyAny>, setting: Option<&Setting>, level: usize) 
     }
 }
 
-/// Reads an integer. A number beyond every setting stays text, so that an error can show it.
+/// Reads an integer. A number that exceeds every setting stays text, so that an error can show it.
 fn integer_of(number: &Bound<'_, PyInt>) -> Value {
     number.extract().map_or_else(|_| Value::Text(number.to_string()), Value::Integer)
 }
 
-/// The name of a dtype of NumPy or torch, or of an object that NumPy makes a dtype of.
+/// The name of a dtype of NumPy or torch, or of an object that NumPy turns into a dtype.
 fn dtype_name(object: &Bound<'_, PyAny>) -> PyResult<Value> {
     let text = object.str()?.to_string();
     if let Some(name) = text.strip_prefix("torch.") {

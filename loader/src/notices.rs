@@ -8,17 +8,17 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, TryLockError};
 
-/// Number of notices that wait at most. Later ones are dropped until some are taken.
+/// Most notices that wait in the queue. Further notices are dropped until some are taken.
 const MOST_WAITING: usize = 1000;
 
 /// Importance of a notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// Progress of passes.
+    /// The progress of passes.
     Debug,
-    /// Where each rank begins and resumes.
+    /// The positions at which each rank begins and resumes.
     Info,
-    /// Something that the user should know without asking.
+    /// A fact that the user should know without asking.
     Warning,
 }
 

@@ -35,7 +35,7 @@ pub enum Dtype {
     F64,
 }
 
-/// What the bits of a type mean.
+/// The meaning of the bits of a type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DtypeKind {
     /// An integer with a sign.
@@ -91,7 +91,7 @@ impl Dtype {
         }
     }
 
-    /// What its bits mean.
+    /// The meaning of the type's bits.
     pub const fn kind(self) -> DtypeKind {
         match self {
             Self::U8 | Self::U16 | Self::U32 => DtypeKind::Unsigned,
@@ -119,7 +119,8 @@ impl Dtype {
         format!("{} or {last}", names.join(", "))
     }
 
-    /// The little-endian bytes of a small whole number in this type. [`Dtype::size`] of them count.
+    /// The little-endian bytes of a small whole number in this type. The first [`Dtype::size`]
+    /// bytes count.
     pub fn encode(self, value: i64) -> [u8; 8] {
         let mut bytes = value.to_le_bytes();
         if self == Self::F64 {
@@ -136,16 +137,16 @@ impl Dtype {
     }
 }
 
-/// Most fields of a corpus. A saved index has room for so many types.
+/// Most fields of a corpus. A saved index has room for this many types.
 pub const MAX_FIELDS: usize = 8;
 
-/// Types of the fields in a shard, in the order of the setting `fields`; none where the shard lacks
-/// a column.
+/// Types of the fields in a shard, in the order of the setting `fields`. `None` stands for a column
+/// that the shard lacks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FieldTypes([u8; MAX_FIELDS]);
 
 impl FieldTypes {
-    /// The types `types`.
+    /// Makes the list of these types.
     pub fn new(types: impl IntoIterator<Item = Option<Dtype>>) -> Self {
         let mut all = [0; MAX_FIELDS];
         for (number, dtype) in all.iter_mut().zip(types) {
@@ -160,12 +161,12 @@ impl FieldTypes {
         Dtype::ALL.get(usize::from(*self.0.get(index)?).checked_sub(1)?).copied()
     }
 
-    /// The numbers by which a saved index holds the types.
+    /// The numbers that represent the types in a saved index.
     pub(crate) fn numbers(self) -> [u8; MAX_FIELDS] {
         self.0
     }
 
-    /// The types of numbers that [`FieldTypes::numbers`] gave.
+    /// The types with numbers that [`FieldTypes::numbers`] gave.
     pub(crate) fn of_numbers(numbers: [u8; MAX_FIELDS]) -> Option<Self> {
         numbers.iter().all(|number| usize::from(*number) <= Dtype::ALL.len()).then_some(Self(numbers))
     }
@@ -229,12 +230,12 @@ impl<'a> Tokens<'a> {
                 let any = ids.iter().fold(0, |all, id| all | i64::from_le_bytes(*id));
                 if any < 0 { ids.iter().position(|id| i64::from_le_bytes(*id) < 0) } else { None }
             }
-            // Types without a sign, and those that no token ids have.
+            // These types have no sign, or token ids never have them.
             _ => None,
         }
     }
 
-    /// The value at `index`, widened to 64 bits; the bits of a floating-point number.
+    /// The value at `index`, as a 64-bit integer. A floating-point number appears as its bits.
     ///
     /// # Panics
     /// If `index` is past the end.
@@ -253,7 +254,7 @@ impl<'a> Tokens<'a> {
     }
 }
 
-/// The error of a file that has the negative id `id`.
+/// Makes the error for a file with the negative id `id`.
 pub fn negative_id(id: i64) -> Error {
     Error::data(format!("token ids must not be negative: found {id}"))
 }

@@ -1,8 +1,8 @@
 //! Schema: the columns that a corpus delivers beside its tokens.
 //!
-//! A [`SchemaField`] is one per-token column: its name, the type in which it is delivered, and its
-//! values where no token of the file stands. Its name decides all of these but the type, by the
-//! table [`RULES`]. A schema without fields is a corpus of tokens alone.
+//! A [`SchemaField`] is one per-token column. It has a name, the type in which it is delivered, and
+//! values for places without a token of the file. The name decides all of these but the type, by
+//! the table [`RULES`]. A schema without fields is a corpus of tokens alone.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
@@ -10,36 +10,36 @@ use std::sync::{Mutex, PoisonError};
 use crate::error::{Error, Result};
 use crate::tokens::{Dtype, DtypeKind};
 
-/// Which token a value belongs to where targets are one token ahead.
+/// The token that a value belongs to if targets are one token ahead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// The input at its place.
+    /// The input at the value's place.
     Input,
-    /// The target at its place.
+    /// The target at the value's place.
     Target,
 }
 
-/// What stands in place of a column that one source of a mixture lacks.
+/// The replacement of a column that one source of a mixture lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Missing {
-    /// Labels made of the tokens.
+    /// Labels made from the tokens.
     Derived,
     /// This number, for every token of a file.
     Value(i64),
-    /// Nothing does: the source is refused.
+    /// No replacement: the source is refused.
     Refused,
 }
 
 /// Type of a delivered field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Delivered {
-    /// The type on disk; a type that few libraries have becomes the next larger one.
+    /// The type on disk. A type that few libraries have becomes the next larger one.
     AsStored,
-    /// A fixed type, which every stored type of the same kind widens to.
+    /// A fixed type. Every stored type of the same kind widens to it.
     Always(Dtype),
 }
 
-/// What a name says of a field.
+/// The facts about a field that follow from its name.
 #[derive(Clone, Copy, Debug)]
 struct Rule {
     names: &'static [&'static str],
@@ -50,7 +50,7 @@ struct Rule {
     missing: Missing,
 }
 
-/// Value of a label that is no target.
+/// Value of a label that is not a target.
 pub const IGNORED_LABEL: i64 = -100;
 
 const RULES: [Rule; 5] = [
@@ -86,7 +86,7 @@ const RULES: [Rule; 5] = [
         side: Side::Input,
         missing: Missing::Value(1),
     },
-    // Any other name.
+    // The rule for any other name.
     Rule {
         names: &[],
         delivered: Delivered::AsStored,
@@ -113,15 +113,15 @@ pub struct SchemaField {
     pub special: i64,
     /// Value where a row holds no token.
     pub padding: i64,
-    /// The token that a value belongs to where targets are shifted.
+    /// The token that a value belongs to if targets are shifted.
     pub side: Side,
-    /// What stands for the column in a source that lacks it.
+    /// Replacement of the column in a source that lacks it.
     pub missing: Missing,
 }
 
 impl SchemaField {
-    /// The field `name` of sources that store it in the types `stored`; none where a source lacks
-    /// it.
+    /// Makes the field `name` of sources that store it in the types `stored`. `None` stands for a
+    /// source that lacks it.
     pub fn of(name: &str, stored: &[(&str, Option<Dtype>)]) -> Result<Self> {
         let rule = rule_of(name);
         let mut dtype = None;
@@ -173,8 +173,8 @@ impl Delivered {
     }
 }
 
-/// The name, in memory that lives as long as the process. Few names are ever used, and each is kept
-/// once.
+/// Returns the name in memory that lives as long as the process. Few names are ever used, and each
+/// is kept once.
 fn interned(name: &str) -> &'static str {
     static NAMES: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
     let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);

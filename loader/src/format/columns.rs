@@ -1,8 +1,9 @@
-//! Columns: chooses the token column of a file, and says what the other columns look like.
+//! Columns: chooses the token column of a file, and tells what the other columns are likely to
+//! hold.
 //!
 //! Takes the names and shapes of a file's columns. Gives the name of the token column, or an error
-//! that lists what is there. A column is never taken by its name alone where the name has other
-//! common meanings: `tokens` and `ids` are also counts of tokens and numbers of rows.
+//! that lists the columns. A name with other common meanings does not suffice to choose a column:
+//! `tokens` and `ids` are also counts of tokens and numbers of rows.
 
 use std::fmt;
 
@@ -10,54 +11,54 @@ use super::OpenOptions;
 use crate::error::{Error, Result};
 use crate::text::escaped;
 
-/// Columns taken for the tokens when none is named, in order of preference.
+/// Columns that are taken for the tokens if no column is named, in order of preference.
 pub const TOKEN_COLUMNS: [&str; 4] = ["input_ids", "tokens", "token_ids", "ids"];
 
-/// Those of [`TOKEN_COLUMNS`] that are also common names of one number for each row.
+/// The names of [`TOKEN_COLUMNS`] that are also common for columns with one number per row.
 const AMBIGUOUS: [&str; 2] = ["tokens", "ids"];
 
-/// What the rows of a column hold, as far as the choice of the token column depends on it.
+/// Content of the rows of a column, as far as the choice of the token column depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Holds {
     /// Lists of integers.
     Lists,
-    /// One integer in each row.
+    /// One integer per row.
     Numbers,
-    /// Anything else.
+    /// Any other content.
     Other,
 }
 
-/// The column that a shard's tokens are in, in one byte.
+/// The column with a shard's tokens, in one byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenColumn {
-    /// Index in [`TOKEN_COLUMNS`], or none for the column that the settings name.
+    /// Index in [`TOKEN_COLUMNS`]. `None` means the column that the settings name.
     known: Option<u8>,
     /// Whether a row is one token.
     plain: bool,
 }
 
-/// The bit of [`TokenColumn::number`] that says that a row is one token.
+/// The bit of [`TokenColumn::number`] that means that a row is one token.
 const PLAIN: u8 = 0x80;
 
 impl TokenColumn {
-    /// The column called `name`. If it is `plain`, each of its rows is one token.
+    /// Makes the column called `name`. If it is `plain`, each of its rows is one token.
     pub(crate) fn of(name: &str, plain: bool) -> Self {
         Self { known: TOKEN_COLUMNS.iter().position(|known| *known == name).map(|index| index as u8), plain }
     }
 
-    /// The number by which a saved index holds the column.
+    /// The number that represents the column in a saved index.
     pub(crate) fn number(self) -> u8 {
         self.known.map_or(0, |index| index + 1) | if self.plain { PLAIN } else { 0 }
     }
 
-    /// The column of a number that [`TokenColumn::number`] gave.
+    /// The column with a number that [`TokenColumn::number`] gave.
     pub(crate) fn of_number(number: u8) -> Option<Self> {
         let known = (number & !PLAIN).checked_sub(1);
         let is_known = known.is_none_or(|index| usize::from(index) < TOKEN_COLUMNS.len());
         is_known.then_some(Self { known, plain: number & PLAIN != 0 })
     }
 
-    /// Its name in a shard that was opened with `options`.
+    /// Name of the column in a shard that was opened with `options`.
     pub fn name(self, options: &OpenOptions) -> &str {
         match self.known {
             Some(index) => TOKEN_COLUMNS[usize::from(index)],
@@ -70,19 +71,20 @@ impl TokenColumn {
         self.plain
     }
 
-    /// Whether it may hold another thing than tokens, though it is the only column of its file.
+    /// Whether the column may hold something other than tokens, even if it is the only one of its
+    /// file.
     pub(crate) fn is_doubtful(self, options: &OpenOptions) -> bool {
         self.plain && options.token_column.is_none() && AMBIGUOUS.contains(&self.name(options))
     }
 
-    /// Its name and the shape of its rows, for messages.
+    /// Name of the column and the shape of its rows, for messages.
     pub(crate) fn describe(self, options: &OpenOptions) -> String {
         let shape = if self.plain { "one token in each row" } else { "a list in each row" };
         format!("`{}`, {shape}", escaped(self.name(options)))
     }
 }
 
-/// The cause of an error that says that a file lacks a column.
+/// The cause of an error about a file that lacks a column.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MissingColumn;
 
@@ -130,9 +132,9 @@ fn names(columns: &[(&str, Holds)]) -> String {
 
 /// Picks the token column among `columns` of a file.
 ///
-/// If none is named, takes the first of [`TOKEN_COLUMNS`] that holds lists of integers, else the
-/// first that holds an integer in each row. `tokens` and `ids` of the second kind are taken only if
-/// the file has no other column.
+/// If no column is named, takes the first of [`TOKEN_COLUMNS`] that holds lists of integers. If
+/// there is none, takes the first that holds one integer per row. In that case, `tokens` and `ids`
+/// are taken only if the file has no other column.
 fn choose_token_column<'a>(columns: &[(&'a str, Holds)], wanted: Option<&str>) -> Result<&'a str> {
     let known = || TOKEN_COLUMNS.iter().filter_map(|name| columns.iter().find(|(column, _)| column == name));
     let is_doubtful =
@@ -170,7 +172,7 @@ fn choose_token_column<'a>(columns: &[(&'a str, Holds)], wanted: Option<&str>) -
     }))
 }
 
-/// Tells what a column beside the tokens is likely to hold for each token, by its name.
+/// Tells by its name what a column beside the tokens is likely to hold for each token.
 pub fn looks_like(column: &str) -> Option<&'static str> {
     let name = column.to_lowercase();
     let has = |parts: &[&str]| parts.iter().any(|part| name.contains(part));

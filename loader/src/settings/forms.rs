@@ -1,7 +1,7 @@
-//! Forms: how the values of one type are read, printed, checked and described.
+//! Forms: read, print, check and describe the values of one type.
 //!
 //! A row of the table names the form of its setting. A form knows the accepted range or choices, so
-//! nothing else checks a single value.
+//! that nothing else checks a single value.
 
 use super::config::{Epochs, Shuffle, Skip};
 use super::mixture::MixtureSettings;
@@ -12,37 +12,38 @@ use super::values::{
 use crate::error::Error;
 use crate::tokens::{Dtype, MAX_FIELDS};
 
-/// Why a value cannot be the value of a setting.
+/// The reason why a value cannot be the value of a setting.
 #[derive(Debug)]
 pub(crate) enum Unfit {
     /// The setting takes values of other types.
     Type,
-    /// The type is right. The value is out of range, or text that the setting does not understand.
+    /// The type is right. The value is out of range, or a text that the setting does not
+    /// understand.
     Value,
-    /// A value with parts of its own is wrong in one of them, which the error names.
+    /// One part of the value is wrong. The error names the part.
     Part(Error),
 }
 
-/// How the values of type `T` are read and shown.
+/// Reads and shows values of type `T`.
 pub(crate) trait Form<T>: Sync {
-    /// Reads text without blanks around it.
+    /// Reads a text without blanks around it.
     fn parse(&self, text: &str) -> Result<T, Unfit>;
 
-    /// Reads a typed value that is neither text nor none.
+    /// Reads a typed value that is not text and not none.
     fn convert(&self, value: &Value) -> Result<T, Unfit>;
 
-    /// Whether a value built in Rust is one that text could have given.
+    /// Whether a text could have given this value, which was built in Rust.
     fn holds(&self, value: &T) -> bool;
 
-    /// Prints `value` as text that [`Form::parse`] reads back.
+    /// Prints `value` as a text that [`Form::parse`] reads back.
     fn print(&self, value: &T) -> String;
 
-    /// Gives `value` its type again.
+    /// Returns `value` as a typed value.
     fn value(&self, value: &T) -> Value {
         Value::Text(self.print(value))
     }
 
-    /// Says what is accepted, as a noun phrase.
+    /// Describes the accepted values, as a noun phrase.
     fn accepts(&self) -> String;
 
     /// The type annotation in Python, without `None`.
@@ -71,13 +72,13 @@ fn checked<T>(form: &impl Form<T>, value: Option<T>) -> Result<T, Unfit> {
     value.filter(|value| form.holds(value)).ok_or(Unfit::Value)
 }
 
-/// How an integer is written.
+/// The unit in which an integer is printed.
 #[derive(Clone, Copy)]
 enum Unit {
     None,
-    /// Tokens, with an example of a unit in errors.
+    /// Tokens, printed with a unit. The text is an example for errors.
     Tokens(&'static str),
-    /// A count of tokens that is printed without a unit.
+    /// Tokens, printed without a unit.
     PlainTokens,
     Bytes,
 }
@@ -87,7 +88,7 @@ pub(super) struct Integer {
     low: u64,
     high: u64,
     unit: Unit,
-    /// Other words for what is accepted.
+    /// Description of the accepted values, if the usual one does not fit.
     accepts: Option<&'static str>,
 }
 
@@ -95,7 +96,7 @@ pub(super) const fn number(low: u64, high: u64) -> Integer {
     Integer { low, high, unit: Unit::None, accepts: None }
 }
 
-/// A number of tokens, printed with a unit such as that of `example`.
+/// A number of tokens, printed with a unit like `example`.
 pub(super) const fn tokens(low: u64, high: u64, example: &'static str) -> Integer {
     Integer { low, high, unit: Unit::Tokens(example), accepts: None }
 }
@@ -112,7 +113,7 @@ pub(super) const fn bytes() -> Integer {
 }
 
 impl Integer {
-    /// The same integers, described in other words.
+    /// The same integers, with another description of the accepted values.
     pub(super) const fn called(self, accepts: &'static str) -> Self {
         Self { accepts: Some(accepts), ..self }
     }
@@ -243,11 +244,11 @@ impl Form<bool> for Switch {
 
 /// A type with a name for each of its values.
 pub(crate) trait Choice: Copy + PartialEq + Sync + 'static {
-    /// Every value that is accepted, with its name.
+    /// Every accepted value, with its name.
     const CHOICES: &'static [(&'static str, Self)];
 }
 
-/// The name of `value`, if it is one that is accepted.
+/// The name of `value`. `None` if the value is not accepted.
 fn name_of<T: Choice>(value: T) -> Option<&'static str> {
     T::CHOICES.iter().find(|(_, choice)| *choice == value).map(|(name, _)| *name)
 }
@@ -294,7 +295,7 @@ impl<T: Choice> Form<T> for Name {
     }
 }
 
-/// How an epoch is shuffled: a name, or true or false.
+/// The order of an epoch: a name, or true or false.
 pub(super) struct ShuffleKind;
 
 impl Form<Shuffle> for ShuffleKind {
@@ -365,10 +366,10 @@ impl Form<Dtype> for IdDtype {
     }
 }
 
-/// A number of epochs, or no end.
+/// A number of epochs, or epochs without end.
 pub(super) struct EpochCount;
 
-/// Most epochs of a pass that has an end.
+/// Most epochs of a pass with an end.
 const MOST_EPOCHS: u64 = 1 << 32;
 
 impl Form<Epochs> for EpochCount {
@@ -414,7 +415,7 @@ impl Form<Epochs> for EpochCount {
 /// Ranges of positions, or none.
 pub(super) struct Skips;
 
-/// Positions that can be named.
+/// Number of positions that a setting can name.
 const MOST_POSITIONS: u64 = 1 << 62;
 
 fn skip_of(value: &Value) -> Result<Skip, Unfit> {
@@ -535,7 +536,7 @@ impl Form<Vec<String>> for Paths {
 /// Names of columns, or none.
 pub(super) struct Columns;
 
-/// Names of arrays that a batch has anyway.
+/// Names that other arrays of a batch have.
 const TAKEN_NAMES: [&str; 5] = ["input_ids", "x", "y", "source", "sample_index"];
 
 impl Form<Vec<String>> for Columns {
@@ -570,7 +571,7 @@ impl Form<Vec<String>> for Columns {
     }
 }
 
-/// Text of any kind.
+/// A text of any kind.
 pub(super) struct Text {
     accepts: &'static str,
     python: &'static str,
@@ -610,7 +611,7 @@ impl Form<String> for Text {
     }
 }
 
-/// A mixture, which keeps the JSON text that it was written in.
+/// A mixture. It keeps the JSON text that the user wrote.
 pub(super) struct Mixture;
 
 impl Form<String> for Mixture {
@@ -655,7 +656,7 @@ impl<T, F: Form<T>> Form<Option<T>> for Optional<F> {
     }
 
     fn convert(&self, value: &Value) -> Result<Option<T>, Unfit> {
-        // An empty list says so, too.
+        // An empty list means the same.
         if *value == Value::List(Vec::new()) { Ok(None) } else { self.0.convert(value).map(Some) }
     }
 

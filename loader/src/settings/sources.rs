@@ -14,16 +14,17 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug)]
 pub(super) struct GivenValue {
     pub(super) value: Value,
-    /// Name of its place, in errors.
+    /// Name of the place of the value, for errors.
     pub(super) place: String,
-    /// Name of its place, as the origin of the setting.
+    /// Name of the place of the value, as the origin of the setting.
     pub(super) origin: String,
 }
 
 /// The values that one source gives, by setting.
 pub(super) type GivenValues = BTreeMap<&'static str, GivenValue>;
 
-/// The values among the arguments. The last of several counts, but those for `data` are one list.
+/// The values among the arguments. Of several values of a setting the last one counts, but values
+/// of `data` are joined to one list.
 pub(super) fn arguments<'a, V: 'a>(explicit: &'a [(String, V)], faults: &mut Vec<Error>) -> GivenValues
 where
     Value: From<&'a V>,
@@ -46,7 +47,7 @@ where
     values
 }
 
-/// The values among the variables. Warns of other names that begin as ours do.
+/// The values among the variables. Warns of unknown names that begin like ours.
 pub(super) fn variables(env: &Environment, faults: &mut Vec<Error>, warnings: &mut Vec<String>) -> GivenValues {
     let strict = env.switch("FOREBAY_STRICT_ENV", false).unwrap_or_else(|fault| {
         faults.push(fault);
@@ -61,7 +62,7 @@ pub(super) fn variables(env: &Environment, faults: &mut Vec<Error>, warnings: &m
         } else if variable.starts_with("FOREBAY_") && !OTHER_VARIABLES.contains(&variable) && !is_of_a_service(variable)
         {
             let known = names.keys().map(String::as_str).chain(OTHER_VARIABLES);
-            // All names share the prefix, which would make all of them near.
+            // All names share the prefix, so that it would make all of them seem near.
             let nearest = nearest_of(
                 variable.trim_start_matches("FOREBAY_"),
                 known.map(|name| name.trim_start_matches("FOREBAY_")),

@@ -1,6 +1,6 @@
-//! Nearest: what a mistyped name most likely means.
+//! Finds the name that a mistyped name most likely means.
 
-/// The one of `names` that a mistyped `name` most likely means.
+/// Returns the one of `names` that a mistyped `name` most likely means.
 pub fn nearest_of<T: AsRef<str>>(name: &str, names: impl IntoIterator<Item = T>) -> Option<T> {
     let name = name.to_lowercase();
     let furthest = (name.len() / 3).max(2);
@@ -16,7 +16,7 @@ pub fn nearest_of<T: AsRef<str>>(name: &str, names: impl IntoIterator<Item = T>)
         .map(|(_, candidate)| candidate)
 }
 
-/// Insertions, deletions and replacements of bytes from `a` to `b`.
+/// Counts the insertions, deletions and replacements of bytes that turn `a` into `b`.
 fn edit_distance(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.bytes().enumerate() {

@@ -23,7 +23,7 @@ pub enum Value {
     List(Vec<Self>),
     /// Values by name, in order.
     Map(Vec<(String, Self)>),
-    /// An object that no setting accepts, by the name of its type.
+    /// An object that no setting accepts. The text is the name of its type.
     Other(String),
 }
 
@@ -42,7 +42,7 @@ impl Value {
         }
     }
 
-    /// The value as an error shows it: a short one in full, any other by its type.
+    /// The value as an error shows it: a short value in full, any other value by its type.
     pub(crate) fn shown(&self) -> String {
         match self {
             Self::Switch(on) => format!("`{on}`"),
@@ -53,7 +53,7 @@ impl Value {
         }
     }
 
-    /// The value as JSON. `None` where it holds an object that JSON has no form for.
+    /// The value as JSON. `None` if it contains an object without a form in JSON.
     pub fn to_json(&self) -> Option<serde_json::Value> {
         Some(match self {
             Self::None => serde_json::Value::Null,
@@ -73,7 +73,7 @@ impl Value {
         })
     }
 
-    /// The innermost object that no setting accepts, by the name of its type.
+    /// The name of the type of the innermost object that no setting accepts.
     pub(crate) fn stranger(&self) -> Option<&str> {
         match self {
             Self::Other(name) => Some(name),
@@ -119,7 +119,7 @@ pub(super) fn named<T: Copy>(names: &[(&str, T)], text: &str) -> Option<T> {
     names.iter().find(|(name, _)| name.eq_ignore_ascii_case(text)).map(|(_, value)| *value)
 }
 
-/// Whether `text` says that a setting has no value.
+/// Whether `text` means that a setting has no value.
 pub(super) fn is_none(text: &str) -> bool {
     text.is_empty() || text.eq_ignore_ascii_case("none")
 }
@@ -180,8 +180,8 @@ pub(super) fn size_text(value: u64, suffix: &str) -> String {
     value.to_string()
 }
 
-/// Parses names separated by commas. A backslash takes the special meaning of a comma or backslash
-/// after it.
+/// Parses names separated by commas. A backslash before a comma or a backslash removes its special
+/// meaning.
 pub(super) fn list(text: &str) -> Option<Vec<String>> {
     let mut names = vec![String::new()];
     let mut characters = text.chars().peekable();
@@ -195,7 +195,7 @@ pub(super) fn list(text: &str) -> Option<Vec<String>> {
     names.iter().all(|name| !name.is_empty()).then_some(names)
 }
 
-/// Prints `names` as the text by which the setting `data` means them.
+/// Prints `names` as a text that the setting `data` reads back.
 pub fn list_text<T: AsRef<str>>(names: &[T]) -> String {
     let escaped: Vec<_> = names.iter().map(|name| name.as_ref().replace('\\', "\\\\").replace(',', "\\,")).collect();
     escaped.join(",")
@@ -204,7 +204,7 @@ pub fn list_text<T: AsRef<str>>(names: &[T]) -> String {
 /// Largest CPU number that is accepted, plus one. No system has more.
 pub(crate) const MOST_CPUS: u64 = 1 << 13;
 
-/// Sorts `cpus` and drops repetitions. `None` where a number is too large.
+/// Sorts `cpus` and drops repetitions. `None` if a number is too large.
 pub(super) fn cpu_set(mut cpus: Vec<u64>) -> Option<Vec<u64>> {
     cpus.sort_unstable();
     cpus.dedup();
@@ -225,7 +225,7 @@ pub(super) fn cpus(text: &str) -> Option<Vec<u64>> {
     cpu_set(cpus)
 }
 
-/// Prints `cpus`, which are in order, as the text that [`cpus`] parses.
+/// Prints sorted `cpus` as a text that [`cpus`] parses.
 pub(crate) fn cpus_text(cpus: &[u64]) -> String {
     let runs = cpus.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
         [one] => one.to_string(),
@@ -234,7 +234,7 @@ pub(crate) fn cpus_text(cpus: &[u64]) -> String {
     runs.collect::<Vec<_>>().join(",")
 }
 
-/// Parses ranges `start-end`. Each is of epoch 0, or of the epoch before its colon.
+/// Parses ranges `start-end`. A range belongs to epoch 0, or to the epoch before its colon.
 pub(super) fn skips(text: &str) -> Option<Vec<Skip>> {
     if is_none(text) {
         return Some(Vec::new());
@@ -248,7 +248,7 @@ pub(super) fn skips(text: &str) -> Option<Vec<Skip>> {
         .collect()
 }
 
-/// Prints `skips` as the text that [`skips`] parses.
+/// Prints `skips` as a text that [`skips`] parses.
 pub(crate) fn skips_text(skips: &[Skip]) -> String {
     let range = |Skip { epoch, start, end }: &Skip| {
         if *epoch == 0 { format!("{start}-{end}") } else { format!("{epoch}:{start}-{end}") }
@@ -257,7 +257,7 @@ pub(crate) fn skips_text(skips: &[Skip]) -> String {
     if ranges.is_empty() { "none".to_owned() } else { ranges.join(",") }
 }
 
-/// Prints a limit as a power of two where it is a large one.
+/// Prints a large limit as a power of two.
 pub(super) fn limit_text(limit: u64) -> String {
     const LARGE: u64 = 1 << 20;
     match limit {

@@ -14,7 +14,7 @@ use crate::tokens::{Dtype, DtypeKind};
 #[derive(Clone, Debug)]
 pub(super) struct Column {
     pub(super) name: String,
-    /// Whether it is a further column, and not that of the tokens.
+    /// Whether this is a further column, and not the token column.
     pub(super) is_field: bool,
     /// Type on disk.
     pub(super) stored: Dtype,
@@ -30,17 +30,20 @@ pub(super) struct Column {
     pub(super) list_def: u32,
 }
 
-/// Why the chosen column cannot hold tokens. A file without tokens is sound all the same.
+/// The reason why the chosen column cannot hold tokens. A file without tokens is sound
+/// nevertheless.
 #[derive(Clone, Debug)]
 pub(super) struct Refused {
     pub(super) error: Error,
-    /// Whether its type has null as its only value, so that all rows are null.
+    /// Whether null is the only value of its type, so that all rows are null.
     pub(super) is_null: bool,
 }
 
 impl Column {
-    /// Chooses the column that `options` ask for. If only the type of its elements is wrong, says
-    /// why: its lists may be empty.
+    /// Chooses the column that `options` ask for.
+    ///
+    /// If only the type of its elements is wrong, the result gives the reason, because its lists
+    /// may be empty.
     pub(super) fn choose(schema: &SchemaDescriptor, options: &OpenOptions) -> Result<(Self, Option<Refused>)> {
         let is_field = options.is_field;
         let fields = schema.root_schema().get_fields();
@@ -150,7 +153,7 @@ fn shape(field: &Type) -> Option<&Type> {
     }
 }
 
-/// What the rows of a column hold, for the choice among columns.
+/// The content of the rows of a column, for the choice among columns.
 fn holds(field: &Type) -> Holds {
     match shape(field).map(dtype) {
         Some(Ok(dtype)) if !is_integer(dtype) => Holds::Other,
@@ -216,7 +219,7 @@ fn logical_name(logical: &LogicalType) -> String {
         LogicalType::Integer(int) => format!("{}int{}", if int.is_signed { "" } else { "u" }, int.bit_width),
         LogicalType::Decimal(decimal) => format!("decimal({}, {})", decimal.precision, decimal.scale),
         other => {
-            // Only the name stands before the first bracket of such a text.
+            // Only the name comes before the first bracket of such a text.
             let text = format!("{other:?}");
             text.split(['(', '{', ' ']).next().unwrap_or_default().to_owned()
         }

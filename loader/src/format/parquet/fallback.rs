@@ -33,7 +33,7 @@ pub(super) struct Decoded {
     pub(super) null: Option<u64>,
     /// First row of a further column that is null.
     pub(super) null_list: Option<u64>,
-    /// Values of each row, if the caller asked for them; none where a row is null.
+    /// Number of values in each row, if the caller asked for it. `None` stands for a null row.
     pub(super) lengths: Option<Vec<Option<u64>>>,
 }
 
@@ -67,7 +67,7 @@ pub(super) fn read(file: &SourceFile, column: &Column, index: usize) -> Result<D
     decode(file, column, index, Decoded::default())
 }
 
-/// Reads the values of each row of row group `index`; none where a row is null.
+/// Reads the number of values in each row of row group `index`. `None` stands for a null row.
 pub(super) fn row_lengths(file: &SourceFile, column: &Column, index: usize) -> Result<Vec<Option<u64>>> {
     let decoded = decode(file, column, index, Decoded { lengths: Some(Vec::new()), ..Decoded::default() })?;
     Ok(decoded.lengths.unwrap_or_default())

@@ -14,22 +14,22 @@ const STRUCT: u8 = 12;
 /// A reduced footer.
 #[derive(Debug, Default)]
 pub(super) struct Reduced {
-    /// The footer with the needed fields alone.
+    /// The footer with only the needed fields.
     pub(super) bytes: Vec<u8>,
     /// Row group and index of each column that is encrypted.
     pub(super) encrypted: Vec<(usize, usize)>,
 }
 
-/// A field that the copy keeps: its number, and how its value is copied.
+/// A field that the copy keeps: its number, and the way to copy its value.
 struct Kept(i32, Copied);
 
-/// How a value is copied.
+/// The way to copy a value.
 enum Copied {
-    /// Without a change.
+    /// The value is copied unchanged.
     Whole,
-    /// A struct, of which these fields are kept.
+    /// The value is a struct. The copy keeps these fields.
     Struct(&'static [Kept]),
-    /// A list of such structs.
+    /// The value is a list of structs. The copy keeps these fields of each.
     List(&'static [Kept]),
 }
 
@@ -38,7 +38,7 @@ use Copied::{List, Struct, Whole};
 const FILE: &[Kept] = &[Kept(1, Whole), Kept(2, Whole), Kept(3, Whole), Kept(4, List(ROW_GROUP)), Kept(6, Whole)];
 const ROW_GROUP: &[Kept] = &[Kept(1, List(CHUNK)), Kept(2, Whole), Kept(3, Whole)];
 const CHUNK: &[Kept] = &[Kept(1, Whole), Kept(2, Whole), Kept(3, Struct(COLUMN))];
-/// Type, encodings, path, codec, number of values, sizes, offsets and statistics.
+/// The fields for type, encodings, path, codec, number of values, sizes, offsets and statistics.
 const COLUMN: &[Kept] = &[
     Kept(1, Whole),
     Kept(2, Whole),
@@ -52,7 +52,7 @@ const COLUMN: &[Kept] = &[
     Kept(12, Whole),
 ];
 
-/// Fields of a column chunk that say that it is encrypted.
+/// Fields of a column chunk that mark it as encrypted.
 const ENCRYPTED: [i32; 2] = [8, 9];
 
 /// Reduces the footer `bytes`.

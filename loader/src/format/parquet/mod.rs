@@ -124,7 +124,7 @@ struct Footer {
     metadata: ParquetMetaData,
     /// Row group and index of each column that is encrypted.
     encrypted: Vec<(usize, usize)>,
-    /// Where the footer begins, so that data ends.
+    /// Start of the footer, which is the end of the data.
     start: u64,
 }
 
@@ -167,7 +167,7 @@ fn encrypted(what: &str) -> Error {
     Error::data(format!("{what} is encrypted, which is not supported; write it without encryption"))
 }
 
-/// Number of rows of the file. Some writers give it for the row groups alone.
+/// Number of rows of the file. Some writers give it only for the row groups.
 fn count_rows(metadata: &ParquetMetaData) -> Result<u64> {
     let negative = |_| Error::data("footer is damaged: negative row count");
     let rows = u64::try_from(metadata.file_metadata().num_rows()).map_err(negative)?;

@@ -342,8 +342,10 @@ impl Walker {
     }
 }
 
-/// Whether `named`, the path in a column chunk, is that of the file itself: empty, or an ending of
-/// `path`, as far as that goes. Writers give the path below a folder that the reader does not know.
+/// Whether `named`, the path in a column chunk, means this file.
+///
+/// It does if it is empty or an ending of `path`. Writers give the path below a folder that the
+/// reader does not know.
 fn is_path_of(named: &str, path: &Path) -> bool {
     let named = Path::new(named).components().filter(|part| !matches!(part, Component::CurDir | Component::RootDir));
     let mut own = path.components().rev();
