@@ -80,8 +80,9 @@ def make_loader(name: str, path: str, workers: int):
 
 
 def memory_mb() -> dict[str, float]:
-    """Memory of this process and its descendants: private and shared pages, and the mapped files
-    beside them.
+    """Memory of this process and its descendants.
+
+    Gives private and shared pages, and the mapped files beside them.
     """
     parents = {}
     for entry in Path("/proc").iterdir():
@@ -147,7 +148,10 @@ def measure(name: str, path: str, workers: int, seconds: float) -> dict[str, flo
 
 
 def epoch(name: str, path: str) -> dict[str, int | str]:
-    """Rows of one epoch whatever their order: equal digests mean the same rows, each as often."""
+    """Digest of the rows of one epoch in any order.
+
+    Equal digests mean the same rows, each the same number of times.
+    """
     weights = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, SEQ_LEN, np.int64)
     sums = [batch["input_ids"].numpy() @ weights for batch in make_loader(name, path, 0)]
     rows = np.sort(np.concatenate(sums))
@@ -194,7 +198,7 @@ def compare(folder: Path, quick: bool, progress) -> dict:
     samples: dict[tuple[str, int], list[dict]] = {cell: [] for cell in cells}
     started, done, total = time.monotonic(), 0, rounds * len(cells)
     for k in range(rounds):
-        # Every second round runs backwards, so that a machine that slows down slows all.
+        # Every second round runs backwards, so that a machine that slows down affects all loaders.
         for name, n in cells if k % 2 == 0 else reversed(cells):
             left = f", {(time.monotonic() - started) / done * (total - done):.0f} s left" if done else ""
             done += 1
@@ -246,9 +250,7 @@ def print_table(report: dict) -> None:
 
 
 def verdicts(report: dict) -> list[str]:
-    """Where forebay wins and where it loses, against PyTorch's fastest way with and without
-    processes.
-    """
+    """Tells where forebay wins and loses against PyTorch's fastest way, with and without processes."""
     results = {(result["loader"], result["workers"]): result for result in report["results"]}
     lines = []
     for name in ("forebay-parquet", "forebay-arrow"):

@@ -43,7 +43,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def read_column(path: Path, column: str) -> pa.Table | str:
-    """The column as pyarrow reads it, or why it does not. Other columns may be damaged."""
+    """Returns the column as pyarrow reads it, or the reason why it does not."""
     head = path.read_bytes()[:6]
     try:
         if head.startswith(b"PAR1"):
@@ -74,7 +74,7 @@ def integer_columns(path: Path) -> list[str]:
 
 
 def expected_tokens(table: pa.Table, column: str) -> list[int] | str:
-    """What the column holds, document after document; or why no loader could deliver it."""
+    """Returns the documents of the column in order, or the reason why no loader could deliver it."""
     if table.column_names.count(column) != 1:
         return "several columns have this name"
     values: list[Any] = table.column(column).to_pylist()
@@ -166,7 +166,7 @@ def results(path: Path, out: Path) -> Iterator[dict[str, str]]:
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     out = Path(sys.argv[1])
-    # What the commands print is not for the parent.
+    # The output of the commands is not for the parent.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)

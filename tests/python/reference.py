@@ -1,7 +1,7 @@
-"""The naive loader: what every batch has to be, in plain Python on top of pyarrow.
+"""The naive loader: every batch in plain Python on top of pyarrow.
 
-Reads a corpus row by row, builds the stream of tokens as one list, cuts it, orders it and groups
-it, with no regard for memory or speed. It shares no code with the Rust core and can be read as the
+It reads a corpus row by row, builds the stream of tokens as one list, cuts it, orders it and groups
+it, without regard for memory or speed. It shares no code with the Rust core. It can be read as the
 specification of a batch.
 """
 
@@ -25,8 +25,9 @@ IGNORE = -100
 
 
 def shards(data: str | os.PathLike[str] | list[Any]) -> list[Path]:
-    """Files of a corpus in order: lists as given, folders by relative path bytewise, or as
-    `state.json` says.
+    """Files of a corpus, in order.
+
+    Lists keep their order. Folders are sorted bytewise by relative path, or follow `state.json`.
     """
     if isinstance(data, list | tuple):
         return [path for entry in data for path in shards(entry)]
@@ -56,8 +57,9 @@ def read_table(path: Path) -> pa.Table:
 
 
 def documents(path: Path, column: str | None = None) -> list[list[int]]:
-    """Rows of the token column; null lists are empty, and a plain integer column is one
-    document.
+    """Rows of the token column.
+
+    Null lists are empty, and a plain integer column is one document.
     """
     table = read_table(path)
     if column is None:
@@ -72,8 +74,9 @@ def documents(path: Path, column: str | None = None) -> list[list[int]]:
 def token_stream(
     data: Any, *, column: str | None = None, bos_id: int | None = None, eos_id: int | None = None
 ) -> list[int]:
-    """The corpus as one list of tokens: every non-empty document with `bos_id` before it and
-    `eos_id` after it.
+    """The corpus as one list of tokens.
+
+    Every document with tokens stands between `bos_id` and `eos_id`.
     """
     stream: list[int] = []
     for path in shards(data):
@@ -86,8 +89,9 @@ def token_stream(
 
 
 def resolve_shuffle(shuffle: bool | str, *, decoded: bool) -> str:
-    """What `shuffle=True` means: block order where blocks are decoded (Parquet, compressed Arrow),
-    else global.
+    """The meaning of `shuffle=True`.
+
+    It is block order if blocks are decoded (Parquet, compressed Arrow), and global order otherwise.
     """
     if shuffle is True:
         return "block" if decoded else "global"
@@ -96,7 +100,7 @@ def resolve_shuffle(shuffle: bool | str, *, decoded: bool) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """Content and grouping settings, named as the loader names them and with its defaults."""
+    """Content and grouping settings, with the loader's names and defaults."""
 
     seq_len: int = 2048
     batch_size: int = 1
@@ -126,18 +130,18 @@ class Reference:
     def __init__(self, stream: list[int], settings: Settings) -> None:
         self.stream = stream
         self.settings = settings
-        # Where targets are shifted, the first token is never a target.
+        # If targets are shifted, the first token is never a target.
         self.targets = max(0, len(stream) - settings.shifted)
         self.num_sequences, self.tail = divmod(self.targets, settings.seq_len)
         self.orders: dict[int, list[int]] = {}
 
     @property
     def positions(self) -> int:
-        """Rows of an epoch: the full sequences, and one for the tail unless it is dropped."""
+        """Rows of an epoch: the full sequences, and one row for the tail unless it is dropped."""
         return self.num_sequences + (self.tail > 0 and self.settings.remainder != "drop")
 
     def order(self, epoch: int) -> list[int]:
-        """Sequence at each position; the tail stands last and is never shuffled."""
+        """The sequence at each position. The tail comes last and is never shuffled."""
         if epoch not in self.orders:
             self.orders[epoch] = self.draw_order(epoch)
         return self.orders[epoch]
@@ -154,8 +158,9 @@ class Reference:
         return order + list(range(n, self.positions))
 
     def sequence(self, index: int) -> Row:
-        """Sequence `index` of the stream; the tail is filled up by padding or from the stream's
-        beginning.
+        """Sequence `index` of the stream.
+
+        Padding, or the beginning of the stream, fills up the tail.
         """
         s = self.settings
         start, length = index * s.seq_len, s.seq_len + s.shifted
@@ -172,8 +177,9 @@ class Reference:
         return self.positions // rows if self.settings.remainder == "drop" else -(-self.positions // rows)
 
     def batch_at(self, step: int, *, epoch: int = 0, rank: int = 0, world_size: int = 1) -> list[Row]:
-        """What `rank` gets at `step`: rows past the last position are padding, the epoch's first
-        ones, or absent.
+        """The batch of `rank` at `step`.
+
+        Rows past the last position are padding, the first rows of the epoch, or missing.
         """
         s, order, rows = self.settings, self.order(epoch), []
         for j in range(s.batch_size):
@@ -192,8 +198,9 @@ class Reference:
             yield self.batch_at(step, epoch=epoch, rank=rank, world_size=world_size)
 
     def short_is_refused(self, world_size: int) -> bool:
-        """Whether the last step leaves a rank without a row, which `remainder="short"` does not
-        allow.
+        """Tells whether the last step leaves a rank without a row.
+
+        `remainder="short"` forbids that.
         """
         last = self.positions % (self.settings.batch_size * world_size)
         return 0 < last < world_size

@@ -1,5 +1,6 @@
-"""Order v1 in plain Python integers: what the Rust order has to equal, written from its
-specification alone.
+"""Order v1 in plain Python integers, written from its specification alone.
+
+The Rust order must equal it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def mix64(z: int) -> int:
 
 
 def derive(key: int, *words: int) -> int:
-    """A key of its own for every list of words."""
+    """Derives a separate key for every list of words."""
     for word in words:
         key = mix64(((key + GOLDEN) & MASK) ^ mix64(word & MASK))
     return key
@@ -63,14 +64,14 @@ def feistel(key: int, n: int, i: int) -> int:
 
 
 def permute(key: int, n: int, i: int) -> int:
-    """Where index `i` of `n` goes."""
+    """Returns the place of index `i` among `n`."""
     if n <= 1:
         return i
     return fisher_yates(key, n)[i] if n <= SMALL else feistel(key, n, i)
 
 
 def global_order(n: int, *, seed: int, epoch: int) -> list[int]:
-    """Sequence at each of `n` positions, one permutation over all."""
+    """Sequence at each of `n` positions, by one permutation of all."""
     key = derive(seed, 1, epoch, 2)
     return [permute(key, n, p) for p in range(n)]
 
@@ -78,8 +79,9 @@ def global_order(n: int, *, seed: int, epoch: int) -> list[int]:
 def block_order(
     n: int, *, seed: int, epoch: int, seq_len: int, chunk_tokens: int, window_tokens: int, lanes: int
 ) -> list[int]:
-    """Sequence at each of `n` positions: chunks are permuted, then sequences inside windows of each
-    lane.
+    """Sequence at each of `n` positions.
+
+    Chunks are permuted first, and then sequences inside windows of each lane.
     """
     if n == 0:
         return []
@@ -100,8 +102,8 @@ def block_order(
         j, lane = divmod(p, lanes)
         length = share + (lane < extra)
         start = lane * share + min(lane, extra)
-        # The first window of a lane is shortened by its phase, so that lanes do not begin windows
-        # at the same step.
+        # The phase of a lane shortens its first window, so that lanes begin windows at different
+        # steps.
         phase = window * lane // lanes
         w = (j + phase) // window
         begin, end = max(0, w * window - phase), min((w + 1) * window - phase, length)

@@ -1,7 +1,7 @@
-"""What a run delivers, as plain lists: the specification that `order/{course,holdout,mixture}.rs`
-have to equal.
+"""The content of a run as plain lists: the specification of `order/`.
 
-Nothing here is clever: every epoch is listed, every lane of a mixture is walked place by place.
+The code is simple on purpose. It lists every epoch, and walks every lane of a mixture place by
+place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Draw(NamedTuple):
 
 
 def side(sequences: int, every: int | None, split: str) -> list[int]:
-    """Sequences of one side of a corpus: of each run of `every`, one is held out."""
+    """Sequences of one side of a corpus. One of each run of `every` sequences is held out."""
     if every is None:
         return list(range(sequences))
     held = {run * every + ((derive(HOLDOUT_KEY, run) * every) >> 64) for run in range(-(-sequences // every))}
@@ -45,7 +45,7 @@ def side(sequences: int, every: int | None, split: str) -> list[int]:
 
 
 def course(epochs: Iterable[int], positions: Callable[[int], int], skips: list[Skip]) -> list[Position]:
-    """Epoch and position of all that a pass over `epochs` delivers, in order."""
+    """Epoch and position of every delivery of a pass over `epochs`, in order."""
     return [
         (epoch, position)
         for epoch in epochs
@@ -55,8 +55,9 @@ def course(epochs: Iterable[int], positions: Callable[[int], int], skips: list[S
 
 
 def steps(stages: list[Stage]) -> list[tuple[int, list[int]]]:
-    """Stages with each ramp as stages of its own; of those that begin together the last one
-    counts.
+    """Stages with each ramp as separate stages.
+
+    Of stages with the same start, the last one counts.
     """
     found: dict[int, list[int]] = {}
     for number, stage in enumerate(stages):
@@ -75,7 +76,10 @@ def steps(stages: list[Stage]) -> list[tuple[int, list[int]]]:
 
 
 def apportioned(weights: list[int], cycle: int) -> list[int]:
-    """Weights scaled to the sum `cycle`; what rounding leaves goes to the largest remainders."""
+    """Weights scaled to the sum `cycle`.
+
+    The largest remainders get the units that rounding leaves.
+    """
     total = sum(weights)
     counts = [weight * cycle // total for weight in weights]
     largest = sorted(range(len(weights)), key=lambda s: (-(weights[s] * cycle % total), s))
@@ -85,8 +89,9 @@ def apportioned(weights: list[int], cycle: int) -> list[int]:
 
 
 def turns(weights: list[int], places: int) -> list[int]:
-    """Turns that each source has among the first `places`: one half of the sources against the
-    other, and so on.
+    """Number of turns of each source among the first `places`.
+
+    One half of the sources is set against the other half, and so on inside each half.
     """
     if len(weights) == 1:
         return [places]
@@ -105,7 +110,7 @@ def lane_draws(
     most: int,
     exact_per: int | None,
 ) -> list[int]:
-    """Sources of a lane's first `most` places, or of all where it ends before."""
+    """Sources of a lane's first `most` places, or of all its places if they are fewer."""
     schedule = steps(stages)
     if exact_per:
         # Weights change between two global batches.
@@ -150,7 +155,7 @@ def mixture(
     most: int = 10**9,
     exact_per: int | None = None,
 ) -> list[list[Draw]]:
-    """What is drawn in each of `runs` epochs of the mixture; no more than about `most` of each."""
+    """The draws in each of `runs` epochs of the mixture, at most about `most` of each."""
     shares = [[size // lanes + (lane < size % lanes) for size in sizes] for lane in range(lanes)]
     sources = [
         lane_draws(lane, lanes, shares[lane], epochs, stages, drop, -(-most // lanes), exact_per)
@@ -158,7 +163,7 @@ def mixture(
     ]
     even = min(len(drawn) for drawn in sources)
     places = [(lane, place) for place in range(even) for lane in range(lanes)]
-    # What only some lanes have comes at the end; where one of them has no end, nothing does.
+    # Places that only some lanes have come at the end. They do not exist if a lane has no end.
     longest = max(len(drawn) for drawn in sources)
     if longest >= -(-most // lanes):
         longest = even

@@ -1,5 +1,6 @@
-"""What several test files share: loaders from reference settings, batches as plain rows, processes
-of their own.
+"""Parts that several test files share.
+
+They make loaders from reference settings, turn batches to plain rows, and start processes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from reference import Reference, Row, Settings, token_stream
 
 HERE = Path(__file__).resolve().parent
 
-# Every name that ranks are found in; tests say themselves which of them is set.
+# Every variable that can give ranks. Tests choose themselves which of them is set.
 RANK_NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
     "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE",
@@ -27,7 +28,7 @@ RANK_NAMES = (
 
 
 def arguments(settings: Settings) -> dict[str, Any]:
-    """Reference settings as arguments of `Loader`."""
+    """Converts reference settings to arguments of `Loader`."""
     given = dict(vars(settings))
     given["shuffle"] = False if settings.shuffle == "off" else settings.shuffle
     return given
@@ -49,7 +50,7 @@ def names_of(targets: str) -> tuple[str, str]:
 
 
 def assert_batch(batch: dict[str, Any], rows: list[Row], targets: str = "labels", where: str = "") -> None:
-    """Equality of every value, with the place of the first that differs."""
+    """Asserts that all values are equal. A failure names the place of the first difference."""
     for name, wanted in zip(names_of(targets), zip(*rows, strict=True), strict=True):
         found = np.asarray(batch[name])
         expected = np.array(wanted, dtype=np.int64)
@@ -63,12 +64,12 @@ def assert_batch(batch: dict[str, Any], rows: list[Row], targets: str = "labels"
 
 
 def first_ids(batch: dict[str, Any]) -> list[int]:
-    """First token of each row: with unique tokens, which sequences these are."""
+    """First token of each row. If tokens are unique, it identifies the sequence."""
     return [int(value) for value in np.asarray(batch["input_ids"])[:, 0]]
 
 
 def clean_environment(**names: str) -> dict[str, str]:
-    """The environment without ranks and `FOREBAY_*`, and with `names`."""
+    """The environment without ranks and `FOREBAY_*`, but with `names`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FOREBAY_") and k not in RANK_NAMES}
     path = os.pathsep.join(filter(None, [str(HERE), kept.get("PYTHONPATH", "")]))
     return {**kept, "PYTHONPATH": path, **names}
@@ -77,7 +78,7 @@ def clean_environment(**names: str) -> dict[str, str]:
 def run_python(
     program: str, *args: Any, timeout: float = 120, env: dict[str, str] | None = None, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `program` in a new interpreter, a time limit on it."""
+    """Runs `program` in a new interpreter, with a time limit."""
     command = [sys.executable, "-c", textwrap.dedent(program), *(str(arg) for arg in args)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=env or clean_environment(), check=False
@@ -93,9 +94,7 @@ def json_from(program: str, *args: Any, **more: Any) -> Any:
 
 
 def shown_for(consumer: str, **names: Any) -> dict[str, Any]:
-    """Runs what docs/torch.md shows for a consumer, as it stands after the change; gives its
-    names.
-    """
+    """Runs the code of docs/torch.md for a consumer, and returns its names."""
     text = (HERE.parents[1] / "docs" / "torch.md").read_text()
     blocks = re.findall(r"^```diff\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     [lines] = [block.splitlines() for block in blocks if consumer in block.splitlines()[0]]

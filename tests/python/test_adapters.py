@@ -1,8 +1,8 @@
-"""Protects: trainers with an interface of their own get their batches, for two epochs and resumed
-in the middle.
+"""Protects adapters for trainers with an interface of their own.
 
-The stand-ins have what the published interfaces have: torchtitan's abstract class, what Megatron-LM
-calls on an external iterator, what OLMo-core's trainer does around an epoch.
+These trainers get their batches for two epochs, and after a resume in the middle. The stand-ins
+have the published interfaces: torchtitan's abstract class, the calls of Megatron-LM on an external
+iterator, and the steps of OLMo-core's trainer around an epoch.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_torchtitan(corpus: Path, flat: bool) -> None:
 
 
 class RerunDataIterator:
-    """What Megatron-LM wraps around an external iterator."""
+    """The wrapper of Megatron-LM around an external iterator."""
 
     def __init__(self, iterable: Any) -> None:
         self.iterable = iterable

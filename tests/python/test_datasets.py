@@ -1,8 +1,7 @@
-"""Protects: `forebay.torch.DataLoader` with datasets of others on threads, and the memory it fills
-by pointer.
+"""Protects `forebay.torch.DataLoader` with datasets of others on threads, and memory of the caller.
 
-A program that changes one import line must see the batches, exceptions and ends that PyTorch's
-loader gave it.
+A program that changes one import line must see the batches, exceptions and ends of PyTorch's
+loader.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Numbers(torch.utils.data.Dataset):  # type: ignore[misc,name-defined]
-    """0 to `size`, some of them late, so that threads finish out of order."""
+    """Gives 0 to `size`, some of them late, so that threads finish out of order."""
 
     def __init__(self, size: int = 60) -> None:
         self.size = size
@@ -54,7 +53,7 @@ class Numbers(torch.utils.data.Dataset):  # type: ignore[misc,name-defined]
 
 
 class Shards(torch.utils.data.IterableDataset):  # type: ignore[misc,name-defined]
-    """PyTorch's own example: a range that each worker takes its part of."""
+    """PyTorch's own example: a range from which each worker takes its part."""
 
     def __init__(self, end: int) -> None:
         self.start, self.end = 0, end
@@ -224,9 +223,7 @@ def test_the_order_of_arrival_is_torchs_other_choice() -> None:
 def test_threads_that_wait_for_the_interpreter_are_noticed(
     busy_s: float, cpu_s: float, waited_s: float, told: bool
 ) -> None:
-    """In two seconds: held, in parallel, asleep, one at a time, and a consumer that is slower
-    anyway.
-    """
+    """Five phases within two seconds: held, parallel, asleep, one at a time, and a slow consumer."""
     from forebay.torch.any_dataset.workers import Workers
 
     workers = Workers([lambda: abs] * 2, own_data=False, window=4, in_order=True, timeout_s=0)
@@ -258,7 +255,7 @@ def test_arguments_are_checked_as_torch_checks_them(corpus: Path) -> None:
     both: list[dict[str, Any]] = [
         {"num_workers": -1}, {"timeout": -1}, {"sampler": range(3), "shuffle": True}, {"batch_size": 0},
     ]  # fmt: skip
-    # The native way has threads without being asked for workers.
+    # The native way has threads even if no workers are asked for.
     without_workers: list[dict[str, Any]] = [{"prefetch_factor": 2}, {"persistent_workers": True}]
     for dataset, wrongs in ((Numbers(), both + without_workers), (tokens, both)):
         for wrong in wrongs:
@@ -293,7 +290,7 @@ def test_the_interpreter_exits_cleanly_with_live_threads() -> None:
 
 
 class Allocator:
-    """Ordinary memory in torch's hands, filled with a poison; fails on demand."""
+    """Ordinary memory of torch, filled with a poison. It fails on demand."""
 
     def __init__(self) -> None:
         self.blocks: list[torch.Tensor] = []
@@ -364,7 +361,7 @@ def test_a_batch_that_is_late_runs_into_the_timeout_and_is_not_lost(corpus: Path
 
 
 def test_the_core_waits_as_long_as_it_is_told(corpus: Path) -> None:
-    """Memory that nobody submits is waited for."""
+    """A pass waits for memory that is not submitted."""
     from forebay import _core
 
     loader = _core.Loader.open(_core.Settings({"data": str(corpus), "seq_len": 16}), False)
@@ -417,7 +414,7 @@ def test_the_callers_memory_is_let_go(corpus: Path) -> None:
         if step == 20:
             break
     loader.close()
-    # A free-threaded interpreter counts what another thread let go of a moment later.
+    # A free-threaded interpreter counts references that another thread drops a moment later.
     deadline = time.monotonic() + 30
     while alive and time.monotonic() < deadline:
         gc.collect()
@@ -474,7 +471,7 @@ def test_a_restored_epoch_survives_a_sampler_that_is_told_the_same_one(corpus: P
 
 
 class FakeGradientState:
-    """What accelerate's state remembers of the loaders that are iterated."""
+    """The part of accelerate's state that remembers the iterated loaders."""
 
     active: ClassVar[list[Any]] = []
 

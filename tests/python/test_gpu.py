@@ -1,8 +1,7 @@
-"""Protects, on a real CUDA device: batches that are copied while their memory is dropped and
-refilled never differ.
+"""Protects batches on a real CUDA device.
 
-`make test-gpu` prints the measured bandwidth and step times. Without a device every test here is
-skipped.
+A batch that is copied while its memory is dropped and refilled never differs. `make test-gpu`
+prints the measured bandwidth and step times. Without a device, every test here is skipped.
 """
 
 from __future__ import annotations
@@ -53,8 +52,9 @@ def forever(loader: Any) -> Iterator[Any]:
 
 
 def expected(corpus: Path) -> list[Any]:
-    """First ids of the rows of each batch of the first epochs; rows are runs of consecutive
-    numbers.
+    """First ids of the rows of each batch of the first epochs.
+
+    Rows are runs of consecutive numbers.
     """
     plain = loader_of(corpus)
     return [
@@ -64,7 +64,7 @@ def expected(corpus: Path) -> list[Any]:
 
 
 def wrong_rows(batch: Any, first: Any, run: Any) -> Any:
-    """How many values differ, counted on the device."""
+    """Number of values that differ, counted on the device."""
     wanted = first[:, None] + run
     return (batch["input_ids"] != wanted).sum() + (batch["labels"] != wanted).sum()
 
@@ -121,7 +121,7 @@ def rate(copy: Any, nbytes: int, rounds: int = 200) -> float:
 
 
 def test_bandwidth_against_the_links(corpus: Path, record_property: Any) -> None:
-    """Large batches, so that the link is what limits."""
+    """Large batches, so that the link is the limit."""
     loader = DataLoader(
         TokenDataset(corpus, seq_len=SEQ_LEN), batch_size=256, drop_last=True, num_threads=8, device="cuda",
         prefetch_batches=8, device_prefetch=4, shuffle=False,

@@ -112,7 +112,7 @@ class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc,name-define
 
 
 def results(loader: Any) -> Iterator[Result]:
-    """What a pass of `loader` comes to, errors included."""
+    """The batches and errors of a pass of `loader`."""
     iterator = iter(loader)
     while True:
         try:
@@ -187,7 +187,7 @@ class Program:
         return f"{ {name: getattr(self, name) for name in names} }: {', '.join(self.log)}"
 
     def make(self) -> None:
-        """A new loader, and torch's beside it."""
+        """Makes a new loader, and torch's loader beside it."""
         seed = next(self.seeds)
         self.loader, self.sampler = self.made(DataLoader, seed, self.workers)
         self.torch, self.torch_sampler = self.made(torch.utils.data.DataLoader, seed, 0)
@@ -210,7 +210,7 @@ class Program:
         return kind(data, batch_size=self.batch, num_workers=workers, **more), sampler
 
     def lists(self) -> list[list[Result]]:
-        """What torch gives in a new pass."""
+        """The batches of torch's loader in a new pass."""
         if self.kind == "map":
             return [list(results(self.torch))]
         lists = []
@@ -224,7 +224,7 @@ class Program:
         return self.torch.generator.get_state() if self.order == "generator" and self.torch.generator else None
 
     def begin(self) -> None:
-        """The model of a pass that begins now; what was restored of another epoch is forgotten."""
+        """The model of a pass that begins now. It forgets a restored position of another epoch."""
         restored, self.restored = self.restored, None
         told = self.order in ("epochs", "stream")
         if restored is not None and told and restored["epoch"] != self.epoch:
@@ -234,7 +234,7 @@ class Program:
             self.pass_state = restored["generator"]
         else:
             if self.generator_state() is not None and not (restored and restored["finished"]):
-                # What a pass that was left has drawn ahead depends on its window.
+                # The window of a pass that was left decides how far it has drawn ahead.
                 self.torch.generator.set_state(self.loader.generator.get_state())
             seed = next(self.seeds)
             torch.manual_seed(seed)
@@ -342,8 +342,9 @@ class Program:
 
 
 def interrupted_take(iterator: Any, found: list[Any], after_s: float) -> None:
-    """Takes a batch while a signal comes. The batch is either in `found` afterwards, or still to
-    come.
+    """Takes a batch while a signal comes.
+
+    Afterwards the batch is in `found`, or is still to come.
     """
     armed = [True]
 
@@ -363,7 +364,7 @@ def interrupted_take(iterator: Any, found: list[Any], after_s: float) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-# A timer of the test's own replaces the one that the signal method would set.
+# The test's own timer replaces the timer of the signal method.
 @pytest.mark.timeout(120, method="thread")
 @pytest.mark.thread_unsafe(reason="signals belong to the main thread, and seeds to the process")
 @pytest.mark.parametrize("part", range(PARTS))

@@ -1,4 +1,7 @@
-"""Protects: no column is taken by its name alone, and whole files are not called damaged."""
+"""Protects the choice of the token column.
+
+No column is taken by its name alone, and whole files are not called damaged.
+"""
 
 from __future__ import annotations
 
@@ -343,7 +346,7 @@ def test_check_lists_every_column_that_is_not_read(tmp_path: Path, container: st
 
 
 class Dataset:
-    """What a dataset of another library looks like from outside."""
+    """A dataset of another library, as it looks from outside."""
 
     column_names = ("input_ids",)
 

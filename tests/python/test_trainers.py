@@ -1,7 +1,7 @@
-"""Protects: trainers that others wrote take a forebay loader as it is, see every batch, and resume
-where they were.
+"""Protects trainers of others.
 
-Each test skips itself where its trainer is not installed: requirements/trainers.txt.
+They take a forebay loader as it is, see every batch, and resume at their position. Each test skips
+itself if its trainer is not installed: requirements/trainers.txt.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(consumer: str, corpus: Path, **names: Any) -> Any:
-    """What the docs show, where all ranks together get the batches that one would get."""
+    """Runs the code of the docs.
+
+    All ranks together get the batches that a single rank would get.
+    """
     return shown_for(consumer, corpus=corpus, seq_len=SEQ_LEN, batch_size=ROWS // world_size(), **names)
 
 
@@ -158,7 +161,7 @@ def test_distributed_checkpoints_keep_the_position(corpus: Path, tmp_path: Path)
     for _ in range(4):
         next(iterator)
     dcp.save({"loader": loader}, checkpoint_id=str(tmp_path / "checkpoint"))
-    # A loader that has not begun is the template: its keys must be those of one that has.
+    # A loader that has not begun is the template. It must have the keys of a loader that has.
     fresh = loader_of(corpus)
     dcp.load({"loader": fresh}, checkpoint_id=str(tmp_path / "checkpoint"))
     assert fresh.state_dict() == loader.state_dict()
@@ -182,8 +185,9 @@ SYNCED = [False, False, False, True] * 2 + [True]
 
 
 def accumulating(accelerator: Any, corpus: Path) -> tuple[Any, Callable[[Any], bool]]:
-    """A loader, and what trains on a batch and says whether gradients were synchronised after
-    it.
+    """Makes a loader, and a function that trains on a batch.
+
+    The function returns whether gradients were synchronised after the batch.
     """
     model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -246,7 +250,7 @@ def hugging_face(corpus: Path, folder: Path, **more: Any) -> Any:
     )  # fmt: skip
     trainer = shown("Hugging Face", corpus, Trainer=transformers.Trainer, model=Tiny(), args=arguments)["trainer"]
     trainer.get_eval_dataloader = lambda _=None: loader_of(corpus)
-    # Else its loss, a mean, is taken for a part of the sum over all ranks.
+    # Otherwise the trainer treats its loss, a mean, as a part of the sum over all ranks.
     trainer.model_accepts_loss_kwargs = False
     return trainer
 
@@ -336,9 +340,9 @@ def test_fabric_keeps_the_state(corpus: Path, tmp_path: Path, make: Any) -> None
     assert [first_ids(batch) for batch in fresh] == epochs_of(make, corpus, 1)[0][4:]
 
 
-# Several ranks, and what wants processes of its own. Each rank calls one of these functions, which
-# trains two epochs, stores in the middle of the second, and trains the rest of it again: the first
-# ids of both are what it gives.
+# Tests with several ranks, or with processes of their own. Each rank calls one of these functions.
+# It trains two epochs, stores in the middle of the second, and trains the rest of it again. It
+# returns the first ids of both.
 
 AT = STEPS + 4
 Found = tuple[list[list[int]], list[list[int]]]
@@ -411,7 +415,7 @@ def lightning_trainer(corpus: Path, folder: Path, make: Any = loader_of) -> Foun
 
 
 def lightning_trainer_dataset(corpus: Path, folder: Path) -> Found:
-    """Lightning gives each rank a DistributedSampler of its own making."""
+    """Lightning gives each rank a DistributedSampler that it makes itself."""
     return lightning_trainer(corpus, folder, dataset_loader_of)
 
 
@@ -576,8 +580,8 @@ def free_port() -> int:
 
 
 def in_ranks(count: int, run: Any, *args: Path) -> list[Found]:
-    """Calls `run` in `count` processes, as torchrun starts them."""
-    # DeepSpeed compiles a part of itself, with the ninja that stands beside this interpreter.
+    """Calls `run` in `count` processes, like torchrun."""
+    # DeepSpeed compiles a part of itself with the ninja beside this interpreter.
     names = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "OMP_NUM_THREADS": "1"}
     if count == 0:
         return json_from(CALL, run.__name__, *args, timeout=280, env=clean_environment(**names))  # type: ignore[no-any-return]
@@ -597,7 +601,7 @@ def in_ranks(count: int, run: Any, *args: Path) -> list[Found]:
         return list(pool.map(start, range(count)))
 
 
-#: What runs, the package that it needs, and in how many processes; 0 where it starts its own.
+#: The function, the package that it needs, and its number of processes. 0 if it starts its own.
 RUNS = [
     (plain, "torch", 2),
     (accelerate, "accelerate", 2),

@@ -1,5 +1,5 @@
-//! Protects: what `plan` announces is what happens - steps, remainder, displacement, decoding,
-//! memory.
+//! Protects the plan of a run. A run has the steps, remainder, displacement, decoding and memory
+//! that `plan` announces.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -17,11 +17,11 @@ use parquet::basic::Compression;
 
 const SEQ_LEN: u64 = 64;
 const LANES: u64 = 8;
-/// Compressed pages, so that the larger part of a block's cost is real, and small ones, so that
-/// blocks can be.
+/// Pages are compressed, so that the larger part of a block's cost is real. They are small, so that
+/// blocks can be small.
 const PARQUET: Container = Container::Parquet { codec: Compression::SNAPPY, encoding: None, pages: 1 };
 
-/// About 400,000 tokens in a folder, written once.
+/// Writes about 400,000 tokens to a folder, once.
 fn folder(container: Container, suffix: &str) -> PathBuf {
     static FOLDERS: OnceLock<HashMap<&'static str, PathBuf>> = OnceLock::new();
     let folders = FOLDERS.get_or_init(|| {
@@ -59,7 +59,7 @@ fn parquet() -> Config {
     }
 }
 
-/// What all ranks' epoch came to.
+/// The totals of an epoch over all ranks.
 #[derive(Debug, Default)]
 struct Ran {
     steps: Vec<u64>,
@@ -91,7 +91,7 @@ fn run_epoch(config: &Config, world_size: u64, epoch: u64) -> Ran {
             ran.most_buffer_bytes = ran.most_buffer_bytes.max(stats.buffer_bytes);
         }
         ran.steps.push(steps);
-        // All ids fit into 16 bits, and a block holds where its documents end.
+        // All ids fit into 16 bits, and a block holds the ends of its documents.
         let sources = loader.plan().unwrap().sources;
         let documents: u64 = sources.iter().map(|source| source.documents).sum();
         let tokens: u64 = sources.iter().map(|source| source.tokens).sum();
@@ -108,14 +108,14 @@ fn plan(config: &Config, world_size: u64) -> Plan {
 
 #[test]
 fn blocks_are_decoded_as_often_as_planned_and_about_once_where_ranks_divide_the_lanes() {
-    // The cache holds the windows and not much more, so that the order and not the memory keeps
+    // The cache holds the windows and not much more, so that the order, not the memory, keeps
     // decoding low.
     let base = Config { memory_budget: 256 << 10, batch_size: 2, prefetch_batches: 2, ..parquet() };
     for world_size in [1, 2, 4, 8] {
         let planned = plan(&base, world_size);
         let decoding = planned.decoding.unwrap();
-        // The last epoch that there is, so that no first blocks of another are decoded towards its
-        // end.
+        // This is the last possible epoch, so that no blocks of a next epoch are decoded towards
+        // its end.
         let ran = run_epoch(&base, world_size, MAX_EPOCH);
         let measured = ran.decoded_tokens as f64 / planned.pass.delivered_tokens as f64;
         eprintln!("W={world_size}: planned {:.3}, measured {measured:.3}", decoding.amplification);
@@ -125,7 +125,7 @@ fn blocks_are_decoded_as_often_as_planned_and_about_once_where_ranks_divide_the_
             "W={world_size}: {measured} as against {decoding:?}"
         );
         assert!(measured <= 1.1, "W={world_size}: {measured}");
-        // It is the order that does it, not room for everything.
+        // The order is the cause. The cache has no room for everything.
         assert!(planned.memory.cache_bytes < planned.sources[0].tokens * 4 / 4, "{:?}", planned.memory);
     }
 }
@@ -161,7 +161,7 @@ fn memory_stays_inside_the_plan() {
         assert!(memory.budgeted_bytes() <= memory.budget_bytes, "{memory:?}");
         assert!(ran.most_cache_bytes <= memory.cache_bytes, "{ran:?} {memory:?}");
         assert!(ran.most_buffer_bytes <= memory.batches_bytes, "{ran:?} {memory:?}");
-        // And the plan is no mere upper bound: the cache comes close to its part.
+        // The plan is not only an upper bound: the cache comes close to its part.
         assert!(ran.most_cache_bytes * 10 >= memory.cache_bytes * 9, "{ran:?} {memory:?}");
     }
 }
@@ -277,7 +277,7 @@ fn sequences_move_as_far_as_planned() {
     let folder = folder(Container::ArrowFile(None), "arrow");
     let base = Config { data: vec![folder.to_str().unwrap().to_owned()], ..parquet() };
     let source = Loader::open(Config { shuffle: Shuffle::Off, ..base.clone() }).unwrap();
-    // Rows of the corpus by content, for telling which sequence a delivered row is.
+    // Rows of the corpus by content. They identify the sequence of a delivered row.
     let n = source.num_sequences();
     let rows = source.sequences_at(0, 0, n).unwrap();
     let mut places: HashMap<Vec<i64>, u64> = HashMap::new();

@@ -1,5 +1,5 @@
-//! Passing errors of a storage cost a warning; lasting ones are named errors. Faults are injected
-//! behind the seam.
+//! Passing errors of a storage cost a warning. Lasting errors are errors with a name. The tests
+//! inject faults behind the seam.
 
 use std::io;
 use std::ops::Range;
@@ -31,13 +31,13 @@ enum Call {
 
 const CALLS: [Call; 6] = [Call::Stat, Call::List, Call::Open, Call::StatOpen, Call::Read, Call::Map];
 
-/// Which calls fail, how often, and with what.
+/// The calls that fail, and their number and error.
 #[derive(Debug)]
 struct Faults {
     call: Call,
-    /// Calls that succeed before the first one that fails.
+    /// Number of calls that succeed before the first one that fails.
     after: AtomicUsize,
-    /// Calls that fail.
+    /// Number of calls that fail.
     times: AtomicUsize,
     errno: i32,
 }
@@ -98,7 +98,7 @@ impl Object for FailingFile {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         self.1.check(Call::Read)?;
-        // Short reads are allowed, and the rest is asked for.
+        // Short reads are allowed. The reader asks for the rest.
         let part = buffer.len().div_ceil(2).max(1);
         self.0.read_at(&mut buffer[..part], offset)
     }

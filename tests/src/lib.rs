@@ -1,7 +1,7 @@
 //! Corpora for the tests, and a naive reading of them.
 //!
-//! Files are written by arrow-rs; the expected stream comes from the documents that were written,
-//! never from the code under test.
+//! arrow-rs writes the files. The expected stream comes from the documents that were written, never
+//! from the code under test.
 
 pub mod generated;
 
@@ -24,7 +24,7 @@ use parquet::schema::types::ColumnPath;
 /// A document, or a null.
 pub type Document = Option<Vec<i64>>;
 
-/// How documents lie in a column.
+/// The form of documents in a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
     /// 32-bit offsets.
@@ -46,7 +46,7 @@ pub enum Container {
     Parquet {
         /// Codec of the pages.
         codec: Compression,
-        /// Encoding of the values; `None` for a dictionary.
+        /// Encoding of the values. `None` means a dictionary.
         encoding: Option<Encoding>,
         /// Version of the data pages, 1 or 2.
         pages: u8,
@@ -177,8 +177,8 @@ where
     }
 }
 
-/// Documents of many lengths, empty and null ones among them; ids are below `vocabulary`, and
-/// unique where that allows it.
+/// Makes documents of many lengths, including empty and null documents. Ids are below `vocabulary`,
+/// and unique if it is large enough.
 pub fn documents(count: usize, longest: u64, vocabulary: i64, seed: u64) -> Vec<Document> {
     let mut state = seed;
     let mut random = |below: u64| {
@@ -210,7 +210,7 @@ pub fn documents(count: usize, longest: u64, vocabulary: i64, seed: u64) -> Vec<
         .collect()
 }
 
-/// The stream of tokens that `shards` mean.
+/// The stream of tokens of `shards`.
 pub fn stream(shards: &[Vec<Document>], bos: Option<u32>, eos: Option<u32>) -> Vec<i64> {
     let mut stream = Vec::new();
     for ids in shards.iter().flatten().flatten().filter(|ids| !ids.is_empty()) {

@@ -29,7 +29,7 @@ __version__: str
 
 @type_check_only
 class Torch(TypedDict):
-    """What torch says beside the settings. The core decides which settings it stands for."""
+    """The facts that torch states beside the settings. The core decides what they mean."""
 
     drop_last: bool
     num_workers: int
@@ -44,11 +44,13 @@ class Settings:
     """The settings of a loader, resolved once."""
 
     def __new__(cls, given: dict[str, Any], from_env: bool = False, torch: Torch | None = None) -> Settings:
-        """Resolves the settings `given` by name, where ``None`` is not given.
+        """Resolves the settings `given` by name. ``None`` means that a setting is not given.
 
-        `from_env`: the environment and the file may give all of them, not only operational ones and
-        ranks. Raises TypeError for a name or a type that no setting has, and ConfigError with all
-        other faults together.
+        With `from_env`, every setting may come from the environment or the configuration file.
+        Without it, only operational settings and ranks may.
+
+        Raises TypeError for a name or a type that no setting has. Raises ConfigError for all other
+        faults, listed together.
         """
     def values(self) -> dict[str, Any]:
         """Every setting in force, by name."""
@@ -61,7 +63,7 @@ class Settings:
     def notes(self) -> list[str]:
         """Assumptions that were made."""
     def arguments(self) -> tuple[dict[str, Any], bool]:
-        """The settings that give the same loader in a process without torch, and `from_env`."""
+        """Returns the settings that give the same loader in a process without torch, and `from_env`."""
 
 def typed(given: dict[str, Any]) -> dict[str, Any]:
     """Checks names and types of the settings `given`, and leaves out those that are ``None``.

@@ -1,4 +1,4 @@
-"""Copies an iterable dataset for a thread: all that could change is copied, large data is shared.
+"""Copies an iterable dataset for a thread. Data that could change is copied, large data is shared.
 
 A worker process of torch has its own memory. A thread needs its own buffers, positions and
 generators instead.
@@ -6,11 +6,11 @@ generators instead.
 - Arrays and tensors of 1 MiB or more are shared. So are read-only arrays, and the tables of pyarrow
   and polars.
 - A container of more than 10,000 items is copied, but its items are shared.
-- Locks, files, connections and everything else that cannot be copied are shared.
-- An iterator that cannot be copied, such as a generator, is refused: it is a position that threads
+- Locks, files, connections and all other objects that cannot be copied are shared.
+- An iterator that cannot be copied, such as a generator, is refused. It is a position that threads
   would share.
 
-A dataset that has ``__copy__`` or ``__deepcopy__`` is copied by that method.
+A dataset with ``__copy__`` or ``__deepcopy__`` is copied by that method.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SHARED_PACKAGES = frozenset({"pyarrow", "polars", "tokenizers"})
 
 
 def copied_for_thread(dataset: Any) -> Any:
-    """A copy of `dataset` in which one thread may change what it likes."""
+    """Returns a copy of `dataset` that one thread may change."""
     kind = type(dataset)
     if hasattr(kind, "__deepcopy__"):
         return copy.deepcopy(dataset)
@@ -53,9 +53,9 @@ def copied_for_thread(dataset: Any) -> Any:
 class _Copier:
     def __init__(self, name: str) -> None:
         self._name = name
-        #: Copies by the `id` of what was copied, in the form that ``__deepcopy__`` wants.
+        #: Copies by the `id` of the original, in the form that ``__deepcopy__`` takes.
         self._made: dict[int, Any] = {}
-        #: Everything copied stays alive, so that no `id` is used twice.
+        #: Every original stays alive, so that no `id` is used twice.
         self._alive: list[Any] = []
 
     def copied(self, value: Any) -> Any:
@@ -86,7 +86,7 @@ class _Copier:
         if kind is tuple:
             items = [self.copied(item) for item in value]
             same = all(new is old for new, old in zip(items, value, strict=True))
-            # An item may hold the tuple itself, which then is copied already.
+            # An item may hold the tuple itself. Then the tuple is copied already.
             return value if same else self._made.get(id(value), tuple(items))
         if kind is types.MethodType:
             return types.MethodType(value.__func__, self.copied(value.__self__))
@@ -115,7 +115,7 @@ class _Copier:
         return made
 
     def _note(self, value: Any, made: Any) -> None:
-        # Noted before it is filled: what it holds may lead back to it.
+        # The copy is noted before it is filled, because its items may refer to it.
         self._made[id(value)] = made
         self._alive.append(value)
 

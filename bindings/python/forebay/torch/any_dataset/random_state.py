@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Held with `OwnRandomState`: one thread at a time may change the random state of the process.
+#: Held with `OwnRandomState`. Only one thread at a time may change the random state of the process.
 seeding = threading.RLock()
 
 
@@ -53,7 +53,7 @@ def _device_states() -> Any:
 
 
 def process_state() -> list[Any]:
-    """The random state of the process as texts and numbers."""
+    """Returns the random state of the process as texts and numbers."""
     version, words, gauss = random.getstate()
     of_numpy = np.random.get_state()
     assert isinstance(of_numpy, tuple)
@@ -69,7 +69,7 @@ def set_process_state(state: list[Any]) -> None:
 
 
 def seeded_process_state(seed: int) -> list[Any]:
-    """The random state that `seed` gives the process, which keeps its own."""
+    """Returns the random state that `seed` would give the process. The process keeps its own."""
     with seeding, OwnRandomState():
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -78,11 +78,11 @@ def seeded_process_state(seed: int) -> list[Any]:
 
 
 def drawn_seed(generator: torch.Generator | None) -> int:
-    """Draws a seed as torch's loader and RandomSampler do."""
+    """Draws a seed in the same way as torch's loader and RandomSampler."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
 
 
 def derived_seed(value: Any) -> int:
-    """A seed that follows from `value`, which JSON can write, and from nothing else."""
+    """Derives a seed from `value` alone. JSON must be able to write `value`."""
     digest = hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -25,8 +25,9 @@ from forebay.torch.any_dataset.workers import Begin, Draw, Outcome, told_of_stop
 
 
 class Modes:
-    """The modes of torch that belong to a thread: a worker process would begin with those of its
-    parent.
+    """The modes of torch that belong to a thread.
+
+    A worker process begins with its parent's modes.
     """
 
     def __init__(self) -> None:
@@ -46,13 +47,13 @@ class Modes:
             stack.enter_context(self._device)
         for kind, dtype in self._autocast:
             stack.enter_context(torch.autocast(kind, dtype))
-        # Never left: a stack that is dropped would leave them.
+        # The stack is never left: if it were dropped, it would leave the modes.
         here.modes = stack.pop_all()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How each worker of a pass begins."""
+    """The start of each worker of a pass."""
 
     kind: int
     auto_collation: bool
@@ -61,7 +62,7 @@ class Recipe:
     init_fn: Callable[[int], None] | None
     workers: int
     base_seed: int
-    #: Ranks and rank of torch.distributed, by which DataPipes are sharded.
+    #: Number of ranks and rank of torch.distributed, by which DataPipes are sharded.
     world: tuple[int, int]
 
     @property
@@ -69,7 +70,7 @@ class Recipe:
         return self.kind == _DatasetKind.Iterable
 
     def own_dataset(self, source: Any, worker: int | None) -> Any:
-        """The dataset of a worker: its own copy, or the one that all share."""
+        """Returns the dataset of a worker: its own copy, or the dataset that all workers share."""
         if worker is None:
             return source
         if isinstance(source, (IterDataPipe, MapDataPipe)):
@@ -77,9 +78,7 @@ class Recipe:
         return copied_for_thread(source) if self.is_iterable else source
 
     def begin(self, dataset: Any, worker: int | None, state: State, keeps: bool) -> Begin:
-        """The set-up of a worker; None is the caller of `num_workers=0`. Its results are
-        `Fetched`.
-        """
+        """Sets a worker up. None means the caller of `num_workers=0`. Its results are `Fetched`."""
         modes = Modes() if worker is not None else None
 
         def begin() -> Callable[[Any], Fetched]:
@@ -128,8 +127,8 @@ class Indexed:
 class Items:
     """Batches of an iterable dataset.
 
-    Restores what is stateful in this order: the dataset, then its iterator. Then it passes over the
-    items that were read since that state was taken.
+    It restores the state of the dataset first, and then the state of its iterator. Then it skips
+    the items that were read after that state was taken.
     """
 
     def __init__(self, recipe: Recipe, dataset: Any, worker: int, state: State, keeps: bool) -> None:
@@ -145,18 +144,16 @@ class Items:
         self._watch()
         self._pulls.pass_over(0 if kept is None else kept["items"])
         self._pass_over(state["items"][worker] - self._pulls.count)
-        #: Whether each batch comes with the state after it: threads read ahead of what is handed
-        #: over.
+        #: Whether each batch comes with the state after it, because threads read ahead.
         self._keeps = keeps
         self._base = kept
-        #: Whether the dataset stands somewhere inside a batch, because it is read or because it
-        #: raised.
+        #: Whether the dataset is inside a batch: it is being read, or it has raised an error.
         self._is_inside = False
         self._has_raised = False
-        #: The number of the batch that the caller may not have yet, and the batch.
+        #: The batch that the caller may not have yet, after its number.
         self._last: tuple[int, Fetched] | None = None
-        #: The state of a dataset that has not been iterated, to begin with if the restored one is
-        #: at its end.
+        #: The state of a dataset before its first iteration. A pass begins there if the restored
+        #: state is at the end.
         self._fresh = None if isinstance(fresh, Failed) else fresh
 
     def _watch(self) -> None:
@@ -203,11 +200,11 @@ class Items:
         return fetched
 
     def delivered(self) -> None:
-        """The caller has the last batch."""
+        """Notes that the caller has the last batch."""
         self._last = None
 
     def undelivered(self, number: int, fetched: Fetched) -> None:
-        """The caller does not have the last batch after all."""
+        """Notes that the caller does not have the last batch after all."""
         self._last = number, fetched
 
     def _fetch_renewed(self, task: Any) -> Fetched:
@@ -228,8 +225,9 @@ class Items:
         return {"dataset": states[0], "iterator": states[1], "items": self._pulls.count}
 
     def asked(self) -> State:
-        """Entries of the state as they are now. None if the dataset is inside a batch: then the
-        last ones count.
+        """Returns the present entries of the state.
+
+        None inside a batch: then the last entries count.
         """
         if self._is_inside or self._last is not None:
             return {}
@@ -238,12 +236,12 @@ class Items:
 
 
 class _Pulls:
-    """Counts the items that are read, and gives those of an interrupted batch again."""
+    """Counts the items that are read, and gives the items of an interrupted batch again."""
 
     def __init__(self, items: Iterator[Any]) -> None:
         self._items = items
         self._before = self._failed = 0
-        #: The items of the present batch, and how many of them were given.
+        #: The items of the present batch, and the number of them that were given.
         self._batch: list[Any] = []
         self._given = 0
 
@@ -253,7 +251,7 @@ class _Pulls:
     def __next__(self) -> Any:
         if self._given == len(self._batch):
             try:
-                # In one step: an interrupt comes before the item is read, or after it is kept.
+                # This is one step: an interrupt comes before the item is read, or after it is kept.
                 self._batch.extend(itertools.islice(self._items, 1))
             except Exception:
                 self._failed += 1
@@ -266,23 +264,23 @@ class _Pulls:
 
     @property
     def count(self) -> int:
-        """Items read, those that raised included."""
+        """Number of items read, including items that raised an error."""
         return self._before + self._failed + len(self._batch)
 
     def pass_over(self, count: int) -> None:
         self._before += count
 
     def forget(self) -> None:
-        """The batch is whole."""
+        """Notes that the batch is complete."""
         self._before, self._batch, self._given = self._before + len(self._batch), [], 0
 
     def read_again(self) -> None:
-        """The batch was interrupted."""
+        """Notes that the batch was interrupted."""
         self._given = 0
 
 
 class Caller:
-    """Does the tasks of ``num_workers=0`` where the next batch is asked for."""
+    """Does the tasks of ``num_workers=0`` in the thread that asks for a batch."""
 
     def __init__(self, begin: Begin, own_data: bool) -> None:
         self._begin = begin
@@ -299,8 +297,9 @@ class Caller:
         return found if isinstance(found, Items) else None
 
     def peek(self, draw: Draw) -> Outcome | None:
-        """The outcome that is delivered next, None after the last. An interrupted task is done
-        again.
+        """Returns the outcome to deliver next, or None after the last.
+
+        Repeats an interrupted task.
         """
         if self._outcome is not None:
             return self._outcome

@@ -1,4 +1,4 @@
-"""How long the consumers of a loader waited for its batches."""
+"""Counts the time that the consumers of a loader waited for its batches."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from forebay import _core
 
 
 class Waits:
-    """Sums over all passes of a loader. Each thread adds to its own sums, so nothing is locked."""
+    """Sums over all passes of a loader.
+
+    Each thread adds to its own sums, so that nothing is locked.
+    """
 
     def __init__(self) -> None:
-        #: Batches, seconds spent waiting, and seconds altogether, of each consumer.
+        #: Number of batches, seconds of waiting, and seconds in total, of each consumer.
         self._sums: dict[int, tuple[int, float, float]] = {}
 
     def add(self, waited: float, elapsed: float) -> None:
@@ -22,7 +25,9 @@ class Waits:
         self._sums[me] = batches + 1, all_waited + waited, all_elapsed + elapsed
 
     def stats(self) -> dict[str, Any]:
-        """Batches handed over, and the time that consumers spent waiting for them, in seconds."""
+        """Returns the number of batches handed over, and the time that consumers waited, in
+        seconds.
+        """
         sums = list(self._sums.values())
         waited, elapsed = sum(one[1] for one in sums), sum(one[2] for one in sums)
         return {
@@ -33,6 +38,6 @@ class Waits:
         }
 
     def verdict(self) -> str:
-        """Who waits for whom, in one line."""
+        """Tells in one line whether the dataset or its consumers are slower."""
         found = self.stats()
         return _core.verdict_of_dataset(found["batches"], found["wait_share"])
