@@ -250,7 +250,10 @@ def print_table(report: dict) -> None:
 
 
 def verdicts(report: dict) -> list[str]:
-    """Tells where forebay wins and loses against PyTorch's fastest way, with and without processes."""
+    """Tells where forebay wins and loses against PyTorch's fastest way.
+
+    Compares it with and without processes.
+    """
     results = {(result["loader"], result["workers"]): result for result in report["results"]}
     lines = []
     for name in ("forebay-parquet", "forebay-arrow"):

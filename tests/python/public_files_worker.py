@@ -74,7 +74,7 @@ def integer_columns(path: Path) -> list[str]:
 
 
 def expected_tokens(table: pa.Table, column: str) -> list[int] | str:
-    """Returns the documents of the column in order, or the reason why no loader could deliver it."""
+    """Returns the documents of the column in order, or the reason why no loader can deliver it."""
     if table.column_names.count(column) != 1:
         return "several columns have this name"
     values: list[Any] = table.column(column).to_pylist()

@@ -223,7 +223,7 @@ def test_the_order_of_arrival_is_torchs_other_choice() -> None:
 def test_threads_that_wait_for_the_interpreter_are_noticed(
     busy_s: float, cpu_s: float, waited_s: float, told: bool
 ) -> None:
-    """Five phases within two seconds: held, parallel, asleep, one at a time, and a slow consumer."""
+    """Runs five phases in two seconds: held, parallel, asleep, single, and a slow consumer."""
     from forebay.torch.any_dataset.workers import Workers
 
     workers = Workers([lambda: abs] * 2, own_data=False, window=4, in_order=True, timeout_s=0)

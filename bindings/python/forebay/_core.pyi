@@ -63,7 +63,7 @@ class Settings:
     def notes(self) -> list[str]:
         """Assumptions that were made."""
     def arguments(self) -> tuple[dict[str, Any], bool]:
-        """Returns the settings that give the same loader in a process without torch, and `from_env`."""
+        """Returns settings that give the same loader in a process without torch, and `from_env`."""
 
 def typed(given: dict[str, Any]) -> dict[str, Any]:
     """Checks names and types of the settings `given`, and leaves out those that are ``None``.
