@@ -94,7 +94,9 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     };
     let manifest = Manifest::open(target, &options.named(&config), &sources, settle)?;
     let dtype = DTYPES.into_iter().find(|dtype| manifest.settled["dtype"] == dtype.name());
-    let dtype = dtype.ok_or_else(|| Error::data("the manifest names no type of ids").at(target))?;
+    let dtype = dtype.ok_or_else(|| {
+        Error::data("the manifest is damaged: it names no type of ids; remove the folder and begin anew").at(target)
+    })?;
 
     let bar = progress::bar(tokens, TEMPLATE, context.env)?.with_message("rewriting");
     bar.set_position(manifest.done.values().map(|done| done.content.tokens).sum());

@@ -158,7 +158,7 @@ impl Reader {
             Self::MappedFile { decoder, blocks, bytes } => {
                 let Some(block) = blocks.next() else { return Ok(None) };
                 let batch = decoder.read_record_batch(&block, &block_bytes(bytes, &block)?).map_err(unsound)?;
-                batch.map(first).map(Some).ok_or_else(|| Error::data("a record batch of the footer is none"))
+                batch.map(first).map(Some).ok_or_else(|| Error::data("the footer lists a record batch that is missing"))
             }
             Self::MappedStream { decoder, rest, column } => {
                 // Bytes after the end marker are not part of the stream.

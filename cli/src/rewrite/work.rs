@@ -172,7 +172,7 @@ impl Work<'_> {
             let found = (sum(|content| content.tokens), sum(|content| content.documents));
             if found != (group.tokens, group.documents) {
                 return Err(Error::data(format!(
-                    "arrow-rs finds {} and {} where opening found {} and {}, in {}",
+                    "arrow-rs reads {} and {}, but opening found {} and {}, in {}",
                     number_of(found.0, "token"),
                     number_of(found.1, "document"),
                     group.tokens,

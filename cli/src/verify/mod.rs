@@ -118,14 +118,14 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
 
 fn read_state(path: &Path) -> Result<State, Error> {
     let text = std::fs::read(path).map_err(|error| Error::io("cannot read the state", error).at(path))?;
-    let damaged = |what: &str| Error::new(ErrorKind::State, format!("no state: {what}")).at(path);
+    let damaged = |what: &str| Error::new(ErrorKind::State, format!("the file holds no state: {what}")).at(path);
     let value: Value = serde_json::from_slice(&text).map_err(|error| damaged("not JSON").with_source(error))?;
     let Value::Object(fields) = value else { return Err(damaged("expected a JSON object")) };
     let entries = fields.into_iter().map(|(key, value)| match value {
         Value::String(text) => Ok((key, StateValue::Text(text))),
         value => match value.as_u64() {
             Some(number) => Ok((key, StateValue::Int(number))),
-            None => Err(damaged(&format!("`{key}` must be a whole number or a word"))),
+            None => Err(damaged(&format!("`{key}` must be a whole number or a text"))),
         },
     });
     State::from_entries(entries.collect::<Result<_, _>>()?).map_err(|error| error.at(path))

@@ -33,7 +33,7 @@ impl Found<'_> {
         let batch = usize::try_from(step).ok().and_then(|step| group.tiling.chain.get(step)).ok_or_else(|| {
             let steps = group.tiling.chain.len();
             Error::config(format!(
-                "step {step} is asked for, the delivery log has {steps} of epoch {}",
+                "cannot show step {step}: the delivery log has {steps} of epoch {}",
                 group.epochs.start
             ))
         })?;

@@ -148,7 +148,7 @@ impl BatchPass for Batches {
 /// `ahead` batches before the slowest consumer. Returns that number of batches.
 fn check_split(source: &dyn BatchSource, count: u64, ahead: Option<u64>) -> Result<u64> {
     if count < 1 {
-        return Err(Error::config(format!("a loader is split for 1 consumer or more, found {count}")));
+        return Err(Error::config(format!("cannot split the loader for {count} consumers: expected 1 or more")));
     }
     let batch_size = source.batch_size();
     if !batch_size.is_multiple_of(count) {

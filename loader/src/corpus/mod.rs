@@ -657,7 +657,7 @@ fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
         Err(Error::new(
             ErrorKind::Changed,
             format!(
-                "shard changed since it was indexed: {what} was {then:?} and is {now:?}; start anew, which indexes it again"
+                "shard changed since it was indexed: {what} was {then:?} and is {now:?}; start again, so that it is indexed anew"
             ),
         ))
     };
@@ -676,7 +676,7 @@ fn check_indexed(indexed: ShardFacts, found: ShardFacts) -> Result<()> {
         return Err(Error::new(
             ErrorKind::Changed,
             format!(
-                "shard is not the one that was indexed, though its size and modification time are: expected {} rows and {} {} tokens, found {} rows \
+                "shard is another file than the indexed one, with the same size and modification time: expected {} rows and {} {} tokens, found {} rows \
                  and {} {} tokens; remove the index from `cache_dir`",
                 indexed.rows,
                 indexed.counts.tokens,

@@ -59,7 +59,7 @@ impl Loader {
         let steps = epochs.len().map_or(u64::MAX, |end| grouping.steps(end));
         if step >= steps {
             return Err(Error::config(format!(
-                "cannot give step {step}: a pass has {steps} steps for {world_size} ranks, counted from 0"
+                "cannot give step {step}: a pass for {world_size} ranks has steps 0..{steps}"
             )));
         }
         let (start, rows) = batch_rows(grouping, &epochs, step * grouping.global_batch());

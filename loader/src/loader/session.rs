@@ -83,7 +83,7 @@ impl Session {
         let elsewhere = trace.as_ref().filter(|trace| trace.is_elsewhere());
         warnings.extend(elsewhere.map(|trace| {
             format!(
-                "another process writes the trace that `FOREBAY_TRACE` names: that of this one is `{}`",
+                "another process writes the trace that `FOREBAY_TRACE` names: this process writes `{}` instead",
                 trace.path().display()
             )
         }));

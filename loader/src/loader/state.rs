@@ -121,7 +121,7 @@ impl State {
     pub(crate) fn text(&self, key: &str) -> Result<&str> {
         match self.get(key) {
             Some(StateValue::Text(text)) => Ok(text),
-            Some(value) => Err(refused(format!("state key `{key}` must be a word, found {value}"))),
+            Some(value) => Err(refused(format!("state key `{key}` must be a text, found {value}"))),
             None => Err(refused(format!("state has no key `{key}`: it was not made by forebay, or is incomplete"))),
         }
     }

@@ -29,10 +29,10 @@ impl Placement {
     #[cfg(not(target_os = "linux"))]
     pub(crate) fn of(config: &Config) -> Result<Self> {
         if config.cpu_affinity.is_some() {
-            return Err(Error::config("`cpu_affinity` is for Linux: this system places single threads by itself"));
+            return Err(Error::config("`cpu_affinity` works on Linux only: leave it out on this system"));
         }
         if config.thread_priority != 0 {
-            return Err(Error::config("`thread_priority` is for Linux: elsewhere `nice` is of whole processes"));
+            return Err(Error::config("`thread_priority` works on Linux only: leave it out on this system"));
         }
         Ok(Self::default())
     }

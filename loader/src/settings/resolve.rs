@@ -142,7 +142,7 @@ where
     }
     if !ignored.is_empty() {
         notes.push(format!(
-            "not applied: {}; what is trained on comes from arguments here, not from the environment",
+            "not applied: {}; here the training data comes from arguments, not from the environment",
             ignored.join(", ")
         ));
     }

@@ -146,7 +146,7 @@ class TokenDataset(Dataset[Tensors]):
         while at < len(indices):
             first = int(indices[at])
             if not -length <= first < length:
-                raise IndexError(f"sequence {first} is asked for, but the corpus has {length} sequences")
+                raise IndexError(f"sequence {first} is out of range: the corpus has {length} sequences")
             first %= length
             n = 1
             while at + n < len(indices) and indices[at + n] == first + n < length:

@@ -62,7 +62,7 @@ pub fn find(files: &Files, data: &[String], format: DataFormat) -> Result<Discov
         let key = (folders.number(&shard.path), shard.path.file_name());
         if let Some(first) = seen.insert(key, &shard.path) {
             faults.push(Error::config(format!(
-                "a shard is listed twice: `{}` and `{}`; each token must be there once",
+                "a shard is listed twice, as `{}` and `{}`: list it once",
                 first.display(),
                 shard.path.display()
             )));

@@ -211,7 +211,7 @@ impl ParquetShard {
         let (mut row_groups, mut pages) = (Vec::new(), Vec::new());
         let mut rows_before = 0;
         for (index, group) in metadata.row_groups().iter().enumerate() {
-            let number = u32::try_from(index).map_err(|_| Error::data("too many row groups"))?;
+            let number = u32::try_from(index).map_err(|_| Error::data("the file has more than 2^32 row groups"))?;
             if encrypted_columns.contains(&(index, column.leaf)) {
                 return Err(encrypted(&format!("token column `{}`", escaped(&column.name))));
             }

@@ -73,9 +73,15 @@ fn decode_as<const W: usize>(encoded: Encoded<'_>, bytes: &[u8], out: &mut [[u8;
         return Err(match wide.into_iter().take(out.len()).find(|value| value & upper(W) != 0) {
             Some(value) => {
                 let id = value.cast_signed();
-                Error::data(format!("token id {id} does not fit uint{}, which the file says it does", W * 8))
+                Error::data(format!(
+                    "token id {id} does not fit uint{}: the type or the statistics in the file are wrong",
+                    W * 8
+                ))
             }
-            None => Error::data(format!("a token id does not fit uint{}, which the file says it does", W * 8)),
+            None => Error::data(format!(
+                "a token id does not fit uint{}: the type or the statistics in the file are wrong",
+                W * 8
+            )),
         });
     }
     Ok(bits >> 31 != 0)
