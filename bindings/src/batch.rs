@@ -1,4 +1,6 @@
-//! A delivered batch as Python objects: no copy is made, and the memory goes back when the last view of it dies.
+//! Delivered batches as Python objects.
+//!
+//! No copy is made. The memory goes back to its owner when the last view of it dies.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
@@ -14,7 +16,7 @@ use pyo3::types::{PyCapsule, PyDict, PyString, PyTuple};
 
 use crate::pass::Owner;
 
-/// A batch handed to Python, or the rows of one consumer in it.
+/// A batch that was handed to Python, or the rows of one consumer in it.
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Batch {
     inner: Arc<forebay::Batch>,
@@ -49,7 +51,7 @@ impl Batch {
         self.rows
     }
 
-    /// The object that keeps the buffer, if it was submitted; otherwise None.
+    /// The object that the buffer was submitted with. None for memory of forebay's pool.
     #[getter]
     fn owner(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.inner.owner()?.downcast_ref::<Owner>()?.object(py)
@@ -64,24 +66,25 @@ impl Batch {
         self.fields.iter().map(|field| (field.name, Array::new(&self.inner, *field))).collect()
     }
 
-    /// The arrays by name, as tensors of the library that `tensors` belongs to.
+    /// Makes tensors of the arrays, of the library that `tensors` belongs to. Returns them by name.
     fn tensors<'py>(&self, py: Python<'py>, tensors: &Tensors) -> PyResult<Bound<'py, PyDict>> {
         tensors.of(py, &self.inner, &self.fields)
     }
 
-    /// Name, type, offset in bytes and shape of each array, for a caller that gave the buffer.
+    /// Name, dtype, offset in bytes and shape of each array, for a caller that submitted the
+    /// buffer.
     fn layout(&self) -> Vec<(&'static str, &'static str, usize, Vec<usize>)> {
         let fields = self.fields.iter();
         fields.map(|f| (f.name, f.dtype.name(), f.offset_bytes, f.shape[..f.ndim].to_vec())).collect()
     }
 }
 
-/// One array of a batch, by the buffer protocol and by DLPack.
+/// One array of a batch, with the buffer protocol and DLPack.
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Array {
     batch: Arc<forebay::Batch>,
     field: Field,
-    // Buffer views point at these two, and hold the object that they are in.
+    // Buffer views point to these two fields, and hold the object that contains them.
     shape: [ffi::Py_ssize_t; 2],
     strides_bytes: [ffi::Py_ssize_t; 2],
 }
@@ -101,14 +104,14 @@ impl Array {
         field_start(&self.batch, &self.field)
     }
 
-    /// Whether the columns follow each other, as in Fortran. The rows always do.
+    /// Whether the columns follow each other without gaps, as in Fortran. The rows always do.
     fn is_column_contiguous(&self) -> bool {
         self.field.shape[0] <= 1 || self.field.shape[1] <= 1
     }
 }
 
 fn field_start(batch: &forebay::Batch, field: &Field) -> *mut u8 {
-    // SAFETY: the loader lays every field inside its batch's buffer.
+    // SAFETY: the loader places every field inside its batch's buffer.
     unsafe { batch.as_ptr().add(field.offset_bytes) }
 }
 
@@ -154,8 +157,8 @@ impl Array {
             ));
         }
         let size = array.field.dtype.size();
-        // SAFETY: `view` is valid and ours to fill (buffer protocol); shape, strides and memory live in, or as long as, the object
-        // that `obj` keeps; the format is static.
+        // SAFETY: `view` is valid and may be filled here (buffer protocol). Shape, strides and
+        // memory live as long as the object that `obj` keeps. The format is static.
         unsafe {
             (*view).buf = array.start().cast::<c_void>();
             (*view).len = (array.field.shape[0] * array.field.shape[1] * size) as ffi::Py_ssize_t;
@@ -186,7 +189,7 @@ impl Array {
         dl_device: Option<(c_int, c_int)>,
         copy: Option<bool>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        // The format without a version is understood by every consumer, whatever it can do at most.
+        // Every consumer understands the format without a version.
         let _ = max_version;
         if stream.is_some() {
             return Err(PyBufferError::new_err("`stream` must be None: the array is in host memory"));
@@ -207,10 +210,12 @@ impl Array {
     }
 }
 
-/// Host memory, in DLPack's numbers.
+/// The number of host memory in DLPack.
 const DEVICE: (c_int, c_int) = (1, 0);
 
-/// How a library makes its tensors, of DLPack's exchange table in C (DLPack 1.2): several times quicker than a capsule by way of Python.
+/// Makes the tensors of a library, through DLPack's exchange table in C (DLPack 1.2).
+///
+/// It is several times as fast as a capsule that goes through Python.
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Tensors {
     make: dlpack::Make,
@@ -218,7 +223,9 @@ pub(crate) struct Tensors {
 
 #[pymethods]
 impl Tensors {
-    /// Of the `__dlpack_c_exchange_api__` of a tensor class. None where that is of a version not known here.
+    /// Reads the `__dlpack_c_exchange_api__` of a tensor class.
+    ///
+    /// Returns None if the version of the table is unknown.
     #[staticmethod]
     fn by(api: &Bound<'_, PyCapsule>) -> PyResult<Option<Self>> {
         Ok(dlpack::make_of(api)?.map(|make| Self { make }))
@@ -281,7 +288,7 @@ mod dlpack {
     }
 
     impl Tensor {
-        /// Of `field`, with a shape and strides that live elsewhere.
+        /// Describes `field`. The caller sets the pointers to its shape and strides.
         fn new(batch: &forebay::Batch, field: &Field) -> Self {
             let code = match field.dtype.kind() {
                 DtypeKind::Signed => 0,
@@ -301,7 +308,7 @@ mod dlpack {
         }
     }
 
-    /// What a tensor's pointers reach.
+    /// The values that a tensor's pointers point to.
     struct Reached {
         shape: [i64; 2],
         strides: [i64; 2],
@@ -325,7 +332,7 @@ mod dlpack {
         deleter: Option<unsafe extern "C" fn(*mut ManagedTensor)>,
     }
 
-    /// A tensor and what its pointers reach.
+    /// A tensor and the values that its pointers point to.
     struct Export {
         managed: ManagedTensor,
         reached: Reached,
@@ -337,8 +344,8 @@ mod dlpack {
             managed: ManagedTensor { tensor, context: ptr::null_mut(), deleter: Some(release) },
             reached: Reached::new(&array.batch, &array.field),
         }));
-        // SAFETY: `export` was just made and is reached by nobody else; the pointers stored in it go to its own fields, which stay where
-        // they are until `release` frees it.
+        // SAFETY: nothing else knows `export` yet. Its pointers point to its own fields. These stay
+        // in place until `release` frees them.
         unsafe {
             (*export).managed.tensor.shape = (&raw mut (*export).reached.shape).cast();
             (*export).managed.tensor.strides = (&raw mut (*export).reached.strides).cast();
@@ -351,15 +358,18 @@ mod dlpack {
         }
     }
 
-    /// Called once by the consumer, on any thread, attached or not.
+    /// Frees a tensor. The consumer calls it once, on any thread, attached to the interpreter or
+    /// not.
     unsafe extern "C" fn release(managed: *mut ManagedTensor) {
-        // SAFETY: `context` is the box made by `capsule`, and the consumer calls this once (DLPack).
+        // SAFETY: `context` is the box that `capsule` made, and the consumer calls this once
+        // (DLPack).
         drop(unsafe { Box::from_raw((*managed).context.cast::<Export>()) });
     }
 
-    /// The capsule's destructor: a consumer renames a capsule when it takes the tensor over.
+    /// Destroys a capsule. A consumer that takes over the tensor renames the capsule.
     unsafe extern "C" fn forget_unused(capsule: *mut ffi::PyObject) {
-        // SAFETY: called by the interpreter, attached, with the capsule made above; its pointer is valid as long as the name is ours.
+        // SAFETY: the interpreter calls this, attached, with the capsule made above. Its pointer is
+        // valid while it has our name.
         unsafe {
             if ffi::PyCapsule_IsValid(capsule, NAME.as_ptr().cast::<c_char>()) == 1 {
                 let managed = ffi::PyCapsule_GetPointer(capsule, NAME.as_ptr().cast::<c_char>());
@@ -375,7 +385,7 @@ mod dlpack {
         minor: u32,
     }
 
-    /// What the exchange table takes: version 1.
+    /// The tensor that the exchange table takes, in version 1.
     #[repr(C)]
     pub(super) struct VersionedTensor {
         version: Version,
@@ -385,10 +395,11 @@ mod dlpack {
         tensor: Tensor,
     }
 
-    /// Makes a Python object of a tensor, which it takes over; 0, or -1 with an exception set.
+    /// Makes a Python object from a tensor and takes it over. Returns 0, or -1 with an exception
+    /// set.
     pub(super) type Make = unsafe extern "C" fn(*mut VersionedTensor, *mut *mut c_void) -> c_int;
 
-    /// The exchange table, as far as it is used.
+    /// The part of the exchange table that is used here.
     #[repr(C)]
     struct Exchange {
         version: Version,
@@ -399,12 +410,14 @@ mod dlpack {
     }
 
     pub(super) fn make_of(api: &Bound<'_, PyCapsule>) -> PyResult<Option<Make>> {
-        // SAFETY: the interpreter checks that the capsule has this name, by which DLPack promises this table, alive as long as the library.
+        // SAFETY: the interpreter checks that the capsule has this name. By that name, DLPack
+        // promises this table, which lives as long as the library.
         let table = unsafe { ffi::PyCapsule_GetPointer(api.as_ptr(), EXCHANGE.as_ptr()) }.cast::<Exchange>();
         if table.is_null() {
             return Err(PyErr::fetch(api.py()));
         }
-        // SAFETY: as above; the version, and the table before it, stand first in every version.
+        // SAFETY: see above. In every version, the version and the previous table are the first
+        // fields.
         unsafe {
             let mut table = table.cast_const();
             while !table.is_null() && (*table).version.major != 1 {
@@ -419,7 +432,7 @@ mod dlpack {
         reached: Reached,
     }
 
-    /// `field` of `batch` as a tensor by `make`.
+    /// Makes a tensor of `field` of `batch` with `make`.
     pub(super) fn tensor<'py>(
         py: Python<'py>,
         batch: &Arc<forebay::Batch>,
@@ -435,23 +448,27 @@ mod dlpack {
         };
         let export = Box::into_raw(Box::new(VersionedExport { managed, reached: Reached::new(batch, field) }));
         let mut made = ptr::null_mut();
-        // SAFETY: `export` was just made and is reached by nobody else; the pointers stored in it go to its own fields, which stay where
-        // they are until `release_versioned` frees it. The interpreter is attached, as `make` demands.
+        // SAFETY: nothing else knows `export` yet. Its pointers point to its own fields. These stay
+        // in place until `release_versioned` frees them. The interpreter is attached, as `make`
+        // demands.
         unsafe {
             (*export).managed.tensor.shape = (&raw mut (*export).reached.shape).cast();
             (*export).managed.tensor.strides = (&raw mut (*export).reached.strides).cast();
             (*export).managed.context = export.cast();
             if make((&raw mut (*export).managed).cast(), &raw mut made) != 0 {
-                // Whether it was taken over before the failure is not said: better lost than freed twice.
+                // It is unknown whether the tensor was taken over before the failure. A leak is
+                // better than a second free.
                 return Err(PyErr::fetch(py));
             }
             Bound::from_owned_ptr_or_err(py, made.cast())
         }
     }
 
-    /// Called once by the consumer, on any thread, attached or not.
+    /// Frees a tensor. The consumer calls it once, on any thread, attached to the interpreter or
+    /// not.
     unsafe extern "C" fn release_versioned(managed: *mut VersionedTensor) {
-        // SAFETY: `context` is the box made by `tensor`, and the consumer calls this once (DLPack).
+        // SAFETY: `context` is the box that `tensor` made, and the consumer calls this once
+        // (DLPack).
         drop(unsafe { Box::from_raw((*managed).context.cast::<VersionedExport>()) });
     }
 }

@@ -1,4 +1,6 @@
-//! Loader and its passes: convert, detach, one call, convert.
+//! The loader in Python.
+//!
+//! Each method converts, detaches, makes one call, and converts the result.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -18,7 +20,7 @@ use crate::notices;
 use crate::pass::{Batches, SLICE, SharedLoader};
 use crate::settings::{self, Settings};
 
-/// The verdict on a loader of any dataset.
+/// Tells in one line whether the consumers or the dataset of any loader are slower.
 #[pyfunction]
 pub(crate) fn verdict_of_dataset(batches: u64, wait_share: f64) -> String {
     let remedy = "more `num_workers`; where its Python holds the interpreter, python3.14t";
@@ -34,7 +36,9 @@ pub(crate) struct Loader {
 
 #[pymethods]
 impl Loader {
-    /// Opens the corpus under `settings`. `can_pin`: whether its batches can lie in page-locked memory.
+    /// Opens the corpus under `settings`.
+    ///
+    /// `can_pin` tells whether its batches can lie in page-locked memory.
     #[staticmethod]
     fn open(py: Python<'_>, settings: &Settings, can_pin: bool) -> PyResult<Self> {
         if !can_pin {
@@ -45,7 +49,7 @@ impl Loader {
         Ok(Self { inner, process: std::process::id() })
     }
 
-    /// Several consumers of this loader.
+    /// Shares this loader among several consumers.
     #[pyo3(signature = (count, ahead, external))]
     fn split(
         &self,
@@ -67,7 +71,7 @@ impl Loader {
         Batches::new(self.inner.iter_external())
     }
 
-    /// Batches of a pass, or None where it has no end.
+    /// Number of batches in a pass. None if it has no end.
     #[getter]
     fn len(&self) -> Option<u64> {
         finite(self.inner.len())
@@ -115,7 +119,7 @@ impl Loader {
                 let entry = if let Ok(text) = value.cast::<PyString>() {
                     StateValue::Text(text.to_str()?.to_owned())
                 } else if let Ok(number) = value.extract() {
-                    // Whatever has an index, such as an integer of NumPy's.
+                    // Any object with an index is accepted, such as an integer of NumPy.
                     StateValue::Int(number)
                 } else {
                     let text = format!("state is damaged: `{key}` must be a whole number or a word, found {value}");
@@ -199,7 +203,7 @@ impl Loader {
         Ok(dict)
     }
 
-    /// What makes these settings slow on this corpus.
+    /// Reasons why these settings are slow on this corpus.
     fn warnings(&self) -> Vec<String> {
         self.inner.warnings().to_vec()
     }
@@ -208,7 +212,7 @@ impl Loader {
         self.inner.stats().verdict()
     }
 
-    /// Every setting in force.
+    /// Every setting in force, by name.
     fn config<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         settings::values(py, self.inner.config())
     }
@@ -225,7 +229,8 @@ impl Loader {
     }
 }
 
-/// Opens a loader on a thread of its own, and checks signals meanwhile. A signal that raises stops the opening.
+/// Opens a loader on a separate thread, and checks signals meanwhile. A signal that raises stops
+/// the opening.
 fn opened(py: Python<'_>, config: Config) -> PyResult<forebay::Loader> {
     let cancel = Cancel::default();
     let (sender, mut receiver) = sync_channel(1);
@@ -233,7 +238,7 @@ fn opened(py: Python<'_>, config: Config) -> PyResult<forebay::Loader> {
         let cancel = cancel.clone();
         move || {
             let opened = catch_unwind(AssertUnwindSafe(|| forebay::Loader::open_cancellable(config, &cancel)));
-            // If nobody waits any more, the loader closes here.
+            // If the caller no longer waits, the loader closes here.
             let _ = sender.send(opened);
         }
     };
@@ -246,7 +251,7 @@ fn opened(py: Python<'_>, config: Config) -> PyResult<forebay::Loader> {
         let found;
         (found, receiver) = py.detach(move || (receiver.recv_timeout(SLICE), receiver));
         match found {
-            // A panic goes on here, where it becomes an exception.
+            // A panic continues here, and becomes an exception.
             Ok(opened) => return detached(py, || opened.unwrap_or_else(|panic| resume_unwind(panic))),
             Err(RecvTimeoutError::Timeout) => py.check_signals().inspect_err(|_| cancel.cancel())?,
             Err(RecvTimeoutError::Disconnected) => {
@@ -268,12 +273,12 @@ pub(crate) fn state_pairs<'py>(py: Python<'py>, state: &State) -> PyResult<Vec<(
     state.entries().iter().map(|(key, entry)| Ok((key.clone(), value(entry)?))).collect()
 }
 
-/// `count`, or None where there is no end.
+/// Returns `count`, or None if there is no end.
 fn finite(count: u64) -> Option<u64> {
     Some(count).filter(|count| *count < u64::MAX)
 }
 
-/// A whole number from 0 to `most`, from whatever Python object has an index.
+/// Converts any Python object with an index to a whole number from 0 to `most`.
 pub(crate) fn counted(py: Python<'_>, name: &str, value: &Bound<'_, PyAny>, most: u64) -> PyResult<u64> {
     value.extract::<u64>().ok().filter(|number| *number <= most).ok_or_else(|| {
         let limit = if most == u64::MAX { "2^64 - 1".to_owned() } else { most.to_string() };

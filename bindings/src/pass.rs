@@ -1,4 +1,6 @@
-//! Passes, whole or of one consumer of a split loader: convert, detach, one call, convert.
+//! Passes in Python, of a whole loader or of one consumer.
+//!
+//! Each method converts, detaches, makes one call, and converts the result.
 
 use std::any::Any;
 use std::ptr::NonNull;
@@ -19,17 +21,19 @@ use crate::error::{detached, to_python};
 use crate::loader::{counted, state_pairs};
 use crate::notices;
 
-/// Longest wait between two looks at pending signals.
+/// Longest wait between two checks for pending signals.
 pub(crate) const SLICE: Duration = Duration::from_millis(50);
 
-/// Runs `wait` detached, in slices, and checks signals between them, until it gives something or the time is over; then
-/// gives none. A caller with a limit must not be held by a computation of its own, so it only waits.
+/// Waits detached, in slices, and checks signals between them.
+///
+/// Returns `None` if `wait` gives nothing before the time is over. A caller with a limit only
+/// waits, because a batch that it computes itself may take longer.
 fn in_slices<T: Send>(
     py: Python<'_>,
     timeout_seconds: Option<f64>,
     wait: impl Fn(WaitPolicy) -> forebay::Result<Option<T>> + Ungil + Send + Sync,
 ) -> PyResult<Option<T>> {
-    // A time beyond the clock's range is no limit.
+    // A time beyond the range of the clock is no limit.
     let limit = timeout_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     loop {
@@ -51,11 +55,11 @@ fn in_slices<T: Send>(
     }
 }
 
-/// Tells the notices while this thread holds a batch, which no error may lose.
+/// Tells the notices while this thread holds a batch. No error may lose the batch.
 ///
 /// Telling runs Python: handlers of the log, and the interpreter's check for signals. An interrupt
 /// that is raised there is raised again as soon as the batch is handed over. Another error of a
-/// handler goes to Python's hook for errors that nobody can catch.
+/// handler goes to Python's hook for errors that cannot be raised.
 fn tell_with_a_batch(py: Python<'_>) {
     let Err(error) = notices::tell(py) else { return };
     if error.is_instance_of::<PyKeyboardInterrupt>(py) {
@@ -66,7 +70,7 @@ fn tell_with_a_batch(py: Python<'_>) {
     }
 }
 
-/// A pass over one epoch. Several threads may ask it for batches at once.
+/// A pass over one or several epochs. Several threads may ask it for batches at once.
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Batches {
     inner: Option<forebay::Batches>,
@@ -85,8 +89,8 @@ impl Batches {
     fn take(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Arc<forebay::Batch>>> {
         notices::tell(py)?;
         let batches = self.get();
-        // A batch that is ready is taken without letting the interpreter go, which other threads may take long to give
-        // back.
+        // A batch that is ready is taken while attached. Other threads could take long to give the
+        // interpreter back.
         match batches.try_next().map_err(|error| to_python(py, &error))? {
             Next::Batch(batch) => return Ok(Some(batch)),
             Next::End => return Ok(None),
@@ -105,7 +109,7 @@ impl Batches {
 
 impl Drop for Batches {
     fn drop(&mut self) {
-        // In a forked child, a thread that is gone may hold the locks that dropping takes.
+        // In a forked child, a vanished thread may hold the locks that dropping takes.
         if std::process::id() != self.process {
             std::mem::forget(self.inner.take());
         }
@@ -114,13 +118,13 @@ impl Drop for Batches {
 
 #[pymethods]
 impl Batches {
-    /// The next batch, or None at the epoch's end.
+    /// Returns the next batch, or None at the end of the pass.
     #[pyo3(signature = (timeout_seconds=None))]
     fn next(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Batch>> {
         Ok(self.take(py, timeout_seconds)?.map(Batch::new))
     }
 
-    /// Step and tensors of the next batch, or None at the epoch's end.
+    /// Returns step and tensors of the next batch, or None at the end of the pass.
     #[pyo3(signature = (tensors, timeout_seconds=None))]
     fn next_tensors<'py>(
         &self,
@@ -132,7 +136,7 @@ impl Batches {
         Ok(Some((batch.step, tensors.of(py, &batch, &batch.fields)?)))
     }
 
-    /// Gives `nbytes` bytes at `ptr` to the next batch that has no memory yet; `owner` keeps them alive.
+    /// Gives `nbytes` bytes at `ptr` to the next batch without memory. `owner` keeps them alive.
     fn submit(&self, py: Python<'_>, ptr: usize, nbytes: usize, owner: Py<PyAny>) -> PyResult<()> {
         let buffer = Submitted::new(py, ptr, nbytes, owner)?;
         detached(py, move || {
@@ -219,7 +223,7 @@ impl SharedLoader {
     }
 }
 
-/// A pass of one consumer of a split loader.
+/// A pass of one consumer of a shared loader.
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Parts {
     inner: Option<PartPass>,
@@ -235,7 +239,7 @@ impl Parts {
 
 impl Drop for Parts {
     fn drop(&mut self) {
-        // In a forked child, a thread that is gone may hold the locks that dropping takes.
+        // In a forked child, a vanished thread may hold the locks that dropping takes.
         if std::process::id() != self.process {
             std::mem::forget(self.inner.take());
         }
@@ -244,7 +248,7 @@ impl Drop for Parts {
 
 #[pymethods]
 impl Parts {
-    /// The next rows of this consumer, or None at the pass's end.
+    /// Returns the next rows of this consumer, or None at the end of the pass.
     #[pyo3(signature = (timeout_seconds=None))]
     fn next(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Batch>> {
         let last = std::sync::Mutex::new(None);
@@ -275,17 +279,17 @@ impl Parts {
         }
     }
 
-    /// Buffers to submit before the next batch is taken; 0 if the pass has not begun.
+    /// Number of buffers to submit before the next batch is taken. 0 if the pass has not begun.
     fn buffers_missing(&self, py: Python<'_>) -> PyResult<usize> {
         detached(py, || Ok(self.get().begin()?.map_or(0, |pass| pass.buffers_missing())))
     }
 
-    /// Bytes of a submitted buffer; 0 if the pass has not begun.
+    /// Smallest size of a submitted buffer, in bytes. 0 if the pass has not begun.
     fn batch_bytes(&self, py: Python<'_>) -> PyResult<usize> {
         detached(py, || Ok(self.get().begin()?.map_or(0, |pass| pass.batch_bytes())))
     }
 
-    /// Gives `nbytes` bytes at `ptr` to the next batch that has no memory yet; `owner` keeps them alive.
+    /// Gives `nbytes` bytes at `ptr` to the next batch without memory. `owner` keeps them alive.
     fn submit(&self, py: Python<'_>, ptr: usize, nbytes: usize, owner: Py<PyAny>) -> PyResult<()> {
         let buffer = Submitted::new(py, ptr, nbytes, owner)?;
         detached(py, move || {
@@ -307,10 +311,10 @@ impl Parts {
     }
 }
 
-/// A buffer that Python gives.
+/// A buffer that Python submits.
 ///
-/// `_core` is private to the package, whose callers pass a tensor's own address, size and the tensor itself, and do not
-/// write to it. Torch memory is initialised as far as this crate reads it, for every byte is written before it is read.
+/// `_core` is private to the package. Its callers pass the address and size of a tensor, and the
+/// tensor itself, and do not write to it. This crate writes every byte before it reads it.
 struct Submitted {
     start: Address,
     nbytes: usize,
@@ -330,7 +334,7 @@ impl Submitted {
 /// An address on its way through a detached section.
 struct Address(NonNull<u8>);
 
-// SAFETY: an address alone; what may be done with the memory is said where it is used.
+// SAFETY: it is only an address. Each use says why the memory may be accessed.
 unsafe impl Send for Address {}
 
 /// A Python object that any thread may drop.
@@ -353,7 +357,7 @@ impl Drop for Owner {
             }
         });
         if attached.is_none() {
-            // The interpreter is going down and takes its memory with it.
+            // The interpreter is shutting down and takes its memory with it.
             std::mem::forget(object);
         }
     }

@@ -1,4 +1,4 @@
-"""Loader: batches as dicts of NumPy arrays."""
+"""The loader that gives batches as dicts of NumPy arrays."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _said: set[str] = set()
 
 
 def first_time(text: str) -> bool:
-    """Whether this process has not said `text` yet. A program may open many loaders, and tell its user only once."""
+    """Tells whether this process logs `text` for the first time.
+
+    A program may open many loaders, but should tell its user only once.
+    """
     with _once:
         if text in _said:
             return False
@@ -38,7 +41,7 @@ def first_time(text: str) -> bool:
 
 
 def _set_log_level() -> None:
-    """Applies ``FOREBAY_LOG``, once: what the program sets later stays."""
+    """Applies ``FOREBAY_LOG`` once. A level that the program sets later stays."""
     global _level_is_set
     with _once:
         found = os.environ.get("FOREBAY_LOG", "")
@@ -48,7 +51,7 @@ def _set_log_level() -> None:
         if level is None:
             raise ConfigError(f"`FOREBAY_LOG` must be error, warn, info or debug, found `{found}`")
         _logger.setLevel(level)
-        # logging's own last resort shows nothing below a warning.
+        # The last resort of `logging` shows nothing below a warning.
         handler = logging.StreamHandler()
         handler.addFilter(lambda _: not logging.getLogger().handlers)
         _logger.addHandler(handler)
@@ -56,7 +59,10 @@ def _set_log_level() -> None:
 
 
 def log_notes(warnings: Sequence[str], notes: Sequence[str], rank: int | None) -> None:
-    """Logs each text once per process. Notes are true of every rank, so that the first speaks for all."""
+    """Logs each text once per process.
+
+    All ranks have the same notes, so that only the first rank logs them.
+    """
     _set_log_level()
     for text in [*warnings, *(() if rank else notes)]:
         if first_time(text):
@@ -64,13 +70,16 @@ def log_notes(warnings: Sequence[str], notes: Sequence[str], rank: int | None) -
 
 
 def tell(level: str, text: str) -> None:
-    """Logs a notice of the core. The core calls this from the threads that ask it for batches."""
+    """Logs a notice of the core. The core calls this in the threads that ask it for batches."""
     _set_log_level()
     _logger.log(_LEVELS[level], "%s", text)
 
 
 class Batches:
-    """A pass over one epoch. It begins at the first ``next()``; several threads may take batches from it."""
+    """A pass over one or several epochs, which gives batches as dicts of NumPy arrays.
+
+    It begins at its first ``next()``. Several threads may take batches from it.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader  # its end closes the pass
@@ -86,7 +95,7 @@ class Batches:
         return _arrays(batch)
 
     def close(self) -> None:
-        """Ends the pass and its threads; batches already handed over stay valid."""
+        """Ends the pass and its threads. Batches that were handed over stay valid."""
         self._core.close()
 
 
@@ -100,12 +109,18 @@ def _take_part(part: _core.Parts) -> Arrays | None:
 
 
 class Loader:
-    """Batches of token sequences from Parquet and Arrow shards, in an order that is a function of seed and epoch.
+    """Gives batches of token sequences from Parquet and Arrow shards.
 
-    Every argument is a setting. Of those that are not given (``None``), operational ones come from their environment
-    variables, ``FOREBAY_<NAME>``, or from the file that ``FOREBAY_CONFIG`` names; ranks from these or the launcher; all
-    others have their defaults. ``Loader.config`` and ``Loader.origins`` say what came out. ``Loader.from_env`` takes
-    every setting from there.
+    Seed and epoch decide the order of the batches. Every argument is a setting, and None means that
+    it is not given. Settings that are not given have these values:
+
+    - Operational settings come from environment variables ``FOREBAY_<NAME>``, or from the file that
+      ``FOREBAY_CONFIG`` names.
+    - Ranks come from the same places, or from the launcher.
+    - All others have their defaults.
+
+    ``Loader.config`` and ``Loader.origins`` show the result. ``Loader.from_env`` takes every
+    setting from the environment.
 
     Parameters
     ----------
@@ -231,7 +246,7 @@ class Loader:
     Raises
     ------
     ConfigError, NotFoundError, ReadError, DataError
-        All faults that opening can see, listed together.
+        All faults that opening can find, listed together.
     """
 
     def __init__(
@@ -339,7 +354,10 @@ class Loader:
 
     @classmethod
     def from_env(cls, data: Data | None = None, **settings: Any) -> Self:
-        """A loader whose every setting may come from the environment or the file; the arguments win over both."""
+        """Opens a loader. Every setting may come from the environment or the configuration file.
+
+        The arguments win over both.
+        """
         return cls._of(_core.Settings({"data": data, **settings}, from_env=True))
 
     def _open_core(self) -> _core.Loader:
@@ -348,41 +366,62 @@ class Loader:
         return self._core
 
     def __iter__(self) -> Batches:
-        """A new pass: continues a restored position, or begins the first or the next epoch, at its first ``next()``."""
+        """Makes a new pass.
+
+        The pass continues a restored position, begins the first epoch, or begins the next epoch. It
+        decides this at its first ``next()``.
+        """
         return Batches(self)
 
     def __len__(self) -> int:
-        """Batches this rank gets in a pass, the same on every rank. TypeError where it has no end."""
+        """Returns the number of batches of this rank in a pass. It is the same on every rank.
+
+        Raises TypeError if a pass has no end.
+        """
         return finite(self._core.len)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass begins this epoch, unless a position of it was restored and not continued yet."""
+        """Lets the next pass begin this epoch.
+
+        A restored position of this epoch stays in force until a pass has continued it.
+        """
         self._core.set_epoch(epoch)
 
     def seek(self, position: int, epoch: int | None = None) -> None:
-        """The next pass begins at `position` of `epoch` (default: the present one), or the next one not skipped."""
+        """Lets the next pass begin at `position` of `epoch`, by default the present epoch.
+
+        If the position is skipped, the pass begins at the next position that is not.
+        """
         self._core.seek(position, epoch)
         if self._split is not None:
             self._split.restored()
 
     @property
     def epoch(self) -> int:
-        """Epoch of the newest pass, or of the next one if that was set or restored."""
+        """Epoch of the newest pass.
+
+        After `set_epoch`, `seek` or `load_state_dict` it is the epoch of the next pass.
+        """
         return self._core.epoch
 
     def state_dict(self) -> dict[str, int | str]:
-        """The position after the batches handed over by the newest pass: flat, ints and strings, equal on all ranks."""
+        """Returns the position after the batches that the newest pass handed over.
+
+        It is a flat dict of ints and strings, equal on all ranks.
+        """
         return dict(self._core.state()) if self._split is None else self._split.state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The next pass continues there, for any world size, batch size and thread count; ``{}`` changes nothing.
+        """Lets the next pass continue at a position that ``state_dict`` returned.
+
+        World size, batch size and number of threads may differ. An empty dict changes nothing.
 
         Raises
         ------
         StateMismatchError
-            It belongs to another corpus or other content settings; both values are named.
+            The state belongs to another corpus or to other content settings. Both values are named.
         TypeError
-            It is no mapping.
+            The state is not a mapping.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"a state is a dict, as `state_dict()` gives it; found {type(state_dict).__name__}")
@@ -393,66 +432,82 @@ class Loader:
 
     @property
     def num_sequences(self) -> int:
-        """Full sequences of the present epoch, over all ranks. TypeError where it has no end."""
+        """Full sequences of the present epoch, over all ranks.
+
+        Raises TypeError if the epoch has no end.
+        """
         return finite(self._core.num_sequences)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the present epoch, specials included. TypeError where it has no end."""
+        """Tokens of the present epoch, special ids included.
+
+        Raises TypeError if the epoch has no end.
+        """
         return finite(self._core.num_tokens)
 
     @property
     def dropped_tokens(self) -> int:
-        """Tokens of the present epoch that the remainder rule leaves out, over all ranks."""
+        """Tokens of the present epoch that `remainder` leaves out, over all ranks."""
         return self._core.dropped_tokens
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every setting in force."""
+        """Every setting in force, by name."""
         return self._core.config()
 
     @property
     def origins(self) -> dict[str, str]:
-        """Where each setting comes from: an argument, a variable, a file, the launcher, or the default."""
+        """Origin of each setting: an argument, a variable, a file, the launcher, or the default."""
         return self._settings.origins()
 
     def sequences_at(self, epoch: int, position: int, n: int = 1) -> Arrays:
-        """Rows at positions ``position`` to ``position + n`` of an epoch's order, over all ranks."""
+        """Returns the rows at `n` positions of an epoch's order, from `position` on, over all
+        ranks.
+        """
         return _arrays(self._open_core().sequences_at(epoch, position, n))
 
     def batch_at(
         self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
     ) -> Arrays:
-        """What a rank gets at a step of the pass that begins with `epoch`. Default: this loader's epoch and ranks."""
+        """Returns the batch that a rank gets at a step of the pass that begins with `epoch`.
+
+        The defaults are this loader's epoch and ranks.
+        """
         return _arrays(self._open_core().batch_at(step, epoch, rank, world_size))
 
     def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Arrays]]:
-        """Consumers for `count` threads, that share this loader's threads, mapping and windows.
+        """Shares this loader among `count` consumers, one per thread.
 
-        Each is a rank of its own: consumer `i` gets every `count`-th row of each batch from the `i`-th on, as rank
-        ``dp_rank + i * dp_world_size`` of ``dp_world_size * count`` ranks gets with a `count`-th of the batch size. A
-        consumer may be `ahead` batches before the slowest one, and waits for it then (default: ``prefetch_batches``).
-        ``state_dict`` then gives the position after the last batch that all consumers have.
+        The consumers share this loader's threads, files and decoded blocks. Each consumer is a rank
+        of its own. Consumer `i` gets every `count`-th row of each batch, from the `i`-th row on.
+        Rank ``dp_rank + i * dp_world_size`` of ``dp_world_size * count`` ranks gets the same rows
+        with a `count`-th of the batch size.
+
+        A consumer may be `ahead` batches before the slowest one (default: ``prefetch_batches``).
+        Then it waits. ``state_dict`` gives the position after the last batch that all consumers
+        have.
 
         Raises
         ------
         ConfigError
-            Rows cannot be dealt out evenly: `batch_size` is no multiple of `count`, or a last batch may be short.
+            Rows cannot be dealt out evenly: `batch_size` is not a multiple of `count`, or a last
+            batch may be short.
         """
         split = Split(self, self._open_core().split(count, ahead, False), count, _take_part)
         self._split = split
         return split.consumers
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far; times in seconds."""
+        """Returns counters since the loader was opened. Times are in seconds."""
         return self._core.stats()
 
     def verdict(self) -> str:
-        """Who waits for whom, in one line."""
+        """Tells in one line whether the loader or its consumers are slower."""
         return self._core.verdict()
 
     def close(self) -> None:
-        """Stops every pass and waits for its threads; batches already handed over stay valid."""
+        """Stops every pass and waits for its threads. Batches that were handed over stay valid."""
         self._closed = True
         self._core.close()
 
@@ -468,7 +523,7 @@ class Loader:
         return _reopen, (type(self), *self._settings.arguments(), self.state_dict())
 
     def __repr__(self) -> str:
-        # Debuggers and test runners show an object whose constructor failed.
+        # Debuggers and test runners show an object even if its constructor failed.
         if not hasattr(self, "_core"):
             return f"<{type(self).__name__} that was not opened>"
         config = self._core.config()
@@ -488,7 +543,7 @@ def finite(count: int | None) -> int:
 
 
 def _reopen(kind: type[Loader], given: dict[str, Any], from_env: bool, state: Mapping[str, Any]) -> Loader:
-    # A loader that was opened could give what it was asked for.
+    # The first loader was opened with these settings, page-locked memory included.
     loader = kind._of(_core.Settings(given, from_env), can_pin=True)
     loader.load_state_dict(state)
     return loader

@@ -1,4 +1,4 @@
-//! Batch: the arrays of some rows in one buffer.
+//! A batch: the arrays of some rows, in one buffer.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -11,41 +11,41 @@ use crate::proof::checksum::Checksum;
 use crate::settings::{Config, Targets};
 use crate::tokens::Dtype;
 
-/// One array of a batch, inside the batch's buffer: its rows follow each other without gaps.
+/// One array of a batch, inside the batch's buffer. Its rows follow each other without gaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
-    /// Key in the batch.
+    /// Name of the array in the batch.
     pub name: &'static str,
     /// Type of its values.
     pub dtype: Dtype,
     /// Offset of its first byte in the buffer.
     pub offset_bytes: usize,
-    /// Rows and columns; arrays of one column have one axis, the rows.
+    /// Rows and columns. Arrays of one column have one axis, the rows.
     pub shape: [usize; 2],
-    /// Axes, 1 or 2.
+    /// Number of axes: 1 or 2.
     pub ndim: usize,
 }
 
-/// A delivered batch; its memory belongs to its holders until the last one drops it.
+/// A delivered batch. Its memory belongs to its holders until the last of them drops it.
 #[derive(Debug)]
 pub struct Batch {
-    /// Epoch it belongs to.
+    /// Epoch of the batch.
     pub epoch: u64,
-    /// Step in the epoch, counted from 0.
+    /// Step in the epoch, from 0.
     pub step: u64,
     /// First position of its global batch.
     pub position: u64,
-    /// Rows, `batch_size` but for a short last batch.
+    /// Number of rows: `batch_size`, or fewer in a short last batch.
     pub rows: usize,
     /// Arrays in the buffer.
     pub fields: Arc<[Field]>,
-    /// Its rows, hashed; only where [`Loader::cover`] or the setting `delivery_log` asks for it.
+    /// Hash of its rows. `None` unless [`Loader::cover`](super::Loader::cover) or the setting `delivery_log` asks for it.
     pub checksum: Option<Checksum>,
     pub(super) lease: Lease,
 }
 
 impl Batch {
-    /// First byte of the buffer. Writing through it is the holder's business: nothing of the loader reads it again.
+    /// First byte of the buffer. The holder may write to it: the loader never reads it again.
     pub fn as_ptr(&self) -> *mut u8 {
         self.lease.as_ptr()
     }
@@ -55,15 +55,16 @@ impl Batch {
         self.lease.caller()
     }
 
-    /// Bytes of the buffer.
+    /// Size of the buffer, in bytes.
     pub fn len_bytes(&self) -> usize {
         self.lease.len()
     }
 
-    /// Values of row `row` of field `name`, widened; the bits of floating-point numbers.
+    /// Values of row `row` of field `name`, as 64-bit integers. Floating-point numbers appear as
+    /// their bits.
     ///
     /// # Panics
-    /// When there is no such field or row.
+    /// Panics if there is no such field or row.
     pub fn row(&self, name: &str, row: usize) -> Vec<i64> {
         let field = self.fields.iter().find(|field| field.name == name).expect("a field of the batch");
         self.row_of(field, row)
@@ -72,7 +73,8 @@ impl Batch {
     fn row_of(&self, field: &Field, row: usize) -> Vec<i64> {
         assert!(row < field.shape[0], "row {row} of {}", field.shape[0]);
         let start = field.offset_bytes + row * field.shape[1] * field.dtype.size();
-        // SAFETY: the lease's bytes are initialised and, once a batch is delivered, written by its holder alone; the field lies inside.
+        // SAFETY: the lease's bytes are initialised, and the field lies inside them. After
+        // delivery, only the holder of the batch writes to them.
         let bytes =
             unsafe { std::slice::from_raw_parts(self.as_ptr().add(start), field.shape[1] * field.dtype.size()) };
         let values = crate::tokens::Tokens::new(field.dtype, bytes);
@@ -118,11 +120,11 @@ pub(super) struct BatchLayout {
     pub(super) rows: usize,
     pub(super) fields: Arc<[Field]>,
     pub(super) input_dtype: Dtype,
-    /// Offset of labels or `y`.
+    /// Offset of the labels or `y`, in bytes.
     pub(super) targets_at: usize,
-    /// Offset of each field of the schema.
+    /// Offset of each field of the schema, in bytes.
     pub(super) fields_at: Vec<usize>,
-    /// Offsets of each row's source and sequence, where they are asked for.
+    /// Offsets of each row's source and sequence, in bytes. `None` if they are not asked for.
     pub(super) ids_at: Option<[usize; 2]>,
     pub(super) bytes: usize,
 }

@@ -1,7 +1,8 @@
 //! Computes a batch from its rows alone.
 //!
-//! Iteration, `batch_at` and `sequences_at` share [`Session::compute`]. Workers also look ahead from here: they ask for the windows of
-//! batches to come, and decode the blocks that these will read.
+//! Iteration, `batch_at` and `sequences_at` share [`Session::compute`]. Workers also look ahead
+//! from here. They ask for the windows of later batches, and decode the blocks that these batches
+//! will read.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::read::{NeededBy, Padding, Prepared, RowRequest, Scratch, StreamLocati
 use crate::settings::Targets;
 use crate::tokens::Dtype;
 
-/// While everything is found in memory, only every 16th batch is looked at.
+/// While everything is found in memory, only every 16th batch is examined.
 const LOOK_EVERY: u64 = 16;
 
 /// Memory and times of one worker.
@@ -36,7 +37,7 @@ pub(super) struct WorkerMemory {
 }
 
 impl Session {
-    /// The batch of `rows`, in memory of its own.
+    /// Computes the batch of `rows`, in its own memory.
     pub(super) fn compute_alone(
         &self,
         growth: &Growth,
@@ -44,7 +45,7 @@ impl Session {
         step: u64,
         rows: &[PositionedRow],
     ) -> Result<Arc<Batch>> {
-        // No worker of a pass computes this, so nothing watches what it reads.
+        // No worker of a pass computes this, so that nothing watches its reads.
         let mut worker = WorkerMemory { index: usize::MAX, ..WorkerMemory::default() };
         let mut reads = RowReads::default();
         self.reads_into(growth, rows, &mut worker.orders, &mut worker.scratch, &mut reads)?;
@@ -135,7 +136,8 @@ impl Session {
         Ok(batch)
     }
 
-    /// Decodes a block that the batch at index `start` of a pass will read and that nobody has decoded.
+    /// Decodes a block that the batch at index `start` of a pass will read and that is not decoded
+    /// yet.
     pub(super) fn decode_ahead(&self, run: &PassRange, start: u64, worker: &mut WorkerMemory) -> Result<Prepared> {
         let WorkerMemory { index: worker_index, orders, rows, reads, scratch, .. } = worker;
         let (epoch, position) = batch_rows_into(self.grouping, &run.epochs, start, rows);
@@ -159,8 +161,10 @@ impl Session {
         Ok(Prepared::Nothing)
     }
 
-    /// Asks for what batch `number` of a pass, at index `start`, will read: always while files are cold, and else now and then, to notice
-    /// that they have become so.
+    /// Asks the system for the windows that batch `number` of a pass, at index `start`, will read.
+    ///
+    /// While files are cold, it does so for every batch. Otherwise it does so now and then, to
+    /// notice when files become cold.
     pub(super) fn read_ahead(&self, run: &PassRange, number: u64, start: u64, worker: &mut WorkerMemory) {
         let cold = self.cold.load(Ordering::Relaxed);
         if !cold && !number.is_multiple_of(LOOK_EVERY) {
@@ -172,7 +176,7 @@ impl Session {
         let mut asked = false;
         let WorkerMemory { orders, rows, reads, scratch, .. } = worker;
         batch_rows_into(self.grouping, &run.epochs, start, rows);
-        // What fails here fails again when the batch is computed.
+        // A failure here appears again when the batch is computed.
         if self.reads_into(&run.growth, rows, orders, scratch, reads).is_err() {
             return;
         }
@@ -187,21 +191,22 @@ impl Session {
         }
     }
 
-    /// Where a row begins, if that is known without reading or decoding anything.
+    /// The location where a row begins, if it is known without reading or decoding.
     fn find(&self, reads: &RowReads, row: &Option<RowRead>) -> Option<StreamLocation> {
         let place = row.as_ref()?;
         let first = reads.segments(place).first()?;
         self.opened.sources.list()[place.source].reader.find(first.start)
     }
 
-    /// Lets the row note where its documents end, if its source has further columns to compare with.
+    /// Lets the row note where its documents end, if its source has further columns to compare
+    /// with.
     fn compare_columns(&self, row: Option<(&RowRead, RowRequest<'_>)>, scratch: &mut Scratch) {
         if let Some((read, _)) = row {
             self.opened.sources.list()[read.source].reader.compare_columns(scratch);
         }
     }
 
-    /// Writes one row of a further column to `bytes`; without a request the row is padding.
+    /// Writes one row of a further column to `bytes`. Without a request, the row is padding.
     fn fill_field(
         &self,
         field: &SchemaField,
@@ -221,7 +226,7 @@ impl Session {
             _ if reader.corpus().field_dtype(index).is_some() => {
                 return reader.fill_field(index, request, field.padding, row, &mut worker.scratch);
             }
-            // The tokens wrote them.
+            // The labels were written together with the tokens.
             Missing::Derived => {}
             Missing::Value(value) => {
                 let mut place = 0;

@@ -1,4 +1,4 @@
-//! Opens what all sessions share: the corpora, the cache of decoded blocks, and the content settings.
+//! Opens the parts that all sessions share: corpora, cache of decoded blocks, and content settings.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,15 +19,15 @@ use crate::sync::Cancel;
 
 /// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
 ///
-/// Several loaders may share one ([`super::Loader::new`]). They share the open files, the cache of decoded blocks and
-/// `memory_budget`: each loader takes the bytes of its batches and of the blocks that its threads hold, and the rest is
-/// the cache's.
+/// Several loaders may share it ([`super::Loader::new`]). They share the open files, the cache of
+/// decoded blocks and `memory_budget`. Each loader takes bytes for its batches, and for the blocks
+/// that its threads hold. The cache has the rest.
 #[derive(Debug)]
 pub struct Opened {
     config: Config,
     pub(super) sources: CorpusSources,
     pub(super) cache: Arc<BlockCache>,
-    /// What a state belongs to, except for what depends on the position.
+    /// The content that a state belongs to, without the values that depend on the position.
     pub(super) content: Vec<(&'static str, StateValue)>,
     pub(super) warnings: Vec<String>,
     pub(super) largest_block_bytes: u64,
@@ -36,15 +36,16 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens and indexes the corpora of `config`. Reports every fault that opening can see, all together.
+    /// Opens and indexes the corpora of `config`. Fails with all faults that opening can find,
+    /// listed together.
     ///
-    /// Reads the data and content settings of `config`, its `memory_budget`, and how files are opened. Ignores ranks,
-    /// batches and epochs.
+    /// Reads from `config` the data and content settings, `memory_budget`, and the access to files.
+    /// Ignores ranks, batches and epochs.
     pub fn open(config: &Config) -> Result<Self> {
         Self::open_cancellable(config, &Cancel::default())
     }
 
-    /// Opens like [`Opened::open`]. Fails soon after `cancel` is set from another thread.
+    /// Opens like [`Opened::open`]. Fails soon after another thread sets `cancel`.
     pub fn open_cancellable(config: &Config, cancel: &Cancel) -> Result<Self> {
         config.validate()?;
         let mut config = config.clone();
@@ -71,20 +72,23 @@ impl Opened {
         Ok(Self { content: content_of(&config), config, sources, cache, warnings, largest_block_bytes, schema })
     }
 
-    /// The settings that the corpus was opened with; the kind of shuffling is filled in.
+    /// The settings that the corpus was opened with. The kind of shuffling is filled in.
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// Decides the shuffling of a session's `config`. Refuses data or content settings that are not those of this
-    /// corpus, and names both values.
+    /// Decides the shuffling of a session's `config`.
+    ///
+    /// Fails if the data or the content settings differ from those of this corpus. The error names
+    /// both values.
     pub(super) fn check(&self, config: &mut Config) -> Result<()> {
         if config.shuffle == Shuffle::On {
             config.shuffle = self.config.shuffle;
         }
         let mut differences = Vec::new();
         for setting in settings::all() {
-            // A state compares these by what opening found, so their own values are compared here.
+            // A state compares these settings by the result of opening. Here their own values are
+            // compared.
             let is_of_opening = matches!(setting.compared(), Some(Compared::AsOpened | Compared::ByCorpus(..)));
             let is_shared = is_of_opening || setting.name == "memory_budget";
             if is_shared && setting.value(config) != setting.value(&self.config) {
@@ -105,8 +109,10 @@ impl Opened {
         )))
     }
 
-    /// Adds a session to the cache, and takes its bytes from there: `batches` for its batches in flight, and one block for
-    /// each of its `threads`. Returns the bytes taken, and those left for blocks.
+    /// Adds a session to the cache, and takes bytes of the budget for it: `batches` bytes for
+    /// batches in flight, and one block for each of its `threads`.
+    ///
+    /// Returns the session's number, the bytes taken, and the bytes left for blocks.
     pub(super) fn join(&self, config: &Config, threads: u64, batches: u64) -> Result<(SessionId, u64, u64)> {
         let largest = self.largest_block_bytes;
         let wanted = batches.saturating_add(threads.saturating_mul(largest));
@@ -130,7 +136,7 @@ impl Opened {
     }
 }
 
-/// The fields that batches of these corpora have.
+/// The fields of the batches of these corpora.
 fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Vec<SchemaField>> {
     let stored = |index: usize| corpora.iter().map(move |(name, corpus)| (name.as_str(), corpus.field_dtype(index)));
     let field = |(index, name): (usize, &String)| SchemaField::of(name, &stored(index).collect::<Vec<_>>());
@@ -146,12 +152,12 @@ fn decided(shuffle: Shuffle, access: Access) -> Shuffle {
     }
 }
 
-/// Opens the corpora of `config`, side by side, and reports all faults of all of them.
+/// Opens the corpora of `config` in parallel. Fails with the faults of all of them.
 fn open_corpora(config: &Config, threads: u64, cancel: &Cancel) -> Result<Vec<(String, Corpus)>> {
     let options = OpenOptions { cancel: cancel.clone(), ..OpenOptions::of(config) };
     let cache = config.cache_dir.as_deref().map(Path::new);
     let wanted = config.corpora()?;
-    // Scoped, so that its threads end before opening does.
+    // The pool is scoped, so that its threads end before opening does.
     let opened: Vec<(String, Result<Corpus>)> = rayon::ThreadPoolBuilder::new()
         .num_threads(threads as usize)
         .thread_name(|index| format!("forebay-open-{index}"))
@@ -165,7 +171,7 @@ fn open_corpora(config: &Config, threads: u64, cancel: &Cancel) -> Result<Vec<(S
             },
         )
         .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads for opening shards").with_source(error))?;
-    // The faults of shards that were not opened say nothing.
+    // Faults of shards that were not opened mean nothing.
     cancel.check()?;
     let mut faults = Vec::new();
     let mut corpora = Vec::new();
@@ -190,7 +196,8 @@ pub(super) fn windows_bytes(config: &Config, sources: &CorpusSources, grouping: 
             _ if corpus.access() == Access::Random => 0,
             Shuffle::Off | Shuffle::On => 0,
             Shuffle::Global => total,
-            // Each lane of this rank draws from its window, and from the blocks at the window's two ends.
+            // Each lane of this rank draws from its window, and from the blocks at both ends of the
+            // window.
             Shuffle::Block => {
                 let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
                 let lanes = grouping.lanes(config.lanes);
@@ -203,7 +210,8 @@ pub(super) fn windows_bytes(config: &Config, sources: &CorpusSources, grouping: 
     sources.list().iter().map(|source| of_corpus(source.reader.corpus())).sum()
 }
 
-/// Warns if the cache cannot hold the blocks that a step may draw from, so that they are decoded again and again.
+/// Warns if the cache cannot hold the blocks that a step may draw from. Such blocks are decoded
+/// again and again.
 pub(super) fn window_warning(windows: u64, cache_bytes: u64) -> Option<String> {
     (windows > cache_bytes).then(|| {
         format!(
@@ -215,8 +223,10 @@ pub(super) fn window_warning(windows: u64, cache_bytes: u64) -> Option<String> {
     })
 }
 
-/// What every state of these settings belongs to: the versions of order and layout, and the content settings that a state
-/// compares by their value. A setting that takes no part in the order has the value 0.
+/// The content that every state of these settings belongs to.
+///
+/// It consists of the versions of order and layout, and of the content settings that a state
+/// compares by value. A setting without influence on the order has the value 0.
 fn content_of(config: &Config) -> Vec<(&'static str, StateValue)> {
     let mut content = vec![("order", order::VERSION.into()), ("layout", layout::name_of(config).into())];
     let compared = |setting: &Setting| Some((setting.name, compared_value(setting, config)?));
@@ -224,7 +234,7 @@ fn content_of(config: &Config) -> Vec<(&'static str, StateValue)> {
     content
 }
 
-/// The value by which a state compares `setting`, unless it compares the setting by other keys.
+/// The value by which a state compares `setting`. `None` if the state compares other keys.
 fn compared_value(setting: &Setting, config: &Config) -> Option<StateValue> {
     let has_blocks = config.shuffle == Shuffle::Block;
     let has_part = match setting.compared()? {

@@ -1,6 +1,7 @@
-//! Sources: the opened corpora of a run, and which sequence of which stands at a position.
+//! The opened corpora of a run, and the assignment of their sequences to positions.
 //!
-//! One corpus is a run of its own epochs, which may grow between two of them. Several are drawn from by a mixture's schedule.
+//! A single corpus is a series of its own epochs, and may grow between two of them. Several corpora
+//! are drawn from by the schedule of a mixture.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use crate::settings::{self, Compared, Config, Shuffle};
 
 /// Separates the seeds of a mixture's sources.
 const SOURCE: u64 = 5;
-/// Orders a worker keeps: of the few epochs that rows near each other belong to.
+/// Number of orders that a worker keeps. Rows near each other belong to few epochs.
 const KEPT_ORDERS: usize = 256;
 
 /// One opened corpus.
@@ -32,17 +33,17 @@ pub(crate) struct CorpusSource {
     seed: u64,
 }
 
-/// Shards in force from an epoch on, sorted by epoch; the first is from epoch 0.
+/// Numbers of shards, each in force from an epoch on, sorted by epoch. The first is from epoch 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Growth(Arc<[(u64, u64)]>);
 
-/// What an epoch of a source consists of.
+/// The contents of an epoch of a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Extent {
     layout: layout::Extent,
-    /// Full sequences on the side that is delivered.
+    /// Number of full sequences on the delivered side.
     sequences: u64,
-    /// Whether tokens are left over that some row has to deliver.
+    /// Whether tokens are left over that some row must deliver.
     tail: bool,
 }
 
@@ -52,11 +53,11 @@ pub(crate) struct CorpusSources {
     list: Vec<CorpusSource>,
     mixture: Option<(MixtureSettings, Mixture)>,
     settings: OrderSettings,
-    /// Positions of an epoch at most, its tail and its end included.
+    /// Most positions of an epoch, including its tail and its end.
     most_positions: u64,
 }
 
-/// The settings that say what stands where.
+/// The settings that assign sequences to positions.
 #[derive(Clone, Copy, Debug)]
 struct OrderSettings {
     shuffle: Shuffle,
@@ -67,7 +68,7 @@ struct OrderSettings {
     side: Side,
 }
 
-/// What one row reads.
+/// The stretches that one row reads.
 #[derive(Clone, Debug)]
 pub(crate) struct RowRead {
     pub(crate) source: usize,
@@ -77,26 +78,27 @@ pub(crate) struct RowRead {
     pub(crate) sequence: u64,
     /// The extent of the source in that epoch.
     extent: layout::Extent,
-    /// Its segments, among those of its [`RowReads`].
+    /// Its segments, as a range of the segments of its [`RowReads`].
     segments: Range<u32>,
-    /// Tokens that it holds for the first time; the rest of the row is padding, or repeated.
+    /// Number of tokens that the row delivers for the first time. The rest of the row is padding,
+    /// or repeated.
     pub(crate) tokens: u64,
-    /// Whether the tokens after it belong to another time of the epoch.
+    /// Whether the tokens after the row are read at another time of the epoch.
     pub(crate) ends_chunk: bool,
-    /// Whether it was delivered before, and only fills the last batch.
+    /// Whether the row was delivered before and only fills the last batch.
     pub(crate) repeated: bool,
 }
 
-/// What the rows of a batch read, and the segments of all of them. The memory is used again from batch to batch.
+/// The reads of the rows of a batch, and their segments. The memory is reused from batch to batch.
 #[derive(Debug, Default)]
 pub(crate) struct RowReads {
-    /// What each row reads; nothing where the row is padding.
+    /// The reads of each row. `None` for a row of padding.
     pub(crate) rows: Vec<Option<RowRead>>,
     segments: Vec<Segment>,
 }
 
 impl RowReads {
-    /// Removes all rows, and makes room for `rows` others.
+    /// Removes all rows, and makes room for `rows` rows.
     pub(crate) fn clear_for(&mut self, rows: usize) {
         self.rows.clear();
         self.rows.reserve(rows);
@@ -104,7 +106,7 @@ impl RowReads {
         self.segments.reserve(rows);
     }
 
-    /// The segments of `read`, which is one of these rows.
+    /// The segments of `read`, which must be one of these rows.
     pub(crate) fn segments(&self, read: &RowRead) -> &[Segment] {
         &self.segments[read.segments.start as usize..read.segments.end as usize]
     }
@@ -115,7 +117,7 @@ impl RowReads {
     }
 }
 
-/// Orders of the epochs that a worker is in.
+/// Orders of the epochs that a worker reads.
 #[derive(Debug, Default)]
 pub(crate) struct Orders(Vec<((usize, u64), EpochOrder)>);
 
@@ -124,7 +126,7 @@ impl Growth {
         Self([(0, shards)].into())
     }
 
-    /// This growth, and `shards` from `epoch` on, which has not begun yet.
+    /// Adds to this growth that `shards` shards are in force from `epoch` on, which has not begun.
     pub(crate) fn with(&self, epoch: u64, shards: u64) -> Self {
         let begun = self.0.iter().filter(|(from, _)| *from < epoch);
         Self(begun.copied().chain([(epoch, shards)]).collect())
@@ -146,7 +148,7 @@ impl Growth {
         entries.join(",")
     }
 
-    /// Shards of the newest epochs.
+    /// Number of shards of the newest epochs.
     pub(crate) fn latest(&self) -> u64 {
         self.0.last().expect("has at least its first entry").1
     }
@@ -168,7 +170,7 @@ impl CorpusSource {
 }
 
 impl CorpusSources {
-    /// The sources of `config`, whose shuffling is decided.
+    /// Makes the sources of `config`, whose shuffling is decided.
     pub(crate) fn new(config: &Config, mut list: Vec<CorpusSource>) -> Result<Self> {
         let settings = OrderSettings {
             shuffle: config.shuffle,
@@ -220,18 +222,20 @@ impl CorpusSources {
         self.mixture.as_ref().map(|(_, mixture)| mixture)
     }
 
-    /// Shards of the corpus; 0 for a mixture, whose sources do not grow.
+    /// Number of shards of the corpus. 0 for a mixture, because its sources do not grow.
     pub(crate) fn shards(&self) -> u64 {
         if self.mixture.is_some() { 0 } else { self.list[0].shards() }
     }
 
-    /// The number of a position among those of all epochs, for the block cache. It grows with the epoch and the position;
-    /// epochs that are shorter than the newest one leave gaps.
+    /// Converts a position to a number among the positions of all epochs, for the block cache.
+    ///
+    /// The number grows with the epoch and the position. Epochs that are shorter than the newest
+    /// one leave gaps.
     pub(crate) fn global_position(&self, epoch: u64, position: u64) -> u64 {
         epoch.saturating_mul(self.most_positions).saturating_add(position)
     }
 
-    /// Rows of an epoch with all their tokens, over all ranks.
+    /// Number of rows of an epoch without missing tokens, over all ranks.
     pub(crate) fn full_rows(&self, growth: &Growth, epoch: u64) -> u64 {
         match &self.mixture {
             Some((_, mixture)) => mixture.positions(),
@@ -244,7 +248,7 @@ impl CorpusSources {
         self.mixture.is_none() && self.extent_at(growth, epoch).tail
     }
 
-    /// Tokens of an epoch, delivered or in its remainder.
+    /// Number of tokens of an epoch, delivered or in its remainder.
     pub(crate) fn tokens(&self, growth: &Growth, epoch: u64) -> u64 {
         let extent = self.extent_at(growth, epoch);
         match (&self.mixture, self.settings.side) {
@@ -262,12 +266,13 @@ impl CorpusSources {
         if self.mixture.is_some() { 0 } else { self.settings.extent(&self.list[0], growth.latest()).layout.rows }
     }
 
-    /// Sequences that an epoch of a mixture's source has.
+    /// Number of sequences in an epoch of a mixture's source.
     pub(crate) fn sequences_of(&self, source: &CorpusSource) -> u64 {
         self.settings.extent(source, source.shards()).sequences
     }
 
-    /// An epoch of source `index` under its newest shards: what stands in the corpus, its full sequences that are delivered, and their order.
+    /// The extent, arrangement and order of epoch `epoch` of source `index`, with its newest
+    /// shards.
     pub(crate) fn order_of(&self, index: usize, epoch: u64) -> (layout::Extent, Arrangement, EpochOrder) {
         let source = &self.list[index];
         let Extent { layout, sequences, .. } = self.settings.extent(source, source.shards());
@@ -281,7 +286,8 @@ impl CorpusSources {
         self.settings.extent(source, shards)
     }
 
-    /// What stands at `position` of `epoch`, which lies within it. Its segments are found by [`CorpusSources::add_row`].
+    /// The reads of the row at `position` of `epoch`, which must exist. [`CorpusSources::add_row`]
+    /// finds its segments.
     pub(crate) fn row_read(&self, growth: &Growth, orders: &mut Orders, epoch: u64, position: u64) -> RowRead {
         let (draw, shards) = match &self.mixture {
             Some((_, mixture)) => {
@@ -314,8 +320,8 @@ impl CorpusSources {
         read(self.settings.side.sequence(at), order.ends_chunk(at))
     }
 
-    /// Adds `read` to `reads`, with its segments. With `wrap_to`, a shorter row goes on with the start of the stream
-    /// until it has so many tokens.
+    /// Adds `read` to `reads`, with its segments. With `wrap_to`, a shorter row continues with the
+    /// start of the stream until it has that many tokens.
     pub(crate) fn add_row(
         &self,
         mut read: RowRead,
@@ -346,15 +352,17 @@ impl CorpusSources {
         stages
     }
 
-    /// The sources that those stages draw from, by index.
+    /// The indices of the sources that these stages draw from.
     fn drawn(&self, position: u64) -> Vec<usize> {
         let stages = self.stages_begun(position);
         let is_drawn = |index: &usize| stages.iter().any(|stage| stage.weights[*index] > 0);
         (0..self.list.len()).filter(is_drawn).collect()
     }
 
-    /// The settings whose value opening decided ([`Compared::AsOpened`]), for the first `shards` shards
-    /// of the corpus, or for the sources of a mixture that were drawn from before `position`.
+    /// The settings whose value opening decided ([`Compared::AsOpened`]).
+    ///
+    /// They are those of the first `shards` shards of the corpus, or of the sources of a mixture
+    /// that were drawn from before `position`.
     pub(crate) fn as_opened(&self, shards: u64, position: u64) -> Vec<(&'static str, StateValue)> {
         let of_corpus = |name: &str, corpus: &Corpus, shards: usize| match name {
             "format" => corpus.families(shards).join("+"),
@@ -375,7 +383,8 @@ impl CorpusSources {
         decided.map(|setting| (setting.name, StateValue::short(value(setting.name)))).collect()
     }
 
-    /// Digest of all that has decided an epoch's order before `position`: stages begun and the sources they draw from.
+    /// Digest of all facts that decided the order of an epoch before `position`: the stages that
+    /// have begun, and the sources that they draw from.
     pub(crate) fn mixture_digest(&self, position: u64) -> StateValue {
         let Some((recipe, _)) = &self.mixture else { return "none".into() };
         let mut text = format!("{:?} {:?}", recipe.exhausted, recipe.exact_per);

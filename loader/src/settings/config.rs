@@ -1,4 +1,4 @@
-//! Types of the settings, and the checks of several settings together.
+//! Types of the settings, and checks of several settings together.
 //!
 //! [`Config`] itself is made from the table ([`super::table`]), which also checks each value alone.
 
@@ -35,9 +35,9 @@ macro_rules! choices {
 }
 
 choices! {
-    /// How the order of an epoch is drawn.
+    /// Order of an epoch.
     Shuffle {
-        /// `Global` where any window can be read at once, `Block` where blocks have to be decoded.
+        /// `Global` if any window can be read at once, `Block` if blocks must be decoded.
         On = "true",
         /// Corpus order.
         #[default]
@@ -52,7 +52,8 @@ choices! {
 choices! {
     /// Arrays of a batch.
     Targets {
-        /// `input_ids` and `labels` at the same positions; the model shifts (Hugging Face convention).
+        /// `input_ids` and `labels` at the same positions. The model shifts them, as in Hugging
+        /// Face's models.
         #[default]
         Labels = "labels",
         /// `x` and `y`, one token apart in `seq_len + 1` tokens. Neighbouring sequences overlap
@@ -62,8 +63,8 @@ choices! {
 }
 
 choices! {
-    /// Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or global
-    /// batch.
+    /// Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or
+    /// global batch.
     Remainder {
         /// They are left out, and counted.
         #[default]
@@ -72,7 +73,7 @@ choices! {
         Pad = "pad",
         /// They are filled up from the start of the same epoch's order.
         Wrap = "wrap",
-        /// The last batch has fewer rows. Refused where a rank would have none.
+        /// The last batch has fewer rows. This is refused if a rank would have none.
         Short = "short",
     }
 }
@@ -93,10 +94,10 @@ choices! {
 choices! {
     /// A side of a corpus from which `holdout` keeps sequences.
     Split {
-        /// All sequences but those held out.
+        /// All sequences that are not held out.
         #[default]
         Train = "train",
-        /// The sequences held out.
+        /// The held-out sequences.
         Holdout = "holdout",
     }
 }
@@ -104,7 +105,7 @@ choices! {
 choices! {
     /// Container format that `data` is expected to hold.
     DataFormat {
-        /// Recognised by content.
+        /// The content of the files tells the format.
         #[default]
         Auto = "auto",
         /// Parquet only.
@@ -117,25 +118,26 @@ choices! {
 /// Epochs of one pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Epochs {
-    /// This many, one after the other.
+    /// This many epochs, one after the other.
     Count(u64),
-    /// One after the other without end.
+    /// One epoch after the other, without end.
     Endless,
 }
 
 /// Positions `start..end` of `epoch` that are never delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Skip {
-    /// Epoch, counted from 0.
+    /// Epoch, from 0.
     pub epoch: u64,
-    /// First position left out.
+    /// First position that is left out.
     pub start: u64,
-    /// One past the last position left out.
+    /// The position after the last position that is left out.
     pub end: u64,
 }
 
 impl Config {
-    /// Checks every value by itself and against the others. The error lists all faults.
+    /// Checks every value alone and together with the others. Fails with all faults, listed
+    /// together.
     pub fn validate(&self) -> Result<()> {
         let mut faults: Vec<Error> = super::all().iter().filter_map(|setting| setting.check(self).err()).collect();
         self.check_corpora(&mut faults);
@@ -175,14 +177,16 @@ impl Config {
         faults.extend(stages.err());
     }
 
-    /// The corpora that these settings name, each by its name and its `data`. The only corpus of a run
-    /// without a mixture has no name.
+    /// The corpora that these settings name, each as its name and its `data`.
+    ///
+    /// Without a mixture, there is one corpus, with an empty name.
     pub fn corpora(&self) -> Result<Vec<(String, Vec<String>)>> {
         let Some(text) = &self.mixture else { return Ok(vec![(String::new(), self.data.clone())]) };
         Ok(MixtureSettings::parse(text)?.sources.into_iter().map(|source| (source.name, source.data)).collect())
     }
 
-    /// Tokens one row reads from the stream: `seq_len`, and one more where targets are shifted.
+    /// Number of tokens that a row reads from the stream: `seq_len`, and one more for shifted
+    /// targets.
     pub fn row_tokens(&self) -> u64 {
         self.seq_len + u64::from(self.targets == Targets::Shifted)
     }

@@ -1,6 +1,6 @@
 //! Settings: the table that defines them, and the sources that their values come from.
 //!
-//! [`table`] defines each setting once. [`Config`] holds their values. [`resolve`] finds the values
+//! `table` defines each setting once. [`Config`] holds their values. [`resolve`] finds the values
 //! in arguments, the environment and the configuration file, and decides the rank and the number of
 //! threads. [`Framework`] holds what a training framework says beside them. [`mixture`] is the
 //! syntax of one setting: several corpora with weights.

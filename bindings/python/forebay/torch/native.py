@@ -1,4 +1,4 @@
-"""Passes of a native loader: batches computed by forebay's threads, as tensors."""
+"""Passes of a native loader: forebay's threads compute the batches, which become tensors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from forebay.torch.device import Ahead
 from forebay.torch.pinned import Memory, view
 from forebay.torch.tensors import NATIVE, Tensors, tensors_of
 
-#: Makes the copies of a new pass to the device out of what takes its next batch; None for host memory.
+#: Makes the copier of a new pass to the device from the function that takes its next batch. None
+#: means host memory.
 AheadOf = Callable[[Callable[[float | None], Any]], Ahead | None]
 
 
 class Native:
-    """A loader of tokens and what its passes need beside it."""
+    """A loader of tokens, and the facts that its passes need beside it."""
 
     def __init__(
         self, loader: Loader, allocator: Callable[[int], torch.Tensor] | None, limit_s: float | None, sampler: Any
@@ -39,15 +40,16 @@ class Native:
     def follow_sampler(self) -> None:
         """Goes to the epoch that the sampler was told."""
         epoch = getattr(self._sampler, "epoch", None)
-        # Only a change is an order to go there: a sampler never told of the epoch must not undo a restored one.
+        # Only a change of the epoch counts. A sampler that was never told an epoch must not undo a
+        # restored one.
         if epoch is not None and epoch != self._sampler_epoch:
             self._sampler_epoch = epoch
             self.loader.set_epoch(epoch)
 
     def take_part(self, part: _core.Parts) -> Tensors | None:
-        """The next rows of a consumer of the split loader, None at the end."""
+        """Returns the next rows of a consumer of the split loader, or None at the end."""
         if self.allocator is not None:
-            # All that can fail comes before a batch is taken.
+            # Steps that can fail come before a batch is taken.
             for _ in range(part.buffers_missing()):
                 buffer = self.allocator(part.batch_bytes())
                 part.submit(buffer.data_ptr(), buffer.nbytes, buffer)
@@ -63,31 +65,32 @@ class Native:
         return {field[0]: view(buffer, *field[1:]) for field in batch.layout()}
 
     def close(self) -> None:
-        """Stops every pass; batches already handed over stay valid."""
+        """Stops every pass. Batches that were handed over stay valid."""
         self.loader.close()
 
 
 class Rows(IterableDataset[Tensors]):
-    """``dataset`` of a native loader: its rows one by one, for trainers that batch them again to skip some.
+    """The ``dataset`` of a native loader. It gives the rows one by one.
 
-    They must be told the epoch. Hugging Face's Trainer does not tell it where it resumes within any but the first: let
-    the ``on_epoch_begin`` of a callback call ``train_dataloader.set_epoch(int(state.epoch))``.
+    Trainers that skip rows batch them again. Such a trainer must tell the loader the epoch. Hugging
+    Face's Trainer does not do so when it resumes within a later epoch. The ``on_epoch_begin`` of a
+    callback can call ``train_dataloader.set_epoch(int(state.epoch))``.
     """
 
     def __init__(self, loader: Loader, tokens: TokenDataset) -> None:
         self._loader = loader
-        #: The dataset that was given.
+        #: The dataset that was given to the loader.
         self.tokens = tokens
 
     def __len__(self) -> int:
-        """Full sequences of an epoch, over all ranks."""
+        """Returns the number of full sequences of an epoch, over all ranks."""
         return self._loader.num_sequences
 
     def __getitem__(self, index: int) -> Tensors:
         return self.tokens[index]
 
     def __iter__(self) -> Iterator[Tensors]:
-        """Rows of this rank, in a new pass of the loader."""
+        """Gives the rows of this rank, in a new pass of the loader."""
         if torch_worker.get_worker_info() is not None:
             raise RuntimeError("each worker would read all rows: give that DataLoader the TokenDataset itself")
         core = self._loader._open_core().iter()
@@ -97,7 +100,10 @@ class Rows(IterableDataset[Tensors]):
                 yield {name: tensor[row] for name, tensor in tensors.items()}
 
     def set_epoch(self, epoch: int) -> None:
-        """The next pass begins this epoch, unless a position of it was restored and not continued yet."""
+        """Lets the next pass begin this epoch.
+
+        A restored position of this epoch stays in force until a pass has continued it.
+        """
         self._loader.set_epoch(epoch)
 
 
@@ -107,7 +113,7 @@ def _made_here(core: _core.Batches, limit_s: float | None) -> tuple[int, Tensors
 
 
 class NativeIterator:
-    """A pass of a native loader; several threads may take batches from it."""
+    """A pass of a native loader. Several threads may take batches from it."""
 
     def __init__(self, native: Native, owner: Any, ahead_of: AheadOf) -> None:
         self._native = native
@@ -116,7 +122,7 @@ class NativeIterator:
         self._core = core.iter() if native.allocator is None else core.iter_external()
         self._steps = core.len
         self._memory = None if native.allocator is None else Memory(self._core, native.allocator)
-        #: Step and tensors of the next batch in host memory, None at the end.
+        #: Returns step and tensors of the next batch in host memory, or None at the end.
         self._take_on_host: Callable[[float | None], tuple[int, Tensors] | None] = functools.partial(
             _made_here, self._core
         )
@@ -151,7 +157,8 @@ class NativeIterator:
             self._begun = True
 
     def __next__(self) -> Tensors:
-        # The label costs as much as handing a small batch over: only for a profiler that is looking.
+        # The label costs as much as handing over a small batch. It is made only for an active
+        # profiler.
         if not _profiler_enabled():
             return self._next()
         with torch.autograd.profiler.record_function("enumerate(DataLoader)#NativeIterator.__next__"):

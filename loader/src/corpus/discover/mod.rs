@@ -4,7 +4,7 @@
 //! by relative path, so that the order is the same on every machine. A shard's name is relative to
 //! the place where it was found, so that a corpus may move and stay the same corpus.
 //!
-//! Folders that are not plain corpora are refused with a remedy ([`plain`]). Reading all their
+//! Folders that are not plain corpora are refused with a remedy (`plain.rs`). Reading all their
 //! files would give removed rows, test splits, or the same rows twice.
 
 mod pattern;

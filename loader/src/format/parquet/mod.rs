@@ -1,9 +1,9 @@
 //! Parquet shards: one integer list column, decoded page by page.
 //!
-//! Opening reads the footer and walks the page headers and levels of the token column ([`pages`]).
+//! Opening reads the footer and walks the page headers and levels of the token column (`pages`).
 //! A block is a run of adjacent pages; opening finds each block's number of tokens and documents.
-//! Decoding goes directly from page bodies to ids in their logical width ([`values`]). The arrow
-//! reader decodes row groups with unknown features ([`fallback`]). Every byte of the file is
+//! Decoding goes directly from page bodies to ids in their logical width (`values`). The arrow
+//! reader decodes row groups with unknown features (`fallback`). Every byte of the file is
 //! untrusted.
 
 mod codec;
