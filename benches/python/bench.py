@@ -512,13 +512,13 @@ def main(arguments: Iterable[str] | None = None) -> None:
         ]
         parts += [section(load(path)) for name in [*TARGETS, *ALONE] if (path := OUT / f"{name}.jsonl").exists()]
         parts += ["".join(kept[1:])] if kept[1] else []
-        results.write_text("\n".join(parts))
+        results.write_text(report.wrapped("\n".join(parts)))
         print("bench: wrote benches/RESULTS.md", file=sys.stderr)
         return
     chosen = [name for name in [*TARGETS, *ALONE] if getattr(options, name) or (options.targets and name in TARGETS)]
     if chosen:
         for name in chosen:
-            print(alone(name), flush=True)
+            print(report.wrapped(alone(name)), flush=True)
         return
     taking_part = selected(options.quick, options.all, options.only)
     if not taking_part:
@@ -527,7 +527,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     minutes = options.minutes or (ALL_MINUTES if options.all else plan.minutes)
 
     def write_report(records: list[dict[str, Any]], sections: Iterable[str] = ()) -> None:
-        (out / "results.md").write_text("\n".join([report.markdown(records), *sections]))
+        (out / "results.md").write_text(report.wrapped("\n".join([report.markdown(records), *sections])))
         (out / "index.html").write_text(page.page(records))
 
     # A process that is ended from outside writes its results so far, as after Ctrl-C.

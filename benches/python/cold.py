@@ -102,10 +102,10 @@ def section(records: list[Record]) -> list[str]:
     worst = max((run["resident_before"] for run in loaded), default=0.0)
     file = loaded[0]["bytes"] / 2**30 if loaded else 0.0
     return [
-        f"A file of {number(file)} GiB on a local disk, taken out of the page cache before each run (at most"
-        f" {worst * 100:.2f} % of its pages were still there); what lies below this machine may have kept it. All read"
-        " the same windows, widen them, and write inputs and labels, in one process without Python. In memory"
-        " afterwards: the share of the file that was loaded.", "",
+        f"A file of {number(file)} GiB on a local disk was taken out of the page cache before each run. At most"
+        f" {worst * 100:.2f} % of its pages were still there. A disk cache below this machine may have kept it. All"
+        " methods read the same windows, widen them, and write inputs and labels, in one process without Python."
+        " *In memory afterwards* is the share of the file that was loaded.", "",
         *failures(records, "method", "depth", "seq_len"), *verdicts(rows), "",
         *table(["windows", "", "Mtok/s (min to max)", "µs a window", "CPU s/Gtok", "in memory afterwards %"], lines),
     ]  # fmt: skip

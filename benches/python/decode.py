@@ -100,11 +100,15 @@ def section(records: list[Record]) -> list[str]:
             loader, judged(record["loader_of_limit"], 0.9), pyarrow, judged(ahead, most.get(record["codec"], 0.0)),
         ])  # fmt: skip
     return [
-        "Millions of tokens per second of CPU time. Limit: the pages' bytes decompressed (copied, where there is no"
-        " codec) and widened to 64 bits, nothing else. Blocks: decoded and widened alike. Loader: batches with labels,"
-        " which the limit does not write, and with the blocks that block shuffling decodes twice. pyarrow: the same row"
-        " groups, one thread. **Bold**: below the target, which is 0.9 of the limit, and over pyarrow 2 on zstd, and 4"
-        " on snappy with dictionaries or deltas.", "",
+        "Numbers are millions of tokens per second of CPU time.", "",
+        "- **limit**: decompresses the bytes of the pages (copies them if there is no codec) and widens them to 64"
+        " bits, nothing else.",
+        "- **blocks**: decodes the blocks, and widens them in the same way.",
+        "- **loader**: gives batches with labels, which the limit does not write. Block shuffling decodes some blocks"
+        " twice.",
+        "- **pyarrow**: decodes the same row groups on one thread.",
+        "", "Bold numbers are below the target: 0.9 of the limit; 2 times pyarrow on zstd; 4 times pyarrow on snappy"
+        " with dictionaries or deltas.", "",
         *failures(records, "dtype", "encoding", "codec"), *table(head, rows),
     ]  # fmt: skip
 

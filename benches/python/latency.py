@@ -196,9 +196,11 @@ def section(records: list[Record]) -> list[str]:
             )
             borders.append(Verdict(f"stalls, {consumer}, {who}", "no more than cached", found, stalls <= other))
     return [
-        "`next()` in µs. Ready: B=1 S=512 with its release, over allocating two tensors, in turns. Busy, asleep: B=8"
-        " S=2048 under a consumer of 1 ms per step, over the same loop with one cached batch, in turns of half a"
-        " second, epochs without end, a dozen windows in each. Medians over the runs, and their range. A stall: more"
-        " than 1 ms. First of a pass: where a `for` loop begins anew, in ms.", "",
+        "Times of `next()` are in µs: medians over the runs, and their range.", "",
+        "- **ready**: B=1 S=512 with its release, compared with allocating two tensors, in turns.",
+        "- **busy**, **asleep**: B=8 S=2048 under a consumer of 1 ms per step, compared with the same loop over one"
+        " cached batch. Both take turns of half a second, over epochs without end, with a dozen windows in each.",
+        "- **stall**: a step that waits more than 1 ms.",
+        "- **first of a pass**: the first batch after a `for` loop begins anew, in ms.", "",
         *failures(records, "name", "threads"), *verdicts(rows + borders),
     ]  # fmt: skip

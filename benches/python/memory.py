@@ -73,7 +73,8 @@ def section(records: list[Record]) -> list[str]:
         what = f"{name}, budget {budget} MiB, {threads} thread{'s' * (threads > 1)}"
         rows.append(Verdict(what, f"{budget + ALLOWED_MB} MiB", found, most <= budget + ALLOWED_MB))
     return [
-        "Anonymous memory over what the imports take, the most seen while batches were taken: the budget and 40 MB are"
-        " allowed. Parquet was decoded until one and a half budgets had gone through the cache.", "",
+        "The table shows the most anonymous memory while batches were taken, beyond the memory of the imports. The"
+        " budget and 40 MB are allowed. Parquet was decoded until one and a half budgets had gone through the"
+        " cache.", "",
         *failures(records, "name", "budget_mb", "threads"), *verdicts(rows),
     ]  # fmt: skip

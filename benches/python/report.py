@@ -1,7 +1,6 @@
-"""Turns the records of a run into Markdown and into a page with plots. Numbers are medians over the
-turns.
-"""
+"""Turns the records of a run into Markdown. Numbers are medians over the turns."""
 
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median
@@ -284,57 +283,78 @@ def facts(records: list[Record]) -> list[str]:
         "Versions: " + ", ".join(f"{name} {value}" for name, value in head["versions"].items()),
         *([f"Measured: {', '.join(measured)}"] if measured else []),
         f"Date: {head['date']}; commit: {head['commit']}; command: `{head['command']}`",
-        f"{plan['tokens'] / 1e6:.0f} M tokens in every format; {turns(records)}, each in random order"
-        f" (seed {head['seed']}), with a fresh process for everything; {plan['warm_up_s']} s warm-up,"
-        f" {plan['window_s']} s window; warm page cache",
+        f"Every format holds {plan['tokens'] / 1e6:.0f} M tokens. The {turns(records)}. Each turn has a random order"
+        f" (seed {head['seed']}) and a fresh process for everything: {plan['warm_up_s']} s of warm-up, then a window of"
+        f" {plan['window_s']} s. The page cache is warm.",
     ]
     if others:
         found.append(
-            f"Meanwhile other processes and other guests of the host took {median(others):.2f} cores in the median run,"
-            f" {max(others):.2f} in the worst" + ("; **this machine was not quiet**" if median(others) > 0.1 else "")
+            f"Meanwhile other processes and other guests of the host took {median(others):.2f} cores in the median run"
+            f" and {max(others):.2f} in the worst"
+            + ("; **this machine was not quiet**" if median(others) > 0.1 else "")
         )
     decoded = [run["decoded_per_token"] for run in loaders if run.get("decoded_per_token")]
     if decoded:
         found.append(
-            f"forebay's Parquet windows lie within the first epoch of {plan['copies']} copies of the corpus, and"
-            f" decoded {median(decoded):.2f} tokens per token delivered ({min(decoded):.2f} to {max(decoded):.2f})"
+            f"forebay's Parquet windows lie within the first epoch of {plan['copies']} copies of the corpus. They"
+            f" decoded {median(decoded):.2f} tokens per token delivered ({min(decoded):.2f} to {max(decoded):.2f})."
         )
     copied = [record["copy_bytes_per_s"] for record in records[1:] if "copy_bytes_per_s" in record]
     if copied:
         found.append(f"Copying buffers larger than the caches: {median(copied) / 1e9:.1f} GB/s at the median")
     found += failures(records)
     if any(record["kind"] == "interrupted" for record in records[1:]):
-        found.append("**This run was interrupted: the numbers are of what was done until then**")
+        found.append("**This run was interrupted: the numbers cover the work until then**")
     if head["quick"]:
         found.append("**A --quick run: it shows that everything works; one short window is no measurement**")
     return found
 
 
-HOW_TO_READ = (
-    "Every loader hands over shuffled `input_ids` and `labels` in memory of their own, int64, to a consumer that"
-    " does nothing else; its first batches were found in the corpus before it was timed. How far they shuffle differs:"
-    " forebay's Parquet only within windows, pyarrow by hand only within row groups. Helpers: threads or processes"
-    " beside the consumer's thread, which with forebay computes batches as well while it would wait: see cores; they"
-    " stand after a name's `·`. Of limit: speed over the limit with as many threads, the consumer's included (two at"
-    " most). Memory: anonymous and shared, of all processes, over what the imports take; forebay may keep decoded"
-    " blocks up to its `memory_budget`, 512 MiB by default. First batch: constructor and first batch, imports excluded."
-    " A peer is ahead in: where the best peer of the table beats that row. By hand: our own script over pyarrow, no"
-    " loader that is offered. Reference: NumPy arrays without torch, neither compared nor counted."
-)
+HOW_TO_READ = [
+    "- Every loader hands over shuffled `input_ids` and `labels`, int64, each in memory of its own. The consumer does"
+    " nothing else. Before a loader was timed, its first batches were found in the corpus.",
+    "- Loaders differ in how far they shuffle. forebay's Parquet shuffles only within windows, and pyarrow by hand only"
+    " within row groups.",
+    "- **helpers**: threads or processes beside the consumer's thread; a name shows them after its `·`. forebay's"
+    " consumer computes batches as well while it would wait: see **cores**.",
+    "- **of limit**: speed over the limit with as many threads, the consumer's included, and two at most.",
+    "- **memory**: anonymous and shared memory of all processes, beyond the memory of the imports. forebay may keep"
+    " decoded blocks up to its `memory_budget`, 512 MiB by default.",
+    "- **first batch**: constructor and first batch, without the imports.",
+    "- **a peer is ahead in**: the measures in which the best peer of the table beats this row.",
+    "- *by hand*: our own script over pyarrow; no project offers it as a loader.",
+    "- *reference*: NumPy arrays without torch. They are neither compared nor counted.",
+]
+
+
+def wrapped(text: str) -> str:
+    """Wraps the paragraphs and lists of Markdown at 100 characters. Tables and headings keep their
+    lines.
+    """
+    lines = []
+    for line in text.split("\n"):
+        if line.startswith(("|", "#", "<!--")):
+            lines.append(line)
+            continue
+        indent = "  " if line.startswith("- ") else ""
+        options = {"break_long_words": False, "break_on_hyphens": False}
+        lines += textwrap.wrap(line, 100, subsequent_indent=indent, **options) or [""]  # type: ignore[arg-type]
+    return "\n".join(lines)
 
 
 def markdown(records: list[Record], *more: str) -> str:
     """The main tables. The facts in `more` stand at their head."""
     found = groups(records)
-    parts = ["# Benchmark results", "", *[f"- {fact}" for fact in [*facts(records), *more]], "", HOW_TO_READ, ""]
+    parts = ["# Benchmark results", "", *[f"- {fact}" for fact in [*facts(records), *more]], ""]
+    parts += ["## How to read the tables", "", *HOW_TO_READ, ""]
     for group in found:
         parts += [f"## {group.title}", "", "| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
         parts += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in group.rows()]
         parts.append("")
     lost = [pair for group in found for pair in group.lost()]
-    parts += ["## Where a peer is ahead of every row of forebay", ""]
+    parts += ["## Measures in which a peer is ahead of every row of forebay", ""]
     parts += [
-        f"- {one.title}, {name}: {one.shown(one.theirs)}, the best of forebay: {one.shown(one.mine)}"
+        f"- {one.title}, {name}: {one.shown(one.theirs)}; the best of forebay: {one.shown(one.mine)}"
         for name, one in lost
     ] or ["Nowhere in these tables."]
     return "\n".join(parts) + "\n"
@@ -424,10 +444,10 @@ def resume_parts(records: list[Record]) -> list[str]:
     repeats = max(record["repeat"] for record in records[1:]) + 1
     heads = ["", "blocks", "opening ms", *(f"at {share:.0%}: ms" for share in shares)]
     return [
-        "## Resuming, wherever in the epoch", "",
-        f"From `load_state_dict` to the first batch, on a loader opened for it: median of {repeats}, and the middle"
-        " half of them; places and formats took turns in random order. Every first batch was the one that stands"
-        " there.", "",
+        "## Resuming at any place of the epoch", "",
+        "The time runs from `load_state_dict` to the first batch, on a loader that was opened for it. Each cell is the"
+        f" median of {repeats} runs, with the middle half of them. Places and formats took turns in random order. Every"
+        " first batch was the right one.", "",
         *circumstances(records[0]), *verdicts, "", *table(heads, rows),
     ]  # fmt: skip
 
@@ -473,21 +493,25 @@ def scale_parts(records: list[Record]) -> list[str]:
     built = "" if tables["profile"] == "release" else f"; **a {tables['profile']} build: slower than what is shipped**"
     return [
         "## 15 T tokens in 10^6 shards on 4096 ranks, simulated", "",
-        f"{tables['tokens']:,} tokens in {tables['shards']:,} shards of uneven length, sequences of 4096, 4 to a rank"
-        " and step: the loader's own order, partition and plan over a table of token counts. What each structure grows"
-        " with is in ARCHITECTURE.md.", "",
+        f"{tables['tokens']:,} tokens lie in {tables['shards']:,} shards of uneven length. Sequences have 4096 tokens,"
+        " and each rank gets 4 per step. The loader's own order, partition and plan ran over a table of token counts."
+        " ARCHITECTURE.md tells how each structure grows.", "",
         *circumstances(records[0]),
-        f"- The table of shards takes {tables['bytes'] / 1e6:.1f} MB and {tables['seconds'] * 1e3:.1f} ms to add up;"
-        f" the order of an epoch {order['bytes']} bytes; a state at most {state['most_json_bytes']} bytes as JSON;"
-        f" all of this and the plans {memory['anonymous_bytes'] / 1e6:.1f} MB at the end{built}", "",
+        f"- The table of shards takes {tables['bytes'] / 1e6:.1f} MB, and adding it up takes"
+        f" {tables['seconds'] * 1e3:.1f} ms. The order of an epoch takes {order['bytes']} bytes, and a state at most"
+        f" {state['most_json_bytes']} bytes as JSON. At the end, all of this and the plans took"
+        f" {memory['anonymous_bytes'] / 1e6:.1f} MB{built}.", "",
         *table(heads, rows), "",
-        "First batch: of ranks 0 and 4095, at 0, 50 and 99.9 % of an epoch. Decoded per token: as planned for Parquet,"
-        " blocks of 128 Ki tokens and 512 MiB of cache on each rank; a rank's whole epoch simulated.", "",
+        "- **first batch**: the first batches of ranks 0 and 4095, at 0, 50 and 99.9 % of an epoch.",
+        "- **decoded per token**: the plan for Parquet with blocks of 128 Ki tokens and 512 MiB of cache on each rank."
+        " It simulates a rank's whole epoch.", "",
         "## The permutation: cost and uniformity", "",
-        "`kept` is drawn once and applied often, `once` is drawn anew for each index, as in windows. Pairs: where two"
-        " neighbours go over 10^5 keys, in 16 x 16 classes. Moved: by how much 2^18 places are moved under one key, in"
-        " 64 classes. Both as standard deviations of chi-squared from its mean; above 4 would be no random permutation."
-        + built.lstrip(";"), "",
+        "- **kept**: the permutation is drawn once and applied often.",
+        "- **once**: it is drawn anew for each index, as in windows.",
+        "- **pairs**: the new places of two neighbours, over 10^5 keys, in 16 x 16 classes.",
+        "- **moved**: the distances by which 2^18 places move under one key, in 64 classes.",
+        "", "Pairs and moved are standard deviations of chi-squared from its mean. A value above 4 would show that the"
+        " permutation is not random." + built.lstrip(";"), "",
         *table(["n", "kept ns", "once ns", "pairs", "moved"], drawn),
     ]  # fmt: skip
 

@@ -144,8 +144,9 @@ def section(records: list[Record]) -> list[str]:
             # threads and handing over.
             rows.append(Verdict(what, f"{2 * count} x decoding one block", text, ratio <= 2 * count))
     return [
-        f"From before the constructor to the first batch, imports excluded, fresh processes in turn, files in the page"
-        f" cache: medians and range of {REPEATS}. Shards of {BATCHES} record batches. Parquet: the first batch may take"
-        " the blocks that its rows lie in, at most two each, and no window.", "",
+        f"The time runs from before the constructor to the first batch, without the imports. Fresh processes take"
+        f" turns, and the files are in the page cache. Numbers are medians and range of {REPEATS} runs. Shards have"
+        f" {BATCHES} record batches. For Parquet, the first batch may take the blocks of its rows, at most two each,"
+        " and no window.", "",
         *failures(records, "what"), *verdicts(rows),
     ]  # fmt: skip

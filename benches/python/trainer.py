@@ -176,7 +176,8 @@ def section(records: list[Record]) -> list[str]:
                 )
             )
     return [
-        f"Time of a step with the loader running, over that with one cached batch: the median of pairs of turns of"
-        f" {STEPS - IGNORED} steps, and its 95 % interval (bootstrap). B={BATCH_SIZE} S={SEQ_LEN}; `next()` is in it.",
+        f"Each number is the time of a step with the loader running, divided by the time of a step with one cached"
+        f" batch. It is the median of pairs of turns of {STEPS - IGNORED} steps, with its 95 % interval (bootstrap)."
+        f" B={BATCH_SIZE} S={SEQ_LEN}. The time includes `next()`.",
         "", *failures(records, "name", "cores"), *verdicts(rows),
     ]  # fmt: skip

@@ -302,13 +302,15 @@ def main() -> None:
     text = "\n".join([
         "## Threads against worker processes",
         "",
-        f"{os.cpu_count()} cores, torch {', '.join(sorted(versions))}, {date}, commit {commit}, `{command}`; load of "
-        f"the machine {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after; windows of {window_s} s, one run each, "
-        f"batches of {BATCH}; *bare* is the control, plain threads that call the dataset and hand nothing "
-        f"over; the array in memory takes {size_mb} MB. Memory: of all processes, each "
-        "page once (PSS), over what one process with the dataset had before. Shutdown: until the last thread or "
-        "process is gone. torch's workers are forked, which is its best case. **Bold**: torch with as many workers is "
-        "ahead by more than 5 %.",
+        f"- {os.cpu_count()} cores; torch {', '.join(sorted(versions))}; {date}; commit {commit}; `{command}`",
+        f"- The load of the machine was {load[0]:.1f} before and {os.getloadavg()[0]:.1f} after. Windows take"
+        f" {window_s} s, one run each, with batches of {BATCH}. The array in memory takes {size_mb} MB.",
+        "- **bare** is the control: plain threads that call the dataset and hand nothing over.",
+        "- **memory**: all processes, each page once (PSS), beyond the memory that one process with the dataset had"
+        " before.",
+        "- **shutdown**: the time until the last thread or process is gone.",
+        "- torch's workers are forked, which is its best case.",
+        "- Bold numbers: torch with as many workers is ahead by more than 5 %.",
         "",
         *sections,
     ])  # fmt: skip
@@ -318,6 +320,10 @@ def main() -> None:
         )
     out = ROOT / "out" / "bench" / "workers.md"
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Imported late: the interpreters of the cells need not have what the report needs.
+    from report import wrapped
+
+    text = wrapped(text)
     out.write_text(text)
     print(text)
     if options.write_results:

@@ -169,3 +169,10 @@ def test_a_peer_finds_a_newer_python(
     there = ()
     with pytest.raises(environments.Unavailable, match=r"python3\.13"):
         environments.below((3, 13), told.append)
+
+
+def test_the_committed_results_are_wrapped_as_the_writer_wraps_them(bench: Any) -> None:
+    text = (SOURCES.parent / "RESULTS.md").read_text()
+    assert bench("report").wrapped(text) == text
+    long = "- " + "word " * 40
+    assert max(map(len, bench("report").wrapped(long).splitlines())) <= 100
