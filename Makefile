@@ -11,52 +11,52 @@ SOURCES := examples scripts tests/python bindings/python $(wildcard benches/pyth
 
 .PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos generate fmt demo bench bench-all bench-workers bench-regression doc clean
 
-help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
 
-setup: ## Virtual environment .venv with everything for tests, demo and checks
+setup: ## Make the virtual environment .venv for tests, demo and checks
 	@$(SETUP) venv .venv build test demo lint
 
 build: ## Build the wheel and install it into .venv
 	@$(SETUP) venv .venv build
 	@$(SETUP) wheel .venv
 
-wheels: ## Build the wheels (manylinux_2_28: cp311-abi3, cp314t), prove their tags, try each in an empty environment
+wheels: ## Build the wheels (manylinux_2_28: cp311-abi3, cp314t), prove their tags, and try each in an empty environment
 	@$(PYTHON) scripts/wheels.py $(ARGS)
 
-test: ## All tests: Rust, Python, free-threaded Python
+test: ## Run all tests: Rust, Python, free-threaded Python
 	@$(PYTHON) scripts/test.py rust python ft
 
-test-rust: ## Rust tests
+test-rust: ## Run the Rust tests
 	@$(PYTHON) scripts/test.py rust
 
-test-python: ## Python tests on .venv
+test-python: ## Run the Python tests on .venv
 	@$(PYTHON) scripts/test.py python
 
-test-ft: ## Python tests on free-threaded CPython (python3.14t), one by one and each in several threads at once
+test-ft: ## Run the Python tests on free-threaded CPython (python3.14t): one by one, then each in several threads at once
 	@$(PYTHON) scripts/test.py ft parallel
 
-tsan: ## The Rust tests of the core under ThreadSanitizer (nightly Rust with rust-src)
+tsan: ## Run the Rust tests of the core under ThreadSanitizer (needs nightly Rust with rust-src)
 	@$(PYTHON) scripts/test.py tsan
 
-test-gpu: ## What needs a CUDA device: pinned memory, copies, step time
+test-gpu: ## Test pinned memory, copies and step time on a CUDA device
 	@$(SETUP) venv .venv build test
 	@$(SETUP) wheel .venv
 	@.venv/bin/python -m pytest -s tests/python/test_gpu.py
 
-test-trainers: ## Accelerate, Hugging Face Trainer, Lightning, Ray Train, DeepSpeed and JAX, in .venv-trainers
+test-trainers: ## Test with Accelerate, Hugging Face Trainer, Lightning, Ray Train, DeepSpeed and JAX, in .venv-trainers
 	@$(PYTHON) scripts/test.py trainers-more
 
-test-trainers-ci: ## Of these, Accelerate, Hugging Face Trainer and Lightning only
+test-trainers-ci: ## Test with Accelerate, Hugging Face Trainer and Lightning only
 	@$(PYTHON) scripts/test.py trainers
 
-hostile: ## Corrupted shards, killed processes, forks
+hostile: ## Test corrupted shards, killed processes and forks
 	@$(PYTHON) scripts/test.py hostile
 
-stress: ## Python tests with large corpora and many repetitions
+stress: ## Run the Python tests with large corpora and many repetitions
 	@$(PYTHON) scripts/test.py python --stress
 
-check: ## Formatting, lints and types, warnings as errors
+check: ## Check formatting, lints and types; warnings are errors
 	@$(SETUP) venv .venv build test demo lint
 	cargo fmt --all --check
 	PYO3_PYTHON=$(CURDIR)/.venv/bin/python cargo clippy --workspace --all-targets -- -D warnings
@@ -85,15 +85,15 @@ demo: ## Train a small GPT on Python's own sources, kill and resume it, compare 
 	@$(SETUP) wheel .venv
 	@.venv/bin/python examples/demo.py
 
-bench: build ## Limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick in 2, --targets, --resume, --scale, --write-results
+bench: build ## Measure limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick takes 2; other ARGS: --targets, --resume, --scale, --write-results
 	@$(SETUP) venv .venv bench
 	@.venv/bin/python benches/python/bench.py $(ARGS)
 
-bench-all: build ## The same with every peer, each installed into an environment of its own; 90 minutes; ARGS=--quick
+bench-all: build ## Measure every peer, each in an environment of its own, in 90 minutes; ARGS=--quick takes 15
 	@$(SETUP) venv .venv bench
 	@.venv/bin/python benches/python/bench.py --all $(ARGS)
 
-bench-workers: build ## Threads against worker processes for datasets in Python; ARGS=--quick, ARGS=--write-results
+bench-workers: build ## Compare threads with worker processes, for datasets in Python; ARGS=--quick, ARGS=--write-results
 	@$(SETUP) venv .venv bench
 	@if [ -n "$$($(SETUP) python-312)" ]; then $(SETUP) venv .venv-312 bench && $(SETUP) wheel .venv-312; fi
 	@if [ -n "$$($(SETUP) python-ft)" ]; then $(SETUP) venv .venv-ft ft && $(SETUP) wheel .venv-ft; fi
@@ -101,11 +101,11 @@ bench-workers: build ## Threads against worker processes for datasets in Python;
 	  $(CURDIR)/$$([ -x .venv-312/bin/python ] && echo .venv-312 || echo .venv)/bin/python \
 	  $$([ -x .venv-ft/bin/python ] && echo $(CURDIR)/.venv-ft/bin/python) $(ARGS)
 
-bench-regression: build ## Instructions of the hot paths against benches/baseline.json; ARGS=--record writes it anew
+bench-regression: build ## Compare the instructions of the hot paths with benches/baseline.json; ARGS=--record writes it
 	@$(SETUP) venv .venv bench
 	@.venv/bin/python benches/python/regression.py $(ARGS)
 
-doc: ## Rust documentation
+doc: ## Build the Rust documentation
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --workspace --exclude forebay-python
 	@echo "open $(CARGO_TARGET_DIR)/doc/forebay/index.html"
 

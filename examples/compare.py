@@ -53,7 +53,7 @@ def torch_loader(path: str, workers: int, batched: bool):
             input_ids = torch.from_numpy(self.rows[index].astype(np.int64))
             return {"input_ids": input_ids, "labels": input_ids.clone()}
 
-    # 4 processes on 2 cores is a question asked here, not an oversight.
+    # The comparison runs 4 processes on 2 cores on purpose.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     dataset = Rows()
     options = {"num_workers": workers}
@@ -244,8 +244,8 @@ def print_table(report: dict) -> None:
         )
     bare = statistics.median(result["bare_torch_mb"] for result in report["results"])
     print(f"Memory is private and shared pages of all processes; a bare `import torch` is {bare:.0f} MB of it.")
-    print("An idle consumer takes batches. `in the trainer` spends the training loop's own time on each batch.")
-    print("The corpus fits forebay's `memory_budget` of 512 MiB, so that Parquet was decoded in the first epoch only;")
+    print("The consumer does nothing but take batches. `in the trainer`: the training loop itself makes each batch.")
+    print("The corpus fits forebay's `memory_budget` of 512 MiB, so only the first epoch decoded Parquet.")
     print("`make bench` measures a corpus that does not fit.")
 
 

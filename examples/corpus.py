@@ -1,4 +1,4 @@
-"""Turns Python's own standard library into token shards: real text that every machine has."""
+"""Turns Python's own standard library into token shards. Every machine has this real text."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 
 
 def read_documents() -> list[str]:
-    """The sources of the standard library, one document per file, in the order of their paths."""
+    """Reads the sources of the standard library in the order of their paths, a document per file."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
@@ -41,9 +41,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def write_shards(documents: list[np.ndarray], folder: Path) -> None:
-    """Writes the documents as 8 shards each of Parquet (zstd) and Arrow (uncompressed IPC file), in
-    order.
-    """
+    """Writes the documents in order, as 8 shards of Parquet (zstd) and 8 of Arrow (uncompressed)."""
     ends = np.cumsum([len(document) for document in documents])
     cuts = [int(np.searchsorted(ends, ends[-1] * k / SHARDS)) for k in range(SHARDS)] + [len(documents)]
     for name in ("parquet", "arrow"):
@@ -59,12 +57,11 @@ def write_shards(documents: list[np.ndarray], folder: Path) -> None:
 
 
 def prepare(folder: Path, comparison_tokens: int, multiple_of: int) -> dict:
-    """Writes `tokenizer.json`, the training shards, and the comparison's corpus, unless they are
-    there already.
+    """Writes `tokenizer.json`, the training shards and the comparison's corpus, if they are missing.
 
-    The comparison reads the same documents repeated until they are about `comparison_tokens`, cut
-    to a multiple of `multiple_of` so that an epoch leaves nothing out: as Parquet, as Arrow, and as
-    one flat uint16 file for PyTorch.
+    The comparison reads the same documents, repeated to about `comparison_tokens` tokens. They are
+    cut to a multiple of `multiple_of`, so that an epoch leaves nothing out. The corpus comes as
+    Parquet, as Arrow, and as one flat uint16 file for PyTorch.
     """
     documents = read_documents()
     wanted = hashlib.sha256(json.dumps([documents, comparison_tokens, multiple_of]).encode()).hexdigest()

@@ -1,9 +1,8 @@
-"""The main job on real text: tokenise, train, be killed, resume exactly, and compare with PyTorch's
-loader.
+"""Tokenises real text, trains, is killed, resumes exactly, and compares with PyTorch's loader.
 
-Run by `make demo`; `FOREBAY_DEMO_QUICK=1` takes about a minute and is meant for continuous
-integration. Everything it makes is in `out/demo`. It ends with status 1 if anything it claims does
-not hold.
+`make demo` runs this program. `FOREBAY_DEMO_QUICK=1` takes about a minute and is meant for
+continuous integration. Everything that the program makes is in `out/demo`. It ends with status 1 if
+a claim does not hold.
 """
 
 import json
@@ -45,7 +44,7 @@ def start_training(out: Path, *options: str) -> subprocess.Popen:
 
 
 def read_log(out: Path) -> list[dict]:
-    """The steps logged so far; a killed process may leave half a line, which does not count."""
+    """Reads the steps logged so far. Leaves out half a line, which a killed process may leave."""
     try:
         text = (out / "steps.jsonl").read_text()
     except FileNotFoundError:
@@ -78,8 +77,9 @@ def train_until_killed(out: Path, kill_step: int, *options: str) -> None:
 
 
 def show_resume() -> dict:
-    """Trains once undisturbed, once killed and resumed; returns the first run's summary and what
-    the kill changed.
+    """Trains once undisturbed, and once killed and resumed.
+
+    Returns the summary of the first run, and the changes that the kill made.
     """
     whole, broken = OUT / "run-undisturbed", OUT / "run-killed"
     for folder in (whole, broken):
@@ -95,7 +95,7 @@ def show_resume() -> dict:
     middle = STEPS // CHECKPOINT_EVERY // 2 * CHECKPOINT_EVERY
     kill_step = middle + random.SystemRandom().randint(2, CHECKPOINT_EVERY // 2)
     heading(
-        f"The same again with 1 loader thread, to be killed at step {kill_step} (checkpoints every {CHECKPOINT_EVERY})"
+        f"Training again with 1 loader thread, to be killed at step {kill_step} (checkpoints every {CHECKPOINT_EVERY})"
     )
     train_until_killed(broken, kill_step, "--num-workers", "1")
     before = read_log(broken)
@@ -125,7 +125,7 @@ def show_resume() -> dict:
 
 
 def show_comparison() -> dict:
-    heading("The same corpus through torch.utils.data.DataLoader and through forebay")
+    heading("Comparing torch.utils.data.DataLoader and forebay on the same corpus")
     report = compare.compare(OUT / "compare", QUICK, lambda text: print(f"   {text}", flush=True))
     (OUT / "comparison.json").write_text(json.dumps(report, indent=1) + "\n")
     compare.plot(report, OUT / "comparison.png")
@@ -139,18 +139,18 @@ def show_comparison() -> dict:
 
 def main() -> None:
     started = time.monotonic()
-    print("A corpus, two trainings of which one is killed and resumed, and a comparison: some 5 minutes on 2 cores.")
-    heading("Python's own standard library as a corpus")
+    print("Makes a corpus, trains twice, kills and resumes one training, and compares: some 5 minutes on 2 cores.")
+    heading("Making a corpus of Python's own standard library")
     made = corpus.prepare(OUT, COMPARISON_TOKENS, compare.BATCH_SIZE * compare.SEQ_LEN)
     print(
         f"   {made['documents']} files: {made['characters'] / 1e6:.1f} M characters,"
         f" {made['tokens'] / 1e6:.2f} M tokens of a byte-level BPE ({corpus.VOCAB_SIZE})\n"
-        f"   in {corpus.SHARDS} shards of Parquet and of Arrow; for the comparison {made['repetitions']} times that,"
-        f" {made['comparison_tokens'] / 1e6:.1f} M tokens"
+        f"   in {corpus.SHARDS} shards of Parquet and of Arrow. The comparison takes the documents"
+        f" {made['repetitions']} times: {made['comparison_tokens'] / 1e6:.1f} M tokens"
     )
     training = show_resume()
     report = show_comparison()
-    heading(f"What was shown, in {time.monotonic() - started:.0f} s")
+    heading(f"Results, after {time.monotonic() - started:.0f} s")
     print(
         f"   Training on {training['device']}: {training['tokens_per_s']:,.0f} tokens/s,"
         f" {training['waited_share']:.2%} of the time waiting for data\n"

@@ -1,4 +1,4 @@
-"""A small GPT in plain PyTorch: enough to show a loader feeding a real training step."""
+"""Defines a small GPT in plain PyTorch, to show a loader that feeds a real training step."""
 
 from dataclasses import dataclass
 
@@ -48,8 +48,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Takes `input_ids` int64 [B, S]; with `labels` (same positions, -100 ignored) returns the mean
-    loss.
+    """Returns the mean loss of `input_ids` (int64 [B, S]) and `labels` of the same positions.
+
+    Labels of -100 are ignored.
     """
 
     def __init__(self, config: GPTConfig) -> None:

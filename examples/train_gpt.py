@@ -1,9 +1,9 @@
-"""Trains a small GPT from token shards, and resumes exactly where it was when it is killed.
+"""Trains a small GPT from token shards. A run that is killed resumes exactly.
 
     python examples/train_gpt.py out/demo/parquet --out out/run --steps 160
 
-A checkpoint holds the model, the optimizer, the random states and the loader's state; a second
-start continues from the newest one. Each step appends a line to `steps.jsonl`: its number, the
+A checkpoint holds the model, the optimizer, the random states and the loader's state. A second
+start continues from the newest checkpoint. Each step appends a line to `steps.jsonl`: its number, the
 loss, and the SHA-256 of its batch.
 """
 
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def save_atomically(checkpoint: dict, path: Path) -> None:
-    """A process killed while it saves leaves the previous checkpoint whole."""
+    """Saves a checkpoint. A process that is killed meanwhile leaves the previous one whole."""
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "wb") as file:
         torch.save(checkpoint, file)
@@ -62,7 +62,7 @@ def batch_digest(batch: dict[str, torch.Tensor]) -> str:
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up over a tenth of the run, then a cosine down to a tenth of the peak."""
+    """Warms up linearly over a tenth of the run, then follows a cosine to a tenth of the peak."""
     warm_up = max(1, args.steps // 10)
     if step < warm_up:
         return args.learning_rate * (step + 1) / warm_up
@@ -71,7 +71,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def timed_batches(loader: DataLoader, step: int) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
-    """Batches and the seconds waited for each, epoch after epoch, beginning after `step` steps."""
+    """Yields each batch after `step` steps, epoch after epoch, and the seconds waited for it."""
     for epoch in itertools.count(step // len(loader)):
         loader.set_epoch(epoch)
         batches = iter(loader)
@@ -85,7 +85,8 @@ def timed_batches(loader: DataLoader, step: int) -> Iterator[tuple[dict[str, tor
 
 def main() -> None:
     args = arguments()
-    # The same numbers in every run: fixed seeds and threads, and kernels that add in a fixed order.
+    # Every run gives the same numbers, by fixed seeds and threads, and by kernels that add in a
+    # fixed order.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(True)
@@ -120,7 +121,7 @@ def main() -> None:
 
     model.train()
     wait_s, start, first_step = 0.0, time.perf_counter(), step
-    # Without a terminal a bar is a line per redraw, so draw rarely.
+    # Without a terminal every redraw is a new line, so draw rarely.
     redraw_s = 0.1 if sys.stderr.isatty() else 10.0
     bar = tqdm(total=args.steps, initial=step, unit="step", mininterval=redraw_s, dynamic_ncols=True)
     with open(args.out / "steps.jsonl", "a", buffering=1) as log, bar:

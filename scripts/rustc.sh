@@ -1,3 +1,3 @@
 #!/bin/sh
-# What .cargo/config.toml names: compiles, and nothing else.
+# Compiles, and does nothing else. .cargo/config.toml names this script.
 exec "$@"

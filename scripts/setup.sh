@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Sets up what the Makefile needs, from nothing but cargo, Python and a C compiler; a second call finds all done.
+# Sets up the environments that the Makefile needs. It needs cargo, Python and a C compiler.
+# A second call finds all done.
 #
 #   setup.sh python                 prints the interpreter that environments are made from
 #   setup.sh python-ft              prints the free-threaded one, or nothing
 #   setup.sh python-3NN             prints Python 3.NN, or nothing
 #   setup.sh venv DIR GROUP...      makes DIR and installs requirements/GROUP.txt into it
-#   setup.sh install DIR ARGUMENT... installs into an environment, with uv where there is one
+#   setup.sh install DIR ARGUMENT... installs into an environment, with uv if it is there
 #   setup.sh wheel DIR              builds the forebay wheel for DIR's interpreter and installs it, if sources changed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +15,7 @@ export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$cache/target}
 
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
-# A name on the PATH may be a shim that fails, so each candidate has to run.
+# Tells whether a Python runs. A name on the PATH may be a shim that fails.
 runs() { "$1" -c "import sys, venv, ensurepip; sys.exit(not ($2))" >/dev/null 2>&1; }
 
 find_python() {
@@ -37,7 +38,7 @@ find_python_ft() {
   done
 }
 
-# A version that a measurement asks for: workers.py for 3.12, some peers for 3.13 or newer.
+# Finds a version that a measurement needs. workers.py needs 3.12, some peers need 3.13 or newer.
 find_python_version() { # 3NN
   local name version=3.${1#3}
   for name in "python$version" "$HOME"/.pyenv/versions/"$version"*/bin/"python$version"; do
@@ -47,7 +48,7 @@ find_python_version() { # 3NN
   done
 }
 
-# uv installs in seconds what pip takes minutes for; without it everything still works.
+# Finds uv, which installs in seconds; pip takes minutes. Without uv everything still works.
 find_uv() {
   command -v uv && return
   [ -x .venv-uv/bin/uv ] && echo .venv-uv/bin/uv && return
@@ -84,13 +85,13 @@ make_venv() { # DIR GROUP...
     cmp -s "requirements/$group.txt" "$stamp" || missing+=("$group")
   done
   [ ${#missing[@]} -gt 0 ] || return 0
-  echo "setup: installing ${missing[*]} into $dir; where torch is among it, that is some GB, once" >&2
+  echo "setup: installing ${missing[*]} into $dir, once; torch takes some GB" >&2
   # shellcheck disable=SC2046
   install "$dir" $(printf -- '-r requirements/%s.txt ' "${missing[@]}")
   for group in "${missing[@]}"; do cp "requirements/$group.txt" "$dir/.has-$group"; done
 }
 
-# Everything a wheel is made of, and who makes it.
+# Prints the hash of a wheel's sources and tools.
 source_hash() {
   {
     find Cargo.toml Cargo.lock loader cli bindings -type f \
@@ -113,7 +114,7 @@ make_wheel() { # DIR
   tag=$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
   out=out/wheels/$tag
   rm -rf "$out"
-  echo "setup: compiling forebay for $dir; with nothing compiled before, some 5 minutes on 2 cores" >&2
+  echo "setup: compiling forebay for $dir; the first time takes some 5 minutes on 2 cores" >&2
   # FOREBAY_WHEEL_PROFILE=dev compiles in a third of the time, for work on the code.
   .venv/bin/maturin build --profile "${FOREBAY_WHEEL_PROFILE:-release}" --quiet --manifest-path bindings/Cargo.toml \
     --interpreter "$dir/bin/python" --out "$out" >&2

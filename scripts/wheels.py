@@ -1,8 +1,6 @@
-"""Builds the wheels that are published, proves their tags, and tries each in an environment that
-holds nothing else.
+"""Builds the wheels, proves their tags, and tries each in an empty environment.
 
-Ends with one line that totals the checks; a wheel without an interpreter to build it is one that is
-skipped.
+The last line totals the checks. If there is no interpreter to build a wheel, it counts as skipped.
 """
 
 from __future__ import annotations
@@ -29,8 +27,9 @@ def asked(*command: str) -> str:
 
 
 def build(python: str) -> Path:
-    """Only the last link is zig's, with the libc of the tag: all before it is what the ordinary
-    build compiles, too.
+    """Builds a wheel. Only the final link step uses zig, with the libc of the tag.
+
+    All earlier steps are shared with the ordinary build.
     """
     tools = ROOT / ".venv" / "bin"
     folder = OUT / Path(python).name
@@ -55,8 +54,9 @@ def build(python: str) -> Path:
 
 
 def newest_glibc(wheel: Path) -> tuple[int, ...]:
-    """The newest symbols that the wheel's library asks of the libc: their versions are names in its
-    string table.
+    """Finds the newest version of glibc that the wheel's library needs.
+
+    The versions of its symbols are names in its string table.
     """
     with zipfile.ZipFile(wheel) as packed:
         libraries = [packed.read(name) for name in packed.namelist() if name.endswith(".so")]
@@ -78,7 +78,7 @@ def prove_tag(wheel: Path) -> None:
 
 
 def try_out(wheel: Path, python: str) -> None:
-    """Away from the clone, with nothing but what the wheel itself asks for."""
+    """Tries a wheel away from the clone, with only the packages that the wheel requires."""
     with tempfile.TemporaryDirectory() as folder:
         venv = Path(folder, "empty")
         subprocess.run([python, "-m", "venv", venv], check=True)
