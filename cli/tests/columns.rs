@@ -1,5 +1,6 @@
-//! Protects: `verify` and `rewrite` take the column that a loader takes, whatever stands beside it
-//! in the file.
+//! Tests that `verify` and `rewrite` take the column that a loader takes.
+//!
+//! Other columns stand beside it in the file.
 
 use std::ffi::OsString;
 use std::fs::File;

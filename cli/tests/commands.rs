@@ -1,4 +1,4 @@
-//! Protects: what the commands print, and the status they end with.
+//! Tests the output of the commands, and their exit status.
 
 use std::ffi::OsString;
 use std::path::Path;

@@ -1,5 +1,6 @@
-//! Protects: Ctrl-C ends every command at once with status 130, and `bench` prints what it
-//! measured.
+//! Tests that Ctrl-C ends every command at once with status 130.
+//!
+//! `bench` prints its results so far.
 #![cfg(unix)]
 
 use std::io::Read;

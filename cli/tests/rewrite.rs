@@ -1,5 +1,6 @@
-//! Protects: a rewritten corpus gives the same batches as its source, whatever was killed on the
-//! way, and `check` has nothing to say against it.
+//! Tests that a rewritten corpus gives the same batches as its source, after any kill.
+//!
+//! `check` has nothing to say against it.
 
 use std::ffi::OsString;
 use std::fs::File;

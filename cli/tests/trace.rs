@@ -1,5 +1,6 @@
-//! Protects: `FOREBAY_TRACE` writes what each thread does, as Perfetto opens it, from one process
-//! or several.
+//! Tests that `FOREBAY_TRACE` writes what each thread does, in a form that Perfetto opens.
+//!
+//! One process or several write the trace.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! Protects: `forebay verify` proves what is whole, and names what is not.
+//! Tests that `forebay verify` proves a whole delivery, and names the faults of another.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

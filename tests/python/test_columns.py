@@ -1,5 +1,6 @@
-"""Protects: `forebay verify` and `forebay rewrite` take the column that a loader takes, in files
-that pyarrow wrote.
+"""Tests that `forebay verify` and `forebay rewrite` take the column that a loader takes.
+
+pyarrow writes the files.
 """
 
 from __future__ import annotations

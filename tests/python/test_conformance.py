@@ -1,5 +1,4 @@
-"""Protects: the batches of every format are those of the naive reference loader, whoever wrote the
-files.
+"""Compares the batches of every format and writer with the naive reference loader.
 
 Every cell of the matrix is read with shuffling off, global and by blocks. Threads, document marks,
 targets, remainder, epoch and ranks take turns over the cells, so that each pair of them meets

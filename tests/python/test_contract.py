@@ -1,4 +1,4 @@
-"""Protects: the whole order contract, in random cases against the lists of `reference_run.py`.
+"""Compares the whole order contract with the lists of `reference_run.py`, in random cases.
 
 A case is a corpus or a mixture, settings, and a run of it that is stopped at random steps and
 resumed by new loaders with other ranks, batch sizes, threads, skips and more shards. Every row of

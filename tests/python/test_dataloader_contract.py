@@ -1,4 +1,4 @@
-"""Protects: what PyTorch promises of its DataLoader holds for ours.
+"""Tests that our DataLoader keeps the promises of PyTorch's.
 
 Where both must agree a test runs with torch's class, without workers, and with ours, without and
 with threads. What differs on purpose stands in docs/torch.md, and under "Differences" below.

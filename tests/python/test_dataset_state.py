@@ -1,5 +1,6 @@
-"""Protects: a loader over any dataset resumes after the last batch that it handed over, and loses
-or repeats none.
+"""Tests that a loader over any dataset resumes after the last batch that it handed over.
+
+It loses and repeats none.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Protects: what is copied to a device is whole when the caller's stream uses it, and host memory
-outlives its copy.
+"""Tests that a copy on the device is whole when the caller's stream uses it.
+
+Host memory outlives its copy.
 
 The device here is slow on purpose: a copy reads its source only when somebody waits for it, and
 memory that is let go is overwritten at once. The real one is in test_gpu.py.

@@ -1,5 +1,6 @@
-"""Protects: bad data is an error that names the file and the place, never a hang or a shorter
-epoch.
+"""Tests that bad data is an error that names the file and the place.
+
+It is never a hang or a shorter epoch.
 
 What opening can see fails in the constructor; what only decoding sees fails at its batch, and the
 state points there.

@@ -1,4 +1,4 @@
-"""Protects: labels, masks, weights and other columns reach batches beside their tokens.
+"""Tests that labels, masks, weights and other columns reach batches beside their tokens.
 
 Plain Python on top of pyarrow is the judge.
 """

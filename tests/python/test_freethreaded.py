@@ -1,6 +1,4 @@
-"""Protects: on free-threaded CPython the interpreter stays free-threaded, and consumers run in
-parallel.
-"""
+"""Tests that free-threaded CPython stays free-threaded, and that consumers run in parallel."""
 
 from __future__ import annotations
 

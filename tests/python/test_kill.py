@@ -1,5 +1,4 @@
-"""Protects: a run that is killed again and again sees the same global batches as one that is left
-alone.
+"""Tests that a run that is killed again and again sees the batches of an undisturbed run.
 
 Processes under torchrun are killed with SIGKILL at random moments and started again on another
 number of ranks. Their delivery_log has to prove the epoch, and to equal that of an undisturbed run.

@@ -1,5 +1,6 @@
-"""Protects: a batch is a pure function of corpus, settings, epoch and position, and an epoch gives
-each token once.
+"""Tests that a batch is a pure function, and that an epoch gives each token once.
+
+A batch depends on corpus, settings, epoch and position alone.
 
 Large corpora count up, so a sequence is known by its first token, and whole epochs are checked in
 NumPy.

@@ -1,5 +1,6 @@
-"""Protects: files that other projects published to try readers give pyarrow's tokens or a clear
-error.
+"""Compares files that other projects published with pyarrow.
+
+A file gives pyarrow's tokens or a clear error.
 
 The files are no part of this project. ``FOREBAY_TEST_FILES`` names their folder: one sub-folder for
 each project. Each group of files is read in a process of its own, so that a crash is a failure of

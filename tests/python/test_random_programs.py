@@ -1,5 +1,6 @@
-"""Protects: random programs of a loader over any dataset get what torch's loader gives, and lose or
-repeat nothing.
+"""Runs random programs of a loader over any dataset, and compares them with torch's loader.
+
+They lose and repeat nothing.
 
 A program is a list of steps: take batches, leave the pass, interrupt, store a state, restore one
 (in this loader or in a new one), tell an epoch. A model follows it step by step. Its batches come

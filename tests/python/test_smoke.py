@@ -1,6 +1,4 @@
-"""Protects: what the binding adds. Memory outlives its loader, capsules are sound, threads run
-Python datasets.
-"""
+"""Tests the binding: memory outlives its loader, capsules are sound, threads run Python datasets."""
 
 from __future__ import annotations
 

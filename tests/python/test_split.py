@@ -1,5 +1,6 @@
-"""Protects: the consumers of a split loader get what separate ranks get, share one pass, and wait
-for each other.
+"""Compares the consumers of a split loader with separate ranks.
+
+They share one pass, and wait for each other.
 """
 
 from __future__ import annotations

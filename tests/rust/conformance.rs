@@ -1,5 +1,4 @@
-//! Protects: every container, codec, encoding, type and shape that arrow-rs writes gives the
-//! documents that were written.
+//! Tests that every container, codec, encoding, type and shape of arrow-rs gives its documents.
 
 use forebay::format::DecodedPages;
 use forebay::settings::{Config, Io, Shuffle, Targets};

@@ -1,5 +1,6 @@
-//! Protects: the values of further columns follow their tokens into every batch, and columns that
-//! do not fit are refused.
+//! Tests that the values of further columns follow their tokens into every batch.
+//!
+//! Columns that do not fit are refused.
 
 use std::path::Path;
 use std::sync::Arc;

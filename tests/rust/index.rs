@@ -1,5 +1,6 @@
-//! Protects: a saved index changes when shards are opened, and nothing that is delivered; what it
-//! says is never believed against a file.
+//! Tests that a saved index changes when shards are opened, and changes no batch.
+//!
+//! The loader never believes the index against a file.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};

@@ -1,5 +1,6 @@
-//! Protects: a batch belongs to its holder. Nothing is written to a buffer after it was handed
-//! over, and nothing after it was given back.
+//! Tests that a batch belongs to its holder.
+//!
+//! Nothing is written to a buffer after it was handed over, and nothing after it was given back.
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::ptr::NonNull;

@@ -1,5 +1,6 @@
-//! Protects: a batch is a function of settings, epoch and position; every token once; resuming is a
-//! jump.
+//! Tests that a batch is a function of settings, epoch and position.
+//!
+//! An epoch has every token once, and resuming is a jump.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;

@@ -1,4 +1,4 @@
-//! Protects: loaders of one opened corpus give the batches of loaders that opened it alone.
+//! Tests that loaders of one opened corpus give the batches of loaders that opened it alone.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Protects: the table of settings is the only place where a setting is written.
+//! Tests that the table of settings is the only place where a setting is written.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

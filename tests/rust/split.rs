@@ -1,5 +1,6 @@
-//! Protects: consumers of a split loader get the rows of separate ranks, without a copy; and a
-//! failed batch is not lost.
+//! Tests that consumers of a split loader get the rows of separate ranks, without a copy.
+//!
+//! A failed batch is not lost.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-"""Protects: a wheel works where nothing but NumPy is installed.
+"""Tests that a wheel works where nothing but NumPy is installed.
 
 tiny.arrow and tiny.parquet hold the tokens 0 to 999 in documents of 100; the environment has
 nothing to write such files with.
