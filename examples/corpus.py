@@ -18,7 +18,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 
 
 def read_documents() -> list[str]:
-    """Reads the sources of the standard library in the order of their paths, a document per file."""
+    """Reads the sources of the standard library in the order of their paths, one per file."""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)]
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
@@ -41,7 +41,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def write_shards(documents: list[np.ndarray], folder: Path) -> None:
-    """Writes the documents in order, as 8 shards of Parquet (zstd) and 8 of Arrow (uncompressed)."""
+    """Writes the documents in order: 8 shards of Parquet (zstd), 8 of uncompressed Arrow."""
     ends = np.cumsum([len(document) for document in documents])
     cuts = [int(np.searchsorted(ends, ends[-1] * k / SHARDS)) for k in range(SHARDS)] + [len(documents)]
     for name in ("parquet", "arrow"):
@@ -57,7 +57,7 @@ def write_shards(documents: list[np.ndarray], folder: Path) -> None:
 
 
 def prepare(folder: Path, comparison_tokens: int, multiple_of: int) -> dict:
-    """Writes `tokenizer.json`, the training shards and the comparison's corpus, if they are missing.
+    """Writes the tokenizer, the training shards and the comparison's corpus, if missing.
 
     The comparison reads the same documents, repeated to about `comparison_tokens` tokens. They are
     cut to a multiple of `multiple_of`, so that an epoch leaves nothing out. The corpus comes as

@@ -3,8 +3,8 @@
     python examples/train_gpt.py out/demo/parquet --out out/run --steps 160
 
 A checkpoint holds the model, the optimizer, the random states and the loader's state. A second
-start continues from the newest checkpoint. Each step appends a line to `steps.jsonl`: its number, the
-loss, and the SHA-256 of its batch.
+start continues from the newest checkpoint. Each step appends a line to `steps.jsonl`: its number,
+the loss, and the SHA-256 of its batch.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Tests the binding: memory outlives its loader, capsules are sound, threads run Python datasets."""
+"""Tests the binding: memory outlives its loader, capsules are sound, threads run datasets."""
 
 from __future__ import annotations
 
