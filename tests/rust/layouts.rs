@@ -8,8 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use forebay::format::Counts;
-use forebay::layout::{Documents, Kind, Layout, LayoutSettings, Overflow, Segment, Side, Specials, Stream, WindowPlan};
+use forebay::layout::{Documents, Layout, LayoutSettings, Segment, Side, Specials, Stream, WindowPlan};
 use forebay::order::permutation::derive_key;
+use forebay::settings::{LayoutKind as Kind, Overflow};
 use proptest::prelude::*;
 use serde_json::Value;
 

@@ -26,7 +26,7 @@ impl Layout for Concat {
         let stream_len = self.stream.start_of(shards);
         let overlap = self.row_tokens - self.seq_len;
         let rows = stream_len.saturating_sub(overlap) / self.seq_len;
-        Extent { stream_len, rows, tail_tokens: (stream_len - rows * self.seq_len).saturating_sub(overlap) }
+        Extent { stream_len, rows, tokens: stream_len, tail_tokens: (stream_len - rows * self.seq_len).saturating_sub(overlap) }
     }
 
     fn locate(&self, extent: &Extent, row: u64) -> (LayoutWindow, usize) {
@@ -84,7 +84,7 @@ mod tests {
             (0, 4, true, 0, 0),
         ] {
             let layout = layout(&[len], seq_len, seq_len + u64::from(shifted));
-            let extent = Extent { stream_len: len, rows, tail_tokens };
+            let extent = Extent { stream_len: len, rows, tokens: len, tail_tokens };
             assert_eq!(layout.extent(1), extent, "{len} {seq_len} {shifted}");
         }
     }
@@ -93,7 +93,7 @@ mod tests {
     fn a_row_is_one_segment_and_the_tail_is_cut_short() {
         let layout = layout(&[7, 4], 4, 5);
         let whole = layout.extent(2);
-        assert_eq!(whole, Extent { stream_len: 11, rows: 2, tail_tokens: 2 });
+        assert_eq!(whole, Extent { stream_len: 11, rows: 2, tokens: 11, tail_tokens: 2 });
         assert_eq!(row(&layout, &whole, 1), [Segment::joined(4, 5, 0)]);
         assert_eq!(row(&layout, &whole, 2), [Segment::joined(8, 3, 0)]);
         assert_eq!(row(&layout, &layout.extent(1), 1), [Segment::joined(4, 3, 0)], "the first shard alone");

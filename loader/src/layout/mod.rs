@@ -10,8 +10,7 @@
 //! ```
 //!
 //! A layout reads no file. The room `read` supplies the document lengths that a window asks for,
-//! and keeps plans of windows. Every layout is one file here, and a line in [`name_of`] and
-//! [`open`]; no other room names a layout.
+//! and keeps plans of windows. Every layout is one file here, and a line in [`build`]; no other room names a layout.
 
 mod best_fit;
 mod concat;
@@ -24,11 +23,11 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use pieces::{Lost, Overflow, Side};
+pub use pieces::{Lost, Side, WINDOW_TOKENS};
 pub use stream::{Specials, Stream};
 
 use crate::error::Result;
-use crate::settings::Config;
+use crate::settings::{Config, LayoutKind, Overflow};
 
 /// A stretch of the stream at a place in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +75,8 @@ pub struct Extent {
     pub stream_len: u64,
     /// Full rows.
     pub rows: u64,
+    /// Stream tokens that rows and the tail hold; all, unless the layout leaves some out.
+    pub tokens: u64,
     /// Stream tokens after the full rows that one more, shorter row delivers. That row has the
     /// number `rows`.
     pub tail_tokens: u64,
@@ -194,6 +195,17 @@ pub trait Layout: fmt::Debug + Send + Sync {
         None
     }
 
+    /// The first row of each window of the first `shards` shards, where windows hold many rows.
+    /// Rows of a window share their documents' lengths and blocks, so an order keeps them near each
+    /// other.
+    ///
+    /// # Panics
+    /// When there are fewer shards.
+    fn window_rows(&self, shards: usize) -> Option<Vec<u64>> {
+        let _ = shards;
+        None
+    }
+
     /// Bytes of the layout's own tables.
     fn index_bytes(&self) -> u64;
 }
@@ -202,37 +214,11 @@ pub trait Layout: fmt::Debug + Send + Sync {
 /// fail.
 pub type Lengths<'a> = &'a dyn Fn(usize) -> Result<Arc<[u32]>>;
 
-/// A rule that makes rows, by its name.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Kind {
-    /// Documents are joined, and the stream is cut into rows.
-    #[default]
-    Concat,
-    /// Rows hold several whole documents each.
-    Pack,
-    /// Rows hold one document each.
-    Pad,
-    /// Documents are rows already.
-    Rows,
-}
-
-impl Kind {
-    /// The name of the rule.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Concat => "concat",
-            Self::Pack => "pack",
-            Self::Pad => "pad",
-            Self::Rows => "rows",
-        }
-    }
-}
-
 /// A rule that makes rows, and its settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayoutSettings {
     /// The rule.
-    pub kind: Kind,
+    pub kind: LayoutKind,
     /// Inputs of a row.
     pub seq_len: u64,
     /// Tokens of a row: one more than `seq_len` where targets are shifted.
@@ -251,12 +237,12 @@ impl LayoutSettings {
     /// The layout that `config` asks for.
     pub fn of(config: &Config) -> Self {
         Self {
-            kind: Kind::Concat,
+            kind: config.layout,
             seq_len: config.seq_len,
             row_tokens: config.row_tokens(),
-            overflow: Overflow::Split,
-            max_docs_per_row: None,
-            pack_align: 1,
+            overflow: config.overflow,
+            max_docs_per_row: config.max_docs_per_row.map(|most| most as u32),
+            pack_align: config.pack_align as u32,
             side: Side::of(config),
         }
     }
@@ -264,7 +250,7 @@ impl LayoutSettings {
     fn rules(&self, specials: Specials) -> pack::Rules {
         let specials = u32::from(specials.bos.is_some()) + u32::from(specials.eos.is_some());
         let capacity = self.row_tokens as u32;
-        let is_pack = self.kind == Kind::Pack;
+        let is_pack = self.kind == LayoutKind::Pack;
         pack::Rules {
             cut: pieces::Cut { capacity, specials, overflow: self.overflow },
             // With shifted targets, the last token of a row is a target alone, which a lone token
@@ -277,11 +263,6 @@ impl LayoutSettings {
     }
 }
 
-/// The name of the layout that `config` asks for. Saved states carry it.
-pub fn name_of(config: &Config) -> &'static str {
-    LayoutSettings::of(config).kind.name()
-}
-
 /// The layout that `config` asks for, over `stream`. A layout whose tables need document lengths
 /// reads them here, shard by shard.
 pub fn open(config: &Config, stream: &Arc<Stream>, lengths: Lengths<'_>) -> Result<Box<dyn Layout>> {
@@ -292,8 +273,8 @@ pub fn open(config: &Config, stream: &Arc<Stream>, lengths: Lengths<'_>) -> Resu
 pub fn build(settings: &LayoutSettings, stream: &Arc<Stream>, lengths: Lengths<'_>) -> Result<Box<dyn Layout>> {
     let (stream, rules) = (Arc::clone(stream), settings.rules(stream.specials()));
     Ok(match settings.kind {
-        Kind::Concat => Box::new(concat::Concat::new(stream, settings.seq_len, settings.row_tokens)),
-        Kind::Pack | Kind::Pad => Box::new(pack::Pack::new(stream, rules, lengths)?),
-        Kind::Rows => Box::new(rows::Rows::new(stream, settings.row_tokens, lengths)?),
+        LayoutKind::Concat => Box::new(concat::Concat::new(stream, settings.seq_len, settings.row_tokens)),
+        LayoutKind::Pack | LayoutKind::Pad => Box::new(pack::Pack::new(stream, rules, lengths)?),
+        LayoutKind::Rows => Box::new(rows::Rows::new(stream, settings.row_tokens, lengths)?),
     })
 }

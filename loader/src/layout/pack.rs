@@ -49,6 +49,8 @@ struct Before {
     documents: u64,
     windows: usize,
     rows: u64,
+    /// Tokens that the rows hold.
+    tokens: u64,
     lost: Lost,
 }
 
@@ -57,6 +59,7 @@ struct Before {
 struct ShardWindows {
     /// Where each window begins, and its rows.
     windows: Vec<(WindowStart, u32)>,
+    tokens: u64,
     lost: Lost,
 }
 
@@ -78,6 +81,8 @@ impl Rules {
             all.lost += scratch.window.lost;
             if !scratch.window.pieces.is_empty() {
                 let rows = self.pack(documents_before + at.document, scratch);
+                let tokens = scratch.window.pieces.iter().map(|piece| u64::from(piece.len));
+                all.tokens += tokens.sum::<u64>();
                 all.windows.push((at, rows as u32));
             }
             at = next;
@@ -117,6 +122,7 @@ impl Pack {
             }
             sum.documents += lengths.len() as u64;
             sum.windows = windows.len();
+            sum.tokens += found.tokens;
             sum.lost += found.lost;
             before.push(sum);
         }
@@ -126,7 +132,8 @@ impl Pack {
 
 impl Layout for Pack {
     fn extent(&self, shards: usize) -> Extent {
-        Extent { stream_len: self.stream.start_of(shards), rows: self.before[shards].rows, tail_tokens: 0 }
+        let Before { rows, tokens, .. } = self.before[shards];
+        Extent { stream_len: self.stream.start_of(shards), rows, tokens, tail_tokens: 0 }
     }
 
     fn locate(&self, extent: &Extent, row: u64) -> (LayoutWindow, usize) {
@@ -164,6 +171,10 @@ impl Layout for Pack {
             let segment = Segment { start: shard_start + found.start, len: u64::from(found.len), place: 0, documents };
             (segment, u64::from(scratch.sizes[piece]))
         });
+    }
+
+    fn window_rows(&self, shards: usize) -> Option<Vec<u64>> {
+        Some(self.windows[..self.before[shards].windows].iter().map(|window| window.rows_before).collect())
     }
 
     fn lost(&self, shards: usize) -> Lost {

@@ -9,24 +9,12 @@
 //! Lengths count stream tokens: `bos_id` and `eos_id` belong to the document that they surround.
 
 use crate::keys::{derive_key, reduce};
-use crate::settings::{Config, Split};
+use crate::settings::{Config, Overflow, Split};
 
 /// Pieces with which a window ends.
 pub(super) const WINDOW_PIECES: usize = 16_384;
 /// Tokens with which a window ends.
-pub(super) const WINDOW_TOKENS: u64 = 4 << 20;
-
-/// What happens to a document that is longer than a row.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Overflow {
-    /// The document is cut into pieces of the length of a row. The last piece may be shorter.
-    #[default]
-    Split,
-    /// The row takes the beginning of the document. The rest is left out.
-    Truncate,
-    /// The document is left out.
-    Drop,
-}
+pub const WINDOW_TOKENS: u64 = 4 << 20;
 
 /// How documents become pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -35,7 +35,7 @@ impl Rows {
 impl Layout for Rows {
     fn extent(&self, shards: usize) -> Extent {
         let stream_len = self.stream.start_of(shards);
-        Extent { stream_len, rows: stream_len / self.row_tokens, tail_tokens: 0 }
+        Extent { stream_len, rows: stream_len / self.row_tokens, tokens: stream_len, tail_tokens: 0 }
     }
 
     fn locate(&self, _: &Extent, row: u64) -> (LayoutWindow, usize) {

@@ -158,9 +158,8 @@ impl Loader {
         let (Remainder::Drop, Some(end)) = (session.grouping.remainder, epochs.len()) else { return 0 };
         let delivered = session.grouping.steps(end) * session.grouping.global_batch();
         let sources = &session.opened.sources;
-        let tail = sources.tokens(&cursor.growth, cursor.epoch)
-            - sources.full_rows(&cursor.growth, cursor.epoch) * session.config.seq_len;
-        (end - delivered) * session.config.seq_len + tail
+        let tail = sources.rowless_tokens(&cursor.growth, cursor.epoch);
+        session.tokens_of(&cursor.growth, &epochs, delivered..end) + tail
     }
 
     /// Makes a new pass.

@@ -8,13 +8,13 @@ use crate::corpus::Corpus;
 use crate::corpus::schema::SchemaField;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Access, OpenOptions};
-use crate::layout;
+use crate::layout::{self, WINDOW_TOKENS};
 use crate::loader::state::StateValue;
 use crate::order;
 use crate::order::partition::Grouping;
 use crate::read::{BlockCache, Reader, SessionId};
 use crate::settings::mixture::MixtureSettings;
-use crate::settings::{self, Compared, Config, Setting, Shuffle, Value, default_threads};
+use crate::settings::{self, Compared, Config, LayoutKind, Setting, Shuffle, Value, default_threads};
 use crate::sync::Cancel;
 
 /// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
@@ -57,15 +57,18 @@ impl Opened {
             Access::Random
         };
         let schema = schema_of(&config, &corpora)?;
-        config.shuffle = decided(config.shuffle, access);
+        config.shuffle = decided(&config, access);
+        config.boundaries = Some(config.has_boundaries());
         let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
         if let Some(mixture) = &config.mixture {
             warnings.extend(MixtureSettings::parse(mixture)?.notes);
         }
         let largest_block_bytes = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
-        let cache = Arc::new(BlockCache::new(config.memory_budget));
+        let lengths_bytes = if config.layout == LayoutKind::Concat { 0 } else { config.memory_budget / LENGTHS_SHARE };
+        let cache = Arc::new(BlockCache::new(config.memory_budget - lengths_bytes));
+        let of_source = lengths_bytes / corpora.len().max(1) as u64;
         let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
-            let reader = Reader::new(Arc::new(corpus), &config, layout::open, Arc::clone(&cache), index)?;
+            let reader = Reader::new(Arc::new(corpus), &config, layout::open, Arc::clone(&cache), index, of_source)?;
             Ok(CorpusSource::new(name, reader, config.seed))
         });
         let sources = CorpusSources::new(&config, sources.collect::<Result<_>>()?)?;
@@ -85,6 +88,7 @@ impl Opened {
         if config.shuffle == Shuffle::On {
             config.shuffle = self.config.shuffle;
         }
+        config.boundaries = Some(config.has_boundaries());
         let mut differences = Vec::new();
         for setting in settings::all() {
             // A state compares these settings by the result of opening. Here their own values are
@@ -116,7 +120,7 @@ impl Opened {
     pub(super) fn join(&self, config: &Config, threads: u64, batches: u64) -> Result<(SessionId, u64, u64)> {
         let largest = self.largest_block_bytes;
         let wanted = batches.saturating_add(threads.saturating_mul(largest));
-        let window = config.window_tokens / config.seq_len;
+        let window = drawn_tokens(config) / config.seq_len;
         let joined = self.cache.join(wanted, largest, window);
         joined.map(|(session, left)| (session, wanted, left)).map_err(|others| {
             let shared = if others == 0 {
@@ -143,9 +147,24 @@ fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Vec<Schema
     config.fields.iter().enumerate().map(field).collect()
 }
 
-/// The kind of shuffling that `shuffle` means for this access.
-fn decided(shuffle: Shuffle, access: Access) -> Shuffle {
-    match (shuffle, access) {
+/// Document lengths may take one byte in so many of `memory_budget`, in layouts that need them.
+const LENGTHS_SHARE: u64 = 8;
+
+/// Tokens among which the positions of all lanes draw their rows at a time.
+///
+/// A lane of a layout with windows draws from the window that it is in and from the next one.
+pub(super) fn drawn_tokens(config: &Config) -> u64 {
+    let windows = if config.layout.has_windows() { config.lanes.saturating_mul(WINDOW_TOKENS) } else { 0 };
+    config.window_tokens.saturating_add(windows)
+}
+
+/// The kind of shuffling that `config` means for this access.
+///
+/// A row of a layout with windows is found by planning its window, so rows of a window stay near each
+/// other, even where any token could be read at once.
+fn decided(config: &Config, access: Access) -> Shuffle {
+    match (config.shuffle, access) {
+        (Shuffle::On, _) if config.layout.has_windows() => Shuffle::Block,
         (Shuffle::On, Access::Random) => Shuffle::Global,
         (Shuffle::On, Access::Block) => Shuffle::Block,
         (other, _) => other,
@@ -201,7 +220,7 @@ pub(super) fn windows_bytes(config: &Config, sources: &CorpusSources, grouping: 
             Shuffle::Block => {
                 let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
                 let lanes = grouping.lanes(config.lanes);
-                let window = config.window_tokens / config.lanes * lanes;
+                let window = drawn_tokens(config) / config.lanes * lanes;
                 let columns = 1 + corpus.fields().len() as u64;
                 window.saturating_mul(bytes_per_token).saturating_add(columns * lanes * 2 * largest).min(total)
             }
@@ -228,7 +247,7 @@ pub(super) fn window_warning(windows: u64, cache_bytes: u64) -> Option<String> {
 /// It consists of the versions of order and layout, and of the content settings that a state
 /// compares by value. A setting without influence on the order has the value 0.
 fn content_of(config: &Config) -> Vec<(&'static str, StateValue)> {
-    let mut content = vec![("order", order::VERSION.into()), ("layout", layout::name_of(config).into())];
+    let mut content = vec![("order", order::VERSION.into())];
     let compared = |setting: &Setting| Some((setting.name, compared_value(setting, config)?));
     content.extend(settings::all().iter().filter_map(compared));
     content

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::batch::Batch;
 use super::compute::WorkerMemory;
+use super::open::drawn_tokens;
 use super::pass::PassRange;
 use super::rows::{batch_rows_into, deal};
 use super::session::Session;
@@ -54,7 +55,7 @@ pub(super) fn decoded_ahead(config: &Config, grouping: Grouping) -> u64 {
 ///
 /// A block lies in two windows at most, and each rank reads its part of them.
 pub(super) fn done_after(config: &Config, grouping: Grouping) -> u64 {
-    2 * config.window_tokens.div_ceil(grouping.world_size)
+    2 * drawn_tokens(config).div_ceil(grouping.world_size)
 }
 
 /// The batches of a pass, by their number.

@@ -3,8 +3,9 @@
 //! A single corpus is a series of its own epochs, and may grow between two of them. Several corpora
 //! are drawn from by the schedule of a mixture.
 
+use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -18,12 +19,15 @@ use crate::order::permutation::derive_key;
 use crate::order::{Arrangement, EpochOrder};
 use crate::read::{Reader, Scratch};
 use crate::settings::mixture::{MixtureSettings, Stage};
-use crate::settings::{self, Compared, Config, Shuffle};
+use crate::settings::{self, Compared, Config, LayoutKind, Shuffle};
+use crate::sync::lock;
 
 /// Separates the seeds of a mixture's sources.
 const SOURCE: u64 = 5;
 /// Number of orders that a worker keeps. Rows near each other belong to few epochs.
 const KEPT_ORDERS: usize = 256;
+/// Orders with tables that all workers share: of the epochs that a few passes are in.
+const SHARED_ORDERS: usize = 16;
 
 /// One opened corpus.
 #[derive(Debug)]
@@ -55,6 +59,8 @@ pub(crate) struct CorpusSources {
     settings: OrderSettings,
     /// Most positions of an epoch, including its tail and its end.
     most_positions: u64,
+    /// Orders with tables, by source, shards and epoch; the oldest first. Workers copy them.
+    shared_orders: Mutex<VecDeque<((usize, u64, u64), EpochOrder)>>,
 }
 
 /// The settings that assign sequences to positions.
@@ -66,6 +72,8 @@ struct OrderSettings {
     window_tokens: u64,
     lanes: u64,
     side: Side,
+    /// Whether rows are a cut stream, whose tail wraps around and fills rows.
+    joins: bool,
 }
 
 /// The stretches that one row reads.
@@ -178,11 +186,13 @@ impl CorpusSources {
             chunk_tokens: config.chunk_tokens,
             window_tokens: config.window_tokens,
             lanes: config.lanes,
-            side: Side::of(config),
+            // Layouts with windows draw the side of each document.
+            side: if config.layout.has_windows() { Side::All } else { Side::of(config) },
+            joins: config.layout == LayoutKind::Concat,
         };
         let Some(text) = &config.mixture else {
             let most_positions = settings.extent(&list[0], list[0].shards()).sequences + 2;
-            return Ok(Self { list, mixture: None, settings, most_positions });
+            return Ok(Self { list, mixture: None, settings, most_positions, shared_orders: Mutex::default() });
         };
         let recipe = MixtureSettings::parse(text)?;
         let mut faults = Vec::new();
@@ -211,7 +221,7 @@ impl CorpusSources {
         }
         let mixture = Mixture::new(config.lanes, &sequences, &epochs, &stages, recipe.exhausted, recipe.exact_per);
         let most_positions = mixture.positions() + 2;
-        Ok(Self { list, mixture: Some((recipe, mixture)), settings, most_positions })
+        Ok(Self { list, mixture: Some((recipe, mixture)), settings, most_positions, shared_orders: Mutex::default() })
     }
 
     pub(crate) fn list(&self) -> &[CorpusSource] {
@@ -253,12 +263,21 @@ impl CorpusSources {
         let extent = self.extent_at(growth, epoch);
         match (&self.mixture, self.settings.side) {
             (Some((_, mixture)), _) => mixture.positions().saturating_mul(self.settings.seq_len),
-            (None, Side::All) => extent.layout.stream_len,
+            (None, Side::All) => extent.layout.tokens,
             (None, Side::Train(_)) => {
-                extent.layout.stream_len - (extent.layout.rows - extent.sequences) * self.settings.seq_len
+                extent.layout.tokens - (extent.layout.rows - extent.sequences) * self.settings.seq_len
             }
             (None, Side::Holdout(_)) => extent.sequences * self.settings.seq_len,
         }
+    }
+
+    /// Tokens of an epoch that stand in no full row. No position delivers them unless the tail has
+    /// one.
+    pub(crate) fn rowless_tokens(&self, growth: &Growth, epoch: u64) -> u64 {
+        if !self.settings.joins || self.mixture.is_some() {
+            return 0;
+        }
+        self.tokens(growth, epoch) - self.full_rows(growth, epoch) * self.settings.seq_len
     }
 
     /// Sequences of the corpus in the newest epochs, over both sides of a holdout.
@@ -276,8 +295,34 @@ impl CorpusSources {
     pub(crate) fn order_of(&self, index: usize, epoch: u64) -> (layout::Extent, Arrangement, EpochOrder) {
         let source = &self.list[index];
         let Extent { layout, sequences, .. } = self.settings.extent(source, source.shards());
+        let (arrangement, order) = self.order(index, source.shards(), sequences, epoch);
+        (layout, arrangement, order)
+    }
+
+    /// The order of an epoch of the first `shards` shards of source `index`. Orders that need a table
+    /// are made once and shared.
+    fn order(&self, index: usize, shards: u64, sequences: u64, epoch: u64) -> (Arrangement, EpochOrder) {
+        let source = &self.list[index];
         let arrangement = self.settings.arrangement(sequences);
-        (layout, arrangement, EpochOrder::new(sequences, arrangement, source.seed, epoch))
+        let windows = match arrangement {
+            Arrangement::Block { lanes, window, .. } => Some((lanes, window)),
+            Arrangement::Sequential | Arrangement::Global => None,
+        };
+        let plain = || EpochOrder::new(sequences, arrangement, source.seed, epoch);
+        let Some((lanes, window)) = windows else { return (arrangement, plain()) };
+        let key = (index, shards, epoch);
+        let mut shared = lock(&self.shared_orders);
+        if let Some((_, order)) = shared.iter().find(|(found, _)| *found == key) {
+            return (arrangement, order.clone());
+        }
+        let Some(rows) = source.reader.layout().window_rows(shards as usize) else { return (arrangement, plain()) };
+        let starts = self.settings.chunk_starts(&rows, sequences);
+        let order = EpochOrder::in_chunks(sequences, &starts, lanes, window, source.seed, epoch);
+        if shared.len() >= SHARED_ORDERS {
+            shared.pop_front();
+        }
+        shared.push_back((key, order.clone()));
+        (arrangement, order)
     }
 
     fn extent_at(&self, growth: &Growth, epoch: u64) -> Extent {
@@ -312,10 +357,7 @@ impl CorpusSources {
         if position >= extent.sequences {
             return read(extent.layout.rows, false);
         }
-        let order = orders.get((index, epoch), || {
-            let arrangement = self.settings.arrangement(extent.sequences);
-            EpochOrder::new(extent.sequences, arrangement, source.seed, epoch)
-        });
+        let order = orders.get((index, epoch), || self.order(index, shards, extent.sequences, epoch).1);
         let at = order.sequence_at(position);
         read(self.settings.side.sequence(at), order.ends_chunk(at))
     }
@@ -334,6 +376,7 @@ impl CorpusSources {
         self.list[read.source].reader.plan_row(&read.extent, read.sequence, scratch, segments)?;
         read.tokens = segments[first..].iter().map(|segment| segment.len).sum();
         let mut len = read.tokens;
+        let wrap_to = wrap_to.filter(|_| self.settings.joins);
         while let Some(missing) = wrap_to.and_then(|wanted| wanted.checked_sub(len)).filter(|missing| *missing > 0) {
             let again = missing.min(read.extent.stream_len);
             segments.push(Segment::joined(0, again, len));
@@ -418,6 +461,20 @@ impl OrderSettings {
         let layout = source.reader.layout().extent(shards as usize);
         let tail = layout.tail_tokens > 0 && !matches!(self.side, Side::Holdout(_));
         Extent { layout, sequences: self.side.count(layout.rows), tail }
+    }
+
+    /// Joins windows that begin at `rows` to chunks of at least `chunk_tokens` places, from the first
+    /// one on. Gives the first row of each.
+    fn chunk_starts(&self, rows: &[u64], sequences: u64) -> Arc<[u64]> {
+        let chunk = (self.chunk_tokens / self.seq_len).max(1);
+        let mut starts: Vec<u64> = Vec::new();
+        for row in rows.iter().filter(|row| **row < sequences) {
+            match starts.last() {
+                Some(start) if row - start < chunk => {}
+                _ => starts.push(*row),
+            }
+        }
+        starts.into()
     }
 
     fn arrangement(&self, sequences: u64) -> Arrangement {

@@ -20,6 +20,8 @@ pub mod mixture;
 pub mod partition;
 pub mod permutation;
 
+use std::sync::Arc;
+
 use permutation::{Permutation, derive_key};
 
 /// Name and version of the algorithm, saved with every state.
@@ -76,6 +78,8 @@ enum Algorithm {
 struct BlockOrder {
     key: u64,
     chunk: u64,
+    /// Where chunks differ in length.
+    table: Option<ChunkTable>,
     lanes: u64,
     window: u64,
     chunks: Permutation,
@@ -85,7 +89,38 @@ struct BlockOrder {
     last_len: u64,
 }
 
+/// Chunks of different lengths.
+#[derive(Clone, Debug)]
+struct ChunkTable {
+    /// First sequence of each chunk.
+    starts: Arc<[u64]>,
+    /// Sequences before each slot of the permuted chunks.
+    before: Arc<[u64]>,
+}
+
 impl EpochOrder {
+    /// The block order of `epoch` over `sequences` full sequences, in chunks that begin at `starts`.
+    ///
+    /// `starts` increases strictly from 0. Takes 8 bytes for each chunk, which clones share.
+    pub fn in_chunks(sequences: u64, starts: &Arc<[u64]>, lanes: u64, window: u64, seed: u64, epoch: u64) -> Self {
+        if sequences == 0 {
+            return Self { sequences, algorithm: Algorithm::Sequential };
+        }
+        let key = derive_key(seed, &[EPOCH, epoch]);
+        let chunks = Permutation::new(starts.len() as u64, derive_key(key, &[CHUNKS]));
+        let end_of = |chunk: usize| starts.get(chunk + 1).copied().unwrap_or(sequences);
+        let mut sum = 0;
+        let before = (0..starts.len() as u64).map(|slot| {
+            let chunk = chunks.apply(slot) as usize;
+            let start = sum;
+            sum += end_of(chunk) - starts[chunk];
+            start
+        });
+        let table = Some(ChunkTable { before: before.collect(), starts: Arc::clone(starts) });
+        let block = BlockOrder { key, chunk: 1, table, lanes, window, chunks, last_slot: 0, last_len: 0 };
+        Self { sequences, algorithm: Algorithm::Block(block) }
+    }
+
     /// The order of `epoch` over `sequences` full sequences.
     pub fn new(sequences: u64, arrangement: Arrangement, seed: u64, epoch: u64) -> Self {
         let key = derive_key(seed, &[EPOCH, epoch]);
@@ -100,6 +135,7 @@ impl EpochOrder {
                 Algorithm::Block(BlockOrder {
                     key,
                     chunk,
+                    table: None,
                     lanes,
                     window,
                     chunks,
@@ -134,11 +170,12 @@ impl EpochOrder {
         }
     }
 
-    /// Tells whether `sequence` is the last of its chunk. The tokens after it then belong to
-    /// another time of the epoch.
+    /// Tells whether `sequence` is the last of its chunk, where chunks are of one length. The tokens
+    /// after it then belong to another time of the epoch.
     pub fn ends_chunk(&self, sequence: u64) -> bool {
         match &self.algorithm {
             Algorithm::Sequential | Algorithm::Global(_) => false,
+            Algorithm::Block(BlockOrder { table: Some(_), .. }) => false,
             Algorithm::Block(block) => (sequence + 1).is_multiple_of(block.chunk),
         }
     }
@@ -162,6 +199,10 @@ impl BlockOrder {
 
     /// Entry `index` of the list of all sequences in the order of their permuted chunks.
     fn list(&self, index: u64) -> u64 {
+        if let Some(ChunkTable { starts, before }) = &self.table {
+            let slot = before.partition_point(|start| *start <= index) - 1;
+            return starts[self.chunks.apply(slot as u64) as usize] + (index - before[slot]);
+        }
         let before_last = self.last_slot * self.chunk;
         let (slot, within) = if index < before_last {
             (index / self.chunk, index % self.chunk)
@@ -198,6 +239,33 @@ mod tests {
                 seen.sort_unstable();
                 prop_assert!(seen.into_iter().eq(0..sequences), "{:?}", arrangement);
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn chunks_of_any_lengths_hold_every_sequence_once(
+            lengths in prop::collection::vec(1u64..60, 1..40), lanes in 1u64..9, window in 1u64..50, seed: u64,
+        ) {
+            let starts: Arc<[u64]> = lengths.iter().scan(0, |sum, len| { *sum += len; Some(*sum - len) }).collect();
+            let sequences = lengths.iter().sum::<u64>();
+            let lanes = lanes.min(sequences);
+            let order = EpochOrder::in_chunks(sequences, &starts, lanes, window, seed, 3);
+            let mut seen: Vec<u64> = (0..sequences).map(|position| order.sequence_at(position)).collect();
+            seen.sort_unstable();
+            prop_assert!(seen.into_iter().eq(0..sequences));
+        }
+
+        #[test]
+        fn chunks_of_one_length_are_those_of_the_block_arrangement(
+            count in 1u64..40, chunk in 1u64..50, window in 1u64..50, lanes in 1u64..9, seed: u64,
+        ) {
+            let sequences = count * chunk;
+            let lanes = lanes.min(sequences);
+            let plain = EpochOrder::new(sequences, Arrangement::Block { chunk, lanes, window }, seed, 1);
+            let starts: Arc<[u64]> = (0..count).map(|index| index * chunk).collect();
+            let table = EpochOrder::in_chunks(sequences, &starts, lanes, window, seed, 1);
+            prop_assert!((0..sequences).all(|at| plain.sequence_at(at) == table.sequence_at(at)));
         }
     }
 

@@ -29,10 +29,6 @@ use crate::tokens::Tokens;
 /// Number of window plans that a reader keeps. A rank draws from two windows of each of its lanes.
 const KEPT_PLANS: usize = 64;
 
-/// Document lengths may take `memory_budget` divided by this number. A layout that asks for lengths
-/// must leave that room. `concat` asks for none.
-const LENGTHS_SHARE: u64 = 8;
-
 /// Memory of one worker, reused from row to row.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
@@ -146,10 +142,11 @@ impl Reader {
         open: impl FnOnce(&Config, &Arc<Stream>, Lengths<'_>) -> Result<Box<dyn Layout>>,
         cache: Arc<BlockCache>,
         source: usize,
+        lengths_bytes: u64,
     ) -> Result<Self> {
         let specials = Specials::of(config);
         let stream = Arc::new(Stream::new(corpus.counts(), specials));
-        let lengths = DocumentLengths::new(Arc::clone(&corpus), config.memory_budget / LENGTHS_SHARE);
+        let lengths = DocumentLengths::new(Arc::clone(&corpus), lengths_bytes);
         let layout = open(config, &stream, &|shard| lengths.of_shard(shard))?;
         let first_column = source * (1 + config.fields.len());
         Ok(Self { corpus, stream, specials, layout, lengths, plans: Mutex::default(), cache, first_column })

@@ -50,6 +50,41 @@ choices! {
 }
 
 choices! {
+    /// The rule that makes rows from documents.
+    LayoutKind {
+        /// Documents are joined, and the stream is cut into rows.
+        #[default]
+        Concat = "concat",
+        /// Rows hold several whole documents each.
+        Pack = "pack",
+        /// Rows hold one document each.
+        Pad = "pad",
+        /// Documents are rows already.
+        Rows = "rows",
+    }
+}
+
+impl LayoutKind {
+    /// Whether rows are made window by window, from the lengths of the documents in a window.
+    pub const fn has_windows(self) -> bool {
+        matches!(self, Self::Pack | Self::Pad)
+    }
+}
+
+choices! {
+    /// Treatment of documents that are longer than a row.
+    Overflow {
+        /// The document is cut into pieces of the length of a row. The last piece may be shorter.
+        #[default]
+        Split = "split",
+        /// The row takes the beginning of the document. The rest is left out.
+        Truncate = "truncate",
+        /// The document is left out.
+        Drop = "drop",
+    }
+}
+
+choices! {
     /// Arrays of a batch.
     Targets {
         /// `input_ids` and `labels` at the same positions. The model shifts them, as in Hugging
@@ -155,7 +190,44 @@ impl Config {
         if let (Some(rank), Some(size)) = (self.dp_rank, self.dp_world_size) {
             check(rank < size, &|| format!("`dp_rank` must be below `dp_world_size`: found rank {rank} of {size}"));
         }
+        self.check_layout(&mut faults);
         if faults.is_empty() { Ok(()) } else { Err(Error::all(faults)) }
+    }
+
+    /// Checks that the settings of the layout belong to it, and to each other.
+    fn check_layout(&self, faults: &mut Vec<Error>) {
+        let layout = self.layout;
+        let mut check = |holds: bool, text: String| {
+            if !holds {
+                faults.push(Error::config(text));
+            }
+        };
+        let only = |name: &str, layouts: &str| {
+            format!("`{name}` is for `layout` = {layouts}, found `layout` = {}", layout.name())
+        };
+        let is_pack = layout == LayoutKind::Pack;
+        check(layout.has_windows() || self.overflow == Overflow::Split, only("overflow", "pack or pad"));
+        check(is_pack || self.max_docs_per_row.is_none(), only("max_docs_per_row", "pack"));
+        check(is_pack || self.pack_align == 1, only("pack_align", "pack"));
+        let is_pad = layout == LayoutKind::Pad;
+        check(is_pad || self.pad_to_multiple.is_none(), only("pad_to_multiple", "pad"));
+        check(
+            self.seq_len.is_multiple_of(self.pack_align),
+            format!("`seq_len` = {} must be a multiple of `pack_align` = {}", self.seq_len, self.pack_align),
+        );
+        check(
+            self.cu_seqlens_width.is_none() || self.has_boundaries(),
+            "`cu_seqlens_width` needs `boundaries` = true".to_owned(),
+        );
+        check(
+            layout == LayoutKind::Concat || self.row_tokens() < 1 << 32,
+            format!("`seq_len` = {} is too large for `layout` = {}", self.seq_len, layout.name()),
+        );
+    }
+
+    /// Whether batches say where documents begin.
+    pub fn has_boundaries(&self) -> bool {
+        self.boundaries.unwrap_or(self.layout == LayoutKind::Pack)
     }
 
     /// Checks that the data is named once, and that the stages of a mixture are in order.

@@ -13,7 +13,7 @@
 //! `Content` settings say how a state compares them ([`Compared`]). Forms hold the accepted range
 //! or choices ([`super::forms`]). Checks of several settings together stand in [`super::config`].
 
-use super::config::{DataFormat, Epochs, Io, Remainder, Shuffle, Skip, Split, Targets};
+use super::config::{DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets};
 use super::forms::{
     Columns, Cpus, EpochCount, IdDtype, Mixture, Name, Optional, Paths, ShuffleKind, Skips, Switch, TokenId, bytes,
     column, few_tokens, folder, number, tokens,
@@ -67,6 +67,31 @@ settings! {
     /// Id put after every non-empty document.
     eos_id: Option<u32> = None,
         Content(Always), Optional(TokenId), [TokenDataset];
+
+    /// How rows are made from documents. `concat` joins all documents and cuts the stream. `pack` puts
+    /// whole documents into rows. `pad` gives each document a row. `rows` takes documents of exactly
+    /// the length of a row.
+    layout: LayoutKind = LayoutKind::Concat,
+        Content(Always), Name, [TokenDataset];
+
+    /// Adds where documents begin to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
+    /// `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
+    /// `pack`, and else `false`.
+    boundaries: Option<bool> = None,
+        Content(Always), Optional(Switch), [TokenDataset];
+
+    /// Treatment of documents that are longer than a row, in `pack` and `pad`. `split` cuts them into
+    /// pieces. `truncate` keeps their beginning. `drop` leaves them out.
+    overflow: Overflow = Overflow::Split,
+        Content(Always), Name, [TokenDataset];
+
+    /// Documents that a row of `pack` holds at most.
+    max_docs_per_row: Option<u64> = None,
+        Content(OrZero), Optional(number(1, 1 << 31)), [TokenDataset];
+
+    /// Every document of `pack` begins at a multiple of it.
+    pack_align: u64 = 1,
+        Content(Always), number(1, 1 << 20), [TokenDataset];
 
     /// Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks, then
     /// sequences within windows. `true` is `global` for uncompressed Arrow, and `block` where blocks
@@ -144,6 +169,15 @@ settings! {
     /// Id that fills padded rows. Their labels are -100.
     pad_id: u32 = 0,
         Grouping, TokenId, [DataLoader];
+
+    /// In place of `seq_len`, the rows of a batch of `pad` are as long as its longest document, up to
+    /// the next multiple of this.
+    pad_to_multiple: Option<u64> = None,
+        Grouping, Optional(number(1, 1 << 32)), [TokenDataset];
+
+    /// Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
+    cu_seqlens_width: Option<u64> = None,
+        Grouping, Optional(number(2, 1 << 31)), [TokenDataset];
 
     /// Type of delivered input ids. Labels are always int64.
     input_dtype: Dtype = Dtype::I64,

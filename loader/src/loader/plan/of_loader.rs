@@ -52,7 +52,7 @@ impl Session {
         let (mut tails, mut tail_tokens, mut rowless) = (0, 0, 0);
         if self.opened.sources.mixture().is_none() && rows.is_some() {
             // Without growth, all epochs have the same tail, after the full rows.
-            let of_epoch = self.opened.sources.tokens(growth, 0) - full * config.seq_len;
+            let of_epoch = self.opened.sources.rowless_tokens(growth, 0);
             if self.positions(growth, 0) > full {
                 tail_tokens = self.opened.sources.order_of(0, 0).0.tail_tokens;
                 let has_tail = |epoch: &u64| {
