@@ -22,15 +22,21 @@ pub(crate) struct Batch {
     inner: Arc<forebay::Batch>,
     fields: Arc<[Field]>,
     rows: usize,
+    max_seqlen: Option<u64>,
+}
+
+/// Length of the longest span in the rows of `batch`.
+pub(crate) fn max_seqlen(batch: &forebay::Batch) -> Option<u64> {
+    batch.borders.as_deref()?.iter().map(|borders| borders.longest).max()
 }
 
 impl Batch {
     pub(crate) fn new(inner: Arc<forebay::Batch>) -> Self {
-        Self { fields: Arc::clone(&inner.fields), rows: inner.rows, inner }
+        Self { fields: Arc::clone(&inner.fields), rows: inner.rows, max_seqlen: max_seqlen(&inner), inner }
     }
 
     pub(crate) fn part(part: BatchPart) -> Self {
-        Self { inner: part.batch, fields: part.fields, rows: part.rows }
+        Self { inner: part.batch, fields: part.fields, rows: part.rows, max_seqlen: part.max_seqlen }
     }
 }
 
@@ -68,7 +74,13 @@ impl Batch {
 
     /// Makes tensors of the arrays, of the library that `tensors` belongs to. Returns them by name.
     fn tensors<'py>(&self, py: Python<'py>, tensors: &Tensors) -> PyResult<Bound<'py, PyDict>> {
-        tensors.of(py, &self.inner, &self.fields)
+        tensors.of(py, &self.inner, &self.fields, self.max_seqlen)
+    }
+
+    /// Length of the longest span in these rows; None without boundaries.
+    #[getter]
+    fn max_seqlen(&self) -> Option<u64> {
+        self.max_seqlen
     }
 
     /// Name, dtype, offset in bytes and shape of each array, for a caller that submitted the
@@ -238,6 +250,7 @@ impl Tensors {
         py: Python<'py>,
         batch: &Arc<forebay::Batch>,
         fields: &[Field],
+        max_seqlen: Option<u64>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
         for field in fields {
@@ -249,6 +262,9 @@ impl Tensors {
                 other => PyString::new(py, other),
             };
             dict.set_item(name, dlpack::tensor(py, batch, field, self.make)?)?;
+        }
+        if let Some(longest) = max_seqlen {
+            dict.set_item(pyo3::intern!(py, "max_seqlen"), longest)?;
         }
         Ok(dict)
     }

@@ -100,7 +100,10 @@ class Batches:
 
 
 def _arrays(batch: _core.Batch) -> Arrays:
-    return {name: np.asarray(array) for name, array in batch.fields()}
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in batch.fields()}
+    if batch.max_seqlen is not None:
+        arrays["max_seqlen"] = batch.max_seqlen
+    return arrays
 
 
 def _take_part(part: _core.Parts) -> Arrays | None:
@@ -153,6 +156,24 @@ class Loader:
         `none`.
     eos_id:
         Id put after every non-empty document. Default: none. Accepted: an id below 2^31, or `none`.
+    layout:
+        How rows are made from documents. `concat` joins all documents and cuts the stream. `pack`
+        puts whole documents into rows. `pad` gives each document a row. `rows` takes documents of
+        exactly the length of a row. Default: concat. Accepted: `concat`, `pack`, `pad` or `rows`.
+    boundaries:
+        Adds where documents begin to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
+        `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
+        `pack`, and else `false`. Default: none.
+    overflow:
+        Treatment of documents that are longer than a row, in `pack` and `pad`. `split` cuts them
+        into pieces. `truncate` keeps their beginning. `drop` leaves them out. Default: split.
+        Accepted: `split`, `truncate` or `drop`.
+    max_docs_per_row:
+        Documents that a row of `pack` holds at most. Default: none. Accepted: an integer from 1 to
+        2^31, or `none`.
+    pack_align:
+        Every document of `pack` begins at a multiple of it. Default: 1. Accepted: an integer from 1
+        to 2^20.
     shuffle:
         Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks,
         then sequences within windows. `true` is `global` for uncompressed Arrow, and `block` where
@@ -206,6 +227,9 @@ class Loader:
         rows. Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
     pad_id:
         Id that fills padded rows. Their labels are -100. Default: 0. Accepted: an id below 2^31.
+    cu_seqlens_width:
+        Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
+        Default: none. Accepted: an integer from 2 to 2^31, or `none`.
     input_dtype:
         Type of delivered input ids. Labels are always int64. Default: int64. Accepted: `int64` or
         `int32`.
@@ -262,6 +286,11 @@ class Loader:
         targets: Literal["labels", "shifted"] | None = None,
         bos_id: int | None = None,
         eos_id: int | None = None,
+        layout: Literal["concat", "pack", "pad", "rows"] | None = None,
+        boundaries: bool | None = None,
+        overflow: Literal["split", "truncate", "drop"] | None = None,
+        max_docs_per_row: int | None = None,
+        pack_align: int | None = None,
         shuffle: bool | Literal["global", "block"] | None = None,
         seed: int | None = None,
         chunk_tokens: int | None = None,
@@ -279,6 +308,7 @@ class Loader:
         max_steps: int | None = None,
         remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
         pad_id: int | None = None,
+        cu_seqlens_width: int | None = None,
         input_dtype: npt.DTypeLike | None = None,
         sample_ids: bool | None = None,
         num_threads: int | None = None,
@@ -304,6 +334,11 @@ class Loader:
             targets=targets,
             bos_id=bos_id,
             eos_id=eos_id,
+            layout=layout,
+            boundaries=boundaries,
+            overflow=overflow,
+            max_docs_per_row=max_docs_per_row,
+            pack_align=pack_align,
             shuffle=shuffle,
             seed=seed,
             chunk_tokens=chunk_tokens,
@@ -321,6 +356,7 @@ class Loader:
             max_steps=max_steps,
             remainder=remainder,
             pad_id=pad_id,
+            cu_seqlens_width=cu_seqlens_width,
             input_dtype=input_dtype,
             sample_ids=sample_ids,
             num_threads=num_threads,

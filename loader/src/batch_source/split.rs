@@ -44,6 +44,8 @@ pub struct BatchPart {
     pub fields: Arc<[Field]>,
     /// Number of rows of this part.
     pub rows: usize,
+    /// Length of the longest span in these rows, where boundaries are asked for.
+    pub max_seqlen: Option<u64>,
 }
 
 /// The outcome of a consumer's request for its next rows.
@@ -494,11 +496,13 @@ impl Inner {
 impl BatchPart {
     fn new(batch: Arc<Batch>, part: usize, parts: usize) -> Self {
         let rows = batch.rows / parts;
-        let fields = batch.fields.iter().map(|field| Field {
+        let fields = batch.fields.iter().filter(|field| field.name != "cu_seqlens").map(|field| Field {
             offset_bytes: field.offset_bytes + part * rows * field.shape[1] * field.dtype.size(),
             shape: [rows, field.shape[1]],
             ..*field
         });
-        Self { fields: fields.collect(), batch, rows }
+        let borders = batch.borders.as_ref().map(|borders| borders[part]);
+        let fields = fields.chain(borders.map(|borders| borders.field())).collect();
+        Self { fields, max_seqlen: borders.map(|borders| borders.longest), batch, rows }
     }
 }

@@ -136,6 +136,17 @@ impl Lease {
         (&mut before[..count], after)
     }
 
+    /// Two fields at once: 64-bit integers, and 32-bit integers that begin at their end or later.
+    /// Returns the 32-bit integers first.
+    pub(crate) fn i64s_and_i32s(&mut self, first: usize, second: usize, count: usize) -> (&mut [i32], &mut [i64]) {
+        assert!(first + count * 8 <= second, "fields overlap");
+        let wide: *mut [i64] = self.i64s(first, count);
+        let narrow = self.i32s(second, count);
+        // SAFETY: `wide` comes from this lease's exclusive borrow, which the result keeps. It does not
+        // overlap `narrow`, as just checked.
+        (narrow, unsafe { &mut *wide })
+    }
+
     /// Two fields at once: 32-bit integers, and 64-bit integers that begin at their end or later.
     pub(crate) fn i32s_and_i64s(&mut self, first: usize, second: usize, count: usize) -> (&mut [i32], &mut [i64]) {
         assert!(first + count * 4 <= second, "fields overlap");

@@ -26,7 +26,12 @@ impl Layout for Concat {
         let stream_len = self.stream.start_of(shards);
         let overlap = self.row_tokens - self.seq_len;
         let rows = stream_len.saturating_sub(overlap) / self.seq_len;
-        Extent { stream_len, rows, tokens: stream_len, tail_tokens: (stream_len - rows * self.seq_len).saturating_sub(overlap) }
+        Extent {
+            stream_len,
+            rows,
+            tokens: stream_len,
+            tail_tokens: (stream_len - rows * self.seq_len).saturating_sub(overlap),
+        }
     }
 
     fn locate(&self, extent: &Extent, row: u64) -> (LayoutWindow, usize) {

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use super::boundaries::{Span, write_places};
 use crate::buffer::{ALIGNMENT, Lease};
 pub use crate::corpus::schema::IGNORED_LABEL;
 use crate::corpus::schema::{SchemaField, Side};
@@ -41,6 +42,10 @@ pub struct Batch {
     pub fields: Arc<[Field]>,
     /// Hash of its rows. `None` unless [`Loader::cover`](super::Loader::cover) or the setting `delivery_log` asks for it.
     pub checksum: Option<Checksum>,
+    /// The tokens that it delivers; where documents are joined, its places.
+    pub tokens: u64,
+    /// `cu_seqlens` of the rows of each consumer, where boundaries are asked for.
+    pub borders: Option<Vec<Borders>>,
     pub(super) lease: Lease,
 }
 
@@ -83,35 +88,85 @@ impl Batch {
 }
 
 impl Batch {
-    /// The first `count` values of `field` in row `row` that belong to tokens.
-    pub(super) fn field_values(&self, field: &SchemaField, row: usize, count: usize) -> Vec<i64> {
+    /// Values of `field` in row `row`, at the places of the tokens of `spans`.
+    pub(super) fn field_values(&self, field: &SchemaField, row: usize, spans: &[Span]) -> Vec<i64> {
         let is_shifted = self.fields[1].name == "y";
         let name = if is_shifted && field.name == "labels" { "y" } else { field.name };
         let array = self.fields.iter().find(|array| array.name == name).expect("the batch has every field");
-        let mut values = self.row_of(array, row);
-        values.truncate(count.saturating_sub(usize::from(is_shifted && field.side == Side::Target)));
-        values
+        let lead = usize::from(is_shifted && field.side == Side::Target);
+        let values = self.row_of(array, row);
+        let of_span = |span: &Span| {
+            let [start, end] = [span.start, span.start + span.tokens].map(|place| (place as usize).saturating_sub(lead));
+            &values[start.min(values.len())..end.min(values.len())]
+        };
+        spans.iter().flat_map(of_span).copied().collect()
     }
 
-    /// The first `count` tokens that row `row` was made of, as they lie in the delivered arrays; of the inputs alone
-    /// where labels are a column of the corpus.
-    pub(super) fn tokens(&self, row: usize, count: usize, has_labels: bool) -> Result<Vec<i64>> {
-        if has_labels {
-            let mut tokens = self.row_of(&self.fields[0], row);
-            tokens.truncate(count);
-            return Ok(tokens);
+    /// The tokens of `spans` that row `row` was made of, as they lie in the delivered arrays. Where labels
+    /// are a column of the corpus, these are the inputs alone. Fails where other arrays of the row do
+    /// not belong to the tokens.
+    pub(super) fn tokens(&self, row: usize, spans: &[Span], has_labels: bool) -> Result<Vec<i64>> {
+        let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row_of(field, row));
+        let lead = usize::from(self.fields[1].name == "y");
+        let masks = self.borders.is_some();
+        let mut tokens = Vec::with_capacity(inputs.len() + lead);
+        let mut fits = true;
+        for span in spans.iter().filter(|span| span.tokens > 0) {
+            let (start, end) = (span.start as usize, (span.start + span.tokens) as usize);
+            let first = tokens.len();
+            tokens.extend_from_slice(&inputs[start.min(inputs.len())..end.min(inputs.len())]);
+            if has_labels {
+                continue;
+            }
+            // Only the last target has no input at its place.
+            tokens.extend(targets.last().filter(|_| end > inputs.len()));
+            let mut from = start.max(lead);
+            if masks && start >= lead {
+                fits &= targets[start - lead] == IGNORED_LABEL;
+                from = start + 1;
+            }
+            fits &= targets.get(from - lead..end - lead) == tokens.get(first + from - start..);
         }
-        let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row(field.name, row));
-        let shift = usize::from(self.fields[1].name == "y");
-        let mut tokens = inputs;
-        tokens.extend(targets.last().filter(|_| shift == 1));
-        tokens.truncate(count);
-        let fitting = tokens.get(shift..).unwrap_or_default();
-        if targets.get(..fitting.len()) != Some(fitting) {
+        if masks {
+            let places = inputs.len();
+            let (mut positions, mut documents) = (vec![0; places], vec![0; places]);
+            write_places(spans, &mut positions, &mut documents);
+            let documents: Vec<i64> = documents.into_iter().map(i64::from).collect();
+            fits &= positions == self.row("position_ids", row) && documents == self.row("doc_ids", row);
+        }
+        if !fits {
             return Err(Error::new(ErrorKind::Internal, format!("targets of row {row} do not belong to its inputs")));
         }
         Ok(tokens)
     }
+}
+
+/// Where `cu_seqlens` lies in a batch's buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Borders {
+    /// Offset of its first byte.
+    pub offset_bytes: usize,
+    /// Its values.
+    pub len: usize,
+    /// The longest distance of two borders.
+    pub longest: u64,
+}
+
+impl Borders {
+    /// The array as a field of a batch.
+    pub(crate) fn field(&self) -> Field {
+        Field { name: "cu_seqlens", dtype: Dtype::I32, offset_bytes: self.offset_bytes, shape: [self.len, 1], ndim: 1 }
+    }
+}
+
+/// Where the arrays of boundaries lie in a batch's buffer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BoundariesAt {
+    pub(super) positions: usize,
+    pub(super) documents: usize,
+    pub(super) cu_seqlens: usize,
+    /// The fixed length of `cu_seqlens`, if it has one.
+    pub(super) width: Option<usize>,
 }
 
 /// How the arrays of a batch share its buffer.
@@ -126,6 +181,8 @@ pub(super) struct BatchLayout {
     pub(super) fields_at: Vec<usize>,
     /// Offsets of each row's source and sequence, in bytes. `None` if they are not asked for.
     pub(super) ids_at: Option<[usize; 2]>,
+    /// Offsets of the arrays that say where documents begin, where they are asked for.
+    pub(super) boundaries: Option<BoundariesAt>,
     pub(super) bytes: usize,
 }
 
@@ -149,12 +206,23 @@ impl BatchLayout {
             fields.push(field(*name, *dtype, bytes));
             bytes += rows * columns * dtype.size();
         }
+        let boundaries = config.has_boundaries().then(|| {
+            let positions = bytes.next_multiple_of(ALIGNMENT);
+            let documents = (positions + rows * columns * 8).next_multiple_of(ALIGNMENT);
+            let cu_seqlens = (documents + rows * columns * 4).next_multiple_of(ALIGNMENT);
+            // A batch has as many arrays as consumers, at most one for each row.
+            let width = config.cu_seqlens_width.map(|width| width as usize);
+            bytes = (cu_seqlens + rows * width.unwrap_or(columns + 1) * 4).next_multiple_of(ALIGNMENT);
+            fields.push(field("position_ids", Dtype::I64, positions));
+            fields.push(field("doc_ids", Dtype::I32, documents));
+            BoundariesAt { positions, documents, cu_seqlens, width }
+        });
         bytes = bytes.next_multiple_of(8);
         let ids_at = config.sample_ids.then_some([bytes, bytes + rows * 8]);
         for (name, offset_bytes) in ["source", "sample_index"].into_iter().zip(ids_at.into_iter().flatten()) {
             fields.push(Field { name, dtype: Dtype::I64, offset_bytes, shape: [rows, 1], ndim: 1 });
             bytes += rows * 8;
         }
-        Self { rows, fields: fields.into(), input_dtype, targets_at, fields_at, ids_at, bytes }
+        Self { rows, fields: fields.into(), input_dtype, targets_at, fields_at, ids_at, boundaries, bytes }
     }
 }

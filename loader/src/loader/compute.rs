@@ -5,22 +5,25 @@
 //! will read.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::batch::{Batch, BatchLayout, IGNORED_LABEL};
+use super::batch::{Batch, BatchLayout, Borders, BoundariesAt, IGNORED_LABEL};
+use super::boundaries::{Span, Spans, masked_places, write_places};
 use super::pass::PassRange;
 use super::rows::{PositionedRow, batch_rows_into};
 use super::session::Session;
 use crate::buffer::pool::Pool;
 use crate::buffer::{BufferSource, Lease};
 use crate::corpus::schema::{Missing, SchemaField, Side};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fill::{Ahead, FieldRow, Id, Places, Row};
 use crate::loader::sources::{Growth, Orders, RowRead, RowReads};
+use crate::order::epochs::EpochChain;
 use crate::proof::checksum::Checksum;
 use crate::read::{NeededBy, Padding, Prepared, RowRequest, Scratch, StreamLocation};
-use crate::settings::Targets;
+use crate::settings::{LayoutKind, Targets};
 use crate::tokens::Dtype;
 
 /// While everything is found in memory, only every 16th batch is examined.
@@ -34,6 +37,7 @@ pub(super) struct WorkerMemory {
     pub(super) orders: Orders,
     pub(super) rows: Vec<PositionedRow>,
     pub(super) reads: RowReads,
+    pub(super) spans: Spans,
 }
 
 impl Session {
@@ -52,7 +56,7 @@ impl Session {
         let bytes = self.layout(rows.len()).bytes;
         let memory: Arc<dyn BufferSource> = Arc::new(Pool::new(bytes, 0));
         let lease = Lease::new(&memory, bytes);
-        Ok(Arc::new(self.compute(start, step, &reads, lease, &mut worker)?))
+        Ok(Arc::new(self.compute(start, step, 1, &reads, lease, &mut worker)?))
     }
 
     /// The layout of a batch of `rows` rows.
@@ -64,10 +68,12 @@ impl Session {
     }
 
     /// The batch of `rows`, the first of which stands at `start` of global batch `step`, in the memory of `lease`.
+    /// The rows of each of `parts` consumers lie together.
     pub(super) fn compute(
         &self,
         start: (u64, u64),
         step: u64,
+        parts: usize,
         reads: &RowReads,
         mut lease: Lease,
         worker: &mut WorkerMemory,
@@ -76,6 +82,12 @@ impl Session {
         let rows = &reads.rows;
         let layout = self.layout(rows.len());
         let row_bytes = seq_len * layout.input_dtype.size();
+        let (places, joins) = (self.config.row_tokens(), self.config.layout == LayoutKind::Concat);
+        let lead = places as usize - seq_len;
+        let has_spans = layout.boundaries.is_some() || !joins;
+        worker.spans.clear();
+        // The borders of joined documents are found while a row is filled.
+        worker.scratch.borders = (layout.boundaries.is_some() && joins).then(Vec::new);
         let mut next = rows.first().and_then(|row| self.find(reads, row));
         for (index, row) in rows.iter().enumerate() {
             let spot = std::mem::replace(&mut next, rows.get(index + 1).and_then(|row| self.find(reads, row)));
@@ -99,7 +111,28 @@ impl Session {
                 let size = seq_len * field.dtype.size();
                 self.fill_field(field, row, lease.bytes(at + index * size, size), worker)?;
             }
+            if !has_spans {
+                continue;
+            }
+            let segments = rows[index].as_ref().map_or(&[][..], |place| reads.segments(place));
+            let ends = worker.scratch.borders.as_deref().unwrap_or_default();
+            worker.spans.push_row(segments, ends, places);
+            worker.scratch.borders.as_mut().map(Vec::clear);
+            if let Some(at) = &layout.boundaries {
+                let spans = worker.spans.row(index);
+                let labels = lease.i64s(targets_at, seq_len);
+                for place in masked_places(spans, lead).filter(|place| *place < seq_len) {
+                    labels[place] = IGNORED_LABEL;
+                }
+                let (positions, documents) = (at.positions + index * seq_len * 8, at.documents + index * seq_len * 4);
+                let (documents, positions) = lease.i64s_and_i32s(positions, documents, seq_len);
+                write_places(spans, positions, documents);
+                self.mask_fields(&layout, index, spans, lead, &mut lease);
+            }
         }
+        let borders = layout.boundaries.as_ref();
+        let borders =
+            borders.map(|at| self.write_borders(at, parts, rows.len(), &worker.spans, &mut lease)).transpose()?;
         if let Some([sources_at, indices_at]) = layout.ids_at {
             let ids =
                 |of: fn(&RowRead) -> u64| rows.iter().map(move |row| row.as_ref().map_or(-1, |place| of(place) as i64));
@@ -111,29 +144,133 @@ impl Session {
             }
         }
         let (epoch, position) = start;
-        let fields = Arc::clone(&layout.fields);
-        let mut batch = Batch { epoch, step, position, rows: rows.len(), fields, checksum: None, lease };
+        let mut fields = Arc::clone(&layout.fields);
+        if let Some([whole]) = borders.as_deref() {
+            fields = fields.iter().copied().chain([whole.field()]).collect();
+        }
+        let tokens = match joins {
+            true => rows.len() as u64 * self.config.seq_len,
+            false => rows.iter().flatten().map(|place| place.tokens).sum(),
+        };
+        let mut batch =
+            Batch { epoch, step, position, rows: rows.len(), fields, checksum: None, tokens, borders, lease };
         if self.covers.load(Ordering::Relaxed) {
-            let mut checksum = Checksum::default();
-            for (index, place) in rows.iter().enumerate() {
-                if let Some(place) = place.as_ref().filter(|place| !place.repeated) {
-                    let corpus = self.opened.sources.list()[place.source].reader.corpus();
-                    let schema = &self.opened.schema;
-                    let is_there =
-                        |(number, field): (usize, &'_ SchemaField)| corpus.field_dtype(number).map(|_| *field);
-                    let fields = || schema.iter().enumerate().filter_map(is_there);
-                    let has_labels = fields().any(|field| field.name == "labels");
-                    let (source, count) = (place.source as u64, place.tokens as usize);
-                    checksum.add_row(source, place.sequence, &batch.tokens(index, count, has_labels)?);
-                    for field in fields() {
-                        let values = batch.field_values(&field, index, count);
-                        checksum.add_field(source, place.sequence, field.name, &values);
-                    }
-                }
-            }
-            batch.checksum = Some(checksum);
+            batch.checksum = Some(self.checksum_of(&batch, rows, has_spans.then_some(&worker.spans))?);
         }
         Ok(batch)
+    }
+
+    /// Writes the padding value of each field to the places whose target is the first token of a document.
+    fn mask_fields(&self, layout: &BatchLayout, row: usize, spans: &[Span], lead: usize, lease: &mut Lease) {
+        let seq_len = self.config.seq_len as usize;
+        for (field, at) in self.opened.schema.iter().zip(&layout.fields_at) {
+            if field.side == Side::Input {
+                continue;
+            }
+            let (size, value) = (field.dtype.size(), field.dtype.encode(field.padding));
+            for place in masked_places(spans, lead).filter(|place| *place < seq_len) {
+                lease.bytes(at + (row * seq_len + place) * size, size).copy_from_slice(&value[..size]);
+            }
+        }
+    }
+
+    /// The checksum of the rows of `batch`. `spans` are the spans of each row, unless a row is one stretch
+    /// of the stream.
+    fn checksum_of(&self, batch: &Batch, rows: &[Option<RowRead>], spans: Option<&Spans>) -> Result<Checksum> {
+        let joins = self.config.layout == LayoutKind::Concat;
+        let places = self.config.row_tokens();
+        let mut checksum = Checksum::default();
+        for (index, read) in rows.iter().enumerate() {
+            let Some(read) = read.as_ref().filter(|read| !read.repeated) else { continue };
+            let corpus = self.opened.sources.list()[read.source].reader.corpus();
+            let is_there = |(number, field): (usize, &'_ SchemaField)| corpus.field_dtype(number).map(|_| *field);
+            let fields = || self.opened.schema.iter().enumerate().filter_map(is_there);
+            let has_labels = fields().any(|field| field.name == "labels");
+            let (source, sequence) = (read.source as u64, read.sequence);
+            let whole = [Span { start: 0, tokens: read.tokens as u32, end: places as u32 }];
+            let delivered = spans.map_or(&whole[..], |spans| spans.row(index));
+            let mut tokens = batch.tokens(index, delivered, has_labels)?;
+            // Tokens that fill a joined row up were delivered before.
+            let counted = if joins { read.tokens as u32 } else { places as u32 };
+            let mut delivered = delivered.to_vec();
+            delivered.retain(|span| span.tokens > 0 && span.start < counted);
+            if let Some(last) = delivered.last_mut() {
+                last.tokens = last.tokens.min(counted - last.start);
+            }
+            tokens.truncate(delivered.iter().map(|span| span.tokens as usize).sum());
+            if spans.is_some() {
+                let borders: Vec<_> = delivered.iter().map(|span| (span.start, span.tokens)).collect();
+                checksum.add_row_of_spans(source, sequence, &tokens, &borders);
+            } else {
+                checksum.add_row(source, sequence, &tokens);
+            }
+            for field in fields() {
+                let values = batch.field_values(&field, index, &delivered);
+                checksum.add_field(source, sequence, field.name, &values);
+            }
+        }
+        Ok(checksum)
+    }
+
+    /// Writes `cu_seqlens` for the rows of each of `parts` consumers, and returns where they lie.
+    fn write_borders(
+        &self,
+        at: &BoundariesAt,
+        parts: usize,
+        rows: usize,
+        spans: &Spans,
+        lease: &mut Lease,
+    ) -> Result<Vec<Borders>> {
+        let (columns, of_part) = (self.config.seq_len as usize, rows / parts);
+        let capacity = at.width.unwrap_or(of_part * columns + 1);
+        let mut all = Vec::with_capacity(parts);
+        for part in 0..parts {
+            let offset_bytes = at.cu_seqlens + part * capacity * 4;
+            let out = lease.i32s(offset_bytes, capacity);
+            let (mut len, mut longest) = (0, 0);
+            for row in 0..of_part {
+                let starts = spans.row(part * of_part + row).iter().map(|span| span.start as usize);
+                for start in starts.filter(|start| *start < columns).map(|start| row * columns + start) {
+                    if let Some(out) = out.get_mut(len) {
+                        *out = start as i32;
+                    }
+                    if len > 0 && len < capacity {
+                        longest = longest.max(start as i32 - out[len - 1]);
+                    }
+                    len += 1;
+                }
+            }
+            let end = (of_part * columns) as i32;
+            if len >= capacity {
+                return Err(Error::config(format!(
+                    "a batch needs {} values of `cu_seqlens`, more than `cu_seqlens_width` = {capacity}: raise it, \
+                     or bound the documents of a row by `max_docs_per_row`",
+                    len + 1
+                )));
+            }
+            longest = longest.max(end - if len > 0 { out[len - 1] } else { 0 });
+            out[len..].fill(end);
+            let len = at.width.unwrap_or(len + 1);
+            all.push(Borders { offset_bytes, len, longest: longest as u64 });
+        }
+        Ok(all)
+    }
+
+    /// Tokens that the positions at indices `range` of `epochs` deliver. Takes a row that cannot be
+    /// planned for a full one.
+    pub(super) fn tokens_of(&self, growth: &Growth, epochs: &EpochChain, range: Range<u64>) -> u64 {
+        if self.config.layout == LayoutKind::Concat {
+            return (range.end - range.start) * self.config.seq_len;
+        }
+        let WorkerMemory { mut orders, mut scratch, mut reads, .. } = WorkerMemory::default();
+        let mut of_row = |index| {
+            let (epoch, position) = epochs.at(index);
+            let row = PositionedRow::Position { epoch, position, repeated: false };
+            let planned = self.reads_into(growth, &[row], &mut orders, &mut scratch, &mut reads);
+            let tokens = reads.iter().map(|(read, _)| read.tokens).sum();
+            if planned.is_ok() { tokens } else { self.config.seq_len }
+        };
+        range.map(&mut of_row).sum()
     }
 
     /// Decodes a block that the batch at index `start` of a pass will read and that is not decoded

@@ -11,6 +11,7 @@
 mod at_position;
 mod audit;
 mod batch;
+mod boundaries;
 mod compute;
 mod cursor;
 mod notes;

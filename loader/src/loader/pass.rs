@@ -138,8 +138,7 @@ impl Batches {
         }
         match taken {
             Taken::Item(batch, depth) => {
-                let tokens = batch.rows as u64 * session.config.seq_len;
-                session.counters.delivered(tokens, batch.len_bytes() as u64, asked, depth);
+                session.counters.delivered(batch.tokens, batch.len_bytes() as u64, asked, depth);
                 Ok(Next::Batch(batch))
             }
             Taken::End => Ok(Next::End),

@@ -188,7 +188,7 @@ impl Work for PassWork {
         }
         let lease = lease.unwrap_or_else(|| Lease::new(&session.pool, session.batch_bytes));
         let filling = worker.scratch.tracer.begin();
-        let batch = session.compute(start, index / global_batch, &reads, lease, worker);
+        let batch = session.compute(start, index / global_batch, self.parts.max(1), &reads, lease, worker);
         worker.scratch.tracer.end("fill", filling, None);
         worker.scratch.tracer.end("batch", traced, Some(index / global_batch));
         let took = began.elapsed();

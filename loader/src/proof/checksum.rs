@@ -72,6 +72,17 @@ impl Checksum {
         self.hash = self.hash.wrapping_add(field_hash(source, sequence, name, values));
     }
 
+    /// Adds one row that holds `tokens` in spans. A span has the place of its first token in the row
+    /// and its number of tokens.
+    pub fn add_row_of_spans(&mut self, source: u64, sequence: u64, tokens: &[i64], spans: &[(u32, u32)]) {
+        let count = tokens.len() as u64;
+        // No token is negative, so a row of spans has the content of no other row.
+        let borders = spans.iter().flat_map(|(start, tokens)| [i64::from(*start), i64::from(*tokens)]);
+        let content: Vec<i64> = tokens.iter().copied().chain([-1]).chain(borders).collect();
+        self.add_row(source, sequence, &content);
+        self.tokens -= content.len() as u64 - count;
+    }
+
     /// The hash as 32 hexadecimal digits.
     pub fn hash_text(&self) -> String {
         format!("{:032x}", self.hash)

@@ -66,7 +66,8 @@ impl OneDocument {
 
 impl Layout for OneDocument {
     fn extent(&self, shards: usize) -> Extent {
-        Extent { stream_len: self.stream.start_of(shards), rows: self.before[shards].1, tail_tokens: 0 }
+        let stream_len = self.stream.start_of(shards);
+        Extent { stream_len, rows: self.before[shards].1, tokens: stream_len, tail_tokens: 0 }
     }
 
     fn locate(&self, extent: &Extent, row: u64) -> (LayoutWindow, usize) {
@@ -150,7 +151,7 @@ fn reader(folder: &Path, config: &Config, open: Open) -> Result<Reader> {
     let data = [folder.to_str().unwrap().to_owned()];
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     let corpus = Corpus::open(&data, DataFormat::Auto, &options, None, &pool)?;
-    Reader::new(Arc::new(corpus), config, open, Arc::new(BlockCache::new(1 << 20)), 0)
+    Reader::new(Arc::new(corpus), config, open, Arc::new(BlockCache::new(1 << 20)), 0, config.memory_budget / 8)
 }
 
 /// Reads a row: its ids, its labels, and the ends of its documents.

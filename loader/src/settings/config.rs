@@ -209,8 +209,6 @@ impl Config {
         check(layout.has_windows() || self.overflow == Overflow::Split, only("overflow", "pack or pad"));
         check(is_pack || self.max_docs_per_row.is_none(), only("max_docs_per_row", "pack"));
         check(is_pack || self.pack_align == 1, only("pack_align", "pack"));
-        let is_pad = layout == LayoutKind::Pad;
-        check(is_pad || self.pad_to_multiple.is_none(), only("pad_to_multiple", "pad"));
         check(
             self.seq_len.is_multiple_of(self.pack_align),
             format!("`seq_len` = {} must be a multiple of `pack_align` = {}", self.seq_len, self.pack_align),

@@ -170,11 +170,6 @@ settings! {
     pad_id: u32 = 0,
         Grouping, TokenId, [DataLoader];
 
-    /// In place of `seq_len`, the rows of a batch of `pad` are as long as its longest document, up to
-    /// the next multiple of this.
-    pad_to_multiple: Option<u64> = None,
-        Grouping, Optional(number(1, 1 << 32)), [TokenDataset];
-
     /// Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
     cu_seqlens_width: Option<u64> = None,
         Grouping, Optional(number(2, 1 << 31)), [TokenDataset];

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from forebay import _core
 from forebay._loader import Data, finite
-from forebay.torch.tensors import Tensors, tensors_of
+from forebay.torch.tensors import Tensors, row_of, tensors_of
 
 
 class TokenDataset(Dataset[Tensors]):
@@ -52,11 +52,32 @@ class TokenDataset(Dataset[Tensors]):
         `none`.
     eos_id:
         Id put after every non-empty document. Default: none. Accepted: an id below 2^31, or `none`.
+    layout:
+        How rows are made from documents. `concat` joins all documents and cuts the stream. `pack`
+        puts whole documents into rows. `pad` gives each document a row. `rows` takes documents of
+        exactly the length of a row. Default: concat. Accepted: `concat`, `pack`, `pad` or `rows`.
+    boundaries:
+        Adds where documents begin to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
+        `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
+        `pack`, and else `false`. Default: none.
+    overflow:
+        Treatment of documents that are longer than a row, in `pack` and `pad`. `split` cuts them
+        into pieces. `truncate` keeps their beginning. `drop` leaves them out. Default: split.
+        Accepted: `split`, `truncate` or `drop`.
+    max_docs_per_row:
+        Documents that a row of `pack` holds at most. Default: none. Accepted: an integer from 1 to
+        2^31, or `none`.
+    pack_align:
+        Every document of `pack` begins at a multiple of it. Default: 1. Accepted: an integer from 1
+        to 2^20.
     holdout:
         Keeps one sequence in so many out of training, whatever the seed. Default: none. Accepted:
         an integer from 2 to 2^32, or `none`.
     split:
         Side of the holdout that is delivered. Default: train. Accepted: `train` or `holdout`.
+    cu_seqlens_width:
+        Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
+        Default: none. Accepted: an integer from 2 to 2^31, or `none`.
     input_dtype:
         Type of delivered input ids. Labels are always int64. Default: int64. Accepted: `int64` or
         `int32`.
@@ -87,8 +108,14 @@ class TokenDataset(Dataset[Tensors]):
         targets: Literal["labels", "shifted"] | None = None,
         bos_id: int | None = None,
         eos_id: int | None = None,
+        layout: Literal["concat", "pack", "pad", "rows"] | None = None,
+        boundaries: bool | None = None,
+        overflow: Literal["split", "truncate", "drop"] | None = None,
+        max_docs_per_row: int | None = None,
+        pack_align: int | None = None,
         holdout: int | None = None,
         split: Literal["train", "holdout"] | None = None,
+        cu_seqlens_width: int | None = None,
         input_dtype: npt.DTypeLike | None = None,
         memory_budget: int | None = None,
         block_tokens: int | None = None,
@@ -107,8 +134,14 @@ class TokenDataset(Dataset[Tensors]):
             targets=targets,
             bos_id=bos_id,
             eos_id=eos_id,
+            layout=layout,
+            boundaries=boundaries,
+            overflow=overflow,
+            max_docs_per_row=max_docs_per_row,
+            pack_align=pack_align,
             holdout=holdout,
             split=split,
+            cu_seqlens_width=cu_seqlens_width,
             input_dtype=input_dtype,
             memory_budget=memory_budget,
             block_tokens=block_tokens,
@@ -152,7 +185,7 @@ class TokenDataset(Dataset[Tensors]):
             while at + n < len(indices) and indices[at + n] == first + n < length:
                 n += 1
             batch = tensors_of(core.sequences_at(0, first, n))
-            rows.extend({name: tensor[row] for name, tensor in batch.items()} for row in range(n))
+            rows.extend(row_of(batch, row) for row in range(n))
             at += n
         return rows
 

@@ -17,8 +17,8 @@ from forebay import _core
 from forebay._loader import Loader, finite
 from forebay.torch.dataset import TokenDataset
 from forebay.torch.device import Ahead
-from forebay.torch.pinned import Memory, view
-from forebay.torch.tensors import NATIVE, Tensors, tensors_of
+from forebay.torch.pinned import Memory, views
+from forebay.torch.tensors import NATIVE, Tensors, row_of, tensors_of
 
 #: Makes the copier of a new pass to the device from the function that takes its next batch. None
 #: means host memory.
@@ -62,7 +62,7 @@ class Native:
         buffer = batch.owner
         if buffer is None:
             return tensors_of(batch)
-        return {field[0]: view(buffer, *field[1:]) for field in batch.layout()}
+        return views(buffer, batch)
 
     def close(self) -> None:
         """Stops every pass. Batches that were handed over stay valid."""
@@ -97,7 +97,7 @@ class Rows(IterableDataset[Tensors]):
         while (batch := core.next()) is not None:
             tensors = tensors_of(batch)
             for row in range(batch.rows):
-                yield {name: tensor[row] for name, tensor in tensors.items()}
+                yield row_of(tensors, row)
 
     def set_epoch(self, epoch: int) -> None:
         """Lets the next pass begin this epoch.

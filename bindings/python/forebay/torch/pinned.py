@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ class Memory:
                 self._ended = True
                 return None
             buffer = self._buffers.pop(batch.address)
-            return batch.step, {field[0]: view(buffer, *field[1:]) for field in batch.layout()}
+            return batch.step, views(buffer, batch)
         finally:
             with self._lock:
                 self._takers -= 1
@@ -74,6 +75,14 @@ class Memory:
         # Another taker may hold a batch and look for its buffer.
         if self._ended and self._takers == 0:
             self._buffers.clear()
+
+
+def views(buffer: torch.Tensor, batch: _core.Batch) -> Tensors:
+    """The arrays of a batch that lies in `buffer`."""
+    tensors: dict[str, Any] = {field[0]: view(buffer, *field[1:]) for field in batch.layout()}
+    if batch.max_seqlen is not None:
+        tensors["max_seqlen"] = batch.max_seqlen
+    return tensors
 
 
 def view(buffer: torch.Tensor, dtype: str, offset: int, shape: list[int]) -> torch.Tensor:

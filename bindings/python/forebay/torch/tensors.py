@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.utils.dlpack
 
@@ -22,4 +24,12 @@ NATIVE = _native_tensors()
 def tensors_of(batch: _core.Batch) -> Tensors:
     if NATIVE is not None:
         return batch.tensors(NATIVE)
-    return {name: torch.utils.dlpack.from_dlpack(array) for name, array in batch.fields()}
+    tensors: dict[str, Any] = {name: torch.utils.dlpack.from_dlpack(array) for name, array in batch.fields()}
+    if batch.max_seqlen is not None:
+        tensors["max_seqlen"] = batch.max_seqlen
+    return tensors
+
+
+def row_of(batch: Tensors, row: int) -> Tensors:
+    """The arrays of one row. What describes the batch as a whole is left out."""
+    return {name: array[row] for name, array in batch.items() if name not in ("cu_seqlens", "max_seqlen")}
