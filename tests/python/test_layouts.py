@@ -113,6 +113,8 @@ def test_batches_equal_the_specification(written: Any, index: int, layout: str) 
     given = {"seed": 11 + index, "shuffle": ("off", "block", "global")[turn % 3], "bos_id": bos, "eos_id": eos}
     expected = Expected(path, s, boundaries, **given)
     world_size, epoch, batch_size = 1 + index % 2, index % 2, 1 + turn % 3
+    if len(expected.rows) < batch_size * world_size:
+        world_size = batch_size = 1
     shuffle = False if given["shuffle"] == "off" else given["shuffle"]
     for rank in range(world_size):
         options = {**given, "shuffle": shuffle, "batch_size": batch_size, "num_threads": (0, 1, 4)[turn % 3]}
@@ -121,8 +123,6 @@ def test_batches_equal_the_specification(written: Any, index: int, layout: str) 
             assert loader.num_sequences == len(expected.rows)
             loader.set_epoch(epoch)
             wanted = expected.batches(epoch, rank, world_size, batch_size)
-            if s.overflow == "drop" and not wanted:
-                continue  # nearly all documents are longer than a row
             for step, (found, rows) in enumerate(zip(loader, wanted, strict=True)):
                 assert_same(found, rows, f"rank {rank} of {world_size}, step {step}")
             assert wanted, "a corpus too small to give a batch proves nothing"

@@ -18,7 +18,7 @@ use forebay::corpus::schema::{SchemaField, Side};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
 use forebay::proof::checksum::Checksum;
-use forebay::settings::{Epochs, Targets};
+use forebay::settings::{Epochs, LayoutKind, Targets};
 use forebay::{Error, ErrorKind, Loader};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -84,6 +84,10 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let own = [("seed", options.seed.clone())];
     let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
+    if config.layout != LayoutKind::Concat || config.has_boundaries() {
+        let text = "`forebay verify` proves `layout` = concat without `boundaries`, and no other rows yet";
+        return Err(Error::config(text).into());
+    }
     // A proof must not add to the delivery log that it reads.
     config.delivery_log = None;
     (config.epochs, config.max_steps) = (Epochs::Count(1), None);
