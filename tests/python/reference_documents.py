@@ -43,10 +43,7 @@ def laid_out(corpus: Documents, s: LayoutSettings) -> list[list[Cut]]:
     if s.layout == "concat":
         return joined(corpus, s)
     return [
-        [
-            (at.place, corpus.shards[at.shard][at.document][at.offset : at.offset + at.length])
-            for at in row
-        ]
+        [(at.place, corpus.shards[at.shard][at.document][at.offset : at.offset + at.length]) for at in row]
         for row in rows(lengths, s)
     ]
 
@@ -77,7 +74,8 @@ def arrays(row: list[Cut], s: LayoutSettings, pad_id: int, boundaries: bool) -> 
         for at, token in enumerate(cut, place):
             tokens[at], numbers[at] = token, number
             labels[at] = IGNORE if boundaries and at == place else token
-    # The padding at the end is a stretch of its own. Other padding belongs to what stands before it.
+    # The padding at the end is a stretch of its own. Other padding belongs to the stretch before
+    # it.
     end = max((place + len(cut) for place, cut in row), default=0)
     if end < s.capacity:
         firsts.add(end)

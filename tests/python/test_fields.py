@@ -19,6 +19,8 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 from reference import IGNORE, Reference, Settings, read_table, resolve_shuffle, shards, token_stream
+from reference_documents import Documents, laid_out
+from reference_layout import LayoutSettings
 from support import arguments, clean_environment
 
 import forebay
@@ -166,6 +168,74 @@ def test_batches_hold_what_plain_python_reads(tmp_path: Path, container: str, ta
                 last = len(batches) - 1
                 assert_fields(batches[last], data, names, settings, where, last, rank, world)
                 assert_fields(loader.batch_at(last), data, names, settings, where, last, rank, world)
+
+
+def laid_out_fields(data: Path, s: LayoutSettings, boundaries: bool, **marks: int | None) -> list[dict[str, Any]]:
+    """Columns of every row, by the specification of layouts: values go where their tokens go."""
+    tokens = Documents(data, marks["bos_id"], marks["eos_id"])
+    # Lays out the number of each token in the stream, so that a row tells the place of its values.
+    numbered = Documents(data, marks["bos_id"], marks["eos_id"])
+    count = 0
+    for shard in numbered.shards:
+        for index, document in enumerate(shard):
+            shard[index] = list(range(count, count + len(document)))
+            count += len(document)
+    settings = Settings(seq_len=1, batch_size=1, bos_id=marks["bos_id"], eos_id=marks["eos_id"])
+    streams = {name: stream_of(data, name, settings) for name in COLUMNS}
+    streams["input_ids"] = [token for shard in tokens.shards for document in shard for token in document]
+    lead = s.capacity - s.seq_len
+    found = []
+    for row in laid_out(numbered, s):
+        arrays = {}
+        for name, stream in streams.items():
+            padding = {"labels": IGNORE, "input_ids": 7}.get(name, 0)
+            values = [padding] * s.capacity
+            is_target = name != "input_ids" and COLUMNS[name][2]
+            for place, cut in row:
+                for at, number in enumerate(cut, place):
+                    is_masked = boundaries and is_target and at == place
+                    values[at] = padding if is_masked else stream[number]
+            arrays[name] = values[lead:] if is_target else values[: s.seq_len]
+        found.append(arrays)
+    return found
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("layout", ["concat", "pack", "pad"])
+@pytest.mark.parametrize("targets", ["labels", "shifted"])
+@pytest.mark.parametrize("boundaries", [False, True])
+def test_columns_follow_their_tokens_in_every_layout(
+    tmp_path: Path, container: str, layout: str, targets: str, boundaries: bool
+) -> None:
+    data = corpus(tmp_path / "corpus", container, list(COLUMNS))
+    draw = random.Random(f"{container} {layout} {targets}")
+    for turn in range(4):
+        overflow = "split" if layout == "concat" else draw.choice(["split", "truncate", "drop"])
+        align = draw.choice([1, 4]) if layout == "pack" else 1
+        s = LayoutSettings(
+            layout=layout, seq_len=draw.choice([8, 16, 64]), targets=targets, overflow=overflow, pack_align=align
+        )
+        marks = {"bos_id": draw.choice([None, 50_001]), "eos_id": draw.choice([None, 50_002])}
+        wanted = laid_out_fields(data, s, boundaries, **marks)
+        given = {name: value for name, value in {**vars(s), **marks}.items() if value is not None}
+        block_tokens, num_threads = draw.choice([1, 64, 4096]), draw.choice([0, 2])
+        with forebay.Loader(
+            data,
+            **given,
+            boundaries=boundaries,
+            pad_id=7,
+            fields=list(COLUMNS),
+            block_tokens=block_tokens,
+            num_threads=num_threads,
+        ) as loader:
+            where = f"{container} {s} {marks} {turn}"
+            for found, row in zip(loader, wanted, strict=True):
+                for name, values in row.items():
+                    key = {"input_ids": "x", "labels": "y"}.get(name, name) if targets == "shifted" else name
+                    array = np.asarray(found[key])
+                    kind = "int64" if name == "input_ids" else COLUMNS[name][1]
+                    assert array.dtype == kind, f"{where} {name}"
+                    assert np.array_equal(array[0], np.array(values).astype(kind)), f"{where} {name}"
 
 
 @pytest.mark.parametrize("container", ["arrow", "parquet-zstd"])

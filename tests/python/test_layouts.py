@@ -6,6 +6,7 @@ blocks. Threads, ranks, targets, document marks and the settings of layouts take
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,10 @@ def test_batches_equal_the_specification(written: Any, index: int, layout: str) 
     bos, eos = MARKS[turn // 2 % 4]
     given = {"seed": 11 + index, "shuffle": ("off", "block", "global")[turn % 3], "bos_id": bos, "eos_id": eos}
     expected = Expected(path, s, boundaries, **given)
+    if not expected.rows:
+        # Every document of this cell is longer than a row.
+        s = replace(s, overflow="split")
+        expected = Expected(path, s, boundaries, **given)
     world_size, epoch, batch_size = 1 + index % 2, index % 2, 1 + turn % 3
     if len(expected.rows) < batch_size * world_size:
         world_size = batch_size = 1
@@ -204,5 +209,5 @@ def test_documents_that_are_rows(tmp_path: Path) -> None:
 )
 def test_settings_of_another_layout_are_refused(tmp_path: Path, given: dict[str, Any]) -> None:
     path = corpora.write_rows(tmp_path / "shard.parquet", [[1, 2, 3]])
-    with pytest.raises(ValueError, match="layout|boundaries|multiple"):
+    with pytest.raises(ValueError, match=r"layout|boundaries|multiple"):
         forebay.Loader(path, seq_len=4, **given)

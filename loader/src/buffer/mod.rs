@@ -142,8 +142,8 @@ impl Lease {
         assert!(first + count * 8 <= second, "fields overlap");
         let wide: *mut [i64] = self.i64s(first, count);
         let narrow = self.i32s(second, count);
-        // SAFETY: `wide` comes from this lease's exclusive borrow, which the result keeps. It does not
-        // overlap `narrow`, as just checked.
+        // SAFETY: `wide` comes from this lease's exclusive borrow, which the result keeps. It does
+        // not overlap `narrow`, as just checked.
         (narrow, unsafe { &mut *wide })
     }
 

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! A layout reads no file. The room `read` supplies the document lengths that a window asks for,
-//! and keeps plans of windows. Every layout is one file here, and a line in [`build`]; no other room names a layout.
+//! and keeps plans of windows. Every layout is one file here, and a line in [`build`]; no other
+//! room names a layout.
 
 mod best_fit;
 mod concat;
@@ -225,9 +226,9 @@ pub struct LayoutSettings {
     pub row_tokens: u64,
     /// What happens to a document that is longer than a row.
     pub overflow: Overflow,
-    /// Documents that a row of `pack` holds at most.
+    /// The largest number of documents in a row of `pack`.
     pub max_docs_per_row: Option<u32>,
-    /// Every document of `pack` begins at a multiple of it.
+    /// Documents of `pack` begin at multiples of this number.
     pub pack_align: u32,
     /// The documents that rows of `pack` and `pad` are made of.
     pub side: Side,

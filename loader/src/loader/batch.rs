@@ -40,7 +40,8 @@ pub struct Batch {
     pub rows: usize,
     /// Arrays in the buffer.
     pub fields: Arc<[Field]>,
-    /// Hash of its rows. `None` unless [`Loader::cover`](super::Loader::cover) or the setting `delivery_log` asks for it.
+    /// Hash of its rows. `None` unless [`Loader::cover`](super::Loader::cover) or the setting
+    /// `delivery_log` asks for it.
     pub checksum: Option<Checksum>,
     /// The tokens that it delivers; where documents are joined, its places.
     pub tokens: u64,
@@ -96,15 +97,16 @@ impl Batch {
         let lead = usize::from(is_shifted && field.side == Side::Target);
         let values = self.row_of(array, row);
         let of_span = |span: &Span| {
-            let [start, end] = [span.start, span.start + span.tokens].map(|place| (place as usize).saturating_sub(lead));
+            let [start, end] =
+                [span.start, span.start + span.tokens].map(|place| (place as usize).saturating_sub(lead));
             &values[start.min(values.len())..end.min(values.len())]
         };
         spans.iter().flat_map(of_span).copied().collect()
     }
 
-    /// The tokens of `spans` that row `row` was made of, as they lie in the delivered arrays. Where labels
-    /// are a column of the corpus, these are the inputs alone. Fails where other arrays of the row do
-    /// not belong to the tokens.
+    /// The tokens of `spans` that row `row` was made of, as they lie in the delivered arrays. Where
+    /// labels are a column of the corpus, these are the inputs alone. Fails where other arrays of
+    /// the row do not belong to the tokens.
     pub(super) fn tokens(&self, row: usize, spans: &[Span], has_labels: bool) -> Result<Vec<i64>> {
         let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row_of(field, row));
         let lead = usize::from(self.fields[1].name == "y");

@@ -1,8 +1,9 @@
 //! Boundaries: where documents begin in a row, and the arrays that say so.
 //!
 //! A row is a list of *spans*: a stretch of one document and the padding that follows it up to the
-//! next span. Padding at the end of a row is a span of its own, without a token. All arrays come from
-//! these spans: `position_ids`, `doc_ids`, `cu_seqlens`, and the labels that are not asked for.
+//! next span. Padding at the end of a row is a span of its own, without a token. All arrays come
+//! from these spans: `position_ids`, `doc_ids`, `cu_seqlens`, and the labels that are not asked
+//! for.
 
 use crate::layout::Segment;
 
@@ -63,8 +64,8 @@ impl Spans {
     }
 }
 
-/// Writes the places of each token in its document, and the numbers of documents in the row. Padding
-/// has the number -1.
+/// Writes the places of each token in its document, and the numbers of documents in the row.
+/// Padding has the number -1.
 pub(super) fn write_places(spans: &[Span], positions: &mut [i64], documents: &mut [i32]) {
     let columns = positions.len();
     for (number, span) in spans.iter().enumerate() {
@@ -78,8 +79,8 @@ pub(super) fn write_places(spans: &[Span], positions: &mut [i64], documents: &mu
     }
 }
 
-/// The places whose target is the first token of a document. Targets stand `lead` places before their
-/// tokens.
+/// The places whose target is the first token of a document. Targets stand `lead` places before
+/// their tokens.
 pub(super) fn masked_places(spans: &[Span], lead: usize) -> impl Iterator<Item = usize> {
     spans.iter().filter(|span| span.tokens > 0).filter_map(move |span| (span.start as usize).checked_sub(lead))
 }

@@ -67,8 +67,8 @@ impl Session {
         Cow::Owned(BatchLayout::new(&self.config, &self.opened.schema, rows))
     }
 
-    /// The batch of `rows`, the first of which stands at `start` of global batch `step`, in the memory of `lease`.
-    /// The rows of each of `parts` consumers lie together.
+    /// The batch of `rows`, the first of which stands at `start` of global batch `step`, in the
+    /// memory of `lease`. The rows of each of `parts` consumers lie together.
     pub(super) fn compute(
         &self,
         start: (u64, u64),
@@ -160,7 +160,8 @@ impl Session {
         Ok(batch)
     }
 
-    /// Writes the padding value of each field to the places whose target is the first token of a document.
+    /// Writes the padding value of each field to the places whose target is the first token of a
+    /// document.
     fn mask_fields(&self, layout: &BatchLayout, row: usize, spans: &[Span], lead: usize, lease: &mut Lease) {
         let seq_len = self.config.seq_len as usize;
         for (field, at) in self.opened.schema.iter().zip(&layout.fields_at) {
@@ -174,8 +175,8 @@ impl Session {
         }
     }
 
-    /// The checksum of the rows of `batch`. `spans` are the spans of each row, unless a row is one stretch
-    /// of the stream.
+    /// The checksum of the rows of `batch`. `spans` are the spans of each row, unless a row is one
+    /// stretch of the stream.
     fn checksum_of(&self, batch: &Batch, rows: &[Option<RowRead>], spans: Option<&Spans>) -> Result<Checksum> {
         let joins = self.config.layout == LayoutKind::Concat;
         let places = self.config.row_tokens();
@@ -379,8 +380,8 @@ impl Session {
         Ok(())
     }
 
-    /// Writes one row; without a request the row is padding. Padded places hold `pad_id`, and their labels
-    /// [`IGNORED_LABEL`].
+    /// Writes one row; without a request the row is padding. Padded places hold `pad_id`, and their
+    /// labels [`IGNORED_LABEL`].
     fn fill_row<T: Id>(
         &self,
         request: Option<(&RowRead, RowRequest<'_>)>,

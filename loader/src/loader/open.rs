@@ -160,8 +160,8 @@ pub(super) fn drawn_tokens(config: &Config) -> u64 {
 
 /// The kind of shuffling that `config` means for this access.
 ///
-/// A row of a layout with windows is found by planning its window, so rows of a window stay near each
-/// other, even where any token could be read at once.
+/// A row of a layout with windows is found by planning its window, so rows of a window stay near
+/// each other, even where any token could be read at once.
 fn decided(config: &Config, access: Access) -> Shuffle {
     match (config.shuffle, access) {
         (Shuffle::On, _) if config.layout.has_windows() => Shuffle::Block,

@@ -299,8 +299,8 @@ impl CorpusSources {
         (layout, arrangement, order)
     }
 
-    /// The order of an epoch of the first `shards` shards of source `index`. Orders that need a table
-    /// are made once and shared.
+    /// The order of an epoch of the first `shards` shards of source `index`. Orders that need a
+    /// table are made once and shared.
     fn order(&self, index: usize, shards: u64, sequences: u64, epoch: u64) -> (Arrangement, EpochOrder) {
         let source = &self.list[index];
         let arrangement = self.settings.arrangement(sequences);
@@ -463,8 +463,8 @@ impl OrderSettings {
         Extent { layout, sequences: self.side.count(layout.rows), tail }
     }
 
-    /// Joins windows that begin at `rows` to chunks of at least `chunk_tokens` places, from the first
-    /// one on. Gives the first row of each.
+    /// Joins windows that begin at `rows` to chunks of at least `chunk_tokens` places, from the
+    /// first one on. Gives the first row of each.
     fn chunk_starts(&self, rows: &[u64], sequences: u64) -> Arc<[u64]> {
         let chunk = (self.chunk_tokens / self.seq_len).max(1);
         let mut starts: Vec<u64> = Vec::new();

@@ -99,7 +99,8 @@ struct ChunkTable {
 }
 
 impl EpochOrder {
-    /// The block order of `epoch` over `sequences` full sequences, in chunks that begin at `starts`.
+    /// The block order of `epoch` over `sequences` full sequences, in chunks that begin at
+    /// `starts`.
     ///
     /// `starts` increases strictly from 0. Takes 8 bytes for each chunk, which clones share.
     pub fn in_chunks(sequences: u64, starts: &Arc<[u64]>, lanes: u64, window: u64, seed: u64, epoch: u64) -> Self {
@@ -170,8 +171,8 @@ impl EpochOrder {
         }
     }
 
-    /// Tells whether `sequence` is the last of its chunk, where chunks are of one length. The tokens
-    /// after it then belong to another time of the epoch.
+    /// Tells whether `sequence` is the last of its chunk, where chunks are of one length. The
+    /// tokens after it then belong to another time of the epoch.
     pub fn ends_chunk(&self, sequence: u64) -> bool {
         match &self.algorithm {
             Algorithm::Sequential | Algorithm::Global(_) => false,

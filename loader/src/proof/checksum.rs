@@ -72,8 +72,8 @@ impl Checksum {
         self.hash = self.hash.wrapping_add(field_hash(source, sequence, name, values));
     }
 
-    /// Adds one row that holds `tokens` in spans. A span has the place of its first token in the row
-    /// and its number of tokens.
+    /// Adds one row that holds `tokens` in spans. A span has the place of its first token in the
+    /// row and its number of tokens.
     pub fn add_row_of_spans(&mut self, source: u64, sequence: u64, tokens: &[i64], spans: &[(u32, u32)]) {
         let count = tokens.len() as u64;
         // No token is negative, so a row of spans has the content of no other row.

@@ -2,8 +2,8 @@
 //!
 //! The table feeds the struct [`Config`] with its defaults, parsing and printing, ranges and
 //! choices, environment variables, the configuration file, the command line, the Python signatures
-//! with their types and docs, docs/settings.md, and the list of values that a saved state compares. Run
-//! `make generate` after a change. A row reads:
+//! with their types and docs, docs/settings.md, and the list of values that a saved state compares.
+//! Run `make generate` after a change. A row reads:
 //!
 //! ```text
 //! /// Meaning, in sentences for users.
@@ -29,9 +29,9 @@ settings! {
         Content(ByCorpus(&["fingerprint", "shards", "sequences", "growth"], "a corpus may move without becoming another")),
         Paths, [TokenDataset];
 
-    /// Several corpora with weights, in place of `data`. It has `sources` (each with `name`, `data`,
-    /// `weight` and the most `epochs`), `stages` that change the weights, and `exhausted`: what
-    /// happens when a source ends.
+    /// Several corpora with weights, in place of `data`. It has `sources` (each with `name`,
+    /// `data`, `weight` and the most `epochs`), `stages` that change the weights, and `exhausted`:
+    /// what happens when a source ends.
     mixture: Option<String> = None,
         Content(ByCorpus(&["mixture"], "only the part that has begun is compared")),
         Optional(Mixture), [TokenDataset];
@@ -46,8 +46,8 @@ settings! {
         Content(AsOpened), Optional(column()), [TokenDataset];
 
     /// Further columns to deliver, with one value for each token: labels, masks, weights, or any
-    /// numbers. `labels` replace those made of the tokens. Their value is -100 where no token stands;
-    /// that of all other columns is 0.
+    /// numbers. `labels` replace those made of the tokens. Their value is -100 where no token
+    /// stands; that of all other columns is 0.
     fields: Vec<String> = Vec::new(),
         Content(Always), Columns, [TokenDataset];
 
@@ -68,9 +68,9 @@ settings! {
     eos_id: Option<u32> = None,
         Content(Always), Optional(TokenId), [TokenDataset];
 
-    /// How rows are made from documents. `concat` joins all documents and cuts the stream. `pack` puts
-    /// whole documents into rows. `pad` gives each document a row. `rows` takes documents of exactly
-    /// the length of a row.
+    /// How rows are made from documents. `concat` joins all documents and cuts the stream. `pack`
+    /// puts whole documents into rows. `pad` gives each document a row. `rows` takes documents of
+    /// exactly the length of a row.
     layout: LayoutKind = LayoutKind::Concat,
         Content(Always), Name, [TokenDataset];
 
@@ -80,8 +80,8 @@ settings! {
     boundaries: Option<bool> = None,
         Content(Always), Optional(Switch), [TokenDataset];
 
-    /// Treatment of documents that are longer than a row, in `pack` and `pad`. `split` cuts them into
-    /// pieces. `truncate` keeps their beginning. `drop` leaves them out.
+    /// Treatment of documents that are longer than a row, in `pack` and `pad`. `split` cuts them
+    /// into pieces. `truncate` keeps their beginning. `drop` leaves them out.
     overflow: Overflow = Overflow::Split,
         Content(Always), Name, [TokenDataset];
 
@@ -93,9 +93,9 @@ settings! {
     pack_align: u64 = 1,
         Content(Always), number(1, 1 << 20), [TokenDataset];
 
-    /// Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks, then
-    /// sequences within windows. `true` is `global` for uncompressed Arrow, and `block` where blocks
-    /// have to be decoded.
+    /// Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks,
+    /// then sequences within windows. `true` is `global` for uncompressed Arrow, and `block` where
+    /// blocks have to be decoded.
     shuffle: Shuffle = Shuffle::Off,
         Content(Always), ShuffleKind, [TorchParameter];
 
@@ -112,8 +112,8 @@ settings! {
     window_tokens: u64 = 16 << 20,
         Content(WithBlocks), tokens(1, 1 << 48, "16Mi"), [DataLoader];
 
-    /// Virtual shards that block shuffling interleaves. World sizes that divide it decode each block
-    /// about once.
+    /// Virtual shards that block shuffling interleaves. World sizes that divide it decode each
+    /// block about once.
     lanes: u64 = 8,
         Content(WithLanes), number(1, 1 << 20), [DataLoader];
 
@@ -160,9 +160,10 @@ settings! {
     max_steps: Option<u64> = None,
         Grouping, Optional(number(1, 1 << 62).called("an integer from 1")), [DataLoader];
 
-    /// Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or global
-    /// batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`. `wrap` fills
-    /// them up from the start of the epoch. `short` gives a last batch with fewer rows.
+    /// Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or
+    /// global batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`.
+    /// `wrap` fills them up from the start of the epoch. `short` gives a last batch with fewer
+    /// rows.
     remainder: Remainder = Remainder::Drop,
         Grouping, Name, [DataLoader];
 
@@ -183,8 +184,8 @@ settings! {
     sample_ids: bool = false,
         Grouping, Switch, [DataLoader];
 
-    /// Worker threads. With 0, the thread that asks for a batch computes it. `none` takes the CPUs of
-    /// this rank less one, from 1 to 8.
+    /// Worker threads. With 0, the thread that asks for a batch computes it. `none` takes the CPUs
+    /// of this rank less one, from 1 to 8.
     num_threads: Option<u64> = None,
         Operational, Optional(number(0, 1024)), [DataLoader];
 
@@ -193,8 +194,8 @@ settings! {
     cpu_affinity: Option<Vec<u64>> = None,
         Operational, Optional(Cpus), [DataLoader];
 
-    /// Added to the `nice` value of worker threads, so that they take less from a trainer on the same
-    /// CPUs. Linux only.
+    /// Added to the `nice` value of worker threads, so that they take less from a trainer on the
+    /// same CPUs. Linux only.
     thread_priority: u64 = 0,
         Operational, number(0, 19), [DataLoader];
 
@@ -210,13 +211,13 @@ settings! {
     block_tokens: u64 = 128 << 10,
         Operational, tokens(1, 1 << 31, "128Ki"), [TokenDataset, DataLoader];
 
-    /// Access to file bytes. `auto` maps files on local file systems, and reads by position on network
-    /// and FUSE ones.
+    /// Access to file bytes. `auto` maps files on local file systems, and reads by position on
+    /// network and FUSE ones.
     io: Io = Io::Auto,
         Operational, Name, [TokenDataset, DataLoader];
 
-    /// Folder for the saved index of the corpus. With it, shards are opened when they are first read.
-    /// `none` opens all at the start.
+    /// Folder for the saved index of the corpus. With it, shards are opened when they are first
+    /// read. `none` opens all at the start.
     cache_dir: Option<String> = None,
         Operational, Optional(folder()), [TokenDataset, DataLoader];
 
