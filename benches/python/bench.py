@@ -278,7 +278,7 @@ def read_once(path: Path) -> None:
 
 def start(command: list[str], limit_s: float) -> dict[str, Any]:
     """Runs a process of its own. Returns its result, or `failed` with the reason."""
-    # Settings of the caller's shell would change what is measured.
+    # Settings of the caller's shell would change the measurement.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
     child = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-//! Says what a mistyped command or option most likely means.
+//! Finds the command or option that a mistyped one most likely means.
 
 use clap::CommandFactory;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -6,7 +6,7 @@ use forebay::settings::{self, nearest_of};
 
 use crate::Cli;
 
-/// The hint for a mistake in the arguments, if something near it exists.
+/// The hint for a mistake in the arguments, if a similar name exists.
 pub(crate) fn hint(error: &clap::Error) -> Option<String> {
     let command = Cli::command();
     match error.kind() {

@@ -6,7 +6,7 @@ use forebay::Result;
 use forebay::settings::environment::Environment;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// A bar of `length` on standard error. It draws nothing if nobody watches.
+/// Makes a bar of `length` on standard error. It draws nothing if that is not a terminal.
 pub(crate) fn bar(length: u64, template: &'static str, env: &Environment) -> Result<ProgressBar> {
     let wanted = env.switch("FOREBAY_PROGRESS", true)? && env.get("NO_COLOR").is_none_or(str::is_empty);
     let target = if wanted && std::io::stderr().is_terminal() {

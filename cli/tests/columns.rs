@@ -68,7 +68,7 @@ fn commands_take_the_documents(path: &Path, documents: &[Vec<i32>]) {
     }
 }
 
-/// A column of a Parquet file: its name, and what it holds.
+/// A column of a Parquet file: its name and its content.
 #[derive(Clone, Debug)]
 enum Column {
     Tokens,

@@ -2,7 +2,7 @@
 //!
 //! Orders, holdouts and checksums derive their keys here, so that no two of them share one. The
 //! hash is the finaliser of splitmix64 (G. Steele, D. Lea, C. Flood, OOPSLA 2014). Golden tests pin
-//! what it gives.
+//! its results.
 
 /// 2^64 divided by the golden ratio.
 pub(crate) const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;

@@ -54,7 +54,7 @@ def flat(batches: Any) -> list[int]:
 
 
 def within(seconds: float, run: Any) -> Any:
-    """Returns or raises the outcome of `run`, which has so many seconds on a thread of its own."""
+    """Runs `run` on a separate thread for at most `seconds`. Returns or raises its outcome."""
     found: list[Any] = []
 
     def keep() -> None:

@@ -277,7 +277,7 @@ class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc,name-define
 
 
 class Stateful(Stream):
-    """Knows its position, and what it read to get there."""
+    """Knows its position, and the items that it has read."""
 
     def __init__(self) -> None:
         self.at = 0

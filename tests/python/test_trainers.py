@@ -99,7 +99,7 @@ def flat(parts: list[list[Any]]) -> list[Any]:
 
 
 class Tiny(torch.nn.Module):  # type: ignore[misc,name-defined]
-    """Predicts the next token badly; remembers what it was trained on."""
+    """Predicts the next token badly, and remembers its training data."""
 
     def __init__(self) -> None:
         super().__init__()

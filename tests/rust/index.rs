@@ -214,7 +214,7 @@ fn a_damaged_index_is_made_anew_with_a_warning() {
 #[test]
 fn an_index_that_cannot_be_saved_is_a_warning() {
     let place = Place::new(ARROW, 3);
-    // Where a file is, no folder can be made, whoever asks.
+    // No user can make a folder in the place of a file.
     std::fs::write(&place.cache, "a file").unwrap();
     let loader = place.open();
     assert!(loader.warnings()[0].contains("cannot write saved index"), "{:?}", loader.warnings());

@@ -14,7 +14,7 @@ use forebay::settings::{LayoutKind as Kind, Overflow};
 use proptest::prelude::*;
 use serde_json::Value;
 
-/// A layout over documents of some lengths, and what it needs to plan.
+/// A layout over documents of some lengths, and the data for its plans.
 struct Corpus {
     lengths: Vec<Arc<[u32]>>,
     stream: Arc<Stream>,

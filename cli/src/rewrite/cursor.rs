@@ -10,7 +10,7 @@ use super::source::{Batch, Rows, Source};
 /// A place in a run of sources.
 pub(super) struct Cursor<'a> {
     sources: &'a [Source],
-    /// The further column that it reads; none for the tokens.
+    /// The further column that it reads. `None` means the tokens.
     field: Option<usize>,
     range: Range<usize>,
     io: Io,
@@ -40,7 +40,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Rows of which at least one was not taken yet, and the path that they come from.
+    /// Returns rows that were not all taken yet, and the path that they come from.
     pub(super) fn current(&mut self) -> forebay::Result<Option<(&'a Path, &mut Batch)>> {
         while self.at < self.range.end {
             let source = &self.sources[self.at];

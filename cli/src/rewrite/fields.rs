@@ -1,4 +1,4 @@
-//! Carries further columns: takes their values document by document, and makes arrays of them.
+//! Copies further columns: takes their values document by document, and makes arrays of them.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,11 +14,11 @@ use super::content::Digest;
 use crate::sequential::field_values;
 use crate::token_column::unsound;
 
-/// A column that is carried beside the tokens.
+/// A column that is copied beside the tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct CarriedField {
     pub(super) name: String,
-    /// Type of its values, as the loader and as arrow-rs call it.
+    /// Type of its values, by the names of the loader and of arrow-rs.
     pub(super) dtype: Dtype,
     pub(super) item: DataType,
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::source::Source;
 
-/// Neighbouring sources that shards of the result are made of.
+/// Neighbouring sources that become shards of the result.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Group {
     pub(super) sources: Range<usize>,

@@ -1,4 +1,4 @@
-//! Writes one shard of the result. It has a draft's name until it was read back and compared.
+//! Writes one shard of the result. The shard has the name of a draft until it was compared.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -105,7 +105,7 @@ impl Part {
                     Some(encoding) => properties.set_encoding(*encoding),
                     None => properties,
                 };
-                // The encoding is that of ids; not every type of a field can have it.
+                // The encoding is for ids. Not every type of a field can have it.
                 for field in fields {
                     let path = ColumnPath::new([&field.name, "list", "item"].map(str::to_owned).to_vec());
                     properties = properties

@@ -1,4 +1,4 @@
-//! Refuses a folder for the result that lies inside of the sources.
+//! Refuses a folder for the result that is inside the sources.
 
 use std::path::{Component, Path, PathBuf};
 

@@ -143,7 +143,7 @@ impl<'a> Found<'a> {
         Ok(if proven { 0 } else { FAILED })
     }
 
-    /// Finds the global batches whose content is not what the corpus has at their positions.
+    /// Finds the global batches whose content differs from the corpus at their positions.
     fn altered(&self, group: &Group) -> Result<Vec<u64>, Failure> {
         self.loader.cover();
         let mut altered = Vec::new();

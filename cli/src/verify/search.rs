@@ -40,7 +40,7 @@ impl Found<'_> {
         Ok((group, batch))
     }
 
-    /// Prints which documents a global batch had.
+    /// Prints the documents of a global batch.
     pub(super) fn documents_of(&self, step: u64, options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
         let (group, batch) = self.batch(step)?;
         let (_, mut sample) = self.loader.epoch_chain(group.epochs.clone());
@@ -94,7 +94,7 @@ impl Found<'_> {
         Ok(0)
     }
 
-    /// Prints which steps had a document.
+    /// Prints the steps that had a document.
     pub(super) fn steps_of(
         &self,
         shard: &str,
@@ -219,7 +219,7 @@ impl Visitor for Documents<'_> {
     }
 }
 
-/// Finds where a document stands in the stream.
+/// Finds the place of a document in the stream.
 struct Place {
     shard: usize,
     row: u64,
