@@ -1,30 +1,30 @@
 //! Best fit: puts pieces into rows, the largest first, each into the fullest row that has room for
 //! it.
 //!
-//! Rules, frozen with the name of the layout `pack`:
+//! These rules are frozen with the name of the layout `pack`:
 //!
 //! 1. Larger pieces go first. Pieces of equal size go in the order of the stream.
-//! 2. A piece goes into the row with the least room that is enough. Among rows of equal room the
-//!    row wins whose room changed last. Where no row has enough room, the piece opens a row.
-//! 3. Rows are numbered by their first piece in the order of the stream. In a row, pieces stand in
-//!    that order.
+//! 2. A piece goes into the row with the least room that is enough. Of several such rows, it goes
+//!    into the row whose room changed last. If no row has enough room, the piece opens a row.
+//! 3. Rows are numbered by their first piece, in the order of the stream. The pieces of a row keep
+//!    that order, too.
 //!
-//! Open rows lie in stacks by the room that they have left. A bit per room says which stacks hold a
-//! row, so that finding a row takes a few instructions however many rows are open.
+//! Open rows are kept in stacks by the room that they have left. One bit per room tells whether its
+//! stack holds a row. So finding a row takes a few instructions for any number of open rows.
 
-/// No row.
+/// Stands for no row.
 const NONE: u32 = u32::MAX;
 
-/// Packs the pieces of one window; its memory is used again for the next one.
+/// Packs the pieces of one window. Its memory is reused for the next window.
 #[derive(Debug, Default)]
 pub(super) struct Packer {
     /// Pieces, the largest first.
     order: Vec<u32>,
-    /// Pieces of each size, then the place of the next one in `order`.
+    /// Number of pieces of each size, and then the place of the next one in `order`.
     counts: Vec<u32>,
-    /// Rooms that some row has left.
+    /// The rooms that some row has left.
     rooms: Bits,
-    /// The row on top of the stack of each room whose bit is set.
+    /// The row on top of the stack of each room, if the room's bit is set.
     tops: Vec<u32>,
     rows: Vec<Row>,
     /// The row of each piece.
@@ -35,17 +35,17 @@ pub(super) struct Packer {
 
 #[derive(Clone, Copy, Debug)]
 struct Row {
-    /// The row below it in its stack.
+    /// The next lower row in its stack.
     below: u32,
     pieces: u32,
 }
 
 impl Packer {
-    /// Packs pieces of `sizes` into rows of `capacity` places, which hold up to `most` pieces.
+    /// Packs pieces of `sizes` into rows of `capacity` places, with at most `most` pieces per row.
     /// Returns the number of rows.
     ///
     /// # Panics
-    /// When a size is 0 or above `capacity`.
+    /// If a size is 0 or above `capacity`.
     pub(super) fn pack(&mut self, sizes: &[u32], capacity: u32, most: u32) -> usize {
         self.rows.clear();
         self.row_of.clear();
@@ -80,7 +80,7 @@ impl Packer {
             let here = &mut self.rows[row as usize];
             here.pieces += 1;
             let left = room - size;
-            // No piece that is left fits into less.
+            // No remaining piece fits into less.
             if left >= smallest && here.pieces < most {
                 let stack = left as usize;
                 here.below = if self.rooms.set(stack) { self.tops[stack] } else { NONE };
@@ -90,7 +90,7 @@ impl Packer {
         self.rows.len()
     }
 
-    /// The row of each piece of the last window, by the numbers of rule 3.
+    /// The row of each piece of the last window, in the numbers of rule 3.
     pub(super) fn rows(&mut self) -> &[u32] {
         self.numbers.clear();
         self.numbers.resize(self.rows.len(), NONE);
@@ -106,7 +106,7 @@ impl Packer {
         &self.row_of
     }
 
-    /// Sorts by size, the largest first, and keeps the order of equal ones.
+    /// Sorts by size, the largest first. Pieces of equal size keep their order.
     fn sort(&mut self, sizes: &[u32], capacity: u32) {
         assert!(sizes.iter().all(|size| *size >= 1 && *size <= capacity), "a piece has no place in a row");
         self.order.clear();
@@ -133,7 +133,7 @@ impl Packer {
     }
 }
 
-/// A set of small numbers that finds the next one from a number on.
+/// A set of small numbers. It finds the next number from a given one.
 #[derive(Debug, Default)]
 struct Bits {
     words: Vec<u64>,
@@ -142,7 +142,7 @@ struct Bits {
 }
 
 impl Bits {
-    /// Empties the set, which is to hold numbers below `len`.
+    /// Empties the set, and makes room for numbers below `len`.
     fn clear(&mut self, len: usize) {
         let words = len.div_ceil(64);
         self.words.clear();
@@ -151,7 +151,7 @@ impl Bits {
         self.summary.resize(words.div_ceil(64), 0);
     }
 
-    /// Adds `number`. Returns whether it was there.
+    /// Adds `number`. Returns whether the set had it already.
     fn set(&mut self, number: usize) -> bool {
         let word = &mut self.words[number / 64];
         let was_there = *word >> (number % 64) & 1 == 1;
@@ -168,7 +168,7 @@ impl Bits {
         }
     }
 
-    /// The smallest number from `from` on.
+    /// The smallest number in the set that is not below `from`.
     fn next(&self, from: usize) -> Option<usize> {
         let first = self.words[from / 64] >> (from % 64);
         if first != 0 {
@@ -198,7 +198,7 @@ mod tests {
     fn naive(sizes: &[u32], capacity: u32, most: usize) -> Vec<u32> {
         let mut order: Vec<usize> = (0..sizes.len()).collect();
         order.sort_by_key(|piece| std::cmp::Reverse(sizes[*piece]));
-        // Room, when it changed, and pieces of each row.
+        // The room of each row, the time of its last change, and its pieces.
         let mut rows: Vec<(u32, usize, Vec<usize>)> = Vec::new();
         for (time, piece) in order.into_iter().enumerate() {
             let fitting = rows.iter_mut().filter(|(room, _, pieces)| *room >= sizes[piece] && pieces.len() < most);
@@ -227,7 +227,7 @@ mod tests {
         ) {
             let most = if most == 5 { u32::MAX } else { most };
             let mut packer = Packer::default();
-            // The memory of another window is no part of the result.
+            // The memory of another window has no influence on the result.
             packer.pack(&[5, 5, 3], 17, 2);
             let rows = packer.pack(&sizes, capacity, most);
             prop_assert_eq!(packer.rows(), naive(&sizes, capacity, most as usize));

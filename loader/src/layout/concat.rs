@@ -11,7 +11,7 @@ use super::{Extent, Layout, LayoutWindow, Segment, Stream, WindowPlan};
 pub(super) struct Concat {
     stream: Arc<Stream>,
     seq_len: u64,
-    /// Tokens that a row reads: one more than `seq_len` where targets are shifted.
+    /// Number of tokens that a row reads: one more than `seq_len` for shifted targets.
     row_tokens: u64,
 }
 

@@ -1,17 +1,17 @@
-//! Layout: which segments of a source's stream make each row.
+//! Layout: decides which segments of a source's stream make each row.
 //!
-//! The *stream* of a source ([`Stream`]) joins its non-empty documents in corpus order, with
-//! `bos_id` and `eos_id` around each where these are set. A *segment* is a stretch of the stream at
-//! a place in a row. A [`Layout`] says which segments make row `i`, in two pure steps:
+//! The *stream* of a source ([`Stream`]) joins its non-empty documents in corpus order. `bos_id`
+//! and `eos_id` surround each document if they are set. A *segment* is a stretch of the stream at a
+//! place in a row. A [`Layout`] finds the segments of row `i` in two pure steps:
 //!
 //! ```text
 //! locate(row)           -> (window, row in the window)
 //! plan(window, lengths) -> the segments of the window's rows
 //! ```
 //!
-//! A layout reads no file. The room `read` supplies the document lengths that a window asks for,
-//! and keeps plans of windows. Every layout is one file here, and a line in [`build`]; no other
-//! room names a layout.
+//! A layout reads no file. The room `read` supplies the document lengths that a window needs, and
+//! keeps plans of windows. Every layout is one file here and a line in [`build`]. No other room
+//! names a layout.
 
 mod best_fit;
 mod concat;
@@ -35,16 +35,16 @@ use crate::settings::{Config, LayoutKind, Overflow};
 pub struct Segment {
     /// First place of the stretch in the stream.
     pub start: u64,
-    /// Length in stream tokens; never 0.
+    /// Length in stream tokens, at least 1.
     pub len: u64,
     /// Place of its first token in the row. Places that no segment covers are padding.
     pub place: u64,
-    /// The documents that the stretch holds.
+    /// The documents of the stretch.
     pub documents: Documents,
 }
 
 impl Segment {
-    /// A stretch of the joined stream.
+    /// Makes a segment of the joined stream.
     pub fn joined(start: u64, len: u64, place: u64) -> Self {
         Self { start, len, place, documents: Documents::Joined }
     }
@@ -55,31 +55,32 @@ impl Segment {
     }
 }
 
-/// What a segment says about the documents in it.
+/// The documents of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Documents {
-    /// Any number of documents, cut anywhere. Their borders are found in the shards.
+    /// Any number of documents, cut anywhere. Reading the shards finds their borders.
     Joined,
     /// A piece of one document.
     One {
-        /// Number of the document among the non-empty ones of its shard.
+        /// Number of the document among the non-empty documents of its shard.
         number: u64,
         /// Whether the document ends with this segment.
         ends: bool,
     },
 }
 
-/// What a corpus, or its first shards, come to in rows.
+/// The rows of a corpus, or of its first shards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Tokens of the stream, specials included.
+    /// Number of tokens of the stream, including special ids.
     pub stream_len: u64,
-    /// Full rows.
+    /// Number of full rows.
     pub rows: u64,
-    /// Stream tokens that rows and the tail hold; all, unless the layout leaves some out.
+    /// Number of stream tokens in rows and the tail. These are all tokens, unless the layout leaves
+    /// some out.
     pub tokens: u64,
-    /// Stream tokens after the full rows that one more, shorter row delivers. That row has the
-    /// number `rows`.
+    /// Number of stream tokens after the full rows. One more row, shorter and with the number
+    /// `rows`, delivers them.
     pub tail_tokens: u64,
 }
 
@@ -88,10 +89,10 @@ pub struct Extent {
 pub struct LayoutWindow {
     /// Number of the window in its layout.
     pub number: u64,
-    /// Stream tokens of the window.
+    /// Places of the window in the stream.
     pub stream: Range<u64>,
     /// The documents whose lengths the plan needs: a shard, and numbers among its non-empty
-    /// documents. `None` where arithmetic is enough.
+    /// documents. `None` if arithmetic is enough.
     pub documents: Option<(usize, Range<u64>)>,
 }
 
@@ -99,7 +100,7 @@ pub struct LayoutWindow {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WindowPlan {
     segments: Vec<Segment>,
-    /// Segments up to the end of each row.
+    /// Number of segments up to the end of each row.
     row_ends: Vec<u32>,
 }
 
@@ -116,8 +117,9 @@ impl WindowPlan {
         self.row_ends.push(self.segments.len() as u32);
     }
 
-    /// Adds `rows` rows of pieces. `row_of` is the row of each piece, and `segment` gives the piece
-    /// as a segment, and the places that it takes. Pieces of a row stand one after the other.
+    /// Adds `rows` rows of pieces. `row_of` gives the row of each piece. `segment` makes the
+    /// segment of a piece and gives the places that it takes. The pieces of a row follow each
+    /// other.
     fn place(&mut self, rows: usize, row_of: &[u32], segment: impl Fn(usize) -> (Segment, u64)) {
         let first = self.segments.len() as u32;
         let mut next = vec![0; rows + 1];
@@ -140,7 +142,7 @@ impl WindowPlan {
         }
     }
 
-    /// Rows planned.
+    /// Number of planned rows.
     pub fn len(&self) -> usize {
         self.row_ends.len()
     }
@@ -153,54 +155,57 @@ impl WindowPlan {
     /// The segments of row `row` of the window.
     ///
     /// # Panics
-    /// When the window has fewer rows.
+    /// If the window has fewer rows.
     pub fn row(&self, row: usize) -> &[Segment] {
         let start = if row == 0 { 0 } else { self.row_ends[row - 1] as usize };
         &self.segments[start..self.row_ends[row] as usize]
     }
 }
 
-/// A rule that makes rows from documents: a pure function of the shards' counts and of document
-/// lengths.
+/// A rule that makes rows from documents. It is a pure function of the shards' counts and of
+/// document lengths.
 ///
 /// The rows of the first k shards are the rows of a corpus of these shards alone, so that a corpus
-/// may grow at its end. All methods are called by several threads at once.
+/// may grow at its end. Several threads call all methods at once.
 pub trait Layout: fmt::Debug + Send + Sync {
     /// The extent of the first `shards` shards.
     ///
     /// # Panics
-    /// When there are fewer shards.
+    /// If there are fewer shards.
     fn extent(&self, shards: usize) -> Extent;
 
-    /// The window that holds row `row` of `extent`, and the row's number in the window. The tail is
-    /// row `extent.rows`.
+    /// The window with row `row` of `extent`, and the row's number in the window. The tail is row
+    /// `extent.rows`.
     fn locate(&self, extent: &Extent, row: u64) -> (LayoutWindow, usize);
 
-    /// Writes the rows of `window` to `plan`, which is empty. `lengths` are the tokens of the
-    /// documents that the window asks for, without specials.
+    /// Writes the rows of `window` to `plan`, which is empty. `lengths` gives the tokens of the
+    /// documents that the window needs, without special ids.
     fn plan(&self, window: &LayoutWindow, lengths: &[u32], plan: &mut WindowPlan);
 
-    /// Tokens that the first `shards` shards lose because documents are longer than a row.
+    /// Number of tokens that the first `shards` shards lose because documents are longer than a
+    /// row.
     ///
     /// # Panics
-    /// When there are fewer shards.
+    /// If there are fewer shards.
     fn lost(&self, shards: usize) -> Lost {
         let _ = shards;
         Lost::default()
     }
 
-    /// The segment of row `row` of `extent`, where each row is one stretch of the joined stream. A
-    /// row that is found this way needs no plan of its window, which would say the same.
+    /// The segment of row `row` of `extent`, if each row is one stretch of the joined stream. Such
+    /// a row needs no plan of its window, which would give the same segment.
     fn one_segment(&self, extent: &Extent, row: u64) -> Option<Segment> {
         let _ = (extent, row);
         None
     }
 
-    /// The first row of each window of the first `shards` shards, where windows hold many rows.
-    /// Rows of a window share their documents' lengths and blocks, so an order keeps them near each
-    /// other.
+    /// The first row of each window of the first `shards` shards, if windows hold many rows.
+    ///
+    /// Rows of a window share their documents' lengths and blocks, so that an order keeps them near
+    /// each other.
     ///
     /// # Panics
+    /// If there are fewer shards.
     /// When there are fewer shards.
     fn window_rows(&self, shards: usize) -> Option<Vec<u64>> {
         let _ = shards;
@@ -211,31 +216,31 @@ pub trait Layout: fmt::Debug + Send + Sync {
     fn index_bytes(&self) -> u64;
 }
 
-/// The lengths of all non-empty documents of a shard, in tokens without specials. Reading them may
-/// fail.
+/// The lengths of all non-empty documents of a shard, in tokens without special ids. Reading them
+/// may fail.
 pub type Lengths<'a> = &'a dyn Fn(usize) -> Result<Arc<[u32]>>;
 
-/// A rule that makes rows, and its settings.
+/// A rule that makes rows, with its settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayoutSettings {
     /// The rule.
     pub kind: LayoutKind,
-    /// Inputs of a row.
+    /// Number of inputs of a row.
     pub seq_len: u64,
-    /// Tokens of a row: one more than `seq_len` where targets are shifted.
+    /// Number of tokens of a row: one more than `seq_len` for shifted targets.
     pub row_tokens: u64,
-    /// What happens to a document that is longer than a row.
+    /// The treatment of a document that is longer than a row.
     pub overflow: Overflow,
-    /// The largest number of documents in a row of `pack`.
+    /// Most documents in a row of `pack`.
     pub max_docs_per_row: Option<u32>,
-    /// Documents of `pack` begin at multiples of this number.
+    /// Documents of `pack` begin at multiples of this number of tokens.
     pub pack_align: u32,
-    /// The documents that rows of `pack` and `pad` are made of.
+    /// The documents that become rows of `pack` and `pad`.
     pub side: Side,
 }
 
 impl LayoutSettings {
-    /// The layout that `config` asks for.
+    /// The settings that `config` gives.
     pub fn of(config: &Config) -> Self {
         Self {
             kind: config.layout,
@@ -254,8 +259,8 @@ impl LayoutSettings {
         let is_pack = self.kind == LayoutKind::Pack;
         pack::Rules {
             cut: pieces::Cut { capacity, specials, overflow: self.overflow },
-            // With shifted targets, the last token of a row is a target alone, which a lone token
-            // cannot be.
+            // With shifted targets, the last token of a row is only a target. A piece of one token
+            // cannot be that alone.
             smallest: 1 + u32::from(self.row_tokens > self.seq_len),
             align: if is_pack { self.pack_align } else { 1 },
             most: if is_pack { self.max_docs_per_row.unwrap_or(u32::MAX) } else { 1 },
@@ -264,13 +269,13 @@ impl LayoutSettings {
     }
 }
 
-/// The layout that `config` asks for, over `stream`. A layout whose tables need document lengths
+/// Makes the layout that `config` asks for, over `stream`. If its tables need document lengths, it
 /// reads them here, shard by shard.
 pub fn open(config: &Config, stream: &Arc<Stream>, lengths: Lengths<'_>) -> Result<Box<dyn Layout>> {
     build(&LayoutSettings::of(config), stream, lengths)
 }
 
-/// The layout of `settings`, as [`open`] makes it.
+/// Makes the layout of `settings`, like [`open`].
 pub fn build(settings: &LayoutSettings, stream: &Arc<Stream>, lengths: Lengths<'_>) -> Result<Box<dyn Layout>> {
     let (stream, rules) = (Arc::clone(stream), settings.rules(stream.specials()));
     Ok(match settings.kind {

@@ -1,7 +1,7 @@
 //! The layouts `pack` and `pad`: whole documents in rows, filled up with padding.
 //!
-//! `pack` puts the pieces of each window into rows by best fit. `pad` gives each piece a row of its
-//! own. Both keep one small table: where each window begins, and the rows before it. The rows of a
+//! `pack` puts the pieces of each window into rows by best fit. `pad` gives each piece its own row.
+//! Both keep one small table with the start of each window, and the rows before it. The rows of a
 //! window are planned when they are read, from the lengths of the window's documents alone.
 
 use std::sync::Arc;
@@ -15,11 +15,11 @@ use crate::error::Result;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rules {
     pub(super) cut: Cut,
-    /// Places that a piece takes at least.
+    /// Least number of places that a piece takes.
     pub(super) smallest: u32,
-    /// Every piece begins at a multiple of it.
+    /// Every piece begins at a multiple of this number of places.
     pub(super) align: u32,
-    /// Pieces that a row holds at most.
+    /// Most pieces in a row.
     pub(super) most: u32,
     pub(super) side: Side,
 }
@@ -31,11 +31,11 @@ pub(super) struct Pack {
     rules: Rules,
     /// All windows with a piece, in the order of the stream.
     windows: Vec<Entry>,
-    /// What stands before each shard and, last, in all of them.
+    /// The totals before each shard, and last those of all shards.
     before: Vec<Before>,
 }
 
-/// A window, and where it stands.
+/// A window and its place.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     start: WindowStart,
@@ -49,7 +49,7 @@ struct Before {
     documents: u64,
     windows: usize,
     rows: u64,
-    /// Tokens that the rows hold.
+    /// Number of tokens in the rows.
     tokens: u64,
     lost: Lost,
 }
@@ -57,23 +57,23 @@ struct Before {
 /// The windows of one shard.
 #[derive(Debug, Default)]
 struct ShardWindows {
-    /// Where each window begins, and its rows.
+    /// The start of each window, and the number of its rows.
     windows: Vec<(WindowStart, u32)>,
     tokens: u64,
     lost: Lost,
 }
 
-/// Memory for one window, used again for the next one.
+/// Memory for one window, reused for the next window.
 #[derive(Debug, Default)]
 struct Scratch {
     window: Window,
-    /// Places that each piece takes.
+    /// Number of places that each piece takes.
     sizes: Vec<u32>,
     packer: Packer,
 }
 
 impl Rules {
-    /// Finds the windows of a shard whose documents have `lengths`, and counts their rows.
+    /// Finds the windows of a shard from the lengths of its documents, and counts their rows.
     fn windows(&self, documents_before: u64, lengths: &[u32], scratch: &mut Scratch) -> ShardWindows {
         let (mut at, mut all) = (WindowStart::default(), ShardWindows::default());
         while at.document < lengths.len() as u64 {
@@ -90,8 +90,8 @@ impl Rules {
         all
     }
 
-    /// Packs the pieces of a window that are on the delivered side, and returns the number of rows.
-    /// `first` is the corpus' number of the window's first document.
+    /// Packs the pieces of a window that are on the delivered side. Returns the number of rows.
+    /// `first` is the number of the window's first document in the corpus.
     fn pack(&self, first: u64, scratch: &mut Scratch) -> usize {
         let Self { cut: Cut { capacity, .. }, smallest, align, most, side } = *self;
         let Scratch { window: Window { pieces, .. }, sizes, packer } = scratch;
@@ -108,7 +108,7 @@ impl Rules {
 }
 
 impl Pack {
-    /// The layout of all shards of `stream`. Reads their document lengths.
+    /// Makes the layout of all shards of `stream`. Reads their document lengths.
     pub(super) fn new(stream: Arc<Stream>, rules: Rules, lengths: Lengths<'_>) -> Result<Self> {
         let (mut windows, mut before) = (Vec::new(), Vec::with_capacity(stream.shards() + 1));
         let (mut sum, mut scratch) = (Before::default(), Scratch::default());
@@ -138,7 +138,7 @@ impl Layout for Pack {
 
     fn locate(&self, extent: &Extent, row: u64) -> (LayoutWindow, usize) {
         assert!(row < extent.rows, "row {row} of {}", extent.rows);
-        // Of windows with the same number of rows before them, the last one has a row.
+        // Of windows with the same number of rows before them, only the last one has a row.
         let number = self.windows.partition_point(|window| window.rows_before <= row) - 1;
         let Entry { start, rows_before, shard } = self.windows[number];
         let shard = shard as usize;

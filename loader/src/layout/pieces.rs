@@ -1,27 +1,28 @@
 //! Pieces: documents cut to the length of a row, and gathered in windows.
 //!
 //! A *piece* is a stretch of one document that fits into a row. A document that fits is one piece.
-//! The rule [`Overflow`] says what happens to a longer one. A *window* is a run of pieces of one
-//! shard. It ends with the piece that brings it to [`WINDOW_PIECES`] pieces or [`WINDOW_TOKENS`]
-//! tokens, or with its shard. So a window depends on the documents of its shard alone, and a long
-//! document may span several windows.
+//! The rule [`Overflow`] decides about a longer document.
+//!
+//! A *window* is a run of pieces of one shard. It ends with the piece that brings it to
+//! [`WINDOW_PIECES`] pieces or [`WINDOW_TOKENS`] tokens, or with its shard. So a window depends
+//! only on the documents of its shard. A long document may span several windows.
 //!
 //! Lengths count stream tokens: `bos_id` and `eos_id` belong to the document that they surround.
 
 use crate::keys::{derive_key, reduce};
 use crate::settings::{Config, Overflow, Split};
 
-/// Pieces with which a window ends.
+/// Number of pieces with which a window ends.
 pub(super) const WINDOW_PIECES: usize = 16_384;
-/// Tokens with which a window ends.
+/// Number of tokens with which a window ends.
 pub const WINDOW_TOKENS: u64 = 4 << 20;
 
-/// How documents become pieces.
+/// The rule that turns documents into pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cut {
-    /// Stream tokens that a row holds.
+    /// Number of stream tokens in a row.
     pub(super) capacity: u32,
-    /// Special ids around each document: 0, 1 or 2.
+    /// Number of special ids around each document: 0, 1 or 2.
     pub(super) specials: u32,
     pub(super) overflow: Overflow,
 }
@@ -29,18 +30,18 @@ pub(super) struct Cut {
 /// Separates the draw of documents from other keys.
 const DOCUMENT: u64 = 0x646f_6375_6d65_6e74;
 
-/// The documents that rows are made of: all of them, or one side of a holdout.
+/// The documents that become rows: all of them, or one side of a holdout.
 ///
-/// A hash of a document's number in the corpus draws its side. So a document never changes its
-/// side, whatever the seed is and however the corpus grows.
+/// A hash of a document's number in the corpus draws its side. So a document keeps its side under
+/// every seed, and when the corpus grows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Side {
     /// All documents.
     #[default]
     All,
-    /// All but about one of so many.
+    /// All documents except about one in this many.
     Train(u64),
-    /// About one of so many.
+    /// About one document in this many.
     Holdout(u64),
 }
 
@@ -72,33 +73,33 @@ pub(super) struct Piece {
     pub(super) start: u64,
     /// Length in stream tokens.
     pub(super) len: u32,
-    /// Number of the document among those that the window reads.
+    /// Number of the document among the documents that the window reads.
     pub(super) document: u32,
     /// Whether the document ends here.
     pub(super) ends: bool,
 }
 
-/// Where a window begins in its shard.
+/// The start of a window in its shard.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct WindowStart {
-    /// Number of the first document among the non-empty ones of the shard.
+    /// Number of the first document among the non-empty documents of the shard.
     pub(super) document: u64,
-    /// Stream tokens of that document that stand in earlier windows.
+    /// Number of stream tokens of that document in earlier windows.
     pub(super) offset: u64,
     /// Place of the first token in the stream of the shard.
     pub(super) stream: u64,
 }
 
-/// Stream tokens that no row holds, because their documents are longer than a row.
+/// Stream tokens without a row, because their documents are longer than a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lost {
-    /// Documents that [`Overflow::Truncate`] cut off.
+    /// Number of documents that [`Overflow::Truncate`] cut off.
     pub truncated_documents: u64,
-    /// Their tokens that are left out.
+    /// Number of their tokens that are left out.
     pub truncated_tokens: u64,
-    /// Documents that [`Overflow::Drop`] left out.
+    /// Number of documents that [`Overflow::Drop`] left out.
     pub dropped_documents: u64,
-    /// Their tokens.
+    /// Number of their tokens.
     pub dropped_tokens: u64,
 }
 
@@ -114,16 +115,18 @@ impl std::ops::AddAssign for Lost {
 /// The pieces of one window.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Window {
-    /// In the order of the stream.
+    /// The pieces, in the order of the stream.
     pub(super) pieces: Vec<Piece>,
-    /// Tokens of the documents that were left out or cut off here.
+    /// Tokens of the documents that were left out or cut off in this window.
     pub(super) lost: Lost,
 }
 
 impl Cut {
-    /// Cuts the window that begins at `start` into `window`. `lengths` are the token counts of the
-    /// documents from `start.document` on, without specials. Returns the start of the next window;
-    /// the shard is finished where that stands after its last document.
+    /// Cuts the window that begins at `start` into `window`.
+    ///
+    /// `lengths` gives the token counts of the documents from `start.document` on, without special
+    /// ids. Returns the start of the next window. If that is after the last document, the shard is
+    /// finished.
     pub(super) fn window(&self, start: WindowStart, lengths: &[u32], window: &mut Window) -> WindowStart {
         let Window { pieces, lost } = window;
         pieces.clear();
@@ -232,8 +235,8 @@ mod tests {
     #[test]
     fn a_window_ends_with_the_piece_that_fills_it() {
         let cut = Cut { capacity: 1 << 20, specials: 0, overflow: Overflow::Split };
-        // One document of nine rows: a window of four pieces, another, and the rest together with
-        // the next document.
+        // One document has nine rows: a window of four pieces, another one, and the rest together
+        // with the next document.
         let windows = windows(cut, &[9 << 20, 5]);
         let starts: Vec<_> = windows.iter().map(|(start, window)| (start.offset >> 20, window.pieces.len())).collect();
         assert_eq!(starts, [(0, 4), (4, 4), (8, 2)]);

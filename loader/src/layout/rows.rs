@@ -1,7 +1,6 @@
 //! The layout `rows`: documents that are rows already.
 //!
-//! Every document has exactly the length of a row. Opening checks that, and arithmetic finds every
-//! row.
+//! Every document has exactly the length of a row. Opening checks that. Arithmetic finds every row.
 
 use std::sync::Arc;
 
@@ -16,7 +15,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// The layout of all shards of `stream`. Fails where a document has another length.
+    /// Makes the layout of all shards of `stream`. Fails if a document has another length.
     pub(super) fn new(stream: Arc<Stream>, row_tokens: u64, lengths: Lengths<'_>) -> Result<Self> {
         for shard in 0..stream.shards() {
             let lengths = lengths(shard)?;

@@ -1,9 +1,8 @@
-//! Boundaries: where documents begin in a row, and the arrays that say so.
+//! Boundaries: the starts of documents in a row, and the arrays that show them.
 //!
-//! A row is a list of *spans*: a stretch of one document and the padding that follows it up to the
-//! next span. Padding at the end of a row is a span of its own, without a token. All arrays come
-//! from these spans: `position_ids`, `doc_ids`, `cu_seqlens`, and the labels that are not asked
-//! for.
+//! A row is a list of *spans*. A span is a stretch of one document, with the padding up to the next
+//! span. Padding at the end of a row is a span without tokens. All arrays come from these spans:
+//! `position_ids`, `doc_ids`, `cu_seqlens`, and the labels that are masked.
 
 use crate::layout::Segment;
 
@@ -12,17 +11,17 @@ use crate::layout::Segment;
 pub(super) struct Span {
     /// Place of its first token in the row.
     pub(super) start: u32,
-    /// Its tokens. A span of padding has none.
+    /// Number of its tokens. A span of padding has none.
     pub(super) tokens: u32,
-    /// Place after it, and after the padding that follows it.
+    /// The place after the span, including its padding.
     pub(super) end: u32,
 }
 
-/// The spans of the rows of a batch. The memory is used again from batch to batch.
+/// The spans of the rows of a batch. The memory is reused from batch to batch.
 #[derive(Debug, Default)]
 pub(super) struct Spans {
     list: Vec<Span>,
-    /// Spans up to the end of each row.
+    /// Number of spans up to the end of each row.
     row_ends: Vec<u32>,
 }
 
@@ -33,8 +32,8 @@ impl Spans {
         self.row_ends.clear();
     }
 
-    /// Adds a row of `places` places. `ends` are the places just after documents that end inside a
-    /// segment, sorted.
+    /// Adds a row of `places` places. `ends` gives the places just after documents that end inside
+    /// a segment, sorted.
     pub(super) fn push_row(&mut self, segments: &[Segment], ends: &[u64], places: u64) {
         let first = self.list.len();
         for segment in segments {
@@ -64,7 +63,7 @@ impl Spans {
     }
 }
 
-/// Writes the places of each token in its document, and the numbers of documents in the row.
+/// Writes the place of each token in its document, and the number of its document in the row.
 /// Padding has the number -1.
 pub(super) fn write_places(spans: &[Span], positions: &mut [i64], documents: &mut [i32]) {
     let columns = positions.len();
@@ -79,8 +78,8 @@ pub(super) fn write_places(spans: &[Span], positions: &mut [i64], documents: &mu
     }
 }
 
-/// The places whose target is the first token of a document. Targets stand `lead` places before
-/// their tokens.
+/// The places whose target is the first token of a document. A target is `lead` places before its
+/// token.
 pub(super) fn masked_places(spans: &[Span], lead: usize) -> impl Iterator<Item = usize> {
     spans.iter().filter(|span| span.tokens > 0).filter_map(move |span| (span.start as usize).checked_sub(lead))
 }
