@@ -43,9 +43,9 @@ pub struct Batch {
     /// Hash of its rows. `None` unless [`Loader::cover`](super::Loader::cover) or the setting
     /// `delivery_log` asks for it.
     pub checksum: Option<Checksum>,
-    /// The tokens that it delivers; where documents are joined, its places.
+    /// Number of tokens that the batch delivers. If documents are joined, number of its places.
     pub tokens: u64,
-    /// `cu_seqlens` of the rows of each consumer, where boundaries are asked for.
+    /// The array `cu_seqlens` of each consumer's rows. `None` if boundaries are not asked for.
     pub borders: Option<Vec<Borders>>,
     pub(super) lease: Lease,
 }
@@ -143,14 +143,14 @@ impl Batch {
     }
 }
 
-/// Where `cu_seqlens` lies in a batch's buffer.
+/// The place of `cu_seqlens` in a batch's buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Borders {
-    /// Offset of its first byte.
+    /// Offset of its first byte in the buffer.
     pub offset_bytes: usize,
-    /// Its values.
+    /// Number of its values.
     pub len: usize,
-    /// The longest distance of two borders.
+    /// Largest distance between two borders.
     pub longest: u64,
 }
 
@@ -161,17 +161,17 @@ impl Borders {
     }
 }
 
-/// Where the arrays of boundaries lie in a batch's buffer.
+/// Offsets of the arrays of boundaries in a batch's buffer, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BoundariesAt {
     pub(super) positions: usize,
     pub(super) documents: usize,
     pub(super) cu_seqlens: usize,
-    /// The fixed length of `cu_seqlens`, if it has one.
+    /// Fixed length of `cu_seqlens`. `None` if it has as many values as borders.
     pub(super) width: Option<usize>,
 }
 
-/// How the arrays of a batch share its buffer.
+/// The division of a batch's buffer among its arrays.
 #[derive(Clone, Debug)]
 pub(super) struct BatchLayout {
     pub(super) rows: usize,
@@ -183,7 +183,7 @@ pub(super) struct BatchLayout {
     pub(super) fields_at: Vec<usize>,
     /// Offsets of each row's source and sequence, in bytes. `None` if they are not asked for.
     pub(super) ids_at: Option<[usize; 2]>,
-    /// Offsets of the arrays that say where documents begin, where they are asked for.
+    /// Offsets of the arrays of boundaries. `None` if they are not asked for.
     pub(super) boundaries: Option<BoundariesAt>,
     pub(super) bytes: usize,
 }
@@ -212,7 +212,7 @@ impl BatchLayout {
             let positions = bytes.next_multiple_of(ALIGNMENT);
             let documents = (positions + rows * columns * 8).next_multiple_of(ALIGNMENT);
             let cu_seqlens = (documents + rows * columns * 4).next_multiple_of(ALIGNMENT);
-            // A batch has as many arrays as consumers, at most one for each row.
+            // A batch has one array per consumer, at most one for each row.
             let width = config.cu_seqlens_width.map(|width| width as usize);
             bytes = (cu_seqlens + rows * width.unwrap_or(columns + 1) * 4).next_multiple_of(ALIGNMENT);
             fields.push(field("position_ids", Dtype::I64, positions));

@@ -67,8 +67,8 @@ impl Session {
         Cow::Owned(BatchLayout::new(&self.config, &self.opened.schema, rows))
     }
 
-    /// The batch of `rows`, the first of which stands at `start` of global batch `step`, in the
-    /// memory of `lease`. The rows of each of `parts` consumers lie together.
+    /// Computes the batch of `rows` in the memory of `lease`. Its first row is at `start` of global
+    /// batch `step`. The rows of each of `parts` consumers are stored together.
     pub(super) fn compute(
         &self,
         start: (u64, u64),
@@ -175,8 +175,8 @@ impl Session {
         }
     }
 
-    /// The checksum of the rows of `batch`. `spans` are the spans of each row, unless a row is one
-    /// stretch of the stream.
+    /// The checksum of the rows of `batch`. `spans` gives the spans of each row, unless a row is
+    /// one stretch of the stream.
     fn checksum_of(&self, batch: &Batch, rows: &[Option<RowRead>], spans: Option<&Spans>) -> Result<Checksum> {
         let joins = self.config.layout == LayoutKind::Concat;
         let places = self.config.row_tokens();
@@ -213,7 +213,7 @@ impl Session {
         Ok(checksum)
     }
 
-    /// Writes `cu_seqlens` for the rows of each of `parts` consumers, and returns where they lie.
+    /// Writes `cu_seqlens` for the rows of each of `parts` consumers, and returns their places.
     fn write_borders(
         &self,
         at: &BoundariesAt,
@@ -257,8 +257,8 @@ impl Session {
         Ok(all)
     }
 
-    /// Tokens that the positions at indices `range` of `epochs` deliver. Takes a row that cannot be
-    /// planned for a full one.
+    /// Number of tokens at the positions with indices `range` of `epochs`. A row that cannot be
+    /// planned counts as a full row.
     pub(super) fn tokens_of(&self, growth: &Growth, epochs: &EpochChain, range: Range<u64>) -> u64 {
         if self.config.layout == LayoutKind::Concat {
             return (range.end - range.start) * self.config.seq_len;
