@@ -1,8 +1,9 @@
-"""The layouts that keep documents whole, in plain Python: what every row has to hold.
+"""The layouts that keep documents whole, in plain Python.
 
-Takes the lengths of the non-empty documents of each shard, and says which stretch of which document
-stands where in which row. It shares no code with the Rust core and can be read as the specification
-of `pack`, `pad` and `rows`. Lengths count `bos_id` and `eos_id` as tokens of their document.
+The module takes the lengths of the non-empty documents of each shard. It gives the stretches of
+documents in each row, and their places. It shares no code with the Rust core, and can be read as
+the specification of `pack`, `pad` and `rows`. Lengths count `bos_id` and `eos_id` as tokens of
+their document.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ HOLDOUT_KEY = 0x646F63756D656E74
 
 @dataclass(frozen=True)
 class LayoutSettings:
-    """Settings that decide what stands in a row, named as the loader names them."""
+    """Settings that decide the content of rows, with the loader's names."""
 
     layout: str = "pack"
     seq_len: int = 2048
@@ -32,13 +33,14 @@ class LayoutSettings:
 
     @property
     def capacity(self) -> int:
-        """Tokens of a row. With shifted targets, the last one is a target alone."""
+        """Number of tokens of a row. With shifted targets, the last token is only a target."""
         return self.seq_len + (self.targets == "shifted")
 
     @property
     def smallest(self) -> int:
-        """Places that a piece takes at least: with shifted targets, its first token has to be an
-        input.
+        """Least number of places that a piece takes.
+
+        With shifted targets, its first token must be an input.
         """
         return 2 if self.targets == "shifted" else 1
 
@@ -90,8 +92,10 @@ def windows(found: list[Piece]) -> list[list[Piece]]:
 
 
 def best_fit(sizes: list[int], capacity: int, most: int) -> list[list[int]]:
-    """Rows of piece numbers: the largest piece first, each into the row with the least room that
-    is enough.
+    """Rows of piece numbers.
+
+    The largest piece goes first, and each piece goes into the row with the least room that is
+    enough.
     """
     rows: list[list[int]] = []
     open_rows: dict[int, list[int]] = {}  # the rows with so much room left; the last one is taken first
@@ -105,17 +109,17 @@ def best_fit(sizes: list[int], capacity: int, most: int) -> list[list[int]]:
         rows[row].append(piece)
         if len(rows[row]) < most:
             open_rows.setdefault(room - sizes[piece], []).append(row)
-    # Pieces of a row, and rows, stand in the order of the stream.
+    # The pieces of a row, and the rows, are in the order of the stream.
     return sorted(sorted(row) for row in rows)
 
 
 def is_held_out(document: int, every: int) -> bool:
-    """Whether a document is on the held-out side, by its number in the corpus."""
+    """Tells whether a document is on the held-out side, by its number in the corpus."""
     return (derive(HOLDOUT_KEY, document) * every) >> 64 == 0
 
 
 def rows(shards: list[list[int]], s: LayoutSettings) -> list[Row]:
-    """All rows of a corpus, whose shards have documents of these lengths."""
+    """All rows of a corpus. Its shards have documents of these lengths."""
     if s.layout == "rows":
         assert all(length == s.capacity for lengths in shards for length in lengths)
     most = 1 if s.layout in ("pad", "rows") else s.max_docs_per_row or WINDOW_PIECES
@@ -126,8 +130,8 @@ def rows(shards: list[list[int]], s: LayoutSettings) -> list[Row]:
             if s.holdout:
                 held = s.split == "holdout"
                 window = [p for p in window if is_held_out(before + p.document, s.holdout) == held]
-            # What a piece takes: at least `smallest` places, a multiple of `align`, and never more
-            # than a row.
+            # A piece takes at least `smallest` places, a multiple of `align`, and never more than a
+            # row.
             sizes = [min(-(-max(p.length, s.smallest) // align) * align, s.capacity) for p in window]
             for numbers in best_fit(sizes, s.capacity, most):
                 place, row = 0, []

@@ -1,4 +1,4 @@
-"""Protects: rows of whole documents, and boundaries, are those of the specification.
+"""Protects rows of whole documents, and their boundaries, against the specification.
 
 Every layout is read from every cell of the matrix of formats and writers, with shuffling off and by
 blocks. Threads, ranks, targets, document marks and the settings of layouts take turns.
@@ -61,7 +61,7 @@ class Expected:
         if s.layout in ("concat", "rows"):
             rows = side(len(found), s.holdout, s.split)
         self.rows = [found[row] for row in rows]
-        # The starts of windows are counted in rows, which a holdout changes.
+        # A holdout changes the number of rows before each window.
         self.starts = window_starts(corpus, s) if s.layout in ("pack", "pad") and not s.holdout else [0]
 
     def order(self, epoch: int) -> list[int]:

@@ -1,7 +1,7 @@
 //! Layouts that keep documents whole, against the specification in plain Python.
 //!
-//! `tests/golden/layouts.json` holds what `tests/python/reference_layout.py` says. The laws below
-//! hold for any lengths and settings.
+//! `tests/golden/layouts.json` holds the results of `tests/python/reference_layout.py`. The laws
+//! below hold for any lengths and settings.
 
 use std::fs;
 use std::path::Path;

@@ -147,7 +147,7 @@ fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Vec<Schema
     config.fields.iter().enumerate().map(field).collect()
 }
 
-/// Document lengths may take one byte in so many of `memory_budget`, in layouts that need them.
+/// In layouts that need document lengths, these may take `memory_budget` divided by this number.
 const LENGTHS_SHARE: u64 = 8;
 
 /// Tokens among which the positions of all lanes draw their rows at a time.
@@ -160,8 +160,8 @@ pub(super) fn drawn_tokens(config: &Config) -> u64 {
 
 /// The kind of shuffling that `config` means for this access.
 ///
-/// A row of a layout with windows is found by planning its window, so rows of a window stay near
-/// each other, even where any token could be read at once.
+/// In a layout with windows, a row is found by planning its window. So rows of a window stay near
+/// each other, even if any token could be read at once.
 fn decided(config: &Config, access: Access) -> Shuffle {
     match (config.shuffle, access) {
         (Shuffle::On, _) if config.layout.has_windows() => Shuffle::Block,

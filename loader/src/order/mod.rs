@@ -78,7 +78,7 @@ enum Algorithm {
 struct BlockOrder {
     key: u64,
     chunk: u64,
-    /// Where chunks differ in length.
+    /// The table of chunks, if their lengths differ.
     table: Option<ChunkTable>,
     lanes: u64,
     window: u64,
@@ -94,7 +94,7 @@ struct BlockOrder {
 struct ChunkTable {
     /// First sequence of each chunk.
     starts: Arc<[u64]>,
-    /// Sequences before each slot of the permuted chunks.
+    /// Number of sequences before each slot of the permuted chunks.
     before: Arc<[u64]>,
 }
 
@@ -102,7 +102,7 @@ impl EpochOrder {
     /// The block order of `epoch` over `sequences` full sequences, in chunks that begin at
     /// `starts`.
     ///
-    /// `starts` increases strictly from 0. Takes 8 bytes for each chunk, which clones share.
+    /// `starts` increases strictly from 0. The order takes 8 bytes per chunk, which clones share.
     pub fn in_chunks(sequences: u64, starts: &Arc<[u64]>, lanes: u64, window: u64, seed: u64, epoch: u64) -> Self {
         if sequences == 0 {
             return Self { sequences, algorithm: Algorithm::Sequential };
@@ -171,8 +171,8 @@ impl EpochOrder {
         }
     }
 
-    /// Tells whether `sequence` is the last of its chunk, where chunks are of one length. The
-    /// tokens after it then belong to another time of the epoch.
+    /// Tells whether `sequence` is the last of its chunk, if all chunks have one length. The tokens
+    /// after it then belong to another time of the epoch.
     pub fn ends_chunk(&self, sequence: u64) -> bool {
         match &self.algorithm {
             Algorithm::Sequential | Algorithm::Global(_) => false,

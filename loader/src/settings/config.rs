@@ -223,7 +223,7 @@ impl Config {
         );
     }
 
-    /// Whether batches say where documents begin.
+    /// Whether batches show the starts of documents.
     pub fn has_boundaries(&self) -> bool {
         self.boundaries.unwrap_or(self.layout == LayoutKind::Pack)
     }

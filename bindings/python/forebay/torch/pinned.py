@@ -78,7 +78,7 @@ class Memory:
 
 
 def views(buffer: torch.Tensor, batch: _core.Batch) -> Tensors:
-    """The arrays of a batch that lies in `buffer`."""
+    """Returns the arrays of a batch as views of `buffer`."""
     tensors: dict[str, Any] = {field[0]: view(buffer, *field[1:]) for field in batch.layout()}
     if batch.max_seqlen is not None:
         tensors["max_seqlen"] = batch.max_seqlen

@@ -31,5 +31,5 @@ def tensors_of(batch: _core.Batch) -> Tensors:
 
 
 def row_of(batch: Tensors, row: int) -> Tensors:
-    """The arrays of one row. What describes the batch as a whole is left out."""
+    """Returns the arrays of one row. Facts about the whole batch are left out."""
     return {name: array[row] for name, array in batch.items() if name not in ("cu_seqlens", "max_seqlen")}
