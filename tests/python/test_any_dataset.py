@@ -840,25 +840,31 @@ def test_a_dataset_may_say_itself_how_it_is_copied(name: str) -> None:
 setting: contextvars.ContextVar[str] = contextvars.ContextVar("setting", default="none")
 
 
+class Asks(Numbers):
+    """Tells the modes and the context variable that its code finds; processes can pickle it."""
+
+    def __getitem__(self, index: int) -> Any:
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        return *modes, setting.get()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
 def test_the_datasets_code_finds_the_modes_and_variables_of_the_caller(mode: Any, workers: int) -> None:
-    class Asks(Numbers):
-        def __getitem__(self, index: int) -> Any:
-            modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
-            return *modes, setting.get()
-
+    # Only processes that are forked inherit modes and variables; Python 3.14 does not fork by default.
+    processes = {"multiprocessing_context": "fork"} if workers else {}
+    contexts = {torch.utils.data.DataLoader: processes, DataLoader: {}}
     token = setting.set("mine")
     try:
         with mode():
-            found = {kind: list(kind(Asks(), batch_size=None, num_workers=workers)) for kind in LOADERS}
+            found = {
+                kind: list(kind(Asks(), batch_size=None, num_workers=workers, **context))
+                for kind, context in contexts.items()
+            }
     finally:
         setting.reset(token)
     assert found[DataLoader] == found[torch.utils.data.DataLoader]
     assert found[DataLoader][0][3] == "mine"
-
-
-LOADERS: list[Any] = [torch.utils.data.DataLoader, DataLoader]
 
 
 @pytest.mark.thread_unsafe(reason="the patch is one for the process")
