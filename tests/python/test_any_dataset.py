@@ -709,6 +709,54 @@ def test_a_sampler_that_draws_another_order_is_refused(workers: int, batches: st
     assert resumed.state_dict()["batches"] == 3, "it still is where it was put"
 
 
+class OfRank(Sampler):
+    """Draws the part of a rank, as the samplers that trainers wrap around others."""
+
+    def __init__(self, name: str, rank: int, seed: int = 0) -> None:
+        setattr(self, name, rank)
+        self.part, self.seed = rank, seed
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return iter(order[self.part :: 2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["rank", "process_index", "distributed"])
+def test_the_state_of_a_rank_resumes_the_others(workers: int, name: str) -> None:
+    def make(rank: int, seed: int = 0) -> Any:
+        if name == "distributed":
+            sampler: Any = DistributedSampler(Numbers(), 2, rank, shuffle=True, seed=seed)
+        else:
+            sampler = OfRank(name, rank, seed)
+        return DataLoader(Numbers(), batch_size=2, sampler=sampler, num_workers=workers)
+
+    def rest(rank: int, state: Any) -> tuple[list[Any], Any]:
+        resumed = make(rank)
+        resumed.load_state_dict(state)
+        iterator = iter(resumed)
+        first = next(iterator)
+        return [first, *iterator], resumed
+
+    loader = make(0)
+    list(itertools.islice(iter(loader), 3))
+    state = loader.state_dict()
+    for rank in range(2):
+        whole = [batch.tolist() for batch in make(rank)]
+        batches, resumed = rest(rank, state)
+        assert [batch.tolist() for batch in batches] == whole[3:]
+        # A state that was saved after such a resume tells its own rank's indices.
+        again = make(rank)
+        again.load_state_dict(state)
+        list(itertools.islice(iter(again), 2))
+        batches, _ = rest(rank, again.state_dict())
+        assert [batch.tolist() for batch in batches] == whole[5:]
+        other = make(rank, seed=1)
+        other.load_state_dict(again.state_dict())
+        with pytest.raises(forebay.StateMismatchError, match="draws other indices for the 5 batches"):
+            next(iter(other))
+
+
 # What threads share.
 
 

@@ -579,12 +579,12 @@ def free_port() -> int:
         return port
 
 
-def in_ranks(count: int, run: Any, *args: Path) -> list[Found]:
-    """Calls `run` in `count` processes, like torchrun."""
+def in_ranks(count: int, call: Any, *args: Path) -> list[Found]:
+    """Calls `call` in `count` processes, like torchrun."""
     # DeepSpeed compiles a part of itself with the ninja beside this interpreter.
     names = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "OMP_NUM_THREADS": "1"}
     if count == 0:
-        return json_from(CALL, run.__name__, *args, timeout=280, env=clean_environment(**names))  # type: ignore[no-any-return]
+        return json_from(CALL, call.__name__, *args, timeout=280, env=clean_environment(**names))  # type: ignore[no-any-return]
     names |= {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
@@ -595,10 +595,14 @@ def in_ranks(count: int, run: Any, *args: Path) -> list[Found]:
 
     def start(rank: int) -> Any:
         env = clean_environment(**names, RANK=str(rank), LOCAL_RANK=str(rank))
-        return json_from(CALL, run.__name__, *args, timeout=280, env=env)
+        return json_from(CALL, call.__name__, *args, timeout=280, env=env)
 
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(start, range(count)))
+        runs = [pool.submit(start, rank) for rank in range(count)]
+    # The others only lose their peer when one rank fails, so the errors of all ranks are shown.
+    errors = [f"rank {rank}: {run.exception()}" for rank, run in enumerate(runs) if run.exception()]
+    assert not errors, "\n".join(errors)
+    return [run.result() for run in runs]
 
 
 #: The function, the package that it needs, and its number of processes. 0 if it starts its own.

@@ -40,7 +40,7 @@ AheadOf = Callable[[Callable[[float | None], Any]], Ahead | None]
 
 #: What a pass continues of an earlier one.
 _CONTINUED = (
-    "batches", "ahead", "counts", "items", "ended", "datasets", "base_seed", "random", "seeds", "sampler", "digest",
+    "batches", "ahead", "counts", "items", "ended", "datasets", "base_seed", "random", "seeds", "sampler",
 )  # fmt: skip
 
 
@@ -253,11 +253,15 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
     ) -> Any:
         """Lets the indices begin where they have to, and returns the base seed of the pass."""
         if inside is not None:
+            state["digest"] = inside["digest"]
             if order.stateful is not None:
                 order.restore_sampler(inside["sampler"])
                 self._sampler_iter = iter(self._index_sampler)
             else:
-                self._sampler_iter = order.again(inside["random"], inside["batches"], inside["digest"])
+                # Some trainers give the state of one rank to all: the others pass over other indices.
+                digest = inside["digest"] if inside["rank"] == state["rank"] else None
+                self._sampler_iter = order.again(inside["random"], inside["batches"], digest)
+                state["digest"] = order.passed
             return inside["base_seed"]
         if restored is not None and restored["finished"]:
             if order.stateful is not None:

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed
 import torch.utils.data
 from torch.utils.data import BatchSampler, Dataset, DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
@@ -92,6 +93,8 @@ class Order:
             self.kind = "generator"
         else:
             self.kind = "process"
+        #: The digest of the indices that were passed over last.
+        self.passed = ""
         #: Whether the sampler's code begins at the first index, and not where the iterator is made.
         self.late = inspect.isgeneratorfunction(getattr(type(self.index_sampler), "__iter__", None))
 
@@ -136,20 +139,49 @@ class Order:
         batch_sampler.sampler = sampler
         return iter(batch_sampler)
 
+    def rank(self) -> int:
+        """The rank that the sampler draws for, or else that of this process; 0 without ranks."""
+        for part in (self.index_sampler, self.sampler):
+            for name in ("rank", "process_index"):
+                found = getattr(part, name, None)
+                if isinstance(found, int):
+                    return found
+        dist = torch.distributed
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
     def again(self, marked: list[Any], skip: int | None, digest: str | None = None) -> Iterator[Any]:
         """Indices after the first `skip`, or after all of them. Those passed over must have this
-        `digest`.
+        `digest`, if one is given.
         """
         if self.kind == "seed":
-            return _skipped(self.seeded(marked[0]), skip, digest)
+            return self._skipped(self.seeded(marked[0]), skip, digest)
         if self.kind == "process":
             with seeding, OwnRandomState():
                 set_process_state(marked[0])
-                return _begun(_skipped(iter(self.index_sampler), skip, digest))
+                return _begun(self._skipped(iter(self.index_sampler), skip, digest))
         if self.kind == "generator":
             assert self.generator is not None
             self.generator.set_state(from_text(marked[0]))
-        return _begun(_skipped(iter(self.index_sampler), skip, digest))
+        return _begun(self._skipped(iter(self.index_sampler), skip, digest))
+
+    def _skipped(self, indices: Iterator[Any], skip: int | None, digest: str | None) -> Iterator[Any]:
+        found, passed = 0, ""
+        for index in itertools.islice(indices, skip):
+            found += 1
+            passed = chained(passed, index) if skip is not None else ""
+        if skip is not None and found < skip:
+            raise StateMismatchError(
+                f"the state is {skip} batches into its epoch, but the sampler gives only {found}: it is another sampler"
+            )
+        if digest is not None and passed != digest:
+            raise StateMismatchError(
+                f"the sampler draws other indices for the {skip} batches that were handed over: their digest is "
+                f"{passed} here, but {digest} in the state. Its order follows from something that the state does not "
+                "hold: give it `state_dict` and `load_state_dict`, or draw from a torch.Generator in its attribute "
+                "`generator`"
+            )
+        self.passed = passed
+        return indices
 
     def restore_sampler(self, states: list[Any]) -> None:
         for state in states:
@@ -159,24 +191,6 @@ class Order:
 def _begun(indices: Iterator[Any]) -> Iterator[Any]:
     """`indices` after its first one was drawn: that is where a generator draws its order."""
     return itertools.chain(list(itertools.islice(indices, 1)), indices)
-
-
-def _skipped(indices: Iterator[Any], skip: int | None, digest: str | None) -> Iterator[Any]:
-    found, passed = 0, ""
-    for index in itertools.islice(indices, skip):
-        found += 1
-        passed = chained(passed, index) if digest is not None else ""
-    if skip is not None and found < skip:
-        raise StateMismatchError(
-            f"the state is {skip} batches into its epoch, but the sampler gives only {found}: it is another sampler"
-        )
-    if digest is not None and passed != digest:
-        raise StateMismatchError(
-            f"the sampler draws other indices for the {skip} batches that were handed over: their digest is {passed} "
-            f"here, but {digest} in the state. Its order follows from something that the state does not hold: give it "
-            "`state_dict` and `load_state_dict`, or draw from a torch.Generator in its attribute `generator`"
-        )
-    return indices
 
 
 def chained(digest: str, index: Any) -> str:

@@ -156,6 +156,7 @@ def first_state(loader: torch.utils.data.DataLoader[Any], told: int = -1) -> Sta
         "seeds": [],
         "sampler": [],
         "digest": "",
+        "rank": 0 if iterable else Order(loader).rank(),
     }
 
 
