@@ -5,7 +5,7 @@
 
 use arrow_ipc::{CompressionType, Endianness, Message, MessageHeader, MetadataVersion};
 
-use super::{Column, DocumentRun, RowShape, ShownBy, runs, stored_bytes};
+use super::{Column, DocumentRun, NodeCounts, RowShape, ShownBy, check_types, runs, stored_bytes};
 use crate::error::{Error, Result};
 use crate::format::{Format, OpenOptions};
 use crate::storage::Reads;
@@ -62,6 +62,8 @@ pub(super) struct Messages {
     /// Runs of all record batches that are not compressed.
     pub(super) runs: Vec<DocumentRun>,
     pub(super) rows: u64,
+    /// What all columns occupy in a record batch.
+    whole: NodeCounts,
 }
 
 impl Messages {
@@ -159,14 +161,18 @@ impl Messages {
         }
         let schema = arrow_ipc::convert::try_fb_to_schema(schema)
             .map_err(|error| Error::data("Arrow schema is damaged").with_source(error))?;
-        let column = match Column::find(&schema, options, version < MetadataVersion::V5) {
+        check_types(&schema)?;
+        let legacy_unions = version < MetadataVersion::V5;
+        let column = match Column::find(&schema, options, legacy_unions) {
             // A file without rows has no tokens, whatever its columns are.
             Err(error) if !options.is_field => Column::missing(error),
             found => found?,
         };
         let names = schema.fields().iter().map(|field| field.name());
         let not_read = names.filter(|name| **name != column.name).cloned().collect();
-        Ok(Self { format, column, not_read, batches: Vec::new(), runs: Vec::new(), rows: 0 })
+        let mut whole = NodeCounts { legacy_unions, ..NodeCounts::default() };
+        schema.fields().iter().for_each(|field| whole.add(field.data_type()));
+        Ok(Self { format, column, not_read, batches: Vec::new(), runs: Vec::new(), rows: 0, whole })
     }
 
     /// Reads the parts of the next record batch from `message`, in a file of `file_len` bytes.
@@ -217,6 +223,16 @@ impl Messages {
             };
             if shown > 0 {
                 return Err(refused.error.clone());
+            }
+            // A count of 0 in a damaged batch would hide its tokens.
+            if nodes.len() < self.whole.nodes || buffers.len() < self.whole.buffers {
+                return Err(broken(&format!(
+                    "it has {} field nodes and {} buffers, its schema needs {} and {}",
+                    nodes.len(),
+                    buffers.len(),
+                    self.whole.nodes,
+                    self.whole.buffers
+                )));
             }
             return Ok(BatchParts { rows, first_row: self.rows, ..BatchParts::default() });
         }

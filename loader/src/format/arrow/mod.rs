@@ -200,6 +200,27 @@ impl Column {
     }
 }
 
+/// Fails if a column has a type that no writer can mean, such as a decimal of precision 0.
+fn check_types(schema: &arrow_schema::Schema) -> Result<()> {
+    for field in schema.flattened_fields() {
+        let damaged = |what: String| Error::data(format!("Arrow schema is damaged: column `{}` {what}", field.name()));
+        let (precision, most) = match field.data_type() {
+            DataType::Decimal32(precision, _) => (*precision, 9),
+            DataType::Decimal64(precision, _) => (*precision, 18),
+            DataType::Decimal128(precision, _) => (*precision, 38),
+            DataType::Decimal256(precision, _) => (*precision, 76),
+            DataType::FixedSizeBinary(width) | DataType::FixedSizeList(_, width) if *width < 0 => {
+                return Err(damaged(format!("has a length of {width}")));
+            }
+            _ => continue,
+        };
+        if !(1..=most).contains(&precision) {
+            return Err(damaged(format!("is a decimal of precision {precision}, which must be 1 to {most}")));
+        }
+    }
+    Ok(())
+}
+
 /// Number of field nodes and buffers that columns occupy in a record batch.
 #[derive(Clone, Copy, Debug, Default)]
 struct NodeCounts {

@@ -40,7 +40,7 @@ struct BlockLocation {
 
 impl MappedArrow {
     pub(super) fn new(file: SourceFile, messages: Messages) -> Self {
-        let Messages { format, column, not_read, batches, runs, rows } = messages;
+        let Messages { format, column, not_read, batches, runs, rows, .. } = messages;
         let width = column.dtype.size() as u64;
         let (mut metas, mut blocks) = (Vec::with_capacity(runs.len()), Vec::with_capacity(runs.len()));
         let mut runs = runs.into_iter();

@@ -254,3 +254,39 @@ fn null_tokens_and_wrong_types_are_named() {
         assert!(error.contains("no token column") && error.contains("`text`"), "{error}");
     }
 }
+
+#[test]
+fn a_damaged_shard_without_token_column_is_not_taken_for_an_empty_one() {
+    use arrow_schema::{DataType, Schema};
+
+    let other = |name: &str| (name.to_owned(), Arc::new(StringArray::from(Vec::<&str>::new())) as ArrayRef);
+    let narrow = RecordBatch::try_from_iter([other("a")]).unwrap();
+    let wide = RecordBatch::try_from_iter([other("a"), other("b")]).unwrap();
+    let (narrow, wide) = (written(&[narrow], true, None), written(&[wide], true, None));
+    for whole in [&narrow, &wide] {
+        assert_eq!(opened(whole, &options(Io::Mmap, 30)).unwrap().blocks().len(), 0);
+    }
+    // The schema of one stream with the record batch of the other: a length of 4, the schema, the batch.
+    let schema_of = |stream: &[u8]| 8 + u32::from_le_bytes(stream[4..8].try_into().unwrap()) as usize;
+    let mixed = [&wide[..schema_of(&wide)], &narrow[schema_of(&narrow)..]].concat();
+    let error = opened(&mixed, &options(Io::Mmap, 30)).unwrap_err().to_string();
+    assert!(error.contains("record batch 0 is damaged: it has 1 field nodes and 3 buffers"), "{error}");
+
+    let impossible = [
+        (DataType::Decimal32(10, 0), "precision 10, which must be 1 to 9"),
+        (DataType::Decimal64(0, 0), "precision 0, which must be 1 to 18"),
+        (DataType::Decimal128(39, 0), "precision 39, which must be 1 to 38"),
+        (DataType::Decimal256(77, 0), "precision 77, which must be 1 to 76"),
+        (DataType::FixedSizeBinary(-1), "a length of -1"),
+    ];
+    for (data_type, expected) in impossible {
+        for field in
+            [Field::new("x", data_type.clone(), true), Field::new_list("x", Field::new("item", data_type, true), true)]
+        {
+            let mut bytes = Vec::new();
+            StreamWriter::try_new(&mut bytes, &Schema::new(vec![field])).unwrap().finish().unwrap();
+            let error = opened(&bytes, &options(Io::Mmap, 30)).unwrap_err().to_string();
+            assert!(error.contains("damaged: column `") && error.contains(expected), "{error}");
+        }
+    }
+}
