@@ -757,6 +757,56 @@ def test_the_state_of_a_rank_resumes_the_others(workers: int, name: str) -> None
             next(iter(other))
 
 
+class BeginsAgain:
+    """Counts from 0 after each `iter()`, and is its own iterator, like litdata's datasets."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items, self.begun, self.at = items, 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.begun, self.at = self.begun + 1, 0
+        return self
+
+    def __next__(self) -> Any:
+        if self.at == len(self.items):
+            raise StopIteration
+        self.at += 1
+        return self.items[self.at - 1]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+class StreamThatBeginsAgain(BeginsAgain, torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    pass
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("part", ["dataset", "sampler without batches", "batch_sampler"])
+def test_an_iterator_that_begins_again_is_begun_once(workers: int, part: str) -> None:
+    def make(kind: Any = DataLoader) -> tuple[Any, Any]:
+        if part == "dataset":
+            begins: Any = StreamThatBeginsAgain(list(range(SIZE)))
+            return kind(begins, batch_size=4, num_workers=workers), begins
+        order = list(reversed(range(SIZE)))
+        alone = part != "batch_sampler"
+        begins = BeginsAgain(order if alone else [order[at : at + 4] for at in range(0, SIZE, 4)])
+        given: Any = {"sampler": begins, "batch_size": None} if alone else {"batch_sampler": begins}
+        return kind(Numbers(), num_workers=workers, **given), begins
+
+    def taken(batches: Any) -> list[Any]:
+        return [batch.tolist() if isinstance(batch, torch.Tensor) else batch for batch in batches]
+
+    whole = taken(make(torch.utils.data.DataLoader)[0])
+    loader, begins = make()
+    assert taken(loader) == whole
+    assert begins.begun == (1 if part != "dataset" or workers == 0 else 0), "a thread iterates a copy"
+    list(itertools.islice(iter(loader), 2))
+    resumed, _ = make()
+    resumed.load_state_dict(loader.state_dict())
+    assert taken(resumed) == whole[2:]
+
+
 # What threads share.
 
 

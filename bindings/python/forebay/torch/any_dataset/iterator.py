@@ -16,7 +16,7 @@ from torch.utils.data import _DatasetKind, _utils
 from torch.utils.data import dataloader as torch_dataloader
 
 from forebay._loader import first_time, log_notes
-from forebay.torch.any_dataset.order import InEpochs, Order, State, chained, is_stateful
+from forebay.torch.any_dataset.order import InEpochs, Order, State, chained, is_stateful, nexts
 from forebay.torch.any_dataset.random_state import OwnRandomState, drawn_seed, seeding
 from forebay.torch.any_dataset.state import (
     Change,
@@ -296,7 +296,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
                 try:
                     # In one step: an interrupt comes before the index is drawn, or after it is
                     # kept.
-                    self._pulled.extend(itertools.islice(self._sampler_iter, 1))
+                    self._pulled.extend(itertools.islice(nexts(self._sampler_iter), 1))
                 except Exception:
                     self._sampler_failed = True
                     raise

@@ -166,7 +166,7 @@ class Order:
 
     def _skipped(self, indices: Iterator[Any], skip: int | None, digest: str | None) -> Iterator[Any]:
         found, passed = 0, ""
-        for index in itertools.islice(indices, skip):
+        for index in itertools.islice(nexts(indices), skip):
             found += 1
             passed = chained(passed, index) if skip is not None else ""
         if skip is not None and found < skip:
@@ -188,9 +188,15 @@ class Order:
             self.stateful.load_state_dict(copy.deepcopy(state))
 
 
+def nexts(iterator: Iterator[Any]) -> Iterator[Any]:
+    """The items of `iterator`, by `next()` alone. Some iterators begin again at a second `iter()`."""
+    return map(next, itertools.repeat(iterator))
+
+
 def _begun(indices: Iterator[Any]) -> Iterator[Any]:
     """`indices` after its first one was drawn: that is where a generator draws its order."""
-    return itertools.chain(list(itertools.islice(indices, 1)), indices)
+    rest = nexts(indices)
+    return itertools.chain(list(itertools.islice(rest, 1)), rest)
 
 
 def chained(digest: str, index: Any) -> str:

@@ -18,7 +18,7 @@ from torch.utils.data.datapipes.datapipe import IterDataPipe, MapDataPipe
 
 from forebay._loader import first_time, log_notes
 from forebay.torch.any_dataset.copies import copied_for_thread
-from forebay.torch.any_dataset.order import State, is_stateful
+from forebay.torch.any_dataset.order import State, is_stateful, nexts
 from forebay.torch.any_dataset.state import Failed, state_of
 from forebay.torch.any_dataset.worker_info import here, make_worker_info, run_init_fn
 from forebay.torch.any_dataset.workers import Begin, Draw, Outcome, told_of_stop
@@ -252,7 +252,7 @@ class _Pulls:
         if self._given == len(self._batch):
             try:
                 # This is one step: an interrupt comes before the item is read, or after it is kept.
-                self._batch.extend(itertools.islice(self._items, 1))
+                self._batch.extend(itertools.islice(nexts(self._items), 1))
             except Exception:
                 self._failed += 1
                 raise
