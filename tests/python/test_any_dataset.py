@@ -731,25 +731,25 @@ def test_the_state_of_a_rank_resumes_the_others(workers: int, name: str) -> None
             sampler = OfRank(name, rank, seed)
         return DataLoader(Numbers(), batch_size=2, sampler=sampler, num_workers=workers)
 
-    def rest(rank: int, state: Any) -> tuple[list[Any], Any]:
+    def rest(rank: int, state: Any) -> list[Any]:
         resumed = make(rank)
         resumed.load_state_dict(state)
         iterator = iter(resumed)
         first = next(iterator)
-        return [first, *iterator], resumed
+        return [first, *iterator]
 
     loader = make(0)
     list(itertools.islice(iter(loader), 3))
     state = loader.state_dict()
     for rank in range(2):
         whole = [batch.tolist() for batch in make(rank)]
-        batches, resumed = rest(rank, state)
+        batches = rest(rank, state)
         assert [batch.tolist() for batch in batches] == whole[3:]
         # A state that was saved after such a resume tells its own rank's indices.
         again = make(rank)
         again.load_state_dict(state)
         list(itertools.islice(iter(again), 2))
-        batches, _ = rest(rank, again.state_dict())
+        batches = rest(rank, again.state_dict())
         assert [batch.tolist() for batch in batches] == whole[5:]
         other = make(rank, seed=1)
         other.load_state_dict(again.state_dict())
