@@ -1,3 +1,4 @@
-"""The stand-in for torch's loader over any dataset. README.md beside this file has what it patches
-in torch.
+"""The stand-in for torch's loader over any dataset.
+
+README.md beside this file lists the patches to torch.
 """

@@ -1,4 +1,4 @@
-"""One pass over any dataset of torch, on threads of this process or on the caller's."""
+"""One pass over any dataset of torch, on threads of this process or in the caller's thread."""
 
 from __future__ import annotations
 
@@ -34,23 +34,22 @@ from forebay.torch.any_dataset.worker_info import answer_per_thread
 from forebay.torch.any_dataset.workers import Outcome, Workers
 from forebay.torch.device import Ahead
 
-#: Makes the copies of a new pass to the device out of what takes its next batch; None for host
-#: memory.
+#: Makes the copier of a new pass to the device from the function that takes its next batch. None
+#: means host memory.
 AheadOf = Callable[[Callable[[float | None], Any]], Ahead | None]
 
-#: What a pass continues of an earlier one.
+#: Entries of the state that a pass continues.
 _CONTINUED = (
     "batches", "ahead", "counts", "items", "ended", "datasets", "base_seed", "random", "seeds", "sampler",
 )  # fmt: skip
 
 
 class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
-    """A pass over a dataset: on ``num_workers`` threads, or on the caller's for 0. It begins at the
-    first ``next()``.
+    """A pass over a dataset, on ``num_workers`` threads, or in the caller's thread for 0.
 
-    Threads share a map-style dataset; each iterates a copy of its own of an iterable one. Several
-    threads may take batches from one iterator. A set-up that is interrupted or fails is begun again
-    by the next ``next()``.
+    It begins at the first ``next()``. Threads share a map-style dataset. Of an iterable dataset,
+    each thread iterates its own copy. Several threads may take batches from one iterator. If a
+    set-up is interrupted or fails, the next ``next()`` begins it again.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader[Any], resume: Resume, ahead_of: AheadOf) -> None:
@@ -61,11 +60,10 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._workers: Workers | Caller | None = None
         self._ahead = ahead_of(self._take_on_host)
         self._ended = False
-        # Where there is one processor, or no lock, threads wait for nothing that could be had
-        # otherwise.
+        # With one processor or without the GIL, threads do not wait for the interpreter.
         self._hints = _has_gil() and len(os.sched_getaffinity(0)) > 1 if hasattr(os, "sched_getaffinity") else False
         self._order = None if loader._dataset_kind == _DatasetKind.Iterable else Order(loader)
-        #: The index that is drawn and not given out, if there is one, and the task made of it.
+        #: The index that is drawn and not given out, and the task made from it. Empty without one.
         self._pulled: list[Any] = []
         self._task: tuple[int, Any] | None = None
         self._draws = 0
@@ -73,20 +71,20 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._skipped: set[int] = set()
         self._sampler_failed = False
         self._must_redraw = False
-        #: State of the sampler before the first index, where it has one.
+        #: State of the sampler before the first index. Empty if it has none.
         self._sampler_start: list[Any] = []
-        #: Workers whose dataset raised at their last batch: an end that follows is not the end of
-        #: their data.
+        #: Workers whose dataset raised an error at their last batch. An end after it is not the end
+        #: of their data.
         self._broken: set[int] = set()
-        #: When each consumer left with its last batch.
+        #: The time at which each consumer left with its last batch.
         self._left: dict[int, float] = {}
-        #: The batch that a thread is about to return, which an interrupt must not lose.
+        #: The batch that a thread is about to return. An interrupt must not lose it.
         self._giving: dict[int, tuple[Outcome, Change | None]] = {}
         early = self._order is not None and not self._order.late
         self._mark = self._order.mark() if early and self._order is not None else []
         if is_inside(resume.restored):
-            # The interrupted run drew for this pass before its state was taken: drawing again would
-            # shift the numbers that the trainer gets.
+            # The interrupted set-up drew for this pass before its state was taken. Drawing again
+            # would shift the numbers of the trainer.
             with seeding, OwnRandomState():
                 super().__init__(loader)
         else:
@@ -128,8 +126,9 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         return found[0]
 
     def _take_on_host(self, limit_s: float | None) -> tuple[Any] | None:
-        """The next batch, None at the end; raises TimeoutError if none is there and `limit_s`
-        is 0.
+        """Returns the next batch, or None at the end.
+
+        Raises TimeoutError if there is none and `limit_s` is 0.
         """
         with self._taking:
             if limit_s == 0 and not self._is_ready():
@@ -174,12 +173,12 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
             del outcome, error  # they are in their own traceback
 
     def _change(self, outcome: Outcome, position: Position) -> Change | None:
-        """The step of the position that `outcome` makes."""
+        """Returns the step of the position that `outcome` makes."""
         fetched: Fetched | None = outcome.result
         if self._order is not None:
             if outcome.index is None:
                 return None  # the sampler failed
-            # A batch that failed counts: it fails again wherever it is asked for.
+            # A batch that failed counts, because it fails again wherever it is asked for.
             return position.handed(outcome.index[0], self._whole, None if fetched is None else fetched.dataset_state)
         assert self._workers is not None
         if fetched is None:
@@ -188,8 +187,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         self._broken.discard(outcome.worker)
         if isinstance(self._workers, Caller):
             items = self._workers.items
-            # The position outlives the pass: it must hold neither threads nor data that nobody
-            # needs.
+            # The position outlives the pass. It must hold neither threads nor unneeded data.
             if items is not None and items.is_stateful and position.asked is dict:
                 position.asked = _asker(items, self._taking)
         ended = [worker for worker in self._workers.ended if worker not in self._broken]
@@ -198,13 +196,13 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
     def _end(self) -> None:
         self._ended = True
         assert self._position is not None
-        # After an error, a generator only says that it has ended: the rest of the epoch was not
+        # After an error, a generator only tells that it has ended. The rest of the epoch was not
         # handed over.
         if not self._broken and not self._sampler_failed:
             self._position.finish()
 
     def _start(self) -> None:
-        """Sets the pass up. Nothing of the loader changes before all of it is there."""
+        """Sets the pass up. Nothing in the loader changes before the set-up is complete."""
         with self._resume.starting:
             self._start_from(self._resume.restored)
 
@@ -251,14 +249,15 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
     def _start_order(
         self, order: Order, restored: State | None, inside: State | None, state: State, base_seed: Any
     ) -> Any:
-        """Lets the indices begin where they have to, and returns the base seed of the pass."""
+        """Moves the indices to the start of the pass, and returns the base seed of the pass."""
         if inside is not None:
             state["digest"] = inside["digest"]
             if order.stateful is not None:
                 order.restore_sampler(inside["sampler"])
                 self._sampler_iter = iter(self._index_sampler)
             else:
-                # Some trainers give the state of one rank to all: the others pass over other indices.
+                # Some trainers give the state of one rank to all ranks. The others skip other
+                # indices.
                 digest = inside["digest"] if inside["rank"] == state["rank"] else None
                 self._sampler_iter = order.again(inside["random"], inside["batches"], digest)
                 state["digest"] = order.passed
@@ -285,23 +284,21 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         return base_seed
 
     def _draw(self, at: int) -> tuple[int, Any]:
-        """Number and index of the next batch; for another `at` than before, it goes on to the
-        next.
-        """
+        """Returns number and index of the next batch. Draws a new index when `at` changes."""
         while at >= self._draws:
             if not self._pulled:
                 if self._must_redraw:
                     self._sampler_iter = self._redrawn()
                     self._must_redraw = False
                 try:
-                    # In one step: an interrupt comes before the index is drawn, or after it is
+                    # This is one step: an interrupt comes before the index is drawn, or after it is
                     # kept.
                     self._pulled.extend(itertools.islice(nexts(self._sampler_iter), 1))
                 except Exception:
                     self._sampler_failed = True
                     raise
                 except BaseException:
-                    # A generator that is interrupted has ended: the indices are drawn again.
+                    # An interrupted generator has ended, so that the indices are drawn again.
                     self._must_redraw = self._order is not None
                     raise
                 if not self._pulled:
@@ -313,7 +310,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
                 kept = [] if stateful is None else [state_of(stateful)]
                 self._position.drew(number, chained(self._position.digest_before(number), index), kept)
             drawn = number not in self._skipped
-            # No calls from here on: interrupts come only where something is called.
+            # There must be no calls from here on, because interrupts come only at calls.
             del self._pulled[0]
             self._drawn = number + 1
             if drawn:
@@ -323,7 +320,7 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
         return self._task
 
     def _redrawn(self) -> Iterator[Any]:
-        """The indices that are not drawn yet, from a new iterator of the sampler."""
+        """Returns the indices that are not drawn yet, from a new iterator of the sampler."""
         order, position = self._order, self._position
         assert order is not None and position is not None
         if order.stateful is None:
@@ -390,13 +387,11 @@ class DatasetIterator(torch_dataloader._BaseDataLoaderIter):
 
 
 def _asker(items: Items, taking: threading.RLock) -> Callable[[], State]:
-    """Makes the function that asks the dataset of `items` for its state, once a user asks for
-    it.
-    """
+    """Makes the function that asks the dataset of `items` for its state when a user asks for it."""
 
     def asked() -> State:
-        # Another thread that is computing a batch holds the lock; the last known state will do
-        # then.
+        # Another thread that is computing a batch holds the lock. Then the last known state
+        # suffices.
         if not taking.acquire(blocking=False):
             return {}
         try:

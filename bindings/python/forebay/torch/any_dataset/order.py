@@ -1,6 +1,6 @@
-"""The order of a map-style dataset: the source of its indices, and the ways to draw them again.
+"""The order of a map-style dataset: the source of its indices, and ways to draw them again.
 
-Also finds the objects that want to be told the epoch.
+The module also finds the objects that must be told the epoch.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ _SEEDS_KEPT = 1000
 
 
 def is_plain(value: object, kind: type, *methods: str) -> bool:
-    """Whether `value` is of `kind` and does what `kind` does: a subclass may have changed it."""
+    """Tells whether `value` is of `kind` and behaves like it. A subclass may have changed it."""
     return isinstance(value, kind) and all(getattr(type(value), name) is getattr(kind, name) for name in methods)
 
 
 def is_stateful(value: object) -> bool:
-    """Whether `value` has ``state_dict()`` and ``load_state_dict(state)``, which take no further
-    arguments.
+    """Tells whether `value` has ``state_dict()`` and ``load_state_dict(state)``.
+
+    Methods with further arguments do not count.
     """
     return _takes(value, "state_dict") and _takes(value, "load_state_dict", {})
 
@@ -62,10 +63,10 @@ def _takes(value: object, name: str, *arguments: object) -> bool:
 
 
 class Order:
-    """The source of a pass's indices, and what it takes to draw the same ones again.
+    """The source of a pass's indices, with the data for drawing the same ones again.
 
-    `kind` says what the order follows from: nothing (``"fixed"``), a sampler's own state, a seed
-    that the pass draws, the state of a generator, or the random state of the process.
+    `kind` names the origin of the order: nothing (``"fixed"``), a sampler's own state, a seed that
+    the pass draws, the state of a generator, or the random state of the process.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader[Any]) -> None:
@@ -93,15 +94,15 @@ class Order:
             self.kind = "generator"
         else:
             self.kind = "process"
-        #: The digest of the indices that were passed over last.
+        #: The digest of the indices that were skipped last.
         self.passed = ""
-        #: Whether the sampler's code begins at the first index, and not where the iterator is made.
+        #: Whether the sampler's code begins at the first index, not when the iterator is made.
         self.late = inspect.isgeneratorfunction(getattr(type(self.index_sampler), "__iter__", None))
 
     def mark(self) -> list[Any]:
-        """Random state from which the indices follow."""
+        """Returns the random state from which the indices follow."""
         if self.kind == "seed":
-            # RandomSampler draws its seed with these very calls.
+            # RandomSampler draws its seed with the same calls.
             return [int(torch.empty((), dtype=torch.int64).random_().item())]
         if self.kind == "generator":
             assert self.generator is not None
@@ -109,7 +110,7 @@ class Order:
         return [process_state()] if self.kind == "process" else []
 
     def unused(self, marked: list[Any], used: list[Any]) -> list[Any]:
-        """`marked`, or a random state derived from it if an epoch of `used` began with it.
+        """Returns `marked`, or a state derived from it if an epoch of `used` began with it.
 
         A script that seeds the process at its start gives every restart the random state of the
         first epoch.
@@ -124,13 +125,13 @@ class Order:
         return seed
 
     def with_seed(self, marked: list[Any], used: list[Any]) -> list[Any]:
-        """`used` and the seed of an epoch that begins with `marked`."""
+        """Returns `used` and the seed of an epoch that begins with `marked`."""
         if self.kind not in ("seed", "process"):
             return []
         return [*used[:1], *used[1:][-_SEEDS_KEPT:], self.seed_of(marked)]
 
     def seeded(self, seed: int) -> Iterator[Any]:
-        """Indices of a RandomSampler that drew this seed."""
+        """Returns the indices of a RandomSampler that drew this seed."""
         sampler = copy.copy(self.sampler)
         sampler.generator = torch.Generator().manual_seed(seed)
         if not self._auto:
@@ -140,7 +141,7 @@ class Order:
         return iter(batch_sampler)
 
     def rank(self) -> int:
-        """The rank that the sampler draws for, or else that of this process; 0 without ranks."""
+        """Returns the rank of the sampler, or else of this process. 0 without ranks."""
         for part in (self.index_sampler, self.sampler):
             for name in ("rank", "process_index"):
                 found = getattr(part, name, None)
@@ -150,8 +151,9 @@ class Order:
         return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
     def again(self, marked: list[Any], skip: int | None, digest: str | None = None) -> Iterator[Any]:
-        """Indices after the first `skip`, or after all of them. Those passed over must have this
-        `digest`, if one is given.
+        """Returns the indices after the first `skip`, or after all of them.
+
+        The skipped indices must have this `digest`, if it is given.
         """
         if self.kind == "seed":
             return self._skipped(self.seeded(marked[0]), skip, digest)
@@ -189,18 +191,21 @@ class Order:
 
 
 def nexts(iterator: Iterator[Any]) -> Iterator[Any]:
-    """The items of `iterator`, by `next()` alone. Some iterators begin again at a second `iter()`."""
+    """Gives the items of `iterator` by `next()` alone.
+
+    Some iterators begin again at a second `iter()`.
+    """
     return map(next, itertools.repeat(iterator))
 
 
 def _begun(indices: Iterator[Any]) -> Iterator[Any]:
-    """`indices` after its first one was drawn: that is where a generator draws its order."""
+    """Draws the first of `indices` now, because a generator draws its order there."""
     rest = nexts(indices)
     return itertools.chain(list(itertools.islice(rest, 1)), rest)
 
 
 def chained(digest: str, index: Any) -> str:
-    """The digest of the indices before and of `index`."""
+    """Returns the digest of the indices up to and including `index`."""
     found = hashlib.blake2b(digest.encode(), digest_size=8)
     try:
         found.update(array("q", index if isinstance(index, (list, tuple)) else [index]).tobytes())
@@ -210,7 +215,7 @@ def chained(digest: str, index: Any) -> str:
 
 
 def _spelled(index: Any) -> str:
-    """`index` as a text that is the same in every process."""
+    """Converts `index` to a text that is the same in every process."""
     if isinstance(index, (list, tuple)):
         return f"[{','.join(map(_spelled, index))}]"
     if hasattr(index, "tolist"):
@@ -223,10 +228,9 @@ def _spelled(index: Any) -> str:
 
 
 def told_of_epochs(loader: torch.utils.data.DataLoader[Any]) -> list[Any]:
-    """Every sampler and dataset of `loader` that has `set_epoch`, also inside of others.
+    """Finds every sampler and dataset of `loader` with `set_epoch`, also inside of others.
 
-    A sampler or dataset that has the method tells the ones inside it itself, so the search ends
-    there.
+    An object with the method tells the objects inside it, so that the search ends there.
     """
     found: list[Any] = []
     seen: set[int] = set()
@@ -256,7 +260,7 @@ def _is_sampler(value: Any) -> bool:
 
 
 def epochs_of(parts: list[Any], told: int) -> list[int]:
-    """The epoch of each part. `told` stands for a part that does not say its epoch."""
+    """Returns the epoch of each part. `told` stands for a part that does not give its epoch."""
     epochs = [getattr(part, "epoch", None) for part in parts]
     return [epoch if isinstance(epoch, int) else told for epoch in epochs]
 

@@ -1,4 +1,4 @@
-"""Positions in a pass, and states: the form in which a user stores a position."""
+"""Positions in a pass, and states, the form in which a user stores a position."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ _VERSION = 2
 
 
 class Failed:
-    """An error of somebody's `state_dict`, kept until a user asks for the state."""
+    """An error of a `state_dict` of the user's, kept until a user asks for the state."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
 
 def state_of(owner: Any) -> Any:
-    """A copy of the state of `owner`, or what raised. A pass must not fail because nobody can store
-    its position.
+    """Returns a copy of the state of `owner`, or the error that it raised.
+
+    A pass must not fail because its position cannot be stored.
     """
     try:
         return copy.deepcopy(owner.state_dict())
@@ -34,7 +35,7 @@ def state_of(owner: Any) -> Any:
 
 
 class Change:
-    """A step of a position. Undone if the batch did not reach the consumer."""
+    """A step of a position. It is undone if the batch did not reach the consumer."""
 
     def __init__(self, position: Position, after: State) -> None:
         self._position, self._before, self._after = position, position.state, after
@@ -48,38 +49,41 @@ class Change:
 
 
 class Position:
-    """The batches that a pass has handed over. The pass writes it, any thread reads it; it holds no
-    threads.
+    """The batches that a pass has handed over.
 
-    `state` is replaced and never changed, so that readers need no lock.
+    The pass writes it, and any thread reads it. It holds no threads. `state` is replaced and never
+    changed, so that readers need no lock.
     """
 
     def __init__(self, state: State) -> None:
         self.state = state
         #: Gives entries of the state that are not kept, because only a user who asks needs them.
         self.asked: Callable[[], State] = dict
-        #: Digest and sampler state after each batch that was drawn and not handed over in turn.
+        #: Digest and sampler state after each batch that was drawn and not handed over in order.
         self._drawn: dict[int, tuple[str, list[Any]]] = {}
 
     def drew(self, number: int, digest: str, sampler_state: list[Any]) -> None:
         self._drawn[number] = digest, sampler_state
 
     def digest_before(self, number: int) -> str:
-        """The digest of the batches before `number`, which is the next one to be drawn."""
+        """Returns the digest of the batches before `number`, which is the next batch to draw."""
         if number - 1 in self._drawn:
             return self._drawn[number - 1][0]
         digest: str = self.state["digest"]
         return digest
 
     def sampler_before(self, number: int) -> list[Any]:
-        """The sampler's state after the batches before `number`, empty if none is known."""
+        """Returns the sampler's state after the batches before `number`. Empty if none is known."""
         if number - 1 in self._drawn:
             return self._drawn[number - 1][1]
         states: list[Any] = self.state["sampler"]
         return states
 
     def handed(self, number: int, whole: int | None, dataset_state: list[Any] | None) -> Change:
-        """Batch `number` of the epoch is handed over; `whole` is how many there are."""
+        """Notes that batch `number` of the epoch is handed over.
+
+        `whole` is the number of batches.
+        """
         state = dict(self.state)
         ahead = {*state["ahead"], number}
         while state["batches"] in ahead:
@@ -95,7 +99,7 @@ class Position:
         return Change(self, state)
 
     def handed_by(self, worker: int, items: int, dataset_state: Any, ended: list[int]) -> Change:
-        """A batch of this worker's own data is handed over, after which it has read `items`."""
+        """Notes that a batch of this worker's own data is handed over. It has then read `items`."""
         state = dict(self.state)
         state["batches"] += 1
         for name, value in (("counts", state["counts"][worker] + 1), ("items", items), ("datasets", dataset_state)):
@@ -107,8 +111,9 @@ class Position:
         self.state = {**self.state, "finished": 1}
 
     def snapshot(self) -> State:
-        """The state as a user gets it: it shares no object with the pass, a dataset or a
-        sampler.
+        """Returns the state for a user.
+
+        It shares no object with the pass, a dataset or a sampler.
         """
         return _shown({**self.state, **self.asked()})
 
@@ -130,8 +135,9 @@ def size_of(dataset: Any) -> int:
 
 
 def first_state(loader: torch.utils.data.DataLoader[Any], told: int = -1) -> State:
-    """The position before the first batch. Every state has these keys, and lists where their number
-    could change.
+    """Returns the position before the first batch.
+
+    Every state has these keys. Entries whose number could change are lists.
     """
     iterable = loader._dataset_kind == _DatasetKind.Iterable
     streams = max(loader.num_workers, 1) if iterable else 0
@@ -161,7 +167,7 @@ def first_state(loader: torch.utils.data.DataLoader[Any], told: int = -1) -> Sta
 
 
 def checked(loader: torch.utils.data.DataLoader[Any], state: Mapping[str, Any]) -> State:
-    """A copy of `state`, if `loader` can continue it."""
+    """Returns a copy of `state`, if `loader` can continue it."""
     if not isinstance(state, Mapping):
         raise TypeError(f"a state is a dict, as `state_dict()` gives it; found {type(state).__name__}")
     ours = first_state(loader)
@@ -187,32 +193,32 @@ def checked(loader: torch.utils.data.DataLoader[Any], state: Mapping[str, Any]) 
 
 
 def is_inside(state: State | None) -> bool:
-    """Whether a pass would have something to continue there."""
+    """Tells whether a pass would have something to continue there."""
     return state is not None and not state["finished"] and bool(state["batches"] or state["ahead"])
 
 
 class Resume:
-    """The position of a loader: restored and not continued yet, or that of its newest pass."""
+    """The position of a loader: a restored one that was not continued yet, or its newest pass's."""
 
     def __init__(self, restored: State | None = None) -> None:
         #: A state that the next pass continues.
         self.restored = restored
         self.newest: Position | None = None
-        #: Seeds of the epochs that began so far, those before a restart included.
+        #: Seeds of the epochs that have begun, including those before a restart.
         self.seeds: list[Any] = [] if restored is None else list(restored["seeds"])
-        #: Whether a state was restored: only then could an epoch repeat the order of an earlier
+        #: Whether a state was restored. Only then could an epoch repeat the order of an earlier
         #: one.
         self.is_continued = restored is not None
-        #: Held by a pass that sets itself up: only one of them continues what was restored.
+        #: Held by a pass during its set-up. Only one pass continues the restored state.
         self.starting = threading.RLock()
-        #: The epoch that the loader was told, for those parts that do not say theirs.
+        #: The epoch that the loader was told, for parts that do not give theirs.
         self.told = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Resume, (self.restored,)
 
     def state(self, loader: torch.utils.data.DataLoader[Any]) -> State:
-        """The position after the batches handed over by the newest pass, for a user to keep."""
+        """Returns the position after the batches that the newest pass handed over, for a user."""
         if self.restored is not None:
             return copy.deepcopy(self.restored)
         if self.newest is not None:
@@ -226,7 +232,7 @@ class Resume:
         """Lets the next pass continue there. Tells samplers and datasets the epoch of the state."""
         state = checked(loader, state_dict)
         for part, epoch in zip(told_of_epochs(loader), state["epochs"], strict=True):
-            # Whoever tells a part another epoch later begins that epoch.
+            # A part that is told another epoch later begins that epoch.
             if epoch != -1:
                 part.set_epoch(epoch)
                 self.told = epoch
@@ -234,7 +240,10 @@ class Resume:
         self.restored = state
 
     def begin(self, position: Position) -> None:
-        """Notes that a pass has begun. No calls here: an interrupt must not separate the two."""
+        """Notes that a pass has begun.
+
+        It makes no calls: an interrupt must not separate the steps.
+        """
         self.restored, self.newest, self.seeds = None, position, position.state["seeds"]
 
     def set_epoch(self, loader: torch.utils.data.DataLoader[Any], epoch: int) -> None:
@@ -244,8 +253,9 @@ class Resume:
 
 
 def keeps_dataset_state(loader: torch.utils.data.DataLoader[Any]) -> bool:
-    """Whether a state holds the state of the dataset itself: one that threads share has none at a
-    given batch.
+    """Tells whether a state holds the state of the dataset itself.
+
+    A dataset that threads share has no state at a given batch.
     """
     iterable = loader._dataset_kind == _DatasetKind.Iterable
     return loader.num_workers <= (0 if iterable else 1) and is_stateful(loader.dataset)

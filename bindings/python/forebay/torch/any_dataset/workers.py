@@ -1,8 +1,8 @@
 """Runs numbered tasks on threads and gives their results in order. Knows nothing of torch.
 
 The consumer looks at a result with `peek` and removes it with `done`. An interrupt may come between
-any two lines, so each step either has not happened yet or can be repeated: tasks are noted before
-they are sent, a task that is sent twice is done once, and `put_back` undoes `done`.
+any two lines, so that each step either has not happened yet or can be repeated. Tasks are noted
+before they are sent. A task that is sent twice is done once. `put_back` undoes `done`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol
 
-#: The set-up of a thread; returns the function that turns the index of a task into its result.
+#: Sets a thread up, and returns the function that turns the index of a task into its result.
 Begin = Callable[[], Callable[[Any], Any]]
 Tasks = SimpleQueue[tuple[int, Any] | None]
 
@@ -29,9 +29,7 @@ class Draw(Protocol):
     """Gives the indices of tasks, in the consumer's thread."""
 
     def __call__(self, at: int) -> Any:
-        """Index `at`, counted from 0, as often as it is asked for. Raises StopIteration after the
-        last.
-        """
+        """Returns index `at`, from 0, any number of times. Raises StopIteration after the last."""
 
 
 class Outcome:
@@ -43,18 +41,19 @@ class Outcome:
         self, index: Any, result: Any = None, error: BaseException | None = None, worker_ended: bool = False
     ) -> None:
         self.index, self.result, self.error, self.worker_ended = index, result, error, worker_ended
-        #: The traceback as it was in the worker: raising the error again lengthens its own.
+        #: The traceback as it was in the worker. Raising the error again lengthens its own
+        #: traceback.
         self.traceback: TracebackType | None = None if error is None else error.__traceback__
         self.number = -1
-        #: The worker whose own data the result is from.
+        #: The worker whose data gave the result, if each worker has its own data.
         self.worker = 0
-        #: Whether the set-up of the thread failed: no task of the thread can be done.
+        #: Whether the set-up of the thread failed, so that it can do no task.
         self.is_setup = False
 
     def raised(self) -> BaseException:
-        """The error, ready to be raised, however often it was raised before."""
+        """Returns the error, ready to be raised again any number of times."""
         assert self.error is not None
-        # ``with_traceback`` does not go through ``__setattr__``, which some exceptions forbid.
+        # ``with_traceback`` does not use ``__setattr__``, which some exceptions forbid.
         return self.error.with_traceback(self.traceback)
 
 
@@ -64,8 +63,9 @@ _CLAIMS_KEPT = 1 << 16
 
 @atexit.register
 def _end_all() -> None:
-    """Stops and awaits the threads. A thread that is in C++ when the interpreter goes down aborts
-    the process.
+    """Stops and joins the threads.
+
+    If a thread is in C++ when the interpreter shuts down, it aborts the process.
     """
     live: list[_Shared] = []
     with contextlib.suppress(RuntimeError):  # another thread begins a pass
@@ -78,14 +78,14 @@ def _end_all() -> None:
 
 
 class _Shared:
-    """State of the consumer and the threads. Threads hold nothing else, so dropping `Workers` ends
-    them.
+    """The state that the consumer and the threads share.
 
-    The consumer waits for `changed`, which gets an entry at every change. It takes no lock: an
-    interrupt can come between taking a lock and the body of its ``with`` block, and the lock then
-    stays taken. CPython 3.14 looks for signals there, and ``threading.Condition`` is written in
-    Python. So the consumer changes a container by single operations, which are atomic on every
-    build. Only the threads of this module take `lock`, and `stop` does not.
+    Threads hold nothing else, so that dropping `Workers` ends them. The consumer waits for
+    `changed`, which gets an entry at every change. It takes no lock: an interrupt can come between
+    taking a lock and the body of its ``with`` block, and the lock then stays taken. CPython 3.14
+    checks for signals there, and ``threading.Condition`` is written in Python. So the consumer
+    changes a container by single operations, which are atomic on every build. Only the threads of
+    this module take `lock`. `stop` does not take it.
     """
 
     def __init__(self, queues: list[Tasks]) -> None:
@@ -95,13 +95,13 @@ class _Shared:
         self.outcomes: dict[int, Outcome] = {}
         self.begun = 0
         self.stopped = False
-        #: The errors of set-ups that failed, by worker.
+        #: The errors of failed set-ups, by worker.
         self.failed: dict[int, Outcome] = {}
-        #: Name and error of a thread that ended though it should not have.
+        #: Name and error of a thread that ended too early.
         self.died: tuple[str, BaseException] | None = None
-        #: Numbers that a thread took; old ones are forgotten.
+        #: Numbers that a thread took. Old numbers are forgotten.
         self.claimed: set[int] = set()
-        #: Seconds that threads spent on tasks, and of these the seconds on a processor.
+        #: Seconds that threads spent on tasks, and the part of them on a processor.
         self.busy_s = self.cpu_s = 0.0
         self.threads: list[threading.Thread] = []
         _live.add(self)
@@ -114,7 +114,10 @@ class _Shared:
         self.changed.put(None)
 
     def claim(self, number: int) -> bool:
-        """Whether no thread has this task yet. A task that is sent twice is sent twice in a row."""
+        """Claims a task, unless a thread has it.
+
+        A task that is sent twice is sent twice in a row.
+        """
         with self.lock:
             if number in self.claimed:
                 return False
@@ -151,12 +154,13 @@ _live: weakref.WeakSet[_Shared] = weakref.WeakSet()
 class Workers:
     """Threads for numbered tasks.
 
-    `own_data`: each thread goes through data of its own and gets every `len(begins)`-th number,
-    until its data raises ``StopIteration``; results come from the threads in turn. Otherwise the
-    next free thread takes the next task. At most `window` tasks are given and not delivered. `done`
-    and `ended` continue an earlier pass over own data: how many results each worker delivered
-    there, and which workers came to their end. `together`: nothing is delivered before every thread
-    is set up.
+    With `own_data`, each thread reads its own data and gets every `len(begins)`-th number, until
+    its data raises ``StopIteration``. Results come from the threads in turn. Otherwise the next
+    free thread takes the next task. At most `window` tasks are given and not delivered.
+
+    `done` and `ended` continue an earlier pass over own data. They give the number of results that
+    each worker delivered there, and the workers whose data ended. With `together`, nothing is
+    delivered before every thread is set up.
     """
 
     def __init__(
@@ -183,9 +187,9 @@ class Workers:
         self._given = self._drawn = 0
         self._given_to = list(done) or [0] * len(begins)
         self._first = list(self._given_to)
-        #: Numbers that are given and not delivered.
+        #: Numbers that were given and not delivered.
         self._pending: dict[int, bool] = {}
-        #: Tasks that are given and perhaps not in a queue yet.
+        #: Tasks that were given, and may not be in a queue yet.
         self._unsent: dict[int, Any] = {}
         self._exhausted = False
         self._ended: set[int] = set(ended)
@@ -196,13 +200,11 @@ class Workers:
 
     @property
     def ended(self) -> list[int]:
-        """Workers whose data came to its end."""
+        """Returns the workers whose data has ended."""
         return sorted(self._ended)
 
     def peek(self, draw: Draw) -> Outcome | None:
-        """Waits for the outcome that is delivered next, None after the last. It stays until
-        `done`.
-        """
+        """Waits for the outcome to deliver next, or None after the last. It stays until `done`."""
         if os.getpid() != self._process:
             raise RuntimeError("this pass belongs to the process that began it: begin a new one after a fork")
         self._start()
@@ -222,7 +224,7 @@ class Workers:
             self.done(outcome)
 
     def done(self, outcome: Outcome) -> None:
-        """Removes an outcome that was delivered."""
+        """Removes a delivered outcome."""
         if outcome.is_setup:
             return
         number = outcome.number
@@ -234,7 +236,7 @@ class Workers:
         self._front = max(self._front, number + 1)
 
     def put_back(self, outcome: Outcome) -> None:
-        """Undoes `done`, where the outcome did not reach the consumer."""
+        """Undoes `done` if the outcome did not reach the consumer."""
         number = outcome.number
         if outcome.is_setup or self._shared.stopped:
             return
@@ -243,7 +245,7 @@ class Workers:
         self._front = min(self._front, number)
 
     def ready(self) -> bool:
-        """Whether `peek` would not wait."""
+        """Tells whether `peek` would not wait."""
         return bool(self._threads) and (not self._is_pending() or self._ready() is not None)
 
     def close(self) -> None:
@@ -254,11 +256,11 @@ class Workers:
                 thread.join()
 
     def contention(self) -> tuple[float, float] | None:
-        """Seconds of work and seconds gone by, if threads waited for the interpreter and the
-        consumer for them.
+        """Returns seconds of work and elapsed seconds, if threads waited for the interpreter.
 
-        Then together they keep one processor busy, and take longer over their tasks than that,
-        though not because other work has the processors.
+        The consumer must have waited for the threads, too. Together the threads then keep one
+        processor busy. Their tasks take longer than that, but not because other work uses the
+        processors.
         """
         gone_s = time.monotonic() - self._started_s
         busy_s, cpu_s = self._shared.busy_s, self._shared.cpu_s
@@ -294,9 +296,7 @@ class Workers:
             self._threads.append(thread)
 
     def _failed_setup(self) -> Outcome | None:
-        """The set-up that failed and is waited for; each worker of its own data fails in its
-        turn.
-        """
+        """Returns the failed set-up that is due. Each worker of its own data fails in its turn."""
         failed = self._shared.failed
         if self._own_data and self._in_order and not self._together:
             return failed.get(self._front % len(self._begins))
@@ -316,7 +316,7 @@ class Workers:
                 self._exhausted = True
                 break
             except Exception as error:
-                # It stands at its number, so that the batches before it are delivered first.
+                # The error is kept at its number, so that earlier batches are delivered first.
                 self._keep_failed_draw(number, worker, error)
                 continue
             self._unsent[number] = (worker, index)
@@ -334,14 +334,14 @@ class Workers:
         self._note_given(number, worker, 0)
 
     def _note_given(self, number: int, worker: int, drawn: int) -> None:
-        # No calls here: interrupts come only where something is called.
+        # There must be no calls here, because interrupts come only at calls.
         self._pending[number] = True
         self._given += 1
         self._given_to[worker] += 1
         self._drawn += drawn
 
     def _next_worker(self) -> int | None:
-        """The worker that has the fewest tasks of its own, None if each has its share."""
+        """Returns the worker with the fewest tasks of its own. None if each has its share."""
         count = len(self._begins)
         pending = [0] * count
         for number in self._pending:
@@ -351,13 +351,13 @@ class Workers:
         return None if worker is None or pending[worker] >= max(self._window // count, 1) else worker
 
     def _is_pending(self) -> bool:
-        # A worker whose data ended computes nothing that it was given beyond its end.
+        # A worker with no more data computes none of the tasks beyond its end.
         if not self._own_data:
             return bool(self._pending)
         return any(number % len(self._begins) not in self._ended for number in self._pending)
 
     def _ready(self) -> int | None:
-        """The number of an outcome that can be delivered now."""
+        """Returns the number of an outcome that can be delivered now."""
         outcomes, count = self._shared.outcomes, len(self._begins)
         if not self._in_order:
             return next(iter(list(outcomes)), None)
@@ -413,7 +413,7 @@ def _run(shared: _Shared, tasks: Tasks, begin: Begin, own_data: bool, worker: in
     try:
         _work(shared, tasks, begin, own_data, worker)
     except BaseException as error:
-        # However a thread ends, the consumer must not wait for it.
+        # In whatever way a thread ends, the consumer must not wait for it.
         shared.note_death(error)
 
 
@@ -452,9 +452,7 @@ def _noted(error: BaseException) -> BaseException:
 
 
 def _queued_s(threads: Iterable[threading.Thread]) -> float:
-    """Seconds that threads were ready to run and had no processor; 0 where the system does not
-    tell.
-    """
+    """Seconds that threads were ready to run without a processor. 0 if the system does not tell."""
     queued_ns = 0
     for thread in threads:
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -463,8 +461,9 @@ def _queued_s(threads: Iterable[threading.Thread]) -> float:
 
 
 def told_of_stop(error: StopIteration) -> RuntimeError:
-    """An error to raise in place of a StopIteration of the dataset, which would end the epoch
-    silently.
+    """Makes an error in place of a StopIteration of the dataset.
+
+    The StopIteration would end the epoch silently.
     """
     told = RuntimeError("the dataset raised StopIteration")
     told.__cause__ = error
