@@ -949,7 +949,7 @@ class Asks(Numbers):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
 def test_the_datasets_code_finds_the_modes_and_variables_of_the_caller(mode: Any, workers: int) -> None:
-    # Only processes that are forked inherit modes and variables; Python 3.14 does not fork by default.
+    # Only forked processes inherit modes and variables. Python 3.14 does not fork by default.
     processes = {"multiprocessing_context": "fork"} if workers else {}
     contexts = {torch.utils.data.DataLoader: processes, DataLoader: {}}
     token = setting.set("mine")

@@ -27,8 +27,9 @@ LIMIT_S = 240
 FOLDER = Path(TEST_FILES) if TEST_FILES else None
 PROJECTS = sorted(path.name for path in FOLDER.iterdir() if path.is_dir()) if FOLDER else []
 
-#: Files that the loader reads and `rewrite` refuses with a clear error: file and column, with why. `rewrite` reads by
-#: arrow-rs on purpose, so that its reader shares no code with the loader that reads the copy back.
+#: Files that the loader reads and `rewrite` refuses with a clear error. Each has a column, and the
+#: reason. `rewrite` reads by arrow-rs on purpose, so that its reader shares no code with the loader
+#: that reads the copy back.
 KNOWN = {
     ("data__dict-page-offset-zero.parquet", "l_partkey"): "arrow-rs refuses the footer",
     ("data__repeated_no_annotation.parquet", "id"): "arrow-rs finds no tokens",

@@ -266,7 +266,8 @@ fn a_damaged_shard_without_token_column_is_not_taken_for_an_empty_one() {
     for whole in [&narrow, &wide] {
         assert_eq!(opened(whole, &options(Io::Mmap, 30)).unwrap().blocks().len(), 0);
     }
-    // The schema of one stream with the record batch of the other: a length of 4, the schema, the batch.
+    // The schema of one stream with the record batch of the other. A stream begins with 8 bytes and
+    // the schema.
     let schema_of = |stream: &[u8]| 8 + u32::from_le_bytes(stream[4..8].try_into().unwrap()) as usize;
     let mixed = [&wide[..schema_of(&wide)], &narrow[schema_of(&narrow)..]].concat();
     let error = opened(&mixed, &options(Io::Mmap, 30)).unwrap_err().to_string();
