@@ -114,6 +114,10 @@ def _take_part(part: _core.Parts) -> Arrays | None:
 class Loader:
     """Gives batches of token sequences from Parquet and Arrow shards.
 
+    A batch is a dict of NumPy arrays of shape ``(batch_size, seq_len)``: ``input_ids`` and
+    ``labels``, or ``x`` and ``y``. They are int64, or int32 for inputs on request. The arrays may
+    be changed, and stay valid for as long as they are held.
+
     Seed and epoch decide the order of the batches. Every argument is a setting, and None means that
     it is not given. Settings that are not given have these values:
 
