@@ -430,7 +430,8 @@ class Loader:
     def seek(self, position: int, epoch: int | None = None) -> None:
         """Lets the next pass begin at `position` of `epoch`, by default the present epoch.
 
-        If the position is skipped, the pass begins at the next position that is not.
+        If the position is skipped, the pass begins at the next position that is not. Raises
+        ConfigError if the epoch has fewer positions.
         """
         self._core.seek(position, epoch)
         if self._split is not None:
@@ -502,8 +503,10 @@ class Loader:
         return self._settings.origins()
 
     def sequences_at(self, epoch: int, position: int, n: int = 1) -> Arrays:
-        """Returns the rows at `n` positions of an epoch's order, from `position` on, over all
-        ranks.
+        """Returns the rows at `n` positions of an epoch's order, from `position` on.
+
+        The rows are those of all ranks. Skipped positions have rows, too. Raises ConfigError if the
+        epoch has fewer positions.
         """
         return _arrays(self._open_core().sequences_at(epoch, position, n))
 
@@ -512,7 +515,8 @@ class Loader:
     ) -> Arrays:
         """Returns the batch that a rank gets at a step of the pass that begins with `epoch`.
 
-        The defaults are this loader's epoch and ranks.
+        The defaults are this loader's epoch and ranks. Raises ConfigError if the pass has fewer
+        steps.
         """
         return _arrays(self._open_core().batch_at(step, epoch, rank, world_size))
 

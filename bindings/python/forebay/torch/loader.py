@@ -44,7 +44,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
 
     A ``TokenDataset`` goes the native way if there is no ``batch_sampler``, no ``collate_fn``, and
     no sampler other than a ``DistributedSampler``. Batches are then dicts of tensors with shape
-    ``(batch_size, seq_len)``. On the native way:
+    ``(batch_size, seq_len)``, of type int64 by default. On the native way:
 
     - ``num_workers=0`` means the default number of threads.
     - ``worker_init_fn``, ``persistent_workers`` and ``in_order`` have no effect.
