@@ -135,7 +135,8 @@ def trainers(lane: Lane, *groups: str) -> None:
     trainer fails the lane.
     """
     everything = "trainers-more" in groups
-    files = ("tests/python/test_trainers.py", "tests/python/test_adapters.py")
+    names = ("trainers", "adapters", "packed_models")
+    files = tuple(f"tests/python/test_{name}.py" for name in names)
     chosen = () if everything else ("-k", "not ray and not deepspeed and not jax")
     if set_up(lane, "venv", ".venv-trainers", *groups) and set_up(lane, "wheel", ".venv-trainers"):
         run(lane, ".venv-trainers/bin/python", "-m", "pytest", *files, "-q", "-ra", *chosen)
