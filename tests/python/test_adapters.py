@@ -1,4 +1,4 @@
-"""Protects adapters for trainers with an interface of their own.
+"""Tests adapters for trainers with an interface of their own.
 
 These trainers get their batches for two epochs, and after a resume in the middle. The stand-ins
 have the published interfaces: torchtitan's abstract class, the calls of Megatron-LM on an external

@@ -1,4 +1,4 @@
-"""Protects datasets of others on threads.
+"""Tests datasets of others on threads.
 
 Whatever they raise, hold or return, a loader does not hang, and neither mixes nor loses data.
 """

@@ -1,4 +1,4 @@
-"""Protects the order in which settings are looked up.
+"""Tests the order in which settings are looked up.
 
 An argument wins over the environment, which wins over the file, which wins over the default. Ranks
 come from the launcher. Each case runs in an interpreter of its own, with exactly the environment

@@ -1,4 +1,4 @@
-"""Protects the corners of PyTorch's DataLoader in ours. The judge is torch's own class.
+"""Tests the corners of PyTorch's DataLoader in ours. The judge is torch's own class.
 
 Torch runs its processes only in tests where workers matter. docs/torch.md lists the differences
 that are on purpose. The tests under "Differences" below check them.

@@ -1,4 +1,4 @@
-"""Protects `forebay.torch.DataLoader` with datasets of others on threads, and memory of the caller.
+"""Tests `forebay.torch.DataLoader` with datasets of others on threads, and memory of the caller.
 
 A program that changes one import line must see the batches, exceptions and ends of PyTorch's
 loader.

@@ -1,4 +1,4 @@
-"""Protects batches on a real CUDA device.
+"""Tests batches on a real CUDA device.
 
 A batch that is copied while its memory is dropped and refilled never differs. `make test-gpu`
 prints the measured bandwidth and step times. Without a device, every test here is skipped.

@@ -1,6 +1,6 @@
-"""Protects: mixtures, skips, extension and ranks work on rows, whatever the layout is.
+"""Tests that mixtures, skips, extension and ranks work on rows in every layout.
 
-The rows are those of the specification. Each row says its source and number by `sample_ids`.
+The rows are those of the specification. `sample_ids` gives the source and the number of each row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Protects rows of whole documents, and their boundaries, against the specification.
+"""Tests rows of whole documents, and their boundaries, against the specification.
 
 Every layout is read from every cell of the matrix of formats and writers, with shuffling off and by
 blocks. Threads, ranks, targets, document marks and the settings of layouts take turns.

@@ -1,4 +1,4 @@
-"""Protects the memory of batches.
+"""Tests the memory of batches.
 
 A batch belongs to its holder. Its memory comes back when the last view dies. All memory is bounded.
 """

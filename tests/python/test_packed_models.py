@@ -1,4 +1,4 @@
-"""Protects: a model that attends inside documents has the losses of documents run alone."""
+"""Tests that a model with attention inside documents has the losses of documents run alone."""
 
 from __future__ import annotations
 

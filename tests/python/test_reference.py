@@ -1,5 +1,4 @@
-"""Protects the yardstick: reference and corpora are right by themselves, checked by hand-worked
-examples.
+"""Tests the reference and the corpora, by examples that were worked out by hand.
 
 Nothing here imports forebay, so a failure here means that the tests are wrong, not the loader.
 """

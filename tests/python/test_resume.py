@@ -1,4 +1,4 @@
-"""Protects resuming.
+"""Tests resuming.
 
 It jumps to the next batch that was not handed over, in a new process, any number of times.
 """

@@ -1,4 +1,4 @@
-"""Protects settings of a run beside its order, and their errors."""
+"""Tests settings of a run beside its order, and their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protects threads, signals, forks and exits.
+"""Tests threads, signals, forks and exits.
 
 The interpreter is never held, and every way of stopping is clean.
 """

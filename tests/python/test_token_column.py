@@ -1,4 +1,4 @@
-"""Protects the choice of the token column.
+"""Tests the choice of the token column.
 
 No column is taken by its name alone, and whole files are not called damaged.
 """

@@ -1,4 +1,4 @@
-"""Protects the stand-in for `torch.utils.data`, with PyTorch's meaning of every argument."""
+"""Tests the stand-in for `torch.utils.data`, with PyTorch's meaning of every argument."""
 
 from __future__ import annotations
 

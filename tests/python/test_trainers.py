@@ -1,4 +1,4 @@
-"""Protects trainers of others.
+"""Tests trainers of others.
 
 They take a forebay loader as it is, see every batch, and resume at their position. Each test skips
 itself if its trainer is not installed: requirements/trainers.txt.

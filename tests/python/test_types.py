@@ -1,4 +1,4 @@
-"""Protects the types that users see. The stub matches the module, and a strict program checks."""
+"""Tests the types that users see. The stub matches the module, and a strict program checks."""
 
 from __future__ import annotations
 

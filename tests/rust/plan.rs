@@ -1,4 +1,4 @@
-//! Protects the plan of a run. A run has the steps, remainder, displacement, decoding and memory
+//! Tests the plan of a run. A run has the steps, remainder, displacement, decoding and memory
 //! that `plan` announces.
 
 use std::collections::HashMap;
