@@ -59,9 +59,9 @@ enum Command {
     Check(check::Options),
     /// Saves what opening finds in every shard, so that later starts need not open them
     Index(index::Options),
-    /// Writes a corpus anew in files that load fast, and compares them with the source
+    /// Writes the documents of a corpus into files that load fast, and compares both
     Rewrite(rewrite::Options),
-    /// Computes what a run comes to and costs: steps, memory, shuffle distance, decoding
+    /// Computes the steps, memory, shuffle distance and decoding of a run before it starts
     Plan(plan::Options),
     /// Measures throughput without a trainer
     Bench(bench::Options),

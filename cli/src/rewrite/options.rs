@@ -33,10 +33,10 @@ pub(crate) struct Options {
     /// Type of the ids in the result; `auto` reads them all and takes the smallest that holds them
     #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "uint8", "uint16", "int32", "uint32", "int64"])]
     pub(super) dtype: String,
-    /// Number of tokens after which a shard of the result ends, with the document that reaches it
+    /// Number of tokens in a shard of the result; the shard ends with the document that reaches it
     #[arg(long, value_name = "TOKENS", default_value = "256Mi", value_parser = size)]
     pub(super) shard_tokens: u64,
-    /// Number of tokens near which record batches end; Arrow is indexed by these
+    /// Approximate number of tokens in a record batch; the index of Arrow has an entry for each
     #[arg(long, value_name = "TOKENS", default_value = "1Mi", value_parser = size)]
     pub(super) batch_tokens: u64,
     /// Codec of Parquet
@@ -45,10 +45,10 @@ pub(crate) struct Options {
     /// Encoding of Parquet
     #[arg(long, value_enum, default_value_t = Values::Plain)]
     pub(super) encoding: Values,
-    /// Number of tokens near which row groups of Parquet end
+    /// Approximate number of tokens in a row group of Parquet
     #[arg(long, value_name = "TOKENS", default_value = "16Mi", value_parser = size)]
     row_group_tokens: u64,
-    /// Number of bytes near which pages of Parquet end, before compression
+    /// Approximate number of bytes in a page of Parquet, before compression
     #[arg(long, value_name = "BYTES", default_value = "1Mi", value_parser = size)]
     page_bytes: u64,
     /// Name of the token column, if it is none of the usual ones

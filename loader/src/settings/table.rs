@@ -30,8 +30,8 @@ settings! {
         Paths, [TokenDataset];
 
     /// Several corpora with weights, in place of `data`. It has `sources` (each with `name`,
-    /// `data`, `weight` and the most `epochs`), `stages` that change the weights, and `exhausted`:
-    /// what happens when a source ends.
+    /// `data`, `weight`, and `epochs` as a limit), `stages` that change the weights, and
+    /// `exhausted`, the rule for a source that has ended.
     mixture: Option<String> = None,
         Content(ByCorpus(&["mixture"], "only the part that has begun is compared")),
         Optional(Mixture), [TokenDataset];
@@ -41,13 +41,14 @@ settings! {
         Content(AsOpened), Name, [TokenDataset];
 
     /// Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
-    /// and `ids` that has lists of ids, else the first that has an id in each row.
+    /// and `ids` that has lists of ids. If none has lists, it takes the first with an id in each
+    /// row.
     token_column: Option<String> = None,
         Content(AsOpened), Optional(column()), [TokenDataset];
 
     /// Further columns to deliver, with one value for each token: labels, masks, weights, or any
-    /// numbers. `labels` replace those made of the tokens. Their value is -100 where no token
-    /// stands; that of all other columns is 0.
+    /// numbers. `labels` replace the labels made of the tokens. In padding, `labels` are -100 and
+    /// all other columns are 0.
     fields: Vec<String> = Vec::new(),
         Content(Always), Columns, [TokenDataset];
 
@@ -68,47 +69,48 @@ settings! {
     eos_id: Option<u32> = None,
         Content(Always), Optional(TokenId), [TokenDataset];
 
-    /// How rows are made from documents. `concat` joins all documents and cuts the stream. `pack`
+    /// Way to make rows from documents. `concat` joins all documents and cuts the stream. `pack`
     /// puts whole documents into rows. `pad` gives each document a row. `rows` takes documents of
     /// exactly the length of a row.
     layout: LayoutKind = LayoutKind::Concat,
         Content(Always), Name, [TokenDataset];
 
-    /// Adds where documents begin to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
+    /// Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
     /// `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
     /// `pack`, and else `false`.
     boundaries: Option<bool> = None,
         Content(Always), Optional(Switch), [TokenDataset];
 
-    /// Treatment of documents that are longer than a row, in `pack` and `pad`. `split` cuts them
-    /// into pieces. `truncate` keeps their beginning. `drop` leaves them out.
+    /// Rule for documents that are longer than a row, in `pack` and `pad`. `split` cuts them into
+    /// pieces. `truncate` keeps their beginning. `drop` leaves them out.
     overflow: Overflow = Overflow::Split,
         Content(Always), Name, [TokenDataset];
 
-    /// Documents that a row of `pack` holds at most.
+    /// Limit of documents in a row of `pack`.
     max_docs_per_row: Option<u64> = None,
         Content(OrZero), Optional(number(1, 1 << 31)), [TokenDataset];
 
-    /// Every document of `pack` begins at a multiple of it.
+    /// In `pack`, every document begins at a multiple of this number.
     pack_align: u64 = 1,
         Content(Always), number(1, 1 << 20), [TokenDataset];
 
     /// Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks,
-    /// then sequences within windows. `true` is `global` for uncompressed Arrow, and `block` where
-    /// blocks have to be decoded.
+    /// then sequences within windows. `true` is `global` for uncompressed Arrow, and `block` for
+    /// files that have to be decoded.
     shuffle: Shuffle = Shuffle::Off,
         Content(Always), ShuffleKind, [TorchParameter];
 
     /// Key of the order, together with the epoch. `forebay.torch.DataLoader` takes it from the
-    /// sampler or the generator where it is not given.
+    /// sampler or the generator if you give none.
     seed: u64 = 0,
         Content(Always), number(0, u64::MAX), [DataLoader];
 
-    /// Tokens that block shuffling keeps together: the unit that it permutes over the corpus.
+    /// Tokens in a chunk. Block shuffling permutes the chunks of the corpus.
     chunk_tokens: u64 = 4 << 20,
         Content(WithBlocks), tokens(1, 1 << 48, "1Mi"), [DataLoader];
 
-    /// Tokens within which block shuffling then permutes sequences, over all lanes together.
+    /// Tokens in the windows of all lanes together. Block shuffling permutes the sequences of a
+    /// window.
     window_tokens: u64 = 16 << 20,
         Content(WithBlocks), tokens(1, 1 << 48, "16Mi"), [DataLoader];
 
@@ -117,7 +119,8 @@ settings! {
     lanes: u64 = 8,
         Content(WithLanes), number(1, 1 << 20), [DataLoader];
 
-    /// Keeps one sequence in so many out of training, whatever the seed.
+    /// Keeps one sequence of each run of this many out of training. The seed does not change the
+    /// choice.
     holdout: Option<u64> = None,
         Content(OrZero), Optional(number(2, 1 << 32)), [TokenDataset];
 
@@ -160,10 +163,9 @@ settings! {
     max_steps: Option<u64> = None,
         Grouping, Optional(number(1, 1 << 62).called("an integer from 1")), [DataLoader];
 
-    /// Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or
-    /// global batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`.
-    /// `wrap` fills them up from the start of the epoch. `short` gives a last batch with fewer
-    /// rows.
+    /// Rule for the tokens and sequences at an epoch's end that fill no whole sequence or global
+    /// batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`. `wrap`
+    /// fills them up from the start of the epoch. `short` gives a last batch with fewer rows.
     remainder: Remainder = Remainder::Drop,
         Grouping, Name, [DataLoader];
 
@@ -189,13 +191,13 @@ settings! {
     num_threads: Option<u64> = None,
         Operational, Optional(number(0, 1024)), [DataLoader];
 
-    /// CPUs that worker threads may run on, as `0,2-5` or a list. Linux only. `none` leaves them
-    /// wherever the process may run.
+    /// CPUs that worker threads may run on, as `0,2-5` or a list. Linux only. `none` allows all
+    /// CPUs of the process.
     cpu_affinity: Option<Vec<u64>> = None,
         Operational, Optional(Cpus), [DataLoader];
 
-    /// Added to the `nice` value of worker threads, so that they take less from a trainer on the
-    /// same CPUs. Linux only.
+    /// Number added to the `nice` value of worker threads, so that they take less from a trainer on
+    /// the same CPUs. Linux only.
     thread_priority: u64 = 0,
         Operational, number(0, 19), [DataLoader];
 
@@ -207,7 +209,7 @@ settings! {
     memory_budget: u64 = 512 << 20,
         Operational, bytes(), [TokenDataset, DataLoader];
 
-    /// Tokens near which blocks are cut for decoding. It never changes a batch.
+    /// Approximate number of tokens in a block that is decoded at once. It never changes a batch.
     block_tokens: u64 = 128 << 10,
         Operational, tokens(1, 1 << 31, "128Ki"), [TokenDataset, DataLoader];
 

@@ -27,21 +27,21 @@ class TokenDataset(Dataset[Tensors]):
         The corpus: a file, a folder, a glob pattern, or a list of these, in order.
     mixture:
         Several corpora with weights, in place of `data`. It has `sources` (each with `name`,
-        `data`, `weight` and the most `epochs`), `stages` that change the weights, and `exhausted`:
-        what happens when a source ends. Default: none. Accepted: sources, weights and stages as
-        JSON, or `none`.
+        `data`, `weight`, and `epochs` as a limit), `stages` that change the weights, and
+        `exhausted`, the rule for a source that has ended. Default: none. Accepted: sources, weights
+        and stages as JSON, or `none`.
     format:
         Expected format of the files. `auto` recognises it by content. Default: auto. Accepted:
         `auto`, `parquet` or `arrow`.
     token_column:
         Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
-        and `ids` that has lists of ids, else the first that has an id in each row. Default: none.
-        Accepted: a column's name, or `none`.
+        and `ids` that has lists of ids. If none has lists, it takes the first with an id in each
+        row. Default: none. Accepted: a column's name, or `none`.
     fields:
         Further columns to deliver, with one value for each token: labels, masks, weights, or any
-        numbers. `labels` replace those made of the tokens. Their value is -100 where no token
-        stands; that of all other columns is 0. Default: none. Accepted: up to 8 columns, each once
-        and none called `input_ids`, `x`, `y`, `source`, `sample_index`, or `none`.
+        numbers. `labels` replace the labels made of the tokens. In padding, `labels` are -100 and
+        all other columns are 0. Default: none. Accepted: up to 8 columns, each once and none called
+        `input_ids`, `x`, `y`, `source`, `sample_index`, or `none`.
     seq_len:
         Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
     targets:
@@ -53,26 +53,26 @@ class TokenDataset(Dataset[Tensors]):
     eos_id:
         Id put after every non-empty document. Default: none. Accepted: an id below 2^31, or `none`.
     layout:
-        How rows are made from documents. `concat` joins all documents and cuts the stream. `pack`
+        Way to make rows from documents. `concat` joins all documents and cuts the stream. `pack`
         puts whole documents into rows. `pad` gives each document a row. `rows` takes documents of
         exactly the length of a row. Default: concat. Accepted: `concat`, `pack`, `pad` or `rows`.
     boundaries:
-        Adds where documents begin to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
+        Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
         `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
         `pack`, and else `false`. Default: none.
     overflow:
-        Treatment of documents that are longer than a row, in `pack` and `pad`. `split` cuts them
-        into pieces. `truncate` keeps their beginning. `drop` leaves them out. Default: split.
-        Accepted: `split`, `truncate` or `drop`.
+        Rule for documents that are longer than a row, in `pack` and `pad`. `split` cuts them into
+        pieces. `truncate` keeps their beginning. `drop` leaves them out. Default: split. Accepted:
+        `split`, `truncate` or `drop`.
     max_docs_per_row:
-        Documents that a row of `pack` holds at most. Default: none. Accepted: an integer from 1 to
-        2^31, or `none`.
+        Limit of documents in a row of `pack`. Default: none. Accepted: an integer from 1 to 2^31,
+        or `none`.
     pack_align:
-        Every document of `pack` begins at a multiple of it. Default: 1. Accepted: an integer from 1
-        to 2^20.
+        In `pack`, every document begins at a multiple of this number. Default: 1. Accepted: an
+        integer from 1 to 2^20.
     holdout:
-        Keeps one sequence in so many out of training, whatever the seed. Default: none. Accepted:
-        an integer from 2 to 2^32, or `none`.
+        Keeps one sequence of each run of this many out of training. The seed does not change the
+        choice. Default: none. Accepted: an integer from 2 to 2^32, or `none`.
     split:
         Side of the holdout that is delivered. Default: train. Accepted: `train` or `holdout`.
     cu_seqlens_width:
@@ -85,8 +85,8 @@ class TokenDataset(Dataset[Tensors]):
         Memory for decoded blocks and batches in flight. Default: 512MiB. Accepted: a number of
         bytes, such as `512MiB` or `1GB`.
     block_tokens:
-        Tokens near which blocks are cut for decoding. It never changes a batch. Default: 128Ki.
-        Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
+        Approximate number of tokens in a block that is decoded at once. It never changes a batch.
+        Default: 128Ki. Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
     io:
         Access to file bytes. `auto` maps files on local file systems, and reads by position on
         network and FUSE ones. Default: auto. Accepted: `auto`, `mmap` or `pread`.

@@ -81,14 +81,14 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
     ----------------
     seed:
         Key of the order, together with the epoch. `forebay.torch.DataLoader` takes it from the
-        sampler or the generator where it is not given. Default: 0. Accepted: an integer from 0 to
-        2^64 - 1.
+        sampler or the generator if you give none. Default: 0. Accepted: an integer from 0 to 2^64 -
+        1.
     chunk_tokens:
-        Tokens that block shuffling keeps together: the unit that it permutes over the corpus.
-        Default: 4Mi. Accepted: a number of tokens from 1 to 2^48, such as `1Mi`.
+        Tokens in a chunk. Block shuffling permutes the chunks of the corpus. Default: 4Mi.
+        Accepted: a number of tokens from 1 to 2^48, such as `1Mi`.
     window_tokens:
-        Tokens within which block shuffling then permutes sequences, over all lanes together.
-        Default: 16Mi. Accepted: a number of tokens from 1 to 2^48, such as `16Mi`.
+        Tokens in the windows of all lanes together. Block shuffling permutes the sequences of a
+        window. Default: 16Mi. Accepted: a number of tokens from 1 to 2^48, such as `16Mi`.
     lanes:
         Virtual shards that block shuffling interleaves. World sizes that divide it decode each
         block about once. Default: 8. Accepted: an integer from 1 to 2^20.
@@ -115,10 +115,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         Steps after which a pass ends, counted from the start of its first epoch. Default: none.
         Accepted: an integer from 1, or `none`.
     remainder:
-        Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or
-        global batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`.
-        `wrap` fills them up from the start of the epoch. `short` gives a last batch with fewer
-        rows. Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
+        Rule for the tokens and sequences at an epoch's end that fill no whole sequence or global
+        batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`. `wrap`
+        fills them up from the start of the epoch. `short` gives a last batch with fewer rows.
+        Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
     pad_id:
         Id that fills padded rows. Their labels are -100. Default: 0. Accepted: an id below 2^31.
     sample_ids:
@@ -129,19 +129,19 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         of this rank less one, from 1 to 8. Default: none. Accepted: an integer from 0 to 1024, or
         `none`.
     cpu_affinity:
-        CPUs that worker threads may run on, as `0,2-5` or a list. Linux only. `none` leaves them
-        wherever the process may run. Default: none. Accepted: CPUs such as `0,2-5`, or `none`.
+        CPUs that worker threads may run on, as `0,2-5` or a list. Linux only. `none` allows all
+        CPUs of the process. Default: none. Accepted: CPUs such as `0,2-5`, or `none`.
     thread_priority:
-        Added to the `nice` value of worker threads, so that they take less from a trainer on the
-        same CPUs. Linux only. Default: 0. Accepted: an integer from 0 to 19.
+        Number added to the `nice` value of worker threads, so that they take less from a trainer on
+        the same CPUs. Linux only. Default: 0. Accepted: an integer from 0 to 19.
     prefetch_batches:
         Batches computed ahead of the consumer. Default: 4. Accepted: an integer from 1 to 65536.
     memory_budget:
         Memory for decoded blocks and batches in flight. Default: 512MiB. Accepted: a number of
         bytes, such as `512MiB` or `1GB`.
     block_tokens:
-        Tokens near which blocks are cut for decoding. It never changes a batch. Default: 128Ki.
-        Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
+        Approximate number of tokens in a block that is decoded at once. It never changes a batch.
+        Default: 128Ki. Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
     io:
         Access to file bytes. `auto` maps files on local file systems, and reads by position on
         network and FUSE ones. Default: auto. Accepted: `auto`, `mmap` or `pread`.
