@@ -670,14 +670,12 @@ impl AnyShard for ParquetShard {
                 "gzip decompresses several times slower than zstd at the same size: rewrite with zstd".to_owned(),
             );
         }
-        let whole = |page: &Page| {
-            page.v2.is_none()
-                && matches!(self.row_groups[page.row_group as usize].codec, Codec::Snappy | Codec::Lz4 | Codec::Lz4Raw)
-        };
+        // The other codecs decompress only the levels at the beginning of a page.
+        let whole = |page: &Page| page.v2.is_none() && self.row_groups[page.row_group as usize].codec == Codec::Lz4;
         if self.column.lists && self.pages.iter().any(whole) {
             advice.push(
-                "data pages of version 1 keep list levels inside the compressed body, so that the first opening \
-                 decompresses every page: write `data_page_version=\"2.0\"`"
+                "data pages of version 1 with the legacy lz4 are decompressed whole at every opening: rewrite with \
+                 zstd"
                     .to_owned(),
             );
         }

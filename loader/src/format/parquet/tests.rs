@@ -723,3 +723,22 @@ fn bits_unpack_at_every_width() {
         }
     }
 }
+
+#[test]
+fn only_pages_that_opening_decompresses_whole_are_called_slow_to_open() {
+    let rows: Rows = (0..200).map(|row| Some((0..row % 9).collect())).collect();
+    for (codec, is_slow) in [
+        (Compression::LZ4, true),
+        (Compression::LZ4_RAW, false),
+        (Compression::SNAPPY, false),
+        (Compression::ZSTD(ZstdLevel::default()), false),
+        (Compression::UNCOMPRESSED, false),
+    ] {
+        for version in [WriterVersion::PARQUET_1_0, WriterVersion::PARQUET_2_0] {
+            let saved = save(&write(&Writing { codec, version, ..Writing::default() }, &rows));
+            let advice = open(&saved, 1000).unwrap().advice();
+            let found = advice.iter().any(|line| line.contains("legacy lz4"));
+            assert_eq!(found, is_slow && version == WriterVersion::PARQUET_1_0, "{codec:?} {version:?}: {advice:?}");
+        }
+    }
+}
