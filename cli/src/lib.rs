@@ -9,6 +9,7 @@
 mod bench;
 mod check;
 mod config;
+mod flat;
 mod index;
 mod interrupt;
 mod mistakes;

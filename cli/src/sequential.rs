@@ -17,10 +17,12 @@ use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType};
 use forebay::corpus::Corpus;
 use forebay::corpus::schema::SchemaField;
+use forebay::format::ShardFacts;
 use forebay::settings::{Config, Targets};
 use forebay::tokens::Dtype;
 use forebay::{Error, Result};
 
+use crate::flat::{self, FlatReader};
 use crate::token_column::{self, unsound};
 
 /// Receives the stream while it is read.
@@ -82,8 +84,14 @@ fn read_column(
         // Files without tokens may have any columns.
         if corpus.facts_of(shard).counts.tokens > 0 {
             stream.shard = shard;
-            let column = column.unwrap_or_else(|| corpus.token_column(shard));
-            read_file(&file.path, column, &mut stream).map_err(|error| error.at(&file.path))?;
+            let facts = corpus.facts_of(shard);
+            let read = if flat::is_flat(facts.format) {
+                read_flat(&file.path, &facts, column, &mut stream)
+            } else {
+                let column = column.unwrap_or_else(|| corpus.token_column(shard));
+                read_file(&file.path, column, &mut stream)
+            };
+            read.map_err(|error| error.at(&file.path))?;
         }
     }
     stream.finish();
@@ -183,6 +191,18 @@ fn read_file(path: &Path, column: &str, stream: &mut Stream<'_>) -> Result<()> {
         }
     }
     // A plain column is one document.
+    stream.end();
+    Ok(())
+}
+
+/// Reads a flat file, for its ids or for the further column `column`.
+fn read_flat(path: &Path, facts: &ShardFacts, column: Option<&str>, stream: &mut Stream<'_>) -> Result<()> {
+    let mut reader = FlatReader::open(path, facts, column)?;
+    let mut rows = 0;
+    while let Some(column) = reader.next()? {
+        add(&column, rows, stream)?;
+        rows += column.len() as u64;
+    }
     stream.end();
     Ok(())
 }

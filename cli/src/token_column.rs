@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{DataType, Schema};
-use forebay::format::Format;
 use forebay::format::parquet::read_metadata;
+use forebay::format::{Format, ShardFacts};
 use forebay::settings::Io;
 use forebay::storage::Files;
 use forebay::{Error, Result};
@@ -22,16 +22,19 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::{FileMetaData, ParquetMetaData, RowGroupMetaData};
 use parquet::schema::types::{SchemaDescriptor, Type};
 
+use crate::flat;
+
 /// Number of tokens that parquet decodes at once, if the rows have nearly equal lengths.
 const DECODED_TOKENS: u64 = 1 << 20;
 
 /// The type of column `name` in the file at `path`.
-pub(crate) fn data_type(path: &Path, format: Format, name: &str) -> Result<DataType> {
+pub(crate) fn data_type(path: &Path, facts: &ShardFacts, name: &str) -> Result<DataType> {
     let read = || Ok(BufReader::new(open_file(path)?));
-    let schema = match format {
+    let schema = match facts.format {
         Format::Parquet => return Ok(parquet(path, name)?.schema().field(0).data_type().clone()),
         Format::ArrowFile => FileReader::try_new(read()?, None).map_err(unsound)?.schema(),
         Format::ArrowStream => StreamReader::try_new(read()?, None).map_err(unsound)?.schema(),
+        _ => return flat::data_type(facts),
     };
     Ok(schema.field(arrow(&schema, name)?).data_type().clone())
 }

@@ -140,7 +140,7 @@ class Loader:
         and stages as JSON, or `none`.
     format:
         Expected format of the files. `auto` recognises it by content. Default: auto. Accepted:
-        `auto`, `parquet` or `arrow`.
+        `auto`, `parquet`, `arrow`, `npy`, `llm.c`, `megatron`, `datatrove` or `raw`.
     token_column:
         Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
         and `ids` that has lists of ids. If none has lists, it takes the first with an id in each
@@ -150,6 +150,10 @@ class Loader:
         numbers. `labels` replace the labels made of the tokens. In padding, `labels` are -100 and
         all other columns are 0. Default: none. Accepted: up to 8 columns, each once and none called
         `input_ids`, `x`, `y`, `source`, `sample_index`, or `none`.
+    bin_dtype:
+        Type of the ids in raw files, which have no header that says it. Files of all other formats
+        say it themselves. Default: none. Accepted: `uint8`, `uint16`, `uint32`, `int32` or `int64`,
+        or `none`.
     seq_len:
         Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
     targets:
@@ -284,9 +288,10 @@ class Loader:
         data: Data | None = None,
         *,
         mixture: Mapping[str, Any] | str | None = None,
-        format: Literal["auto", "parquet", "arrow"] | None = None,
+        format: Literal["auto", "parquet", "arrow", "npy", "llm.c", "megatron", "datatrove", "raw"] | None = None,
         token_column: str | None = None,
         fields: Iterable[str] | None = None,
+        bin_dtype: npt.DTypeLike | None = None,
         seq_len: int | None = None,
         targets: Literal["labels", "shifted"] | None = None,
         bos_id: int | None = None,
@@ -335,6 +340,7 @@ class Loader:
             format=format,
             token_column=token_column,
             fields=fields,
+            bin_dtype=bin_dtype,
             seq_len=seq_len,
             targets=targets,
             bos_id=bos_id,

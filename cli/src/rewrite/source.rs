@@ -27,6 +27,7 @@ use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
 use super::fields::CarriedField;
+use crate::flat::{self, FlatReader};
 use crate::token_column::{self, open_file, unsound};
 
 /// A shard of the source.
@@ -55,7 +56,7 @@ impl Source {
         // The columns of a file without tokens may have any type, or be missing.
         for name in options.fields.iter().filter(|_| facts.counts.tokens > 0) {
             let shard = format::open(&file.path, &options.of_field(name))?;
-            let data_type = token_column::data_type(&file.path, facts.format, name);
+            let data_type = token_column::data_type(&file.path, &shard.facts(), name);
             let data_type = data_type.map_err(|error| error.at(&file.path))?;
             let Some(item) = token_column::item_of(&data_type) else {
                 let text = format!("column `{name}` is a plain column: `rewrite` carries lists alone");
@@ -74,7 +75,11 @@ impl Source {
         }
         let path = &self.file.path;
         let column = field.map_or(&self.column, |field| &self.fields[field].name);
-        let reader = Reader::open(path, self.facts.format, io, column, first_row);
+        let reader = if flat::is_flat(self.facts.format) {
+            FlatReader::open(path, &self.facts, field.map(|_| column.as_str())).map(Reader::Flat)
+        } else {
+            Reader::open(path, self.facts.format, io, column, first_row)
+        };
         let mut rows = Rows { reader: reader.map_err(|error| error.at(path))?, skip: 0, row: 0 };
         match rows.reader {
             // The reader has skipped the rows by its index.
@@ -100,6 +105,7 @@ enum Reader {
     },
     File(FileReader<BufReader<File>>),
     Stream(StreamReader<BufReader<File>>),
+    Flat(FlatReader),
     /// This many empty documents.
     Empty(u64),
 }
@@ -150,6 +156,7 @@ impl Reader {
             Self::Parquet(reader) => reader.next().transpose().map_err(unsound).map(|batch| batch.map(first)),
             Self::File(reader) => reader.next().transpose().map_err(unsound).map(|batch| batch.map(first)),
             Self::Stream(reader) => reader.next().transpose().map_err(unsound).map(|batch| batch.map(first)),
+            Self::Flat(reader) => reader.next(),
             Self::Empty(rows) => {
                 let rows = std::mem::take(rows) as usize;
                 let type_of_lists = DataType::FixedSizeList(Arc::new(Field::new("item", DataType::Int32, true)), 0);

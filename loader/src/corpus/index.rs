@@ -27,7 +27,7 @@ use crate::tokens::{Dtype, FieldTypes, MAX_FIELDS};
 
 const MAGIC: &[u8; 8] = b"forebayI";
 /// Version of the layout of header and records.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Size of the header without its checksum, in bytes: magic, version, size of a record, number of
 /// records, key.
 const CHECKED_HEADER: usize = 40;
@@ -83,7 +83,7 @@ impl IndexFile {
         part(env!("CARGO_PKG_VERSION").as_bytes());
         part(&VERSION.to_le_bytes());
         part(format!("{format:?} {:?} {}", options.token_column, options.block_tokens).as_bytes());
-        part(format!("{:?}", options.fields).as_bytes());
+        part(format!("{:?} {:?}", options.fields, options.bin_dtype).as_bytes());
         for entry in data {
             part(options.files.absolute(Path::new(entry)).as_os_str().as_encoded_bytes());
         }

@@ -77,8 +77,9 @@ impl OpenShard {
     /// tokens.
     fn check_fits(&self, field: &Self, name: &str) -> Result<()> {
         let [tokens, values] = [self, field].map(|column| column.before[column.before.len() - 1]);
-        let (there, now) = (self.shard.info().file.stamp(), field.shard.info().file.stamp());
-        if there != now {
+        let [there, now] = [self, field].map(|column| &column.shard.info().file);
+        // A column may lie in a file of its own.
+        if there.path() == now.path() && there.stamp() != now.stamp() {
             return Err(Error::new(ErrorKind::Changed, "shard changed while it was opened").at(self.shard.path()));
         }
         if (tokens.tokens, tokens.starts) == (values.tokens, values.starts) {

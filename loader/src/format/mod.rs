@@ -9,12 +9,13 @@
 
 pub mod arrow;
 mod columns;
+mod flat;
 pub mod parquet;
 
 use std::collections::TryReserveError;
 use std::fmt;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub(crate) use self::columns::{Holds, MissingColumn, choose_column, column_title, null_list};
 pub use self::columns::{TOKEN_COLUMNS, TokenColumn, looks_like};
@@ -33,6 +34,16 @@ pub enum Format {
     ArrowFile,
     /// Arrow IPC stream, which `datasets.save_to_disk` writes.
     ArrowStream,
+    /// NumPy array (`.npy`).
+    Npy,
+    /// File of llm.c: a header and ids (`.bin`).
+    LlmC,
+    /// Pair of Megatron: ids (`.bin`) and index (`.idx`).
+    Megatron,
+    /// Ids of datatrove (`.ds`) with the index beside them.
+    Datatrove,
+    /// Ids without a header (`.bin`), whose type the user names.
+    Raw,
 }
 
 /// The formats of shards, in the order in which a file's content is compared with them.
@@ -40,13 +51,35 @@ pub enum Format {
 /// Discovery, the setting `format`, opening, the saved index and the messages read this table. A
 /// saved index stores positions in it. So a new format goes to the end, or raises the version of
 /// the index.
-pub static FORMATS: [FormatEntry; 3] = [
+pub static FORMATS: [FormatEntry; 8] = [
+    // These two are known by the file beside them, whatever the ids look like.
+    FormatEntry {
+        format: Format::Megatron,
+        name: "megatron",
+        family: DataFormat::Megatron,
+        suffixes: &["bin"],
+        beside: &["idx"],
+        begins: None,
+        recognise: flat::megatron::recognise,
+        open: flat::megatron::open,
+    },
+    FormatEntry {
+        format: Format::Datatrove,
+        name: "datatrove",
+        family: DataFormat::Datatrove,
+        suffixes: &["ds"],
+        beside: &["ds.index", "ds.loss", "ds.metadata"],
+        begins: None,
+        recognise: flat::datatrove::recognise,
+        open: flat::datatrove::open,
+    },
     FormatEntry {
         format: Format::Parquet,
         name: "parquet",
         family: DataFormat::Parquet,
         suffixes: &["parquet", "pq"],
-        begins: "`PAR1`",
+        beside: &[],
+        begins: Some("`PAR1`"),
         recognise: parquet::recognise,
         open: |reads, options| parquet::open(reads.into_file(), options),
     },
@@ -55,16 +88,49 @@ pub static FORMATS: [FormatEntry; 3] = [
         name: "arrow file",
         family: DataFormat::Arrow,
         suffixes: &["arrow", "feather", "ipc"],
-        begins: "`ARROW1`",
+        beside: &[],
+        begins: Some("`ARROW1`"),
         recognise: arrow::recognise_file,
         open: |reads, options| arrow::open(reads, Format::ArrowFile, options),
+    },
+    FormatEntry {
+        format: Format::Npy,
+        name: "npy",
+        family: DataFormat::Npy,
+        suffixes: &["npy"],
+        beside: &[],
+        begins: Some("`\\x93NUMPY`"),
+        recognise: flat::npy::recognise,
+        open: flat::npy::open,
+    },
+    FormatEntry {
+        format: Format::LlmC,
+        name: "llm.c",
+        family: DataFormat::LlmC,
+        suffixes: &["bin"],
+        beside: &[],
+        begins: Some("a magic number of llm.c"),
+        recognise: flat::llmc::recognise,
+        open: flat::llmc::open,
+    },
+    // Old Arrow streams begin with a length, as raw ids may.
+    FormatEntry {
+        format: Format::Raw,
+        name: "raw",
+        family: DataFormat::Raw,
+        suffixes: &["bin"],
+        beside: &[],
+        begins: None,
+        recognise: flat::raw::recognise,
+        open: flat::raw::open,
     },
     FormatEntry {
         format: Format::ArrowStream,
         name: "arrow stream",
         family: DataFormat::Arrow,
         suffixes: &["arrow", "arrows"],
-        begins: "an Arrow stream marker",
+        beside: &[],
+        begins: Some("an Arrow stream marker"),
         recognise: arrow::recognise_stream,
         open: |reads, options| arrow::open(reads, Format::ArrowStream, options),
     },
@@ -82,8 +148,10 @@ pub struct FormatEntry {
     pub family: DataFormat,
     /// Suffixes of the files that a search of a folder takes.
     pub suffixes: &'static [&'static str],
-    /// The bytes that a file begins with, as text for messages.
-    begins: &'static str,
+    /// Suffixes that stand in place of that of the ids, in the names of files that belong to them.
+    pub beside: &'static [&'static str],
+    /// The bytes that a file begins with, as text for messages. None if ids are its first bytes.
+    begins: Option<&'static str>,
     /// Tells whether a file has this format. The name of the file is not used.
     recognise: fn(&Sample<'_>) -> Recognised,
     /// Opens a file whose content is known to have this format.
@@ -99,6 +167,17 @@ pub(crate) struct Sample<'a> {
     pub(crate) head: &'a [u8],
     /// The last 6 bytes, or all bytes of a shorter file.
     pub(crate) tail: &'a [u8],
+    /// Where the file is. Some formats look for another file beside it.
+    pub(crate) path: &'a Path,
+    /// How the file is opened.
+    pub(crate) options: &'a OpenOptions,
+}
+
+impl Sample<'_> {
+    /// Whether the name of the file ends in `.` and `suffix`.
+    fn ends_in(&self, suffix: &str) -> bool {
+        self.path.extension().is_some_and(|found| found.eq_ignore_ascii_case(suffix))
+    }
 }
 
 /// The answer of a format about a file.
@@ -109,7 +188,7 @@ pub(crate) enum Recognised {
     /// The file has this format.
     Yes,
     /// The file has this format, but cannot be read for the given reason.
-    Refused(&'static str),
+    Refused(Error),
 }
 
 impl Format {
@@ -387,6 +466,11 @@ pub trait AnyShard: Send + Sync + fmt::Debug {
     /// The same facts as [`AnyShard::info`]. They may change only before the shard is shared.
     fn info_mut(&mut self) -> &mut ShardInfo;
 
+    /// Closes its files until their next use.
+    fn let_go(&mut self) {
+        self.info_mut().file.let_go();
+    }
+
     /// Bytes of the tables that find tokens in this shard, without [`ShardInfo::blocks`].
     fn index_bytes(&self) -> u64;
 
@@ -495,11 +579,10 @@ impl Shard {
 
     /// Closes the file until its next use. That use fails if the file has changed meanwhile.
     pub fn let_go(&mut self) {
-        let info = match self {
-            Self::Random(shard) => shard.info_mut(),
-            Self::Block(shard) => shard.info_mut(),
-        };
-        info.file.let_go();
+        match self {
+            Self::Random(shard) => shard.let_go(),
+            Self::Block(shard) => shard.let_go(),
+        }
     }
 
     /// Fails if the file has another size or modification time than when it was opened.
@@ -570,6 +653,8 @@ pub struct OpenOptions {
     /// Whether `token_column` is one of the further columns. It may then have any type of a field
     /// and negative values, but no null list.
     pub is_field: bool,
+    /// Type of the ids in raw files.
+    pub bin_dtype: Option<Dtype>,
     /// Access to file bytes.
     pub io: Io,
     /// Number of tokens near which blocks are cut.
@@ -588,6 +673,7 @@ impl OpenOptions {
             fields: config.fields.clone(),
             fields_may_be_missing: config.mixture.is_some(),
             is_field: false,
+            bin_dtype: config.bin_dtype,
             io: config.io,
             block_tokens: config.block_tokens,
             cancel: Cancel::default(),
@@ -606,25 +692,52 @@ impl OpenOptions {
 /// Opens the file at `path`. The content of the file tells its format.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Shard> {
     let source = options.files.open(path, options.io)?;
-    let open = |mut reads| (recognise(&mut reads)?.open)(reads, options);
+    let open = |mut reads| (recognise(&mut reads, path, options)?.open)(reads, options);
     open(Reads::new(source)).map_err(|error| error.at(path))
 }
 
-/// Finds the row of a file's format by the first and last bytes of the file.
-fn recognise(reads: &mut Reads) -> Result<&'static FormatEntry> {
+/// The names of the ids that the file at `path` may belong to.
+pub fn owners(path: &Path) -> Vec<PathBuf> {
+    let name = path.to_string_lossy();
+    let of_entry = |entry: &FormatEntry| {
+        let stems = entry.beside.iter().filter_map(|beside| name.strip_suffix(beside)?.strip_suffix('.'));
+        stems.map(|stem| PathBuf::from(format!("{stem}.{}", entry.suffixes[0]))).collect::<Vec<_>>()
+    };
+    FORMATS.iter().flat_map(of_entry).collect()
+}
+
+/// The ids whose name is `prefix` and a suffix, if the file that must lie beside them is there.
+pub fn ids_of_prefix(files: &Files, prefix: &str) -> Result<Option<PathBuf>> {
+    for entry in FORMATS.iter() {
+        let Some(beside) = entry.beside.first() else { continue };
+        let [ids, beside] = [entry.suffixes[0], beside].map(|suffix| PathBuf::from(format!("{prefix}.{suffix}")));
+        if files.has_file(&ids)? && files.has_file(&beside)? {
+            return Ok(Some(ids));
+        }
+    }
+    Ok(None)
+}
+
+/// Finds the row of a file's format by its first and last bytes, and by the files beside it.
+fn recognise(reads: &mut Reads, path: &Path, options: &OpenOptions) -> Result<&'static FormatEntry> {
     let len = reads.file().len();
     let mut head = [0; 8];
     let head = &mut head[..len.min(8) as usize];
     head.copy_from_slice(reads.get(0..head.len() as u64)?);
-    let sample = Sample { len, head, tail: reads.last(6.min(len))? };
-    for entry in &FORMATS {
+    let sample = Sample { len, head, tail: reads.last(6.min(len))?, path, options };
+    // Ids may be none if another file says so.
+    for entry in FORMATS.iter().filter(|entry| len > 0 || !entry.beside.is_empty()) {
         match (entry.recognise)(&sample) {
             Recognised::Yes => return Ok(entry),
-            Recognised::Refused(why) => return Err(Error::data(why)),
+            Recognised::Refused(why) => return Err(why),
             Recognised::No => {}
         }
     }
-    let [begins @ .., last] = FORMATS.each_ref().map(|entry| entry.begins);
+    if len == 0 {
+        return Err(Error::data("shard is empty: expected a Parquet or Arrow file, or ids, found 0 bytes"));
+    }
+    let begins: Vec<_> = FORMATS.iter().filter_map(|entry| entry.begins).collect();
+    let (last, begins) = begins.split_last().expect("some formats are known by their first bytes");
     Err(Error::data(format!(
         "not a file of a known format: expected it to begin with {} or {last}, found {:02x?}; {}",
         begins.join(", "),
@@ -636,9 +749,6 @@ fn recognise(reads: &mut Reads) -> Result<&'static FormatEntry> {
 /// The advice for a file of unknown format that begins with `head`.
 fn remedy(head: &[u8]) -> &'static str {
     match head {
-        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => {
-            "it is a NumPy array: write the ids to an Arrow or Parquet file, such as with pyarrow"
-        }
         [b'P', b'K', 3 | 5, ..] => "it is a zip archive: unpack it",
         [0x1f, 0x8b, ..]
         | [0x28, 0xb5, 0x2f, 0xfd, ..]
@@ -646,7 +756,8 @@ fn remedy(head: &[u8]) -> &'static str {
         | [0xfd, b'7', b'z', b'X', b'Z', ..] => "it is compressed as a whole: decompress it",
         [b'{' | b'[', ..] => "it looks like JSON: tokenize it first, and write the ids to an Arrow or Parquet file",
         _ => {
-            "a raw file of ids does not say their `dtype`: write the ids to an Arrow or Parquet file, such as with pyarrow"
+            "a raw file of ids does not say their `dtype`: set `bin_dtype`, such as `uint16`, or write the ids to an Arrow \
+             or Parquet file"
         }
     }
 }

@@ -147,6 +147,16 @@ choices! {
         Parquet = "parquet",
         /// Arrow IPC file or stream only.
         Arrow = "arrow",
+        /// NumPy arrays only.
+        Npy = "npy",
+        /// Files of llm.c only.
+        LlmC = "llm.c",
+        /// Megatron's pairs only.
+        Megatron = "megatron",
+        /// Files of datatrove only.
+        Datatrove = "datatrove",
+        /// Ids without a header only.
+        Raw = "raw",
     }
 }
 

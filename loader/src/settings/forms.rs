@@ -333,6 +333,41 @@ impl Form<Shuffle> for ShuffleKind {
     }
 }
 
+/// A type of ids in a file, by NumPy's name.
+pub(super) struct StoredDtype;
+
+impl StoredDtype {
+    fn all() -> impl Iterator<Item = Dtype> {
+        Dtype::ALL.into_iter().filter(|dtype| dtype.is_id())
+    }
+}
+
+impl Form<Dtype> for StoredDtype {
+    fn parse(&self, text: &str) -> Result<Dtype, Unfit> {
+        checked(self, Self::all().find(|dtype| dtype.name() == text))
+    }
+
+    fn convert(&self, _: &Value) -> Result<Dtype, Unfit> {
+        Err(Unfit::Type)
+    }
+
+    fn holds(&self, value: &Dtype) -> bool {
+        value.is_id()
+    }
+
+    fn print(&self, value: &Dtype) -> String {
+        value.name().to_owned()
+    }
+
+    fn accepts(&self) -> String {
+        one_of(&Self::all().map(|dtype| format!("`{}`", dtype.name())).collect::<Vec<_>>())
+    }
+
+    fn python(&self) -> String {
+        "npt.DTypeLike".to_owned()
+    }
+}
+
 /// A type of delivered ids, by NumPy's name.
 pub(super) struct IdDtype;
 

@@ -15,8 +15,8 @@
 
 use super::config::{DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets};
 use super::forms::{
-    Columns, Cpus, EpochCount, IdDtype, Mixture, Name, Optional, Paths, ShuffleKind, Skips, Switch, TokenId, bytes,
-    column, few_tokens, folder, number, tokens,
+    Columns, Cpus, EpochCount, IdDtype, Mixture, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
+    TokenId, bytes, column, few_tokens, folder, number, tokens,
 };
 use super::setting::Compared::{Always, AsOpened, ByCorpus, ByProgress, OrZero, WithBlocks, WithLanes};
 use super::setting::Role::{Content, Grouping, Operational, Peers, Rank};
@@ -51,6 +51,11 @@ settings! {
     /// all other columns are 0.
     fields: Vec<String> = Vec::new(),
         Content(Always), Columns, [TokenDataset];
+
+    /// Type of the ids in raw files, which have no header that says it. Files of all other formats say
+    /// it themselves.
+    bin_dtype: Option<Dtype> = None,
+        Content(Always), Optional(StoredDtype), [TokenDataset];
 
     /// Tokens per sequence.
     seq_len: u64 = 2048,

@@ -51,9 +51,6 @@ struct Inner {
 impl SourceFile {
     pub(super) fn open(files: &Files, location: &Path, io: Io) -> Result<Self> {
         let (object, stamp) = open_regular(files, location)?;
-        if stamp.size_bytes == 0 {
-            return Err(Error::data("shard is empty: expected a Parquet or Arrow file, found 0 bytes").at(location));
-        }
         let inner = Inner {
             files: files.clone(),
             location: location.to_owned(),
@@ -138,7 +135,7 @@ impl SourceFile {
         self.inner.stamp.size_bytes
     }
 
-    /// Always false, because empty files are refused.
+    /// Whether the file had no bytes when it was opened.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -161,6 +158,9 @@ impl SourceFile {
     /// The bytes of `range`, borrowed from the mapping or read into `scratch`.
     pub fn slice<'a>(&'a self, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<&'a [u8]> {
         self.check_range(&range)?;
+        if range.is_empty() {
+            return Ok(&[]);
+        }
         match self.map()? {
             Some(map) => Ok(&map[range.start as usize..range.end as usize]),
             None => {
@@ -194,6 +194,9 @@ impl SourceFile {
     /// The bytes of `range` as shared bytes: a view of the mapping, or a new copy.
     pub fn bytes(&self, range: Range<u64>) -> Result<bytes::Bytes> {
         self.check_range(&range)?;
+        if range.is_empty() {
+            return Ok(bytes::Bytes::new());
+        }
         if self.map()?.is_some() {
             Ok(bytes::Bytes::from_owner(MappedBytes(Arc::clone(&self.inner)))
                 .slice(range.start as usize..range.end as usize))

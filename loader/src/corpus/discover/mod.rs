@@ -10,12 +10,12 @@
 mod pattern;
 mod plain;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{FORMATS, suffixes};
+use crate::format::{self, FORMATS, suffixes};
 use crate::settings::DataFormat;
 use crate::storage::{Files, Item, ItemKind};
 
@@ -74,6 +74,12 @@ pub fn find(files: &Files, data: &[String], format: DataFormat) -> Result<Discov
 fn find_entry(files: &Files, entry: &str, format: DataFormat) -> Result<Discovery> {
     let path = Path::new(entry);
     let there = files.stat_if_there(path);
+    if matches!(there, Ok(None))
+        && let Some(path) = format::ids_of_prefix(files, entry)?
+    {
+        let shard = ShardFile { name: file_name(&path), path };
+        return Ok(Discovery { shards: vec![shard], warnings: Vec::new() });
+    }
     match there {
         Ok(None) if is_url(entry) => Err(Error::config(format!(
             "cannot read `{entry}`: an object store or a server; copy its files to a local disk, and name them there"
@@ -136,6 +142,9 @@ fn find_by_pattern(files: &Files, text: &str, format: DataFormat) -> Result<Disc
             ItemKind::Other => {}
         }
     }
+    // The files that belong to others are read with these.
+    let named: HashSet<PathBuf> = search.found.iter().map(|(_, shard)| shard.path.clone()).collect();
+    search.found.retain(|(_, shard)| !format::owners(&shard.path).iter().any(|owner| named.contains(owner)));
     let names_caches = text.rsplit('/').next().is_some_and(|last| last.starts_with(plain::CACHE_PREFIX));
     let found = search.finish(&fixed, !names_caches)?;
     if found.shards.is_empty() {

@@ -289,12 +289,12 @@ struct DocumentRun {
 pub(crate) fn recognise_file(sample: &Sample<'_>) -> Recognised {
     match (sample.head.starts_with(b"ARROW1"), sample.tail.ends_with(b"ARROW1")) {
         (true, true) => Recognised::Yes,
-        (true, false) => Recognised::Refused(
+        (true, false) => Recognised::Refused(Error::data(
             "Arrow file is truncated: it begins with `ARROW1` and does not end with it; write or copy it again",
-        ),
-        _ if sample.head.starts_with(b"FEA1") => {
-            Recognised::Refused("Feather version 1 is not supported; write Arrow IPC (Feather version 2) instead")
-        }
+        )),
+        _ if sample.head.starts_with(b"FEA1") => Recognised::Refused(Error::data(
+            "Feather version 1 is not supported; write Arrow IPC (Feather version 2) instead",
+        )),
         _ => Recognised::No,
     }
 }

@@ -57,13 +57,15 @@ pub(crate) fn recognise(sample: &Sample<'_>) -> Recognised {
     if sample.head.starts_with(b"PAR1") {
         return match sample.tail.ends_with(b"PAR1") {
             true => Recognised::Yes,
-            false => Recognised::Refused(
+            false => Recognised::Refused(Error::data(
                 "Parquet file is truncated: it begins with `PAR1` and does not end with it; write or copy it again",
-            ),
+            )),
         };
     }
     if sample.head.starts_with(b"PARE") || sample.tail.ends_with(b"PARE") {
-        return Recognised::Refused("Parquet file is encrypted, which is not supported; write it without encryption");
+        return Recognised::Refused(Error::data(
+            "Parquet file is encrypted, which is not supported; write it without encryption",
+        ));
     }
     Recognised::No
 }

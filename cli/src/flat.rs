@@ -1,0 +1,277 @@
+//! Reads flat files of ids in order, as arrays of arrow-rs: the expectation that a loader is held
+//! to.
+//!
+//! Shares no code with the loader's own reading of these formats. Reads from front to back, and
+//! takes the memory of one batch. Gives a plain array where a file is one document, and lists
+//! elsewhere.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow_array::{
+    ArrayRef, BooleanArray, Int32Array, Int64Array, LargeListArray, UInt8Array, UInt16Array, UInt32Array,
+    new_empty_array,
+};
+use arrow_buffer::OffsetBuffer;
+use arrow_schema::{DataType, Field};
+use forebay::format::{Format, ShardFacts};
+use forebay::tokens::Dtype;
+use forebay::{Error, Result};
+
+use crate::token_column::open_file;
+
+/// Values and documents after which a batch ends.
+const BATCH_TOKENS: u64 = 1 << 20;
+const BATCH_ROWS: usize = 1 << 16;
+
+/// A flat file that is being read.
+pub(crate) struct FlatReader {
+    data: BufReader<File>,
+    dtype: Dtype,
+    ends: Ends,
+    /// Number of values that were read.
+    read: u64,
+}
+
+/// The ends of the documents that are still to come.
+enum Ends {
+    /// The file is one document of so many values.
+    One(u64),
+    /// So many documents of one length.
+    Fixed { length: u64, left: u64 },
+    /// Numbers of 8 bytes, each the end of a document.
+    Listed(BufReader<File>),
+    /// Documents are runs of sequences.
+    Sequences {
+        /// The first sequence of each document that is still to come, and the end of the last one.
+        firsts: BufReader<File>,
+        /// The lengths of the sequences that are still to come.
+        lengths: BufReader<File>,
+        /// Documents that are still to come.
+        left: u64,
+        /// Sequences that were passed.
+        passed: u64,
+    },
+}
+
+/// Whether files of `format` are read by this module.
+pub(crate) fn is_flat(format: Format) -> bool {
+    match format {
+        Format::Npy | Format::LlmC | Format::Megatron | Format::Datatrove | Format::Raw => true,
+        Format::Parquet | Format::ArrowFile | Format::ArrowStream => false,
+    }
+}
+
+/// The type of the column of a flat file.
+pub(crate) fn data_type(facts: &ShardFacts) -> Result<DataType> {
+    let item = item_type(facts.dtype)?;
+    Ok(if facts.column.is_plain() { item } else { DataType::LargeList(Arc::new(Field::new_list_field(item, false))) })
+}
+
+impl FlatReader {
+    /// Opens the file at `path`, which a loader describes by `facts`.
+    /// `further` names the column to read if it is not that of the ids.
+    pub(crate) fn open(path: &Path, facts: &ShardFacts, further: Option<&str>) -> Result<Self> {
+        match facts.format {
+            Format::Npy => npy(path),
+            Format::Raw => raw(path, facts),
+            Format::LlmC => llmc(path, facts),
+            Format::Megatron => megatron(path, facts),
+            Format::Datatrove => datatrove(path, facts, further),
+            other => Err(Error::data(format!("a file of format {} is not flat", other.name()))),
+        }
+    }
+
+    /// The next documents, or the next values of a file that is one document.
+    pub(crate) fn next(&mut self) -> Result<Option<ArrayRef>> {
+        if let Ends::One(tokens) = self.ends {
+            let count = (tokens - self.read).min(BATCH_TOKENS);
+            return if count == 0 { Ok(None) } else { self.values(count).map(Some) };
+        }
+        let first = self.read;
+        let mut offsets = vec![0];
+        while offsets.len() <= BATCH_ROWS
+            && self.read - first < BATCH_TOKENS
+            && let Some(end) = self.next_end()?
+        {
+            offsets.push((end - first) as i64);
+            self.read = end;
+        }
+        if offsets.len() == 1 {
+            return Ok(None);
+        }
+        let count = self.read - first;
+        self.read = first;
+        let values = if count == 0 { new_empty_array(&item_type(self.dtype)?) } else { self.values(count)? };
+        let item = Arc::new(Field::new_list_field(values.data_type().clone(), false));
+        Ok(Some(Arc::new(LargeListArray::new(item, OffsetBuffer::new(offsets.into()), values, None))))
+    }
+
+    /// The number of values before the end of the next document.
+    fn next_end(&mut self) -> Result<Option<u64>> {
+        match &mut self.ends {
+            Ends::One(_) | Ends::Fixed { left: 0, .. } => Ok(None),
+            Ends::Fixed { length, left } => {
+                *left -= 1;
+                Ok(Some(self.read + *length))
+            }
+            Ends::Listed(ends) => {
+                if ends.fill_buf().map_err(unreadable)?.is_empty() {
+                    return Ok(None);
+                }
+                number(ends).map(Some)
+            }
+            Ends::Sequences { left: 0, .. } => Ok(None),
+            Ends::Sequences { firsts, lengths, left, passed } => {
+                *left -= 1;
+                let (next, mut end) = (number(firsts)?, self.read);
+                while *passed < next {
+                    let mut length = [0; 4];
+                    lengths.read_exact(&mut length).map_err(unreadable)?;
+                    end += u64::from(u32::from_le_bytes(length));
+                    *passed += 1;
+                }
+                Ok(Some(end))
+            }
+        }
+    }
+
+    /// The next `count` values.
+    fn values(&mut self, count: u64) -> Result<ArrayRef> {
+        let mut bytes = Vec::new();
+        let wanted = count * self.dtype.size() as u64;
+        (&mut self.data).take(wanted).read_to_end(&mut bytes).map_err(unreadable)?;
+        if bytes.len() as u64 != wanted {
+            return Err(Error::data(format!(
+                "the file ends early: expected {wanted} more bytes, found {}",
+                bytes.len()
+            )));
+        }
+        self.read += count;
+        macro_rules! array {
+            ($array:ty, $type:ty) => {
+                Arc::new(<$array>::from_iter_values(
+                    bytes.as_chunks().0.iter().map(|bytes| <$type>::from_le_bytes(*bytes)),
+                ))
+            };
+        }
+        Ok(match self.dtype {
+            Dtype::Bool => Arc::new(BooleanArray::from_iter(bytes.into_iter().map(|value| Some(value != 0)))),
+            Dtype::U8 => Arc::new(UInt8Array::from(bytes)),
+            Dtype::U16 => array!(UInt16Array, u16),
+            Dtype::U32 => array!(UInt32Array, u32),
+            Dtype::I32 => array!(Int32Array, i32),
+            Dtype::I64 => array!(Int64Array, i64),
+            other => return Err(no_ids(other)),
+        })
+    }
+}
+
+fn item_type(dtype: Dtype) -> Result<DataType> {
+    Ok(match dtype {
+        Dtype::Bool => DataType::Boolean,
+        Dtype::U8 => DataType::UInt8,
+        Dtype::U16 => DataType::UInt16,
+        Dtype::U32 => DataType::UInt32,
+        Dtype::I32 => DataType::Int32,
+        Dtype::I64 => DataType::Int64,
+        other => return Err(no_ids(other)),
+    })
+}
+
+fn no_ids(dtype: Dtype) -> Error {
+    Error::data(format!("a flat file has ids of type {}", dtype.name()))
+}
+
+fn unreadable(error: std::io::Error) -> Error {
+    Error::io("cannot read the shard", error)
+}
+
+fn npy(path: &Path) -> Result<FlatReader> {
+    let odd = || Error::data("the header of the NumPy array is unreadable");
+    let mut data = BufReader::new(open_file(path)?);
+    let mut first = [0; 8];
+    data.read_exact(&mut first).map_err(unreadable)?;
+    let mut length = [0; 4];
+    let width = if first[6] == 1 { 2 } else { 4 };
+    data.read_exact(&mut length[..width]).map_err(unreadable)?;
+    let mut header = vec![0; u32::from_le_bytes(length) as usize];
+    data.read_exact(&mut header).map_err(unreadable)?;
+    let header: String = String::from_utf8(header).map_err(|_| odd())?.split_whitespace().collect();
+    let after = |key: &str| header.split_once(&format!("'{key}':")).map(|(_, rest)| rest).ok_or_else(odd);
+    let descr = after("descr")?.split('\'').nth(1).ok_or_else(odd)?;
+    let dtype = match descr.trim_start_matches(['<', '|', '=']) {
+        "u1" => Dtype::U8,
+        "u2" => Dtype::U16,
+        "u4" => Dtype::U32,
+        "i4" => Dtype::I32,
+        "i8" => Dtype::I64,
+        _ => return Err(odd()),
+    };
+    let shape = after("shape")?.trim_start_matches('(').split(')').next().ok_or_else(odd)?;
+    let shape = shape.split(',').filter(|length| !length.is_empty()).map(|length| length.trim_end_matches('L').parse());
+    let ends = match shape.collect::<std::result::Result<Vec<u64>, _>>().map_err(|_| odd())?[..] {
+        [tokens] => Ends::One(tokens),
+        [left, length] => Ends::Fixed { length, left },
+        _ => return Err(odd()),
+    };
+    Ok(FlatReader { data, dtype, ends, read: 0 })
+}
+
+/// The next number of 8 bytes.
+fn number(file: &mut BufReader<File>) -> Result<u64> {
+    let mut number = [0; 8];
+    file.read_exact(&mut number).map_err(unreadable)?;
+    Ok(u64::from_le_bytes(number))
+}
+
+/// The file at `path`, from byte `start` on.
+fn file_from(path: &Path, start: u64) -> Result<BufReader<File>> {
+    let mut file = open_file(path)?;
+    file.seek(SeekFrom::Start(start)).map_err(unreadable)?;
+    Ok(BufReader::new(file))
+}
+
+fn raw(path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
+    let ends = Ends::One(facts.stamp.size_bytes / facts.dtype.size() as u64);
+    Ok(FlatReader { data: file_from(path, 0)?, dtype: facts.dtype, ends, read: 0 })
+}
+
+fn llmc(path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
+    let mut header = [0; 12];
+    open_file(path)?.read_exact(&mut header).map_err(unreadable)?;
+    let [magic, _, tokens] = [0, 4, 8].map(|at| i32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes")));
+    let dtype = if magic == 20_240_520 { Dtype::U16 } else { Dtype::U32 };
+    if dtype != facts.dtype {
+        return Err(Error::data(format!("the magic number {magic} belongs to ids of type {}", dtype.name())));
+    }
+    Ok(FlatReader {
+        data: file_from(path, 256 * 4)?,
+        dtype,
+        ends: Ends::One(u64::from(tokens.cast_unsigned())),
+        read: 0,
+    })
+}
+
+fn megatron(path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
+    let index = path.with_extension("idx");
+    let mut header = file_from(&index, 18)?;
+    let (sequences, documents) = (number(&mut header)?, number(&mut header)?);
+    // The first entry is 0, and each other one is the end of a document.
+    let firsts = file_from(&index, 34 + sequences * (4 + 8) + 8)?;
+    let lengths = file_from(&index, 34)?;
+    let ends = Ends::Sequences { firsts, lengths, left: documents.saturating_sub(1), passed: 0 };
+    Ok(FlatReader { data: file_from(path, 0)?, dtype: facts.dtype, ends, read: 0 })
+}
+
+fn datatrove(path: &Path, facts: &ShardFacts, further: Option<&str>) -> Result<FlatReader> {
+    let beside = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
+    let ends = Ends::Listed(file_from(&beside(".index"), 0)?);
+    let (path, dtype) = match further {
+        Some(_) => (beside(".loss"), Dtype::Bool),
+        None => (path.to_owned(), facts.dtype),
+    };
+    Ok(FlatReader { data: file_from(&path, 0)?, dtype, ends, read: 0 })
+}

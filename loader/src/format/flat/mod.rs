@@ -1,0 +1,243 @@
+//! Flat files of ids: one array of values after at most a header.
+//!
+//! Each format has a module that recognises it and reads its header or its index. All formats share
+//! [`FlatShard`], which borrows windows from the mapping as uncompressed Arrow does. Opening reads
+//! headers and indexes and no ids. A header that does not fit the size of its file is an error.
+
+pub(super) mod datatrove;
+mod documents;
+pub(super) mod llmc;
+pub(super) mod megatron;
+pub(super) mod npy;
+pub(super) mod raw;
+
+use std::ops::Range;
+
+use self::documents::{BlockDocuments, DocumentTable};
+use super::{
+    AnyShard, BlockMeta, Ends, EndsScratch, Format, MissingColumn, OpenOptions, RandomShard, Shard, ShardInfo,
+    TOKEN_COLUMNS, TokenColumn,
+};
+use crate::error::{Error, Result};
+use crate::storage::SourceFile;
+use crate::text::{escaped, number_of};
+use crate::tokens::{Dtype, Tokens};
+
+/// What a format found out about a file.
+struct Contents {
+    format: Format,
+    file: SourceFile,
+    /// The place of the first value in the file.
+    start: u64,
+    dtype: Dtype,
+    /// Number of values.
+    tokens: u64,
+    documents: Documents,
+    /// The further column that lies beside the ids, if there is any.
+    further: Option<&'static str>,
+}
+
+/// Where the documents of a file end.
+#[derive(Debug)]
+enum Documents {
+    /// The file is one document. Each value counts as a row.
+    One,
+    /// All documents have one length.
+    Fixed { length: u64, count: u64 },
+    /// A table in a second file tells.
+    Listed(DocumentTable),
+}
+
+/// A file whose values are read in place.
+#[derive(Debug)]
+struct FlatShard {
+    info: ShardInfo,
+    start: u64,
+    documents: Documents,
+    /// The documents of each block, where a table lists them. Elsewhere the file is one block.
+    blocks: Vec<BlockDocuments>,
+}
+
+/// The column that the values of a flat file count as.
+const COLUMN: &str = TOKEN_COLUMNS[0];
+
+/// Fails if `options` ask for a column that is neither the ids nor `further`.
+fn check_column(format: Format, further: Option<&str>, options: &OpenOptions) -> Result<()> {
+    let Some(name) = options.token_column.as_deref() else { return Ok(()) };
+    let (shown, format) = (escaped(name), format.name());
+    if options.is_field {
+        if further == Some(name) {
+            return Ok(());
+        }
+        let has = further.map_or_else(|| "ids alone".to_owned(), |further| format!("ids and `{further}`"));
+        let text = format!("column `{shown}` of `fields` is missing: the file of format {format} has {has}");
+        return Err(Error::data(text).with_source(MissingColumn));
+    }
+    if name == COLUMN {
+        return Ok(());
+    }
+    Err(Error::data(format!(
+        "`token_column` is `{shown}`, and a file of format {format} has no columns: leave `token_column` out"
+    )))
+}
+
+/// Fails unless `file` has exactly `tokens` values of `dtype` from byte `start` on. `says` tells
+/// where the number comes from.
+fn check_size(file: &SourceFile, start: u64, dtype: Dtype, tokens: u64, says: &str) -> Result<()> {
+    let expected = tokens.checked_mul(dtype.size() as u64).and_then(|bytes| bytes.checked_add(start));
+    if expected == Some(file.len()) {
+        return Ok(());
+    }
+    let found = file.len();
+    let expected = expected.map_or_else(|| "more than 2^64".to_owned(), |bytes| bytes.to_string());
+    Err(Error::data(format!(
+        "{says} {}: expected a file of {expected} bytes, found {found}; the file is cut or damaged: write or copy it \
+         again",
+        number_of(tokens, &format!("{} id", dtype.name()))
+    )))
+}
+
+impl Contents {
+    /// The shard of a file whose header and size fit each other.
+    fn open(self, options: &OpenOptions) -> Result<Shard> {
+        let Self { format, file, start, dtype, tokens, documents, further } = self;
+        check_column(format, further, options)?;
+        let one_block = |full: u64| {
+            let block = BlockMeta { tokens, starts: full, ends: full, ..BlockMeta::default() };
+            (if tokens > 0 { vec![block] } else { Vec::new() }, Vec::new())
+        };
+        let (rows, (metas, blocks)) = match &documents {
+            Documents::One => (tokens, one_block(1)),
+            Documents::Fixed { count, .. } => (*count, one_block(*count)),
+            Documents::Listed(table) => {
+                (table.documents, table.cut(tokens, options).map_err(|error| error.at(table.index.path()))?)
+            }
+        };
+        file.advise_random();
+        let column = TokenColumn::of(COLUMN, matches!(documents, Documents::One));
+        let not_read = further.filter(|_| !options.is_field).map(str::to_owned).into_iter().collect();
+        let info = ShardInfo { file, format, dtype, column, not_read, rows, blocks: metas };
+        Ok(Shard::Random(Box::new(FlatShard { info, start, documents, blocks })))
+    }
+}
+
+impl FlatShard {
+    /// The byte of the file that holds token `token` of block `block`.
+    fn byte_of(&self, block: usize, token: u64) -> u64 {
+        let before = self.blocks.get(block).map_or(0, |block| block.start);
+        self.start + (before + token) * self.info.dtype.size() as u64
+    }
+}
+
+impl AnyShard for FlatShard {
+    fn info(&self) -> &ShardInfo {
+        &self.info
+    }
+
+    fn info_mut(&mut self) -> &mut ShardInfo {
+        &mut self.info
+    }
+
+    fn let_go(&mut self) {
+        self.info.file.let_go();
+        if let Documents::Listed(table) = &mut self.documents {
+            table.index.let_go();
+        }
+    }
+
+    fn index_bytes(&self) -> u64 {
+        (size_of_val(self) + size_of_val(self.blocks.as_slice())) as u64
+    }
+
+    fn advice(&self) -> Vec<String> {
+        match self.info.dtype {
+            Dtype::I64 => {
+                vec!["tokens take 8 bytes: int32 or uint16 halves or quarters the file and the reading".to_owned()]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn describe(&self) -> String {
+        let documents = match &self.documents {
+            Documents::One => "one document".to_owned(),
+            Documents::Fixed { length, .. } => format!("documents of {}", number_of(*length, "token")),
+            Documents::Listed(_) => "documents listed beside it".to_owned(),
+        };
+        format!("{documents}, uncompressed, read in place")
+    }
+
+    fn row_lengths(&self) -> Result<Vec<Option<u64>>> {
+        Ok(match &self.documents {
+            Documents::One => vec![Some(1); self.info.rows as usize],
+            Documents::Fixed { length, count } => vec![Some(*length); *count as usize],
+            Documents::Listed(table) => {
+                let (mut lengths, mut last) = (Vec::new(), 0);
+                for document in 0..table.documents {
+                    table.ends(document..document + 1, &mut Vec::new(), |end| {
+                        lengths.push(Some(end.saturating_sub(last)));
+                        last = end;
+                        Ok(())
+                    })?;
+                }
+                lengths
+            }
+        })
+    }
+}
+
+impl RandomShard for FlatShard {
+    fn tokens<'a>(&'a self, block: usize, range: Range<u64>, scratch: &'a mut Vec<u8>) -> Result<Tokens<'a>> {
+        self.info.file.check_window()?;
+        let bytes = self.byte_of(block, range.start)..self.byte_of(block, range.end);
+        Ok(Tokens::new(self.info.dtype, self.info.file.slice(bytes, scratch)?))
+    }
+
+    fn mapped(&self, block: usize, token: u64) -> Option<&[u8]> {
+        let end = self.byte_of(block, self.info.blocks[block].tokens);
+        self.info.file.mapped()?.get(self.byte_of(block, token) as usize..end as usize)
+    }
+
+    fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
+        let tokens = self.info.blocks[block].tokens;
+        Ok(match &self.documents {
+            Documents::One => Ends::Fixed { length: tokens, count: 1 },
+            Documents::Fixed { length, count } => Ends::Fixed { length: *length, count: *count as usize },
+            Documents::Listed(_) if self.info.blocks[block].ends == 1 => Ends::Fixed { length: tokens, count: 1 },
+            Documents::Listed(table) => {
+                let place = |error: Error| error.at(table.index.path());
+                table.index.check_window().map_err(place)?;
+                scratch.list.clear();
+                table.ends_in(self.blocks[block], &mut scratch.bytes, &mut scratch.list).map_err(place)?;
+                Ends::List(&scratch.list)
+            }
+        })
+    }
+
+    fn will_need(&self, block: usize, range: Range<u64>) {
+        self.info.file.will_need(self.byte_of(block, range.start)..self.byte_of(block, range.end));
+    }
+
+    fn is_resident(&self, block: usize, range: Range<u64>) -> bool {
+        self.info.file.is_resident(self.byte_of(block, range.start))
+    }
+
+    fn row_of(&self, block: usize, token: u64) -> Option<u64> {
+        match &self.documents {
+            Documents::One => Some(token),
+            Documents::Fixed { length, .. } => Some(token / (*length).max(1)),
+            Documents::Listed(table) => {
+                let BlockDocuments { first, count, start } = *self.blocks.get(block)?;
+                let mut before = 0;
+                let ends = table.ends(first..first + count, &mut Vec::new(), |end| {
+                    before += u64::from(end <= start + token);
+                    Ok(())
+                });
+                ends.ok().map(|()| first + before)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
