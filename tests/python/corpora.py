@@ -1,4 +1,5 @@
-"""Corpora written by the writers people use: pyarrow, polars, DuckDB and Hugging Face `datasets`.
+"""Corpora written by the writers people use: pyarrow, polars, DuckDB, Hugging Face `datasets`,
+NumPy, Megatron and datatrove.
 
 Every cell of the matrix is a writer, a container, a codec, an encoding, a column type and what is
 special about it. Documents are deterministic; where the type is wide enough every token of the
@@ -48,6 +49,16 @@ class Cell:
     @property
     def type(self) -> str:
         return self.dtype if self.kind == "plain" else f"{self.kind}<{self.dtype}>"
+
+    @property
+    def flat(self) -> bool:
+        """Whether the files hold ids alone."""
+        return self.container in FLAT_WRITERS
+
+    @property
+    def bin_dtype(self) -> str | None:
+        """The setting `bin_dtype` that the files need."""
+        return np.dtype(NUMPY_DTYPES[self.dtype]).name if self.container == "raw" else None
 
     @property
     def decoded(self) -> bool:
@@ -170,9 +181,12 @@ def write(cell: Cell, folder: Path, shards: list[Documents] | None = None) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     if cell.writer == "datasets" and cell.container == "save_to_disk":
         return save_to_disk(cell, folder, shards)
-    suffix = "parquet" if cell.container == "parquet" else "arrow"
+    suffix = SUFFIXES.get(cell.container, "arrow")
     for index, rows in enumerate(shards):
         path = folder / f"shard-{index:03}.{suffix}"
+        if cell.flat:
+            FLAT_WRITERS[cell.container](cell, path, [row or [] for row in rows])
+            continue
         table = table_of(cell, rows)
         WRITERS[cell.writer](cell, path, table)
     return folder
@@ -255,6 +269,60 @@ def save_to_disk(cell: Cell, folder: Path, shards: list[Documents]) -> Path:
     return folder / "saved"
 
 
+def write_npy(cell: Cell, path: Path, rows: list[list[int]]) -> None:
+    """A vector of all tokens, or a matrix with a document in each row."""
+    dtype = NUMPY_DTYPES[cell.dtype]
+    flat = np.array([token for row in rows for token in row], dtype)
+    array = flat.reshape(len(rows), FIXED) if cell.kind == "fixed_size_list" else flat
+    with open(path, "wb") as file:
+        np.lib.format.write_array(file, array, version=cell.options.get("version"))
+
+
+def write_raw(cell: Cell, path: Path, rows: list[list[int]]) -> None:
+    np.array([token for row in rows for token in row], NUMPY_DTYPES[cell.dtype]).tofile(path)
+
+
+def write_llmc(cell: Cell, path: Path, rows: list[list[int]]) -> None:
+    """As llm.c's script does, which is no package: 256 integers, then the ids."""
+    tokens = [token for row in rows for token in row]
+    header = np.zeros(256, "<i4")
+    header[:3] = *{"u16": (20240520, 1), "u32": (20240801, 7)}[cell.dtype], len(tokens)
+    path.write_bytes(header.tobytes() + np.array(tokens, NUMPY_DTYPES[cell.dtype]).tobytes())
+
+
+def write_megatron(cell: Cell, path: Path, rows: list[list[int]]) -> None:
+    """With `sentences`, a document is several sequences."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(path), dtype=getattr(np, np.dtype(NUMPY_DTYPES[cell.dtype]).name))
+    most = cell.options.get("sentences", 1 << 30)
+    for row in rows:
+        for start in range(0, len(row), most):
+            builder.add_item(torch.tensor(row[start : start + most], dtype=torch.int64))
+        builder.end_document()
+    builder.finalize(str(path.with_suffix(".idx")))
+
+
+def write_datatrove(cell: Cell, path: Path, rows: list[list[int]]) -> None:
+    """With `loss`, every third id of a document is masked."""
+    from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+
+    loss = bool(cell.options.get("loss"))
+    file = TokenizedFile(
+        str(path.parent), path.name, token_size=np.dtype(NUMPY_DTYPES[cell.dtype]).itemsize,
+        save_loss_metadata=loss, save_final_metadata=bool(cell.options.get("metadata")), tokenizer_name_or_path="gpt2",
+    )  # fmt: skip
+    for row in rows:
+        file.write(row, np.arange(len(row)) % 3 != 1 if loss else None)
+    file.close()
+
+
+SUFFIXES = {"parquet": "parquet", "npy": "npy", "raw": "bin", "llm.c": "bin", "megatron": "bin", "datatrove": "ds"}
+FLAT_WRITERS = {
+    "npy": write_npy, "raw": write_raw, "llm.c": write_llmc, "megatron": write_megatron, "datatrove": write_datatrove,
+}  # fmt: skip
+NUMPY_DTYPES = {"u8": "<u1", "u16": "<u2", "u32": "<u4", "i32": "<i4", "i64": "<i8"}
 WRITERS = {"pyarrow": write_pyarrow, "polars": write_polars, "duckdb": write_duckdb, "datasets": write_datasets}
 
 
@@ -272,6 +340,9 @@ def cells() -> list[Cell]:
         *duckdb_cells(),
         *duckdb_small_vocabulary(),
         *datasets_cells(),
+        *numpy_cells(),
+        *megatron_cells(),
+        *datatrove_cells(),
     ]
     names = cycle(("input_ids", "tokens", "token_ids", "ids"))
     # Numbers called `tokens` or `ids` beside other columns may be counts: they are no token
@@ -456,6 +527,37 @@ def datasets_cells() -> list[Cell]:
     return made
 
 
+def numpy_cells() -> list[Cell]:
+    made = []
+    for at, dtype in enumerate(DTYPES):
+        for kind in ("plain", "fixed_size_list"):
+            version = [(1, 0), (2, 0), (3, 0)][at % 3]
+            options = {"version": version, "nulls": False}
+            made.append(Cell("numpy", "npy", kind=kind, dtype=dtype, note=f"version {version[0]}", options=options))
+        # A raw file without a byte is refused.
+        made.append(Cell("numpy", "raw", kind="plain", dtype=dtype, options={"single": True}))
+    made.append(Cell("numpy", "llm.c", kind="plain", dtype="u16", note="layout as published"))
+    made.append(Cell("numpy", "llm.c", kind="plain", dtype="u32", note="layout as published"))
+    return made
+
+
+def megatron_cells() -> list[Cell]:
+    made = [Cell("megatron", "megatron", dtype=dtype) for dtype in ("u8", "u16", "i32", "i64")]
+    made.append(Cell("megatron", "megatron", dtype="u16", note="sentences", options={"sentences": 7}))
+    made.append(Cell("megatron", "megatron", dtype="i32", note="many rows", options={"many_rows": True}))
+    made.append(Cell("megatron", "megatron", dtype="i32", note="giant document", options={"giant_document": True}))
+    return made
+
+
+def datatrove_cells() -> list[Cell]:
+    made = [Cell("datatrove", "datatrove", dtype=dtype) for dtype in ("u16", "u32")]
+    options = {"loss": True, "metadata": True}
+    made.append(Cell("datatrove", "datatrove", dtype="u16", note="loss and metadata", options=options))
+    made.append(Cell("datatrove", "datatrove", dtype="u32", note="many rows", options={"many_rows": True}))
+    made.append(Cell("datatrove", "datatrove", dtype="u32", note="giant document", options={"giant_document": True}))
+    return made
+
+
 # --- What the files really hold
 
 
@@ -465,6 +567,8 @@ def observed(cell: Cell, path: Path) -> dict[str, str]:
     """
     from reference import read_table, shards
 
+    if cell.flat:
+        return {"codec": "none", "encoding": "plain", "type": cell.type}
     files = shards(path)
     types = {str(read_table(file).schema.field(cell.column).type) for file in files}
     types = {re.sub(r"(item|element): |\[\d+\]", "", name) for name in types}

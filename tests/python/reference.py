@@ -18,10 +18,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
+from reference_flat import flat_documents
 from reference_order import block_order, global_order
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
 IGNORE = -100
+BESIDE = (".idx", ".index", ".loss", ".metadata")
+"""Suffixes of files that say something of the ids beside them."""
 
 
 def shards(data: str | os.PathLike[str] | list[Any]) -> list[Path]:
@@ -38,6 +41,7 @@ def shards(data: str | os.PathLike[str] | list[Any]) -> list[Path]:
             return [path / entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
         inside = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
         inside = [file for file in inside if not any(part[0] in "_." for part in file.parts)]
+        inside = [file for file in inside if file.suffix not in BESIDE]
         return [path / file for file in sorted(inside, key=os.fsencode)]
     if not path.exists():
         return [Path(match) for match in sorted(glob.glob(str(path), recursive=True), key=os.fsencode)]
@@ -56,11 +60,15 @@ def read_table(path: Path) -> pa.Table:
         return pa.ipc.open_stream(stream).read_all()
 
 
-def documents(path: Path, column: str | None = None) -> list[list[int]]:
+def documents(path: Path, column: str | None = None, bin_dtype: str | None = None) -> list[list[int]]:
     """Rows of the token column.
 
-    Null lists are empty, and a plain integer column is one document.
+    Null lists are empty, and a plain integer column is one document. `bin_dtype` is the type of ids
+    in files that do not say it.
     """
+    flat = flat_documents(path, bin_dtype)
+    if flat is not None:
+        return flat
     table = read_table(path)
     if column is None:
         column = next(name for name in TOKEN_COLUMNS if name in table.column_names)
@@ -72,7 +80,12 @@ def documents(path: Path, column: str | None = None) -> list[list[int]]:
 
 
 def token_stream(
-    data: Any, *, column: str | None = None, bos_id: int | None = None, eos_id: int | None = None
+    data: Any,
+    *,
+    column: str | None = None,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    bin_dtype: str | None = None,
 ) -> list[int]:
     """The corpus as one list of tokens.
 
@@ -80,7 +93,7 @@ def token_stream(
     """
     stream: list[int] = []
     for path in shards(data):
-        for document in documents(path, column):
+        for document in documents(path, column, bin_dtype):
             if document:
                 stream += [bos_id] if bos_id is not None else []
                 stream += document

@@ -73,14 +73,16 @@ def test_batches_equal_the_reference(written: Any, record_property: Any, index: 
     settings = settings_of(index, shuffle)
     threads = THREADS[(index + SHUFFLES.index(shuffle)) % 3]
     epoch, world_size = index % 2, 1 + index % 3
-    stream = token_stream(path, bos_id=settings.bos_id, eos_id=settings.eos_id)
+    stream = token_stream(path, bos_id=settings.bos_id, eos_id=settings.eos_id, bin_dtype=cell.bin_dtype)
     reference = Reference(stream, settings)
     if settings.remainder == "short" and reference.short_is_refused(world_size):
         world_size = 1
 
     seen = 0
     for rank in range(world_size):
-        options = {"num_threads": threads, "block_tokens": (1000, 1 << 17)[index % 2]}
+        options: dict[str, Any] = {"num_threads": threads, "block_tokens": (1000, 1 << 17)[index % 2]}
+        if cell.bin_dtype is not None:
+            options["bin_dtype"] = cell.bin_dtype
         with open_loader(path, settings, dp_rank=rank, dp_world_size=world_size, **options) as loader:
             assert loader.num_sequences == reference.num_sequences
             assert len(loader) == reference.steps(world_size)
