@@ -31,6 +31,7 @@ GROUPS = {
 #: with.
 HOW = {
     "forebay, Arrow": "Loader's defaults; documents joined to one stream, rows shuffled over the whole epoch",
+    "forebay, raw .bin": "Loader's defaults; a flat file of uint16 read in place, rows shuffled over the whole epoch",
     "forebay, Parquet": "Loader's defaults; documents joined to one stream, block shuffle: chunks of 4 Mi tokens in"
     " random order over the epoch, then rows within windows of 16 Mi, which is less of a shuffle",
     "torch DataLoader, batched": "a flat file mapped by NumPy; one index is a whole batch (batch_size=None)",
@@ -114,7 +115,8 @@ class Contestant:
 def forebay_tensors(path: Path, shape: Shape, threads: int):
     from forebay.torch import DataLoader, TokenDataset
 
-    dataset = TokenDataset(path, seq_len=shape.seq_len)
+    bin_dtype = "uint16" if path.suffix == ".bin" else None
+    dataset = TokenDataset(path, seq_len=shape.seq_len, bin_dtype=bin_dtype)
     return DataLoader(dataset, batch_size=shape.batch_size, shuffle=True, seed=0, drop_last=True, num_threads=threads)
 
 
@@ -264,6 +266,11 @@ def contestants() -> list[Contestant]:
                 f"forebay-arrow-{dtype}-{threads}", "forebay, Arrow", dtype, threads, f"arrow-{dtype}",
                 forebay_tensors, ours=True, quick=dtype == "uint16" and threads > 0, imports=("forebay.torch",),
             )  # fmt: skip
+    for threads in (0, 1, 2):
+        add(
+            f"forebay-bin-{threads}", "forebay, raw .bin", "uint16", threads, "tokens-uint16.bin",
+            forebay_tensors, ours=True, reference=True, both_shapes=False, imports=("forebay.torch",),
+        )  # fmt: skip
     for codec in ("zstd", "snappy"):
         for threads in (1, 2):
             add(
