@@ -283,7 +283,7 @@ def write_raw(cell: Cell, path: Path, rows: list[list[int]]) -> None:
 
 
 def write_llmc(cell: Cell, path: Path, rows: list[list[int]]) -> None:
-    """As llm.c's script does, which is no package: 256 integers, then the ids."""
+    """Writes 256 integers, then the ids. The script of llm.c is no package."""
     tokens = [token for row in rows for token in row]
     header = np.zeros(256, "<i4")
     header[:3] = *{"u16": (20240520, 1), "u32": (20240801, 7)}[cell.dtype], len(tokens)

@@ -1,5 +1,6 @@
-"""Protects: flat files of ids are known by what they hold and by what lies beside them, and no damage
-gives other tokens or a shorter epoch.
+"""Protects: flat files of ids are known by what they hold and by what lies beside them.
+
+No damage gives other tokens or a shorter epoch.
 
 The naive reader in `reference_flat.py` is the judge.
 """

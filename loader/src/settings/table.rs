@@ -52,8 +52,8 @@ settings! {
     fields: Vec<String> = Vec::new(),
         Content(Always), Columns, [TokenDataset];
 
-    /// Type of the ids in raw files, which have no header that says it. Files of all other formats say
-    /// it themselves.
+    /// Type of the ids in raw files, which have no header that says it. Files of all other formats
+    /// say it themselves.
     bin_dtype: Option<Dtype> = None,
         Content(Always), Optional(StoredDtype), [TokenDataset];
 
