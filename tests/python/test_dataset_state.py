@@ -404,6 +404,31 @@ def test_a_replay_is_told_once(caplog: Any) -> None:
     assert len(told) == 1 and "1 batches" in told[0]
 
 
+@pytest.mark.parametrize("kind", [Stream, Stateful])
+def test_a_replay_asks_only_a_dataset_without_a_state_for_one(kind: type[Stream], caplog: Any) -> None:
+    """A dataset that stands inside a batch gives no position, though it has a state."""
+
+    class Broken(kind):  # type: ignore[misc,valid-type]
+        def __iter__(self) -> Iterator[int]:
+            for at, item in enumerate(super().__iter__()):
+                if at == 3:
+                    raise ValueError("broken")
+                yield item
+
+    Broken.__name__ = f"Broken{kind.__name__}"
+    loader = DataLoader(Broken(), batch_size=2)
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(ValueError, match="broken"):
+        next(batches)
+    fresh = DataLoader(Broken(), batch_size=2)
+    fresh.load_state_dict(loader.state_dict())
+    with caplog.at_level(logging.WARNING, "forebay"), pytest.raises(ValueError, match="broken"):
+        next(iter(fresh))
+    (told,) = [record.getMessage() for record in caplog.records if Broken.__name__ in record.getMessage()]
+    assert ("`load_state_dict`" in told) is (kind is Stream)
+
+
 def test_another_number_of_workers_is_refused_for_iterables_with_the_reason() -> None:
     loader = DataLoader(Stream(), batch_size=2, num_workers=2)
     next(iter(loader))

@@ -334,9 +334,11 @@ class Caller:
 def tell_of_replay(dataset: Any, state: State) -> None:
     if any(count and kept is None for count, kept in zip(state["counts"], state["datasets"], strict=True)):
         text = (
-            f"{type(dataset).__name__} has no `state_dict` and `load_state_dict`: to resume it, it is read again from "
-            "its start, and what was handed over is passed over"
+            f"the state holds no position of {type(dataset).__name__}: it is read again from its start, and the "
+            "batches that were handed over are passed over"
         )
+        if not is_stateful(dataset):
+            text += "; give it `state_dict` and `load_state_dict` to resume without reading"
         if first_time(text):
             log_notes([f"{text} ({state['batches']} batches)"], [], None)
 
