@@ -1,9 +1,8 @@
-//! Reads flat files of ids in order, as arrays of arrow-rs: the expectation that a loader is held
-//! to.
+//! Reads flat files of ids in order, as arrays of arrow-rs. A loader must deliver the same content.
 //!
-//! Shares no code with the loader's own reading of these formats. Reads from front to back, and
-//! takes the memory of one batch. Gives a plain array where a file is one document, and lists
-//! elsewhere.
+//! The module shares no code with the loader's own reading of these formats. It reads from front to
+//! back, and takes the memory of one batch. A file with one document gives plain arrays. Other
+//! files give lists.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
@@ -22,7 +21,7 @@ use forebay::{Error, Result};
 
 use crate::token_column::open_file;
 
-/// Values and documents after which a batch ends.
+/// Number of values, or of documents, after which a batch ends.
 const BATCH_TOKENS: u64 = 1 << 20;
 const BATCH_ROWS: usize = 1 << 16;
 
@@ -35,28 +34,28 @@ pub(crate) struct FlatReader {
     read: u64,
 }
 
-/// The ends of the documents that are still to come.
+/// The ends of the documents that were not read yet.
 enum Ends {
-    /// The file is one document of so many values.
+    /// The file is one document with this many values.
     One(u64),
-    /// So many documents of one length.
+    /// Documents of equal length. `left` of them were not read yet.
     Fixed { length: u64, left: u64 },
     /// Numbers of 8 bytes, each the end of a document.
     Listed(BufReader<File>),
     /// Documents are runs of sequences.
     Sequences {
-        /// The first sequence of each document that is still to come, and the end of the last one.
+        /// The first sequence of each document that was not read yet, and the end of the last one.
         firsts: BufReader<File>,
-        /// The lengths of the sequences that are still to come.
+        /// The lengths of the sequences that were not read yet.
         lengths: BufReader<File>,
-        /// Documents that are still to come.
+        /// Number of documents that were not read yet.
         left: u64,
-        /// Sequences that were passed.
+        /// Number of sequences that were read.
         passed: u64,
     },
 }
 
-/// Whether files of `format` are read by this module.
+/// Whether this module reads files of `format`.
 pub(crate) fn is_flat(format: Format) -> bool {
     match format {
         Format::Npy | Format::LlmC | Format::Megatron | Format::Datatrove | Format::Raw => true,
@@ -71,8 +70,8 @@ pub(crate) fn data_type(facts: &ShardFacts) -> Result<DataType> {
 }
 
 impl FlatReader {
-    /// Opens the file at `path`, which a loader describes by `facts`.
-    /// `further` names the column to read if it is not that of the ids.
+    /// Opens the file at `path`, which a loader describes by `facts`. `further` names the column to
+    /// read if it is not the ids.
     pub(crate) fn open(path: &Path, facts: &ShardFacts, further: Option<&str>) -> Result<Self> {
         match facts.format {
             Format::Npy => npy(path),
@@ -84,7 +83,7 @@ impl FlatReader {
         }
     }
 
-    /// The next documents, or the next values of a file that is one document.
+    /// Returns the next documents, or the next values of a file that is one document.
     pub(crate) fn next(&mut self) -> Result<Option<ArrayRef>> {
         if let Ends::One(tokens) = self.ends {
             let count = (tokens - self.read).min(BATCH_TOKENS);
@@ -220,14 +219,14 @@ fn npy(path: &Path) -> Result<FlatReader> {
     Ok(FlatReader { data, dtype, ends, read: 0 })
 }
 
-/// The next number of 8 bytes.
+/// Reads the next number of 8 bytes.
 fn number(file: &mut BufReader<File>) -> Result<u64> {
     let mut number = [0; 8];
     file.read_exact(&mut number).map_err(unreadable)?;
     Ok(u64::from_le_bytes(number))
 }
 
-/// The file at `path`, from byte `start` on.
+/// Opens the file at `path`, and goes to byte `start`.
 fn file_from(path: &Path, start: u64) -> Result<BufReader<File>> {
     let mut file = open_file(path)?;
     file.seek(SeekFrom::Start(start)).map_err(unreadable)?;
@@ -259,7 +258,7 @@ fn megatron(path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
     let index = path.with_extension("idx");
     let mut header = file_from(&index, 18)?;
     let (sequences, documents) = (number(&mut header)?, number(&mut header)?);
-    // The first entry is 0, and each other one is the end of a document.
+    // The first entry is 0. Every other entry is the end of a document.
     let firsts = file_from(&index, 34 + sequences * (4 + 8) + 8)?;
     let lengths = file_from(&index, 34)?;
     let ends = Ends::Sequences { firsts, lengths, left: documents.saturating_sub(1), passed: 0 };

@@ -1,7 +1,7 @@
-"""The naive reader of flat files: what their documents are, in plain Python.
+"""The naive reader of flat files, in plain Python.
 
-Reads whole files with `struct` and `ast` alone, shares no code with the Rust core, and knows a file
-by what it holds and by what lies beside it.
+It reads whole files with `struct` and `ast` alone, and shares no code with the Rust core. It
+recognises a file by its content and by the files beside it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def cut(ids: list[int], ends: list[int]) -> list[list[int]]:
 
 
 def flat_documents(path: Path, bin_dtype: str | None = None) -> list[list[int]] | None:
-    """The documents of a flat file; `None` where the file is not flat."""
+    """The documents of a flat file. `None` if the file is not flat."""
     data = path.read_bytes()
     if path.with_suffix(".idx").exists():
         return of_megatron(data, path.with_suffix(".idx").read_bytes())
@@ -47,7 +47,7 @@ def flat_documents(path: Path, bin_dtype: str | None = None) -> list[list[int]] 
 
 
 def of_npy(data: bytes) -> list[list[int]]:
-    """One document, or one in each row of a matrix."""
+    """One document, or one for each row of a matrix."""
     start = 10 if data[6] == 1 else 12
     length = int.from_bytes(data[8:start], "little")
     header = ast.literal_eval(data[start : start + length].decode("latin1"))

@@ -388,7 +388,7 @@ def test_a_negative_id_or_a_changed_index_fails_with_its_place(sound: Any, kind:
         batches = iter(loader)
         next(batches)
         beside.write_bytes(beside.read_bytes()[:-8])
-        with pytest.raises(forebay.ForebayError, match="changed|shrank"):
+        with pytest.raises(forebay.ForebayError, match=r"changed|shrank"):
             for _ in batches:
                 pass
     if kind == "megatron":

@@ -1,9 +1,9 @@
 //! Files of datatrove: ids in `NAME.ds`, and the ends of documents in `NAME.ds.index`.
 //!
-//! The files do not say the type of the ids: their size and the last end do. A mask of a byte for
-//! each id may lie in `NAME.ds.loss`, and counts as the column `loss_mask`. `NAME.ds.metadata`
-//! names the tokenizer, the bytes of an id and their number. Format: `pipeline/tokens/tokenizer.py`
-//! of datatrove.
+//! The size of the ids and the last end tell the type of the ids. `NAME.ds.loss` may hold a mask
+//! with one byte per id, which counts as the column `loss_mask`. `NAME.ds.metadata` names the
+//! tokenizer, the bytes of an id and the number of ids. Format: `pipeline/tokens/tokenizer.py` of
+//! datatrove.
 
 use std::path::{Path, PathBuf};
 
@@ -14,12 +14,12 @@ use crate::format::{Format, OpenOptions, Recognised, Sample, Shard};
 use crate::storage::{Reads, SourceFile};
 use crate::tokens::Dtype;
 
-/// The column that a mask counts as.
+/// The name under which a mask is read.
 const MASK: &str = "loss_mask";
 /// Suffixes of the files beside the ids.
 const BESIDE: [&str; 3] = [".index", ".loss", ".metadata"];
 
-/// The file beside `path` whose name has `suffix` in addition.
+/// The file beside `path` whose name has the further suffix `suffix`.
 fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
@@ -69,7 +69,7 @@ pub(in crate::format) fn open(reads: Reads, options: &OpenOptions) -> Result<Sha
     contents.open(options)
 }
 
-/// The numbers of documents and of ids that an index tells.
+/// The numbers of documents and of ids, by the index.
 fn counts(index: &SourceFile) -> Result<(u64, u64)> {
     if !index.len().is_multiple_of(8) {
         return Err(Error::data(format!(
@@ -83,7 +83,7 @@ fn counts(index: &SourceFile) -> Result<(u64, u64)> {
     Ok((index.len() / 8, tokens))
 }
 
-/// The type of `tokens` ids that take the bytes of `file`.
+/// The type of `tokens` ids in `file`, by its size.
 fn dtype_of(file: &SourceFile, tokens: u64) -> Result<Dtype> {
     let fits = |dtype: &Dtype| tokens.checked_mul(dtype.size() as u64) == Some(file.len());
     [Dtype::U16, Dtype::U32].into_iter().find(fits).ok_or_else(|| {
@@ -98,7 +98,7 @@ fn dtype_of(file: &SourceFile, tokens: u64) -> Result<Dtype> {
     })
 }
 
-/// Fails if there are metadata that say something else of the ids.
+/// Fails if there are metadata that contradict the ids.
 fn check_metadata(file: &SourceFile, dtype: Dtype, tokens: u64, options: &OpenOptions) -> Result<()> {
     let path = beside(file.path(), ".metadata");
     let Some(text) = options.files.read_if_there(&path)? else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! Document ends that lie in a second file, beside the ids.
+//! Document ends in a second file, beside the ids.
 //!
 //! A table stays in its file: a block reads the ends of its own documents when they are needed.
 //! Opening reads the whole table once, checks it, and cuts the documents into blocks.
@@ -9,9 +9,9 @@ use crate::error::{Error, Result};
 use crate::format::{BlockMeta, OpenOptions};
 use crate::storage::SourceFile;
 
-/// Documents of one block at most. A small number keeps the cost of its ends small.
+/// Most documents in a block. A small number keeps the cost of its ends small.
 const MAX_DOCUMENTS: u64 = 4096;
-/// Entries of a table that are read at once.
+/// Number of entries of a table that are read at once.
 const PIECE: u64 = 1 << 16;
 
 /// The ends of all documents of a file.
@@ -19,12 +19,12 @@ const PIECE: u64 = 1 << 16;
 pub(super) struct DocumentTable {
     /// The file that holds the table.
     pub(super) index: SourceFile,
-    /// Number of documents, empty ones included.
+    /// Number of documents, including empty documents.
     pub(super) documents: u64,
     pub(super) kind: TableKind,
 }
 
-/// How a table gives the end of a document.
+/// The way in which a table gives the end of a document.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum TableKind {
     /// Entry `i` is the number of values before the end of document `i`.
@@ -49,13 +49,13 @@ pub(super) enum TableKind {
 pub(super) struct BlockDocuments {
     /// The first document.
     pub(super) first: u64,
-    /// Number of documents, empty ones included.
+    /// Number of documents, including empty documents.
     pub(super) count: u64,
     /// Number of values of the file before the block.
     pub(super) start: u64,
 }
 
-/// The entries of 8 bytes that `bytes` hold.
+/// The entries in `bytes`. Each has 8 bytes.
 pub(super) fn entries(bytes: &[u8]) -> impl ExactSizeIterator<Item = u64> + '_ {
     bytes.as_chunks().0.iter().map(|entry| u64::from_le_bytes(*entry))
 }
@@ -139,8 +139,7 @@ impl DocumentTable {
         Ok((blocks, documents))
     }
 
-    /// Appends the ends of the documents of `block` that have values, counted from the start of the
-    /// block.
+    /// Appends the ends of the non-empty documents of `block`, counted from the start of the block.
     pub(super) fn ends_in(&self, block: BlockDocuments, scratch: &mut Vec<u8>, list: &mut Vec<u32>) -> Result<()> {
         let mut last = 0;
         self.ends(block.first..block.first + block.count, scratch, |end| {

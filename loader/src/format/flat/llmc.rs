@@ -1,4 +1,4 @@
-//! Files of llm.c (`.bin`): a header of 256 integers, then ids without a word about documents.
+//! Files of llm.c (`.bin`): a header of 256 integers, and then ids. They have no document ends.
 //!
 //! The header holds a magic number, a version and the number of ids. The magic number tells the
 //! type of the ids. Format: `dev/data/data_common.py` of llm.c.
@@ -24,7 +24,7 @@ const KINDS: [Kind; 2] = [
     Kind { magic: 20_240_801, version: 7, dtype: Dtype::U32 },
 ];
 
-/// The magic number of files for evaluation, which hold more than ids.
+/// The magic number of files for evaluation. They hold more than ids.
 const EVALUATION: u32 = 20_240_522;
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
@@ -32,7 +32,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.try_into().expect("four bytes")))
 }
 
-/// Recognises a file by the two numbers that it begins with.
+/// Recognises a file by its first two numbers.
 pub(in crate::format) fn recognise(sample: &Sample<'_>) -> Recognised {
     let (Some(magic), Some(version)) = (word(sample.head, 0), word(sample.head, 1)) else { return Recognised::No };
     if magic == EVALUATION && version == 1 {

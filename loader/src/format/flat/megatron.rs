@@ -14,9 +14,9 @@ use crate::storage::{Reads, SourceFile};
 use crate::tokens::Dtype;
 
 const MAGIC: &[u8] = b"MMIDIDX\0\0";
-/// Magic, version, type, and the numbers of sequences and of entries of the documents.
+/// Size of magic, version, type, number of sequences, and number of document entries.
 const HEADER: u64 = 34;
-/// Sequences that are checked at once.
+/// Number of sequences that are checked at once.
 const PIECE: u64 = 1 << 16;
 
 /// The types of values, by their numbers in an index.
@@ -101,8 +101,8 @@ fn read(index: SourceFile, file: &SourceFile) -> Result<(Dtype, u64, DocumentTab
         Error::data(format!("the Megatron pair has values of type {name}: expected ids of {accepted}; write it again"))
     })?;
 
-    // A length and an offset for each sequence, then the documents; the modes of sequences may
-    // follow.
+    // Each sequence has a length and an offset. The documents come next, and perhaps the modes of
+    // the sequences.
     let offsets_at = sequences.checked_mul(4).and_then(|bytes| bytes.checked_add(HEADER));
     let firsts_at = sequences.checked_mul(12).and_then(|bytes| bytes.checked_add(HEADER));
     let end = firsts.checked_mul(8).zip(firsts_at).and_then(|(bytes, at)| bytes.checked_add(at));
@@ -133,7 +133,7 @@ fn read(index: SourceFile, file: &SourceFile) -> Result<(Dtype, u64, DocumentTab
     Ok((dtype, tokens, DocumentTable { index, documents: firsts.saturating_sub(1), kind }))
 }
 
-/// Fails unless the sequences follow each other without gaps. Returns the bytes of all.
+/// Fails unless the sequences follow each other without gaps. Returns the bytes of all sequences.
 fn check_sequences(index: &SourceFile, sequences: u64, offsets_at: u64, width: u64, file: &SourceFile) -> Result<u64> {
     let (mut lengths, mut offsets) = (Vec::new(), Vec::new());
     let mut bytes = 0u64;

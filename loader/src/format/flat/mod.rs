@@ -1,8 +1,8 @@
-//! Flat files of ids: one array of values after at most a header.
+//! Flat files of ids: one array of values, with or without a header before it.
 //!
 //! Each format has a module that recognises it and reads its header or its index. All formats share
-//! [`FlatShard`], which borrows windows from the mapping as uncompressed Arrow does. Opening reads
-//! headers and indexes and no ids. A header that does not fit the size of its file is an error.
+//! [`FlatShard`], which borrows windows from the mapping like uncompressed Arrow. Opening reads
+//! headers and indexes, but no ids. A header that does not fit the size of its file is an error.
 
 pub(super) mod datatrove;
 mod documents;
@@ -23,7 +23,7 @@ use crate::storage::SourceFile;
 use crate::text::{escaped, number_of};
 use crate::tokens::{Dtype, Tokens};
 
-/// What a format found out about a file.
+/// The facts that a format found about a file.
 struct Contents {
     format: Format,
     file: SourceFile,
@@ -33,18 +33,18 @@ struct Contents {
     /// Number of values.
     tokens: u64,
     documents: Documents,
-    /// The further column that lies beside the ids, if there is any.
+    /// The further column beside the ids. `None` if there is none.
     further: Option<&'static str>,
 }
 
-/// Where the documents of a file end.
+/// The ends of the documents of a file.
 #[derive(Debug)]
 enum Documents {
     /// The file is one document. Each value counts as a row.
     One,
     /// All documents have one length.
     Fixed { length: u64, count: u64 },
-    /// A table in a second file tells.
+    /// A table in a second file gives the ends.
     Listed(DocumentTable),
 }
 
@@ -54,11 +54,11 @@ struct FlatShard {
     info: ShardInfo,
     start: u64,
     documents: Documents,
-    /// The documents of each block, where a table lists them. Elsewhere the file is one block.
+    /// The documents of each block, if a table lists them. Otherwise the file is one block.
     blocks: Vec<BlockDocuments>,
 }
 
-/// The column that the values of a flat file count as.
+/// The name under which the values of a flat file are read.
 const COLUMN: &str = TOKEN_COLUMNS[0];
 
 /// Fails if `options` ask for a column that is neither the ids nor `further`.
@@ -81,8 +81,8 @@ fn check_column(format: Format, further: Option<&str>, options: &OpenOptions) ->
     )))
 }
 
-/// Fails unless `file` has exactly `tokens` values of `dtype` from byte `start` on. `says` tells
-/// where the number comes from.
+/// Fails unless `file` has exactly `tokens` values of `dtype` from byte `start` on. `says` names
+/// the source of the number.
 fn check_size(file: &SourceFile, start: u64, dtype: Dtype, tokens: u64, says: &str) -> Result<()> {
     let expected = tokens.checked_mul(dtype.size() as u64).and_then(|bytes| bytes.checked_add(start));
     if expected == Some(file.len()) {
@@ -98,7 +98,7 @@ fn check_size(file: &SourceFile, start: u64, dtype: Dtype, tokens: u64, says: &s
 }
 
 impl Contents {
-    /// The shard of a file whose header and size fit each other.
+    /// Makes the shard of a file if its header fits its size.
     fn open(self, options: &OpenOptions) -> Result<Shard> {
         let Self { format, file, start, dtype, tokens, documents, further } = self;
         check_column(format, further, options)?;
@@ -122,7 +122,7 @@ impl Contents {
 }
 
 impl FlatShard {
-    /// The byte of the file that holds token `token` of block `block`.
+    /// Offset in the file of token `token` of block `block`.
     fn byte_of(&self, block: usize, token: u64) -> u64 {
         let before = self.blocks.get(block).map_or(0, |block| block.start);
         self.start + (before + token) * self.info.dtype.size() as u64

@@ -1,8 +1,7 @@
-//! NumPy arrays (`.npy`): an array of one dimension is one document, and each row of a matrix is
-//! one.
+//! NumPy arrays (`.npy`): an array of one dimension is one document. In a matrix, each row is one.
 //!
-//! A header in Python's notation names type, order and shape. Versions 1 to 3 of the format differ
-//! in the width of the header's length and in its encoding. Format: `numpy.lib.format`.
+//! A header in Python's notation gives type, order and shape. Versions 1 to 3 of the format differ
+//! in the encoding of the header, and in the width of its length. Format: `numpy.lib.format`.
 
 use super::{Contents, Documents, check_size};
 use crate::error::{Error, Result};
@@ -12,7 +11,7 @@ use crate::text::escaped;
 use crate::tokens::Dtype;
 
 const MAGIC: &[u8] = b"\x93NUMPY";
-/// NumPy writes headers of some hundred bytes, and refuses to read longer ones than 10,000.
+/// NumPy writes headers of some hundred bytes, and refuses to read more than 10,000.
 const MAX_HEADER: u64 = 1 << 16;
 
 /// Recognises an array by its first bytes.
@@ -84,7 +83,7 @@ fn header(reads: &mut Reads) -> Result<(String, u64)> {
     Ok((text, start + length))
 }
 
-/// The type that NumPy calls `descr`.
+/// The type with the name `descr` in NumPy.
 fn dtype_of(descr: &Descr) -> Result<Dtype> {
     let Descr::Name(name) = descr else {
         return Err(Error::data("the NumPy array has records: expected integers; save the field of the ids alone"));
@@ -116,7 +115,7 @@ fn dtype_of(descr: &Descr) -> Result<Dtype> {
     Ok(dtype)
 }
 
-/// What the header says of the values.
+/// The type of the values, as the header gives it.
 #[derive(Debug, PartialEq, Eq)]
 enum Descr {
     /// The name of a type.
@@ -134,7 +133,7 @@ struct Header {
 }
 
 impl Header {
-    /// Reads a dictionary of Python that has these three keys alone.
+    /// Reads a dictionary of Python with exactly these three keys.
     fn parse(text: &str) -> Option<Self> {
         let mut rest = Text(text);
         let (mut descr, mut fortran_order, mut shape) = (None, None, None);
@@ -158,11 +157,11 @@ impl Header {
     }
 }
 
-/// The text that is still to be read.
+/// The rest of the text.
 struct Text<'a>(&'a str);
 
 impl<'a> Text<'a> {
-    /// Passes over blanks, then over `word`.
+    /// Skips blanks, and then `word`.
     fn take(&mut self, word: &str) -> Option<()> {
         self.0 = self.0.trim_start().strip_prefix(word)?;
         Some(())

@@ -1,14 +1,14 @@
 //! Raw files of ids (`.bin`): values without a header. The setting `bin_dtype` names their type.
 //!
-//! A raw file has no mark of its own. So only a user who names the type makes a file raw, and a
-//! file that has the suffix of another format never is.
+//! A raw file cannot be recognised by its content. So a file counts as raw only if the user names
+//! the type, and never if it has the suffix of another format.
 
 use super::{Contents, Documents};
 use crate::error::{Error, Result};
 use crate::format::{FORMATS, Format, OpenOptions, Recognised, Sample, Shard};
 use crate::storage::Reads;
 
-/// Recognises a file that no other format claims, if the user says that there are raw files.
+/// Recognises a file that no other format claims, if the user named the type of raw files.
 pub(in crate::format) fn recognise(sample: &Sample<'_>) -> Recognised {
     // Some writers give raw files the suffix of NumPy's arrays.
     let of_others = FORMATS.iter().flat_map(|entry| entry.suffixes).filter(|suffix| !["bin", "npy"].contains(suffix));
@@ -38,7 +38,7 @@ pub(in crate::format) fn recognise(sample: &Sample<'_>) -> Recognised {
     }
 }
 
-/// Whether most of the bytes that begin a NumPy array are there.
+/// Whether a file begins with most of the bytes that begin a NumPy array.
 fn looks_like_npy(head: &[u8]) -> bool {
     head.iter().zip(b"\x93NUMPY").filter(|(found, expected)| found == expected).count() >= 4
 }

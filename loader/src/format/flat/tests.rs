@@ -14,7 +14,7 @@ fn little(numbers: impl IntoIterator<Item = u64>, width: usize) -> Vec<u8> {
     numbers.into_iter().flat_map(|number| number.to_le_bytes()[..width].to_vec()).collect()
 }
 
-/// The files of a shard of each format, with the suffixes that they add to its name. Ids count up.
+/// The files of a shard in each format, with the suffixes that they add to its name. Ids count up.
 fn written(lengths: &[u64], sentence: u64) -> Vec<Vec<(&'static str, Vec<u8>)>> {
     let tokens: u64 = lengths.iter().sum();
     let ends = lengths.iter().scan(0, |sum, length| {
@@ -54,7 +54,7 @@ fn write(folder: &Path, files: &[(&str, Vec<u8>)]) -> PathBuf {
     folder.join(format!("shard{}", files[0].0))
 }
 
-/// The documents that have values, as a loader reads them block by block.
+/// The non-empty documents, as a loader reads them block by block.
 fn documents(shard: &Shard) -> Result<Vec<Vec<i64>>> {
     let Shard::Random(shard) = shard else { panic!("flat files are read in place") };
     let mut documents = Vec::new();
@@ -130,7 +130,7 @@ fn every_cut_is_an_error_that_names_a_file() {
                 let path = write(folder.path(), &files);
                 let options = OpenOptions { bin_dtype: is_raw.then_some(Dtype::U16), ..options(Io::Pread, 100) };
                 match open(&path, &options) {
-                    // A raw file has no mark of its size.
+                    // A raw file does not tell its size.
                     Ok(_) => assert!(is_raw && len % 2 == 0 && len > 0, "{} cut to {len}", files[number].0),
                     Err(error) => {
                         assert!(error.location().is_some_and(|place| place.path.starts_with(folder.path())), "{error}");
