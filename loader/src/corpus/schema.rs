@@ -167,7 +167,8 @@ impl Delivered {
             }),
             Self::Always(dtype) => {
                 let is_float = |dtype: Dtype| dtype.kind() == DtypeKind::Float;
-                (is_float(stored) == is_float(dtype) && stored.size() <= dtype.size()).then_some(dtype)
+                let widens = is_float(stored) == is_float(dtype) && stored.size() < dtype.size();
+                (stored == dtype || widens).then_some(dtype)
             }
         }
     }

@@ -206,7 +206,6 @@ pub trait Layout: fmt::Debug + Send + Sync {
     ///
     /// # Panics
     /// If there are fewer shards.
-    /// When there are fewer shards.
     fn window_rows(&self, shards: usize) -> Option<Vec<u64>> {
         let _ = shards;
         None
