@@ -16,9 +16,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::corpus::discover::ShardFile;
+use crate::corpus::lengths::LengthsFile;
+use crate::corpus::tables::TableFile;
 use crate::error::{Error, Result};
 use crate::format::{Access, Counts, FORMATS, OpenOptions, ShardFacts, TokenColumn};
 use crate::settings::{DataFormat, Io};
@@ -69,26 +71,49 @@ pub struct IndexFile {
     files: Files,
     path: PathBuf,
     key: u128,
+    /// The key without the settings that decide only how shards are cut and which fields are read.
+    data_key: u128,
 }
 
 impl IndexFile {
     /// Names the file in `folder` for the corpus that `data` and the other settings describe.
     pub fn new(folder: &Path, data: &[String], format: DataFormat, options: &OpenOptions) -> Self {
-        let mut hash = Xxh3::new();
-        let mut part = |bytes: &[u8]| {
-            hash.update(&(bytes.len() as u64).to_le_bytes());
-            hash.update(bytes);
+        let key_of = |block_tokens: u64, fields: &[String]| {
+            let mut hash = Xxh3::new();
+            let mut part = |bytes: &[u8]| {
+                hash.update(&(bytes.len() as u64).to_le_bytes());
+                hash.update(bytes);
+            };
+            // Another version of forebay may cut blocks elsewhere.
+            part(env!("CARGO_PKG_VERSION").as_bytes());
+            part(&VERSION.to_le_bytes());
+            part(format!("{format:?} {:?} {block_tokens}", options.token_column).as_bytes());
+            part(format!("{fields:?} {:?}", options.bin_dtype).as_bytes());
+            for entry in data {
+                part(options.files.absolute(Path::new(entry)).as_os_str().as_encoded_bytes());
+            }
+            hash.digest128()
         };
-        // Another version of forebay may cut blocks elsewhere.
-        part(env!("CARGO_PKG_VERSION").as_bytes());
-        part(&VERSION.to_le_bytes());
-        part(format!("{format:?} {:?} {}", options.token_column, options.block_tokens).as_bytes());
-        part(format!("{:?} {:?}", options.fields, options.bin_dtype).as_bytes());
-        for entry in data {
-            part(options.files.absolute(Path::new(entry)).as_os_str().as_encoded_bytes());
-        }
-        let key = hash.digest128();
-        Self { files: options.files.clone(), path: folder.join(format!("{key:032x}.forebay-index")), key }
+        let key = key_of(options.block_tokens, &options.fields);
+        let path = folder.join(format!("{key:032x}.forebay-index"));
+        Self { files: options.files.clone(), path, key, data_key: key_of(0, &[]) }
+    }
+
+    /// The file of document lengths beside this index.
+    pub fn lengths(&self) -> LengthsFile {
+        let path = self.path.with_file_name(format!("{:032x}.forebay-lengths", self.data_key));
+        LengthsFile::new(self.files.clone(), path, self.data_key)
+    }
+
+    /// The file of the table that follows from the settings `name` and from shards with these
+    /// `digests`.
+    pub fn table(&self, name: &str, digests: &[u128]) -> TableFile {
+        let mut hash = Xxh3::new();
+        hash.update(&self.data_key.to_le_bytes());
+        hash.update(name.as_bytes());
+        let path = self.path.with_file_name(format!("{:032x}.forebay-rows", hash.digest128()));
+        digests.iter().for_each(|digest| hash.update(&digest.to_le_bytes()));
+        TableFile { files: self.files.clone(), path, key: hash.digest128() }
     }
 
     /// The path of the file.
@@ -191,6 +216,16 @@ impl SavedIndex {
         };
         Some((Place(u128_at(record, 0)), facts))
     }
+}
+
+/// A digest of a shard: its place, size, time, token column and counts.
+pub(super) fn digest(place: Place, facts: &ShardFacts) -> u128 {
+    let mut bytes = Vec::with_capacity(RECORD);
+    // How the shard is cut into blocks, and its further columns, change no document.
+    let none = FieldTypes::default();
+    let facts = ShardFacts { blocks: 0, decoded_bytes: 0, largest_block_bytes: 0, fields: none, ..*facts };
+    push_record(&mut bytes, place, &facts);
+    xxh3_128(&bytes)
 }
 
 fn push_record(bytes: &mut Vec<u8>, place: Place, facts: &ShardFacts) {

@@ -8,8 +8,10 @@
 
 pub mod discover;
 pub mod index;
+pub mod lengths;
 pub mod schema;
 mod shard_cache;
+pub mod tables;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -21,10 +23,12 @@ use xxhash_rust::xxh3::Xxh3;
 
 use self::discover::{Discovery, ShardFile};
 use crate::corpus::index::{IndexFile, Place, SavedIndex};
+use crate::corpus::lengths::LengthsFile;
 use crate::corpus::shard_cache::{Held, Opened};
+use crate::corpus::tables::TableFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Access, Counts, MissingColumn, OpenOptions, Shard, ShardFacts};
-use crate::settings::DataFormat;
+use crate::settings::{DataFormat, Io};
 use crate::storage::{Files, local};
 use crate::sync::lock;
 use crate::text::escaped;
@@ -195,6 +199,8 @@ pub struct Corpus {
     access: Access,
     fingerprint: String,
     warnings: Vec<String>,
+    /// The saved index. `None` if nothing is saved.
+    index: Option<IndexFile>,
 }
 
 /// Facts about all shards.
@@ -334,6 +340,7 @@ impl Corpus {
         let shards = Opened::new(files.len(), most_open_shards(options));
         let mut corpus = Self::new(files, facts, shards, options)?;
         corpus.warnings.extend(warnings);
+        corpus.index = Some(indexed.file.clone());
         Ok((corpus, indexed))
     }
 
@@ -347,6 +354,7 @@ impl Corpus {
             access: Access::Random,
             fingerprint: String::new(),
             warnings: Vec::new(),
+            index: None,
         };
         let most = corpus.facts().map(|facts| facts.blocks).max().unwrap_or(0).max(corpus.len() as u64);
         if u32::try_from(most).is_err() {
@@ -407,6 +415,29 @@ impl Corpus {
     /// Returns shard `index`, if it is open.
     pub fn opened(&self, index: usize) -> Option<Held<'_, OpenShard>> {
         self.shards.get(index)
+    }
+
+    /// The file that holds the lengths of all documents. `None` if nothing is saved.
+    pub fn lengths_file(&self) -> Option<LengthsFile> {
+        self.index.as_ref().map(IndexFile::lengths)
+    }
+
+    /// The file that holds the table of the settings that `name` describes. `None` if nothing is
+    /// saved. The table of other shards is not found.
+    pub fn table_file(&self, name: &str) -> Option<TableFile> {
+        let digests = self.shard_digests();
+        self.index.as_ref().map(|index| index.table(name, &digests))
+    }
+
+    /// A digest of each shard: its path, size, time, token column and counts.
+    pub fn shard_digests(&self) -> Vec<u128> {
+        let places = Place::of_all(&self.options.files, &self.files);
+        places.into_iter().zip(self.facts()).map(|(place, facts)| index::digest(place, &facts)).collect()
+    }
+
+    /// How files are read.
+    pub fn io(&self) -> Io {
+        self.options.io
     }
 
     /// Faults of the saved index that are no errors, one line each.
@@ -628,7 +659,11 @@ fn known_records(
 /// Returns the result of `work` for each of `0..count`, in order.
 ///
 /// The threads of `pool` and the caller work in parallel. Otherwise the caller would only wait.
-fn side_by_side<T: Send + Sync>(pool: &rayon::ThreadPool, count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+pub(crate) fn side_by_side<T: Send + Sync>(
+    pool: &rayon::ThreadPool,
+    count: usize,
+    work: impl Fn(usize) -> T + Sync,
+) -> Vec<T> {
     let results: Vec<OnceLock<T>> = std::iter::repeat_with(OnceLock::new).take(count).collect();
     let next = AtomicUsize::new(0);
     let take = || {

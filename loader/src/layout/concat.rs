@@ -50,6 +50,10 @@ impl Layout for Concat {
         Some(Segment::joined(start, self.row_tokens.min(extent.stream_len - start), 0))
     }
 
+    fn table(&self) -> Vec<u64> {
+        Vec::new()
+    }
+
     fn index_bytes(&self) -> u64 {
         0
     }

@@ -211,6 +211,10 @@ pub trait Layout: fmt::Debug + Send + Sync {
         None
     }
 
+    /// The layout's own tables, from which [`restore`] makes the layout without any document
+    /// length.
+    fn table(&self) -> Vec<u64>;
+
     /// Bytes of the layout's own tables.
     fn index_bytes(&self) -> u64;
 }
@@ -281,5 +285,16 @@ pub fn build(settings: &LayoutSettings, stream: &Arc<Stream>, lengths: Lengths<'
         LayoutKind::Concat => Box::new(concat::Concat::new(stream, settings.seq_len, settings.row_tokens)),
         LayoutKind::Pack | LayoutKind::Pad => Box::new(pack::Pack::new(stream, rules, lengths)?),
         LayoutKind::Rows => Box::new(rows::Rows::new(stream, settings.row_tokens, lengths)?),
+    })
+}
+
+/// The layout of `settings`, from the table of an equal layout over an equal stream. Returns `None`
+/// if no such layout has this table.
+pub fn restore(settings: &LayoutSettings, stream: &Arc<Stream>, table: &[u64]) -> Option<Box<dyn Layout>> {
+    let (stream, rules) = (Arc::clone(stream), settings.rules(stream.specials()));
+    Some(match settings.kind {
+        LayoutKind::Concat => Box::new(concat::Concat::new(stream, settings.seq_len, settings.row_tokens)),
+        LayoutKind::Pack | LayoutKind::Pad => Box::new(pack::Pack::restore(stream, rules, table)?),
+        LayoutKind::Rows => Box::new(rows::Rows::restore(stream, settings.row_tokens, table)?),
     })
 }

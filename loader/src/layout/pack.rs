@@ -43,6 +43,21 @@ struct Entry {
     shard: u32,
 }
 
+/// Numbers of a window in a table.
+const ENTRY_WORDS: usize = 5;
+
+impl Entry {
+    fn words(&self) -> [u64; ENTRY_WORDS] {
+        let WindowStart { document, offset, stream } = self.start;
+        [document, offset, stream, self.rows_before, u64::from(self.shard)]
+    }
+
+    fn of_words(words: &[u64; ENTRY_WORDS]) -> Self {
+        let [document, offset, stream, rows_before, shard] = *words;
+        Self { start: WindowStart { document, offset, stream }, rows_before, shard: shard as u32 }
+    }
+}
+
 /// What some shards come to.
 #[derive(Clone, Copy, Debug, Default)]
 struct Before {
@@ -52,6 +67,35 @@ struct Before {
     /// Number of tokens in the rows.
     tokens: u64,
     lost: Lost,
+}
+
+/// Numbers of a shard in a table.
+const BEFORE_WORDS: usize = 8;
+
+impl Before {
+    fn words(&self) -> [u64; BEFORE_WORDS] {
+        let Self { documents, windows, rows, tokens, lost } = *self;
+        let Lost { truncated_documents, truncated_tokens, dropped_documents, dropped_tokens } = lost;
+        let lost = [truncated_documents, truncated_tokens, dropped_documents, dropped_tokens];
+        let mut words = [documents, windows as u64, rows, tokens, 0, 0, 0, 0];
+        words[4..].copy_from_slice(&lost);
+        words
+    }
+
+    fn of_words(words: &[u64; BEFORE_WORDS]) -> Self {
+        let [
+            documents,
+            windows,
+            rows,
+            tokens,
+            truncated_documents,
+            truncated_tokens,
+            dropped_documents,
+            dropped_tokens,
+        ] = *words;
+        let lost = Lost { truncated_documents, truncated_tokens, dropped_documents, dropped_tokens };
+        Self { documents, windows: windows as usize, rows, tokens, lost }
+    }
 }
 
 /// The windows of one shard.
@@ -128,6 +172,17 @@ impl Pack {
         }
         Ok(Self { stream, rules, windows, before })
     }
+
+    /// The layout whose [`Layout::table`] this is.
+    pub(super) fn restore(stream: Arc<Stream>, rules: Rules, table: &[u64]) -> Option<Self> {
+        let shards = stream.shards() + 1;
+        let (before, windows) = table.split_at_checked(shards * BEFORE_WORDS)?;
+        let before: Vec<_> = before.as_chunks().0.iter().map(Before::of_words).collect();
+        let (windows, rest) = windows.as_chunks();
+        let windows: Vec<_> = windows.iter().map(Entry::of_words).collect();
+        let fits = rest.is_empty() && before.last().is_some_and(|all| all.windows == windows.len());
+        fits.then_some(Self { stream, rules, windows, before })
+    }
 }
 
 impl Layout for Pack {
@@ -179,6 +234,11 @@ impl Layout for Pack {
 
     fn lost(&self, shards: usize) -> Lost {
         self.before[shards].lost
+    }
+
+    fn table(&self) -> Vec<u64> {
+        let before = self.before.iter().flat_map(Before::words);
+        before.chain(self.windows.iter().flat_map(Entry::words)).collect()
     }
 
     fn index_bytes(&self) -> u64 {

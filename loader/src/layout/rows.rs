@@ -29,6 +29,11 @@ impl Rows {
         }
         Ok(Self { stream, row_tokens })
     }
+
+    /// The layout whose table this is: nothing but the length that all documents have.
+    pub(super) fn restore(stream: Arc<Stream>, row_tokens: u64, table: &[u64]) -> Option<Self> {
+        (table == [row_tokens]).then_some(Self { stream, row_tokens })
+    }
 }
 
 impl Layout for Rows {
@@ -47,6 +52,10 @@ impl Layout for Rows {
         let (_, within) = self.stream.locate(start);
         let documents = Documents::One { number: within / self.row_tokens, ends: true };
         plan.push_row(&[Segment { start, len: self.row_tokens, place: 0, documents }]);
+    }
+
+    fn table(&self) -> Vec<u64> {
+        vec![self.row_tokens]
     }
 
     fn index_bytes(&self) -> u64 {

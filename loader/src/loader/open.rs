@@ -8,7 +8,7 @@ use crate::corpus::Corpus;
 use crate::corpus::schema::SchemaField;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Access, OpenOptions};
-use crate::layout::{self, WINDOW_TOKENS};
+use crate::layout::{self, Layout, LayoutSettings, Lengths, Stream, WINDOW_TOKENS};
 use crate::loader::state::StateValue;
 use crate::order;
 use crate::order::partition::Grouping;
@@ -68,7 +68,12 @@ impl Opened {
         let cache = Arc::new(BlockCache::new(config.memory_budget - lengths_bytes));
         let of_source = lengths_bytes / corpora.len().max(1) as u64;
         let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
-            let reader = Reader::new(Arc::new(corpus), &config, layout::open, Arc::clone(&cache), index, of_source)?;
+            let corpus = Arc::new(corpus);
+            let open = |config: &Config, stream: &Arc<Stream>, lengths: Lengths<'_>| {
+                open_layout(&corpus, config, stream, lengths, &mut warnings)
+            };
+            let reader = Reader::new(Arc::clone(&corpus), &config, open, Arc::clone(&cache), index, of_source)?;
+            warnings.extend(reader.warnings());
             Ok(CorpusSource::new(name, reader, config.seed))
         });
         let sources = CorpusSources::new(&config, sources.collect::<Result<_>>()?)?;
@@ -138,6 +143,33 @@ impl Opened {
             ))
         })
     }
+}
+
+/// Makes the layout of `corpus` from its saved table. Without a saved table, makes the layout from
+/// the document lengths, and saves its table. A table that cannot be loaded or saved is a warning.
+fn open_layout(
+    corpus: &Corpus,
+    config: &Config,
+    stream: &Arc<Stream>,
+    lengths: Lengths<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<Box<dyn Layout>> {
+    let settings = LayoutSettings::of(config);
+    let name = format!("{settings:?} {:?}", stream.specials());
+    let file = if config.layout == LayoutKind::Concat { None } else { corpus.table_file(&name) };
+    let Some(file) = file else { return layout::build(&settings, stream, lengths) };
+    let table = file.load().unwrap_or_else(|error| {
+        warnings.push(format!("{}; it is made anew", error.report()));
+        None
+    });
+    if let Some(restored) = table.and_then(|table| layout::restore(&settings, stream, &table)) {
+        return Ok(restored);
+    }
+    let built = layout::build(&settings, stream, lengths)?;
+    if let Err(error) = file.save(&built.table()) {
+        warnings.push(format!("{}; rows are counted at every start", error.report()));
+    }
+    Ok(built)
 }
 
 /// The fields of the batches of these corpora.

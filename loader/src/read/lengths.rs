@@ -1,65 +1,150 @@
 //! Supplies the lengths of documents, for layouts that need them.
 //!
-//! The lengths of a shard are read when a layout first asks for them. They are kept within a budget
-//! of bytes, and the shard that was read first is dropped first. The `concat` layout asks for none,
-//! so that no memory is used for it.
+//! The lengths of all shards are read once, side by side, when a layout first asks for them. With a
+//! folder for the saved index they are saved there, and a later start reads no shard for them.
+//! Otherwise they stay in memory, within a budget. The `concat` layout asks for none.
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, OnceLock};
 
+use crate::corpus::lengths::{SavedLengths, Section};
 use crate::corpus::{Corpus, OpenShard};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::{DecodedBlock, EndsScratch, Shard};
+use crate::settings::{Config, default_threads};
 use crate::sync::lock;
 
 /// Bytes of the length of one document.
-const LENGTH_BYTES: u64 = 4;
+const LENGTH_BYTES: u64 = 2;
 
 /// Document lengths of the shards of one source. All threads share it.
 #[derive(Debug)]
 pub(crate) struct DocumentLengths {
     corpus: Arc<Corpus>,
     budget_bytes: u64,
-    /// The shards with known lengths, in the order in which they were read.
-    held: Mutex<VecDeque<(usize, Arc<[u32]>)>>,
+    threads: usize,
+    known: OnceLock<SavedLengths>,
+    /// Held while the lengths are read, so that one thread reads them. Keeps what could not be
+    /// saved.
+    reading: Mutex<Vec<String>>,
 }
 
 impl DocumentLengths {
-    /// Keeps lengths of shards of `corpus`, in at most `budget_bytes` bytes.
-    pub(crate) fn new(corpus: Arc<Corpus>, budget_bytes: u64) -> Self {
-        Self { corpus, budget_bytes, held: Mutex::default() }
+    /// Keeps lengths of shards of `corpus`. Without a saved index, they take at most `budget_bytes`
+    /// bytes.
+    pub(crate) fn new(corpus: Arc<Corpus>, budget_bytes: u64, config: &Config) -> Self {
+        let threads = config.num_threads.unwrap_or_else(default_threads).max(1) as usize;
+        Self { corpus, budget_bytes, threads, known: OnceLock::new(), reading: Mutex::default() }
     }
 
     /// Returns the number of tokens of each non-empty document of shard `shard`, without specials.
     ///
-    /// Fails if the shard cannot be read, or if its lengths alone exceed the budget.
+    /// Fails if a shard cannot be read, or if the lengths exceed the budget.
     pub(crate) fn of_shard(&self, shard: usize) -> Result<Arc<[u32]>> {
-        if let Some((_, lengths)) = lock(&self.held).iter().find(|(held, _)| *held == shard) {
-            return Ok(Arc::clone(lengths));
-        }
-        let opened = self.corpus.shard(shard)?;
         let documents = self.corpus.facts_of(shard).counts.starts;
-        let bytes = documents.saturating_mul(LENGTH_BYTES);
-        if bytes > self.budget_bytes {
+        Ok(self.of(shard, 0..documents)?.into())
+    }
+
+    /// Returns the number of tokens of `documents` of shard `shard`, as numbers among its non-empty
+    /// documents.
+    pub(crate) fn of(&self, shard: usize, documents: Range<u64>) -> Result<Vec<u32>> {
+        self.all()?.of(shard, documents).map_err(|error| match self.corpus.lengths_file() {
+            Some(file) => error.at(file.path()),
+            None => error,
+        })
+    }
+
+    /// Bytes of the lengths in memory. Saved lengths are mapped and not counted.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        let is_saved = self.corpus.lengths_file().is_some();
+        self.known.get().filter(|_| !is_saved).map_or(0, SavedLengths::len_bytes)
+    }
+
+    /// Reasons why the lengths could not be saved, one line each.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        lock(&self.reading).clone()
+    }
+
+    fn all(&self) -> Result<&SavedLengths> {
+        if let Some(known) = self.known.get() {
+            return Ok(known);
+        }
+        let mut warnings = lock(&self.reading);
+        if let Some(known) = self.known.get() {
+            return Ok(known);
+        }
+        let found = self.find(&mut warnings)?;
+        Ok(self.known.get_or_init(|| found))
+    }
+
+    /// Loads the saved lengths, reads what they lack, and saves all.
+    fn find(&self, warnings: &mut Vec<String>) -> Result<SavedLengths> {
+        let (file, digests) = (self.corpus.lengths_file(), self.corpus.shard_digests());
+        let saved = file.as_ref().and_then(|file| {
+            file.load(self.corpus.io()).unwrap_or_else(|error| {
+                warnings.push(format!("{}; it is made anew", error.report()));
+                None
+            })
+        });
+        let documents = |shard: usize| self.corpus.facts_of(shard).counts.starts;
+        let is_known = |saved: &SavedLengths, shard: usize, record: usize| {
+            saved.shard(record) == digests[shard] && saved.documents(record) == documents(shard)
+        };
+        let has_all = |saved: &SavedLengths| {
+            saved.len() == digests.len() && (0..digests.len()).all(|shard| is_known(saved, shard, shard))
+        };
+        let saved = match saved {
+            Some(saved) if has_all(&saved) => return Ok(saved),
+            saved => saved,
+        };
+        let total: u64 = (0..digests.len()).map(documents).sum();
+        let bytes = total.saturating_mul(LENGTH_BYTES);
+        if file.is_none() && bytes > self.budget_bytes {
             return Err(Error::config(format!(
-                "the lengths of the {documents} documents of a shard take {bytes} bytes, more than the {} that \
-                 `memory_budget` leaves for lengths: raise it, or split the shard",
+                "the lengths of {total} documents take {bytes} bytes, more than the {} that `memory_budget` leaves for \
+                 lengths: raise it, or set `cache_dir`, where they are saved",
                 self.budget_bytes
-            ))
-            .at(opened.shard().path()));
+            )));
         }
-        let lengths: Arc<[u32]> = read(&opened, documents).map_err(|error| error.at(opened.shard().path()))?.into();
-        let mut held = lock(&self.held);
-        let mut used: u64 = held.iter().map(|(_, lengths)| lengths.len() as u64 * LENGTH_BYTES).sum();
-        while used + bytes > self.budget_bytes
-            && let Some((_, dropped)) = held.pop_front()
-        {
-            used -= dropped.len() as u64 * LENGTH_BYTES;
+        let records: HashMap<u128, usize> =
+            saved.iter().flat_map(|saved| (0..saved.len()).map(|record| (saved.shard(record), record))).collect();
+        let section = |shard: usize| {
+            let known = records.get(&digests[shard]).copied().zip(saved.as_ref());
+            if let Some((record, saved)) = known.filter(|(record, saved)| is_known(saved, shard, *record))
+                && let Ok(section) = saved.section(record)
+            {
+                return Ok(section);
+            }
+            let opened = self.corpus.shard(shard)?;
+            let lengths = read(&opened, documents(shard)).map_err(|error| error.at(opened.shard().path()))?;
+            Ok(Section::of(&lengths))
+        };
+        let sections = rayon::ThreadPoolBuilder::new()
+            .num_threads(self.threads)
+            .thread_name(|index| format!("forebay-lengths-{index}"))
+            .build_scoped(|thread| thread.run(), |pool| crate::corpus::side_by_side(pool, digests.len(), section))
+            .map_err(|error| {
+                Error::new(ErrorKind::Io, "cannot start threads for document lengths").with_source(error)
+            })?;
+        let mut faults = Vec::new();
+        let mut found = Vec::with_capacity(digests.len());
+        for (digest, section) in digests.into_iter().zip(sections) {
+            section.map(|section| found.push((digest, section))).unwrap_or_else(|error| faults.push(error));
         }
-        if held.iter().all(|(other, _)| *other != shard) {
-            held.push_back((shard, Arc::clone(&lengths)));
+        match faults.len() {
+            0 => {}
+            1 => return Err(faults.remove(0)),
+            _ => return Err(Error::all(faults)),
         }
-        Ok(lengths)
+        let Some(file) = file else { return Ok(SavedLengths::of_sections(0, &found)) };
+        let lengths = SavedLengths::of_sections(file.key(), &found);
+        if let Err(error) = file.save(&lengths) {
+            warnings.push(format!("{}; document lengths are read at every start", error.report()));
+            return Ok(lengths);
+        }
+        // The file may be mapped, so that the lengths take no memory.
+        Ok(file.load(self.corpus.io()).ok().flatten().filter(|saved| saved.len() == lengths.len()).unwrap_or(lengths))
     }
 }
 

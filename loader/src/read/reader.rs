@@ -146,7 +146,7 @@ impl Reader {
     ) -> Result<Self> {
         let specials = Specials::of(config);
         let stream = Arc::new(Stream::new(corpus.counts(), specials));
-        let lengths = DocumentLengths::new(Arc::clone(&corpus), lengths_bytes);
+        let lengths = DocumentLengths::new(Arc::clone(&corpus), lengths_bytes, config);
         let layout = open(config, &stream, &|shard| lengths.of_shard(shard))?;
         let first_column = source * (1 + config.fields.len());
         Ok(Self { corpus, stream, specials, layout, lengths, plans: Mutex::default(), cache, first_column })
@@ -160,13 +160,18 @@ impl Reader {
         &self.stream
     }
 
+    /// Faults of saved lengths that are no errors, one line each.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        self.lengths.warnings()
+    }
+
     pub(crate) fn layout(&self) -> &dyn Layout {
         &*self.layout
     }
 
     /// Bytes of the tables that locate shards and rows.
     pub(crate) fn index_bytes(&self) -> u64 {
-        self.stream.index_bytes() + self.layout.index_bytes()
+        self.stream.index_bytes() + self.layout.index_bytes() + self.lengths.held_bytes()
     }
 
     /// Appends the segments of row `row` of `extent` to `segments`.
@@ -202,9 +207,9 @@ impl Reader {
         if let Some((_, plan)) = lock(&self.plans).iter().find(|(number, _)| *number == window.number) {
             return Ok(Arc::clone(plan));
         }
-        let lengths = self.lengths.of_shard(shard)?;
+        let lengths = self.lengths.of(shard, documents.clone())?;
         let mut plan = WindowPlan::default();
-        self.layout.plan(window, &lengths[documents.start as usize..documents.end as usize], &mut plan);
+        self.layout.plan(window, &lengths, &mut plan);
         let plan = Arc::new(plan);
         let mut plans = lock(&self.plans);
         if plans.len() >= KEPT_PLANS {
