@@ -168,6 +168,11 @@ impl Loader {
         let dict = PyDict::new(py);
         dict.set_item("batches", stats.batches)?;
         dict.set_item("tokens", stats.tokens)?;
+        dict.set_item("padding_share", stats.padding_share)?;
+        dict.set_item("truncated_documents", stats.lost.truncated_documents)?;
+        dict.set_item("truncated_tokens", stats.lost.truncated_tokens)?;
+        dict.set_item("dropped_documents", stats.lost.dropped_documents)?;
+        dict.set_item("dropped_tokens", stats.lost.dropped_tokens)?;
         dict.set_item("bytes", stats.bytes)?;
         dict.set_item("elapsed_seconds", stats.elapsed_seconds)?;
         dict.set_item("tokens_per_second", stats.tokens_per_second)?;

@@ -13,6 +13,7 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use crate::lengths::{BlockLengths, Lengths};
 use crate::report::{bytes, counted, counts, escaped_faults, grouped, line, number_of, plural};
 use crate::{Context, FAILED, Failure, Sets, progress};
 
@@ -58,6 +59,8 @@ struct Findings {
     shards: Vec<Shard>,
     /// Columns beside the tokens, each with the number of shards that have it.
     not_read: Vec<(String, usize)>,
+    /// Lengths of the documents in the shards without a fault.
+    lengths: Lengths,
     broken: Vec<Error>,
 }
 
@@ -93,15 +96,24 @@ fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure
         shards.iter().flat_map(|shard| (0..shard.blocks().len()).map(move |block| (shard, block))).collect();
     let tokens = shards.iter().map(tokens_of).sum();
     let bar = progress::bar(tokens, TEMPLATE, context.env)?.with_message("reading");
-    let read: Vec<Option<Error>> = pool.install(|| {
+    let read: Vec<forebay::Result<BlockLengths>> = pool.install(|| {
         let read = blocks.par_iter().map_init(Scratch::default, |scratch, (shard, block)| {
-            let fault = read_block(shard, *block, scratch, &bar).err();
-            fault.map(|error| error.at(shard.path()).in_block(*block as u64))
+            let read = read_block(shard, *block, scratch, &bar);
+            read.map_err(|error| error.at(shard.path()).in_block(*block as u64))
         });
         read.collect()
     });
     bar.finish_and_clear();
-    broken.extend(read.into_iter().flatten());
+    let (mut lengths, mut read) = (Lengths::default(), read.into_iter());
+    for shard in &shards {
+        let mut of_shard = Vec::new();
+        for block in read.by_ref().take(shard.blocks().len()) {
+            block.map(|block| of_shard.push(block)).unwrap_or_else(|error| broken.push(error));
+        }
+        if of_shard.len() == shard.blocks().len() {
+            lengths.add_shard(&of_shard);
+        }
+    }
     let not_read = counts(shards.iter().flat_map(|shard| {
         let mut names = shard.info().not_read.clone();
         names.retain(|name| !options.fields.contains(name));
@@ -109,7 +121,7 @@ fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure
         names.dedup();
         names
     }));
-    Ok(Findings { files: files.iter().map(Vec::len).sum(), shards, not_read, broken })
+    Ok(Findings { files: files.iter().map(Vec::len).sum(), shards, not_read, lengths, broken })
 }
 
 #[derive(Default)]
@@ -118,13 +130,15 @@ struct Scratch {
     ends: EndsScratch,
 }
 
-/// Reads a whole block like a loader.
-fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &ProgressBar) -> forebay::Result<()> {
+/// Reads a whole block like a loader. Returns the lengths of its documents.
+fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &ProgressBar) -> forebay::Result<BlockLengths> {
     let meta = shard.blocks()[block];
     match shard {
         Shard::Block(shard) => {
-            shard.decode(block, None)?;
+            let decoded = shard.decode(block, None)?;
             bar.inc(meta.tokens);
+            let ends = decoded.document_ends();
+            Ok(BlockLengths::of(meta.tokens, (0..ends.len()).map(|document| ends.get(document))))
         }
         Shard::Random(shard) => {
             shard.info().file.check_unchanged()?;
@@ -142,13 +156,13 @@ fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &Progress
                 bar.inc(end - start);
                 start = end;
             }
-            let ends = shard.ends(block, &mut scratch.ends)?.len() as u64;
-            if ends != meta.ends {
-                return Err(Error::data(format!("document ends: expected {}, found {ends}", meta.ends)));
+            let ends = shard.ends(block, &mut scratch.ends)?;
+            if ends.len() as u64 != meta.ends {
+                return Err(Error::data(format!("document ends: expected {}, found {}", meta.ends, ends.len())));
             }
+            Ok(BlockLengths::of(meta.tokens, (0..ends.len()).map(|document| ends.get(document))))
         }
     }
-    Ok(())
 }
 
 fn tokens_of(shard: &Shard) -> u64 {
@@ -212,6 +226,9 @@ impl Findings {
         line(out, "rows", &grouped(self.total(|shard| shard.info().rows)))?;
         line(out, "documents", &grouped(self.documents()))?;
         line(out, "tokens", &grouped(self.total(tokens_of)))?;
+        for (name, text) in std::iter::once("lengths").chain(std::iter::repeat("")).zip(self.lengths.lines()) {
+            line(out, name, &text)?;
+        }
         if let Some((count, [min, median, max])) = self.block_tokens() {
             let [min, median, max] = [min, median, max].map(grouped);
             line(out, "blocks", &format!("{}: {min} to {max} tokens, median {median}", grouped(count as u64)))?;
@@ -295,6 +312,7 @@ impl Findings {
             "rows": self.total(|shard| shard.info().rows),
             "documents": self.documents(),
             "tokens": self.total(tokens_of),
+            "lengths": self.lengths.json(),
             "blocks": {"count": blocks, "tokens_min": min, "tokens_median": median, "tokens_max": max},
             "skew": self.skew(),
             "not_read": not_read,

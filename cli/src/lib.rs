@@ -12,6 +12,7 @@ mod config;
 mod flat;
 mod index;
 mod interrupt;
+mod lengths;
 mod mistakes;
 mod plan;
 mod progress;

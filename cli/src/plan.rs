@@ -7,10 +7,11 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use forebay::corpus::Corpus;
+use forebay::layout::Lost;
 use forebay::loader::Next;
 use forebay::loader::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
 use forebay::order::Arrangement;
-use forebay::settings::{Remainder, Shuffle};
+use forebay::settings::{LayoutKind, Remainder, Shuffle};
 use forebay::{Config, Loader};
 use serde_json::{Value, json};
 
@@ -175,6 +176,9 @@ fn write_source(out: &mut dyn Write, source: &SourcePlan, format: &str, config: 
             number_of(source.stream_tokens, "token")
         ),
     )?;
+    if config.layout != LayoutKind::Concat {
+        line(out, "layout", &layout_text(source, config))?;
+    }
     if let (Some(drawn), false) = (source.drawn_sequences, source.name.is_empty()) {
         let epochs = drawn as f64 / source.sequences.max(1) as f64;
         let (sequences, tokens) = (number_of(drawn, "sequence"), number_of(drawn * config.seq_len, "token"));
@@ -193,6 +197,27 @@ fn write_source(out: &mut dyn Write, source: &SourcePlan, format: &str, config: 
     line(out, "order", &order)?;
     line(out, "moved by", &distance_text(&source.displacement, "positions"))?;
     line(out, "neighbours", &distance_text(&source.neighbours, "positions apart, those of one window"))
+}
+
+/// Places of the sequences without a token, as a share of all their places.
+fn padding_share(source: &SourcePlan) -> f64 {
+    let places = source.row_tokens + source.padding_places;
+    if source.padding_places == 0 { 0.0 } else { source.padding_places as f64 / places as f64 }
+}
+
+fn layout_text(source: &SourcePlan, config: &Config) -> String {
+    let (padding, share) = (number_of(source.padding_places, "place"), padding_share(source) * 100.0);
+    let mut text = format!("{}: {share:.2} % padding, {padding}", config.layout.name());
+    let Lost { truncated_documents, truncated_tokens, dropped_documents, dropped_tokens } = source.lost;
+    if truncated_documents > 0 {
+        let (documents, tokens) = (number_of(truncated_documents, "document"), number_of(truncated_tokens, "token"));
+        text += &format!("; {documents} truncated, without their last {tokens}");
+    }
+    if dropped_documents > 0 {
+        let (documents, tokens) = (number_of(dropped_documents, "document"), number_of(dropped_tokens, "token"));
+        text += &format!("; {documents} dropped, with {tokens}");
+    }
+    text
 }
 
 fn distance_text(distance: &Distance, unit: &str) -> String {
@@ -240,7 +265,9 @@ fn write_pass(out: &mut dyn Write, plan: &Plan, config: &Config) -> std::io::Res
     let Some(steps) = pass.steps else {
         return line(out, "steps", &format!("without end, {ranks}"));
     };
-    let delivered = number_of(pass.delivered_tokens, "token");
+    // In a layout with padding, a row counts as `seq_len` places.
+    let unit = if config.layout == LayoutKind::Concat { "token" } else { "place" };
+    let delivered = number_of(pass.delivered_tokens, unit);
     line(out, "steps", &format!("{} {ranks}; a pass delivers {delivered}", grouped(steps)))?;
     if pass.cut_rows > 0 {
         line(out, "", &format!("`max_steps` leaves {} undelivered", number_of(pass.cut_rows, "position")))?;
@@ -249,7 +276,7 @@ fn write_pass(out: &mut dyn Write, plan: &Plan, config: &Config) -> std::io::Res
     let text = match pass.remainder {
         Remainder::Drop => format!(
             "drop: leaves out {}, among them {}",
-            number_of(pass.dropped_tokens, "token"),
+            number_of(pass.dropped_tokens, unit),
             number_of(pass.dropped_sequences, "whole sequence")
         ),
         Remainder::Pad => format!(
@@ -312,6 +339,13 @@ fn source_json(source: &SourcePlan, format: &str) -> Value {
         "held_out_sequences": source.held_out_sequences,
         "drawn_sequences": source.drawn_sequences,
         "tail_tokens": source.tail_tokens,
+        "row_tokens": source.row_tokens,
+        "padding_places": source.padding_places,
+        "padding_share": padding_share(source),
+        "truncated_documents": source.lost.truncated_documents,
+        "truncated_tokens": source.lost.truncated_tokens,
+        "dropped_documents": source.lost.dropped_documents,
+        "dropped_tokens": source.lost.dropped_tokens,
         "arrangement": arrangement,
         "displacement": distance_json(&source.displacement),
         "neighbours": distance_json(&source.neighbours),

@@ -138,7 +138,8 @@ impl Batches {
         }
         match taken {
             Taken::Item(batch, depth) => {
-                session.counters.delivered(batch.tokens, batch.len_bytes() as u64, asked, depth);
+                let places = session.places_of(&batch);
+                session.counters.delivered(batch.tokens, places, batch.len_bytes() as u64, asked, depth);
                 Ok(Next::Batch(batch))
             }
             Taken::End => Ok(Next::End),

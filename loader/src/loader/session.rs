@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 use super::MAX_EPOCH;
-use super::batch::BatchLayout;
+use super::batch::{Batch, BatchLayout};
 use super::cursor::Cursor;
 use super::open::{Opened, window_warning, windows_bytes};
 use super::pass::PassRange;
@@ -23,7 +23,7 @@ use crate::order::partition::Grouping;
 use crate::pipeline::affinity::Placement;
 use crate::read::SessionId;
 use crate::settings::environment;
-use crate::settings::{Config, Epochs, default_threads};
+use crate::settings::{Config, Epochs, LayoutKind, default_threads};
 use crate::sync::{ForkGuard, lock};
 
 #[derive(Debug)]
@@ -194,10 +194,18 @@ impl Session {
             decoded_bytes,
             decoded_pages: cache.decoded_pages(),
             sources: self.source_stats(),
+            lost: self.opened.sources.lost(),
             cache_bytes: cache.used_bytes(),
             buffer_bytes: self.pool.held_bytes() as u64,
             ..self.counters.snapshot()
         }
+    }
+
+    /// Places for tokens in the rows of `batch`. The tokens that it delivers are counted the same
+    /// way.
+    pub(super) fn places_of(&self, batch: &Batch) -> u64 {
+        let joins = self.config.layout == LayoutKind::Concat;
+        batch.rows as u64 * if joins { self.config.seq_len } else { self.config.row_tokens() }
     }
 
     /// The rows that each source of a mixture gave to all ranks together before the present

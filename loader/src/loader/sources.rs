@@ -11,7 +11,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::corpus::Corpus;
 use crate::error::{Error, Result};
-use crate::layout::{self, Segment};
+use crate::layout::{self, Lost, Segment};
 use crate::loader::state::StateValue;
 use crate::order::holdout::Side;
 use crate::order::mixture::{Draw, Mixture};
@@ -256,6 +256,16 @@ impl CorpusSources {
     /// Whether an epoch has tokens after its last full row.
     pub(crate) fn has_tail(&self, growth: &Growth, epoch: u64) -> bool {
         self.mixture.is_none() && self.extent_at(growth, epoch).tail
+    }
+
+    /// Tokens of one epoch of all sources that no row holds, because documents are longer than a
+    /// row.
+    pub(crate) fn lost(&self) -> Lost {
+        let mut lost = Lost::default();
+        for source in &self.list {
+            lost += source.reader.layout().lost(source.reader.corpus().len());
+        }
+        lost
     }
 
     /// Number of tokens of an epoch, delivered or in its remainder.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam::utils::CachePadded;
 
 use crate::format::DecodedPages;
+use crate::layout::Lost;
 use crate::sync::lock;
 
 /// Number of waits kept for the percentiles: the most recent ones.
@@ -38,6 +39,7 @@ struct ConsumerCounters {
     since: Option<Instant>,
     batches: u64,
     tokens: u64,
+    places: u64,
     bytes: u64,
     waited: Duration,
     waits: Vec<f32>,
@@ -68,6 +70,10 @@ pub struct Stats {
     pub batches: u64,
     /// Tokens delivered as inputs.
     pub tokens: u64,
+    /// Places without a token, as a share of all delivered places. Joined documents leave none.
+    pub padding_share: f64,
+    /// Tokens of documents that are longer than a row, and that no row of an epoch holds.
+    pub lost: Lost,
     /// Bytes delivered.
     pub bytes: u64,
     /// Time since the first request for a batch.
@@ -110,6 +116,7 @@ impl Counters {
             since: None,
             batches: 0,
             tokens: 0,
+            places: 0,
             bytes: 0,
             waited: Duration::ZERO,
             waits: Vec::new(),
@@ -132,9 +139,9 @@ impl Counters {
         consumer.waited += asked.elapsed();
     }
 
-    /// Counts a batch that a consumer requested at `asked` and receives now. `depth` batches were
-    /// ready at the request.
-    pub(crate) fn delivered(&self, tokens: u64, bytes: u64, asked: Instant, depth: usize) {
+    /// Counts a batch of `tokens` in `places` that a consumer requested at `asked` and receives
+    /// now. `depth` batches were ready at the request.
+    pub(crate) fn delivered(&self, tokens: u64, places: u64, bytes: u64, asked: Instant, depth: usize) {
         let wait = asked.elapsed();
         let mut consumer = lock(&self.consumer);
         consumer.since.get_or_insert(asked);
@@ -146,6 +153,7 @@ impl Counters {
         }
         consumer.batches += 1;
         consumer.tokens += tokens;
+        consumer.places += places;
         consumer.bytes += bytes;
         consumer.waited += wait;
         consumer.depth_sum += depth as u64;
@@ -165,6 +173,7 @@ impl Counters {
         Stats {
             batches: consumer.batches,
             tokens: consumer.tokens,
+            padding_share: per(consumer.places.saturating_sub(consumer.tokens) as f64, consumer.places as f64),
             bytes: consumer.bytes,
             elapsed_seconds: elapsed,
             tokens_per_second: per(consumer.tokens as f64, elapsed),

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::layout::Segment;
+use crate::layout::{Lost, Segment};
 use crate::order::partition::Grouping;
 use crate::order::permutation::Permutation;
 use crate::order::{Arrangement, EpochOrder};
@@ -65,6 +65,13 @@ pub struct SourcePlan {
     pub held_out_sequences: u64,
     /// Number of tokens after the full sequences.
     pub tail_tokens: u64,
+    /// Tokens that the delivered sequences and the tail of one epoch hold. In `concat` these are
+    /// all tokens of the stream.
+    pub row_tokens: u64,
+    /// Places of the delivered sequences that hold no token, in one epoch.
+    pub padding_places: u64,
+    /// Tokens of documents that are longer than a row, and that no row holds.
+    pub lost: Lost,
     /// Sequences drawn from the source in the pass. `None` if the pass has no end.
     pub drawn_sequences: Option<u64>,
     /// Arrangement of the sequences.

@@ -9,12 +9,13 @@ use super::super::rows::batch_rows;
 use super::super::session::Session;
 use crate::error::Result;
 use crate::format::Access;
+use crate::layout::Extent;
 use crate::loader::plan::{self, Decoding, MemoryPlan, PassCounts, PassPlan, Plan, Reads, Simulated, SourcePlan};
 use crate::loader::sources::{Growth, RowRead};
 use crate::order::Arrangement;
 use crate::order::epochs::EpochChain;
 use crate::order::partition::Grouping;
-use crate::settings::Shuffle;
+use crate::settings::{LayoutKind, Shuffle};
 
 impl Loader {
     /// Plans the first pass of these settings.
@@ -101,10 +102,21 @@ impl Session {
             sequences: order.len(),
             held_out_sequences: extent.rows - order.len(),
             tail_tokens: extent.tail_tokens,
+            row_tokens: extent.tokens,
+            padding_places: self.padding_places(&extent),
+            lost: source.reader.layout().lost(corpus.len()),
             drawn_sequences,
             arrangement,
             displacement: plan::displacement(&order, arrangement),
             neighbours: plan::neighbours(&order, arrangement),
+        }
+    }
+
+    /// Places of the rows of `extent` that hold no token. Joined documents leave none.
+    fn padding_places(&self, extent: &Extent) -> u64 {
+        match self.config.layout {
+            LayoutKind::Concat => 0,
+            _ => extent.rows * self.config.row_tokens() - extent.tokens,
         }
     }
 
