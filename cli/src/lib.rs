@@ -21,6 +21,7 @@ mod rewrite;
 mod sequential;
 mod token_column;
 mod verify;
+mod whole_rows;
 
 use std::ffi::OsString;
 use std::io::Write;

@@ -2,8 +2,10 @@
 //!
 //! The reader shares no layout, order, decoding or gathering with the loader. Arrow's and parquet's
 //! own readers read whole files. Documents follow each other in one stream, and every `seq_len`
-//! tokens of the stream are a row.
+//! tokens of the stream are a row. For layouts that keep documents whole, `whole_rows.rs` makes the
+//! rows.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
@@ -24,11 +26,14 @@ use forebay::{Error, Result};
 
 use crate::flat::{self, FlatReader};
 use crate::token_column::{self, unsound};
+use crate::whole_rows::Window;
 
 /// Receives the stream while it is read.
 pub(crate) trait Visitor {
-    /// Takes a sequence, or the shorter tail after the last sequence.
-    fn row(&mut self, sequence: u64, tokens: &[i64]);
+    /// Takes a sequence, or the shorter tail after the last sequence. A span is the place and the
+    /// length of a stretch of one document, or of the whole row where documents are joined without
+    /// boundaries.
+    fn row(&mut self, sequence: u64, tokens: &[i64], spans: &[(u32, u32)]);
 
     /// Takes a document with tokens: its shard, its row, and its place in the stream. The place
     /// includes `bos_id` and `eos_id`.
@@ -73,6 +78,8 @@ fn read_column(
         eos,
         seq_len: config.seq_len as usize,
         overlap: usize::from(config.targets == Targets::Shifted),
+        window: Window::of(config),
+        starts: config.has_boundaries().then(VecDeque::new),
         visitor,
         shard: 0,
         open: None,
@@ -92,6 +99,7 @@ fn read_column(
                 read_file(&file.path, column, &mut stream)
             };
             read.map_err(|error| error.at(&file.path))?;
+            stream.end_shard();
         }
     }
     stream.finish();
@@ -107,6 +115,11 @@ struct Stream<'a> {
     seq_len: usize,
     /// Number of tokens that a row shares with the next.
     overlap: usize,
+    /// Documents of the present window, if the layout keeps documents whole.
+    window: Option<Window>,
+    /// Places in the stream where documents begin, from the first pending row on, if joined rows
+    /// have boundaries.
+    starts: Option<VecDeque<u64>>,
     visitor: &'a mut dyn Visitor,
     shard: usize,
     /// Row and start of the document that is being read.
@@ -124,7 +137,11 @@ impl Stream<'_> {
             return;
         }
         if self.open.is_none() {
-            self.open = Some((row, self.done + self.pending.len() as u64));
+            let start = self.done + self.pending.len() as u64;
+            self.open = Some((row, start));
+            if let Some(starts) = &mut self.starts {
+                starts.push_back(start);
+            }
             self.pending.extend(self.bos);
         }
         self.pending.extend(tokens.iter().map(|token| (*token).into()));
@@ -142,19 +159,57 @@ impl Stream<'_> {
     }
 
     fn cut(&mut self) {
+        if let Some(window) = &mut self.window {
+            if self.open.is_none() {
+                window.add(&self.pending, &mut |tokens, spans| {
+                    self.visitor.row(self.sequence, tokens, spans);
+                    self.sequence += 1;
+                });
+                self.done += self.pending.len() as u64;
+                self.pending.clear();
+            }
+            return;
+        }
         let mut start = 0;
         while self.pending.len() - start >= self.seq_len + self.overlap {
-            self.visitor.row(self.sequence, &self.pending[start..start + self.seq_len + self.overlap]);
+            let end = start + self.seq_len + self.overlap;
+            let spans = self.spans(start..end);
+            self.visitor.row(self.sequence, &self.pending[start..end], &spans);
             self.sequence += 1;
             start += self.seq_len;
+            if let Some(starts) = &mut self.starts {
+                let first = self.done + start as u64;
+                starts.retain(|place| *place >= first);
+            }
         }
         self.pending.drain(..start);
         self.done += start as u64;
     }
 
+    /// The stretches of documents in the row of these pending tokens.
+    fn spans(&self, row: Range<usize>) -> Vec<(u32, u32)> {
+        let places = self.done + row.start as u64..self.done + row.end as u64;
+        let inside = self.starts.iter().flatten().filter(|place| **place > places.start && **place < places.end);
+        let mut borders: Vec<u32> = inside.map(|place| (*place - places.start) as u32).collect();
+        borders.insert(0, 0);
+        borders.push(row.len() as u32);
+        borders.windows(2).map(|pair| (pair[0], pair[1] - pair[0])).collect()
+    }
+
+    /// Ends the window of the shard that was read.
+    fn end_shard(&mut self) {
+        if let Some(window) = &mut self.window {
+            window.end(&mut |tokens, spans| {
+                self.visitor.row(self.sequence, tokens, spans);
+                self.sequence += 1;
+            });
+        }
+    }
+
     fn finish(&mut self) {
-        if self.pending.len() > self.overlap {
-            self.visitor.row(self.sequence, &self.pending);
+        if self.window.is_none() && self.pending.len() > self.overlap {
+            let spans = self.spans(0..self.pending.len());
+            self.visitor.row(self.sequence, &self.pending, &spans);
         }
     }
 }

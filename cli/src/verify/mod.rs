@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use forebay::corpus::schema::{SchemaField, Side};
+use forebay::corpus::schema::{IGNORED_LABEL, SchemaField, Side};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
 use forebay::proof::checksum::Checksum;
@@ -84,8 +84,13 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let own = [("seed", options.seed.clone())];
     let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
-    if config.layout != LayoutKind::Concat || config.has_boundaries() {
-        let text = "`forebay verify` proves `layout` = concat without `boundaries`, and no other rows yet";
+    let keeps_documents = config.layout.has_windows();
+    if keeps_documents && config.holdout.is_some() {
+        let text = "`forebay verify` cannot prove a side of `holdout` of `layout` = pack or pad yet";
+        return Err(Error::config(text).into());
+    }
+    if config.layout != LayoutKind::Concat && (options.step.is_some() || options.document.is_some()) {
+        let text = "`--step` and `--document` find documents in `layout` = concat alone";
         return Err(Error::config(text).into());
     }
     // A proof must not add to the delivery log that it reads.
@@ -213,20 +218,25 @@ struct Expected<'a> {
     /// The places of a row with values of the column. These are all tokens, or the tokens that an
     /// array of the batch has.
     places: Range<usize>,
+    /// The first place whose value is masked if a document begins there, and the value there.
+    masked: Option<(usize, i64)>,
+    /// Whether the checksum of a row covers its spans.
+    has_spans: bool,
     bar: ProgressBar,
 }
 
 impl Visitor for Expected<'_> {
-    fn row(&mut self, sequence: u64, tokens: &[i64]) {
-        let tokens = &tokens[self.places.start.min(tokens.len())..self.places.end.min(tokens.len())];
+    fn row(&mut self, sequence: u64, tokens: &[i64], spans: &[(u32, u32)]) {
         let mut one = None;
         for (wanted, sum) in self.wanted.iter().zip(&mut self.sums) {
             for _ in 0..wanted.count(self.source, sequence) {
                 *sum += *one.get_or_insert_with(|| {
+                    let values = delivered(&self.places, self.masked, tokens, spans);
                     let mut one = Checksum::default();
                     match &self.field {
-                        None => one.add_row(self.source as u64, sequence, tokens),
-                        Some(field) => one.add_field(self.source as u64, sequence, field.name, tokens),
+                        None if self.has_spans => one.add_row_of_spans(self.source as u64, sequence, &values, spans),
+                        None => one.add_row(self.source as u64, sequence, &values),
+                        Some(field) => one.add_field(self.source as u64, sequence, field.name, &values),
                     }
                     one
                 });
@@ -241,14 +251,34 @@ impl Visitor for Expected<'_> {
     }
 }
 
+/// The values of a row that an array of a batch has: those at `places` of the row. The value at the
+/// first place of a span becomes the value of `masked`, if the place is not before the place that
+/// `masked` names.
+fn delivered(places: &Range<usize>, masked: Option<(usize, i64)>, values: &[i64], spans: &[(u32, u32)]) -> Vec<i64> {
+    let mut found = Vec::with_capacity(values.len());
+    let mut values = values.iter();
+    for (start, len) in spans.iter().map(|(start, len)| (*start as usize, *len as usize)) {
+        for (place, value) in (start..start + len).zip(values.by_ref()) {
+            let mask = masked.filter(|(from, _)| place == start && place >= *from);
+            if places.contains(&place) {
+                found.push(mask.map_or(*value, |(_, mask)| mask));
+            }
+        }
+    }
+    found
+}
+
 /// Reads the files, and returns the checksum for each of `wanted`.
 fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result<Vec<Checksum>, Failure> {
     let config = loader.config();
     let bar = reading_bar(loader, context)?;
     let sums = vec![Checksum::default(); wanted.len()];
-    let mut expected = Expected { wanted, sums, source: 0, field: None, places: 0..usize::MAX, bar };
     let seq_len = config.seq_len as usize;
     let is_shifted = config.targets == Targets::Shifted;
+    let has_boundaries = config.has_boundaries();
+    let has_spans = has_boundaries || config.layout != LayoutKind::Concat;
+    let places = 0..usize::MAX;
+    let mut expected = Expected { wanted, sums, source: 0, field: None, places, masked: None, has_spans, bar };
     for (source, (_, corpus)) in loader.corpora().enumerate() {
         let is_there = |(index, _): &(usize, &SchemaField)| corpus.field_dtype(*index).is_some();
         let fields: Vec<SchemaField> =
@@ -258,10 +288,14 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
         // If labels are a column, no array has the last token that a shifted row reads.
         let has_labels = fields.iter().any(|field| field.name == "labels");
         expected.places = if has_labels { 0..seq_len } else { 0..usize::MAX };
+        // Only the array of targets has the last token of a shifted row.
+        expected.masked = has_boundaries.then_some((seq_len, IGNORED_LABEL));
         sequential::read(config, corpus, &mut expected)?;
         for field in fields {
             let start = usize::from(is_shifted && field.side == Side::Target);
             (expected.field, expected.places) = (Some(field), start..start + seq_len);
+            let is_target = field.side == Side::Target;
+            expected.masked = (has_boundaries && is_target).then_some((start, field.padding));
             sequential::read_field(config, &field, corpus, &mut expected)?;
         }
     }

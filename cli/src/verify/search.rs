@@ -204,7 +204,7 @@ struct Documents<'a> {
 }
 
 impl Visitor for Documents<'_> {
-    fn row(&mut self, _: u64, _: &[i64]) {}
+    fn row(&mut self, _: u64, _: &[i64], _: &[(u32, u32)]) {}
 
     fn document(&mut self, shard: usize, row: u64, place: Range<u64>) {
         let of_document = sequences_of(&place, self.config);
@@ -228,7 +228,7 @@ struct Place {
 }
 
 impl Visitor for Place {
-    fn row(&mut self, _: u64, _: &[i64]) {}
+    fn row(&mut self, _: u64, _: &[i64], _: &[(u32, u32)]) {}
 
     fn document(&mut self, shard: usize, row: u64, place: Range<u64>) {
         if (shard, row) == (self.shard, self.row) {

@@ -1,0 +1,123 @@
+//! Puts whole documents into rows, as the layouts `pack`, `pad` and `rows` promise.
+//!
+//! Shares no code with the loader's own layouts, so that a fault there does not prove itself. Takes
+//! the documents of a shard in order, and gives the rows of each window.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use forebay::Config;
+use forebay::settings::{LayoutKind, Overflow, Targets};
+
+/// Number of pieces that end a window.
+const WINDOW_PIECES: usize = 16_384;
+/// Number of tokens that end a window.
+const WINDOW_TOKENS: usize = 4 << 20;
+
+/// Receives a row: its tokens without padding, and its spans. A span is a place and a length.
+pub(crate) type Emit<'a> = &'a mut dyn FnMut(&[i64], &[(u32, u32)]);
+
+/// The window that is being filled.
+#[derive(Debug)]
+pub(crate) struct Window {
+    overflow: Overflow,
+    /// Tokens of a row.
+    capacity: usize,
+    /// Places that a piece takes at least.
+    smallest: usize,
+    align: usize,
+    most: usize,
+    tokens: Vec<i64>,
+    /// The piece of a document that fits into a row, as a range of `tokens`.
+    pieces: Vec<Range<usize>>,
+}
+
+impl Window {
+    /// An empty window for the rows of `config`. `None` if documents are joined.
+    pub(crate) fn of(config: &Config) -> Option<Self> {
+        let is_shifted = config.targets == Targets::Shifted;
+        let is_pack = config.layout == LayoutKind::Pack;
+        let most = config.max_docs_per_row.map_or(usize::MAX, |most| most as usize);
+        (config.layout != LayoutKind::Concat).then(|| Self {
+            overflow: config.overflow,
+            capacity: config.seq_len as usize + usize::from(is_shifted),
+            smallest: 1 + usize::from(is_shifted),
+            align: config.pack_align as usize,
+            most: if is_pack { most } else { 1 },
+            tokens: Vec::new(),
+            pieces: Vec::new(),
+        })
+    }
+
+    /// Adds a document. Gives the rows of each window that it fills.
+    pub(crate) fn add(&mut self, document: &[i64], emit: Emit<'_>) {
+        let is_long = document.len() > self.capacity;
+        let kept = match self.overflow {
+            Overflow::Truncate if is_long => &document[..self.capacity],
+            Overflow::Drop if is_long => &[],
+            _ => document,
+        };
+        for piece in kept.chunks(self.capacity) {
+            let start = self.tokens.len();
+            self.tokens.extend_from_slice(piece);
+            self.pieces.push(start..self.tokens.len());
+            if self.pieces.len() >= WINDOW_PIECES || self.tokens.len() >= WINDOW_TOKENS {
+                self.end(emit);
+            }
+        }
+    }
+
+    /// Ends the window, as the end of a shard does, and gives its rows.
+    pub(crate) fn end(&mut self, emit: Emit<'_>) {
+        let sizes: Vec<usize> = self.pieces.iter().map(|piece| self.size(piece.len())).collect();
+        for row in best_fit(&sizes, self.capacity, self.most) {
+            let (mut place, mut tokens, mut spans) = (0, Vec::new(), Vec::new());
+            for piece in row {
+                let range = self.pieces[piece].clone();
+                spans.push((place as u32, range.len() as u32));
+                tokens.extend_from_slice(&self.tokens[range]);
+                place += sizes[piece];
+            }
+            emit(&tokens, &spans);
+        }
+        self.tokens.clear();
+        self.pieces.clear();
+    }
+
+    /// Places that a piece of `len` tokens takes.
+    fn size(&self, len: usize) -> usize {
+        len.max(self.smallest).next_multiple_of(self.align).min(self.capacity)
+    }
+}
+
+/// The pieces of each row: the largest piece first, each into the row with the least room that is
+/// enough. Among equal rows, the row that got a piece last is taken.
+fn best_fit(sizes: &[usize], capacity: usize, most: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..sizes.len()).collect();
+    order.sort_by_key(|piece| std::cmp::Reverse(sizes[*piece]));
+    let mut rows: Vec<Vec<usize>> = Vec::new();
+    let mut open: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    for piece in order {
+        let size = sizes[piece];
+        let found = open.range(size..).next().map(|(room, _)| *room);
+        let (room, row) = match found.and_then(|room| Some((room, open.get_mut(&room)?.pop()?))) {
+            Some((room, row)) => {
+                if open.get(&room).is_some_and(Vec::is_empty) {
+                    open.remove(&room);
+                }
+                (room, row)
+            }
+            None => {
+                rows.push(Vec::new());
+                (capacity, rows.len() - 1)
+            }
+        };
+        rows[row].push(piece);
+        if rows[row].len() < most {
+            open.entry(room - size).or_default().push(row);
+        }
+    }
+    rows.iter_mut().for_each(|row| row.sort_unstable());
+    rows.sort_unstable();
+    rows
+}
