@@ -205,6 +205,7 @@ def test_documents_that_are_rows(tmp_path: Path) -> None:
         {"layout": "pad", "pack_align": 4},
         {"layout": "pack", "pack_align": 3},
         {"layout": "pad", "cu_seqlens_width": 8},
+        {"layout": "pack", "batch_size": 1 << 30},
     ],
 )
 def test_settings_of_another_layout_are_refused(tmp_path: Path, given: dict[str, Any]) -> None:

@@ -227,6 +227,14 @@ impl Config {
             self.cu_seqlens_width.is_none() || self.has_boundaries(),
             "`cu_seqlens_width` needs `boundaries` = true".to_owned(),
         );
+        let places = self.batch_size.saturating_mul(self.seq_len);
+        check(
+            !self.has_boundaries() || places < 1 << 31,
+            format!(
+                "`cu_seqlens` is int32, too small for {places} places of a batch: lower `batch_size` or `seq_len`, or \
+                 set `boundaries` = false"
+            ),
+        );
         check(
             layout == LayoutKind::Concat || self.row_tokens() < 1 << 32,
             format!("`seq_len` = {} is too large for `layout` = {}", self.seq_len, layout.name()),
