@@ -184,9 +184,9 @@ class Loader:
         integer from 1 to 2^20.
     shuffle:
         Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks,
-        then sequences within windows. `true` is `global` for uncompressed Arrow, and `block` for
-        files that have to be decoded. Default: false. Accepted: `true`, `false`, `global` or
-        `block`.
+        then sequences within windows. `true` is `global` for files that are read in place, and
+        `block` for files that have to be decoded. Default: false. Accepted: `true`, `false`,
+        `global` or `block`.
     seed:
         Key of the order, together with the epoch. `forebay.torch.DataLoader` takes it from the
         sampler or the generator if you give none. Default: 0. Accepted: an integer from 0 to 2^64 -
