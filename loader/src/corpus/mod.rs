@@ -196,6 +196,7 @@ pub struct Corpus {
     options: OpenOptions,
     shards: Opened<OpenShard>,
     dtype: Dtype,
+    fields: FieldTypes,
     access: Access,
     fingerprint: String,
     warnings: Vec<String>,
@@ -351,6 +352,7 @@ impl Corpus {
             options: options.clone(),
             shards,
             dtype: Dtype::I32,
+            fields: FieldTypes::default(),
             access: Access::Random,
             fingerprint: String::new(),
             warnings: Vec::new(),
@@ -372,7 +374,7 @@ impl Corpus {
         // A shard without blocks does not show whether shards of this corpus are decoded.
         let typical = corpus.facts().find(|facts| facts.blocks > 0).or_else(|| corpus.facts().next());
         if let Some(typical) = typical {
-            (corpus.dtype, corpus.access) = (typical.dtype, typical.access);
+            (corpus.dtype, corpus.fields, corpus.access) = (typical.dtype, typical.fields, typical.access);
         }
         corpus.fingerprint = corpus.fingerprint_of(corpus.len());
         Ok(corpus)
@@ -508,8 +510,7 @@ impl Corpus {
     ///
     /// All shards with tokens have the same type. A shard without tokens may lack the column.
     pub fn field_dtype(&self, index: usize) -> Option<Dtype> {
-        let full = self.facts().find(|facts| facts.blocks > 0).or_else(|| self.facts().next());
-        full?.fields.get(index)
+        self.fields.get(index)
     }
 
     /// The further columns that the corpus was opened with.
