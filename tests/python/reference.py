@@ -22,7 +22,6 @@ from reference_flat import flat_documents
 from reference_order import block_order, global_order
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids", "ids")
-IGNORE = -100
 BESIDE = (".idx", ".index", ".loss", ".metadata")
 """Suffixes of files that say something of the ids beside them."""
 
@@ -118,6 +117,7 @@ class Settings:
     seq_len: int = 2048
     batch_size: int = 1
     targets: str = "labels"
+    ignore_index: int = -100
     bos_id: int | None = None
     eos_id: int | None = None
     shuffle: str = "off"
@@ -181,8 +181,8 @@ class Reference:
         if len(tokens) < length and s.remainder == "wrap":
             tokens = [self.stream[(start + k) % len(self.stream)] for k in range(length)]
         if s.shifted:
-            return fill(tokens[: s.seq_len], s.seq_len, s.pad_id), fill(tokens[1:], s.seq_len, IGNORE)
-        return fill(tokens, s.seq_len, s.pad_id), fill(tokens, s.seq_len, IGNORE)
+            return fill(tokens[: s.seq_len], s.seq_len, s.pad_id), fill(tokens[1:], s.seq_len, s.ignore_index)
+        return fill(tokens, s.seq_len, s.pad_id), fill(tokens, s.seq_len, s.ignore_index)
 
     def steps(self, world_size: int = 1) -> int:
         """Batches of every rank in an epoch."""
@@ -200,7 +200,7 @@ class Reference:
             if position < len(order):
                 rows.append(self.sequence(order[position]))
             elif s.remainder == "pad":
-                rows.append(([s.pad_id] * s.seq_len, [IGNORE] * s.seq_len))
+                rows.append(([s.pad_id] * s.seq_len, [s.ignore_index] * s.seq_len))
             elif s.remainder == "wrap":
                 rows.append(self.sequence(order[position % len(order)]))
         return rows

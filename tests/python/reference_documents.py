@@ -14,8 +14,6 @@ from reference_layout import LayoutSettings, rows, windows
 from reference_layout import pieces as pieces_of
 from reference_order import derive, permute
 
-IGNORE = -100
-
 Cut = tuple[int, list[int]]
 """A stretch of one document: its place in the row and its tokens."""
 
@@ -68,12 +66,12 @@ def arrays(row: list[Cut], s: LayoutSettings, pad_id: int, boundaries: bool) -> 
     """The arrays of one row."""
     lead = s.capacity - s.seq_len
     tokens, firsts = [pad_id] * s.capacity, set()
-    labels, numbers, positions = [IGNORE] * s.capacity, [-1] * s.capacity, [0] * s.capacity
+    labels, numbers, positions = [s.ignore_index] * s.capacity, [-1] * s.capacity, [0] * s.capacity
     for number, (place, cut) in enumerate(row):
         firsts.add(place)
         for at, token in enumerate(cut, place):
             tokens[at], numbers[at] = token, number
-            labels[at] = IGNORE if boundaries and at == place else token
+            labels[at] = s.ignore_index if boundaries and at == place else token
     # The padding at the end is a stretch of its own. Other padding belongs to the stretch before
     # it.
     end = max((place + len(cut) for place, cut in row), default=0)

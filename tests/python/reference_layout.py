@@ -25,6 +25,7 @@ class LayoutSettings:
     layout: str = "pack"
     seq_len: int = 2048
     targets: str = "labels"
+    ignore_index: int = -100
     overflow: str = "split"
     max_docs_per_row: int | None = None
     pack_align: int = 1

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
-from reference import IGNORE, Reference, Settings, read_table, resolve_shuffle, shards, token_stream
+from reference import Reference, Settings, read_table, resolve_shuffle, shards, token_stream
 from reference_documents import Documents, laid_out
 from reference_layout import LayoutSettings
 from support import arguments, clean_environment
@@ -84,7 +84,7 @@ def corpus(folder: Path, container: str, names: list[str], seed: int = 1) -> Pat
 def stream_of(data: Path, name: str, settings: Settings) -> list[Any]:
     """The values of a column, and its own value at every special."""
     stream: list[Any] = []
-    special = {"labels": IGNORE, "attention_mask": 1}.get(name, 0)
+    special = {"labels": settings.ignore_index, "attention_mask": 1}.get(name, 0)
     for path in shards(data):
         for document in read_table(path).column(name).to_pylist():
             if document:
@@ -109,17 +109,17 @@ def reference_of(data: Path, name: str | None, settings: Settings) -> Reference:
 
 def expected(data: Path, name: str, settings: Settings, step: int, rank: int, world: int) -> Any:
     """The array of a column in a batch: the reference's rows over the column's stream."""
-    padding = IGNORE if name == "labels" else 0
+    padding = settings.ignore_index if name == "labels" else 0
     assert len(tokens_of(data, settings)) == len(stream_of(data, name, settings))
     padded = Settings(**{**vars(settings), "pad_id": padding})
     rows = reference_of(data, name, padded).batch_at(step, rank=rank, world_size=world)
     side = int(settings.shifted and COLUMNS[name][2])
-    # The reference fills targets up with -100; a field has its own padding.
+    # The reference fills targets up with `ignore_index`; a field has its own padding.
     cut = [list(row[side]) for row in rows]
-    if side and padding != IGNORE:
+    if side and padding != settings.ignore_index:
         places = reference_of(data, None, settings).batch_at(step, rank=rank, world_size=world)
         cut = [
-            [padding if place == IGNORE else value for value, place in zip(row, place[1], strict=True)]
+            [padding if place == settings.ignore_index else value for value, place in zip(row, place[1], strict=True)]
             for row, place in zip(cut, places, strict=True)
         ]
     return np.array(cut).astype(COLUMNS[name][1])
@@ -155,6 +155,7 @@ def test_batches_hold_what_plain_python_reads(tmp_path: Path, container: str, ta
             window_tokens=512,
             lanes=2,
             remainder=remainder,
+            ignore_index=draw.choice([-100, -1]),
         )
         given = dict(arguments(settings), fields=names, block_tokens=draw.choice([1, 64, 4096]))
         world = draw.choice([1, 2])
@@ -180,7 +181,7 @@ def laid_out_fields(data: Path, s: LayoutSettings, boundaries: bool, **marks: in
         for index, document in enumerate(shard):
             shard[index] = list(range(count, count + len(document)))
             count += len(document)
-    settings = Settings(seq_len=1, batch_size=1, bos_id=marks["bos_id"], eos_id=marks["eos_id"])
+    settings = Settings(seq_len=1, batch_size=1, ignore_index=s.ignore_index, **marks)
     streams = {name: stream_of(data, name, settings) for name in COLUMNS}
     streams["input_ids"] = [token for shard in tokens.shards for document in shard for token in document]
     lead = s.capacity - s.seq_len
@@ -188,7 +189,7 @@ def laid_out_fields(data: Path, s: LayoutSettings, boundaries: bool, **marks: in
     for row in laid_out(numbered, s):
         arrays = {}
         for name, stream in streams.items():
-            padding = {"labels": IGNORE, "input_ids": 7}.get(name, 0)
+            padding = {"labels": s.ignore_index, "input_ids": 7}.get(name, 0)
             values = [padding] * s.capacity
             is_target = name != "input_ids" and COLUMNS[name][2]
             for place, cut in row:
@@ -213,7 +214,12 @@ def test_columns_follow_their_tokens_in_every_layout(
         overflow = "split" if layout == "concat" else draw.choice(["split", "truncate", "drop"])
         align = draw.choice([1, 4]) if layout == "pack" else 1
         s = LayoutSettings(
-            layout=layout, seq_len=draw.choice([8, 16, 64]), targets=targets, overflow=overflow, pack_align=align
+            layout=layout,
+            seq_len=draw.choice([8, 16, 64]),
+            targets=targets,
+            overflow=overflow,
+            pack_align=align,
+            ignore_index=draw.choice([-100, -1]),
         )
         marks = {"bos_id": draw.choice([None, 50_001]), "eos_id": draw.choice([None, 50_002])}
         wanted = laid_out_fields(data, s, boundaries, **marks)
@@ -236,6 +242,42 @@ def test_columns_follow_their_tokens_in_every_layout(
                     kind = "int64" if name == "input_ids" else COLUMNS[name][1]
                     assert array.dtype == kind, f"{where} {name}"
                     assert np.array_equal(array[0], np.array(values).astype(kind)), f"{where} {name}"
+
+
+@pytest.mark.parametrize("stored", [pa.int16(), pa.int32(), pa.int64()])
+@pytest.mark.parametrize("targets", ["labels", "shifted"])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 7])
+def test_places_that_are_no_target_have_the_ignored_index(
+    tmp_path: Path, ignore_index: int, targets: str, stored: pa.DataType
+) -> None:
+    # A stored label stays as it is, though it is the default of the ignored index.
+    documents, labels = [[1, 2, 3, 4, 5], [6, 7, 8, 9], [10]], [[-100, -100, 3, 4, 5], [6, 7, -100, 9], [10]]
+    columns = {"input_ids": pa.array(documents, pa.list_(pa.int32())), "labels": pa.array(labels, pa.list_(stored))}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"input_ids": columns["input_ids"]}), tmp_path / "b.parquet")
+    streams = {
+        0: [label for document in labels for label in [*document, ignore_index]],
+        1: [token for document in documents for token in [*document, 0]],
+    }
+    first = int(targets == "shifted")
+    wanted = {
+        (source, row): stream[first + 4 * row :][:4] for source, stream in streams.items() for row in range(3)
+    } | {(-1, -1): [ignore_index] * 4}
+    given: dict[str, Any] = dict(seq_len=4, batch_size=4, eos_id=0, targets=targets, ignore_index=ignore_index)
+    given |= dict(fields=["labels"], remainder="pad", sample_ids=True, lanes=1)
+    sources = [{"name": name, "data": tmp_path / f"{name}.parquet", "weight": 1, "epochs": 1} for name in "ab"]
+    seen = set()
+    with forebay.Loader(mixture={"sources": sources}, **given) as loader:
+        for batch in loader:
+            places = zip(batch["source"].tolist(), batch["sample_index"].tolist(), strict=True)
+            for place, row in zip(places, batch["y" if first else "labels"].tolist(), strict=True):
+                assert row == wanted[place], place
+                seen.add(place)
+    assert {source for source, _ in seen} == {0, 1, -1}
+    with forebay.Loader(tmp_path / "a.parquet", **given) as loader:
+        rows = np.concatenate([batch["y" if first else "labels"] for batch in loader]).tolist()
+    stream = streams[0][first:]
+    assert rows[:4] == [(stream[start : start + 4] + [ignore_index] * 4)[:4] for start in (0, 4, 8, 12)]
 
 
 @pytest.mark.parametrize("container", ["arrow", "parquet-zstd"])

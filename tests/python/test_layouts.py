@@ -97,6 +97,7 @@ def arguments(s: LayoutSettings, boundaries: bool) -> dict[str, Any]:
 
 def settings_of(layout: str, turn: int) -> LayoutSettings:
     given: dict[str, Any] = {"targets": ("labels", "shifted")[turn % 2], "seq_len": (64, 32, 128)[turn % 3]}
+    given["ignore_index"] = (-100, -1)[turn // 2 % 2]
     if layout in ("pack", "pad"):
         given["overflow"] = ("split", "truncate", "drop")[turn % 3]
     if layout == "pack":

@@ -180,7 +180,10 @@ def test_positions_out_of_range_are_refused(small: Path) -> None:
 def test_the_end_of_an_epoch_follows_the_remainder(tmp_path: Path, tokens: int, targets: str, remainder: str) -> None:
     path = corpora.write_rows(tmp_path / "shard.parquet", [list(range(1, tokens + 1))])
     for world_size in (1, 2):
-        settings = Settings(seq_len=8, batch_size=2, targets=targets, remainder=remainder, pad_id=99)
+        ignore_index = (-100, -1)[tokens % 2]
+        settings = Settings(
+            seq_len=8, batch_size=2, targets=targets, ignore_index=ignore_index, remainder=remainder, pad_id=99
+        )
         reference = Reference(token_stream(path), settings)
         if remainder == "short" and reference.short_is_refused(world_size):
             import forebay

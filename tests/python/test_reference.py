@@ -8,13 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from reference import IGNORE, Reference, Settings, resolve_shuffle, token_stream
+from reference import Reference, Settings, resolve_shuffle, token_stream
 from reference_order import block_order, derive, feistel, fisher_yates, global_order, mix64, permute
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import corpora
 from corpora import Cell
+
+IGNORE = -100
 
 
 def test_mix64_is_the_finaliser_of_splitmix64() -> None:
@@ -117,6 +119,7 @@ def test_rows_past_the_end() -> None:
     assert rows_of(stream, remainder="pad", **common)[1] == [last, ([5, 5], [IGNORE, IGNORE])]
     assert rows_of(stream, remainder="wrap", **common)[1] == [last, ([10, 11], [10, 11])]
     assert rows_of(stream, remainder="short", **common)[1] == [last]
+    assert rows_of(stream, remainder="pad", ignore_index=-1, **common)[1] == [last, ([5, 5], [-1, -1])]
 
 
 def test_shifted_targets_overlap_by_one() -> None:

@@ -189,7 +189,7 @@ def test_operational_settings_may_change_on_resume(corpus: Path, epochs: list[li
 @pytest.mark.parametrize(
     ("name", "other"),
     [("seed", 78), ("seq_len", 32), ("shuffle", "global"), ("targets", "shifted"), ("eos_id", 1), ("bos_id", 5),
-     ("chunk_tokens", 320), ("window_tokens", 1280), ("lanes", 2)],
+     ("ignore_index", -1), ("ignore_index", 7), ("chunk_tokens", 320), ("window_tokens", 1280), ("lanes", 2)],
 )  # fmt: skip
 def test_other_content_is_refused_with_both_values_named(corpus: Path, name: str, other: Any) -> None:
     with open_loader(corpus, SETTINGS) as loader:

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use forebay::loader::MAX_EPOCH;
 use forebay::loader::plan::Plan;
-use forebay::loader::{IGNORED_LABEL, MAX_EPOCH};
 use forebay::settings::Skip;
 use forebay::settings::{Config, Epochs, Remainder, Shuffle};
 use forebay::tokens::Dtype;
@@ -84,7 +84,8 @@ fn run_epoch(config: &Config, world_size: u64, epoch: u64) -> Ran {
         while let Next::Batch(batch) = batches.next_timeout(Duration::from_secs(60)).unwrap() {
             steps += 1;
             for row in 0..batch.rows {
-                ran.targets += batch.row("labels", row).iter().filter(|id| **id != IGNORED_LABEL).count() as u64;
+                ran.targets +=
+                    batch.row("labels", row).iter().filter(|id| **id != loader.config().ignore_index).count() as u64;
             }
             let stats = loader.stats();
             ran.most_cache_bytes = ran.most_cache_bytes.max(stats.cache_bytes);

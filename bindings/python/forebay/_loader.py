@@ -147,9 +147,9 @@ class Loader:
         row. Default: none. Accepted: a column's name, or `none`.
     fields:
         Further columns to deliver, with one value for each token: labels, masks, weights, or any
-        numbers. `labels` replace the labels made of the tokens. In padding, `labels` are -100 and
-        all other columns are 0. Default: none. Accepted: up to 8 columns, each once and none called
-        `input_ids`, `x`, `y`, `source`, `sample_index`, or `none`.
+        numbers. `labels` replace the labels made of the tokens. In padding, `labels` are
+        `ignore_index` and all other columns are 0. Default: none. Accepted: up to 8 columns, each
+        once and none called `input_ids`, `x`, `y`, `source`, `sample_index`, or `none`.
     bin_dtype:
         Type of the ids in raw files, which have no header that says it. Files of all other formats
         say it themselves. Default: none. Accepted: `uint8`, `uint16`, `uint32`, `int32` or `int64`,
@@ -159,6 +159,10 @@ class Loader:
     targets:
         Arrays of a batch. `labels` gives `input_ids` and `labels` at the same positions. `shifted`
         gives `x` and `y`, one token apart. Default: labels. Accepted: `labels` or `shifted`.
+    ignore_index:
+        Label of places that are no target, such as padding. Give the same number to the loss.
+        Values of a column `labels` are delivered as they are stored. Default: -100. Accepted: an
+        integer of 64 bits.
     bos_id:
         Id put before every non-empty document. Default: none. Accepted: an id below 2^31, or
         `none`.
@@ -235,7 +239,8 @@ class Loader:
         fills them up from the start of the epoch. `short` gives a last batch with fewer rows.
         Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
     pad_id:
-        Id that fills padded rows. Their labels are -100. Default: 0. Accepted: an id below 2^31.
+        Id that fills padded rows. Their labels are `ignore_index`. Default: 0. Accepted: an id
+        below 2^31.
     cu_seqlens_width:
         Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
         Default: none. Accepted: an integer from 2 to 2^31, or `none`.
@@ -294,6 +299,7 @@ class Loader:
         bin_dtype: npt.DTypeLike | None = None,
         seq_len: int | None = None,
         targets: Literal["labels", "shifted"] | None = None,
+        ignore_index: int | None = None,
         bos_id: int | None = None,
         eos_id: int | None = None,
         layout: Literal["concat", "pack", "pad", "rows"] | None = None,
@@ -343,6 +349,7 @@ class Loader:
             bin_dtype=bin_dtype,
             seq_len=seq_len,
             targets=targets,
+            ignore_index=ignore_index,
             bos_id=bos_id,
             eos_id=eos_id,
             layout=layout,

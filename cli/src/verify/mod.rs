@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use forebay::corpus::schema::{IGNORED_LABEL, SchemaField, Side};
+use forebay::corpus::schema::{SchemaField, Side};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
 use forebay::proof::checksum::Checksum;
@@ -289,7 +289,7 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
         let has_labels = fields.iter().any(|field| field.name == "labels");
         expected.places = if has_labels { 0..seq_len } else { 0..usize::MAX };
         // Only the array of targets has the last token of a shifted row.
-        expected.masked = has_boundaries.then_some((seq_len, IGNORED_LABEL));
+        expected.masked = has_boundaries.then_some((seq_len, config.ignore_index));
         sequential::read(config, corpus, &mut expected)?;
         for field in fields {
             let start = usize::from(is_shifted && field.side == Side::Target);

@@ -2,7 +2,7 @@
 //!
 //! A [`SchemaField`] is one per-token column. It has a name, the type in which it is delivered, and
 //! values for places without a token of the file. The name decides all of these but the type, by
-//! the table [`RULES`]. A schema without fields is a corpus of tokens alone.
+//! the table in [`rules`]. A schema without fields is a corpus of tokens alone.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
@@ -50,56 +50,55 @@ struct Rule {
     missing: Missing,
 }
 
-/// Value of a label that is not a target.
-pub const IGNORED_LABEL: i64 = -100;
+/// The rules by name. The last rule is for all other names.
+const fn rules(ignore_index: i64) -> [Rule; 5] {
+    [
+        Rule {
+            names: &["labels"],
+            delivered: Delivered::Always(Dtype::I64),
+            special: ignore_index,
+            padding: ignore_index,
+            side: Side::Target,
+            missing: Missing::Derived,
+        },
+        Rule {
+            names: &["loss_mask", "completion_mask", "assistant_masks"],
+            delivered: Delivered::AsStored,
+            special: 0,
+            padding: 0,
+            side: Side::Target,
+            missing: Missing::Value(1),
+        },
+        Rule {
+            names: &["weights", "loss_weights"],
+            delivered: Delivered::Always(Dtype::F32),
+            special: 0,
+            padding: 0,
+            side: Side::Target,
+            missing: Missing::Value(1),
+        },
+        Rule {
+            names: &["attention_mask"],
+            delivered: Delivered::Always(Dtype::I64),
+            special: 1,
+            padding: 0,
+            side: Side::Input,
+            missing: Missing::Value(1),
+        },
+        Rule {
+            names: &[],
+            delivered: Delivered::AsStored,
+            special: 0,
+            padding: 0,
+            side: Side::Input,
+            missing: Missing::Refused,
+        },
+    ]
+}
 
-const RULES: [Rule; 5] = [
-    Rule {
-        names: &["labels"],
-        delivered: Delivered::Always(Dtype::I64),
-        special: IGNORED_LABEL,
-        padding: IGNORED_LABEL,
-        side: Side::Target,
-        missing: Missing::Derived,
-    },
-    Rule {
-        names: &["loss_mask", "completion_mask", "assistant_masks"],
-        delivered: Delivered::AsStored,
-        special: 0,
-        padding: 0,
-        side: Side::Target,
-        missing: Missing::Value(1),
-    },
-    Rule {
-        names: &["weights", "loss_weights"],
-        delivered: Delivered::Always(Dtype::F32),
-        special: 0,
-        padding: 0,
-        side: Side::Target,
-        missing: Missing::Value(1),
-    },
-    Rule {
-        names: &["attention_mask"],
-        delivered: Delivered::Always(Dtype::I64),
-        special: 1,
-        padding: 0,
-        side: Side::Input,
-        missing: Missing::Value(1),
-    },
-    // The rule for any other name.
-    Rule {
-        names: &[],
-        delivered: Delivered::AsStored,
-        special: 0,
-        padding: 0,
-        side: Side::Input,
-        missing: Missing::Refused,
-    },
-];
-
-fn rule_of(name: &str) -> Rule {
-    let found = RULES.into_iter().find(|rule| rule.names.contains(&name));
-    found.unwrap_or(RULES[RULES.len() - 1])
+fn rule_of(name: &str, ignore_index: i64) -> Rule {
+    let rules = rules(ignore_index);
+    *rules.iter().find(|rule| rule.names.contains(&name)).unwrap_or(&rules[rules.len() - 1])
 }
 
 /// A per-token column that is delivered beside the tokens.
@@ -121,9 +120,9 @@ pub struct SchemaField {
 
 impl SchemaField {
     /// Makes the field `name` of sources that store it in the types `stored`. `None` stands for a
-    /// source that lacks it.
-    pub fn of(name: &str, stored: &[(&str, Option<Dtype>)]) -> Result<Self> {
-        let rule = rule_of(name);
+    /// source that lacks it. Labels that are no target get the value `ignore_index`.
+    pub fn of(name: &str, ignore_index: i64, stored: &[(&str, Option<Dtype>)]) -> Result<Self> {
+        let rule = rule_of(name, ignore_index);
         let mut dtype = None;
         for (source, stored) in stored {
             let place = if source.is_empty() { String::new() } else { format!(" of source `{source}`") };

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use super::boundaries::{Span, write_places};
 use crate::buffer::{ALIGNMENT, Lease};
-pub use crate::corpus::schema::IGNORED_LABEL;
 use crate::corpus::schema::{SchemaField, Side};
 use crate::error::{Error, ErrorKind, Result};
 use crate::proof::checksum::Checksum;
@@ -107,7 +106,7 @@ impl Batch {
     /// The tokens of `spans` that row `row` was made of, as they lie in the delivered arrays. Where
     /// labels are a column of the corpus, these are the inputs alone. Fails where other arrays of
     /// the row do not belong to the tokens.
-    pub(super) fn tokens(&self, row: usize, spans: &[Span], has_labels: bool) -> Result<Vec<i64>> {
+    pub(super) fn tokens(&self, row: usize, spans: &[Span], has_labels: bool, ignore_index: i64) -> Result<Vec<i64>> {
         let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row_of(field, row));
         let lead = usize::from(self.fields[1].name == "y");
         let masks = self.borders.is_some();
@@ -124,7 +123,7 @@ impl Batch {
             tokens.extend(targets.last().filter(|_| end > inputs.len()));
             let mut from = start.max(lead);
             if masks && start >= lead {
-                fits &= targets[start - lead] == IGNORED_LABEL;
+                fits &= targets[start - lead] == ignore_index;
                 from = start + 1;
             }
             fits &= targets.get(from - lead..end - lead) == tokens.get(first + from - start..);

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::batch::{Batch, BatchLayout, Borders, BoundariesAt, IGNORED_LABEL};
+use super::batch::{Batch, BatchLayout, Borders, BoundariesAt};
 use super::boundaries::{Span, Spans, masked_places, write_places};
 use super::pass::PassRange;
 use super::rows::{PositionedRow, batch_rows_into};
@@ -122,7 +122,7 @@ impl Session {
                 let spans = worker.spans.row(index);
                 let labels = lease.i64s(targets_at, seq_len);
                 for place in masked_places(spans, lead).filter(|place| *place < seq_len) {
-                    labels[place] = IGNORED_LABEL;
+                    labels[place] = self.config.ignore_index;
                 }
                 let (positions, documents) = (at.positions + index * seq_len * 8, at.documents + index * seq_len * 4);
                 let (documents, positions) = lease.i64s_and_i32s(positions, documents, seq_len);
@@ -190,7 +190,7 @@ impl Session {
             let (source, sequence) = (read.source as u64, read.sequence);
             let whole = [Span { start: 0, tokens: read.tokens as u32, end: places as u32 }];
             let delivered = spans.map_or(&whole[..], |spans| spans.row(index));
-            let mut tokens = batch.tokens(index, delivered, has_labels)?;
+            let mut tokens = batch.tokens(index, delivered, has_labels, self.config.ignore_index)?;
             // Tokens that fill a joined row up were delivered before.
             let counted = if joins { read.tokens as u32 } else { places as u32 };
             let mut delivered = delivered.to_vec();
@@ -381,7 +381,7 @@ impl Session {
     }
 
     /// Writes one row; without a request the row is padding. Padded places hold `pad_id`, and their
-    /// labels [`IGNORED_LABEL`].
+    /// labels `ignore_index`.
     fn fill_row<T: Id>(
         &self,
         request: Option<(&RowRead, RowRequest<'_>)>,
@@ -389,7 +389,7 @@ impl Session {
         labels: &mut [i64],
         worker: &mut WorkerMemory,
     ) -> Result<()> {
-        let padding = Padding { id: self.config.pad_id, label: IGNORED_LABEL };
+        let padding = Padding { id: self.config.pad_id, label: self.config.ignore_index };
         let row = match self.config.targets {
             Targets::Labels => Row::with_labels(ids, labels),
             Targets::Shifted => Row::with_shifted_labels(ids, labels),

@@ -28,7 +28,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 
 pub use audit::Sample;
-pub use batch::{Batch, Field, IGNORED_LABEL};
+pub use batch::{Batch, Field};
 pub use open::Opened;
 use pass::SharedPass;
 pub use pass::{Batches, Next, PassOptions};

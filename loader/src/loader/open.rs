@@ -175,7 +175,9 @@ fn open_layout(
 /// The fields of the batches of these corpora.
 fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Vec<SchemaField>> {
     let stored = |index: usize| corpora.iter().map(move |(name, corpus)| (name.as_str(), corpus.field_dtype(index)));
-    let field = |(index, name): (usize, &String)| SchemaField::of(name, &stored(index).collect::<Vec<_>>());
+    let field = |(index, name): (usize, &String)| {
+        SchemaField::of(name, config.ignore_index, &stored(index).collect::<Vec<_>>())
+    };
     config.fields.iter().enumerate().map(field).collect()
 }
 

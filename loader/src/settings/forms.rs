@@ -83,33 +83,47 @@ enum Unit {
     Bytes,
 }
 
-/// An integer from `low` to `high`.
+/// An integer from `low` to `high`, of any integer type that holds them.
 pub(super) struct Integer {
-    low: u64,
-    high: u64,
+    low: i128,
+    high: i128,
     unit: Unit,
     /// Description of the accepted values, if the usual one does not fit.
     accepts: Option<&'static str>,
 }
 
+const fn from_to(low: u64, high: u64, unit: Unit) -> Integer {
+    Integer { low: low as i128, high: high as i128, unit, accepts: None }
+}
+
 pub(super) const fn number(low: u64, high: u64) -> Integer {
-    Integer { low, high, unit: Unit::None, accepts: None }
+    from_to(low, high, Unit::None)
+}
+
+/// An integer that may be negative.
+pub(super) const fn signed_number() -> Integer {
+    let accepts = Some("an integer of 64 bits");
+    Integer { low: i64::MIN as i128, high: i64::MAX as i128, unit: Unit::None, accepts }
+}
+
+/// A token id.
+pub(super) const fn token_id() -> Integer {
+    number(0, i32::MAX as u64).called("an id below 2^31")
 }
 
 /// A number of tokens, printed with a unit like `example`.
 pub(super) const fn tokens(low: u64, high: u64, example: &'static str) -> Integer {
-    Integer { low, high, unit: Unit::Tokens(example), accepts: None }
+    from_to(low, high, Unit::Tokens(example))
 }
 
 /// A number of tokens, printed in digits.
 pub(super) const fn few_tokens(low: u64, high: u64) -> Integer {
-    Integer { low, high, unit: Unit::PlainTokens, accepts: None }
+    from_to(low, high, Unit::PlainTokens)
 }
 
 /// A number of bytes.
 pub(super) const fn bytes() -> Integer {
-    let accepts = Some("a number of bytes, such as `512MiB` or `1GB`");
-    Integer { low: 0, high: u64::MAX, unit: Unit::Bytes, accepts }
+    from_to(0, u64::MAX, Unit::Bytes).called("a number of bytes, such as `512MiB` or `1GB`")
 }
 
 impl Integer {
@@ -119,34 +133,39 @@ impl Integer {
     }
 }
 
-impl Form<u64> for Integer {
-    fn parse(&self, text: &str) -> Result<u64, Unfit> {
-        let found = match self.unit {
-            Unit::None => integer(text),
-            Unit::Tokens(_) | Unit::PlainTokens => size(text, false),
-            Unit::Bytes => size(text, true),
+impl<T: Copy + Into<i128> + TryFrom<i128>> Form<T> for Integer {
+    fn parse(&self, text: &str) -> Result<T, Unfit> {
+        let (digits, sign) = match text.strip_prefix('-') {
+            Some(digits) if self.low < 0 => (digits, -1),
+            _ => (text, 1),
         };
-        checked(self, found)
+        let found = match self.unit {
+            Unit::None => integer(digits),
+            Unit::Tokens(_) | Unit::PlainTokens => size(digits, false),
+            Unit::Bytes => size(digits, true),
+        };
+        checked(self, found.and_then(|found| T::try_from(sign * i128::from(found)).ok()))
     }
 
-    fn convert(&self, value: &Value) -> Result<u64, Unfit> {
+    fn convert(&self, value: &Value) -> Result<T, Unfit> {
         checked(self, Some(whole(value)?))
     }
 
-    fn holds(&self, value: &u64) -> bool {
-        (self.low..=self.high).contains(value)
+    fn holds(&self, value: &T) -> bool {
+        (self.low..=self.high).contains(&(*value).into())
     }
 
-    fn print(&self, value: &u64) -> String {
+    fn print(&self, value: &T) -> String {
+        let value = (*value).into();
         match self.unit {
             Unit::None | Unit::PlainTokens => value.to_string(),
-            Unit::Tokens(_) => size_text(*value, ""),
-            Unit::Bytes => size_text(*value, "B"),
+            Unit::Tokens(_) => size_text(value as u64, ""),
+            Unit::Bytes => size_text(value as u64, "B"),
         }
     }
 
-    fn value(&self, value: &u64) -> Value {
-        (*value).into()
+    fn value(&self, value: &T) -> Value {
+        Value::Integer((*value).into())
     }
 
     fn accepts(&self) -> String {
@@ -156,41 +175,8 @@ impl Form<u64> for Integer {
         };
         let example =
             if let Unit::Tokens(example) = self.unit { format!(", such as `{example}`") } else { String::new() };
-        let range = || format!("{noun} from {} to {}{example}", self.low, limit_text(self.high));
+        let range = || format!("{noun} from {} to {}{example}", self.low, limit_text(self.high as u64));
         self.accepts.map_or_else(range, str::to_owned)
-    }
-
-    fn python(&self) -> String {
-        "int".to_owned()
-    }
-}
-
-/// A token id.
-pub(super) struct TokenId;
-
-impl Form<u32> for TokenId {
-    fn parse(&self, text: &str) -> Result<u32, Unfit> {
-        checked(self, integer(text).and_then(|id| u32::try_from(id).ok()))
-    }
-
-    fn convert(&self, value: &Value) -> Result<u32, Unfit> {
-        checked(self, Some(whole(value)?))
-    }
-
-    fn holds(&self, value: &u32) -> bool {
-        i32::try_from(*value).is_ok()
-    }
-
-    fn print(&self, value: &u32) -> String {
-        value.to_string()
-    }
-
-    fn value(&self, value: &u32) -> Value {
-        u64::from(*value).into()
-    }
-
-    fn accepts(&self) -> String {
-        "an id below 2^31".to_owned()
     }
 
     fn python(&self) -> String {

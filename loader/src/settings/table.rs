@@ -15,8 +15,8 @@
 
 use super::config::{DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets};
 use super::forms::{
-    Columns, Cpus, EpochCount, IdDtype, Mixture, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
-    TokenId, bytes, column, few_tokens, folder, number, tokens,
+    Columns, Cpus, EpochCount, IdDtype, Mixture, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch, bytes,
+    column, few_tokens, folder, number, signed_number, token_id, tokens,
 };
 use super::setting::Compared::{Always, AsOpened, ByCorpus, ByProgress, OrZero, WithBlocks, WithLanes};
 use super::setting::Role::{Content, Grouping, Operational, Peers, Rank};
@@ -47,8 +47,8 @@ settings! {
         Content(AsOpened), Optional(column()), [TokenDataset];
 
     /// Further columns to deliver, with one value for each token: labels, masks, weights, or any
-    /// numbers. `labels` replace the labels made of the tokens. In padding, `labels` are -100 and
-    /// all other columns are 0.
+    /// numbers. `labels` replace the labels made of the tokens. In padding, `labels` are
+    /// `ignore_index` and all other columns are 0.
     fields: Vec<String> = Vec::new(),
         Content(Always), Columns, [TokenDataset];
 
@@ -66,13 +66,18 @@ settings! {
     targets: Targets = Targets::Labels,
         Content(Always), Name, [TokenDataset];
 
+    /// Label of places that are no target, such as padding. Give the same number to the loss.
+    /// Values of a column `labels` are delivered as they are stored.
+    ignore_index: i64 = -100,
+        Content(Always), signed_number(), [TokenDataset];
+
     /// Id put before every non-empty document.
     bos_id: Option<u32> = None,
-        Content(Always), Optional(TokenId), [TokenDataset];
+        Content(Always), Optional(token_id()), [TokenDataset];
 
     /// Id put after every non-empty document.
     eos_id: Option<u32> = None,
-        Content(Always), Optional(TokenId), [TokenDataset];
+        Content(Always), Optional(token_id()), [TokenDataset];
 
     /// Way to make rows from documents. `concat` joins all documents and cuts the stream. `pack`
     /// puts whole documents into rows. `pad` gives each document a row. `rows` takes documents of
@@ -174,9 +179,9 @@ settings! {
     remainder: Remainder = Remainder::Drop,
         Grouping, Name, [DataLoader];
 
-    /// Id that fills padded rows. Their labels are -100.
+    /// Id that fills padded rows. Their labels are `ignore_index`.
     pad_id: u32 = 0,
-        Grouping, TokenId, [DataLoader];
+        Grouping, token_id(), [DataLoader];
 
     /// Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
     cu_seqlens_width: Option<u64> = None,
@@ -321,6 +326,8 @@ mod tests {
             assert_eq!(set("pin_memory", text).pin_memory, on);
             assert_eq!(set("shuffle", text).shuffle, if on { Shuffle::On } else { Shuffle::Off });
         }
+        assert_eq!(set("ignore_index", "-9223372036854775808").ignore_index, i64::MIN);
+        assert_eq!(set("ignore_index", " -1_000 ").ignore_index, -1000);
         assert_eq!(set("eos_id", " 0 ").eos_id, Some(0));
         assert_eq!(set("eos_id", "").eos_id, None);
         assert_eq!(set("data", "a/*.parquet,b").data, ["a/*.parquet", "b"]);
@@ -339,6 +346,10 @@ mod tests {
             ("seq_len", "-1"),
             ("seq_len", "1__0"),
             ("targets", ""),
+            ("ignore_index", "--1"),
+            ("ignore_index", "-"),
+            ("ignore_index", "9223372036854775808"),
+            ("ignore_index", "-9223372036854775809"),
             ("bos_id", "2147483648"),
             ("pad_id", "none"),
             ("shuffle", "maybe"),

@@ -39,9 +39,9 @@ class TokenDataset(Dataset[Tensors]):
         row. Default: none. Accepted: a column's name, or `none`.
     fields:
         Further columns to deliver, with one value for each token: labels, masks, weights, or any
-        numbers. `labels` replace the labels made of the tokens. In padding, `labels` are -100 and
-        all other columns are 0. Default: none. Accepted: up to 8 columns, each once and none called
-        `input_ids`, `x`, `y`, `source`, `sample_index`, or `none`.
+        numbers. `labels` replace the labels made of the tokens. In padding, `labels` are
+        `ignore_index` and all other columns are 0. Default: none. Accepted: up to 8 columns, each
+        once and none called `input_ids`, `x`, `y`, `source`, `sample_index`, or `none`.
     bin_dtype:
         Type of the ids in raw files, which have no header that says it. Files of all other formats
         say it themselves. Default: none. Accepted: `uint8`, `uint16`, `uint32`, `int32` or `int64`,
@@ -51,6 +51,10 @@ class TokenDataset(Dataset[Tensors]):
     targets:
         Arrays of a batch. `labels` gives `input_ids` and `labels` at the same positions. `shifted`
         gives `x` and `y`, one token apart. Default: labels. Accepted: `labels` or `shifted`.
+    ignore_index:
+        Label of places that are no target, such as padding. Give the same number to the loss.
+        Values of a column `labels` are delivered as they are stored. Default: -100. Accepted: an
+        integer of 64 bits.
     bos_id:
         Id put before every non-empty document. Default: none. Accepted: an id below 2^31, or
         `none`.
@@ -111,6 +115,7 @@ class TokenDataset(Dataset[Tensors]):
         bin_dtype: npt.DTypeLike | None = None,
         seq_len: int | None = None,
         targets: Literal["labels", "shifted"] | None = None,
+        ignore_index: int | None = None,
         bos_id: int | None = None,
         eos_id: int | None = None,
         layout: Literal["concat", "pack", "pad", "rows"] | None = None,
@@ -138,6 +143,7 @@ class TokenDataset(Dataset[Tensors]):
             bin_dtype=bin_dtype,
             seq_len=seq_len,
             targets=targets,
+            ignore_index=ignore_index,
             bos_id=bos_id,
             eos_id=eos_id,
             layout=layout,

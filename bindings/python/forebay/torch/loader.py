@@ -120,7 +120,8 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         fills them up from the start of the epoch. `short` gives a last batch with fewer rows.
         Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
     pad_id:
-        Id that fills padded rows. Their labels are -100. Default: 0. Accepted: an id below 2^31.
+        Id that fills padded rows. Their labels are `ignore_index`. Default: 0. Accepted: an id
+        below 2^31.
     sample_ids:
         Adds the place of each row to the batch: `source` and `sample_index`, int64 of shape
         `(batch_size,)`, -1 for padding. Default: false.
