@@ -38,12 +38,12 @@ pub(crate) struct SessionId(u32);
 #[derive(Debug)]
 pub(crate) struct EvictionPolicy<K> {
     slots: HashMap<K, Slot>,
-    entries: Vec<Entry<K>>,
+    entries: Vec<CachedBlock<K>>,
     free_slots: Vec<Slot>,
     needs: Vec<Need>,
     free_needs: Vec<u32>,
-    sources: Vec<Source>,
-    sessions: Vec<Option<Session>>,
+    sources: Vec<IdleBlocks>,
+    sessions: Vec<Option<SessionNeeds>>,
     used_bytes: u64,
     /// Bytes of the idle blocks.
     idle_bytes: u64,
@@ -55,7 +55,7 @@ pub(crate) struct EvictionPolicy<K> {
 }
 
 #[derive(Debug)]
-struct Entry<K> {
+struct CachedBlock<K> {
     key: K,
     source: u32,
     bytes: u64,
@@ -88,7 +88,7 @@ struct Need {
 
 /// The idle blocks of a source, the least recently used first.
 #[derive(Debug)]
-struct Source {
+struct IdleBlocks {
     read: u64,
     first: Slot,
     last: Slot,
@@ -98,7 +98,7 @@ struct Source {
 
 /// The blocks that a session needs, by position.
 #[derive(Debug)]
-struct Session {
+struct SessionNeeds {
     /// The session has finished everything before this global position.
     current: u64,
     /// Number of positions that it may lag behind the first session.
@@ -171,7 +171,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
     /// Adds a block that is being decoded. It cannot be evicted before [`EvictionPolicy::loaded`].
     pub(crate) fn insert(&mut self, key: K, source: usize, bytes: u64) -> Slot {
         let read = self.source(source).read;
-        let entry = Entry {
+        let entry = CachedBlock {
             key,
             source: source as u32,
             bytes,
@@ -222,7 +222,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
     /// Chooses a block to evict and removes it. Of finished blocks, prefers one of `suiting` bytes.
     pub(crate) fn evict(&mut self, suiting: &RangeInclusive<u64>) -> Option<Evicted<K>> {
         let slot = self.done_with(suiting).or_else(|| self.least_recent()).or_else(|| self.needed_last())?;
-        let Entry { key, bytes, need, .. } = self.entries[slot as usize];
+        let CachedBlock { key, bytes, need, .. } = self.entries[slot as usize];
         let mut need = need;
         while need != NONE {
             let Need { session, next, .. } = self.needs[need as usize];
@@ -270,7 +270,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
 
     /// The block that is needed last by any session.
     fn needed_last(&self) -> Option<Slot> {
-        let last = |session: &Session| {
+        let last = |session: &SessionNeeds| {
             let mut need = session.last;
             while need != NONE {
                 let Need { slot, until, before, .. } = self.needs[need as usize];
@@ -287,7 +287,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
     /// Adds a session. Its needs may lag `window` positions behind the first session.
     pub(crate) fn join(&mut self, window: u64) -> SessionId {
         let session =
-            Session { current: 0, window, done_after: None, counts: true, lost: false, first: NONE, last: NONE };
+            SessionNeeds { current: 0, window, done_after: None, counts: true, lost: false, first: NONE, last: NONE };
         let free = self.sessions.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.sessions.push(None);
@@ -310,7 +310,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
     /// through two windows. Needs after the position stay, so that a pass finds the blocks that the
     /// previous pass decoded for it.
     pub(crate) fn begin(&mut self, session: SessionId, at: u64, done_after: u64) {
-        let Session { current, done_after: known, .. } = self.session(session.0);
+        let SessionNeeds { current, done_after: known, .. } = self.session(session.0);
         let is_behind = at < *current;
         (*current, *known) = (at, Some(done_after));
         self.end_needs(session.0, if is_behind { u64::MAX } else { at });
@@ -320,7 +320,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
     /// Notes that a session has finished everything before a global position. Returns whether a
     /// block that it needed was evicted since the last call.
     pub(crate) fn reached(&mut self, session: SessionId, at: u64) -> bool {
-        let Session { current, lost, .. } = self.session(session.0);
+        let SessionNeeds { current, lost, .. } = self.session(session.0);
         let lost = std::mem::take(lost);
         if at > *current {
             *current = at;
@@ -374,20 +374,20 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         self.link_need(need);
     }
 
-    fn session(&mut self, index: u32) -> &mut Session {
+    fn session(&mut self, index: u32) -> &mut SessionNeeds {
         self.sessions[index as usize].as_mut().expect("a session is used until it leaves")
     }
 
-    fn source(&mut self, index: usize) -> &mut Source {
+    fn source(&mut self, index: usize) -> &mut IdleBlocks {
         while self.sources.len() <= index {
-            self.sources.push(Source { read: 0, first: NONE, last: NONE, done: NONE });
+            self.sources.push(IdleBlocks { read: 0, first: NONE, last: NONE, done: NONE });
         }
         &mut self.sources[index]
     }
 
     /// Finds the sessions that count, and the number of tokens after which a block is finished.
     fn recount(&mut self) {
-        let begun = |session: &Session| session.done_after.map(|_| session.current);
+        let begun = |session: &SessionNeeds| session.done_after.map(|_| session.current);
         let front = self.sessions.iter().flatten().filter_map(begun).max().unwrap_or(0);
         let mut done_after = None;
         for index in 0..self.sessions.len() {
@@ -499,7 +499,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
     }
 
     fn unlink(&mut self, slot: Slot) {
-        let Entry { source, before, after, .. } = self.entries[slot as usize];
+        let CachedBlock { source, before, after, .. } = self.entries[slot as usize];
         let source = &mut self.sources[source as usize];
         if source.done == slot {
             source.done = before;
@@ -516,7 +516,7 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
 
     /// Moves the border of the finished blocks to its present place.
     fn move_done(&mut self, source: usize) {
-        let Source { read, first, mut done, .. } = self.sources[source];
+        let IdleBlocks { read, first, mut done, .. } = self.sources[source];
         let Some(done_after) = self.done_after else {
             self.sources[source].done = NONE;
             return;
