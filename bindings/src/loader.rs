@@ -6,8 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 
+use forebay::batch_source::BatchSource;
 use forebay::loader::state::{State, StateValue};
-use forebay::loader::{Cancel, MAX_EPOCH};
+use forebay::loader::{Cancel, MAX_EPOCH, PassOptions};
 use forebay::observe::stats::verdict_of;
 use forebay::settings::Config;
 use forebay::{Error, ErrorKind};
@@ -60,15 +61,11 @@ impl Loader {
     ) -> PyResult<SharedLoader> {
         let count = counted(py, "count", count, u64::from(u32::MAX))?;
         let ahead = ahead.map(|ahead| counted(py, "ahead", ahead, u64::MAX)).transpose()?;
-        SharedLoader::new(py, &self.inner, count, ahead, external)
+        SharedLoader::new(py, Arc::clone(&self.inner) as _, count, ahead, external)
     }
 
-    fn iter(&self) -> Batches {
-        Batches::new(self.inner.iter())
-    }
-
-    fn iter_external(&self) -> Batches {
-        Batches::new(self.inner.iter_external())
+    fn iter(&self, external: bool) -> Batches {
+        Batches::new(BatchSource::begin(&*self.inner, PassOptions { external, ..PassOptions::default() }))
     }
 
     /// Number of batches in a pass. None if it has no end.

@@ -7,8 +7,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forebay::batch_source::BatchSource;
 use forebay::batch_source::split::{NextPart, PartPass, Split, SplitOptions};
+use forebay::batch_source::{BatchPass, BatchSource};
 use forebay::loader::{MAX_EPOCH, WaitPolicy};
 use forebay::{Error, Next};
 use pyo3::exceptions::{PyKeyboardInterrupt, PyRuntimeError, PyTimeoutError};
@@ -73,17 +73,17 @@ fn tell_with_a_batch(py: Python<'_>) {
 /// A pass over one or several epochs. Several threads may ask it for batches at once.
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Batches {
-    inner: Option<forebay::Batches>,
+    inner: Option<Arc<dyn BatchPass>>,
     process: u32,
 }
 
 impl Batches {
-    pub(crate) fn new(inner: forebay::Batches) -> Self {
+    pub(crate) fn new(inner: Arc<dyn BatchPass>) -> Self {
         Self { inner: Some(inner), process: std::process::id() }
     }
 
-    fn get(&self) -> &forebay::Batches {
-        self.inner.as_ref().expect("taken only when dropped")
+    fn get(&self) -> &dyn BatchPass {
+        self.inner.as_deref().expect("taken only when dropped")
     }
 
     fn take(&self, py: Python<'_>, timeout_seconds: Option<f64>) -> PyResult<Option<Arc<forebay::Batch>>> {
@@ -91,7 +91,7 @@ impl Batches {
         let batches = self.get();
         // A batch that is ready is taken while attached. Other threads could take long to give the
         // interpreter back.
-        match batches.try_next().map_err(|error| to_python(py, &error))? {
+        match batches.take(WaitPolicy::None).map_err(|error| to_python(py, &error))? {
             Next::Batch(batch) => return Ok(Some(batch)),
             Next::End => return Ok(None),
             Next::Pending => {}
@@ -176,12 +176,11 @@ pub(crate) struct SharedLoader {
 impl SharedLoader {
     pub(crate) fn new(
         py: Python<'_>,
-        loader: &Arc<forebay::Loader>,
+        source: Arc<dyn BatchSource>,
         count: u64,
         ahead: Option<u64>,
         external: bool,
     ) -> PyResult<Self> {
-        let source: Arc<dyn BatchSource> = Arc::clone(loader) as _;
         let options = SplitOptions { count, ahead, external };
         let inner = Split::new(source, options).map_err(|error| to_python(py, &error))?;
         Ok(Self { inner })

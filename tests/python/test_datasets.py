@@ -365,7 +365,7 @@ def test_the_core_waits_as_long_as_it_is_told(corpus: Path) -> None:
     from forebay import _core
 
     loader = _core.Loader.open(_core.Settings({"data": str(corpus), "seq_len": 16}), False)
-    batches = loader.iter_external()
+    batches = loader.iter(external=True)
     for limit_s in (0.0, 0.12):
         start = time.monotonic()
         with pytest.raises(TimeoutError):

@@ -102,7 +102,7 @@ def test_an_unused_capsule_frees_its_batch(corpus: Path) -> None:
 
 def test_submitted_memory_is_filled_and_its_owner_dropped(corpus: Path, stream: Any) -> None:
     loader = open_loader(corpus, num_threads=2)
-    batches = loader._core.iter_external()
+    batches = loader._core.iter(external=True)
     owners: list[Any] = []
 
     def submit() -> np.ndarray[Any, Any]:

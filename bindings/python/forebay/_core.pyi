@@ -99,13 +99,12 @@ class Loader:
 
         Raises ConfigError, NotFoundError, ReadError or DataError, which lists all faults together.
         """
-    def iter(self) -> Batches:
-        """Makes a new pass, with batches in memory of forebay's pool.
+    def iter(self, external: bool) -> Batches:
+        """Makes a new pass, which begins at its first `next`. Until then it has no effect.
 
-        The pass begins at its first `next`. Until then it has no effect.
+        With `external`, batches lie in memory that the caller submits. Otherwise they lie in memory
+        of forebay's pool.
         """
-    def iter_external(self) -> Batches:
-        """Makes a new pass, with batches in memory that the caller submits."""
     def split(self, count: int, ahead: int | None, external: bool) -> SharedLoader:
         """Shares the loader among `count` consumers.
 

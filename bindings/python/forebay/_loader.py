@@ -83,7 +83,7 @@ class Batches:
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader  # its end closes the pass
-        self._core = loader._open_core().iter()
+        self._core = loader._open_core().iter(external=False)
 
     def __iter__(self) -> Self:
         return self

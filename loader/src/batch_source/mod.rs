@@ -61,6 +61,10 @@ pub trait BatchPass: fmt::Debug + Send + Sync {
     /// Size in bytes that a submitted buffer must have.
     fn batch_bytes(&self) -> usize;
 
+    /// Number of buffers that should be submitted and not yet delivered, so that no batch waits for
+    /// one.
+    fn buffers_wanted(&self) -> usize;
+
     /// Number of buffers that the caller must still submit so that no batch waits for a buffer.
     fn buffers_missing(&self) -> usize;
 
@@ -128,6 +132,10 @@ impl BatchPass for Batches {
 
     fn batch_bytes(&self) -> usize {
         self.batch_bytes()
+    }
+
+    fn buffers_wanted(&self) -> usize {
+        self.buffers_wanted()
     }
 
     fn buffers_missing(&self) -> usize {

@@ -93,7 +93,7 @@ class Rows(IterableDataset[Tensors]):
         """Gives the rows of this rank, in a new pass of the loader."""
         if torch_worker.get_worker_info() is not None:
             raise RuntimeError("each worker would read all rows: give that DataLoader the TokenDataset itself")
-        core = self._loader._open_core().iter()
+        core = self._loader._open_core().iter(external=False)
         while (batch := core.next()) is not None:
             tensors = tensors_of(batch)
             for row in range(batch.rows):
@@ -119,7 +119,7 @@ class NativeIterator:
         self._native = native
         self._owner = owner
         core = native.loader._open_core()
-        self._core = core.iter() if native.allocator is None else core.iter_external()
+        self._core = core.iter(external=native.allocator is not None)
         self._steps = core.len
         self._memory = None if native.allocator is None else Memory(self._core, native.allocator)
         #: Returns step and tensors of the next batch in host memory, or None at the end.
