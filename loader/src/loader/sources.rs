@@ -51,6 +51,9 @@ struct Extent {
     tail: bool,
 }
 
+/// Source, number of shards and epoch of an order.
+type OrderKey = (usize, u64, u64);
+
 /// All sources of a run.
 #[derive(Debug)]
 pub(crate) struct CorpusSources {
@@ -59,8 +62,8 @@ pub(crate) struct CorpusSources {
     settings: OrderSettings,
     /// Most positions of an epoch, including its tail and its end.
     most_positions: u64,
-    /// Orders with tables, by source, shards and epoch; the oldest first. Workers copy them.
-    shared_orders: Mutex<VecDeque<((usize, u64, u64), EpochOrder)>>,
+    /// Orders with tables, the oldest first. Workers copy them.
+    shared_orders: Mutex<VecDeque<(OrderKey, EpochOrder)>>,
 }
 
 /// The settings that assign sequences to positions.
