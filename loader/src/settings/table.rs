@@ -105,8 +105,8 @@ settings! {
         Content(Always), number(1, 1 << 20), [TokenDataset];
 
     /// Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks,
-    /// then sequences within windows. `true` is `global` for files that are read in place, and `block`
-    /// for files that have to be decoded.
+    /// then sequences within windows. `true` is `global` for files that are read in place, and
+    /// `block` for files that have to be decoded.
     shuffle: Shuffle = Shuffle::Off,
         Content(Always), ShuffleKind, [TorchParameter];
 
