@@ -2,7 +2,7 @@
 //!
 //! A [`SchemaField`] is one per-token column. It has a name, the type in which it is delivered, and
 //! values for places without a token of the file. The name decides all of these but the type, by
-//! the table in [`rules`]. A schema without fields is a corpus of tokens alone.
+//! the table in `rules`. A schema without fields is a corpus of tokens alone.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
