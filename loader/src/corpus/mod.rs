@@ -622,9 +622,10 @@ impl NotRead {
         let path = found.values().min()?;
         let names: Vec<String> = found.keys().map(|name| format!("`{}`", escaped(name))).collect();
         Some(format!(
-            "{} {} not read, as in `{path}`: name them in `fields`, or prompts and padding become targets too",
+            "{} {} not read, as in `{path}`: name {} in `fields`, or prompts and padding become targets too",
             names.join(", "),
             if names.len() == 1 { "is" } else { "are" },
+            if names.len() == 1 { "it" } else { "them" },
         ))
     }
 }
