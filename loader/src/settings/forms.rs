@@ -633,9 +633,9 @@ impl Form<String> for Text {
 }
 
 /// A mixture. It keeps the JSON text that the user wrote.
-pub(super) struct Mixture;
+pub(super) struct MixtureText;
 
-impl Form<String> for Mixture {
+impl Form<String> for MixtureText {
     fn parse(&self, text: &str) -> Result<String, Unfit> {
         MixtureSettings::parse(text).map_err(Unfit::Part)?;
         Ok(text.to_owned())

@@ -86,7 +86,7 @@ pub struct Setting {
     pub(crate) lines: &'static str,
     pub(crate) role: Role,
     pub(crate) takers: &'static [Taker],
-    pub(crate) field: &'static dyn Field,
+    pub(crate) field: &'static dyn ConfigField,
 }
 
 impl Setting {
@@ -191,7 +191,7 @@ impl Setting {
 }
 
 /// A field of [`Config`], whatever its type.
-pub(crate) trait Field: Sync + std::fmt::Debug {
+pub(crate) trait ConfigField: Sync + std::fmt::Debug {
     fn set(&self, config: &mut Config, value: &Value) -> Result<(), Unfit>;
     fn holds(&self, config: &Config) -> bool;
     fn text(&self, config: &Config) -> String;
@@ -213,7 +213,7 @@ impl<T, F> std::fmt::Debug for FieldOf<T, F> {
     }
 }
 
-impl<T, F: Form<T>> Field for FieldOf<T, F> {
+impl<T, F: Form<T>> ConfigField for FieldOf<T, F> {
     fn set(&self, config: &mut Config, value: &Value) -> Result<(), Unfit> {
         *(self.get_mut)(config) = self.form.read(value)?;
         Ok(())

@@ -15,8 +15,8 @@
 
 use super::config::{DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets};
 use super::forms::{
-    Columns, Cpus, EpochCount, IdDtype, Mixture, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch, bytes,
-    column, few_tokens, folder, number, signed_number, token_id, tokens,
+    Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
+    bytes, column, few_tokens, folder, number, signed_number, token_id, tokens,
 };
 use super::setting::Compared::{Always, AsOpened, ByCorpus, ByProgress, OrZero, WithBlocks, WithLanes};
 use super::setting::Role::{Content, Grouping, Operational, Peers, Rank};
@@ -34,7 +34,7 @@ settings! {
     /// `exhausted`, the rule for a source that has ended.
     mixture: Option<String> = None,
         Content(ByCorpus(&["mixture"], "only the part that has begun is compared")),
-        Optional(Mixture), [TokenDataset];
+        Optional(MixtureText), [TokenDataset];
 
     /// Expected format of the files. `auto` recognises it by content.
     format: DataFormat = DataFormat::Auto,
