@@ -153,14 +153,14 @@ pub struct FormatEntry {
     /// The bytes that a file begins with, as text for messages. None if ids are its first bytes.
     begins: Option<&'static str>,
     /// Tells whether a file has this format. The name of the file is not used.
-    recognise: fn(&Sample<'_>) -> Recognised,
+    recognise: fn(&FileSample<'_>) -> Recognised,
     /// Opens a file whose content is known to have this format.
     open: fn(Reads, &OpenOptions) -> Result<Shard>,
 }
 
 /// The beginning and the end of a file, from which its format is recognised.
 #[derive(Debug)]
-pub(crate) struct Sample<'a> {
+pub(crate) struct FileSample<'a> {
     /// Size of the file, in bytes.
     pub(crate) len: u64,
     /// The first 8 bytes, or all bytes of a shorter file.
@@ -173,7 +173,7 @@ pub(crate) struct Sample<'a> {
     pub(crate) options: &'a OpenOptions,
 }
 
-impl Sample<'_> {
+impl FileSample<'_> {
     /// Whether the name of the file ends in `.` and `suffix`.
     fn ends_in(&self, suffix: &str) -> bool {
         self.path.extension().is_some_and(|found| found.eq_ignore_ascii_case(suffix))
@@ -724,7 +724,7 @@ fn recognise(reads: &mut Reads, path: &Path, options: &OpenOptions) -> Result<&'
     let mut head = [0; 8];
     let head = &mut head[..len.min(8) as usize];
     head.copy_from_slice(reads.get(0..head.len() as u64)?);
-    let sample = Sample { len, head, tail: reads.last(6.min(len))?, path, options };
+    let sample = FileSample { len, head, tail: reads.last(6.min(len))?, path, options };
     // Ids may be none if another file says so.
     for entry in FORMATS.iter().filter(|entry| len > 0 || !entry.beside.is_empty()) {
         match (entry.recognise)(&sample) {

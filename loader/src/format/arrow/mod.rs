@@ -12,7 +12,7 @@ mod random;
 
 use arrow_schema::DataType;
 
-use super::{Format, Holds, OpenOptions, Recognised, Sample, Shard, choose_column, column_title, null_list};
+use super::{FileSample, Format, Holds, OpenOptions, Recognised, Shard, choose_column, column_title, null_list};
 use crate::error::{Error, Result};
 use crate::storage::Reads;
 use crate::tokens::Dtype;
@@ -286,7 +286,7 @@ struct DocumentRun {
 }
 
 /// Recognises the Arrow IPC file format by the magic at both ends of the file.
-pub(crate) fn recognise_file(sample: &Sample<'_>) -> Recognised {
+pub(crate) fn recognise_file(sample: &FileSample<'_>) -> Recognised {
     match (sample.head.starts_with(b"ARROW1"), sample.tail.ends_with(b"ARROW1")) {
         (true, true) => Recognised::Yes,
         (true, false) => Recognised::Refused(Error::data(
@@ -300,7 +300,7 @@ pub(crate) fn recognise_file(sample: &Sample<'_>) -> Recognised {
 }
 
 /// Recognises the Arrow IPC stream format by the first message.
-pub(crate) fn recognise_stream(sample: &Sample<'_>) -> Recognised {
+pub(crate) fn recognise_stream(sample: &FileSample<'_>) -> Recognised {
     let word = |at: usize| sample.head.get(at..at + 4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
     // A stream begins with a continuation marker. Before Arrow 0.15, it began with the length of
     // its schema.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use super::documents::{DocumentTable, TableKind, entries};
 use super::{Contents, Documents, check_size};
 use crate::error::{Error, Result};
-use crate::format::{Format, OpenOptions, Recognised, Sample, Shard};
+use crate::format::{FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::{Reads, SourceFile};
 use crate::tokens::Dtype;
 
@@ -27,7 +27,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Recognises the ids by the index beside them.
-pub(in crate::format) fn recognise(sample: &Sample<'_>) -> Recognised {
+pub(in crate::format) fn recognise(sample: &FileSample<'_>) -> Recognised {
     let name = sample.path.to_string_lossy();
     if let Some(ids) = BESIDE.iter().find_map(|suffix| name.strip_suffix(suffix)).filter(|ids| ids.ends_with(".ds")) {
         let text = format!("the file belongs to the ids of datatrove: name these, `{ids}`");

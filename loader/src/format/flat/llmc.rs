@@ -5,7 +5,7 @@
 
 use super::{Contents, Documents, check_size};
 use crate::error::{Error, Result};
-use crate::format::{Format, OpenOptions, Recognised, Sample, Shard};
+use crate::format::{FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::Reads;
 use crate::tokens::Dtype;
 
@@ -33,7 +33,7 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 }
 
 /// Recognises a file by its first two numbers.
-pub(in crate::format) fn recognise(sample: &Sample<'_>) -> Recognised {
+pub(in crate::format) fn recognise(sample: &FileSample<'_>) -> Recognised {
     let (Some(magic), Some(version)) = (word(sample.head, 0), word(sample.head, 1)) else { return Recognised::No };
     if magic == EVALUATION && version == 1 {
         return Recognised::Refused(Error::data(

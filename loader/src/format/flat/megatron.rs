@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::documents::{DocumentTable, TableKind, entries};
 use super::{Contents, Documents};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{Format, OpenOptions, Recognised, Sample, Shard};
+use crate::format::{FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::{Reads, SourceFile};
 use crate::tokens::Dtype;
 
@@ -36,7 +36,7 @@ fn index_of(path: &Path) -> PathBuf {
 }
 
 /// Recognises the ids by the index beside them.
-pub(in crate::format) fn recognise(sample: &Sample<'_>) -> Recognised {
+pub(in crate::format) fn recognise(sample: &FileSample<'_>) -> Recognised {
     if sample.head.starts_with(&MAGIC[..8]) {
         return Recognised::Refused(Error::data(format!(
             "the file is the index of a Megatron pair: name the ids, `{}`",

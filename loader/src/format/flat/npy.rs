@@ -5,7 +5,7 @@
 
 use super::{Contents, Documents, check_size};
 use crate::error::{Error, Result};
-use crate::format::{Format, OpenOptions, Recognised, Sample, Shard};
+use crate::format::{FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::Reads;
 use crate::text::escaped;
 use crate::tokens::Dtype;
@@ -15,7 +15,7 @@ const MAGIC: &[u8] = b"\x93NUMPY";
 const MAX_HEADER: u64 = 1 << 16;
 
 /// Recognises an array by its first bytes.
-pub(in crate::format) fn recognise(sample: &Sample<'_>) -> Recognised {
+pub(in crate::format) fn recognise(sample: &FileSample<'_>) -> Recognised {
     if sample.head.starts_with(MAGIC) { Recognised::Yes } else { Recognised::No }
 }
 

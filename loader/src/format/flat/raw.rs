@@ -5,11 +5,11 @@
 
 use super::{Contents, Documents};
 use crate::error::{Error, Result};
-use crate::format::{FORMATS, Format, OpenOptions, Recognised, Sample, Shard};
+use crate::format::{FORMATS, FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::Reads;
 
 /// Recognises a file that no other format claims, if the user named the type of raw files.
-pub(in crate::format) fn recognise(sample: &Sample<'_>) -> Recognised {
+pub(in crate::format) fn recognise(sample: &FileSample<'_>) -> Recognised {
     // Some writers give raw files the suffix of NumPy's arrays.
     let of_others = FORMATS.iter().flat_map(|entry| entry.suffixes).filter(|suffix| !["bin", "npy"].contains(suffix));
     let is_other = { of_others }.any(|suffix| sample.ends_in(suffix));

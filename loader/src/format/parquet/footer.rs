@@ -5,7 +5,7 @@
 //! that mark a column as encrypted. So this module copies the needed fields alone, and the parquet
 //! crate decodes the copy.
 
-use super::header::{Cursor, HeaderFault, Parse};
+use super::header::{CompactReader, HeaderFault, Parse};
 
 /// Wire types of the compact protocol.
 const LIST: u8 = 9;
@@ -58,7 +58,7 @@ const ENCRYPTED: [i32; 2] = [8, 9];
 /// Reduces the footer `bytes`.
 pub(super) fn reduce(bytes: &[u8]) -> Parse<Reduced> {
     let mut copy = Copy {
-        cursor: Cursor::new(bytes),
+        cursor: CompactReader::new(bytes),
         out: Reduced { bytes: Vec::with_capacity(bytes.len()), encrypted: Vec::new() },
         row_group: 0,
         chunk: 0,
@@ -68,7 +68,7 @@ pub(super) fn reduce(bytes: &[u8]) -> Parse<Reduced> {
 }
 
 struct Copy<'a> {
-    cursor: Cursor<'a>,
+    cursor: CompactReader<'a>,
     out: Reduced,
     /// Number of the row group that is copied, and of the column in it.
     row_group: usize,

@@ -77,12 +77,12 @@ const STRUCT: u8 = 12;
 const MAX_DEPTH: u32 = 16;
 
 /// Reads values of the compact protocol.
-pub(super) struct Cursor<'a> {
+pub(super) struct CompactReader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl<'a> Cursor<'a> {
+impl<'a> CompactReader<'a> {
     pub(super) fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, at: 0 }
     }
@@ -216,7 +216,7 @@ impl<'a> Cursor<'a> {
 
 /// Parses the page header at the start of `bytes`.
 pub(super) fn parse(bytes: &[u8]) -> Parse<PageHeader> {
-    let mut cursor = Cursor::new(bytes);
+    let mut cursor = CompactReader::new(bytes);
     let mut last = 0;
     let (mut kind, mut uncompressed, mut compressed, mut crc) = (None, None, None, None);
     let (mut data, mut data2, mut dictionary) = (None, None, None);

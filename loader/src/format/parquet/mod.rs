@@ -33,7 +33,7 @@ use self::levels::Levels;
 use self::pages::{Body, Coding, ForwardReader, Page, RowGroup, Walk, Walker};
 use self::values::{Dictionary, Encoded};
 use super::{
-    AnyShard, BlockMeta, BlockShard, DecodedBlock, Format, OpenOptions, Recognised, Sample, Shard, ShardInfo,
+    AnyShard, BlockMeta, BlockShard, DecodedBlock, FileSample, Format, OpenOptions, Recognised, Shard, ShardInfo,
     TokenColumn, null_list,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -53,7 +53,7 @@ pub(crate) fn open(file: SourceFile, options: &OpenOptions) -> Result<Shard> {
 }
 
 /// Recognises Parquet by the magic at both ends of the file.
-pub(crate) fn recognise(sample: &Sample<'_>) -> Recognised {
+pub(crate) fn recognise(sample: &FileSample<'_>) -> Recognised {
     if sample.head.starts_with(b"PAR1") {
         return match sample.tail.ends_with(b"PAR1") {
             true => Recognised::Yes,
@@ -99,7 +99,7 @@ struct ParquetShard {
 }
 
 /// Memory that decoding a page borrows from its thread's [`Scratch`].
-struct Context<'a> {
+struct PageMemory<'a> {
     levels: &'a mut Levels,
     decompressor: &'a mut Decompressor,
     plain: &'a mut Vec<u8>,
@@ -356,7 +356,7 @@ impl ParquetShard {
                 let body = &slice[from..from + page.body.compressed as usize];
                 let (ids, after) = std::mem::take(&mut rest).split_at_mut(page.tokens as usize * width);
                 rest = after;
-                let context = Context {
+                let context = PageMemory {
                     levels: &mut scratch.levels,
                     decompressor: &mut scratch.decompressor,
                     plain: &mut scratch.page,
@@ -388,12 +388,12 @@ impl ParquetShard {
         page: &Page,
         body: &[u8],
         dictionary: Option<&Dictionary>,
-        context: Context<'_>,
+        context: PageMemory<'_>,
         base: u32,
         ids: &mut [u8],
         ends: &mut Vec<u32>,
     ) -> Result<()> {
-        let Context { levels, decompressor, plain } = context;
+        let PageMemory { levels, decompressor, plain } = context;
         check_crc(&page.body, body)?;
         let column = &self.column;
         let codec = self.row_groups[page.row_group as usize].codec;
