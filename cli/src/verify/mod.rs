@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use forebay::corpus::schema::{SchemaField, Side};
+use forebay::corpus::schema::{SchemaField, TokenSide};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
 use forebay::proof::checksum::Checksum;
@@ -292,9 +292,9 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
         expected.masked = has_boundaries.then_some((seq_len, config.ignore_index));
         sequential::read(config, corpus, &mut expected)?;
         for field in fields {
-            let start = usize::from(is_shifted && field.side == Side::Target);
+            let start = usize::from(is_shifted && field.side == TokenSide::Target);
             (expected.field, expected.places) = (Some(field), start..start + seq_len);
-            let is_target = field.side == Side::Target;
+            let is_target = field.side == TokenSide::Target;
             expected.masked = (has_boundaries && is_target).then_some((start, field.padding));
             sequential::read_field(config, &field, corpus, &mut expected)?;
         }

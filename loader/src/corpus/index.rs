@@ -44,9 +44,9 @@ const ACCESSES: [Access; 2] = [Access::Random, Access::Block];
 ///
 /// Names would not do: a name may occur once under each root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Place(u128);
+pub struct PathHash(u128);
 
-impl Place {
+impl PathHash {
     /// The places of `files`, in order.
     pub fn of_all(storage: &Files, files: &[ShardFile]) -> Vec<Self> {
         // Thousands of shards share a folder, so that its links are resolved only once.
@@ -152,7 +152,7 @@ impl IndexFile {
     }
 
     /// Saves `records`, in corpus order, and replaces the previous file. Returns the size in bytes.
-    pub fn save(&self, records: impl ExactSizeIterator<Item = (Place, ShardFacts)>) -> Result<u64> {
+    pub fn save(&self, records: impl ExactSizeIterator<Item = (PathHash, ShardFacts)>) -> Result<u64> {
         let mut bytes = Vec::with_capacity(HEADER + records.len() * RECORD);
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
@@ -195,7 +195,7 @@ impl SavedIndex {
     ///
     /// # Panics
     /// Panics if `index` is not below [`SavedIndex::len`].
-    pub fn get(&self, index: usize) -> Option<(Place, ShardFacts)> {
+    pub fn get(&self, index: usize) -> Option<(PathHash, ShardFacts)> {
         let record = &self.bytes[HEADER + index * RECORD..HEADER + (index + 1) * RECORD];
         let word = |place: usize| u64_at(record, 40 + place * 8);
         let facts = ShardFacts {
@@ -214,12 +214,12 @@ impl SavedIndex {
             largest_block_bytes: word(6),
             fields: FieldTypes::of_numbers(array_at(record, 96))?,
         };
-        Some((Place(u128_at(record, 0)), facts))
+        Some((PathHash(u128_at(record, 0)), facts))
     }
 }
 
 /// A digest of a shard: its place, size, time, token column and counts.
-pub(super) fn digest(place: Place, facts: &ShardFacts) -> u128 {
+pub(super) fn digest(place: PathHash, facts: &ShardFacts) -> u128 {
     let mut bytes = Vec::with_capacity(RECORD);
     // How the shard is cut into blocks, and its further columns, change no document.
     let none = FieldTypes::default();
@@ -228,7 +228,7 @@ pub(super) fn digest(place: Place, facts: &ShardFacts) -> u128 {
     xxh3_128(&bytes)
 }
 
-fn push_record(bytes: &mut Vec<u8>, place: Place, facts: &ShardFacts) {
+fn push_record(bytes: &mut Vec<u8>, place: PathHash, facts: &ShardFacts) {
     let start = bytes.len();
     let (seconds, nanos) = time_parts(facts.stamp.modified);
     let number = |known: Option<usize>| known.expect("the table lists every variant") as u8;
@@ -299,7 +299,7 @@ mod tests {
         IndexFile::new(folder, &["corpus".to_owned()], DataFormat::Auto, &options)
     }
 
-    fn records() -> Vec<(Place, ShardFacts)> {
+    fn records() -> Vec<(PathHash, ShardFacts)> {
         let times = [
             None,
             Some(UNIX_EPOCH),
@@ -324,7 +324,7 @@ mod tests {
                     largest_block_bytes: 9,
                     fields: FieldTypes::new([None, Dtype::ALL.get(number as usize).copied()]),
                 };
-                (Place(u128::MAX - u128::from(number)), facts)
+                (PathHash(u128::MAX - u128::from(number)), facts)
             })
             .collect()
     }

@@ -22,9 +22,9 @@ use std::sync::{Mutex, OnceLock};
 use xxhash_rust::xxh3::Xxh3;
 
 use self::discover::{Discovery, ShardFile};
-use crate::corpus::index::{IndexFile, Place, SavedIndex};
+use crate::corpus::index::{IndexFile, PathHash, SavedIndex};
 use crate::corpus::lengths::LengthsFile;
-use crate::corpus::shard_cache::{Held, Opened};
+use crate::corpus::shard_cache::{Held, ShardCache};
 use crate::corpus::tables::TableFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, Access, Counts, MissingColumn, OpenOptions, Shard, ShardFacts};
@@ -194,7 +194,7 @@ pub struct Corpus {
     files: Vec<ShardFile>,
     facts: Facts,
     options: OpenOptions,
-    shards: Opened<OpenShard>,
+    shards: ShardCache<OpenShard>,
     dtype: Dtype,
     fields: FieldTypes,
     access: Access,
@@ -251,7 +251,7 @@ impl Corpus {
         }
         let Discovery { shards: files, mut warnings } = discover::find(&options.files, data, format)?;
         let most = most_open_shards(options);
-        let shards = Opened::new(files.len(), most);
+        let shards = ShardCache::new(files.len(), most);
         let not_read = NotRead::default();
         let open = |index: usize| {
             options.cancel.check()?;
@@ -297,7 +297,7 @@ impl Corpus {
         });
         let mut indexed = Indexed { file, opened: 0, unsaved: None };
 
-        let places = Place::of_all(&options.files, &files);
+        let places = PathHash::of_all(&options.files, &files);
         let known = known_records(&files, &places, saved.as_ref(), &options.files, pool);
         let stale: Vec<usize> = (0..files.len()).filter(|index| known[*index].is_none()).collect();
         let known_facts = |index: usize| Some(saved.as_ref()?.get(known[index]?)?.1);
@@ -338,14 +338,14 @@ impl Corpus {
                 Facts::Found(facts)
             }
         };
-        let shards = Opened::new(files.len(), most_open_shards(options));
+        let shards = ShardCache::new(files.len(), most_open_shards(options));
         let mut corpus = Self::new(files, facts, shards, options)?;
         corpus.warnings.extend(warnings);
         corpus.index = Some(indexed.file.clone());
         Ok((corpus, indexed))
     }
 
-    fn new(files: Vec<ShardFile>, facts: Facts, shards: Opened<OpenShard>, options: &OpenOptions) -> Result<Self> {
+    fn new(files: Vec<ShardFile>, facts: Facts, shards: ShardCache<OpenShard>, options: &OpenOptions) -> Result<Self> {
         let mut corpus = Self {
             files,
             facts,
@@ -433,7 +433,7 @@ impl Corpus {
 
     /// A digest of each shard: its path, size, time, token column and counts.
     pub fn shard_digests(&self) -> Vec<u128> {
-        let places = Place::of_all(&self.options.files, &self.files);
+        let places = PathHash::of_all(&self.options.files, &self.files);
         places.into_iter().zip(self.facts()).map(|(place, facts)| index::digest(place, &facts)).collect()
     }
 
@@ -633,7 +633,7 @@ impl NotRead {
 /// Finds for each file its record in `saved`. `None` if the file has another size or time now.
 fn known_records(
     files: &[ShardFile],
-    places: &[Place],
+    places: &[PathHash],
     saved: Option<&SavedIndex>,
     storage: &Files,
     pool: &rayon::ThreadPool,
@@ -641,8 +641,8 @@ fn known_records(
     let Some(saved) = saved else { return vec![None; files.len()] };
     // Shards mostly keep their place in the index. The table of the other places is made only when
     // a shard has moved.
-    let others: OnceLock<HashMap<Place, usize>> = OnceLock::new();
-    let elsewhere = |place: Place| -> Option<usize> {
+    let others: OnceLock<HashMap<PathHash, usize>> = OnceLock::new();
+    let elsewhere = |place: PathHash| -> Option<usize> {
         let table = others.get_or_init(|| {
             let records = (0..saved.len()).filter_map(|index| Some((saved.get(index)?.0, index)));
             records.collect()

@@ -12,7 +12,7 @@ use crate::tokens::{Dtype, DtypeKind};
 
 /// The token that a value belongs to if targets are one token ahead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
+pub enum TokenSide {
     /// The input at the value's place.
     Input,
     /// The target at the value's place.
@@ -46,7 +46,7 @@ struct Rule {
     delivered: Delivered,
     special: i64,
     padding: i64,
-    side: Side,
+    side: TokenSide,
     missing: Missing,
 }
 
@@ -58,7 +58,7 @@ const fn rules(ignore_index: i64) -> [Rule; 5] {
             delivered: Delivered::Always(Dtype::I64),
             special: ignore_index,
             padding: ignore_index,
-            side: Side::Target,
+            side: TokenSide::Target,
             missing: Missing::Derived,
         },
         Rule {
@@ -66,7 +66,7 @@ const fn rules(ignore_index: i64) -> [Rule; 5] {
             delivered: Delivered::AsStored,
             special: 0,
             padding: 0,
-            side: Side::Target,
+            side: TokenSide::Target,
             missing: Missing::Value(1),
         },
         Rule {
@@ -74,7 +74,7 @@ const fn rules(ignore_index: i64) -> [Rule; 5] {
             delivered: Delivered::Always(Dtype::F32),
             special: 0,
             padding: 0,
-            side: Side::Target,
+            side: TokenSide::Target,
             missing: Missing::Value(1),
         },
         Rule {
@@ -82,7 +82,7 @@ const fn rules(ignore_index: i64) -> [Rule; 5] {
             delivered: Delivered::Always(Dtype::I64),
             special: 1,
             padding: 0,
-            side: Side::Input,
+            side: TokenSide::Input,
             missing: Missing::Value(1),
         },
         Rule {
@@ -90,7 +90,7 @@ const fn rules(ignore_index: i64) -> [Rule; 5] {
             delivered: Delivered::AsStored,
             special: 0,
             padding: 0,
-            side: Side::Input,
+            side: TokenSide::Input,
             missing: Missing::Refused,
         },
     ]
@@ -113,7 +113,7 @@ pub struct SchemaField {
     /// Value where a row holds no token.
     pub padding: i64,
     /// The token that a value belongs to if targets are shifted.
-    pub side: Side,
+    pub side: TokenSide,
     /// Replacement of the column in a source that lacks it.
     pub missing: Missing,
 }

@@ -16,15 +16,15 @@ const OPENING: usize = 64;
 
 /// The opened shards of a corpus.
 #[derive(Debug)]
-pub(crate) struct Opened<T> {
-    places: Places<T>,
+pub(crate) struct ShardCache<T> {
+    places: Capacity<T>,
     /// The thread that opens a shard holds the lock with the shard's number modulo the length. No
     /// shard is opened twice.
     opening: [Mutex<()>; OPENING],
 }
 
 #[derive(Debug)]
-enum Places<T> {
+enum Capacity<T> {
     /// All shards may be open.
     All(Vec<OnceLock<T>>),
     /// At most `most` shards may be open.
@@ -33,13 +33,13 @@ enum Places<T> {
 
 #[derive(Debug)]
 struct Recent<T> {
-    open: HashMap<usize, Entry<T>>,
+    open: HashMap<usize, RecentShard<T>>,
     /// The open shards, in the order in which they are examined when room is needed.
     queue: VecDeque<usize>,
 }
 
 #[derive(Debug)]
-struct Entry<T> {
+struct RecentShard<T> {
     shard: Arc<T>,
     /// Whether the shard was used since it was last examined.
     used: bool,
@@ -65,13 +65,13 @@ impl<T> Deref for Held<'_, T> {
     }
 }
 
-impl<T> Opened<T> {
+impl<T> ShardCache<T> {
     /// Makes room for `count` shards, of which at most `most` stay open.
     pub(crate) fn new(count: usize, most: usize) -> Self {
         let places = if count <= most {
-            Places::All(std::iter::repeat_with(OnceLock::new).take(count).collect())
+            Capacity::All(std::iter::repeat_with(OnceLock::new).take(count).collect())
         } else {
-            Places::Some {
+            Capacity::Some {
                 most: most.max(1),
                 recent: Mutex::new(Recent { open: HashMap::new(), queue: VecDeque::new() }),
             }
@@ -82,8 +82,8 @@ impl<T> Opened<T> {
     /// Returns shard `index`, if it is open.
     pub(crate) fn get(&self, index: usize) -> Option<Held<'_, T>> {
         match &self.places {
-            Places::All(shards) => shards[index].get().map(Held::Kept),
-            Places::Some { recent, .. } => {
+            Capacity::All(shards) => shards[index].get().map(Held::Kept),
+            Capacity::Some { recent, .. } => {
                 let mut recent = lock(recent);
                 let entry = recent.open.get_mut(&index)?;
                 entry.used = true;
@@ -105,8 +105,8 @@ impl<T> Opened<T> {
         }
         let shard = open()?;
         Ok(match &self.places {
-            Places::All(shards) => Held::Kept(shards[index].get_or_init(|| shard)),
-            Places::Some { most, recent } => {
+            Capacity::All(shards) => Held::Kept(shards[index].get_or_init(|| shard)),
+            Capacity::Some { most, recent } => {
                 let shard = Arc::new(shard);
                 let closed = lock(recent).insert(index, Arc::clone(&shard), *most);
                 // The drop happens outside of the lock, because unmapping a large file takes a
@@ -133,7 +133,7 @@ impl<T> Recent<T> {
                 _ => closed.extend(self.open.remove(&oldest).map(|entry| entry.shard)),
             }
         }
-        self.open.insert(index, Entry { shard, used: false });
+        self.open.insert(index, RecentShard { shard, used: false });
         self.queue.push_back(index);
         closed
     }
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn no_more_are_open_than_may_be_and_the_unused_make_room() {
-        let opened = Opened::new(10, 3);
+        let opened = ShardCache::new(10, 3);
         let open = |index: usize| *opened.get_or_open(index, || Ok(index)).unwrap();
         for index in [0, 1, 2] {
             assert_eq!(open(index), index);
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn a_shard_wanted_by_many_is_opened_once_and_a_failure_is_not_kept() {
         for most in [5, 2] {
-            let opened = Opened::new(5, most);
+            let opened = ShardCache::new(5, most);
             assert!(opened.get_or_open(1, || Err::<usize, _>(Error::data("broken"))).is_err());
             let times = AtomicUsize::new(0);
             std::thread::scope(|scope| {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::boundaries::{Span, write_places};
 use crate::buffer::{ALIGNMENT, Lease};
-use crate::corpus::schema::{SchemaField, Side};
+use crate::corpus::schema::{SchemaField, TokenSide};
 use crate::error::{Error, ErrorKind, Result};
 use crate::proof::checksum::Checksum;
 use crate::settings::{Config, Targets};
@@ -93,7 +93,7 @@ impl Batch {
         let is_shifted = self.fields[1].name == "y";
         let name = if is_shifted && field.name == "labels" { "y" } else { field.name };
         let array = self.fields.iter().find(|array| array.name == name).expect("the batch has every field");
-        let lead = usize::from(is_shifted && field.side == Side::Target);
+        let lead = usize::from(is_shifted && field.side == TokenSide::Target);
         let values = self.row_of(array, row);
         let of_span = |span: &Span| {
             let [start, end] =

@@ -16,7 +16,7 @@ use super::rows::{PositionedRow, batch_rows_into};
 use super::session::Session;
 use crate::buffer::pool::Pool;
 use crate::buffer::{BufferSource, Lease};
-use crate::corpus::schema::{Missing, SchemaField, Side};
+use crate::corpus::schema::{Missing, SchemaField, TokenSide};
 use crate::error::{Error, Result};
 use crate::fill::{Ahead, FieldRow, Id, Places, Row};
 use crate::loader::sources::{Growth, Orders, RowRead, RowReads};
@@ -165,7 +165,7 @@ impl Session {
     fn mask_fields(&self, layout: &BatchLayout, row: usize, spans: &[Span], lead: usize, lease: &mut Lease) {
         let seq_len = self.config.seq_len as usize;
         for (field, at) in self.opened.schema.iter().zip(&layout.fields_at) {
-            if field.side == Side::Input {
+            if field.side == TokenSide::Input {
                 continue;
             }
             let (size, value) = (field.dtype.size(), field.dtype.encode(field.padding));
@@ -352,7 +352,7 @@ impl Session {
         bytes: &mut [u8],
         worker: &mut WorkerMemory,
     ) -> Result<()> {
-        let is_behind = self.config.targets == Targets::Shifted && field.side == Side::Target;
+        let is_behind = self.config.targets == Targets::Shifted && field.side == TokenSide::Target;
         let mut row = FieldRow::new(bytes, field.dtype, field.special, usize::from(is_behind));
         let Some((read, request)) = request else {
             row.fill(field.padding);

@@ -12,7 +12,7 @@ use crate::storage::{Files, Item, ItemKind};
 pub(super) const WILDCARDS: [char; 3] = ['*', '?', '['];
 
 /// One part of a path.
-enum Part {
+enum PathPart {
     /// It is taken as it is.
     Fixed(PathBuf),
     /// The names in a folder are compared with it.
@@ -30,15 +30,15 @@ pub(super) fn expand(files: &Files, text: &str) -> Result<(PathBuf, Vec<Item>)> 
     for component in Path::new(text).components() {
         let name = component.as_os_str().to_string_lossy();
         let part = match component {
-            Component::Normal(_) if name == "**" => Part::AnyFolders,
-            Component::Normal(_) if name.contains(WILDCARDS) => Part::Wildcard(
+            Component::Normal(_) if name == "**" => PathPart::AnyFolders,
+            Component::Normal(_) if name.contains(WILDCARDS) => PathPart::Wildcard(
                 Pattern::new(&name)
                     .map_err(|error| Error::config(format!("`data` holds the invalid pattern `{text}`: {error}")))?,
             ),
-            _ => Part::Fixed(PathBuf::from(component.as_os_str())),
+            _ => PathPart::Fixed(PathBuf::from(component.as_os_str())),
         };
         match part {
-            Part::Fixed(part) if parts.is_empty() => fixed.push(part),
+            PathPart::Fixed(part) if parts.is_empty() => fixed.push(part),
             part => parts.push(part),
         }
     }
@@ -59,24 +59,24 @@ pub(super) fn expand(files: &Files, text: &str) -> Result<(PathBuf, Vec<Item>)> 
     Ok((fixed, items))
 }
 
-fn expand_in(files: &Files, folder: &Path, parts: &[Part], found: &mut BTreeMap<PathBuf, Item>) -> Result<()> {
+fn expand_in(files: &Files, folder: &Path, parts: &[PathPart], found: &mut BTreeMap<PathBuf, Item>) -> Result<()> {
     let Some((part, rest)) = parts.split_first() else { return Ok(()) };
     let listed = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let at = |item: Item| Item { location: folder.join(&item.name), ..item };
     match part {
-        Part::Fixed(name) => {
+        PathPart::Fixed(name) => {
             let location = folder.join(name);
             let Some(stat) = files.stat_if_there(&location)? else { return Ok(()) };
             let item = Item { name: name.to_string_lossy().into_owned(), location, kind: stat.kind, is_link: false };
             take(files, item, rest, found)
         }
-        Part::Wildcard(pattern) => {
+        PathPart::Wildcard(pattern) => {
             for item in list(files, listed)?.into_iter().filter(|item| pattern.matches(&item.name)) {
                 take(files, at(item), rest, found)?;
             }
             Ok(())
         }
-        Part::AnyFolders => {
+        PathPart::AnyFolders => {
             if rest.is_empty() {
                 let kind = ItemKind::Folder;
                 let item = Item { name: String::new(), location: folder.to_owned(), kind, is_link: false };
@@ -94,7 +94,7 @@ fn expand_in(files: &Files, folder: &Path, parts: &[Part], found: &mut BTreeMap<
 }
 
 /// Adds `item`, or expands the parts that follow in it.
-fn take(files: &Files, item: Item, rest: &[Part], found: &mut BTreeMap<PathBuf, Item>) -> Result<()> {
+fn take(files: &Files, item: Item, rest: &[PathPart], found: &mut BTreeMap<PathBuf, Item>) -> Result<()> {
     if rest.is_empty() {
         found.insert(item.location.clone(), item);
     } else if item.kind == ItemKind::Folder {
