@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use forebay::Loader;
 use forebay::layout::Segment;
-use forebay::loader::plan::{self, BlockPlace, MOST_ROWS, Reads, Simulated};
+use forebay::loader::plan::{self, BlockPlace, MOST_ROWS, RowSegments, Simulated};
 use forebay::loader::state::StateValue;
 use forebay::order::partition::{BatchRow, Grouping};
 use forebay::order::permutation::{Permutation, derive_key};
@@ -185,7 +185,7 @@ fn planned(name: &str, table: &Table, arrangement: Arrangement) -> Value {
             let BatchRow::Index(position) = row else { return None };
             let sequence = order.sequence_at(position);
             let segments = vec![Segment::joined(sequence * SEQ_LEN, SEQ_LEN, 0)];
-            Some(Reads { source: 0, segments, ends_chunk: order.ends_chunk(sequence) })
+            Some(RowSegments { source: 0, segments, ends_chunk: order.ends_chunk(sequence) })
         };
         Ok(grouping.rows(step * grouping.global_batch(), table.sequences(), 0).map(read).collect())
     };

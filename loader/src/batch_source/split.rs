@@ -103,7 +103,7 @@ struct Shared {
 #[derive(Debug)]
 struct Inner {
     /// Passes that some consumer still takes batches from, by number.
-    passes: BTreeMap<u64, SharedPass>,
+    passes: BTreeMap<u64, DealtPass>,
     /// The state of the source at each place of a consumer. A place is a pass and the number of
     /// batches taken from it.
     states: BTreeMap<(u64, u64), State>,
@@ -111,7 +111,7 @@ struct Inner {
 }
 
 #[derive(Debug)]
-struct SharedPass {
+struct DealtPass {
     pass: Arc<dyn BatchPass>,
     /// The epoch of the pass. It is known if the first consumer was told it, or as soon as a batch
     /// shows it.
@@ -335,7 +335,7 @@ impl Shared {
                 }
                 let pass = self.source.begin(PassOptions { external: self.external, parts: self.count });
                 let batches = BTreeMap::new();
-                let shared = SharedPass { pass, epoch: told, batches, taken: 0, is_taking: false, ended: false };
+                let shared = DealtPass { pass, epoch: told, batches, taken: 0, is_taking: false, ended: false };
                 inner.passes.insert(number, shared);
                 inner.states.insert((number, 0), self.source.state());
             }

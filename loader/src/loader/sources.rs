@@ -43,7 +43,7 @@ pub(crate) struct Growth(Arc<[(u64, u64)]>);
 
 /// The contents of an epoch of a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Extent {
+struct EpochExtent {
     layout: layout::Extent,
     /// Number of full sequences on the delivered side.
     sequences: u64,
@@ -307,7 +307,7 @@ impl CorpusSources {
     /// shards.
     pub(crate) fn order_of(&self, index: usize, epoch: u64) -> (layout::Extent, Arrangement, EpochOrder) {
         let source = &self.list[index];
-        let Extent { layout, sequences, .. } = self.settings.extent(source, source.shards());
+        let EpochExtent { layout, sequences, .. } = self.settings.extent(source, source.shards());
         let (arrangement, order) = self.order(index, source.shards(), sequences, epoch);
         (layout, arrangement, order)
     }
@@ -338,7 +338,7 @@ impl CorpusSources {
         (arrangement, order)
     }
 
-    fn extent_at(&self, growth: &Growth, epoch: u64) -> Extent {
+    fn extent_at(&self, growth: &Growth, epoch: u64) -> EpochExtent {
         let source = &self.list[0];
         let shards = if self.mixture.is_some() { source.shards() } else { growth.shards_at(epoch) };
         self.settings.extent(source, shards)
@@ -470,10 +470,10 @@ impl CorpusSource {
 }
 
 impl OrderSettings {
-    fn extent(&self, source: &CorpusSource, shards: u64) -> Extent {
+    fn extent(&self, source: &CorpusSource, shards: u64) -> EpochExtent {
         let layout = source.reader.layout().extent(shards as usize);
         let tail = layout.tail_tokens > 0 && !matches!(self.side, Side::Holdout(_));
-        Extent { layout, sequences: self.side.count(layout.rows), tail }
+        EpochExtent { layout, sequences: self.side.count(layout.rows), tail }
     }
 
     /// Joins windows that begin at `rows` to chunks of at least `chunk_tokens` places, from the

@@ -310,7 +310,7 @@ pub fn neighbours(order: &EpochOrder, arrangement: Arrangement) -> Distance {
 
 /// The stretches that a row reads.
 #[derive(Clone, Debug)]
-pub struct Reads {
+pub struct RowSegments {
     /// Index of the source.
     pub source: usize,
     /// Segments of its stream.
@@ -327,7 +327,7 @@ pub struct Simulated<'a> {
     /// Number of steps of the pass.
     pub steps: u64,
     /// Gives the reads of a rank's rows at a step. `None` stands for padding.
-    pub rows: &'a dyn Fn(u64, u64) -> Result<Vec<Option<Reads>>>,
+    pub rows: &'a dyn Fn(u64, u64) -> Result<Vec<Option<RowSegments>>>,
     /// Gives the block of a source with a stream token.
     pub block_at: &'a dyn Fn(usize, u64) -> BlockPlace,
     /// Gives the tokens in the files per token of a source's stream.
@@ -352,7 +352,7 @@ impl Simulated<'_> {
         let Grouping { rank, world_size, batch_size, .. } = self.grouping;
         let rank_rows = self.steps.saturating_mul(batch_size);
         if rank_rows.saturating_mul(world_size) <= self.most_rows {
-            let mut total = Counts::default();
+            let mut total = StepCounts::default();
             for rank in 0..world_size {
                 let mut one = Simulation::new(self, rank, 0);
                 one.run(self.steps)?;
@@ -376,7 +376,7 @@ impl Simulated<'_> {
             one.run((one.step + round.min(64)).min(begin + half))?;
         }
         let warm_up_rows = one.counts.rows;
-        one.counts = Counts::default();
+        one.counts = StepCounts::default();
         // It has whole rounds of windows, if one fits. A round decodes more at its start than at
         // its end.
         let measured = if round <= half { half / round * round } else { half };
@@ -388,7 +388,7 @@ impl Simulated<'_> {
     fn blocks_of(&self, rank: u64, step: u64) -> Result<StepBlocks> {
         let rows = (self.rows)(rank, step)?;
         let mut found = StepBlocks { rows: rows.len() as u64, ..StepBlocks::default() };
-        for Reads { source, segments, ends_chunk } in rows.into_iter().flatten() {
+        for RowSegments { source, segments, ends_chunk } in rows.into_iter().flatten() {
             for (index, segment) in segments.iter().enumerate() {
                 let ends_chunk = ends_chunk && index + 1 == segments.len();
                 self.read(&mut found, source, segment.stream(), ends_chunk);
@@ -449,11 +449,11 @@ struct Simulation<'a> {
     /// Number of steps that may be examined once more, so that the work stays bounded.
     second_looks: u64,
     evicted: bool,
-    counts: Counts,
+    counts: StepCounts,
 }
 
 #[derive(Debug, Default)]
-struct Counts {
+struct StepCounts {
     rows: u64,
     delivered_tokens: f64,
     decoded_blocks: u64,
@@ -465,7 +465,7 @@ impl<'a> Simulation<'a> {
         let mut policy = EvictionPolicy::new();
         let session = policy.join(u64::MAX);
         policy.begin(session, step, of.done_after);
-        let (coming, counts) = (VecDeque::new(), Counts::default());
+        let (coming, counts) = (VecDeque::new(), StepCounts::default());
         Self { of, rank, policy, session, step, coming, looked_at: step, second_looks: 0, evicted: false, counts }
     }
 
@@ -552,7 +552,7 @@ impl<'a> Simulation<'a> {
     }
 }
 
-impl Counts {
+impl StepCounts {
     fn add(&mut self, other: &Self) {
         self.rows += other.rows;
         self.delivered_tokens += other.delivered_tokens;
@@ -605,7 +605,7 @@ mod tests {
             let read = |row: u64| {
                 let sequence = order.sequence_at(step * 4 * world_size + row * world_size + rank);
                 let segments = vec![Segment::joined(sequence * 16, 16, 0)];
-                Some(Reads { source: 0, segments, ends_chunk: order.ends_chunk(sequence) })
+                Some(RowSegments { source: 0, segments, ends_chunk: order.ends_chunk(sequence) })
             };
             Ok((0..4).map(read).collect())
         };

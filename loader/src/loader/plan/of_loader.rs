@@ -10,7 +10,7 @@ use super::super::session::Session;
 use crate::error::Result;
 use crate::format::Access;
 use crate::layout::Extent;
-use crate::loader::plan::{self, Decoding, MemoryPlan, PassCounts, PassPlan, Plan, Reads, Simulated, SourcePlan};
+use crate::loader::plan::{self, Decoding, MemoryPlan, PassCounts, PassPlan, Plan, RowSegments, Simulated, SourcePlan};
 use crate::loader::sources::{Growth, RowRead};
 use crate::order::Arrangement;
 use crate::order::epochs::EpochChain;
@@ -128,7 +128,7 @@ impl Session {
             let (_, rows) = batch_rows(of_rank, epochs, step * grouping.global_batch());
             let WorkerMemory { orders, scratch, reads, .. } = &mut *memory.borrow_mut();
             self.reads_into(growth, &rows, orders, scratch, reads)?;
-            let simulated = |read: &RowRead| Reads {
+            let simulated = |read: &RowRead| RowSegments {
                 source: read.source,
                 segments: reads.segments(read).to_vec(),
                 ends_chunk: read.ends_chunk,
