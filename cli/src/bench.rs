@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::interrupt::{self, Hold, INTERRUPTED};
 use crate::report::{bytes, grouped, line, number_of};
-use crate::{Context, Failure, Sets, Shape, progress};
+use crate::{Context, Failure, Sets, ShapeOptions, progress};
 
 /// Time to run if neither time nor epochs are given, in seconds.
 const DEFAULT_SECONDS: f64 = 10.0;
@@ -31,7 +31,7 @@ pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
     #[command(flatten)]
-    shape: Shape,
+    shape: ShapeOptions,
     /// Number of worker threads
     #[arg(long, value_name = "N")]
     threads: Option<String>,
@@ -145,7 +145,8 @@ fn measure(
     };
     let bar = progress::bar(total, TEMPLATE, context.env)?.with_message("running");
     let hold = interrupt::hold();
-    let mut run = Run { taken: Taken::default(), began: Instant::now(), sampled: Instant::now(), limit, bar, hold };
+    let mut run =
+        Measurement { taken: Amounts::default(), began: Instant::now(), sampled: Instant::now(), limit, bar, hold };
     let cpu_before = cpu_seconds();
     let mut passes = 0;
     while epochs.is_none_or(|epochs| passes < epochs) && run.pass(&loader)? {
@@ -193,15 +194,15 @@ fn measure(
 }
 
 #[derive(Default)]
-struct Taken {
+struct Amounts {
     tokens: u64,
     bytes: u64,
     waits: Vec<f32>,
     peak_anon_bytes: u64,
 }
 
-struct Run {
-    taken: Taken,
+struct Measurement {
+    taken: Amounts,
     began: Instant,
     sampled: Instant,
     limit: Option<Duration>,
@@ -209,7 +210,7 @@ struct Run {
     hold: Hold,
 }
 
-impl Run {
+impl Measurement {
     /// Takes the batches of one epoch. Returns `false` if the time or Ctrl-C ended it early.
     fn pass(&mut self, loader: &Loader) -> forebay::Result<bool> {
         let batches = loader.iter();

@@ -70,7 +70,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
             }
         }
         match unsaved {
-            None => entries.push(Entry::new(name, &corpus, &indexed, seconds)?),
+            None => entries.push(CorpusReport::new(name, &corpus, &indexed, seconds)?),
             Some(fault) => {
                 saved = false;
                 let text = format!("error: {fault}; name another folder with `--cache-dir`");
@@ -90,7 +90,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
 }
 
 /// The printed facts about one corpus.
-struct Entry {
+struct CorpusReport {
     /// Name of the source in a mixture. Empty without a mixture.
     name: String,
     index: String,
@@ -104,7 +104,7 @@ struct Entry {
     fingerprint: String,
 }
 
-impl Entry {
+impl CorpusReport {
     fn new(name: String, corpus: &Corpus, indexed: &Indexed, seconds: f64) -> forebay::Result<Self> {
         let path = indexed.file.path();
         let index = std::fs::metadata(path).map_err(|error| Error::io("cannot stat saved index", error).at(path))?;

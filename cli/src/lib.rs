@@ -81,7 +81,7 @@ enum Command {
 
 /// Settings that have their own options in every command that runs a loader.
 #[derive(Debug, Default, Args)]
-struct Shape {
+struct ShapeOptions {
     #[arg(long, value_name = "TOKENS", help = config::help_of("seq_len"))]
     seq_len: Option<String>,
     #[arg(long, value_name = "N", help = config::help_of("batch_size"))]
@@ -97,7 +97,7 @@ struct Shape {
     shuffle: Option<String>,
 }
 
-impl Shape {
+impl ShapeOptions {
     fn flags(&self) -> [(&'static str, Option<String>); 3] {
         [("seq_len", self.seq_len.clone()), ("batch_size", self.batch_size.clone()), ("shuffle", self.shuffle.clone())]
     }

@@ -16,7 +16,7 @@ use forebay::{Config, Loader};
 use serde_json::{Value, json};
 
 use crate::report::{bytes, grouped, line, number_of};
-use crate::{Context, Failure, Sets, Shape};
+use crate::{Context, Failure, Sets, ShapeOptions};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example: forebay plan corpus/ --seq-len 4096 --batch-size 8 --shuffle --world-size 64")]
@@ -24,7 +24,7 @@ pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
     #[command(flatten)]
-    shape: Shape,
+    shape: ShapeOptions,
     /// Number of ranks; the plan is for the first rank
     #[arg(long, value_name = "N")]
     world_size: Option<String>,

@@ -72,7 +72,7 @@ fn read_column(
     corpus: &Corpus,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
-    let mut stream = Stream {
+    let mut stream = RowCutter {
         delivered,
         bos,
         eos,
@@ -107,7 +107,7 @@ fn read_column(
 }
 
 /// The part of the stream that is not in rows yet.
-struct Stream<'a> {
+struct RowCutter<'a> {
     /// Type in which a further column is delivered. `None` for tokens.
     delivered: Option<Dtype>,
     bos: Option<i64>,
@@ -130,7 +130,7 @@ struct Stream<'a> {
     sequence: u64,
 }
 
-impl Stream<'_> {
+impl RowCutter<'_> {
     /// Adds tokens to the document in `row`. More may follow.
     fn tokens<T: Copy + Into<i64>>(&mut self, row: u64, tokens: &[T]) {
         if tokens.is_empty() {
@@ -214,7 +214,7 @@ impl Stream<'_> {
     }
 }
 
-fn read_file(path: &Path, column: &str, stream: &mut Stream<'_>) -> Result<()> {
+fn read_file(path: &Path, column: &str, stream: &mut RowCutter<'_>) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read the shard", error);
     let mut file = File::open(path).map_err(unreadable)?;
     let mut magic = Vec::new();
@@ -251,7 +251,7 @@ fn read_file(path: &Path, column: &str, stream: &mut Stream<'_>) -> Result<()> {
 }
 
 /// Reads a flat file, for its ids or for the further column `column`.
-fn read_flat(path: &Path, facts: &ShardFacts, column: Option<&str>, stream: &mut Stream<'_>) -> Result<()> {
+fn read_flat(path: &Path, facts: &ShardFacts, column: Option<&str>, stream: &mut RowCutter<'_>) -> Result<()> {
     let mut reader = FlatReader::open(path, facts, column)?;
     let mut rows = 0;
     while let Some(column) = reader.next()? {
@@ -263,7 +263,7 @@ fn read_flat(path: &Path, facts: &ShardFacts, column: Option<&str>, stream: &mut
 }
 
 /// Adds the rows of a token column, after the `before` rows that were added already.
-fn add(column: &ArrayRef, before: u64, stream: &mut Stream<'_>) -> Result<()> {
+fn add(column: &ArrayRef, before: u64, stream: &mut RowCutter<'_>) -> Result<()> {
     let values = match column.data_type() {
         DataType::List(_) => column.as_list::<i32>().values(),
         DataType::LargeList(_) => column.as_list::<i64>().values(),
@@ -315,7 +315,7 @@ fn add_typed<T: ArrowPrimitiveType>(
     column: &ArrayRef,
     values: &ArrayRef,
     before: u64,
-    stream: &mut Stream<'_>,
+    stream: &mut RowCutter<'_>,
 ) -> Result<()>
 where
     T::Native: Into<i64>,

@@ -5,23 +5,23 @@ use std::path::Path;
 
 use forebay::settings::Io;
 
-use super::source::{Batch, Rows, Source};
+use super::source::{RowBatch, ShardRows, SourceShard};
 
 /// A place in a run of sources.
-pub(super) struct Cursor<'a> {
-    sources: &'a [Source],
+pub(super) struct SourceCursor<'a> {
+    sources: &'a [SourceShard],
     /// The further column that it reads. `None` means the tokens.
     field: Option<usize>,
     range: Range<usize>,
     io: Io,
     at: usize,
     first_row: u64,
-    rows: Option<Rows>,
-    batch: Option<Batch>,
+    rows: Option<ShardRows>,
+    batch: Option<RowBatch>,
 }
 
-impl<'a> Cursor<'a> {
-    pub(super) fn new(sources: &'a [Source], field: Option<usize>, range: Range<usize>, io: Io) -> Self {
+impl<'a> SourceCursor<'a> {
+    pub(super) fn new(sources: &'a [SourceShard], field: Option<usize>, range: Range<usize>, io: Io) -> Self {
         Self { sources, field, at: range.start, range, io, first_row: 0, rows: None, batch: None }
     }
 
@@ -41,7 +41,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Returns rows that were not all taken yet, and the path that they come from.
-    pub(super) fn current(&mut self) -> forebay::Result<Option<(&'a Path, &mut Batch)>> {
+    pub(super) fn current(&mut self) -> forebay::Result<Option<(&'a Path, &mut RowBatch)>> {
         while self.at < self.range.end {
             let source = &self.sources[self.at];
             let path = &*source.file.path;

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::source::Source;
+use super::source::SourceShard;
 
 /// Neighbouring sources that become shards of the result.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Group {
+pub(super) struct SourceGroup {
     pub(super) sources: Range<usize>,
     pub(super) tokens: u64,
     pub(super) documents: u64,
@@ -17,8 +17,8 @@ pub(super) struct Group {
 }
 
 /// Groups neighbours as long as they make no more than one shard.
-pub(super) fn groups(sources: &[Source], shard_tokens: u64) -> Vec<Group> {
-    let mut groups: Vec<Group> = Vec::new();
+pub(super) fn groups(sources: &[SourceShard], shard_tokens: u64) -> Vec<SourceGroup> {
+    let mut groups: Vec<SourceGroup> = Vec::new();
     for (index, source) in sources.iter().enumerate() {
         let counts = source.facts.counts;
         match groups.last_mut() {
@@ -32,7 +32,7 @@ pub(super) fn groups(sources: &[Source], shard_tokens: u64) -> Vec<Group> {
                 last.tokens += counts.tokens;
                 last.documents += counts.starts;
             }
-            _ => groups.push(Group {
+            _ => groups.push(SourceGroup {
                 sources: index..index + 1,
                 tokens: counts.tokens,
                 documents: counts.starts,

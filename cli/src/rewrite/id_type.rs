@@ -8,14 +8,14 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::content;
-use super::source::Source;
+use super::source::SourceShard;
 
 /// The types of ids, the smallest first.
 pub(super) const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::I32, Dtype::U32, Dtype::I64];
 
 /// The smallest type that holds every id. Stops reading once no type smaller than the sources' type
 /// is possible.
-pub(super) fn smallest_dtype(sources: &[Source], open: &OpenOptions, bar: &ProgressBar) -> forebay::Result<Dtype> {
+pub(super) fn smallest_dtype(sources: &[SourceShard], open: &OpenOptions, bar: &ProgressBar) -> forebay::Result<Dtype> {
     let rank = |dtype: Dtype| DTYPES.iter().position(|other| *other == dtype);
     let fitting = |id: i64| DTYPES.into_iter().find(|dtype| id <= most(*dtype)).unwrap_or(Dtype::I64);
     let full = sources.iter().filter(|source| source.facts.counts.tokens > 0);

@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 use super::content::Content;
 use super::output::{draft_name, sync_folder};
-use super::source::Source;
+use super::source::SourceShard;
 
 const NAME: &str = discover::REWRITING;
 const VERSION: u64 = 1;
@@ -53,7 +53,7 @@ impl Manifest {
     pub(super) fn open(
         folder: &Path,
         options: &Options,
-        sources: &[Source],
+        sources: &[SourceShard],
         settle: impl FnOnce() -> Result<Value>,
     ) -> Result<Self> {
         let failed = |what: &str, error| Error::io(format!("cannot {what} folder"), error).at(folder);
@@ -162,7 +162,7 @@ fn has_shards(lines: &[u8]) -> bool {
     lines.split(|byte| *byte == b'\n').any(|line| serde_json::from_slice(line).is_ok_and(is_shard))
 }
 
-fn head(options: &Options, sources: &[Source], settled: &Value) -> String {
+fn head(options: &Options, sources: &[SourceShard], settled: &Value) -> String {
     let options: Map<_, _> = options.iter().map(|(name, value)| ((*name).to_owned(), value.as_str().into())).collect();
     let begin = json!({"forebay_rewrite": VERSION, "options": options, "settled": settled, "sources": sources.len()});
     let mut text = format!("{begin}\n");
@@ -173,7 +173,7 @@ fn head(options: &Options, sources: &[Source], settled: &Value) -> String {
 }
 
 /// The identity of a source. It has no absolute path, so that a corpus may move.
-fn identity(source: &Source) -> Value {
+fn identity(source: &SourceShard) -> Value {
     let modified = source.facts.stamp.modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     json!({
         "source": source.file.name,
@@ -187,7 +187,7 @@ fn identity(source: &Source) -> Value {
 type Known = (Value, BTreeMap<String, Done>);
 
 /// Reads the lines of a manifest. Fails if they name other options or sources.
-fn parse(bytes: &[u8], options: &Options, sources: &[Source]) -> Result<Known> {
+fn parse(bytes: &[u8], options: &Options, sources: &[SourceShard]) -> Result<Known> {
     let damaged = || Error::data("the manifest is damaged: remove the folder and begin anew");
     let text = std::str::from_utf8(bytes).map_err(|_| damaged())?;
     let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).map_err(|_| damaged()));

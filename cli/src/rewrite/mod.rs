@@ -37,11 +37,11 @@ use self::groups::groups;
 use self::id_type::{DTYPES, smallest_dtype};
 use self::manifest::Manifest;
 pub(crate) use self::options::Options;
-use self::options::{Shape, name};
-use self::source::Source;
+use self::options::{ShardForm, name};
+use self::source::SourceShard;
 use self::summary::Summary;
 use self::target::refuse_inside;
-use self::work::Work;
+use self::work::Rewriting;
 use crate::{Context, Failure, progress};
 
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} tokens, {eta} left";
@@ -68,13 +68,13 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         progress::bar(files.len() as u64, "{msg} {wide_bar} {percent}% {human_pos} shards, {eta} left", context.env)?
             .with_message("opening");
     let opened: Vec<_> =
-        pool.install(|| files.par_iter().map(|file| Source::open(file, &open)).inspect(|_| bar.inc(1)).collect());
+        pool.install(|| files.par_iter().map(|file| SourceShard::open(file, &open)).inspect(|_| bar.inc(1)).collect());
     bar.finish_and_clear();
     let (mut sources, mut faults) = (Vec::with_capacity(files.len()), Vec::new());
     for source in opened {
         source.map(|source| sources.push(source)).unwrap_or_else(|error| faults.push(error));
     }
-    faults.extend(mixed_columns(sources.iter().map(|source: &Source| (&*source.file.path, source.facts)), &open));
+    faults.extend(mixed_columns(sources.iter().map(|source: &SourceShard| (&*source.file.path, source.facts)), &open));
     if !faults.is_empty() {
         return Err(Error::all(faults).into());
     }
@@ -104,14 +104,14 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     // The column of a source without tokens may have any name, or be missing.
     let full = sources.iter().find(|source| source.facts.counts.tokens > 0);
     let column = full.map(|source| source.column.clone());
-    let work = Work {
+    let work = Rewriting {
         groups: groups(&sources, options.shard_tokens),
         sources: &sources,
         target,
         suffix: name(options.to),
         column: column.as_deref().unwrap_or(format::TOKEN_COLUMNS[0]),
         fields: &fields,
-        shape: Shape { container: options.container(), dtype, batch_tokens: options.batch_tokens },
+        shape: ShardForm { container: options.container(), dtype, batch_tokens: options.batch_tokens },
         open: OpenOptions { token_column: column.clone(), ..open },
         manifest: &manifest,
         bar: &bar,
@@ -139,7 +139,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
 }
 
 /// The further columns that are copied. All sources have them in one type.
-fn carried(sources: &[Source]) -> forebay::Result<Vec<CarriedField>> {
+fn carried(sources: &[SourceShard]) -> forebay::Result<Vec<CarriedField>> {
     let full = || sources.iter().filter(|source| source.facts.counts.tokens > 0);
     let Some(first) = full().next() else { return Ok(Vec::new()) };
     for source in full() {

@@ -40,8 +40,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "TOKENS", default_value = "1Mi", value_parser = size)]
     pub(super) batch_tokens: u64,
     /// Codec of Parquet
-    #[arg(long, value_enum, default_value_t = Codec::Zstd)]
-    pub(super) codec: Codec,
+    #[arg(long, value_enum, default_value_t = CodecName::Zstd)]
+    pub(super) codec: CodecName,
     /// Encoding of Parquet
     #[arg(long, value_enum, default_value_t = Values::Plain)]
     pub(super) encoding: Values,
@@ -70,7 +70,7 @@ pub(super) enum To {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Codec {
+pub(super) enum CodecName {
     None,
     Snappy,
     Lz4,
@@ -94,7 +94,7 @@ fn size(text: &str) -> Result<u64, String> {
 
 /// The form of the result's shards.
 #[derive(Clone, Debug)]
-pub(super) struct Shape {
+pub(super) struct ShardForm {
     pub(super) container: Container,
     pub(super) dtype: Dtype,
     pub(super) batch_tokens: u64,
@@ -142,10 +142,10 @@ impl Options {
         }
         Container::Parquet {
             compression: match self.codec {
-                Codec::None => Compression::UNCOMPRESSED,
-                Codec::Snappy => Compression::SNAPPY,
-                Codec::Lz4 => Compression::LZ4_RAW,
-                Codec::Zstd => Compression::ZSTD(ZstdLevel::default()),
+                CodecName::None => Compression::UNCOMPRESSED,
+                CodecName::Snappy => Compression::SNAPPY,
+                CodecName::Lz4 => Compression::LZ4_RAW,
+                CodecName::Zstd => Compression::ZSTD(ZstdLevel::default()),
             },
             encoding: match self.encoding {
                 Values::Plain => Some(Encoding::PLAIN),

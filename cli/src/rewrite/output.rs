@@ -23,7 +23,7 @@ use parquet::schema::types::ColumnPath;
 use super::content::{Content, Digest, read_back};
 use super::fields::{CarriedField, FieldPart};
 use super::id_type::most;
-use super::options::{Container, Shape};
+use super::options::{Container, ShardForm};
 
 /// Number of documents after which a record batch ends, however few tokens they have.
 const BATCH_ROWS: usize = 1 << 18;
@@ -34,7 +34,7 @@ enum Writer {
 }
 
 /// A shard while it is written. Its file is removed unless it is published.
-pub(super) struct Part {
+pub(super) struct PartialShard {
     target: PathBuf,
     draft: Draft,
     schema: SchemaRef,
@@ -70,14 +70,14 @@ pub(super) fn draft_name(name: &str) -> String {
     format!(".{name}.part")
 }
 
-impl Part {
+impl PartialShard {
     pub(super) fn create(
         folder: &Path,
         name: &str,
         column: &str,
         plain: bool,
         fields: &[CarriedField],
-        shape: &Shape,
+        shape: &ShardForm,
     ) -> Result<Self> {
         let path = folder.join(draft_name(name));
         let item = arrow_type(shape.dtype);

@@ -32,7 +32,7 @@ use crate::token_column::{self, open_file, unsound};
 
 /// A shard of the source.
 #[derive(Clone, Debug)]
-pub(super) struct Source {
+pub(super) struct SourceShard {
     pub(super) file: ShardFile,
     pub(super) facts: ShardFacts,
     /// Name of its token column.
@@ -45,7 +45,7 @@ pub(super) struct Source {
     pub(super) fields: Vec<CarriedField>,
 }
 
-impl Source {
+impl SourceShard {
     /// Reads the metadata of `file`.
     pub(super) fn open(file: &ShardFile, options: &OpenOptions) -> Result<Self> {
         let shard = format::open(&file.path, options)?;
@@ -69,21 +69,21 @@ impl Source {
     }
 
     /// The rows from `first_row` on: tokens, or the values of a further column.
-    pub(super) fn rows(&self, field: Option<usize>, first_row: u64, io: Io) -> Result<Rows> {
+    pub(super) fn rows(&self, field: Option<usize>, first_row: u64, io: Io) -> Result<ShardRows> {
         if self.facts.counts.tokens == 0 {
-            return Ok(Rows { reader: Reader::Empty(self.facts.rows), skip: first_row, row: 0 });
+            return Ok(ShardRows { reader: RowReader::Empty(self.facts.rows), skip: first_row, row: 0 });
         }
         let path = &self.file.path;
         let column = field.map_or(&self.column, |field| &self.fields[field].name);
         let reader = if flat::is_flat(self.facts.format) {
-            FlatReader::open(path, &self.facts, field.map(|_| column.as_str())).map(Reader::Flat)
+            FlatReader::open(path, &self.facts, field.map(|_| column.as_str())).map(RowReader::Flat)
         } else {
-            Reader::open(path, self.facts.format, io, column, first_row)
+            RowReader::open(path, self.facts.format, io, column, first_row)
         };
-        let mut rows = Rows { reader: reader.map_err(|error| error.at(path))?, skip: 0, row: 0 };
+        let mut rows = ShardRows { reader: reader.map_err(|error| error.at(path))?, skip: 0, row: 0 };
         match rows.reader {
             // The reader has skipped the rows by its index.
-            Reader::Parquet(_) => rows.row = first_row,
+            RowReader::Parquet(_) => rows.row = first_row,
             _ => rows.skip = first_row,
         }
         Ok(rows)
@@ -91,7 +91,7 @@ impl Source {
 }
 
 /// The reader of a shard's rows.
-enum Reader {
+enum RowReader {
     Parquet(ParquetRecordBatchReader),
     MappedFile {
         decoder: FileDecoder,
@@ -110,7 +110,7 @@ enum Reader {
     Empty(u64),
 }
 
-impl Reader {
+impl RowReader {
     /// Opens a shard for its token column. Parquet begins at `first_row`. Other formats begin at
     /// the first row.
     fn open(path: &Path, format: Format, io: Io, column: &str, first_row: u64) -> Result<Self> {
@@ -179,9 +179,9 @@ impl Reader {
     }
 }
 
-type Footer = (SchemaRef, FileDecoder, Vec<Block>, Vec<Block>);
+type FileFooter = (SchemaRef, FileDecoder, Vec<Block>, Vec<Block>);
 
-fn footer(bytes: &Buffer) -> Result<Footer> {
+fn footer(bytes: &Buffer) -> Result<FileFooter> {
     let damaged = || Error::data("the footer of the Arrow file is damaged");
     let trailer = bytes.len().checked_sub(10).ok_or_else(damaged)?;
     let length = read_footer_length(bytes[trailer..].try_into().expect("ten bytes")).map_err(unsound)?;
@@ -208,17 +208,17 @@ fn block_bytes(bytes: &Buffer, block: &Block) -> Result<Buffer> {
 }
 
 /// The rows of a shard, batch by batch.
-pub(super) struct Rows {
-    reader: Reader,
+pub(super) struct ShardRows {
+    reader: RowReader,
     /// Number of rows that are still to be skipped.
     skip: u64,
     /// The shard's row with which the next batch begins.
     row: u64,
 }
 
-impl Rows {
+impl ShardRows {
     /// Returns the next rows and the number of the first.
-    pub(super) fn next(&mut self) -> Result<Option<Batch>> {
+    pub(super) fn next(&mut self) -> Result<Option<RowBatch>> {
         loop {
             let Some(column) = self.reader.next()? else { return Ok(None) };
             let (rows, first_row) = (column.len() as u64, self.row);
@@ -228,16 +228,16 @@ impl Rows {
                 continue;
             }
             let next = std::mem::take(&mut self.skip) as usize;
-            return Ok(Some(Batch { next, ..Batch::new(&column, first_row)? }));
+            return Ok(Some(RowBatch { next, ..RowBatch::new(&column, first_row)? }));
         }
     }
 }
 
 /// Decoded rows.
-pub(super) struct Batch {
+pub(super) struct RowBatch {
     pub(super) values: ArrayRef,
     nulls: Option<NullBuffer>,
-    ends: Ends,
+    ends: RowEnds,
     /// The shard's row with which the batch begins.
     first_row: u64,
     /// Number of rows.
@@ -247,7 +247,7 @@ pub(super) struct Batch {
 }
 
 /// The assignment of values to rows.
-enum Ends {
+enum RowEnds {
     Short(OffsetBuffer<i32>),
     Long(OffsetBuffer<i64>),
     Fixed(usize),
@@ -255,23 +255,23 @@ enum Ends {
     Plain,
 }
 
-impl Batch {
+impl RowBatch {
     fn new(column: &ArrayRef, first_row: u64) -> Result<Self> {
         let (values, ends) = match column.data_type() {
             DataType::List(_) => {
                 let list = column.as_list::<i32>();
-                (list.values().clone(), Ends::Short(list.offsets().clone()))
+                (list.values().clone(), RowEnds::Short(list.offsets().clone()))
             }
             DataType::LargeList(_) => {
                 let list = column.as_list::<i64>();
-                (list.values().clone(), Ends::Long(list.offsets().clone()))
+                (list.values().clone(), RowEnds::Long(list.offsets().clone()))
             }
             DataType::FixedSizeList(_, length) => {
-                (column.as_fixed_size_list().values().clone(), Ends::Fixed(usize::try_from(*length).unwrap_or(0)))
+                (column.as_fixed_size_list().values().clone(), RowEnds::Fixed(usize::try_from(*length).unwrap_or(0)))
             }
-            _ => (column.clone(), Ends::Plain),
+            _ => (column.clone(), RowEnds::Plain),
         };
-        let nulls = if matches!(ends, Ends::Plain) { None } else { column.nulls().cloned() };
+        let nulls = if matches!(ends, RowEnds::Plain) { None } else { column.nulls().cloned() };
         Ok(Self { values, nulls, ends, first_row, len: column.len(), next: 0 })
     }
 
@@ -286,10 +286,10 @@ impl Batch {
             return 0..0;
         }
         match &self.ends {
-            Ends::Short(offsets) => offsets[index] as usize..offsets[index + 1] as usize,
-            Ends::Long(offsets) => offsets[index] as usize..offsets[index + 1] as usize,
-            Ends::Fixed(length) => index * length..(index + 1) * length,
-            Ends::Plain => index..index + 1,
+            RowEnds::Short(offsets) => offsets[index] as usize..offsets[index + 1] as usize,
+            RowEnds::Long(offsets) => offsets[index] as usize..offsets[index + 1] as usize,
+            RowEnds::Fixed(length) => index * length..(index + 1) * length,
+            RowEnds::Plain => index..index + 1,
         }
     }
 

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::manifest::Done;
 use super::options::{To, name};
-use super::source::Source;
-use super::work::Shard;
+use super::source::SourceShard;
+use super::work::WrittenShard;
 use crate::report::{bytes, grouped, line, names, number_of};
 
 /// The result of a rewriting, in numbers.
@@ -29,7 +29,7 @@ pub(super) struct Summary {
 }
 
 impl Summary {
-    pub(super) fn new(sources: &[Source], shards: &[Shard], dtype: Dtype, to: To, began: Instant) -> Self {
+    pub(super) fn new(sources: &[SourceShard], shards: &[WrittenShard], dtype: Dtype, to: To, began: Instant) -> Self {
         let mut left_out: Vec<String> = sources.iter().flat_map(|source| source.others.iter().cloned()).collect();
         left_out.sort_unstable();
         left_out.dedup();

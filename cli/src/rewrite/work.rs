@@ -10,28 +10,28 @@ use forebay::{Error, ErrorKind};
 use indicatif::ProgressBar;
 
 use super::content::Content;
-use super::cursor::Cursor;
+use super::cursor::SourceCursor;
 use super::fields::CarriedField;
-use super::groups::Group;
+use super::groups::SourceGroup;
 use super::manifest::{Done, Manifest};
-use super::options::Shape;
-use super::output::Part;
-use super::source::Source;
+use super::options::ShardForm;
+use super::output::PartialShard;
+use super::source::SourceShard;
 use crate::report::{names, number_of};
 
 /// Number of rows of a plain column taken at once.
 const PLAIN_ROWS: usize = 1 << 16;
 
 /// The state that the threads share.
-pub(super) struct Work<'a> {
-    pub(super) groups: Vec<Group>,
-    pub(super) sources: &'a [Source],
+pub(super) struct Rewriting<'a> {
+    pub(super) groups: Vec<SourceGroup>,
+    pub(super) sources: &'a [SourceShard],
     pub(super) target: &'a Path,
     pub(super) suffix: String,
     pub(super) column: &'a str,
     /// The further columns that are copied.
     pub(super) fields: &'a [CarriedField],
-    pub(super) shape: Shape,
+    pub(super) shape: ShardForm,
     pub(super) open: OpenOptions,
     pub(super) manifest: &'a Manifest,
     pub(super) bar: &'a ProgressBar,
@@ -40,14 +40,14 @@ pub(super) struct Work<'a> {
 }
 
 /// A shard of the result, and whether an earlier run wrote it.
-pub(super) struct Shard {
+pub(super) struct WrittenShard {
     pub(super) done: Done,
     pub(super) was_there: bool,
 }
 
-impl Work<'_> {
+impl Rewriting<'_> {
     /// Writes the shards of a group. Turns a panic of a reader into an error.
-    pub(super) fn guarded(&self, group: usize) -> forebay::Result<Vec<Shard>> {
+    pub(super) fn guarded(&self, group: usize) -> forebay::Result<Vec<WrittenShard>> {
         // A damaged file may make a reader panic. The shards of other threads stay.
         let result = catch_unwind(AssertUnwindSafe(|| self.write_group(group))).unwrap_or_else(|_| {
             Err(Error::new(ErrorKind::Internal, format!("panic while rewriting {}", self.paths(group))))
@@ -71,22 +71,22 @@ impl Work<'_> {
         format!("tokens-{group:0group_digits$}-{shard:0shard_digits$}.{}", self.suffix)
     }
 
-    fn write_group(&self, index: usize) -> forebay::Result<Vec<Shard>> {
+    fn write_group(&self, index: usize) -> forebay::Result<Vec<WrittenShard>> {
         let group = &self.groups[index];
         let end = (group.sources.end, 0);
-        let cursor = |field| Cursor::new(self.sources, field, group.sources.clone(), self.open.io);
-        let mut fields: Vec<Cursor<'_>> = (0..self.fields.len()).map(|field| cursor(Some(field))).collect();
+        let cursor = |field| SourceCursor::new(self.sources, field, group.sources.clone(), self.open.io);
+        let mut fields: Vec<SourceCursor<'_>> = (0..self.fields.len()).map(|field| cursor(Some(field))).collect();
         let mut cursor = cursor(None);
-        let mut shards: Vec<Shard> = Vec::new();
+        let mut shards: Vec<WrittenShard> = Vec::new();
         let mut at = (group.sources.start, 0);
         while at != end && !self.stop.load(Ordering::Relaxed) {
             let name = self.name(index, shards.len() as u64);
             let shard = match self.manifest.done.get(&name) {
-                Some(done) => Shard { done: done.clone(), was_there: true },
+                Some(done) => WrittenShard { done: done.clone(), was_there: true },
                 None => {
                     cursor.seek(at);
                     let Some(done) = self.write_shard(&name, index, &mut cursor, &mut fields, &shards)? else { break };
-                    Shard { done, was_there: false }
+                    WrittenShard { done, was_there: false }
                 }
             };
             at = shard.done.next;
@@ -96,7 +96,13 @@ impl Work<'_> {
     }
 
     /// Adds the values of further column `index` to a document of `tokens` tokens.
-    fn add_field(&self, part: &mut Part, index: usize, cursor: &mut Cursor<'_>, tokens: usize) -> forebay::Result<()> {
+    fn add_field(
+        &self,
+        part: &mut PartialShard,
+        index: usize,
+        cursor: &mut SourceCursor<'_>,
+        tokens: usize,
+    ) -> forebay::Result<()> {
         let name = &self.fields[index].name;
         let Some((_, batch)) = cursor.current()? else {
             return Err(Error::data(format!("column `{name}` ends before the tokens")));
@@ -119,12 +125,12 @@ impl Work<'_> {
         &self,
         name: &str,
         index: usize,
-        cursor: &mut Cursor<'_>,
-        fields: &mut [Cursor<'_>],
-        before: &[Shard],
+        cursor: &mut SourceCursor<'_>,
+        fields: &mut [SourceCursor<'_>],
+        before: &[WrittenShard],
     ) -> forebay::Result<Option<Done>> {
         let group = &self.groups[index];
-        let mut part = Part::create(self.target, name, self.column, group.plain, self.fields, &self.shape)?;
+        let mut part = PartialShard::create(self.target, name, self.column, group.plain, self.fields, &self.shape)?;
         let mut shown = 0;
         loop {
             if cursor.current()?.is_none() {

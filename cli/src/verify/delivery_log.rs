@@ -21,11 +21,11 @@ pub(super) struct Found<'a> {
     pub(super) loader: &'a Loader,
     delivery_log: DeliveryLog,
     content: String,
-    pub(super) groups: Vec<Group>,
+    pub(super) groups: Vec<EpochGroup>,
 }
 
 /// Epochs that are proved together. It is one epoch, unless batches cross to the next.
-pub(super) struct Group {
+pub(super) struct EpochGroup {
     pub(super) epochs: Range<u64>,
     chain: EpochChain,
     /// Number of indices of these epochs.
@@ -34,7 +34,7 @@ pub(super) struct Group {
     pub(super) tiling: Tiling,
 }
 
-impl Group {
+impl EpochGroup {
     /// The indices that the chain covers.
     fn covered(&self) -> Vec<Range<u64>> {
         let mut covered = Vec::new();
@@ -89,14 +89,14 @@ impl<'a> Found<'a> {
                 let mut span = ProofRange { epochs: epochs.clone(), chain: &chain, from: 0, may_drop };
                 span.from = state.map_or(0, |state| span.index((state.epoch(), state.position())));
                 let (len, from, tiling) = (span.len(), span.from, delivery_log.tile(&content, &span));
-                Group { epochs, chain, len, from, tiling }
+                EpochGroup { epochs, chain, len, from, tiling }
             })
             .collect();
         Ok(Self { loader, delivery_log, content, groups })
     }
 
     /// Epoch and position of an index of `group`.
-    pub(super) fn at(&self, group: &Group, index: u64) -> (u64, u64) {
+    pub(super) fn at(&self, group: &EpochGroup, index: u64) -> (u64, u64) {
         group.chain.at(index)
     }
 
@@ -144,7 +144,7 @@ impl<'a> Found<'a> {
     }
 
     /// Finds the global batches whose content differs from the corpus at their positions.
-    fn altered(&self, group: &Group) -> Result<Vec<u64>, Failure> {
+    fn altered(&self, group: &EpochGroup) -> Result<Vec<u64>, Failure> {
         self.loader.cover();
         let mut altered = Vec::new();
         for (step, batch) in group.tiling.chain.iter().enumerate() {
@@ -216,7 +216,7 @@ pub(super) fn of(batch: &GlobalBatch) -> String {
 
 /// A group, and the checksum that it should have.
 struct Judged<'a> {
-    group: &'a Group,
+    group: &'a EpochGroup,
     expected: Checksum,
     unfinished: bool,
     /// Steps whose content differs from the corpus.

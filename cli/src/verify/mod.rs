@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 
 use crate::report::number_of;
 use crate::sequential::{self, Visitor};
-use crate::{Context, Failure, Sets, Shape, progress};
+use crate::{Context, Failure, Sets, ShapeOptions, progress};
 use delivery_log::Found;
 
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {eta} left";
@@ -45,7 +45,7 @@ pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
     #[command(flatten)]
-    shape: Shape,
+    shape: ShapeOptions,
     /// Seed of the order
     #[arg(long, value_name = "N")]
     seed: Option<String>,

@@ -9,7 +9,7 @@ use forebay::settings::Config;
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::delivery_log::{Found, Group, of};
+use super::delivery_log::{EpochGroup, Found, of};
 use super::{BAR_EVERY, Options, TEMPLATE, reading_bar, write_json};
 use crate::report::line;
 use crate::sequential::{self, Visitor};
@@ -28,7 +28,7 @@ impl Found<'_> {
     }
 
     /// The global batch number `step` of the first group.
-    fn batch(&self, step: u64) -> Result<(&Group, &GlobalBatch), Failure> {
+    fn batch(&self, step: u64) -> Result<(&EpochGroup, &GlobalBatch), Failure> {
         let group = &self.groups[0];
         let batch = usize::try_from(step).ok().and_then(|step| group.tiling.chain.get(step)).ok_or_else(|| {
             let steps = group.tiling.chain.len();
@@ -52,7 +52,7 @@ impl Found<'_> {
         rows.sort_unstable();
         let bar = reading_bar(self.loader, context)?;
         let mut documents =
-            Documents { config: self.loader.config(), source: 0, sequences: Vec::new(), found: Vec::new(), bar };
+            DocumentSearch { config: self.loader.config(), source: 0, sequences: Vec::new(), found: Vec::new(), bar };
         for (source, (_, corpus)) in self.loader.corpora().enumerate() {
             documents.source = source;
             documents.sequences = rows.iter().filter(|row| row.0 == source).map(|row| row.1).collect();
@@ -110,7 +110,7 @@ impl Found<'_> {
             return Err(Error::config(format!("{found} shard of the corpus is called `{shard}`")).into());
         };
         let (_, corpus) = self.loader.corpora().nth(meant.source).expect("a shard is of one of the sources");
-        let mut place = Place { shard: meant.number, row, place: None, bar: reading_bar(self.loader, context)? };
+        let mut place = PlaceSearch { shard: meant.number, row, place: None, bar: reading_bar(self.loader, context)? };
         sequential::read(self.loader.config(), corpus, &mut place)?;
         place.bar.finish_and_clear();
         let Some(place) = place.place else {
@@ -194,7 +194,7 @@ struct FoundDocument {
 }
 
 /// Finds the documents of some sequences.
-struct Documents<'a> {
+struct DocumentSearch<'a> {
     config: &'a Config,
     source: usize,
     /// The wanted sequences, sorted.
@@ -203,7 +203,7 @@ struct Documents<'a> {
     bar: ProgressBar,
 }
 
-impl Visitor for Documents<'_> {
+impl Visitor for DocumentSearch<'_> {
     fn row(&mut self, _: u64, _: &[i64], _: &[(u32, u32)]) {}
 
     fn document(&mut self, shard: usize, row: u64, place: Range<u64>) {
@@ -220,14 +220,14 @@ impl Visitor for Documents<'_> {
 }
 
 /// Finds the place of a document in the stream.
-struct Place {
+struct PlaceSearch {
     shard: usize,
     row: u64,
     place: Option<Range<u64>>,
     bar: ProgressBar,
 }
 
-impl Visitor for Place {
+impl Visitor for PlaceSearch {
     fn row(&mut self, _: u64, _: &[i64], _: &[(u32, u32)]) {}
 
     fn document(&mut self, shard: usize, row: u64, place: Range<u64>) {
