@@ -55,7 +55,7 @@ class Expected:
 
     def __init__(self, data: Any, s: LayoutSettings, boundaries: bool, **given: Any) -> None:
         self.s, self.given = s, given
-        corpus = Documents(data, given.get("bos_id"), given.get("eos_id"))
+        corpus = Documents(data, given.get("bos_id"), given.get("eos_id"), given.get("bin_dtype"))
         found = [arrays(row, s, PAD_ID, boundaries) for row in laid_out(corpus, s)]
         rows = list(range(len(found)))
         if s.layout in ("concat", "rows"):
@@ -113,6 +113,8 @@ def test_batches_equal_the_specification(written: Any, index: int, layout: str) 
     s, boundaries = settings_of(layout, turn), turn % 4 != 3
     bos, eos = MARKS[turn // 2 % 4]
     given = {"seed": 11 + index, "shuffle": ("off", "block", "global")[turn % 3], "bos_id": bos, "eos_id": eos}
+    if CELLS[index].bin_dtype is not None:
+        given["bin_dtype"] = CELLS[index].bin_dtype
     expected = Expected(path, s, boundaries, **given)
     if not expected.rows:
         # Every document of this cell is longer than a row.
