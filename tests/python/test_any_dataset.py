@@ -785,14 +785,17 @@ class StreamThatBeginsAgain(BeginsAgain, torch.utils.data.IterableDataset):  # t
 @pytest.mark.parametrize("part", ["dataset", "sampler without batches", "batch_sampler"])
 def test_an_iterator_that_begins_again_is_begun_once(workers: int, part: str) -> None:
     def make(kind: Any = DataLoader) -> tuple[Any, Any]:
+        # Python 3.14 would start processes that import torch anew.
+        forked = kind is torch.utils.data.DataLoader and workers > 0
+        more: Any = {"multiprocessing_context": "fork"} if forked else {}
         if part == "dataset":
             begins: Any = StreamThatBeginsAgain(list(range(SIZE)))
-            return kind(begins, batch_size=4, num_workers=workers), begins
+            return kind(begins, batch_size=4, num_workers=workers, **more), begins
         order = list(reversed(range(SIZE)))
         alone = part != "batch_sampler"
         begins = BeginsAgain(order if alone else [order[at : at + 4] for at in range(0, SIZE, 4)])
         given: Any = {"sampler": begins, "batch_size": None} if alone else {"batch_sampler": begins}
-        return kind(Numbers(), num_workers=workers, **given), begins
+        return kind(Numbers(), num_workers=workers, **given, **more), begins
 
     def taken(batches: Any) -> list[Any]:
         return [batch.tolist() if isinstance(batch, torch.Tensor) else batch for batch in batches]
