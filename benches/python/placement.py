@@ -81,10 +81,10 @@ def section(records: list[Record]) -> list[str]:
             ratio, wait = ([run[field] for run in runs] for field in ("ratio", "wait_ms"))
             rows.append([way, spread(ratio), spread(wait), number(median(run["step_ms"] for run in runs))])
     return [
-        "A step of matrix products has a thread on each CPU. As many workers run beside it and decode Parquet (zstd)"
-        f" for batches of {BATCH_SIZE} x {SEQ_LEN}. The table shows the time of the step, divided by its time beside"
-        " idle workers, and the time that it waited for a batch. Numbers are medians over the runs, and their"
-        " range.", "",
+        "A step of matrix products runs one thread on each CPU. One worker for each CPU runs beside it, and decodes"
+        f" Parquet (zstd) for batches of {BATCH_SIZE} x {SEQ_LEN}. The table shows the time of the step,"
+        " divided by its time beside idle workers, and the time that it waited for a batch. Numbers are"
+        " medians over the runs, and their range.", "",
         *failures(records, "way"),
         *table(["workers", "step, over one beside idle workers", "waited for a batch, ms", "step beside idle ones, ms"],
                rows),

@@ -12,7 +12,7 @@ from typing import Any
 from reference import documents, shards
 from reference_layout import LayoutSettings, rows, windows
 from reference_layout import pieces as pieces_of
-from reference_order import derive, permute
+from reference_order import derive, in_lanes, permute
 
 Cut = tuple[int, list[int]]
 """A stretch of one document: its place in the row and its tokens."""
@@ -129,15 +129,4 @@ def chunk_order(
         chunks[-1] += range(begin, end)
     key = derive(seed, 1, epoch)
     listed = [row for slot in range(len(chunks)) for row in chunks[permute(derive(key, 3), len(chunks), slot)]]
-    lanes = min(lanes, n)
-    share, extra = divmod(n, lanes)
-    window = max(1, window_tokens // seq_len // lanes)
-    order = []
-    for p in range(n):
-        j, lane = divmod(p, lanes)
-        length, start = share + (lane < extra), lane * share + min(lane, extra)
-        phase = window * lane // lanes
-        w = (j + phase) // window
-        begin, end = max(0, w * window - phase), min((w + 1) * window - phase, length)
-        order.append(listed[start + begin + permute(derive(key, 4, lane, w), end - begin, j - begin)])
-    return order
+    return in_lanes(listed, key, window_tokens // seq_len, lanes)

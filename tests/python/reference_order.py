@@ -93,10 +93,15 @@ def block_order(
     for slot in range(chunks):
         first = permute(chunk_key, chunks, slot) * chunk
         listed.extend(range(first, min(first + chunk, n)))
+    return in_lanes(listed, epoch_key, window_tokens // seq_len, lanes)
 
+
+def in_lanes(listed: list[int], epoch_key: int, window_rows: int, lanes: int) -> list[int]:
+    """Deals `listed` out to lanes, and permutes inside windows of each lane."""
+    n = len(listed)
     lanes = min(lanes, n)
     share, extra = divmod(n, lanes)
-    window = max(1, window_tokens // seq_len // lanes)
+    window = max(1, window_rows // lanes)
     order = []
     for p in range(n):
         j, lane = divmod(p, lanes)

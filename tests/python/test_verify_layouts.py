@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import corpora
 import pyarrow.parquet as pq
 import pytest
-from support import clean_environment
+import test_fields
 from test_fields import COLUMNS, corpus
 
 import forebay
@@ -30,14 +27,7 @@ ORDER = {"shuffle": "block", "lanes": 2, "chunk_tokens": 64, "window_tokens": 51
 
 def verified(data: Path, settings: dict[str, Any], *given: Any) -> dict[str, Any]:
     sets = [text for name, value in settings.items() for text in ("--set", f"{name}={str(value).lower()}")]
-    done = subprocess.run(
-        [sys.executable, "-m", "forebay", "verify", str(data), *sets, *map(str, given), "--json"],
-        capture_output=True, text=True, env=clean_environment(), timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert found["proven"] == (done.returncode == 0)
-    return found
+    return test_fields.verified(data, *sets, *given)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -209,7 +209,7 @@ pub struct Corpus {
 enum Facts {
     /// The shards were opened, and these facts were found.
     Found(Vec<ShardFacts>),
-    /// A saved index, whose records are those of the shards, in their order.
+    /// A saved index. Its record `i` describes shard `i`.
     Saved(SavedIndex),
 }
 

@@ -66,7 +66,7 @@ impl<T> Deref for Held<'_, T> {
 }
 
 impl<T> ShardCache<T> {
-    /// Makes room for `count` shards, of which at most `most` stay open.
+    /// Makes room for `count` shards. At most `most` of them stay open.
     pub(crate) fn new(count: usize, most: usize) -> Self {
         let places = if count <= most {
             Capacity::All(std::iter::repeat_with(OnceLock::new).take(count).collect())

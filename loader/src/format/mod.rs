@@ -148,7 +148,8 @@ pub struct FormatEntry {
     pub family: DataFormat,
     /// Suffixes of the files that a search of a folder takes.
     pub suffixes: &'static [&'static str],
-    /// Suffixes that stand in place of that of the ids, in the names of files that belong to them.
+    /// Suffixes of companion files. Such a file has the name of the file with the ids, but another
+    /// suffix.
     pub beside: &'static [&'static str],
     /// The bytes that a file begins with, as text for messages. None if ids are its first bytes.
     begins: Option<&'static str>,

@@ -4,8 +4,9 @@
 //! These rules are frozen with the name of the layout `pack`:
 //!
 //! 1. Larger pieces go first. Pieces of equal size go in the order of the stream.
-//! 2. A piece goes into the row with the least room that is enough. Of several such rows, it goes
-//!    into the row whose room changed last. If no row has enough room, the piece opens a row.
+//! 2. A piece goes into the row with the least room that is enough. If several rows have that room,
+//!    the row whose room changed last takes the piece. If no row has enough room, the piece opens a
+//!    row.
 //! 3. Rows are numbered by their first piece, in the order of the stream. The pieces of a row keep
 //!    that order, too.
 //!

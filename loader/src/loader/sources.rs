@@ -417,8 +417,8 @@ impl CorpusSources {
 
     /// The settings whose value opening decided ([`Compared::AsOpened`]).
     ///
-    /// They are those of the first `shards` shards of the corpus, or of the sources of a mixture
-    /// that were drawn from before `position`.
+    /// The values describe the first `shards` shards of a corpus. In a mixture, they describe the
+    /// sources that rows before `position` come from.
     pub(crate) fn as_opened(&self, shards: u64, position: u64) -> Vec<(&'static str, StateValue)> {
         let of_corpus = |name: &str, corpus: &Corpus, shards: usize| match name {
             "format" => corpus.families(shards).join("+"),

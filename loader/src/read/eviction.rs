@@ -219,7 +219,8 @@ impl<K: Copy + Eq + Hash> EvictionPolicy<K> {
         self.free_slots.push(slot);
     }
 
-    /// Chooses a block to evict and removes it. Of finished blocks, prefers one of `suiting` bytes.
+    /// Chooses a block to evict and removes it. Prefers a finished block of `suiting` bytes to
+    /// other finished blocks.
     pub(crate) fn evict(&mut self, suiting: &RangeInclusive<u64>) -> Option<Evicted<K>> {
         let slot = self.done_with(suiting).or_else(|| self.least_recent()).or_else(|| self.needed_last())?;
         let CachedBlock { key, bytes, need, .. } = self.entries[slot as usize];

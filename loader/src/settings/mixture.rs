@@ -416,7 +416,7 @@ fn gcd(a: u128, b: u128) -> u128 {
 }
 
 /// Scales `weights` to the sum `cycle`. The largest remainders get the units that rounding leaves.
-/// Of equal remainders, the first comes first.
+/// If remainders are equal, the first of them gets its unit first.
 pub fn apportioned(weights: &[u64], cycle: u64) -> Vec<u64> {
     let total: u128 = weights.iter().map(|weight| u128::from(*weight)).sum();
     if total == 0 {
