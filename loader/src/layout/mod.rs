@@ -257,7 +257,7 @@ impl LayoutSettings {
     }
 
     fn rules(&self, specials: Specials) -> pack::Rules {
-        let specials = u32::from(specials.bos.is_some()) + u32::from(specials.eos.is_some());
+        let specials = specials.per_document() as u32;
         let capacity = self.row_tokens as u32;
         let is_pack = self.kind == LayoutKind::Pack;
         pack::Rules {

@@ -15,15 +15,19 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Makes the layout of all shards of `stream`. Fails if a document has another length.
+    /// Makes the layout of all shards of `stream`. Fails if a document has another length, together
+    /// with its special ids.
     pub(super) fn new(stream: Arc<Stream>, row_tokens: u64, lengths: Lengths<'_>) -> Result<Self> {
+        let specials = stream.specials().per_document();
         for shard in 0..stream.shards() {
             let lengths = lengths(shard)?;
-            if let Some(document) = lengths.iter().position(|length| u64::from(*length) != row_tokens) {
+            if let Some(document) = lengths.iter().position(|length| u64::from(*length) + specials != row_tokens) {
+                let (wanted, found) = (row_tokens.saturating_sub(specials), lengths[document]);
+                let around = if specials == 0 { "" } else { " beside `bos_id` and `eos_id`" };
                 return Err(Error::data(format!(
-                    "`layout` = rows needs documents of exactly {row_tokens} tokens, but non-empty document {document} \
-                     of shard {shard} has {}: set `seq_len` to the length of the documents, or use `layout` = pad or pack",
-                    lengths[document]
+                    "`layout` = rows needs documents of exactly {wanted} tokens{around}, but non-empty document \
+                     {document} of shard {shard} has {found}: set `seq_len` to the length of the documents, or use \
+                     `layout` = pad or pack"
                 )));
             }
         }

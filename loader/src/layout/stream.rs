@@ -27,6 +27,11 @@ impl Specials {
         self.bos.is_none() && self.eos.is_none()
     }
 
+    /// Number of special ids around each document.
+    pub fn per_document(&self) -> u64 {
+        u64::from(self.bos.is_some()) + u64::from(self.eos.is_some())
+    }
+
     /// Length of the stream that a block or a shard contributes.
     pub fn stream_len(&self, counts: Counts) -> u64 {
         counts.tokens + u64::from(self.bos.is_some()) * counts.starts + u64::from(self.eos.is_some()) * counts.ends
