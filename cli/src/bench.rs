@@ -214,7 +214,6 @@ impl Measurement {
     /// Takes the batches of one epoch. Returns `false` if the time or Ctrl-C ended it early.
     fn pass(&mut self, loader: &Loader) -> forebay::Result<bool> {
         let batches = loader.iter();
-        let seq_len = loader.config().seq_len;
         self.sample_memory();
         loop {
             let asked = Instant::now();
@@ -229,7 +228,7 @@ impl Measurement {
                 }
             };
             self.taken.waits.push(asked.elapsed().as_secs_f32());
-            self.taken.tokens += batch.rows as u64 * seq_len;
+            self.taken.tokens += (batch.rows * batch.columns()) as u64;
             self.taken.bytes += batch.len_bytes() as u64;
             drop(batch);
             match self.limit {

@@ -207,7 +207,8 @@ fn padding_share(source: &SourcePlan) -> f64 {
 
 fn layout_text(source: &SourcePlan, config: &Config) -> String {
     let (padding, share) = (number_of(source.padding_places, "place"), padding_share(source) * 100.0);
-    let mut text = format!("{}: {share:.2} % padding, {padding}", config.layout.name());
+    let about = if config.pad_to_multiple.is_some() { "about " } else { "" };
+    let mut text = format!("{}: {about}{share:.2} % padding, {padding}", config.layout.name());
     let Lost { truncated_documents, truncated_tokens, dropped_documents, dropped_tokens } = source.lost;
     if truncated_documents > 0 {
         let (documents, tokens) = (number_of(truncated_documents, "document"), number_of(truncated_tokens, "token"));

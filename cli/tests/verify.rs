@@ -375,7 +375,7 @@ fn steps_and_documents_are_found_from_each_other() {
     assert_eq!(status, 0);
     let mut expected = Vec::new();
     let (_, mut sample) = loader.epoch_chain(0..1);
-    for (position, sequence) in (12..16).map(|position| (position, sample(position).sequence)) {
+    for (position, sequence) in (12..16).map(|position| (position, sample(position).unwrap().sequence)) {
         let tokens = sequence * SEQ_LEN..(sequence + 1) * SEQ_LEN;
         for (shard, row, place) in &places {
             if place.start < tokens.end && place.end > tokens.start && !place.is_empty() {

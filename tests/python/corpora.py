@@ -102,9 +102,11 @@ class Tokens:
         return list(range(self.next - n, self.next))
 
 
-def documents_of(cell: Cell, *, tokens_per_shard: int = 3000) -> list[Documents]:
+def documents_of(cell: Cell, *, tokens_per_shard: int = 3000, equal: bool = False) -> list[Documents]:
     """Documents of every shard of a cell: three shards with tokens and an empty one between
     them.
+
+    With `equal`, each document with tokens has `FIXED` of them.
     """
     rng = np.random.default_rng(11)
     vocabulary = 300 if cell.encoding.startswith("dictionary") and "fallback" not in cell.encoding else None
@@ -112,6 +114,8 @@ def documents_of(cell: Cell, *, tokens_per_shard: int = 3000) -> list[Documents]
     if vocabulary and cell.dtype == "u8":
         vocabulary = 200
     tokens = Tokens(cell.dtype, vocabulary)
+    if equal:
+        return [equal_documents(cell, tokens, many) for many in (1, 0, 50, 20)]
     if cell.options.get("giant_document"):
         return [[tokens.take(10)], [tokens.take(60_000)], [tokens.take(5)]]
     if cell.options.get("many_rows"):
@@ -131,6 +135,13 @@ def documents_of(cell: Cell, *, tokens_per_shard: int = 3000) -> list[Documents]
         if cell.options.get("single"):
             break
     return made
+
+
+def equal_documents(cell: Cell, tokens: Tokens, many: int) -> Documents:
+    if cell.kind == "plain":
+        return [tokens.take(FIXED)]
+    rows: Documents = [tokens.take(FIXED) for _ in range(many)]
+    return with_nulls(rows) if cell.options.get("nulls", True) and not cell.flat else rows
 
 
 def with_nulls(rows: Documents) -> Documents:

@@ -6,7 +6,7 @@ a row place by place. It shares no code with the Rust core.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from reference import documents, shards
@@ -86,6 +86,21 @@ def arrays(row: list[Cut], s: LayoutSettings, pad_id: int, boundaries: bool) -> 
         found |= {"position_ids": positions[: s.seq_len], "doc_ids": numbers[: s.seq_len]}
         found["starts"] = sorted(at for at in firsts | {0} if at < s.seq_len)
     return found
+
+
+def columns(rows: list[list[Cut]], s: LayoutSettings) -> int:
+    """Number of places of each row of a batch."""
+    if s.pad_to_multiple is None:
+        return s.seq_len
+    longest = max((place + len(cut) for row in rows for place, cut in row), default=0)
+    places = max(1, longest - (s.capacity - s.seq_len))
+    return min(-(-places // s.pad_to_multiple) * s.pad_to_multiple, s.seq_len)
+
+
+def batch_of(rows: list[list[Cut]], s: LayoutSettings, pad_id: int, boundaries: bool) -> dict[str, Any]:
+    """The arrays of a batch of rows."""
+    s = replace(s, seq_len=columns(rows, s))
+    return batch([arrays(row, s, pad_id, boundaries) for row in rows], s.seq_len)
 
 
 def batch(rows: list[dict[str, Any]], seq_len: int) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class LayoutSettings:
     overflow: str = "split"
     max_docs_per_row: int | None = None
     pack_align: int = 1
+    pad_to_multiple: int | None = None
+    bucket: int | None = None
     holdout: int | None = None
     split: str = "train"
 
@@ -128,7 +130,8 @@ def rows(shards: list[list[int]], s: LayoutSettings) -> list[Row]:
     found, before = [], 0
     for shard, lengths in enumerate(shards):
         for window in windows(pieces(lengths, s)):
-            if s.holdout:
+            # In `rows`, the order draws the held-out rows.
+            if s.holdout and s.layout != "rows":
                 held = s.split == "holdout"
                 window = [p for p in window if is_held_out(before + p.document, s.holdout) == held]
             # A piece takes at least `smallest` places, a multiple of `align`, and never more than a

@@ -115,3 +115,26 @@ def in_lanes(listed: list[int], epoch_key: int, window_rows: int, lanes: int) ->
         inside = permute(derive(epoch_key, 4, lane, w), end - begin, j - begin)
         order.append(listed[start + begin + inside])
     return order
+
+
+def in_buckets(order: list[int], lengths: list[int], *, size: int, seed: int, epoch: int, lanes: int) -> list[int]:
+    """The order with rows of similar length beside each other. `lengths` are those of all rows.
+
+    A bucket is a run of positions of one lane. Its rows are sorted, cut into up to 16 groups, and
+    the groups are permuted.
+    """
+    found = list(order)
+    lanes = max(1, min(lanes, len(order)))
+    run = max(1, size // lanes)
+    for lane in range(lanes):
+        positions = list(range(lane, len(order), lanes))
+        for number, start in enumerate(range(0, len(positions), run)):
+            bucket = positions[start : start + run]
+            rows = sorted((order[p] for p in bucket), key=lambda row: lengths[row])
+            size_of_group = -(-len(rows) // 16)
+            groups = [rows[at : at + size_of_group] for at in range(0, len(rows), size_of_group)]
+            key = derive(seed, 1, epoch, 5, number)
+            arranged = [row for slot in range(len(groups)) for row in groups[permute(key, len(groups), slot)]]
+            for position, row in zip(bucket, arranged, strict=True):
+                found[position] = row
+    return found

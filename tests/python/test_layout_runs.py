@@ -24,22 +24,25 @@ LAYOUTS = [
     {"layout": "pack"},
     {"layout": "pack", "overflow": "drop", "max_docs_per_row": 2, "pack_align": 4},
     {"layout": "pad", "overflow": "truncate"},
+    {"layout": "pad", "pad_to_multiple": 4, "bucket": 24},
     {"layout": "concat"},
+    {"layout": "rows"},
 ]
 ORDER: dict[str, Any] = {"shuffle": "block", "lanes": 4, "chunk_tokens": 128, "window_tokens": 512, "seed": 5}
 PAD_ID = 7
 
 
-def shard(path: Path, seed: int, many: int = 60) -> None:
+def shard(path: Path, seed: int, layout: dict[str, Any], many: int = 60) -> None:
     draw = random.Random(seed)
-    lengths = [draw.choice([1, 3, 9, 20, 40]) for _ in range(many)]
+    choices = [16] if layout["layout"] == "rows" else [1, 3, 9, 20, 40]
+    lengths = [draw.choice(choices) for _ in range(many)]
     corpora.write_rows(path, [[draw.randrange(1000) for _ in range(length)] for length in lengths])
 
 
-def corpus(folder: Path, suffix: str, shards: int, seed: int = 1) -> Path:
+def corpus(folder: Path, suffix: str, shards: int, layout: dict[str, Any], seed: int = 1) -> Path:
     folder.mkdir()
     for number in range(shards):
-        shard(folder / f"{number}{suffix}", seed * 100 + number)
+        shard(folder / f"{number}{suffix}", seed * 100 + number, layout)
     return folder
 
 
@@ -67,13 +70,16 @@ NAMES = ("input_ids", "labels", "position_ids", "doc_ids")
 def assert_rows(found: list[tuple[int, int, dict[str, Any]]], wanted: list[list[dict[str, Any]]]) -> None:
     for source, number, row in found:
         for name in NAMES:
-            assert np.array_equal(row[name], wanted[source][number][name]), f"row {number} of {source}: {name}"
+            # With `pad_to_multiple`, a row may end before `seq_len`.
+            whole, end = wanted[source][number][name], len(row[name])
+            assert np.array_equal(row[name], whole[:end]), f"row {number} of {source}: {name}"
+            assert name != "doc_ids" or set(whole[end:]) <= {-1}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_a_mixture_draws_rows_of_the_layout(tmp_path: Path, layout: dict[str, Any], suffix: str) -> None:
-    sources = [corpus(tmp_path / name, suffix, 2, seed) for seed, name in enumerate(["a", "b"], 1)]
+    sources = [corpus(tmp_path / name, suffix, 2, layout, seed) for seed, name in enumerate(["a", "b"], 1)]
     mixture = {
         "sources": [
             {"name": path.name, "data": str(path), "weight": weight}
@@ -103,7 +109,7 @@ def test_a_mixture_draws_rows_of_the_layout(tmp_path: Path, layout: dict[str, An
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_skipped_positions_are_left_out(tmp_path: Path, layout: dict[str, Any], suffix: str) -> None:
-    data = corpus(tmp_path / "corpus", suffix, 3)
+    data = corpus(tmp_path / "corpus", suffix, 3, layout)
     with forebay.Loader(data, **settings_of(layout)) as loader:
         whole = taken(loader)
     assert_rows(whole, [rows_of(data, layout)])
@@ -116,7 +122,7 @@ def test_skipped_positions_are_left_out(tmp_path: Path, layout: dict[str, Any], 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_new_shards_join_at_the_next_epoch(tmp_path: Path, layout: dict[str, Any], suffix: str) -> None:
-    data = corpus(tmp_path / "corpus", suffix, 2)
+    data = corpus(tmp_path / "corpus", suffix, 2, layout)
     settings = settings_of(layout)
     before = rows_of(data, layout)
     with forebay.Loader(data, epochs=2, **settings) as loader:
@@ -128,7 +134,7 @@ def test_new_shards_join_at_the_next_epoch(tmp_path: Path, layout: dict[str, Any
                 state = loader.state_dict()
                 break
     assert state is not None
-    shard(data / f"2{suffix}", 999)
+    shard(data / f"2{suffix}", 999, layout)
     after = rows_of(data, layout)
     # The rows of the first shards are the same rows in the larger corpus.
     assert after[: len(before)] == before and len(after) > len(before)
@@ -143,7 +149,7 @@ def test_new_shards_join_at_the_next_epoch(tmp_path: Path, layout: dict[str, Any
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_holdout_shares_out_what_it_draws(tmp_path: Path, layout: dict[str, Any]) -> None:
-    data = corpus(tmp_path / "corpus", ".parquet", 3)
+    data = corpus(tmp_path / "corpus", ".parquet", 3, layout)
     tokens = []
     for split in ("train", "holdout"):
         with forebay.Loader(data, holdout=4, split=split, **settings_of(layout)) as loader:

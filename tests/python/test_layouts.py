@@ -6,16 +6,18 @@ blocks. Threads, ranks, targets, document marks and the settings of layouts take
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import golden_batches
 import golden_layouts
 import numpy as np
 import pytest
-from reference_documents import Documents, arrays, batch, chunk_order, laid_out, window_starts
+from reference_documents import Documents, batch_of, chunk_order, laid_out, window_starts
 from reference_layout import LayoutSettings
-from reference_order import block_order, global_order
+from reference_order import block_order, global_order, in_buckets
 from reference_run import side
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
@@ -26,7 +28,7 @@ from corpora import Cell
 import forebay
 
 CELLS = corpora.cells()
-LAYOUTS = ("pack", "pad", "concat")
+LAYOUTS = ("pack", "pad", "concat", "rows")
 MARKS = ((None, None), (None, 2), (1, 2), (1, None))
 ORDER = {"chunk_tokens": 512, "window_tokens": 2048, "lanes": 4}
 PAD_ID = 7
@@ -36,16 +38,56 @@ def test_the_golden_rows_are_those_of_the_specification() -> None:
     assert golden_layouts.GOLDEN.read_text() == golden_layouts.text(), "run tests/python/golden_layouts.py"
 
 
+def test_golden_batches_stay_as_they_are(tmp_path: Path) -> None:
+    data = golden_batches.corpora_in(tmp_path)
+    assert golden_batches.GOLDEN.read_text() == golden_batches.text(data), "run tests/python/golden_batches.py"
+    for case in json.loads(golden_batches.GOLDEN.read_text()):
+        settings = case["settings"]
+        given: dict[str, Any] = {**settings, **golden_batches.ORDER, "pad_id": golden_batches.PAD_ID}
+        given |= {"shuffle": "block", "seed": golden_batches.SEED, "batch_size": golden_batches.BATCH_SIZE}
+        with forebay.Loader(data[settings["layout"] == "rows"], boundaries=True, **given) as loader:
+            loader.set_epoch(golden_batches.EPOCH)
+            found = [dict(batch) for batch in loader]
+        assert (len(found), golden_batches.hashed(found)) == (case["batches"], case["sha256"]), settings
+
+
+def test_a_batch_is_as_long_as_its_longest_row(tmp_path: Path) -> None:
+    path = corpora.write_rows(tmp_path / "shard.parquet", [[1] * 3, [2] * 5, [3], [4] * 2, [5] * 30, [6]])
+    given: dict[str, Any] = {"layout": "pad", "seq_len": 16, "batch_size": 2, "pad_to_multiple": 4}
+    for targets, lengths in (("labels", [8, 4, 16, 4]), ("shifted", [4, 4, 16, 4])):
+        with forebay.Loader(path, targets=targets, overflow="split", remainder="pad", **given) as loader:
+            found = [batch["x" if targets == "shifted" else "input_ids"].shape for batch in loader]
+            assert found == [(2, length) for length in lengths]
+            assert loader.sequences_at(0, 2, 1)["y" if targets == "shifted" else "labels"].shape == (1, 4)
+            assert 0 < loader.stats()["padding_share"] < 0.5
+
+
+def test_buckets_save_padding_and_lose_nothing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    lengths = np.minimum(rng.lognormal(3, 1, 4000).astype(int) + 1, 256)
+    path = corpora.write_rows(tmp_path / "shard.parquet", [[at] * int(n) for at, n in enumerate(lengths)])
+    given: dict[str, Any] = {"layout": "pad", "seq_len": 256, "batch_size": 16, "pad_to_multiple": 1, "pad_id": 5000}
+    shares = []
+    for bucket in (None, 2000):
+        more = {} if bucket is None else {"bucket": bucket}
+        with forebay.Loader(path, shuffle=True, window_tokens=1 << 19, **given, **more) as loader:
+            seen = np.concatenate([batch["input_ids"][:, 0] for batch in loader])
+            assert sorted(seen) == list(range(4000))
+            shares.append(loader.stats()["padding_share"])
+    assert shares[1] < 0.2 and shares[1] < shares[0] / 3
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    known: dict[Cell, Path] = {}
+    known: dict[tuple[Cell, bool], Path] = {}
 
-    def write(cell: Cell) -> Path:
-        if cell not in known:
+    def write(cell: Cell, equal: bool = False) -> Path:
+        if (cell, equal) not in known:
             if not corpora.available(cell.writer):
                 pytest.skip(f"{cell.writer} is not installed")
-            known[cell] = corpora.write(cell, tmp_path_factory.mktemp("cell"))
-        return known[cell]
+            documents = corpora.documents_of(cell, equal=equal)
+            known[cell, equal] = corpora.write(cell, tmp_path_factory.mktemp("cell"), documents)
+        return known[cell, equal]
 
     return write
 
@@ -54,9 +96,9 @@ class Expected:
     """All batches of a run, by the specification."""
 
     def __init__(self, data: Any, s: LayoutSettings, boundaries: bool, **given: Any) -> None:
-        self.s, self.given = s, given
+        self.s, self.boundaries, self.given = s, boundaries, given
         corpus = Documents(data, given.get("bos_id"), given.get("eos_id"), given.get("bin_dtype"))
-        found = [arrays(row, s, PAD_ID, boundaries) for row in laid_out(corpus, s)]
+        found = laid_out(corpus, s)
         rows = list(range(len(found)))
         if s.layout in ("concat", "rows"):
             rows = side(len(found), s.holdout, s.split)
@@ -65,6 +107,14 @@ class Expected:
         self.starts = window_starts(corpus, s) if s.layout in ("pack", "pad") and not s.holdout else [0]
 
     def order(self, epoch: int) -> list[int]:
+        order = self.shuffled(epoch)
+        if self.s.bucket is None:
+            return order
+        lengths = [sum(len(cut) for _, cut in row) for row in self.rows]
+        lanes = ORDER["lanes"] if self.given["shuffle"] == "block" else 1
+        return in_buckets(order, lengths, size=self.s.bucket, seed=self.given["seed"], epoch=epoch, lanes=lanes)
+
+    def shuffled(self, epoch: int) -> list[int]:
         n, s, seed = len(self.rows), self.s, self.given["seed"]
         if self.given["shuffle"] == "block":
             shape = {"seed": seed, "epoch": epoch, "seq_len": s.seq_len, **ORDER}
@@ -78,7 +128,10 @@ class Expected:
     def batches(self, epoch: int, rank: int, world_size: int, batch_size: int) -> list[dict[str, Any]]:
         order, size = self.order(epoch), batch_size * world_size
         steps = [order[at : at + size] for at in range(0, len(order) - size + 1, size)]
-        return [batch([self.rows[row] for row in step[rank::world_size]], self.s.seq_len) for step in steps]
+        return [
+            batch_of([self.rows[row] for row in step[rank::world_size]], self.s, PAD_ID, self.boundaries)
+            for step in steps
+        ]
 
 
 def assert_same(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
@@ -100,6 +153,9 @@ def settings_of(layout: str, turn: int) -> LayoutSettings:
     given["ignore_index"] = (-100, -1)[turn // 2 % 2]
     if layout in ("pack", "pad"):
         given["overflow"] = ("split", "truncate", "drop")[turn % 3]
+    if layout == "pad":
+        given["pad_to_multiple"] = (None, 8, 16, 1)[turn // 2 % 4]
+        given["bucket"] = None if given["pad_to_multiple"] is None else (None, 2, 24, 300)[turn // 3 % 4]
     if layout == "pack":
         given["max_docs_per_row"] = (None, 3, None)[turn % 3]
         given["pack_align"] = (1, 4, 8)[turn // 2 % 3]
@@ -109,9 +165,12 @@ def settings_of(layout: str, turn: int) -> LayoutSettings:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("index", range(len(CELLS)), ids=[str(cell) for cell in CELLS])
 def test_batches_equal_the_specification(written: Any, index: int, layout: str) -> None:
-    path, turn = written(CELLS[index]), index + LAYOUTS.index(layout)
+    path, turn = written(CELLS[index], layout == "rows"), index + LAYOUTS.index(layout)
     s, boundaries = settings_of(layout, turn), turn % 4 != 3
     bos, eos = MARKS[turn // 2 % 4]
+    if layout == "rows":
+        marks = (bos is not None) + (eos is not None)
+        s = replace(s, seq_len=corpora.FIXED + marks - (s.targets == "shifted"))
     given = {"seed": 11 + index, "shuffle": ("off", "block", "global")[turn % 3], "bos_id": bos, "eos_id": eos}
     if CELLS[index].bin_dtype is not None:
         given["bin_dtype"] = CELLS[index].bin_dtype
@@ -141,8 +200,13 @@ def test_batches_equal_the_specification(written: Any, index: int, layout: str) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("container", ["parquet", "arrow file"])
 def test_resume_and_ranks_keep_the_order(written: Any, layout: str, container: str) -> None:
-    path = written(next(c for c in CELLS if (c.writer, c.container) == ("pyarrow", container)))
+    cell = next(c for c in CELLS if (c.writer, c.container, c.kind) == ("pyarrow", container, "list"))
+    path = written(cell, layout == "rows")
     s = settings_of(layout, 0)
+    if layout == "rows":
+        s = replace(s, seq_len=corpora.FIXED)
+    if layout == "pad":
+        s = replace(s, pad_to_multiple=8, bucket=32)
     given = {"seed": 3, "shuffle": "block"}
     expected = Expected(path, s, True, **given)
     states = []
@@ -162,9 +226,12 @@ def test_resume_and_ranks_keep_the_order(written: Any, layout: str, container: s
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_holdout_draws_documents(written: Any, layout: str) -> None:
-    path = written(next(c for c in CELLS if (c.writer, c.container) == ("pyarrow", "parquet")))
+    cell = next(c for c in CELLS if (c.writer, c.container, c.kind) == ("pyarrow", "parquet", "list"))
+    path = written(cell, layout == "rows")
     for part in ("train", "holdout"):
-        s = LayoutSettings(layout=layout, seq_len=64, holdout=3, split=part)
+        seq_len = corpora.FIXED if layout == "rows" else 64
+        more: dict[str, Any] = {"pad_to_multiple": 4, "bucket": 20} if layout == "pad" else {}
+        s = LayoutSettings(layout=layout, seq_len=seq_len, holdout=3, split=part, **more)
         expected = Expected(path, s, True, seed=0, shuffle="off")
         with forebay.Loader(path, **arguments(s, True)) as loader:
             for found, rows in zip(loader, expected.batches(0, 0, 1, 1), strict=True):
@@ -209,6 +276,10 @@ def test_documents_that_are_rows(tmp_path: Path) -> None:
         {"layout": "pack", "pack_align": 3},
         {"layout": "pad", "cu_seqlens_width": 8},
         {"layout": "pack", "batch_size": 1 << 30},
+        {"layout": "pack", "pad_to_multiple": 4},
+        {"layout": "pad", "pad_to_multiple": 3},
+        {"layout": "pad", "bucket": 8},
+        {"layout": "rows", "bucket": 8},
     ],
 )
 def test_settings_of_another_layout_are_refused(tmp_path: Path, given: dict[str, Any]) -> None:

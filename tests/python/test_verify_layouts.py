@@ -19,6 +19,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"layout": "pack", "overflow": "truncate", "pack_align": 4, "eos_id": 50_001},
     {"layout": "pad"},
     {"layout": "pad", "overflow": "truncate", "boundaries": True},
+    {"layout": "pad", "pad_to_multiple": 4, "bucket": 16, "boundaries": True},
     {"layout": "concat", "boundaries": True, "eos_id": 50_001},
     {"layout": "concat", "boundaries": True, "bos_id": 50_002, "remainder": "pad"},
 ]

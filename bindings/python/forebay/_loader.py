@@ -186,6 +186,10 @@ class Loader:
     pack_align:
         In `pack`, every document begins at a multiple of this number. Default: 1. Accepted: an
         integer from 1 to 2^20.
+    bucket:
+        Sorts rows of `pad` by length, inside runs of this many positions of an epoch, so that a
+        batch has rows of similar length. Needs `pad_to_multiple`. Default: none. Accepted: an
+        integer from 2 to 2^24, or `none`.
     shuffle:
         Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks,
         then sequences within windows. `true` is `global` for files that are read in place, and
@@ -241,6 +245,10 @@ class Loader:
     pad_id:
         Id that fills padded rows. Their labels are `ignore_index`. Default: 0. Accepted: an id
         below 2^31.
+    pad_to_multiple:
+        In `pad`, a batch is as long as its longest row, rounded up to a multiple of this number.
+        `none` makes all batches `seq_len` long. Default: none. Accepted: an integer from 1 to 2^20,
+        or `none`.
     cu_seqlens_width:
         Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
         Default: none. Accepted: an integer from 2 to 2^31, or `none`.
@@ -307,6 +315,7 @@ class Loader:
         overflow: Literal["split", "truncate", "drop"] | None = None,
         max_docs_per_row: int | None = None,
         pack_align: int | None = None,
+        bucket: int | None = None,
         shuffle: bool | Literal["global", "block"] | None = None,
         seed: int | None = None,
         chunk_tokens: int | None = None,
@@ -324,6 +333,7 @@ class Loader:
         max_steps: int | None = None,
         remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
         pad_id: int | None = None,
+        pad_to_multiple: int | None = None,
         cu_seqlens_width: int | None = None,
         input_dtype: npt.DTypeLike | None = None,
         sample_ids: bool | None = None,
@@ -357,6 +367,7 @@ class Loader:
             overflow=overflow,
             max_docs_per_row=max_docs_per_row,
             pack_align=pack_align,
+            bucket=bucket,
             shuffle=shuffle,
             seed=seed,
             chunk_tokens=chunk_tokens,
@@ -374,6 +385,7 @@ class Loader:
             max_steps=max_steps,
             remainder=remainder,
             pad_id=pad_id,
+            pad_to_multiple=pad_to_multiple,
             cu_seqlens_width=cu_seqlens_width,
             input_dtype=input_dtype,
             sample_ids=sample_ids,

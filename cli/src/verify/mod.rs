@@ -168,7 +168,7 @@ impl Wanted {
         let mut counts: Vec<Vec<u8>> = Vec::new();
         let mut seen: HashMap<(usize, u64), Vec<u64>> = HashMap::new();
         for (index, at) in covered.iter().cloned().flatten().zip(0u64..) {
-            let Sample { source, epoch, sequence } = sample(index);
+            let Sample { source, epoch, sequence } = sample(index)?;
             let (word, bit) = ((sequence / 64) as usize, 1 << (sequence % 64));
             let bits = seen.entry((source, epoch)).or_default();
             if bits.len() <= word {

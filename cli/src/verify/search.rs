@@ -46,7 +46,7 @@ impl Found<'_> {
         let (_, mut sample) = self.loader.epoch_chain(group.epochs.clone());
         let mut rows: Vec<(usize, u64, u64)> = Vec::new();
         for index in batch.indices.clone() {
-            let (Sample { source, sequence, .. }, (_, position)) = (sample(index), self.at(group, index));
+            let (Sample { source, sequence, .. }, (_, position)) = (sample(index)?, self.at(group, index));
             rows.push((source, sequence, position));
         }
         rows.sort_unstable();
@@ -126,7 +126,7 @@ impl Found<'_> {
             let bar = progress::bar(end, TEMPLATE, context.env)?.with_message("searching");
             let (_, mut sample) = self.loader.epoch_chain(group.epochs.clone());
             for index in 0..end {
-                let Sample { source, sequence, .. } = sample(index);
+                let Sample { source, sequence, .. } = sample(index)?;
                 if source == meant.source && sequences.contains(&sequence) {
                     let chain = &group.tiling.chain;
                     let step = chain.partition_point(|batch| batch.indices.end <= index);

@@ -16,6 +16,7 @@ use crate::loader::sources::{Growth, Orders, RowRead};
 use crate::loader::state::{StateValue, refused};
 use crate::order::epochs::EpochChain;
 use crate::proof::delivery_log::{self, LoggedPass};
+use crate::read::Scratch;
 use crate::settings::environment;
 use crate::sync::lock;
 
@@ -33,18 +34,18 @@ pub struct Sample {
 impl Loader {
     /// The epochs that passes over `epochs` go through, one after the other, and the sample at each
     /// index.
-    pub fn epoch_chain(&self, epochs: Range<u64>) -> (EpochChain, impl FnMut(u64) -> Sample + use<>) {
+    pub fn epoch_chain(&self, epochs: Range<u64>) -> (EpochChain, impl FnMut(u64) -> Result<Sample> + use<>) {
         let session = Arc::clone(&self.session);
         let growth = lock(&session.cursor).growth.clone();
         let positions = |epoch| session.positions(&growth, epoch);
         let count = epochs.end.saturating_sub(epochs.start);
         let epochs = EpochChain::new(epochs.start, Some(count), &session.config.skip, growth.changes(), positions);
-        let (at, mut orders) = (epochs.clone(), Orders::default());
+        let (at, mut orders, mut scratch) = (epochs.clone(), Orders::default(), Scratch::default());
         let sample = move |index| {
-            let (epoch, position) = at.at(index);
+            let sources = &session.opened.sources;
             let RowRead { source, epoch, sequence, .. } =
-                session.opened.sources.row_read(&growth, &mut orders, epoch, position);
-            Sample { source, epoch, sequence }
+                sources.row_read(&growth, &mut orders, at.at(index), &mut scratch)?;
+            Ok(Sample { source, epoch, sequence })
         };
         (epochs, sample)
     }

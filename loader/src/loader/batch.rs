@@ -60,6 +60,11 @@ impl Batch {
         self.lease.caller()
     }
 
+    /// Number of places of a row.
+    pub fn columns(&self) -> usize {
+        self.fields[0].shape[1]
+    }
+
     /// Size of the buffer, in bytes.
     pub fn len_bytes(&self) -> usize {
         self.lease.len()
@@ -174,6 +179,8 @@ pub(super) struct BoundariesAt {
 #[derive(Clone, Debug)]
 pub(super) struct BatchLayout {
     pub(super) rows: usize,
+    /// Number of places of a row.
+    pub(super) columns: usize,
     pub(super) fields: Arc<[Field]>,
     pub(super) input_dtype: Dtype,
     /// Offset of the labels or `y`, in bytes.
@@ -188,8 +195,7 @@ pub(super) struct BatchLayout {
 }
 
 impl BatchLayout {
-    pub(super) fn new(config: &Config, schema: &[SchemaField], rows: usize) -> Self {
-        let columns = config.seq_len as usize;
+    pub(super) fn new(config: &Config, schema: &[SchemaField], rows: usize, columns: usize) -> Self {
         let input_dtype = config.input_dtype;
         let (inputs, targets) = if config.targets == Targets::Shifted { ("x", "y") } else { ("input_ids", "labels") };
         let targets_at = (rows * columns * input_dtype.size()).next_multiple_of(ALIGNMENT);
@@ -224,6 +230,6 @@ impl BatchLayout {
             fields.push(Field { name, dtype: Dtype::I64, offset_bytes, shape: [rows, 1], ndim: 1 });
             bytes += rows * 8;
         }
-        Self { rows, fields: fields.into(), input_dtype, targets_at, fields_at, ids_at, boundaries, bytes }
+        Self { rows, columns, fields: fields.into(), input_dtype, targets_at, fields_at, ids_at, boundaries, bytes }
     }
 }

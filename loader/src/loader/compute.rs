@@ -53,18 +53,28 @@ impl Session {
         let mut worker = WorkerMemory { index: usize::MAX, ..WorkerMemory::default() };
         let mut reads = RowReads::default();
         self.reads_into(growth, rows, &mut worker.orders, &mut worker.scratch, &mut reads)?;
-        let bytes = self.layout(rows.len()).bytes;
+        let bytes = self.layout(rows.len(), self.config.seq_len as usize).bytes;
         let memory: Arc<dyn BufferSource> = Arc::new(Pool::new(bytes, 0));
         let lease = Lease::new(&memory, bytes);
         Ok(Arc::new(self.compute(start, step, 1, &reads, lease, &mut worker)?))
     }
 
-    /// The layout of a batch of `rows` rows.
-    fn layout(&self, rows: usize) -> Cow<'_, BatchLayout> {
-        if rows == self.layout.rows {
+    /// The layout of a batch of `rows` rows with `columns` places each.
+    fn layout(&self, rows: usize, columns: usize) -> Cow<'_, BatchLayout> {
+        if (rows, columns) == (self.layout.rows, self.layout.columns) {
             return Cow::Borrowed(&self.layout);
         }
-        Cow::Owned(BatchLayout::new(&self.config, &self.opened.schema, rows))
+        Cow::Owned(BatchLayout::new(&self.config, &self.opened.schema, rows, columns))
+    }
+
+    /// Number of places of each row of the batch that consists of `reads`.
+    pub(super) fn columns_of(&self, reads: &RowReads) -> usize {
+        let seq_len = self.config.seq_len;
+        let Some(multiple) = self.config.pad_to_multiple else { return seq_len as usize };
+        let ends = reads.iter().filter_map(|(_, segments)| segments.last()).map(|last| last.place + last.len);
+        // With shifted targets, the last token of a row is only a target.
+        let longest = ends.max().unwrap_or(0).saturating_sub(self.config.row_tokens() - seq_len);
+        longest.max(1).next_multiple_of(multiple).min(seq_len) as usize
     }
 
     /// Computes the batch of `rows` in the memory of `lease`. Its first row is at `start` of global
@@ -78,12 +88,12 @@ impl Session {
         mut lease: Lease,
         worker: &mut WorkerMemory,
     ) -> Result<Batch> {
-        let seq_len = self.config.seq_len as usize;
-        let rows = &reads.rows;
-        let layout = self.layout(rows.len());
-        let row_bytes = seq_len * layout.input_dtype.size();
-        let (places, joins) = (self.config.row_tokens(), self.config.layout == LayoutKind::Concat);
-        let lead = places as usize - seq_len;
+        let (rows, columns) = (&reads.rows, self.columns_of(reads));
+        let layout = self.layout(rows.len(), columns);
+        let row_bytes = columns * layout.input_dtype.size();
+        let joins = self.config.layout == LayoutKind::Concat;
+        let lead = (self.config.row_tokens() - self.config.seq_len) as usize;
+        let places = (columns + lead) as u64;
         let has_spans = layout.boundaries.is_some() || !joins;
         worker.spans.clear();
         // The borders of joined documents are found while a row is filled.
@@ -99,16 +109,16 @@ impl Session {
             if !layout.fields_at.is_empty() {
                 self.compare_columns(row, &mut worker.scratch);
             }
-            let (inputs_at, targets_at) = (index * row_bytes, layout.targets_at + index * seq_len * 8);
+            let (inputs_at, targets_at) = (index * row_bytes, layout.targets_at + index * columns * 8);
             if layout.input_dtype == Dtype::I32 {
-                let (ids, labels) = lease.i32s_and_i64s(inputs_at, targets_at, seq_len);
+                let (ids, labels) = lease.i32s_and_i64s(inputs_at, targets_at, columns);
                 self.fill_row(row, ids, labels, worker)?;
             } else {
-                let (ids, labels) = lease.i64s_and_i64s(inputs_at, targets_at, seq_len);
+                let (ids, labels) = lease.i64s_and_i64s(inputs_at, targets_at, columns);
                 self.fill_row(row, ids, labels, worker)?;
             }
             for (field, at) in self.opened.schema.iter().zip(&layout.fields_at) {
-                let size = seq_len * field.dtype.size();
+                let size = columns * field.dtype.size();
                 self.fill_field(field, row, lease.bytes(at + index * size, size), worker)?;
             }
             if !has_spans {
@@ -120,19 +130,19 @@ impl Session {
             worker.scratch.borders.as_mut().map(Vec::clear);
             if let Some(at) = &layout.boundaries {
                 let spans = worker.spans.row(index);
-                let labels = lease.i64s(targets_at, seq_len);
-                for place in masked_places(spans, lead).filter(|place| *place < seq_len) {
+                let labels = lease.i64s(targets_at, columns);
+                for place in masked_places(spans, lead).filter(|place| *place < columns) {
                     labels[place] = self.config.ignore_index;
                 }
-                let (positions, documents) = (at.positions + index * seq_len * 8, at.documents + index * seq_len * 4);
-                let (documents, positions) = lease.i64s_and_i32s(positions, documents, seq_len);
+                let (positions, documents) = (at.positions + index * columns * 8, at.documents + index * columns * 4);
+                let (documents, positions) = lease.i64s_and_i32s(positions, documents, columns);
                 write_places(spans, positions, documents);
                 self.mask_fields(&layout, index, spans, lead, &mut lease);
             }
         }
         let borders = layout.boundaries.as_ref();
         let borders =
-            borders.map(|at| self.write_borders(at, parts, rows.len(), &worker.spans, &mut lease)).transpose()?;
+            borders.map(|at| self.write_borders(at, parts, &layout, &worker.spans, &mut lease)).transpose()?;
         if let Some([sources_at, indices_at]) = layout.ids_at {
             let ids =
                 |of: fn(&RowRead) -> u64| rows.iter().map(move |row| row.as_ref().map_or(-1, |place| of(place) as i64));
@@ -163,14 +173,13 @@ impl Session {
     /// Writes the padding value of each field to the places whose target is the first token of a
     /// document.
     fn mask_fields(&self, layout: &BatchLayout, row: usize, spans: &[Span], lead: usize, lease: &mut Lease) {
-        let seq_len = self.config.seq_len as usize;
         for (field, at) in self.opened.schema.iter().zip(&layout.fields_at) {
             if field.side == TokenSide::Input {
                 continue;
             }
             let (size, value) = (field.dtype.size(), field.dtype.encode(field.padding));
-            for place in masked_places(spans, lead).filter(|place| *place < seq_len) {
-                lease.bytes(at + (row * seq_len + place) * size, size).copy_from_slice(&value[..size]);
+            for place in masked_places(spans, lead).filter(|place| *place < layout.columns) {
+                lease.bytes(at + (row * layout.columns + place) * size, size).copy_from_slice(&value[..size]);
             }
         }
     }
@@ -179,7 +188,7 @@ impl Session {
     /// one stretch of the stream.
     fn checksum_of(&self, batch: &Batch, rows: &[Option<RowRead>], spans: Option<&Spans>) -> Result<Checksum> {
         let joins = self.config.layout == LayoutKind::Concat;
-        let places = self.config.row_tokens();
+        let places = batch.columns() as u64 + self.config.row_tokens() - self.config.seq_len;
         let mut checksum = Checksum::default();
         for (index, read) in rows.iter().enumerate() {
             let Some(read) = read.as_ref().filter(|read| !read.repeated) else { continue };
@@ -218,11 +227,11 @@ impl Session {
         &self,
         at: &BoundariesAt,
         parts: usize,
-        rows: usize,
+        layout: &BatchLayout,
         spans: &Spans,
         lease: &mut Lease,
     ) -> Result<Vec<Borders>> {
-        let (columns, of_part) = (self.config.seq_len as usize, rows / parts);
+        let (columns, of_part) = (layout.columns, layout.rows / parts);
         let capacity = at.width.unwrap_or(of_part * columns + 1);
         let mut all = Vec::with_capacity(parts);
         for part in 0..parts {

@@ -186,10 +186,12 @@ const LENGTHS_SHARE: u64 = 8;
 
 /// Tokens among which the positions of all lanes draw their rows at a time.
 ///
-/// A lane of a layout with windows draws from the window that it is in and from the next one.
+/// A lane of a layout with windows draws from the window that it is in and from the next one. The
+/// rows of a bucket may lie in another window than their positions.
 pub(super) fn drawn_tokens(config: &Config) -> u64 {
     let windows = if config.layout.has_windows() { config.lanes.saturating_mul(WINDOW_TOKENS) } else { 0 };
-    config.window_tokens.saturating_add(windows)
+    let bucket = config.bucket.unwrap_or(0).saturating_mul(config.seq_len);
+    config.window_tokens.saturating_add(windows).saturating_add(bucket)
 }
 
 /// The kind of shuffling that `config` means for this access.
@@ -245,14 +247,16 @@ fn open_corpora(config: &Config, threads: u64, cancel: &Cancel) -> Result<Vec<(S
 pub(super) fn windows_bytes(config: &Config, sources: &CorpusSources, grouping: &Grouping, largest: u64) -> u64 {
     let of_corpus = |corpus: &Corpus| {
         let total = corpus.decoded_bytes();
+        let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
         match config.shuffle {
             _ if corpus.access() == Access::Random => 0,
-            Shuffle::Off | Shuffle::On => 0,
+            Shuffle::Off | Shuffle::On => {
+                config.bucket.unwrap_or(0).saturating_mul(config.seq_len * bytes_per_token).min(total)
+            }
             Shuffle::Global => total,
             // Each lane of this rank draws from its window, and from the blocks at both ends of the
             // window.
             Shuffle::Block => {
-                let bytes_per_token = total.div_ceil(corpus.tokens().max(1));
                 let lanes = grouping.lanes(config.lanes);
                 let window = drawn_tokens(config) / config.lanes * lanes;
                 let columns = 1 + corpus.fields().len() as u64;

@@ -76,7 +76,7 @@ impl Session {
         for row in rows {
             match *row {
                 PositionedRow::Position { epoch, position, repeated } => {
-                    let mut read = sources.row_read(growth, orders, epoch, position);
+                    let mut read = sources.row_read(growth, orders, (epoch, position), scratch)?;
                     read.repeated = repeated;
                     sources.add_row(read, wrap_to, scratch, reads)?;
                 }

@@ -75,7 +75,7 @@ impl Session {
         let trace =
             environment::trace()?.map(|(asked, limit)| Trace::open(&asked, limit, rank, world_size)).transpose()?;
 
-        let layout = BatchLayout::new(&config, &opened.schema, config.batch_size as usize);
+        let layout = BatchLayout::new(&config, &opened.schema, config.batch_size as usize, config.seq_len as usize);
         let batch_bytes = layout.bytes;
         let in_flight = config.prefetch_batches + 1;
         let (in_cache, reserved_bytes, cache_bytes) = opened.join(&config, threads, in_flight * batch_bytes as u64)?;
@@ -205,7 +205,8 @@ impl Session {
     /// way.
     pub(super) fn places_of(&self, batch: &Batch) -> u64 {
         let joins = self.config.layout == LayoutKind::Concat;
-        batch.rows as u64 * if joins { self.config.seq_len } else { self.config.row_tokens() }
+        let lead = if joins { 0 } else { self.config.row_tokens() - self.config.seq_len };
+        batch.rows as u64 * (batch.columns() as u64 + lead)
     }
 
     /// The rows that each source of a mixture gave to all ranks together before the present

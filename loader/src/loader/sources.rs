@@ -3,7 +3,7 @@
 //! A single corpus is a series of its own epochs, and may grow between two of them. Several corpora
 //! are drawn from by the schedule of a mixture.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
@@ -13,6 +13,7 @@ use crate::corpus::Corpus;
 use crate::error::{Error, Result};
 use crate::layout::{self, Lost, Segment};
 use crate::loader::state::StateValue;
+use crate::order::bucket::{Bucket, Buckets};
 use crate::order::holdout::Side;
 use crate::order::mixture::{Draw, Mixture};
 use crate::order::permutation::derive_key;
@@ -54,6 +55,12 @@ struct EpochExtent {
 /// Source, number of shards and epoch of an order.
 type OrderKey = (usize, u64, u64);
 
+/// Source, epoch and bucket.
+type BucketKey = (usize, u64, Bucket);
+
+/// The rows of a bucket, in their order.
+type BucketRows = Arc<[u64]>;
+
 /// All sources of a run.
 #[derive(Debug)]
 pub(crate) struct CorpusSources {
@@ -64,6 +71,8 @@ pub(crate) struct CorpusSources {
     most_positions: u64,
     /// Orders with tables, the oldest first. Workers copy them.
     shared_orders: Mutex<VecDeque<(OrderKey, EpochOrder)>>,
+    /// Buckets and the number of shards that they were made of, the oldest first.
+    shared_buckets: Mutex<VecDeque<((BucketKey, u64), BucketRows)>>,
 }
 
 /// The settings that assign sequences to positions.
@@ -77,6 +86,7 @@ struct OrderSettings {
     side: Side,
     /// Whether rows are a cut stream, whose tail wraps around and fills rows.
     joins: bool,
+    bucket: Option<u64>,
 }
 
 /// The stretches that one row reads.
@@ -130,7 +140,10 @@ impl RowReads {
 
 /// Orders of the epochs that a worker reads.
 #[derive(Debug, Default)]
-pub(crate) struct Orders(Vec<((usize, u64), EpochOrder)>);
+pub(crate) struct Orders {
+    epochs: Vec<((usize, u64), EpochOrder)>,
+    buckets: HashMap<BucketKey, BucketRows>,
+}
 
 impl Growth {
     pub(crate) fn none(shards: u64) -> Self {
@@ -192,10 +205,11 @@ impl CorpusSources {
             // Layouts with windows draw the side of each document.
             side: if config.layout.has_windows() { Side::All } else { Side::of(config) },
             joins: config.layout == LayoutKind::Concat,
+            bucket: config.bucket,
         };
         let Some(text) = &config.mixture else {
             let most_positions = settings.extent(&list[0], list[0].shards()).sequences + 2;
-            return Ok(Self { list, mixture: None, settings, most_positions, shared_orders: Mutex::default() });
+            return Ok(Self::with(list, None, settings, most_positions));
         };
         let recipe = MixtureSettings::parse(text)?;
         let mut faults = Vec::new();
@@ -224,7 +238,17 @@ impl CorpusSources {
         }
         let mixture = Mixture::new(config.lanes, &sequences, &epochs, &stages, recipe.exhausted, recipe.exact_per);
         let most_positions = mixture.positions() + 2;
-        Ok(Self { list, mixture: Some((recipe, mixture)), settings, most_positions, shared_orders: Mutex::default() })
+        Ok(Self::with(list, Some((recipe, mixture)), settings, most_positions))
+    }
+
+    fn with(
+        list: Vec<CorpusSource>,
+        mixture: Option<(MixtureSettings, Mixture)>,
+        settings: OrderSettings,
+        most_positions: u64,
+    ) -> Self {
+        let (shared_orders, shared_buckets) = (Mutex::default(), Mutex::default());
+        Self { list, mixture, settings, most_positions, shared_orders, shared_buckets }
     }
 
     pub(crate) fn list(&self) -> &[CorpusSource] {
@@ -345,8 +369,14 @@ impl CorpusSources {
     }
 
     /// The reads of the row at `position` of `epoch`, which must exist. [`CorpusSources::add_row`]
-    /// finds its segments.
-    pub(crate) fn row_read(&self, growth: &Growth, orders: &mut Orders, epoch: u64, position: u64) -> RowRead {
+    /// finds its segments. Fails if a bucket needs lengths that cannot be read.
+    pub(crate) fn row_read(
+        &self,
+        growth: &Growth,
+        orders: &mut Orders,
+        (epoch, position): (u64, u64),
+        scratch: &mut Scratch,
+    ) -> Result<RowRead> {
         let (draw, shards) = match &self.mixture {
             Some((_, mixture)) => {
                 let draw = mixture.draw(epoch, position);
@@ -368,11 +398,65 @@ impl CorpusSources {
             repeated: false,
         };
         if position >= extent.sequences {
-            return read(extent.layout.rows, false);
+            return Ok(read(extent.layout.rows, false));
         }
-        let order = orders.get((index, epoch), || self.order(index, shards, extent.sequences, epoch).1);
-        let at = order.sequence_at(position);
-        read(self.settings.side.sequence(at), order.ends_chunk(at))
+        let make = || self.order(index, shards, extent.sequences, epoch).1;
+        let Some(size) = self.settings.bucket else {
+            let order = orders.get((index, epoch), make);
+            let at = order.sequence_at(position);
+            return Ok(read(self.settings.side.sequence(at), order.ends_chunk(at)));
+        };
+        let buckets = Buckets::new(extent.sequences, self.settings.arrangement(extent.sequences), size);
+        let (bucket, place) = buckets.locate(position);
+        let key = (index, epoch, bucket);
+        if let Some(rows) = orders.buckets.get(&key) {
+            return Ok(read(rows[place], false));
+        }
+        let rows = {
+            let order = orders.get((index, epoch), make);
+            self.bucket(&key, shards, &buckets, (&extent.layout, order), scratch)?
+        };
+        let row = rows[place];
+        orders.keep(key, rows, self.kept_buckets());
+        Ok(read(row, false))
+    }
+
+    /// Buckets that a worker keeps: those of all lanes, and the next ones.
+    fn kept_buckets(&self) -> usize {
+        2 * self.settings.lanes as usize * self.list.len() + 2
+    }
+
+    /// The rows of a bucket of an epoch of the first `shards` shards. Workers share them.
+    fn bucket(
+        &self,
+        key: &BucketKey,
+        shards: u64,
+        buckets: &Buckets,
+        (extent, order): (&layout::Extent, &EpochOrder),
+        scratch: &mut Scratch,
+    ) -> Result<BucketRows> {
+        let shared_key = (*key, shards);
+        if let Some((_, rows)) = lock(&self.shared_buckets).iter().find(|(found, _)| *found == shared_key) {
+            return Ok(Arc::clone(rows));
+        }
+        let (source, epoch, bucket) = *key;
+        let source = &self.list[source];
+        let row_at = |position| self.settings.side.sequence(order.sequence_at(position));
+        let rows: Vec<u64> = buckets.positions(bucket).map(row_at).collect();
+        let (mut lengths, mut segments) = (Vec::with_capacity(rows.len()), Vec::new());
+        for row in &rows {
+            segments.clear();
+            source.reader.plan_row(extent, *row, scratch, &mut segments)?;
+            lengths.push(segments.iter().map(|segment| segment.len).sum());
+        }
+        let arranged = bucket.arranged(&lengths, source.seed, epoch);
+        let rows: BucketRows = arranged.into_iter().map(|row| rows[row]).collect();
+        let mut shared = lock(&self.shared_buckets);
+        if shared.len() >= self.kept_buckets() {
+            shared.pop_front();
+        }
+        shared.push_back((shared_key, Arc::clone(&rows)));
+        Ok(rows)
     }
 
     /// Adds `read` to `reads`, with its segments. With `wrap_to`, a shorter row continues with the
@@ -503,14 +587,22 @@ impl OrderSettings {
 
 impl Orders {
     fn get(&mut self, key: (usize, u64), make: impl FnOnce() -> EpochOrder) -> &EpochOrder {
-        let found = self.0.iter().position(|(kept, _)| *kept == key);
+        let found = self.epochs.iter().position(|(kept, _)| *kept == key);
         let index = found.unwrap_or_else(|| {
-            if self.0.len() >= KEPT_ORDERS {
-                self.0.clear();
+            if self.epochs.len() >= KEPT_ORDERS {
+                self.epochs.clear();
             }
-            self.0.push((key, make()));
-            self.0.len() - 1
+            self.epochs.push((key, make()));
+            self.epochs.len() - 1
         });
-        &self.0[index].1
+        &self.epochs[index].1
+    }
+
+    /// Keeps the rows of a bucket, and at most `most` buckets.
+    fn keep(&mut self, key: BucketKey, rows: BucketRows, most: usize) {
+        if self.buckets.len() >= most {
+            self.buckets.clear();
+        }
+        self.buckets.insert(key, rows);
     }
 }

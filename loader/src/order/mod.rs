@@ -14,6 +14,7 @@
 //! [`VERSION`] names the algorithm, and golden tests pin it. A change of the algorithm is a new
 //! version.
 
+pub mod bucket;
 pub mod epochs;
 pub mod holdout;
 pub mod mixture;
@@ -32,6 +33,7 @@ const EPOCH: u64 = 1;
 const GLOBAL: u64 = 2;
 const CHUNKS: u64 = 3;
 const WINDOW: u64 = 4;
+const BUCKET: u64 = 5;
 
 /// Arrangement of the full sequences of an epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -223,6 +223,18 @@ impl Config {
             self.seq_len.is_multiple_of(self.pack_align),
             format!("`seq_len` = {} must be a multiple of `pack_align` = {}", self.seq_len, self.pack_align),
         );
+        let is_pad = layout == LayoutKind::Pad;
+        check(is_pad || self.pad_to_multiple.is_none(), only("pad_to_multiple", "pad"));
+        let multiple = self.pad_to_multiple.unwrap_or(1);
+        check(
+            self.seq_len.is_multiple_of(multiple),
+            format!("`seq_len` = {} must be a multiple of `pad_to_multiple` = {multiple}", self.seq_len),
+        );
+        check(is_pad || self.bucket.is_none(), only("bucket", "pad"));
+        check(
+            !is_pad || self.bucket.is_none() || self.pad_to_multiple.is_some(),
+            "`bucket` needs `pad_to_multiple`: without it, all batches are `seq_len` long".to_owned(),
+        );
         check(
             self.cu_seqlens_width.is_none() || self.has_boundaries(),
             "`cu_seqlens_width` needs `boundaries` = true".to_owned(),

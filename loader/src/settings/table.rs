@@ -104,6 +104,11 @@ settings! {
     pack_align: u64 = 1,
         Content(Always), number(1, 1 << 20), [TokenDataset];
 
+    /// Sorts rows of `pad` by length, inside runs of this many positions of an epoch, so that a
+    /// batch has rows of similar length. Needs `pad_to_multiple`.
+    bucket: Option<u64> = None,
+        Content(OrZero), Optional(number(2, 1 << 24)), [TokenDataset];
+
     /// Order of an epoch. `global` is one permutation of all sequences. `block` permutes chunks,
     /// then sequences within windows. `true` is `global` for files that are read in place, and
     /// `block` for files that have to be decoded.
@@ -182,6 +187,11 @@ settings! {
     /// Id that fills padded rows. Their labels are `ignore_index`.
     pad_id: u32 = 0,
         Grouping, token_id(), [DataLoader];
+
+    /// In `pad`, a batch is as long as its longest row, rounded up to a multiple of this number.
+    /// `none` makes all batches `seq_len` long.
+    pad_to_multiple: Option<u64> = None,
+        Grouping, Optional(number(1, 1 << 20)), [TokenDataset];
 
     /// Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
     cu_seqlens_width: Option<u64> = None,

@@ -78,11 +78,19 @@ class TokenDataset(Dataset[Tensors]):
     pack_align:
         In `pack`, every document begins at a multiple of this number. Default: 1. Accepted: an
         integer from 1 to 2^20.
+    bucket:
+        Sorts rows of `pad` by length, inside runs of this many positions of an epoch, so that a
+        batch has rows of similar length. Needs `pad_to_multiple`. Default: none. Accepted: an
+        integer from 2 to 2^24, or `none`.
     holdout:
         Keeps one sequence of each run of this many out of training. The seed does not change the
         choice. Default: none. Accepted: an integer from 2 to 2^32, or `none`.
     split:
         Side of the holdout that is delivered. Default: train. Accepted: `train` or `holdout`.
+    pad_to_multiple:
+        In `pad`, a batch is as long as its longest row, rounded up to a multiple of this number.
+        `none` makes all batches `seq_len` long. Default: none. Accepted: an integer from 1 to 2^20,
+        or `none`.
     cu_seqlens_width:
         Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
         Default: none. Accepted: an integer from 2 to 2^31, or `none`.
@@ -123,8 +131,10 @@ class TokenDataset(Dataset[Tensors]):
         overflow: Literal["split", "truncate", "drop"] | None = None,
         max_docs_per_row: int | None = None,
         pack_align: int | None = None,
+        bucket: int | None = None,
         holdout: int | None = None,
         split: Literal["train", "holdout"] | None = None,
+        pad_to_multiple: int | None = None,
         cu_seqlens_width: int | None = None,
         input_dtype: npt.DTypeLike | None = None,
         memory_budget: int | None = None,
@@ -151,8 +161,10 @@ class TokenDataset(Dataset[Tensors]):
             overflow=overflow,
             max_docs_per_row=max_docs_per_row,
             pack_align=pack_align,
+            bucket=bucket,
             holdout=holdout,
             split=split,
+            pad_to_multiple=pad_to_multiple,
             cu_seqlens_width=cu_seqlens_width,
             input_dtype=input_dtype,
             memory_budget=memory_budget,

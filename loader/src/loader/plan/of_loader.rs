@@ -17,6 +17,11 @@ use crate::order::epochs::EpochChain;
 use crate::order::partition::Grouping;
 use crate::settings::{LayoutKind, Shuffle};
 
+/// Rows that are sampled for the padding of batches.
+const SAMPLED_ROWS: u64 = 1 << 14;
+/// Places of the epoch that are sampled.
+const SAMPLED_SPOTS: u64 = 16;
+
 impl Loader {
     /// Plans the first pass of these settings.
     ///
@@ -26,7 +31,9 @@ impl Loader {
         let growth = Growth::none(session.opened.sources.shards());
         let epochs = session.epoch_chain(&growth, 0);
         let pass = session.plan_pass(&growth, &epochs);
-        let sources = (0..session.opened.sources.list().len()).map(|index| session.plan_source(index, &epochs, &pass));
+        let padding = session.sampled_padding(&growth, &epochs, &pass)?;
+        let plan_source = |index| session.plan_source(index, &epochs, &pass, padding);
+        let sources = (0..session.opened.sources.list().len()).map(plan_source);
         let decodes =
             session.opened.sources.list().iter().any(|source| source.reader.corpus().access() == Access::Block);
         Ok(Plan {
@@ -77,7 +84,7 @@ impl Session {
         PassPlan::new(&self.grouping, lanes, counts)
     }
 
-    fn plan_source(&self, index: usize, epochs: &EpochChain, pass: &PassPlan) -> SourcePlan {
+    fn plan_source(&self, index: usize, epochs: &EpochChain, pass: &PassPlan, padding: Option<f64>) -> SourcePlan {
         let source = &self.opened.sources.list()[index];
         let corpus = source.reader.corpus();
         let (extent, arrangement, order) = self.opened.sources.order_of(index, 0);
@@ -103,7 +110,7 @@ impl Session {
             held_out_sequences: extent.rows - order.len(),
             tail_tokens: extent.tail_tokens,
             row_tokens: extent.tokens,
-            padding_places: self.padding_places(&extent),
+            padding_places: self.padding_places(&extent, padding),
             lost: source.reader.layout().lost(corpus.len()),
             drawn_sequences,
             arrangement,
@@ -112,8 +119,33 @@ impl Session {
         }
     }
 
-    /// Places of the rows of `extent` that hold no token. Joined documents leave none.
-    fn padding_places(&self, extent: &Extent) -> u64 {
+    /// Places of padding per token, if the length of a batch depends on its rows. Sampled from
+    /// batches of this rank.
+    fn sampled_padding(&self, growth: &Growth, epochs: &EpochChain, pass: &PassPlan) -> Result<Option<f64>> {
+        let Some(steps) = pass.steps.filter(|_| self.config.pad_to_multiple.is_some()) else { return Ok(None) };
+        let WorkerMemory { mut orders, mut scratch, mut reads, .. } = WorkerMemory::default();
+        let of_spot = (SAMPLED_ROWS / SAMPLED_SPOTS / self.grouping.batch_size).max(1);
+        let (mut places, mut tokens, mut next) = (0, 0, 0);
+        for spot in 0..SAMPLED_SPOTS {
+            let first = (u128::from(steps) * u128::from(spot) / u128::from(SAMPLED_SPOTS)) as u64;
+            for step in first.max(next)..(first + of_spot).min(steps) {
+                let (_, rows) = batch_rows(self.grouping, epochs, step * self.grouping.global_batch());
+                self.reads_into(growth, &rows, &mut orders, &mut scratch, &mut reads)?;
+                let lead = self.config.row_tokens() - self.config.seq_len;
+                places += rows.len() as u64 * (self.columns_of(&reads) as u64 + lead);
+                tokens += reads.iter().map(|(read, _)| read.tokens).sum::<u64>();
+                next = step + 1;
+            }
+        }
+        Ok(Some(places.saturating_sub(tokens) as f64 / tokens.max(1) as f64))
+    }
+
+    /// Places of the rows of `extent` that hold no token. Joined documents leave none. `padding`
+    /// gives the places per token, if batches differ in length.
+    fn padding_places(&self, extent: &Extent, padding: Option<f64>) -> u64 {
+        if let Some(padding) = padding {
+            return (extent.tokens as f64 * padding) as u64;
+        }
         match self.config.layout {
             LayoutKind::Concat => 0,
             _ => extent.rows * self.config.row_tokens() - extent.tokens,
