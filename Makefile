@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos generate fmt demo bench bench-all bench-workers bench-regression doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos generate fmt demo bench bench-all bench-workers bench-layouts bench-regression doc clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -100,6 +100,10 @@ bench-workers: build ## Compare threads with worker processes, for datasets in P
 	@.venv/bin/python benches/python/workers.py --python \
 	  $(CURDIR)/$$([ -x .venv-312/bin/python ] && echo .venv-312 || echo .venv)/bin/python \
 	  $$([ -x .venv-ft/bin/python ] && echo $(CURDIR)/.venv-ft/bin/python) $(ARGS)
+
+bench-layouts: build ## Measure layouts and further columns, and compare packing with other projects; ARGS=--quick, ARGS="--only padding", ARGS=--write-results
+	@$(SETUP) venv .venv bench
+	@.venv/bin/python benches/python/layouts.py $(ARGS)
 
 bench-regression: build ## Compare the instructions of the hot paths with benches/baseline.json; ARGS=--record writes it
 	@$(SETUP) venv .venv bench

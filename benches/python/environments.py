@@ -29,6 +29,8 @@ REQUIREMENTS = {
     "megatron": ["megatron-core"],
     "spdl": ["spdl"],
     "streaming": ["mosaicml-streaming"],
+    "torchtitan": ["torchtitan>=0.3"],
+    "trl": ["trl>=1", "datasets>=3"],
 }
 #: Least Python version of the peers that need a newer Python than forebay does.
 PYTHON = {"dataloader-rs": (3, 13)}
