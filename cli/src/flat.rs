@@ -57,10 +57,7 @@ enum Ends {
 
 /// Whether this module reads files of `format`.
 pub(crate) fn is_flat(format: Format) -> bool {
-    match format {
-        Format::Npy | Format::LlmC | Format::Megatron | Format::Datatrove | Format::Raw => true,
-        Format::Parquet | Format::ArrowFile | Format::ArrowStream => false,
-    }
+    !matches!(format, Format::Parquet | Format::ArrowFile | Format::ArrowStream)
 }
 
 /// The type of the column of a flat file.
@@ -79,7 +76,10 @@ impl FlatReader {
             Format::LlmC => llmc(path, facts),
             Format::Megatron => megatron(path, facts),
             Format::Datatrove => datatrove(path, facts, further),
-            other => Err(Error::data(format!("a file of format {} is not flat", other.name()))),
+            other => Err(Error::data(format!(
+                "only a loader reads files of the format {}: `verify` and `rewrite` have no reader for them",
+                other.name()
+            ))),
         }
     }
 

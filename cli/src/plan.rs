@@ -11,7 +11,7 @@ use forebay::layout::Lost;
 use forebay::loader::Next;
 use forebay::loader::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
 use forebay::order::Arrangement;
-use forebay::settings::{LayoutKind, Remainder, Shuffle};
+use forebay::settings::{Remainder, Shuffle};
 use forebay::{Config, Loader};
 use serde_json::{Value, json};
 
@@ -176,7 +176,7 @@ fn write_source(out: &mut dyn Write, source: &SourcePlan, format: &str, config: 
             number_of(source.stream_tokens, "token")
         ),
     )?;
-    if config.layout != LayoutKind::Concat {
+    if !config.layout.joins() {
         line(out, "layout", &layout_text(source, config))?;
     }
     if let (Some(drawn), false) = (source.drawn_sequences, source.name.is_empty()) {
@@ -267,7 +267,7 @@ fn write_pass(out: &mut dyn Write, plan: &Plan, config: &Config) -> std::io::Res
         return line(out, "steps", &format!("without end, {ranks}"));
     };
     // In a layout with padding, a row counts as `seq_len` places.
-    let unit = if config.layout == LayoutKind::Concat { "token" } else { "place" };
+    let unit = if config.layout.joins() { "token" } else { "place" };
     let delivered = number_of(pass.delivered_tokens, unit);
     line(out, "steps", &format!("{} {ranks}; a pass delivers {delivered}", grouped(steps)))?;
     if pass.cut_rows > 0 {

@@ -38,7 +38,7 @@ impl Window {
         let is_shifted = config.targets == Targets::Shifted;
         let is_pack = config.layout == LayoutKind::Pack;
         let most = config.max_docs_per_row.map_or(usize::MAX, |most| most as usize);
-        (config.layout != LayoutKind::Concat).then(|| Self {
+        (!config.layout.joins()).then(|| Self {
             overflow: config.overflow,
             capacity: config.seq_len as usize + usize::from(is_shifted),
             smallest: 1 + usize::from(is_shifted),

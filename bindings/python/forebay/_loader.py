@@ -139,8 +139,11 @@ class Loader:
         `exhausted`, the rule for a source that has ended. Default: none. Accepted: sources, weights
         and stages as JSON, or `none`.
     format:
-        Expected format of the files. `auto` recognises it by content. Default: auto. Accepted:
-        `auto`, `parquet`, `arrow`, `npy`, `llm.c`, `megatron`, `datatrove` or `raw`.
+        Expected format of the files. `auto`: The content of the files tells the format. `parquet`:
+        Parquet only. `arrow`: Arrow IPC file or stream only. `npy`: NumPy arrays only. `llm.c`:
+        Files of llm.c only. `megatron`: Megatron's pairs only. `datatrove`: Files of datatrove
+        only. `raw`: Ids without a header only. Default: auto. Accepted: `auto`, `parquet`, `arrow`,
+        `npy`, `llm.c`, `megatron`, `datatrove` or `raw`.
     token_column:
         Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
         and `ids` that has lists of ids. If none has lists, it takes the first with an id in each
@@ -157,8 +160,10 @@ class Loader:
     seq_len:
         Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
     targets:
-        Arrays of a batch. `labels` gives `input_ids` and `labels` at the same positions. `shifted`
-        gives `x` and `y`, one token apart. Default: labels. Accepted: `labels` or `shifted`.
+        Arrays of a batch. `labels`: `input_ids` and `labels` at the same positions. The model
+        shifts them, as in Hugging Face's models. `shifted`: `x` and `y`, one token apart in
+        `seq_len + 1` tokens. Neighbouring sequences overlap by one token. Default: labels.
+        Accepted: `labels` or `shifted`.
     ignore_index:
         Label of places that are no target, such as padding. Give the same number to the loss.
         Values of a column `labels` are delivered as they are stored. Default: -100. Accepted: an
@@ -169,17 +174,19 @@ class Loader:
     eos_id:
         Id put after every non-empty document. Default: none. Accepted: an id below 2^31, or `none`.
     layout:
-        Way to make rows from documents. `concat` joins all documents and cuts the stream. `pack`
-        puts whole documents into rows. `pad` gives each document a row. `rows` takes documents of
-        exactly the length of a row. Default: concat. Accepted: `concat`, `pack`, `pad` or `rows`.
+        Way to make rows from documents. `concat`: All documents are joined, and the stream is cut
+        into rows. `pack`: Rows hold several whole documents each. `pad`: Rows hold one document
+        each. `rows`: Documents have exactly the length of a row already. Default: concat. Accepted:
+        `concat`, `pack`, `pad` or `rows`.
     boundaries:
         Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
         `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
         `pack`, and else `false`. Default: none.
     overflow:
-        Rule for documents that are longer than a row, in `pack` and `pad`. `split` cuts them into
-        pieces. `truncate` keeps their beginning. `drop` leaves them out. Default: split. Accepted:
-        `split`, `truncate` or `drop`.
+        Rule for documents that are longer than a row, in `pack` and `pad`. `split`: The document is
+        cut into pieces of the length of a row. The last piece may be shorter. `truncate`: The row
+        takes the beginning of the document. The rest is left out. `drop`: The document is left out.
+        Default: split. Accepted: `split`, `truncate` or `drop`.
     max_docs_per_row:
         Limit of documents in a row of `pack`. Default: none. Accepted: an integer from 1 to 2^31,
         or `none`.
@@ -212,7 +219,8 @@ class Loader:
         Keeps one sequence of each run of this many out of training. The seed does not change the
         choice. Default: none. Accepted: an integer from 2 to 2^32, or `none`.
     split:
-        Side of the holdout that is delivered. Default: train. Accepted: `train` or `holdout`.
+        Side of the holdout that is delivered. `train`: All sequences that are not held out.
+        `holdout`: The held-out sequences. Default: train. Accepted: `train` or `holdout`.
     skip:
         Positions that are never delivered. All others keep their numbers. Default: none. Accepted:
         a list of `(start, end)` or `(epoch, start, end)`, as text `100-200,3:0-50` (epoch 0 and
@@ -239,9 +247,10 @@ class Loader:
         Accepted: an integer from 1, or `none`.
     remainder:
         Rule for the tokens and sequences at an epoch's end that fill no whole sequence or global
-        batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`. `wrap`
-        fills them up from the start of the epoch. `short` gives a last batch with fewer rows.
-        Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
+        batch. `drop`: They are left out, and counted. `pad`: They are delivered in full rows and
+        batches, filled up with `pad_id` and ignored labels. `wrap`: They are filled up from the
+        start of the epoch. `short`: The last batch has fewer rows. This is refused if a rank would
+        have none. Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
     pad_id:
         Id that fills padded rows. Their labels are `ignore_index`. Default: 0. Accepted: an id
         below 2^31.
@@ -277,8 +286,9 @@ class Loader:
         Approximate number of tokens in a block that is decoded at once. It never changes a batch.
         Default: 128Ki. Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
     io:
-        Access to file bytes. `auto` maps files on local file systems, and reads by position on
-        network and FUSE ones. Default: auto. Accepted: `auto`, `mmap` or `pread`.
+        Access to file bytes. `auto`: Files are mapped on local file systems, and read by position
+        on network and FUSE ones. `mmap`: Files are always mapped. `pread`: Files are always read by
+        position. Default: auto. Accepted: `auto`, `mmap` or `pread`.
     cache_dir:
         Folder for the saved index of the corpus. With it, shards are opened when they are first
         read. `none` opens all at the start. Default: none. Accepted: a folder, or `none`.

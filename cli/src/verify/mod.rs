@@ -18,7 +18,7 @@ use forebay::corpus::schema::{SchemaField, TokenSide};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
 use forebay::proof::checksum::Checksum;
-use forebay::settings::{Epochs, LayoutKind, Targets};
+use forebay::settings::{Epochs, Targets};
 use forebay::{Error, ErrorKind, Loader};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -89,7 +89,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         let text = "`forebay verify` cannot prove a side of `holdout` of `layout` = pack or pad yet";
         return Err(Error::config(text).into());
     }
-    if config.layout != LayoutKind::Concat && (options.step.is_some() || options.document.is_some()) {
+    if !config.layout.joins() && (options.step.is_some() || options.document.is_some()) {
         let text = "`--step` and `--document` find documents in `layout` = concat alone";
         return Err(Error::config(text).into());
     }
@@ -276,7 +276,7 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
     let seq_len = config.seq_len as usize;
     let is_shifted = config.targets == Targets::Shifted;
     let has_boundaries = config.has_boundaries();
-    let has_spans = has_boundaries || config.layout != LayoutKind::Concat;
+    let has_spans = has_boundaries || !config.layout.joins();
     let places = 0..usize::MAX;
     let mut expected = Expected { wanted, sums, source: 0, field: None, places, masked: None, has_spans, bar };
     for (source, (_, corpus)) in loader.corpora().enumerate() {

@@ -23,7 +23,7 @@ use crate::loader::sources::{Growth, Orders, RowRead, RowReads};
 use crate::order::epochs::EpochChain;
 use crate::proof::checksum::Checksum;
 use crate::read::{NeededBy, Padding, Prepared, RowRequest, Scratch, StreamLocation};
-use crate::settings::{LayoutKind, Targets};
+use crate::settings::Targets;
 use crate::tokens::Dtype;
 
 /// While everything is found in memory, only every 16th batch is examined.
@@ -91,7 +91,7 @@ impl Session {
         let (rows, columns) = (&reads.rows, self.columns_of(reads));
         let layout = self.layout(rows.len(), columns);
         let row_bytes = columns * layout.input_dtype.size();
-        let joins = self.config.layout == LayoutKind::Concat;
+        let joins = self.config.layout.joins();
         let lead = (self.config.row_tokens() - self.config.seq_len) as usize;
         let places = (columns + lead) as u64;
         let has_spans = layout.boundaries.is_some() || !joins;
@@ -187,7 +187,7 @@ impl Session {
     /// The checksum of the rows of `batch`. `spans` gives the spans of each row, unless a row is
     /// one stretch of the stream.
     fn checksum_of(&self, batch: &Batch, rows: &[Option<RowRead>], spans: Option<&Spans>) -> Result<Checksum> {
-        let joins = self.config.layout == LayoutKind::Concat;
+        let joins = self.config.layout.joins();
         let places = batch.columns() as u64 + self.config.row_tokens() - self.config.seq_len;
         let mut checksum = Checksum::default();
         for (index, read) in rows.iter().enumerate() {
@@ -269,7 +269,7 @@ impl Session {
     /// Number of tokens at the positions with indices `range` of `epochs`. A row that cannot be
     /// planned counts as a full row.
     pub(super) fn tokens_of(&self, growth: &Growth, epochs: &EpochChain, range: Range<u64>) -> u64 {
-        if self.config.layout == LayoutKind::Concat {
+        if self.config.layout.joins() {
             return (range.end - range.start) * self.config.seq_len;
         }
         let WorkerMemory { mut orders, mut scratch, mut reads, .. } = WorkerMemory::default();

@@ -14,7 +14,7 @@ use crate::order;
 use crate::order::partition::Grouping;
 use crate::read::{BlockCache, Reader, SessionId};
 use crate::settings::mixture::MixtureSettings;
-use crate::settings::{self, Compared, Config, LayoutKind, Setting, Shuffle, Value, default_threads};
+use crate::settings::{self, Compared, Config, Setting, Shuffle, Value, default_threads};
 use crate::sync::Cancel;
 
 /// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
@@ -64,7 +64,7 @@ impl Opened {
             warnings.extend(MixtureSettings::parse(mixture)?.notes);
         }
         let largest_block_bytes = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
-        let lengths_bytes = if config.layout == LayoutKind::Concat { 0 } else { config.memory_budget / LENGTHS_SHARE };
+        let lengths_bytes = if config.layout.joins() { 0 } else { config.memory_budget / LENGTHS_SHARE };
         let cache = Arc::new(BlockCache::new(config.memory_budget - lengths_bytes));
         let of_source = lengths_bytes / corpora.len().max(1) as u64;
         let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
@@ -156,7 +156,7 @@ fn open_layout(
 ) -> Result<Box<dyn Layout>> {
     let settings = LayoutSettings::of(config);
     let name = format!("{settings:?} {:?}", stream.specials());
-    let file = if config.layout == LayoutKind::Concat { None } else { corpus.table_file(&name) };
+    let file = if config.layout.joins() { None } else { corpus.table_file(&name) };
     let Some(file) = file else { return layout::build(&settings, stream, lengths) };
     let table = file.load().unwrap_or_else(|error| {
         warnings.push(format!("{}; it is made anew", error.report()));

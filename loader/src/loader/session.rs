@@ -23,7 +23,7 @@ use crate::order::partition::Grouping;
 use crate::pipeline::affinity::Placement;
 use crate::read::SessionId;
 use crate::settings::environment;
-use crate::settings::{Config, Epochs, LayoutKind, default_threads};
+use crate::settings::{Config, Epochs, default_threads};
 use crate::sync::{ForkGuard, lock};
 
 #[derive(Debug)]
@@ -204,7 +204,7 @@ impl Session {
     /// Places for tokens in the rows of `batch`. The tokens that it delivers are counted the same
     /// way.
     pub(super) fn places_of(&self, batch: &Batch) -> u64 {
-        let joins = self.config.layout == LayoutKind::Concat;
+        let joins = self.config.layout.joins();
         let lead = if joins { 0 } else { self.config.row_tokens() - self.config.seq_len };
         batch.rows as u64 * (batch.columns() as u64 + lead)
     }

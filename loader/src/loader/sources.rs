@@ -20,7 +20,7 @@ use crate::order::permutation::derive_key;
 use crate::order::{Arrangement, EpochOrder};
 use crate::read::{Reader, Scratch};
 use crate::settings::mixture::{MixtureSettings, Stage};
-use crate::settings::{self, Compared, Config, LayoutKind, Shuffle};
+use crate::settings::{self, Compared, Config, Shuffle};
 use crate::sync::lock;
 
 /// Separates the seeds of a mixture's sources.
@@ -204,7 +204,7 @@ impl CorpusSources {
             lanes: config.lanes,
             // Layouts with windows draw the side of each document.
             side: if config.layout.has_windows() { Side::All } else { Side::of(config) },
-            joins: config.layout == LayoutKind::Concat,
+            joins: config.layout.joins(),
             bucket: config.bucket,
         };
         let Some(text) = &config.mixture else {

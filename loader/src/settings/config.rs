@@ -9,11 +9,13 @@ use crate::error::{Error, Result};
 
 /// Defines an enum whose variants have names for users.
 macro_rules! choices {
-    ($(#[$note:meta])* $name:ident { $($(#[$variant_note:meta])* $variant:ident = $text:literal,)+ }) => {
+    ($(#[$note:meta])* $name:ident {
+        $($(#[doc = $line:literal])+ $variant:ident = $text:literal,)+
+    }) => {
         $(#[$note])*
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum $name {
-            $($(#[$variant_note])* $variant,)+
+            $($(#[doc = $line])+ $variant,)+
         }
 
         impl $name {
@@ -30,6 +32,7 @@ macro_rules! choices {
 
         impl Choice for $name {
             const CHOICES: &'static [(&'static str, Self)] = Self::CHOICES;
+            const DOCS: &'static [&'static str] = &[$(concat!($($line),+)),+];
         }
     };
 }
@@ -40,7 +43,6 @@ choices! {
         /// `Global` if any window can be read at once, `Block` if blocks must be decoded.
         On = "true",
         /// Corpus order.
-        #[default]
         Off = "false",
         /// One permutation over all sequences.
         Global = "global",
@@ -52,19 +54,24 @@ choices! {
 choices! {
     /// The rule that makes rows from documents.
     LayoutKind {
-        /// Documents are joined, and the stream is cut into rows.
-        #[default]
+        /// All documents are joined, and the stream is cut into rows.
         Concat = "concat",
         /// Rows hold several whole documents each.
         Pack = "pack",
         /// Rows hold one document each.
         Pad = "pad",
-        /// Documents are rows already.
+        /// Documents have exactly the length of a row already.
         Rows = "rows",
     }
 }
 
 impl LayoutKind {
+    /// Whether rows are cut from joined documents, so that no row has padding or needs the lengths
+    /// of documents.
+    pub const fn joins(self) -> bool {
+        matches!(self, Self::Concat)
+    }
+
     /// Whether rows are made window by window, from the lengths of the documents in a window.
     pub const fn has_windows(self) -> bool {
         matches!(self, Self::Pack | Self::Pad)
@@ -75,7 +82,6 @@ choices! {
     /// Treatment of documents that are longer than a row.
     Overflow {
         /// The document is cut into pieces of the length of a row. The last piece may be shorter.
-        #[default]
         Split = "split",
         /// The row takes the beginning of the document. The rest is left out.
         Truncate = "truncate",
@@ -89,7 +95,6 @@ choices! {
     Targets {
         /// `input_ids` and `labels` at the same positions. The model shifts them, as in Hugging
         /// Face's models.
-        #[default]
         Labels = "labels",
         /// `x` and `y`, one token apart in `seq_len + 1` tokens. Neighbouring sequences overlap
         /// by one token.
@@ -102,11 +107,10 @@ choices! {
     /// global batch.
     Remainder {
         /// They are left out, and counted.
-        #[default]
         Drop = "drop",
         /// They are delivered in full rows and batches, filled up with `pad_id` and ignored labels.
         Pad = "pad",
-        /// They are filled up from the start of the same epoch's order.
+        /// They are filled up from the start of the epoch.
         Wrap = "wrap",
         /// The last batch has fewer rows. This is refused if a rank would have none.
         Short = "short",
@@ -117,7 +121,6 @@ choices! {
     /// Access to file bytes.
     Io {
         /// Files are mapped on local file systems, and read by position on network and FUSE ones.
-        #[default]
         Auto = "auto",
         /// Files are always mapped.
         Mmap = "mmap",
@@ -130,7 +133,6 @@ choices! {
     /// A side of a corpus from which `holdout` keeps sequences.
     Split {
         /// All sequences that are not held out.
-        #[default]
         Train = "train",
         /// The held-out sequences.
         Holdout = "holdout",
@@ -141,7 +143,6 @@ choices! {
     /// Container format that `data` is expected to hold.
     DataFormat {
         /// The content of the files tells the format.
-        #[default]
         Auto = "auto",
         /// Parquet only.
         Parquet = "parquet",
@@ -248,7 +249,7 @@ impl Config {
             ),
         );
         check(
-            layout == LayoutKind::Concat || self.row_tokens() < 1 << 32,
+            layout.joins() || self.row_tokens() < 1 << 32,
             format!("`seq_len` = {} is too large for `layout` = {}", self.seq_len, layout.name()),
         );
     }

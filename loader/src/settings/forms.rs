@@ -49,6 +49,11 @@ pub(crate) trait Form<T>: Sync {
     /// The type annotation in Python, without `None`.
     fn python(&self) -> String;
 
+    /// The name and the meaning of each value, if values have names and meanings.
+    fn meanings(&self) -> Vec<(&'static str, &'static str)> {
+        Vec::new()
+    }
+
     /// Reads a value of any source.
     fn read(&self, value: &Value) -> Result<T, Unfit> {
         match value {
@@ -232,6 +237,8 @@ impl Form<bool> for Switch {
 pub(crate) trait Choice: Copy + PartialEq + Sync + 'static {
     /// Every accepted value, with its name.
     const CHOICES: &'static [(&'static str, Self)];
+    /// Meaning of each value, in the same order. Empty if the names say enough.
+    const DOCS: &'static [&'static str] = &[];
 }
 
 /// The name of `value`. `None` if the value is not accepted.
@@ -278,6 +285,10 @@ impl<T: Choice> Form<T> for Name {
 
     fn python(&self) -> String {
         format!("Literal[{}]", names::<T>("\"").join(", "))
+    }
+
+    fn meanings(&self) -> Vec<(&'static str, &'static str)> {
+        T::CHOICES.iter().zip(T::DOCS).map(|((name, _), doc)| (*name, doc.trim())).collect()
     }
 }
 

@@ -109,9 +109,11 @@ impl Setting {
         taker == Taker::Loader || self.takers.contains(&taker)
     }
 
-    /// Meaning of the setting, as one paragraph.
+    /// Meaning of the setting and of each of its choices, as one paragraph.
     pub fn doc(&self) -> String {
-        self.lines.lines().map(str::trim).collect::<Vec<_>>().join(" ")
+        let choices = self.field.meanings().into_iter().map(|(name, doc)| format!("`{name}`: {doc}"));
+        let lines = self.lines.lines().map(|line| line.trim().to_owned());
+        lines.chain(choices).collect::<Vec<_>>().join(" ")
     }
 
     /// Accepted values, as a noun phrase.
@@ -198,6 +200,7 @@ pub(crate) trait ConfigField: Sync + std::fmt::Debug {
     fn value(&self, config: &Config) -> Value;
     fn accepts(&self) -> String;
     fn python(&self) -> String;
+    fn meanings(&self) -> Vec<(&'static str, &'static str)>;
 }
 
 /// A field of type `T` and the form of its values.
@@ -237,6 +240,10 @@ impl<T, F: Form<T>> ConfigField for FieldOf<T, F> {
 
     fn python(&self) -> String {
         self.form.python()
+    }
+
+    fn meanings(&self) -> Vec<(&'static str, &'static str)> {
+        self.form.meanings()
     }
 }
 

@@ -36,7 +36,7 @@ settings! {
         Content(ByCorpus(&["mixture"], "only the part that has begun is compared")),
         Optional(MixtureText), [TokenDataset];
 
-    /// Expected format of the files. `auto` recognises it by content.
+    /// Expected format of the files.
     format: DataFormat = DataFormat::Auto,
         Content(AsOpened), Name, [TokenDataset];
 
@@ -61,8 +61,7 @@ settings! {
     seq_len: u64 = 2048,
         Content(Always), few_tokens(1, 1 << 32), [TokenDataset];
 
-    /// Arrays of a batch. `labels` gives `input_ids` and `labels` at the same positions. `shifted`
-    /// gives `x` and `y`, one token apart.
+    /// Arrays of a batch.
     targets: Targets = Targets::Labels,
         Content(Always), Name, [TokenDataset];
 
@@ -79,9 +78,7 @@ settings! {
     eos_id: Option<u32> = None,
         Content(Always), Optional(token_id()), [TokenDataset];
 
-    /// Way to make rows from documents. `concat` joins all documents and cuts the stream. `pack`
-    /// puts whole documents into rows. `pad` gives each document a row. `rows` takes documents of
-    /// exactly the length of a row.
+    /// Way to make rows from documents.
     layout: LayoutKind = LayoutKind::Concat,
         Content(Always), Name, [TokenDataset];
 
@@ -91,8 +88,7 @@ settings! {
     boundaries: Option<bool> = None,
         Content(Always), Optional(Switch), [TokenDataset];
 
-    /// Rule for documents that are longer than a row, in `pack` and `pad`. `split` cuts them into
-    /// pieces. `truncate` keeps their beginning. `drop` leaves them out.
+    /// Rule for documents that are longer than a row, in `pack` and `pad`.
     overflow: Overflow = Overflow::Split,
         Content(Always), Name, [TokenDataset];
 
@@ -179,8 +175,7 @@ settings! {
         Grouping, Optional(number(1, 1 << 62).called("an integer from 1")), [DataLoader];
 
     /// Rule for the tokens and sequences at an epoch's end that fill no whole sequence or global
-    /// batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`. `wrap`
-    /// fills them up from the start of the epoch. `short` gives a last batch with fewer rows.
+    /// batch.
     remainder: Remainder = Remainder::Drop,
         Grouping, Name, [DataLoader];
 
@@ -233,8 +228,7 @@ settings! {
     block_tokens: u64 = 128 << 10,
         Operational, tokens(1, 1 << 31, "128Ki"), [TokenDataset, DataLoader];
 
-    /// Access to file bytes. `auto` maps files on local file systems, and reads by position on
-    /// network and FUSE ones.
+    /// Access to file bytes.
     io: Io = Io::Auto,
         Operational, Name, [TokenDataset, DataLoader];
 

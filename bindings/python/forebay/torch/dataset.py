@@ -31,8 +31,11 @@ class TokenDataset(Dataset[Tensors]):
         `exhausted`, the rule for a source that has ended. Default: none. Accepted: sources, weights
         and stages as JSON, or `none`.
     format:
-        Expected format of the files. `auto` recognises it by content. Default: auto. Accepted:
-        `auto`, `parquet`, `arrow`, `npy`, `llm.c`, `megatron`, `datatrove` or `raw`.
+        Expected format of the files. `auto`: The content of the files tells the format. `parquet`:
+        Parquet only. `arrow`: Arrow IPC file or stream only. `npy`: NumPy arrays only. `llm.c`:
+        Files of llm.c only. `megatron`: Megatron's pairs only. `datatrove`: Files of datatrove
+        only. `raw`: Ids without a header only. Default: auto. Accepted: `auto`, `parquet`, `arrow`,
+        `npy`, `llm.c`, `megatron`, `datatrove` or `raw`.
     token_column:
         Column that holds the tokens. `none` takes the first of `input_ids`, `tokens`, `token_ids`
         and `ids` that has lists of ids. If none has lists, it takes the first with an id in each
@@ -49,8 +52,10 @@ class TokenDataset(Dataset[Tensors]):
     seq_len:
         Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
     targets:
-        Arrays of a batch. `labels` gives `input_ids` and `labels` at the same positions. `shifted`
-        gives `x` and `y`, one token apart. Default: labels. Accepted: `labels` or `shifted`.
+        Arrays of a batch. `labels`: `input_ids` and `labels` at the same positions. The model
+        shifts them, as in Hugging Face's models. `shifted`: `x` and `y`, one token apart in
+        `seq_len + 1` tokens. Neighbouring sequences overlap by one token. Default: labels.
+        Accepted: `labels` or `shifted`.
     ignore_index:
         Label of places that are no target, such as padding. Give the same number to the loss.
         Values of a column `labels` are delivered as they are stored. Default: -100. Accepted: an
@@ -61,17 +66,19 @@ class TokenDataset(Dataset[Tensors]):
     eos_id:
         Id put after every non-empty document. Default: none. Accepted: an id below 2^31, or `none`.
     layout:
-        Way to make rows from documents. `concat` joins all documents and cuts the stream. `pack`
-        puts whole documents into rows. `pad` gives each document a row. `rows` takes documents of
-        exactly the length of a row. Default: concat. Accepted: `concat`, `pack`, `pad` or `rows`.
+        Way to make rows from documents. `concat`: All documents are joined, and the stream is cut
+        into rows. `pack`: Rows hold several whole documents each. `pad`: Rows hold one document
+        each. `rows`: Documents have exactly the length of a row already. Default: concat. Accepted:
+        `concat`, `pack`, `pad` or `rows`.
     boundaries:
         Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
         `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
         `pack`, and else `false`. Default: none.
     overflow:
-        Rule for documents that are longer than a row, in `pack` and `pad`. `split` cuts them into
-        pieces. `truncate` keeps their beginning. `drop` leaves them out. Default: split. Accepted:
-        `split`, `truncate` or `drop`.
+        Rule for documents that are longer than a row, in `pack` and `pad`. `split`: The document is
+        cut into pieces of the length of a row. The last piece may be shorter. `truncate`: The row
+        takes the beginning of the document. The rest is left out. `drop`: The document is left out.
+        Default: split. Accepted: `split`, `truncate` or `drop`.
     max_docs_per_row:
         Limit of documents in a row of `pack`. Default: none. Accepted: an integer from 1 to 2^31,
         or `none`.
@@ -86,7 +93,8 @@ class TokenDataset(Dataset[Tensors]):
         Keeps one sequence of each run of this many out of training. The seed does not change the
         choice. Default: none. Accepted: an integer from 2 to 2^32, or `none`.
     split:
-        Side of the holdout that is delivered. Default: train. Accepted: `train` or `holdout`.
+        Side of the holdout that is delivered. `train`: All sequences that are not held out.
+        `holdout`: The held-out sequences. Default: train. Accepted: `train` or `holdout`.
     pad_to_multiple:
         In `pad`, a batch is as long as its longest row, rounded up to a multiple of this number.
         `none` makes all batches `seq_len` long. Default: none. Accepted: an integer from 1 to 2^20,
@@ -104,8 +112,9 @@ class TokenDataset(Dataset[Tensors]):
         Approximate number of tokens in a block that is decoded at once. It never changes a batch.
         Default: 128Ki. Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
     io:
-        Access to file bytes. `auto` maps files on local file systems, and reads by position on
-        network and FUSE ones. Default: auto. Accepted: `auto`, `mmap` or `pread`.
+        Access to file bytes. `auto`: Files are mapped on local file systems, and read by position
+        on network and FUSE ones. `mmap`: Files are always mapped. `pread`: Files are always read by
+        position. Default: auto. Accepted: `auto`, `mmap` or `pread`.
     cache_dir:
         Folder for the saved index of the corpus. With it, shards are opened when they are first
         read. `none` opens all at the start. Default: none. Accepted: a folder, or `none`.

@@ -116,9 +116,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         Accepted: an integer from 1, or `none`.
     remainder:
         Rule for the tokens and sequences at an epoch's end that fill no whole sequence or global
-        batch. `drop` leaves them out and counts them. `pad` fills them up with `pad_id`. `wrap`
-        fills them up from the start of the epoch. `short` gives a last batch with fewer rows.
-        Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
+        batch. `drop`: They are left out, and counted. `pad`: They are delivered in full rows and
+        batches, filled up with `pad_id` and ignored labels. `wrap`: They are filled up from the
+        start of the epoch. `short`: The last batch has fewer rows. This is refused if a rank would
+        have none. Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
     pad_id:
         Id that fills padded rows. Their labels are `ignore_index`. Default: 0. Accepted: an id
         below 2^31.
@@ -144,8 +145,9 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         Approximate number of tokens in a block that is decoded at once. It never changes a batch.
         Default: 128Ki. Accepted: a number of tokens from 1 to 2^31, such as `128Ki`.
     io:
-        Access to file bytes. `auto` maps files on local file systems, and reads by position on
-        network and FUSE ones. Default: auto. Accepted: `auto`, `mmap` or `pread`.
+        Access to file bytes. `auto`: Files are mapped on local file systems, and read by position
+        on network and FUSE ones. `mmap`: Files are always mapped. `pread`: Files are always read by
+        position. Default: auto. Accepted: `auto`, `mmap` or `pread`.
     cache_dir:
         Folder for the saved index of the corpus. With it, shards are opened when they are first
         read. `none` opens all at the start. Default: none. Accepted: a folder, or `none`.

@@ -15,7 +15,7 @@ use crate::loader::sources::{Growth, RowRead};
 use crate::order::Arrangement;
 use crate::order::epochs::EpochChain;
 use crate::order::partition::Grouping;
-use crate::settings::{LayoutKind, Shuffle};
+use crate::settings::Shuffle;
 
 /// Rows that are sampled for the padding of batches.
 const SAMPLED_ROWS: u64 = 1 << 14;
@@ -146,10 +146,7 @@ impl Session {
         if let Some(padding) = padding {
             return (extent.tokens as f64 * padding) as u64;
         }
-        match self.config.layout {
-            LayoutKind::Concat => 0,
-            _ => extent.rows * self.config.row_tokens() - extent.tokens,
-        }
+        if self.config.layout.joins() { 0 } else { extent.rows * self.config.row_tokens() - extent.tokens }
     }
 
     fn plan_decoding(&self, growth: &Growth, epochs: &EpochChain, pass: &PassPlan) -> Result<Decoding> {
