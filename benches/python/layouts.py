@@ -32,6 +32,8 @@ BATCH, SEQ_LEN = 8, 2048
 BESIDE_MB = 40
 BUDGET_MB = 512
 RANKS = 8
+#: Time limit for a peer. TRL packs the whole corpus before its first batch.
+PEER_LIMIT_S = 400
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ class Plan:
     #: Tokens whose padding is compared.
     padding_tokens: int
     medians: tuple[int, ...]
+    seq_lens: tuple[int, ...]
 
 
-DEFAULT = Plan(24, 0.3, 15, 3, 3.0, 10_000_000, (250, 500, 1000, 2000, 4000))
-QUICK = Plan(10, 0.2, 5, 1, 1.0, 2_000_000, (250, 4000))
+DEFAULT = Plan(24, 0.3, 15, 3, 3.0, 10_000_000, (250, 500, 1000, 2000, 4000), (2048, 8192))
+QUICK = Plan(10, 0.2, 5, 1, 1.0, 2_000_000, (250, 4000), (2048,))
 
 
 # One process.
@@ -363,7 +366,7 @@ def run_peer(job: Record, known: dict[str, str]) -> Record:
     python = python_of(job["peer"], known)
     if python.startswith("!"):
         return {"failed": python[2:]}
-    return run([python, HERE / "packing_peers.py", json.dumps({**job, "folder": str(OUT)})])
+    return run([python, HERE / "packing_peers.py", json.dumps({**job, "folder": str(OUT)})], PEER_LIMIT_S)
 
 
 def peers(plan: Plan, at: Folders, tell: Callable[[str], None]) -> list[Record]:
@@ -434,7 +437,7 @@ def padding(plan: Plan, at: Folders, tell: Callable[[str], None]) -> list[Record
     del at
     known: dict[str, str] = {}
     records = []
-    for seq_len in (2048, 8192):
+    for seq_len in plan.seq_lens:
         for median_of in plan.medians:
             for peer, tokens in (
                 ("forebay", 100_000_000), ("forebay", plan.padding_tokens), ("trl", plan.padding_tokens),

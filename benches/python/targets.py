@@ -84,15 +84,15 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("FOREBAY_")}
 
 
-def run(command: Sequence[object], **more: Any) -> Record:
+def run(command: Sequence[object], limit_s: float = LIMIT_S, **more: Any) -> Record:
     """Returns the last line that a process printed, or `failed` with the reason."""
     try:
         done = subprocess.run(
             [str(part) for part in command], cwd=ROOT, env={**environment(), **more}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, errors="replace", timeout=LIMIT_S,
+            capture_output=True, text=True, errors="replace", timeout=limit_s,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return {"failed": f"did not end within {LIMIT_S} s"}
+        return {"failed": f"did not end within {limit_s} s"}
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         return {"failed": lines[-1] if lines else f"ended with status {done.returncode}"}
