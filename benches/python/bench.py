@@ -33,6 +33,7 @@ import corpus
 import decode
 import environments
 import latency
+import layouts
 import measure
 import memory
 import page
@@ -505,13 +506,14 @@ def main(arguments: Iterable[str] | None = None) -> None:
     out = OUT / ("all" if options.all else "only" if options.only else "") / ("quick" if options.quick else "")
     if options.write_results:
         results = ROOT / "benches" / "RESULTS.md"
-        # Keep the text that workers.py wrote below its mark.
-        kept = results.read_text().partition(workers.MARK) if results.exists() else ("", "", "")
+        # Keep the text that layouts.py and workers.py wrote below their marks, at the end.
+        old = results.read_text() if results.exists() else ""
+        marks = [at for mark in (layouts.MARK, workers.MARK) if (at := old.find(mark)) >= 0]
         parts = [
             report.markdown(load(out / "results.jsonl"), "Where targets are missed, and why: [README.md](README.md)")
         ]
         parts += [section(load(path)) for name in [*TARGETS, *ALONE] if (path := OUT / f"{name}.jsonl").exists()]
-        parts += ["".join(kept[1:])] if kept[1] else []
+        parts += [old[min(marks) :]] if marks else []
         results.write_text(report.wrapped("\n".join(parts)))
         print("bench: wrote benches/RESULTS.md", file=sys.stderr)
         return

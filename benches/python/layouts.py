@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Any
 
 import documents
 import environments
+import report
 from targets import Record, Verdict, anonymous_mb, bootstrap, child, number, run, spread, table, verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -398,7 +400,7 @@ def peers_section(records: list[Record]) -> list[str]:
         for (peer, helpers), found in sorted(cells.items()):
             good = [one for one in found if "failed" not in one]
             if not good:
-                rows.append([peer, str(helpers), f"**failed**: {found[0]['failed']}", *[""] * 6])
+                rows.append([peer, str(helpers), f"**failed**: {found[0]['failed']}", *[""] * 5])
                 continue
             of = {name: [one[name] for one in good] for name in good[0] if isinstance(good[0][name], float)}
             worst[peer, helpers] = {name: median(values) for name, values in of.items()}
@@ -507,6 +509,7 @@ def main() -> None:
         records[part] = {
             "records": found, "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(began)),
             "load": [load, os.getloadavg()[0]], "quick": options.quick, "seconds": time.time() - began,
+            "commit": commit(),
         }  # fmt: skip
         kept.write_text(json.dumps(records))
     text = written(records)
@@ -516,22 +519,30 @@ def main() -> None:
         put(text)
 
 
+def commit() -> str:
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def written(records: dict[str, Any]) -> str:
     lines = [
         "## Layouts, further columns and packing", "",
         f"- {os.cpu_count()} cores; command: `make bench-layouts`. Ratios are medians of pairs of turns with their 95 %"
         " interval; other numbers are medians, with the range in parentheses.",
+        "- A load above the number of cores means that other programs ran meanwhile. Ratios and CPU seconds suffer"
+        " least from it, tokens per second most.",
     ]  # fmt: skip
     for part, what in records.items():
         lines.append(
-            f"- `{part}`: {what['date']}, {what['seconds']:.0f} s; load of the machine {what['load'][0]:.1f} before,"
-            f" {what['load'][1]:.1f} after" + ("; short runs (`--quick`)" if what["quick"] else "")
+            f"- `{part}`: {what['date']}, commit {what['commit']}, {what['seconds']:.0f} s; load of the machine"
+            f" {what['load'][0]:.1f} before, {what['load'][1]:.1f} after"
+            + ("; short runs (`--quick`)" if what["quick"] else "")
         )
     lines.append("")
     for part in PARTS:
         if part in records:
             lines += PARTS[part][1](records[part]["records"])
-    return "\n".join(lines).rstrip() + "\n"
+    return report.wrapped("\n".join(lines)).rstrip() + "\n"
 
 
 def put(text: str) -> None:
