@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SEQUENCES = 400
 #: The pages, each with the number of programs that it shows.
-PAGES = {"README.md": 2, "docs/layouts.md": 1, "docs/runs.md": 3, "docs/torch.md": 3}
+PAGES = {"README.md": 2, "docs/formats.md": 2, "docs/layouts.md": 1, "docs/runs.md": 3, "docs/torch.md": 3}
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -14,7 +15,9 @@ import numpy.typing as npt
 
 from forebay import _core
 from forebay._errors import ClosedError, ConfigError
+from forebay._formats import Format, NumPy, format_of
 from forebay._split import Consumer, Split
+from forebay._transform import Taken, Transform, Transformed, default_threads, transformed
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 #: Ranges of positions: ``(start, end)`` in epoch 0, or ``(epoch, start, end)``.
@@ -75,6 +78,13 @@ def tell(level: str, text: str) -> None:
     _logger.log(_LEVELS[level], "%s", text)
 
 
+class Handed:
+    """The position after the batches that were handed over. Batches that are ahead do not count."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+
 class Batches:
     """A pass over one or several epochs, which gives batches as dicts of NumPy arrays.
 
@@ -83,20 +93,39 @@ class Batches:
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader  # its end closes the pass
-        self._core = loader._open_core().iter(external=False)
+        self._core = core = loader._open_core().iter(external=False)
+        self._transformed: Transformed | None = None
+        if loader._transform is not None:
+            make = functools.partial(_taken, core, loader._format)
+            self._transformed = loader._transformed(make, core)
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Arrays:
+    def __next__(self) -> Any:
+        if self._transformed is not None:
+            found = self._transformed.take()
+            if found is None:
+                raise StopIteration
+            return found[1]
         batch = self._core.next()
         if batch is None:
             raise StopIteration
-        return _arrays(batch)
+        return self._loader._formatted(_arrays(batch))
 
     def close(self) -> None:
         """Ends the pass and its threads. Batches that were handed over stay valid."""
         self._core.close()
+        if self._transformed is not None:
+            self._transformed.close()
+
+
+def _taken(core: _core.Batches, format: Format | None) -> Taken | None:
+    batch = core.next()
+    if batch is None:
+        return None
+    arrays = _arrays(batch)
+    return Taken(batch.epoch, batch.step, arrays if format is None else format(arrays))
 
 
 def _arrays(batch: _core.Batch) -> Arrays:
@@ -104,11 +133,6 @@ def _arrays(batch: _core.Batch) -> Arrays:
     if batch.max_seqlen is not None:
         arrays["max_seqlen"] = batch.max_seqlen
     return arrays
-
-
-def _take_part(part: _core.Parts) -> Arrays | None:
-    batch = part.next()
-    return None if batch is None else _arrays(batch)
 
 
 class Loader:
@@ -125,6 +149,10 @@ class Loader:
       ``FOREBAY_CONFIG`` names.
     - Ranks come from the same places, or from the launcher.
     - All others have their defaults.
+
+    ``transform`` is a function that takes a batch and returns another. It runs on
+    ``transform_threads`` Python threads of its own, between the loader and the consumer. Batches
+    stay in order.
 
     ``Loader.config`` and ``Loader.origins`` show the result. ``Loader.from_env`` takes every
     setting from the environment.
@@ -264,6 +292,10 @@ class Loader:
     input_dtype:
         Type of delivered input ids. Labels are always int64. Default: int64. Accepted: `int64` or
         `int32`.
+    batch_format:
+        Names, shapes and types of the arrays of a batch, as a trainer takes them. It decides
+        `targets` if you do not set it. `none` gives the arrays that `targets` names. Default: none.
+        Accepted: `hf`, `hf-packed`, `titan`, `megatron`, `olmo`, `xy` or `jax`, or `none`.
     sample_ids:
         Adds the place of each row to the batch: `source` and `sample_index`, int64 of shape
         `(batch_size,)`, -1 for padding. Default: false.
@@ -279,6 +311,10 @@ class Loader:
         the same CPUs. Linux only. Default: 0. Accepted: an integer from 0 to 19.
     prefetch_batches:
         Batches computed ahead of the consumer. Default: 4. Accepted: an integer from 1 to 65536.
+    transform_threads:
+        Threads that run the function `transform` of a loader. `none` takes 1 where one thread at a
+        time runs Python, and else `num_threads`. Default: none. Accepted: an integer from 1 to
+        1024, or `none`.
     memory_budget:
         Memory for decoded blocks and batches in flight. Default: 512MiB. Accepted: a number of
         bytes, such as `512MiB` or `1GB`.
@@ -346,11 +382,13 @@ class Loader:
         pad_to_multiple: int | None = None,
         cu_seqlens_width: int | None = None,
         input_dtype: npt.DTypeLike | None = None,
+        batch_format: Literal["hf", "hf-packed", "titan", "megatron", "olmo", "xy", "jax"] | None = None,
         sample_ids: bool | None = None,
         num_threads: int | None = None,
         cpu_affinity: str | Iterable[int] | None = None,
         thread_priority: int | None = None,
         prefetch_batches: int | None = None,
+        transform_threads: int | None = None,
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
@@ -358,6 +396,7 @@ class Loader:
         pin_memory: bool | None = None,
         delivery_log: str | os.PathLike[str] | None = None,
         # settings: end
+        transform: Transform | None = None,
     ) -> None:
         settings = dict(
             # settings: values, from `make generate`
@@ -398,11 +437,13 @@ class Loader:
             pad_to_multiple=pad_to_multiple,
             cu_seqlens_width=cu_seqlens_width,
             input_dtype=input_dtype,
+            batch_format=batch_format,
             sample_ids=sample_ids,
             num_threads=num_threads,
             cpu_affinity=cpu_affinity,
             thread_priority=thread_priority,
             prefetch_batches=prefetch_batches,
+            transform_threads=transform_threads,
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
@@ -411,30 +452,35 @@ class Loader:
             delivery_log=delivery_log,
             # settings: end
         )
-        self._open(_core.Settings(settings), can_pin=False)
+        self._open(_core.Settings(settings), can_pin=False, transform=transform)
 
-    def _open(self, settings: _core.Settings, can_pin: bool) -> None:
+    def _open(self, settings: _core.Settings, can_pin: bool, transform: Transform | None) -> None:
+        if transform is not None and not callable(transform):
+            raise TypeError(f"`transform` must be a function of a batch, found {type(transform).__name__}")
         self._settings = settings
+        self._transform = transform
+        self._handed: Handed | None = None
         self._closed = False
         self._split: Split[Any] | None = None
         rank = settings.values()["dp_rank"]
         log_notes(settings.warnings, settings.notes, rank)
         self._core: _core.Loader = _core.Loader.open(settings, can_pin)
         log_notes(self._core.warnings(), [], rank)
+        self._format = format_of(self._core.config(), NumPy())
 
     @classmethod
-    def _of(cls, settings: _core.Settings, can_pin: bool = False) -> Self:
+    def _of(cls, settings: _core.Settings, can_pin: bool = False, transform: Transform | None = None) -> Self:
         loader = cls.__new__(cls)
-        loader._open(settings, can_pin)
+        loader._open(settings, can_pin, transform)
         return loader
 
     @classmethod
-    def from_env(cls, data: Data | None = None, **settings: Any) -> Self:
+    def from_env(cls, data: Data | None = None, *, transform: Transform | None = None, **settings: Any) -> Self:
         """Opens a loader. Every setting may come from the environment or the configuration file.
 
         The arguments win over both.
         """
-        return cls._of(_core.Settings({"data": data, **settings}, from_env=True))
+        return cls._of(_core.Settings({"data": data, **settings}, from_env=True), transform=transform)
 
     def _open_core(self) -> _core.Loader:
         if self._closed:
@@ -461,7 +507,10 @@ class Loader:
 
         A restored position of this epoch stays in force until a pass has continued it.
         """
+        before = self._core.state()
         self._core.set_epoch(epoch)
+        if self._core.state() != before:
+            self._handed = None
 
     def seek(self, position: int, epoch: int | None = None) -> None:
         """Lets the next pass begin at `position` of `epoch`, by default the present epoch.
@@ -470,6 +519,7 @@ class Loader:
         ConfigError if the epoch has fewer positions.
         """
         self._core.seek(position, epoch)
+        self._handed = None
         if self._split is not None:
             self._split.restored()
 
@@ -486,7 +536,9 @@ class Loader:
 
         It is a flat dict of ints and strings, equal on all ranks.
         """
-        return dict(self._core.state()) if self._split is None else self._split.state()
+        if self._split is not None:
+            return self._split.state()
+        return dict(self._core.state() if self._handed is None else self._handed.state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Lets the next pass continue at a position that ``state_dict`` returned.
@@ -504,6 +556,7 @@ class Loader:
             raise TypeError(f"a state is a dict, as `state_dict()` gives it; found {type(state_dict).__name__}")
         if state_dict:
             self._core.load_state(list(state_dict.items()))
+            self._handed = None
             if self._split is not None:
                 self._split.restored()
 
@@ -551,10 +604,46 @@ class Loader:
     ) -> Arrays:
         """Returns the batch that a rank gets at a step of the pass that begins with `epoch`.
 
-        The defaults are this loader's epoch and ranks. Raises ConfigError if the pass has fewer
-        steps.
+        The defaults are this loader's epoch and ranks. `transform` does not run on it. Raises
+        ConfigError if the pass has fewer steps.
         """
-        return _arrays(self._open_core().batch_at(step, epoch, rank, world_size))
+        batch: Arrays = self._formatted(_arrays(self._open_core().batch_at(step, epoch, rank, world_size)))
+        return batch
+
+    def _transformed(self, take: Callable[[], Taken | None], core: _core.Batches) -> Transformed:
+        """Makes the threads of a new pass, which run `transform` on the batches of `take`.
+
+        The position of the loader becomes the position of the batches that were handed over.
+        """
+        assert self._transform is not None
+        config = self._core.config()
+        handed = Handed(None)
+
+        def begins(state: Any) -> None:
+            handed.state = state
+            self._handed = handed
+
+        def hands_over(state: Any) -> None:
+            handed.state = state
+
+        def fails() -> None:
+            # The next pass continues at the batch that failed.
+            if self._handed is handed:
+                self._core.load_state(handed.state)
+
+        return Transformed(
+            take,
+            self._transform,
+            config["transform_threads"] or default_threads(config["num_threads"]),
+            state=self._core.state,
+            close=core.close,
+            begins=begins,
+            handed=hands_over,
+            failed=fails,
+        )
+
+    def _formatted(self, arrays: Arrays) -> Any:
+        return arrays if self._format is None else self._format(arrays)
 
     def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Arrays]]:
         """Shares this loader among `count` consumers, one per thread.
@@ -574,9 +663,17 @@ class Loader:
             Rows cannot be dealt out evenly: `batch_size` is not a multiple of `count`, or a last
             batch may be short.
         """
-        split = Split(self, self._open_core().split(count, ahead, False), count, _take_part)
+        split = Split(self, self._open_core().split(count, ahead, False), count, self._take_part)
         self._split = split
         return split.consumers
+
+    def _take_part(self, part: _core.Parts) -> Any:
+        batch = part.next()
+        if batch is None:
+            return None
+        made = self._formatted(_arrays(batch))
+        # A consumer of a part has a thread of its own already.
+        return made if self._transform is None else transformed(self._transform, Taken(batch.epoch, batch.step, made))
 
     def stats(self) -> dict[str, Any]:
         """Returns counters since the loader was opened. Times are in seconds."""
@@ -600,7 +697,7 @@ class Loader:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (type(self), *self._settings.arguments(), self.state_dict())
+        return _reopen, (type(self), *self._settings.arguments(), self.state_dict(), self._transform)
 
     def __repr__(self) -> str:
         # Debuggers and test runners show an object even if its constructor failed.
@@ -622,8 +719,10 @@ def finite(count: int | None) -> int:
     return count
 
 
-def _reopen(kind: type[Loader], given: dict[str, Any], from_env: bool, state: Mapping[str, Any]) -> Loader:
+def _reopen(
+    kind: type[Loader], given: dict[str, Any], from_env: bool, state: Mapping[str, Any], transform: Transform | None
+) -> Loader:
     # The first loader was opened with these settings, page-locked memory included.
-    loader = kind._of(_core.Settings(given, from_env), can_pin=True)
+    loader = kind._of(_core.Settings(given, from_env), can_pin=True, transform=transform)
     loader.load_state_dict(state)
     return loader

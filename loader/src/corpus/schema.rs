@@ -101,6 +101,12 @@ fn rule_of(name: &str, ignore_index: i64) -> Rule {
     *rules.iter().find(|rule| rule.names.contains(&name)).unwrap_or(&rules[rules.len() - 1])
 }
 
+/// Whether the column `name` only tells which tokens are targets or padding.
+pub fn is_label_or_mask(name: &str) -> bool {
+    let masks = ["labels", "loss_mask", "completion_mask", "assistant_masks", "attention_mask"];
+    masks.contains(&name)
+}
+
 /// A per-token column that is delivered beside the tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SchemaField {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::sources::{CorpusSource, CorpusSources};
 use crate::corpus::Corpus;
-use crate::corpus::schema::SchemaField;
+use crate::corpus::schema::{SchemaField, is_label_or_mask};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Access, OpenOptions};
 use crate::layout::{self, Layout, LayoutSettings, Lengths, Stream, WINDOW_TOKENS};
@@ -99,7 +99,7 @@ impl Opened {
             // A state compares these settings by the result of opening. Here their own values are
             // compared.
             let is_of_opening = matches!(setting.compared(), Some(Compared::AsOpened | Compared::ByCorpus(..)));
-            let is_shared = is_of_opening || setting.name == "memory_budget";
+            let is_shared = is_of_opening || ["memory_budget", "batch_format"].contains(&setting.name);
             if is_shared && setting.value(config) != setting.value(&self.config) {
                 differences.push(format!("another `{}`", setting.name));
             }
@@ -178,7 +178,21 @@ fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Vec<Schema
     let field = |(index, name): (usize, &String)| {
         SchemaField::of(name, config.ignore_index, &stored(index).collect::<Vec<_>>())
     };
-    config.fields.iter().enumerate().map(field).collect()
+    let mut schema = config.fields.iter().enumerate().map(field).collect::<Result<Vec<_>>>()?;
+    if let Some(format) = config.batch_format.filter(|format| !format.has_room()) {
+        if let Some(field) = schema.iter().find(|field| !is_label_or_mask(field.name)) {
+            return Err(Error::config(format!(
+                "`batch_format` = {} has no place for the column `{}`: leave it out, or choose another format",
+                format.name(),
+                field.name
+            )));
+        }
+    }
+    if config.has_attention_mask() && schema.iter().all(|field| field.name != "attention_mask") {
+        // No source has the column, so that it is 1 at every token.
+        schema.push(SchemaField::of("attention_mask", config.ignore_index, &[])?);
+    }
+    Ok(schema)
 }
 
 /// In layouts that need document lengths, these may take `memory_budget` divided by this number.

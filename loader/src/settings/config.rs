@@ -103,6 +103,41 @@ choices! {
 }
 
 choices! {
+    /// A trainer's names, shapes and types for the arrays of a batch.
+    BatchFormat {
+        /// Models and trainers of Hugging Face, with rows.
+        Hf = "hf",
+        /// The same, with all rows of a batch joined, for attention inside documents.
+        HfPacked = "hf-packed",
+        /// torchtitan.
+        Titan = "titan",
+        /// Megatron-LM.
+        Megatron = "megatron",
+        /// OLMo-core.
+        Olmo = "olmo",
+        /// A pair of inputs and targets, as in nanoGPT.
+        Xy = "xy",
+        /// MaxText, and other trainers of the T5X family.
+        Jax = "jax",
+    }
+}
+
+impl BatchFormat {
+    /// The targets that the trainer takes. It shifts `labels` itself.
+    pub const fn targets(self) -> Targets {
+        match self {
+            Self::Hf | Self::HfPacked | Self::Olmo => Targets::Labels,
+            Self::Titan | Self::Megatron | Self::Xy | Self::Jax => Targets::Shifted,
+        }
+    }
+
+    /// Whether a batch has room for arrays of other names than the trainer's.
+    pub const fn has_room(self) -> bool {
+        !matches!(self, Self::Titan | Self::Xy)
+    }
+}
+
+choices! {
     /// Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or
     /// global batch.
     Remainder {
@@ -202,6 +237,7 @@ impl Config {
             check(rank < size, &|| format!("`dp_rank` must be below `dp_world_size`: found rank {rank} of {size}"));
         }
         self.check_layout(&mut faults);
+        self.check_batch_format(&mut faults);
         if faults.is_empty() { Ok(()) } else { Err(Error::all(faults)) }
     }
 
@@ -252,6 +288,38 @@ impl Config {
             layout.joins() || self.row_tokens() < 1 << 32,
             format!("`seq_len` = {} is too large for `layout` = {}", self.seq_len, layout.name()),
         );
+    }
+
+    /// Checks that batches can have the format that is asked for.
+    fn check_batch_format(&self, faults: &mut Vec<Error>) {
+        let Some(format) = self.batch_format else { return };
+        let mut check = |holds: bool, text: &str| {
+            if !holds {
+                faults.push(Error::config(format!("`batch_format` = {} {text}", format.name())));
+            }
+        };
+        check(
+            format.targets() == Targets::Shifted || self.targets == Targets::Labels,
+            "takes labels at the places of their tokens: set `targets` = labels, or leave it out",
+        );
+        check(
+            format != BatchFormat::HfPacked || self.has_boundaries(),
+            "needs the starts of documents: set `layout` = pack, or `boundaries` = true",
+        );
+        check(
+            format.has_room() || !self.sample_ids,
+            "has no place for `sample_ids`: leave it out, or choose another format",
+        );
+    }
+
+    /// Whether a batch tells by `attention_mask` which places hold a token.
+    pub(crate) fn has_attention_mask(&self) -> bool {
+        match self.batch_format {
+            // Where a row has several documents, an attention mask would hide their borders.
+            Some(BatchFormat::Hf) => !self.has_boundaries() || self.layout == LayoutKind::Pad,
+            Some(BatchFormat::Jax) => !self.has_boundaries(),
+            _ => false,
+        }
     }
 
     /// Whether batches show the starts of documents.

@@ -19,7 +19,9 @@ pub(crate) mod suggest;
 mod table;
 mod values;
 
-pub use config::{Config, DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets};
+pub use config::{
+    BatchFormat, Config, DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets,
+};
 pub use framework::{Framework, MeshDimension, ProcessGroup, Sampler};
 pub use ranks::default_threads;
 pub use reference::markdown;

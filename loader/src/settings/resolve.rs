@@ -172,6 +172,10 @@ where
         origins.insert("remainder", origin.to_owned());
         implied.push("remainder");
     }
+    if let Some(format) = config.batch_format.filter(|_| !origins.contains_key("targets")) {
+        config.targets = format.targets();
+        origins.insert("targets", format!("`batch_format` = {}", format.name()));
+    }
     if config.num_threads.is_none() {
         let (count, arithmetic) = ranks::threads(env, cpus, &mut warnings);
         config.num_threads = Some(count);

@@ -13,7 +13,9 @@
 //! `Content` settings say how a state compares them ([`Compared`]). Forms hold the accepted range
 //! or choices ([`super::forms`]). Checks of several settings together stand in [`super::config`].
 
-use super::config::{DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets};
+use super::config::{
+    BatchFormat, DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets,
+};
 use super::forms::{
     Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
     bytes, column, few_tokens, folder, number, signed_number, token_id, tokens,
@@ -196,6 +198,11 @@ settings! {
     input_dtype: Dtype = Dtype::I64,
         Grouping, IdDtype, [TokenDataset];
 
+    /// Names, shapes and types of the arrays of a batch, as a trainer takes them. It decides
+    /// `targets` if you do not set it. `none` gives the arrays that `targets` names.
+    batch_format: Option<BatchFormat> = None,
+        Grouping, Optional(Name), [DataLoader];
+
     /// Adds the place of each row to the batch: `source` and `sample_index`, int64 of shape
     /// `(batch_size,)`, -1 for padding.
     sample_ids: bool = false,
@@ -219,6 +226,11 @@ settings! {
     /// Batches computed ahead of the consumer.
     prefetch_batches: u64 = 4,
         Operational, number(1, 1 << 16), [DataLoader];
+
+    /// Threads that run the function `transform` of a loader. `none` takes 1 where one thread at a
+    /// time runs Python, and else `num_threads`.
+    transform_threads: Option<u64> = None,
+        Operational, Optional(number(1, 1024)), [DataLoader];
 
     /// Memory for decoded blocks and batches in flight.
     memory_budget: u64 = 512 << 20,

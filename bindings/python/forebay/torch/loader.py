@@ -21,6 +21,7 @@ from forebay import _core
 from forebay._errors import ConfigError
 from forebay._loader import Data, Loader, Skip, first_time
 from forebay._split import Consumer, Split
+from forebay._transform import Transform
 from forebay.torch.any_dataset.iterator import DatasetIterator
 from forebay.torch.any_dataset.order import State, is_plain
 from forebay.torch.any_dataset.state import Failed, Resume
@@ -70,6 +71,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         A ``torch.distributed.device_mesh.DeviceMesh``. Only ranks that differ in its data-parallel
         dimensions read different rows. These are the dimensions named ``dp``, ``dp_replicate``,
         ``dp_shard``, ``fsdp``, ``ddp`` or ``data``, or its only dimension. Default: None.
+    transform:
+        A function that takes a batch and returns another. It runs on `transform_threads` Python
+        threads of its own, between the loader and the consumer. Batches stay in order. With
+        `device`, it runs before the copy. Default: None.
     device:
         A CUDA device. Batches are copied to it on a stream of their own, and are safe to use on the
         current stream. It implies ``pin_memory``. Default: None, which leaves batches in host
@@ -123,6 +128,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
     pad_id:
         Id that fills padded rows. Their labels are `ignore_index`. Default: 0. Accepted: an id
         below 2^31.
+    batch_format:
+        Names, shapes and types of the arrays of a batch, as a trainer takes them. It decides
+        `targets` if you do not set it. `none` gives the arrays that `targets` names. Default: none.
+        Accepted: `hf`, `hf-packed`, `titan`, `megatron`, `olmo`, `xy` or `jax`, or `none`.
     sample_ids:
         Adds the place of each row to the batch: `source` and `sample_index`, int64 of shape
         `(batch_size,)`, -1 for padding. Default: false.
@@ -138,6 +147,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         the same CPUs. Linux only. Default: 0. Accepted: an integer from 0 to 19.
     prefetch_batches:
         Batches computed ahead of the consumer. Default: 4. Accepted: an integer from 1 to 65536.
+    transform_threads:
+        Threads that run the function `transform` of a loader. `none` takes 1 where one thread at a
+        time runs Python, and else `num_threads`. Default: none. Accepted: an integer from 1 to
+        1024, or `none`.
     memory_budget:
         Memory for decoded blocks and batches in flight. Default: 512MiB. Accepted: a number of
         bytes, such as `512MiB` or `1GB`.
@@ -198,17 +211,20 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         max_steps: int | None = None,
         remainder: Literal["drop", "pad", "wrap", "short"] | None = None,
         pad_id: int | None = None,
+        batch_format: Literal["hf", "hf-packed", "titan", "megatron", "olmo", "xy", "jax"] | None = None,
         sample_ids: bool | None = None,
         num_threads: int | None = None,
         cpu_affinity: str | Iterable[int] | None = None,
         thread_priority: int | None = None,
         prefetch_batches: int | None = None,
+        transform_threads: int | None = None,
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         delivery_log: str | os.PathLike[str] | None = None,
         # settings: end
+        transform: Transform | None = None,
         device: str | torch.device | None = None,
         device_prefetch: int = 2,
         _allocator: Callable[[int], torch.Tensor] | None = None,
@@ -245,11 +261,13 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             max_steps=max_steps,
             remainder=remainder,
             pad_id=pad_id,
+            batch_format=batch_format,
             sample_ids=sample_ids,
             num_threads=num_threads,
             cpu_affinity=cpu_affinity,
             thread_priority=thread_priority,
             prefetch_batches=prefetch_batches,
+            transform_threads=transform_threads,
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
@@ -266,7 +284,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         )
         self._native: Native | None = None
         if not native:
-            given = [name for name, value in settings.items() if value is not None]
+            given = [name for name, value in (settings | {"transform": transform}).items() if value is not None]
             if given or shuffle not in (None, True, False):
                 given = given or [f"shuffle={shuffle}"]
                 raise ConfigError(
@@ -321,7 +339,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
                 allocator = pinned
             elif first_time(_UNPINNED):
                 warnings.warn(_UNPINNED, stacklevel=2)
-        loader = Loader._of(resolved, can_pin=True)
+        loader = Loader._of(resolved, can_pin=True, transform=transform)
         self._native = Native(loader, allocator, timeout or None, sampler)
         self.dataset = Rows(loader, dataset)  # type: ignore[assignment]
         self.batch_size = batch_size
@@ -540,12 +558,15 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
 
     def batch_at(
         self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
-    ) -> Tensors:
+    ) -> Any:
         """Returns the batch that a rank gets at a step of the pass that begins with `epoch`.
 
-        The defaults are this loader's epoch and ranks. Native loaders only.
+        The defaults are this loader's epoch and ranks. `transform` does not run on it. Native
+        loaders only.
         """
-        return tensors_of(self._loader._open_core().batch_at(step, epoch, rank, world_size))
+        batch = tensors_of(self._loader._open_core().batch_at(step, epoch, rank, world_size))
+        form = None if self._native is None else self._native.format
+        return batch if form is None else form(batch)
 
     @property
     def epoch(self) -> int:

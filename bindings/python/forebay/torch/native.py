@@ -14,11 +14,13 @@ from torch.utils.data import IterableDataset
 from torch.utils.data._utils import worker as torch_worker
 
 from forebay import _core
+from forebay._formats import Format, format_of
 from forebay._loader import Loader, finite
+from forebay._transform import Taken, Transformed, transformed
 from forebay.torch.dataset import TokenDataset
 from forebay.torch.device import Ahead
 from forebay.torch.pinned import Memory, views
-from forebay.torch.tensors import NATIVE, Tensors, row_of, tensors_of
+from forebay.torch.tensors import NATIVE, Tensors, Torch, row_of, tensors_of
 
 #: Makes the copier of a new pass to the device from the function that takes its next batch. None
 #: means host memory.
@@ -34,6 +36,7 @@ class Native:
         self.loader = loader
         self.allocator = allocator
         self.limit_s = limit_s
+        self.format = format_of(loader.config, Torch())
         self._sampler = sampler
         self._sampler_epoch = getattr(sampler, "epoch", None)
 
@@ -46,7 +49,7 @@ class Native:
             self._sampler_epoch = epoch
             self.loader.set_epoch(epoch)
 
-    def take_part(self, part: _core.Parts) -> Tensors | None:
+    def take_part(self, part: _core.Parts) -> Any:
         """Returns the next rows of a consumer of the split loader, or None at the end."""
         if self.allocator is not None:
             # Steps that can fail come before a batch is taken.
@@ -60,9 +63,11 @@ class Native:
         if batch is None:
             return None
         buffer = batch.owner
-        if buffer is None:
-            return tensors_of(batch)
-        return views(buffer, batch)
+        tensors = tensors_of(batch) if buffer is None else views(buffer, batch)
+        made = tensors if self.format is None else self.format(tensors)
+        transform = self.loader._transform
+        # A consumer of a part has a thread of its own already.
+        return made if transform is None else transformed(transform, Taken(batch.epoch, batch.step, made))
 
     def close(self) -> None:
         """Stops every pass. Batches that were handed over stay valid."""
@@ -107,9 +112,21 @@ class Rows(IterableDataset[Tensors]):
         self._loader.set_epoch(epoch)
 
 
-def _made_here(core: _core.Batches, limit_s: float | None) -> tuple[int, Tensors] | None:
+def _made_here(core: _core.Batches, limit_s: float | None) -> Taken | None:
     batch = core.next(limit_s)
-    return None if batch is None else (batch.step, tensors_of(batch))
+    return None if batch is None else Taken(batch.epoch, batch.step, tensors_of(batch))
+
+
+def _formatted(
+    take: Callable[[float | None], Taken | None], form: Format | None, limit_s: float | None = None
+) -> Taken | None:
+    found = take(limit_s)
+    return found if found is None or form is None else found._replace(batch=form(found.batch))
+
+
+def _with_step(take: Callable[[float | None], Taken | None], limit_s: float | None) -> tuple[int, Any] | None:
+    found = take(limit_s)
+    return None if found is None else (found.step, found.batch)
 
 
 class NativeIterator:
@@ -122,13 +139,15 @@ class NativeIterator:
         self._core = core.iter(external=native.allocator is not None)
         self._steps = core.len
         self._memory = None if native.allocator is None else Memory(self._core, native.allocator)
+        take = functools.partial(_made_here, self._core) if self._memory is None else self._memory.take
+        take = functools.partial(_formatted, take, native.format)
         #: Returns step and tensors of the next batch in host memory, or None at the end.
-        self._take_on_host: Callable[[float | None], tuple[int, Tensors] | None] = functools.partial(
-            _made_here, self._core
-        )
-        if self._memory is not None:
-            self._take_on_host = self._memory.take
-        elif NATIVE is not None:
+        self._take_on_host: Callable[[float | None], tuple[int, Any] | None] = functools.partial(_with_step, take)
+        self._transformed: Transformed | None = None
+        if native.loader._transform is not None:
+            self._transformed = native.loader._transformed(take, self._core)
+            self._take_on_host = self._transformed.take
+        elif self._memory is None and native.format is None and NATIVE is not None:
             self._take_on_host = functools.partial(self._core.next_tensors, NATIVE)
         self._ahead = ahead_of(self._take_on_host)
         self._take = self._take_on_host if self._ahead is None else self._ahead.take
@@ -156,7 +175,7 @@ class NativeIterator:
                 self._gradient_state._add_dataloader(owner)
             self._begun = True
 
-    def __next__(self) -> Tensors:
+    def __next__(self) -> Any:
         # The label costs as much as handing over a small batch. It is made only for an active
         # profiler.
         if not _profiler_enabled():
@@ -164,7 +183,7 @@ class NativeIterator:
         with torch.autograd.profiler.record_function("enumerate(DataLoader)#NativeIterator.__next__"):
             return self._next()
 
-    def _next(self) -> Tensors:
+    def _next(self) -> Any:
         if not self._begun:
             self._begin()
         limit_s = self._native.limit_s
@@ -193,6 +212,8 @@ class NativeIterator:
         """Ends the pass and its threads."""
         self._leave()
         self._core.close()
+        if self._transformed is not None:
+            self._transformed.close()
         if self._ahead is not None:
             self._ahead.close()
         if self._memory is not None:

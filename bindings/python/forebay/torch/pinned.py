@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from forebay import _core
+from forebay._transform import Taken
 from forebay.torch.tensors import Tensors
 
 
@@ -34,8 +35,8 @@ class Memory:
         self._takers = 0
         self._ended = False
 
-    def take(self, limit_s: float | None) -> tuple[int, Tensors] | None:
-        """Returns step and tensors of the next batch, or None at the end."""
+    def take(self, limit_s: float | None) -> Taken | None:
+        """Returns the next batch, or None at the end."""
         with self._lock:
             # Steps that can fail come before a batch is taken. A failure after that would lose the
             # batch.
@@ -48,7 +49,7 @@ class Memory:
                 self._ended = True
                 return None
             buffer = self._buffers.pop(batch.address)
-            return batch.step, views(buffer, batch)
+            return Taken(batch.epoch, batch.step, views(buffer, batch))
         finally:
             with self._lock:
                 self._takers -= 1

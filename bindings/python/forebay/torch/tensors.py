@@ -30,6 +30,28 @@ def tensors_of(batch: _core.Batch) -> Tensors:
     return tensors
 
 
+class Torch:
+    """torch as a ``Library`` of formats."""
+
+    def cast(self, array: torch.Tensor, dtype: str) -> torch.Tensor:
+        return array.to(getattr(torch, dtype))
+
+    def positions(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.arange(like.shape[1]).repeat(like.shape[0], 1)
+
+    def fill(self, array: torch.Tensor, where: torch.Tensor, value: int) -> None:
+        array.masked_fill_(where, value)
+
+    def copy(self, array: torch.Tensor) -> torch.Tensor:
+        return array.clone()
+
+    def to_host(self, array: torch.Tensor) -> Any:
+        return array.numpy()
+
+    def of_host(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array)
+
+
 def row_of(batch: Tensors, row: int) -> Tensors:
     """Returns the arrays of one row. Facts about the whole batch are left out."""
     return {name: array[row] for name, array in batch.items() if name not in ("cu_seqlens", "max_seqlen")}
