@@ -135,9 +135,9 @@ def trainers(lane: Lane, *groups: str) -> None:
     trainer fails the lane.
     """
     everything = "trainers-more" in groups
-    names = ("trainers", "adapters", "packed_models")
+    names = ("trainers", "adapters", "packed_models", "format_consumers")
     files = tuple(f"tests/python/test_{name}.py" for name in names)
-    chosen = () if everything else ("-k", "not ray and not deepspeed and not jax")
+    chosen = () if everything else ("-k", "not ray and not deepspeed and not jax and not trl")
     if set_up(lane, "venv", ".venv-trainers", *groups) and set_up(lane, "wheel", ".venv-trainers"):
         run(lane, ".venv-trainers/bin/python", "-m", "pytest", *files, "-q", "-ra", *chosen)
         if lane.counts["skipped"]:

@@ -64,7 +64,8 @@ def expected(name: str, batch: dict[str, Any], real: list[list[int]], *, layout:
         flat = {key: [joined(rows)] if isinstance(rows[0], list) else rows for key, rows in arrays.items()}
         borders, longest = batch["cu_seqlens"], batch["max_seqlen"]
         lengths = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
-        return {**flat, **lengths, "max_length_q": longest, "max_length_k": longest}
+        number = [at for at, (start, end) in enumerate(pairwise(borders)) for _ in range(start, end)]
+        return {**flat, **lengths, "max_length_q": longest, "max_length_k": longest, "seq_idx": [number]}
     if name == "titan":
         return {"input": joined(ids), "positions": joined(positions)}, joined(labels)
     if name == "xy":
@@ -110,7 +111,7 @@ DTYPES: dict[str, dict[str, str]] = {
     "hf": {"input_ids": "int64", "labels": "int64", "attention_mask": "int64", "position_ids": "int64"},
     "hf-packed": {
         "input_ids": "int64", "labels": "int64", "position_ids": "int64", "cu_seq_lens_q": "int32",
-        "cu_seq_lens_k": "int32",
+        "cu_seq_lens_k": "int32", "seq_idx": "int32",
     },
     "megatron": {
         "tokens": "int64", "labels": "int64", "loss_mask": "float32", "position_ids": "int64", "cu_seqlens": "int32",

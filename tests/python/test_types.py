@@ -55,12 +55,79 @@ def place(error: ForebayError) -> str:
     return str(isinstance(error, (ConfigError, NotFoundError, StateMismatchError)))
 '''
 
+#: The types of batches.
+TYPED = """
+from typing import assert_type
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from forebay import Loader
+from forebay.batches import HfBatch
+from forebay.torch import DataLoader, TokenDataset
+
+Longs = npt.NDArray[np.int64]
+
+
+def step(batch: HfBatch) -> int:
+    return batch["input_ids"].size
+
+
+def count(batch: HfBatch) -> tuple[HfBatch, int]:
+    return batch, step(batch)
+
+
+for a in Loader("corpus"):
+    assert_type(a["labels"], Longs)
+for b in Loader("corpus", targets="shifted", seq_len=8):
+    assert_type(b["y"], Longs)
+for c in Loader("corpus", batch_format="hf"):
+    assert_type(c["labels"], Longs)
+    step(c)
+for d in Loader("corpus", batch_format="hf-packed", layout="pack"):
+    assert_type(d["max_length_q"], int)
+for inputs, labels in Loader("corpus", batch_format="titan"):
+    assert_type(inputs["positions"], Longs)
+    assert_type(labels, Longs)
+for e in Loader("corpus", batch_format="megatron"):
+    assert_type(e["loss_mask"], npt.NDArray[np.float32])
+for f in Loader("corpus", batch_format="olmo"):
+    assert_type(f["label_mask"], npt.NDArray[np.bool_])
+for x, y in Loader("corpus", batch_format="xy"):
+    assert_type(y, Longs)
+for g in Loader("corpus", batch_format="jax"):
+    assert_type(g["targets"], npt.NDArray[np.int32])
+for h in Loader("corpus", fields=["score"]):
+    h["score"]
+for i in Loader("corpus", batch_format="hf", transform=count):
+    assert_type(i[1], int)
+assert_type(Loader("corpus", batch_format="hf").batch_at(0)["labels"], Longs)
+for part in Loader("corpus", batch_format="hf").split(2):
+    for j in part:
+        assert_type(j["labels"], Longs)
+dataset = TokenDataset("corpus", layout="pack")
+for k in DataLoader(dataset, 8, True, batch_format="hf", num_workers=2):
+    assert_type(k["input_ids"], torch.Tensor)
+for l in DataLoader(dataset, batch_size=8, batch_format="hf-packed"):
+    assert_type(l["max_length_k"], int)
+for m, n in DataLoader(dataset, batch_size=8, batch_format="xy"):
+    assert_type(n, torch.Tensor)
+for o in DataLoader(dataset, batch_size=8, transform=len):
+    assert_type(o, int)
+passes = iter(DataLoader(dataset))
+assert_type(next(passes)["labels"], torch.Tensor)
+passes.close()
+"""
+
 WRONG = """
 from forebay import Loader
 
 Loader("corpus", seq_len="long")
 Loader("corpus", sequence_length=3)
 Loader("corpus").num_sequenses
+for batch in Loader("corpus", batch_format="hf"):
+    batch["input_idz"]
 """
 
 
@@ -80,11 +147,20 @@ def test_a_strict_program_checks(tmp_path: Path) -> None:
 
 
 @needs_mypy
+def test_batches_have_the_types_of_their_format(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="types of tensors")
+    path = tmp_path / "typed.py"
+    path.write_text(TYPED)
+    done = mypy(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_mypy
 def test_mistakes_are_found(tmp_path: Path) -> None:
     path = tmp_path / "wrong.py"
     path.write_text(WRONG)
     done = mypy(path)
-    for line in (4, 5, 6):
+    for line in (4, 5, 6, 8):
         assert f"wrong.py:{line}: error" in done.stdout, done.stdout
 
 

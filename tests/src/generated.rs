@@ -24,10 +24,15 @@ pub struct Part {
 const KEYWORDS: &str = "        # settings: keywords, from `make generate`\n";
 /// Begins the keywords in a call that passes them on.
 const VALUES: &str = "            # settings: values, from `make generate`\n";
+/// Begins the types of the keywords of `Loader`.
+const TYPES: &str = "    # settings: types, from `make generate`\n";
+/// Begins the types of the keywords of `forebay.torch.DataLoader`.
+const TORCH_TYPES: &str = "    # settings: torch types, from `make generate`\n";
 /// Ends a part of code.
 const END: &str = "# settings: end\n";
 
 const LOADER: &str = "bindings/python/forebay/_loader.py";
+const TYPED: &str = "bindings/python/forebay/_keywords.py";
 const DATASET: &str = "bindings/python/forebay/torch/dataset.py";
 const TORCH_LOADER: &str = "bindings/python/forebay/torch/loader.py";
 
@@ -47,6 +52,8 @@ pub const PARTS: &[Part] = &[
         end: "\n    Raises\n",
         text: || parameters(Taker::Loader),
     },
+    Part { file: TYPED, begin: TYPES, end: END, text: || types(Taker::Loader) },
+    Part { file: TYPED, begin: TORCH_TYPES, end: END, text: || types(Taker::DataLoader) },
     Part { file: DATASET, begin: KEYWORDS, end: END, text: || keywords(Taker::TokenDataset) },
     Part { file: DATASET, begin: VALUES, end: END, text: || values(Taker::TokenDataset) },
     Part {
@@ -125,6 +132,13 @@ fn keyword(setting: &Setting) -> String {
 fn keywords(taker: Taker) -> String {
     let after = |setting: &Setting| if setting.name == "data" { "        *,\n" } else { "" };
     taken(taker).map(|setting| keyword(setting) + after(setting)).collect()
+}
+
+/// The types of all keywords but those that decide the type of a batch.
+fn types(taker: Taker) -> String {
+    let decides = |setting: &&Setting| ["data", "fields", "targets", "batch_format"].contains(&setting.name);
+    let line = |setting: &Setting| format!("    {}: {} | None\n", setting.name, setting.python());
+    taken(taker).filter(|setting| !decides(setting)).map(line).collect()
 }
 
 fn values(taker: Taker) -> String {

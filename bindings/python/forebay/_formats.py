@@ -148,9 +148,18 @@ class Format:
         for name in ("attention_mask", "doc_ids"):
             batch.pop(name, None)
         made = {"input_ids": ids, "labels": labels, **batch}
-        made = {name: array.reshape(1, -1) if array.ndim == 2 else array for name, array in made.items()}
-        lengths = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
-        return made | lengths | {"max_length_q": longest, "max_length_k": longest}
+        for name, array in made.items():
+            if getattr(array, "ndim", 0) == 2:
+                made[name] = array.reshape(1, -1)
+        lengths = np.diff(self._library.to_host(borders))
+        numbers = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        return made | {
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "seq_idx": self._library.of_host(numbers).reshape(1, -1),
+        }
 
     def _titan(self, batch: Batch) -> tuple[Batch, Any]:
         inputs, labels = self._inputs_and_targets(batch, ahead=True)
@@ -225,7 +234,7 @@ _FORMATS: dict[str, tuple[Callable[[Format, Batch], Any], tuple[str, ...]]] = {
     "hf": (Format._hf, ("position_ids",)),
     "hf-packed": (
         Format._hf_packed,
-        ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+        ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
     ),
     "titan": (Format._titan, ()),
     "megatron": (

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,18 @@ from forebay._errors import ClosedError, ConfigError
 from forebay._formats import Format, NumPy, format_of
 from forebay._split import Consumer, Split
 from forebay._transform import Taken, Transform, Transformed, default_threads, transformed
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar, Unpack
+
+    from forebay import batches
+    from forebay._keywords import LoaderKeywords
+
+    B = TypeVar("B", default=batches.Batch)
+else:
+    from typing import TypeVar
+
+    B = TypeVar("B")
 
 Data = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 #: Ranges of positions: ``(start, end)`` in epoch 0, or ``(epoch, start, end)``.
@@ -85,13 +97,13 @@ class Handed:
         self.state = state
 
 
-class Batches:
+class Batches(Generic[B]):
     """A pass over one or several epochs, which gives batches as dicts of NumPy arrays.
 
     It begins at its first ``next()``. Several threads may take batches from it.
     """
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader[B]) -> None:
         self._loader = loader  # its end closes the pass
         self._core = core = loader._open_core().iter(external=False)
         self._transformed: Transformed | None = None
@@ -102,12 +114,12 @@ class Batches:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> B:
         if self._transformed is not None:
             found = self._transformed.take()
             if found is None:
                 raise StopIteration
-            return found[1]
+            return cast(B, found[1])
         batch = self._core.next()
         if batch is None:
             raise StopIteration
@@ -135,7 +147,7 @@ def _arrays(batch: _core.Batch) -> Arrays:
     return arrays
 
 
-class Loader:
+class Loader(Generic[B]):
     """Gives batches of token sequences from Parquet and Arrow shards.
 
     A batch is a dict of NumPy arrays of shape ``(batch_size, seq_len)``: ``input_ids`` and
@@ -341,6 +353,130 @@ class Loader:
         All faults that opening can find, listed together.
     """
 
+    if TYPE_CHECKING:
+        # The type of a batch follows from the settings that name its arrays.
+        @overload
+        def __init__(
+            self: Loader[batches.Batch],
+            data: Data | None = None,
+            *,
+            fields: None = None,
+            targets: Literal["labels"] | None = None,
+            batch_format: None = None,
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[batches.ShiftedBatch],
+            data: Data | None = None,
+            *,
+            fields: None = None,
+            targets: Literal["shifted"],
+            batch_format: None = None,
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[batches.HfBatch],
+            data: Data | None = None,
+            *,
+            fields: None = None,
+            targets: Literal["labels", "shifted"] | None = None,
+            batch_format: Literal["hf"],
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[batches.HfPackedBatch],
+            data: Data | None = None,
+            *,
+            fields: None = None,
+            targets: Literal["labels", "shifted"] | None = None,
+            batch_format: Literal["hf-packed"],
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[batches.TitanBatch],
+            data: Data | None = None,
+            *,
+            fields: None = None,
+            targets: Literal["labels", "shifted"] | None = None,
+            batch_format: Literal["titan"],
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[batches.MegatronBatch],
+            data: Data | None = None,
+            *,
+            fields: None = None,
+            targets: Literal["labels", "shifted"] | None = None,
+            batch_format: Literal["megatron"],
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[batches.OlmoBatch],
+            data: Data | None = None,
+            *,
+            fields: None = None,
+            targets: Literal["labels", "shifted"] | None = None,
+            batch_format: Literal["olmo"],
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[batches.XyBatch],
+            data: Data | None = None,
+            *,
+            fields: None = None,
+            targets: Literal["labels", "shifted"] | None = None,
+            batch_format: Literal["xy"],
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[batches.JaxBatch],
+            data: Data | None = None,
+            *,
+            fields: None = None,
+            targets: Literal["labels", "shifted"] | None = None,
+            batch_format: Literal["jax"],
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[dict[str, Any]],
+            data: Data | None = None,
+            *,
+            fields: Iterable[str] | None = None,
+            targets: Literal["labels", "shifted"] | None = None,
+            batch_format: Literal["hf", "hf-packed", "titan", "megatron", "olmo", "xy", "jax"] | None = None,
+            transform: None = None,
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: Loader[B],
+            data: Data | None = None,
+            *,
+            fields: Iterable[str] | None = None,
+            targets: Literal["labels", "shifted"] | None = None,
+            batch_format: Literal["hf", "hf-packed", "titan", "megatron", "olmo", "xy", "jax"] | None = None,
+            transform: Callable[[Any], B],
+            **settings: Unpack[LoaderKeywords],
+        ) -> None: ...
+
     def __init__(
         self,
         # settings: keywords, from `make generate`
@@ -487,7 +623,7 @@ class Loader:
             raise ClosedError("the loader was closed")
         return self._core
 
-    def __iter__(self) -> Batches:
+    def __iter__(self) -> Batches[B]:
         """Makes a new pass.
 
         The pass continues a restored position, begins the first epoch, or begins the next epoch. It
@@ -601,14 +737,13 @@ class Loader:
 
     def batch_at(
         self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
-    ) -> Arrays:
+    ) -> B:
         """Returns the batch that a rank gets at a step of the pass that begins with `epoch`.
 
         The defaults are this loader's epoch and ranks. `transform` does not run on it. Raises
         ConfigError if the pass has fewer steps.
         """
-        batch: Arrays = self._formatted(_arrays(self._open_core().batch_at(step, epoch, rank, world_size)))
-        return batch
+        return self._formatted(_arrays(self._open_core().batch_at(step, epoch, rank, world_size)))
 
     def _transformed(self, take: Callable[[], Taken | None], core: _core.Batches) -> Transformed:
         """Makes the threads of a new pass, which run `transform` on the batches of `take`.
@@ -642,10 +777,10 @@ class Loader:
             failed=fails,
         )
 
-    def _formatted(self, arrays: Arrays) -> Any:
-        return arrays if self._format is None else self._format(arrays)
+    def _formatted(self, arrays: Arrays) -> B:
+        return cast(B, arrays if self._format is None else self._format(arrays))
 
-    def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Arrays]]:
+    def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[B]]:
         """Shares this loader among `count` consumers, one per thread.
 
         The consumers share this loader's threads, files and decoded blocks. Each consumer is a rank
@@ -667,13 +802,15 @@ class Loader:
         self._split = split
         return split.consumers
 
-    def _take_part(self, part: _core.Parts) -> Any:
+    def _take_part(self, part: _core.Parts) -> B | None:
         batch = part.next()
         if batch is None:
             return None
         made = self._formatted(_arrays(batch))
         # A consumer of a part has a thread of its own already.
-        return made if self._transform is None else transformed(self._transform, Taken(batch.epoch, batch.step, made))
+        if self._transform is None:
+            return made
+        return cast(B, transformed(self._transform, Taken(batch.epoch, batch.step, made)))
 
     def stats(self) -> dict[str, Any]:
         """Returns counters since the loader was opened. Times are in seconds."""
@@ -720,8 +857,12 @@ def finite(count: int | None) -> int:
 
 
 def _reopen(
-    kind: type[Loader], given: dict[str, Any], from_env: bool, state: Mapping[str, Any], transform: Transform | None
-) -> Loader:
+    kind: type[Loader[Any]],
+    given: dict[str, Any],
+    from_env: bool,
+    state: Mapping[str, Any],
+    transform: Transform | None,
+) -> Loader[Any]:
     # The first loader was opened with these settings, page-locked memory included.
     loader = kind._of(_core.Settings(given, from_env), can_pin=True, transform=transform)
     loader.load_state_dict(state)

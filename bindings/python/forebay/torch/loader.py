@@ -11,7 +11,7 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, Self, SupportsFloat, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, SupportsIndex, TypeVar, cast, overload
 
 import torch
 import torch.utils.data
@@ -32,6 +32,12 @@ from forebay.torch.native import Native, NativeIterator, Rows
 from forebay.torch.pinned import pinned
 from forebay.torch.ranks import dimensions_of, process_group, sampler_facts
 from forebay.torch.tensors import Tensors, tensors_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from forebay.torch import batches
+    from forebay.torch.keywords import TorchKeywords
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -174,9 +180,104 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         A setting cannot be used, or the launcher's rank differs from the rank of torch.distributed.
     """
 
+    if TYPE_CHECKING:
+        # The type of a batch follows from its format.
+        @overload
+        def __init__(
+            self: DataLoader[batches.HfPackedTensors],
+            dataset: TokenDataset,
+            batch_size: int = 1,
+            shuffle: bool | Literal["global", "block"] | None = None,
+            *,
+            batch_format: Literal["hf-packed"],
+            transform: None = None,
+            **settings: Unpack[TorchKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: DataLoader[batches.TitanTensors],
+            dataset: TokenDataset,
+            batch_size: int = 1,
+            shuffle: bool | Literal["global", "block"] | None = None,
+            *,
+            batch_format: Literal["titan"],
+            transform: None = None,
+            **settings: Unpack[TorchKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: DataLoader[batches.OlmoTensors],
+            dataset: TokenDataset,
+            batch_size: int = 1,
+            shuffle: bool | Literal["global", "block"] | None = None,
+            *,
+            batch_format: Literal["olmo"],
+            transform: None = None,
+            **settings: Unpack[TorchKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: DataLoader[batches.XyTensors],
+            dataset: TokenDataset,
+            batch_size: int = 1,
+            shuffle: bool | Literal["global", "block"] | None = None,
+            *,
+            batch_format: Literal["xy"],
+            transform: None = None,
+            **settings: Unpack[TorchKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: DataLoader[Tensors],
+            dataset: TokenDataset,
+            batch_size: int = 1,
+            shuffle: bool | Literal["global", "block"] | None = None,
+            *,
+            batch_format: Literal["hf", "megatron", "jax"] | None = None,
+            transform: None = None,
+            **settings: Unpack[TorchKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: DataLoader[_T_co],
+            dataset: TokenDataset,
+            batch_size: int = 1,
+            shuffle: bool | Literal["global", "block"] | None = None,
+            *,
+            batch_format: Literal["hf", "hf-packed", "titan", "megatron", "olmo", "xy", "jax"] | None = None,
+            transform: Callable[[Any], _T_co],
+            **settings: Unpack[TorchKeywords],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self,
+            dataset: Dataset[_T_co],
+            batch_size: int | None = 1,
+            shuffle: bool | Literal["global", "block"] | None = None,
+            sampler: Sampler[Any] | Iterable[Any] | None = None,
+            batch_sampler: Sampler[list[Any]] | Iterable[list[Any]] | None = None,
+            num_workers: int = 0,
+            collate_fn: Callable[[list[Any]], Any] | None = None,
+            pin_memory: bool = False,
+            drop_last: bool = False,
+            timeout: float = 0,
+            worker_init_fn: Callable[[int], None] | None = None,
+            multiprocessing_context: Any = None,
+            generator: torch.Generator | None = None,
+            *,
+            prefetch_factor: int | None = None,
+            persistent_workers: bool = False,
+            pin_memory_device: str = "",
+            in_order: bool = True,
+            device: str | torch.device | None = None,
+            device_prefetch: int = 2,
+            _allocator: Callable[[int], torch.Tensor] | None = None,
+            _link: Callable[[], Link] | None = None,
+        ) -> None: ...
+
     def __init__(
         self,
-        dataset: Dataset[_T_co],
+        dataset: Dataset[Any],
         batch_size: int | None = 1,
         # settings: `shuffle`, from `make generate`
         shuffle: bool | Literal["global", "block"] | None = None,
@@ -471,12 +572,12 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             self._native.loader.load_state_dict(handed.state)
 
     @property
-    def _loader(self) -> Loader:
+    def _loader(self) -> Loader[Any]:
         if self._native is None:
             raise TypeError("only a native loader can do this: one of a TokenDataset without own sampling or collating")
         return self._native.loader
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> batches.Pass[_T_co]:  # type: ignore[override]
         """Makes a new pass, which begins at its first ``next()``."""
         if self._native is not None:
             return NativeIterator(self._native, self, self._ahead)
@@ -513,7 +614,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             return
         self._resume.set_epoch(self, epoch)
 
-    def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[Tensors]]:
+    def split(self, count: int, *, ahead: int | None = None) -> list[Consumer[_T_co]]:
         """Shares this loader among `count` consumers, one per thread. Native loaders only.
 
         The consumers share this loader's threads, files and decoded blocks. Each consumer is a rank
@@ -558,7 +659,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
 
     def batch_at(
         self, step: int, epoch: int | None = None, rank: int | None = None, world_size: int | None = None
-    ) -> Any:
+    ) -> _T_co:
         """Returns the batch that a rank gets at a step of the pass that begins with `epoch`.
 
         The defaults are this loader's epoch and ranks. `transform` does not run on it. Native
@@ -566,7 +667,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         """
         batch = tensors_of(self._loader._open_core().batch_at(step, epoch, rank, world_size))
         form = None if self._native is None else self._native.format
-        return batch if form is None else form(batch)
+        return cast(_T_co, batch if form is None else form(batch))
 
     @property
     def epoch(self) -> int:

@@ -31,7 +31,7 @@ class Native:
     """A loader of tokens, and the facts that its passes need beside it."""
 
     def __init__(
-        self, loader: Loader, allocator: Callable[[int], torch.Tensor] | None, limit_s: float | None, sampler: Any
+        self, loader: Loader[Any], allocator: Callable[[int], torch.Tensor] | None, limit_s: float | None, sampler: Any
     ) -> None:
         self.loader = loader
         self.allocator = allocator
@@ -82,7 +82,7 @@ class Rows(IterableDataset[Tensors]):
     callback can call ``train_dataloader.set_epoch(int(state.epoch))``.
     """
 
-    def __init__(self, loader: Loader, tokens: TokenDataset) -> None:
+    def __init__(self, loader: Loader[Any], tokens: TokenDataset) -> None:
         self._loader = loader
         #: The dataset that was given to the loader.
         self.tokens = tokens

@@ -1,0 +1,93 @@
+"""The settings that each loader takes as keywords, for type checkers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypedDict
+
+import numpy.typing as npt
+
+from forebay._loader import Skip
+
+
+class LoaderKeywords(TypedDict, total=False):
+    """Keywords of ``Loader`` that do not decide the type of its batches."""
+
+    # settings: types, from `make generate`
+    mixture: Mapping[str, Any] | str | None
+    format: Literal["auto", "parquet", "arrow", "npy", "llm.c", "megatron", "datatrove", "raw"] | None
+    token_column: str | None
+    bin_dtype: npt.DTypeLike | None
+    seq_len: int | None
+    ignore_index: int | None
+    bos_id: int | None
+    eos_id: int | None
+    layout: Literal["concat", "pack", "pad", "rows"] | None
+    boundaries: bool | None
+    overflow: Literal["split", "truncate", "drop"] | None
+    max_docs_per_row: int | None
+    pack_align: int | None
+    shuffle: bool | Literal["global", "block"] | None
+    seed: int | None
+    chunk_tokens: int | None
+    window_tokens: int | None
+    lanes: int | None
+    holdout: int | None
+    split: Literal["train", "holdout"] | None
+    skip: Skip | None
+    extend: bool | None
+    batch_size: int | None
+    dp_rank: int | None
+    dp_world_size: int | None
+    model_parallel_size: int | None
+    epochs: int | Literal["endless"] | None
+    max_steps: int | None
+    remainder: Literal["drop", "pad", "wrap", "short"] | None
+    pad_id: int | None
+    cu_seqlens_width: int | None
+    input_dtype: npt.DTypeLike | None
+    sample_ids: bool | None
+    num_threads: int | None
+    cpu_affinity: str | Iterable[int] | None
+    thread_priority: int | None
+    prefetch_batches: int | None
+    transform_threads: int | None
+    memory_budget: int | None
+    block_tokens: int | None
+    io: Literal["auto", "mmap", "pread"] | None
+    cache_dir: str | os.PathLike[str] | None
+    pin_memory: bool | None
+    delivery_log: str | os.PathLike[str] | None
+    # settings: end
+
+
+class DataLoaderKeywords(TypedDict, total=False):
+    """Keywords of ``forebay.torch.DataLoader`` that do not decide the type of its batches."""
+
+    # settings: torch types, from `make generate`
+    seed: int | None
+    chunk_tokens: int | None
+    window_tokens: int | None
+    lanes: int | None
+    skip: Skip | None
+    extend: bool | None
+    dp_rank: int | None
+    dp_world_size: int | None
+    model_parallel_size: int | None
+    epochs: int | Literal["endless"] | None
+    max_steps: int | None
+    remainder: Literal["drop", "pad", "wrap", "short"] | None
+    pad_id: int | None
+    sample_ids: bool | None
+    num_threads: int | None
+    cpu_affinity: str | Iterable[int] | None
+    thread_priority: int | None
+    prefetch_batches: int | None
+    transform_threads: int | None
+    memory_budget: int | None
+    block_tokens: int | None
+    io: Literal["auto", "mmap", "pread"] | None
+    cache_dir: str | os.PathLike[str] | None
+    delivery_log: str | os.PathLike[str] | None
+    # settings: end
