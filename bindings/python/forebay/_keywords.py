@@ -28,6 +28,7 @@ class LoaderKeywords(TypedDict, total=False):
     overflow: Literal["split", "truncate", "drop"] | None
     max_docs_per_row: int | None
     pack_align: int | None
+    bucket: int | None
     shuffle: bool | Literal["global", "block"] | None
     seed: int | None
     chunk_tokens: int | None
@@ -45,6 +46,7 @@ class LoaderKeywords(TypedDict, total=False):
     max_steps: int | None
     remainder: Literal["drop", "pad", "wrap", "short"] | None
     pad_id: int | None
+    pad_to_multiple: int | None
     cu_seqlens_width: int | None
     input_dtype: npt.DTypeLike | None
     sample_ids: bool | None
