@@ -6,6 +6,7 @@ Their own collators make the expected batches, and a tiny Llama gives the expect
 from __future__ import annotations
 
 import random
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def test_padded_batches_are_those_of_trl(corpus: Path) -> None:
         same(batch, collator(rows[number * ROWS : (number + 1) * ROWS]))
 
 
-def llama(attention: str) -> Any:
+def llama(attention: str, places: int = SEQ_LEN) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -106,7 +107,7 @@ def llama(attention: str) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=SEQ_LEN,
+        max_position_embeddings=places,
         attn_implementation=attention,
     )
     return transformers.LlamaForCausalLM(config).double()
@@ -157,3 +158,14 @@ def test_trainer_trains_on_every_batch(corpus: Path, tmp_path: Path, name: str, 
     with torch.no_grad():
         wanted = [float(model(**batch, use_cache=False).loss) for batch in open_loader(corpus, name, layout=layout)]
     assert losses == pytest.approx(wanted, abs=2e-4)
+
+
+def test_the_programs_of_the_page_on_fine_tuning_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text()
+    programs = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shown: dict[str, Any] = {"model": llama("sdpa", places=128)}
+    for program in programs:
+        exec(compile(program, "docs/fine-tuning.md", "exec"), shown)
+    assert shown["trainer"].state.global_step == 5
+    assert float(shown["loss"]) > 0
