@@ -447,3 +447,26 @@ def test_rewrite_names_the_row_that_does_not_fit(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "column `labels` must have a value for each token: expected 1, found 2" in done.stderr
     assert "a.parquet" in done.stderr and "row 1" in done.stderr
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("special", [None, 7])
+def test_an_attention_mask_that_hides_a_token_is_refused(tmp_path: Path, container: str, special: int | None) -> None:
+    suffix, codec = CONTAINERS[container]
+    rows = [[1, 2, 3], [], None, [4] * 40, [5, 6], [], [7, 8, 9]]
+    masks = [row and [1] * len(row) for row in rows]
+    masks[4] = [1, 0]
+    table = pa.table({"input_ids": rows, "attention_mask": pa.array(masks, pa.list_(pa.int8()))})
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(table, path, compression=codec, row_group_size=2)
+    else:
+        options = pyarrow.ipc.IpcWriteOptions(compression=None if codec == "none" else codec)
+        with pa.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=2)
+    loader = forebay.Loader(path, seq_len=4, fields=["attention_mask"], eos_id=special)
+    with pytest.raises(forebay.DataError, match="`attention_mask` is 0 at a token: expected 1 at every token") as found:
+        for _ in loader:
+            pass
+    assert (found.value.path, found.value.row) == (str(path), 4)
+    assert "leave the column out of `fields`" in str(found.value)

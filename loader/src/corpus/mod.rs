@@ -116,6 +116,16 @@ impl OpenShard {
         }
     }
 
+    /// The row of the file with token `token` of the shard. Reads the lengths of all rows.
+    pub(crate) fn row_of(&self, token: u64) -> Option<u64> {
+        let mut before = 0;
+        let row = self.shard.row_lengths().ok()?.iter().position(|length| {
+            before += length.unwrap_or(0);
+            before > token
+        });
+        row.map(|row| row as u64)
+    }
+
     /// Returns column `column` of the file. Column 0 holds the tokens, and the fields follow in
     /// order. Returns `None` if the file lacks the column.
     pub(crate) fn column(&self, column: usize) -> Option<&Self> {

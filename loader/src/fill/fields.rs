@@ -42,12 +42,19 @@ pub(crate) struct FieldRow<'a> {
     special: i64,
     /// Values at the start that have no place.
     lead: usize,
+    /// Whether 1 is the only value that a token may have.
+    only_ones: bool,
 }
 
 impl<'a> FieldRow<'a> {
     /// The places `bytes` of values of `dtype`, without the first `lead` tokens of the row.
     pub(crate) fn new(bytes: &'a mut [u8], dtype: Dtype, special: i64, lead: usize) -> Self {
-        Self { bytes, dtype, special, lead }
+        Self { bytes, dtype, special, lead, only_ones: false }
+    }
+
+    /// Refuses other values than 1. They must be of type int64.
+    pub(crate) fn only_ones(self) -> Self {
+        Self { only_ones: true, ..self }
     }
 
     /// Writes the whole number `value` to all places.
@@ -70,7 +77,9 @@ impl Places for FieldRow<'_> {
     fn write(self, values: &Tokens<'_>, _: Ahead) -> Result<(), UnfitId> {
         let places = self.bytes.len() / self.dtype.size();
         convert(&values.slice(self.lead..self.lead + places), self.dtype, self.bytes);
-        Ok(())
+        let unfit = if self.only_ones { UnfitId::other_than_one(self.bytes) } else { None };
+        let lead = self.lead;
+        unfit.map_or(Ok(()), |unfit| Err(UnfitId { index: unfit.index + lead, ..unfit }))
     }
 
     fn write_special(self, _: u32) {

@@ -70,18 +70,30 @@ impl<'a, T: Id> Row<'a, T> {
     }
 }
 
-/// An id that the delivered type cannot hold.
+/// An id that the delivered type cannot hold, or a value that its column may not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct UnfitId {
     /// Place of the id in the run of tokens.
     pub(crate) index: usize,
-    id: i64,
+    pub(super) id: i64,
+    pub(super) is_mask: bool,
 }
 
 impl UnfitId {
+    /// The first value other than 1 among `values`, which are the bytes of 64-bit integers.
+    pub(crate) fn other_than_one(values: &[u8]) -> Option<Self> {
+        let values = values.as_chunks::<8>().0.iter().map(|value| i64::from_le_bytes(*value));
+        let unfit = |(index, id)| (id != 1).then_some(Self { index, id, is_mask: true });
+        values.enumerate().find_map(unfit)
+    }
+
     /// Makes the error of a batch with this id.
     pub(crate) fn error(self) -> Error {
         match self.id {
+            id if self.is_mask => Error::data(format!(
+                "`attention_mask` is {id} at a token: expected 1 at every token, because Forebay makes the padding \
+                 itself; leave the column out of `fields`, or remove the padding from the file"
+            )),
             ..0 => negative_id(self.id),
             id => Error::data(format!("token id {id} does not fit `input_dtype` = int32: use int64")),
         }
@@ -122,10 +134,10 @@ pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -
     if any & T::UNFIT == 0 {
         return Ok(());
     }
-    let ids = (0..tokens.len()).map(|index| UnfitId { index, id: tokens.get(index) });
+    let ids = (0..tokens.len()).map(|index| UnfitId { index, id: tokens.get(index), is_mask: false });
     // Another process may write to the file between the two reads.
     let unfit = { ids }.find(|unfit| unfit.id as u64 & T::UNFIT != 0);
-    Err(unfit.unwrap_or(UnfitId { index: 0, id: any as i64 }))
+    Err(unfit.unwrap_or(UnfitId { index: 0, id: any as i64, is_mask: false }))
 }
 
 #[cfg(test)]

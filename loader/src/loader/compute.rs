@@ -363,6 +363,9 @@ impl Session {
     ) -> Result<()> {
         let is_behind = self.config.targets == Targets::Shifted && field.side == TokenSide::Target;
         let mut row = FieldRow::new(bytes, field.dtype, field.special, usize::from(is_behind));
+        if field.name == "attention_mask" {
+            row = row.only_ones();
+        }
         let Some((read, request)) = request else {
             row.fill(field.padding);
             return Ok(());

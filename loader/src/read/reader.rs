@@ -472,14 +472,15 @@ impl Reader {
                     if let Some(found) = &mut scratch.document_ends {
                         push_ends(&decoded.document_ends(), &stretch, found);
                     }
-                    return row.write(&slice(from..to), ahead).map_err(UnfitId::error);
+                    return row.write(&slice(from..to), ahead).map_err(|unfit| in_block(opened, index, from, unfit));
                 }
                 // A prefix ends inside a document, so that `pieces` must not reach beyond it.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
                 let ends = decoded.document_ends();
                 let found = (&mut scratch.borders, &mut scratch.document_ends);
                 self.fill_pieces(&ends, tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
-                    part.write(&slice(tokens), ahead).map_err(UnfitId::error)
+                    let start = tokens.start;
+                    part.write(&slice(tokens), ahead).map_err(|unfit| in_block(opened, index, start, unfit))
                 })
             }
         }
@@ -671,6 +672,16 @@ fn push_ends(ends: &Ends<'_>, stretch: &Stretch, found: &mut Vec<u64>) {
     }
     let inside = (low..ends.len()).map(|document| ends.get(document)).take_while(|end| *end <= stretch.to);
     found.extend(inside.map(|end| stretch.place + (end - stretch.from)));
+}
+
+/// Makes the error for an id of a shard that is decoded block by block, like [`in_row`].
+#[cold]
+fn in_block(shard: &OpenShard, block: usize, start: u64, unfit: UnfitId) -> Error {
+    let error = unfit.error();
+    match shard.row_of(shard.before()[block].tokens + start + unfit.index as u64) {
+        Some(row) => error.at_row(row),
+        None => error,
+    }
 }
 
 /// Makes the error for an id in a run that begins at token `start` of block `block`. Adds the row
