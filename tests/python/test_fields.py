@@ -454,7 +454,7 @@ def test_rewrite_names_the_row_that_does_not_fit(tmp_path: Path) -> None:
 def test_an_attention_mask_that_hides_a_token_is_refused(tmp_path: Path, container: str, special: int | None) -> None:
     suffix, codec = CONTAINERS[container]
     rows = [[1, 2, 3], [], None, [4] * 40, [5, 6], [], [7, 8, 9]]
-    masks = [row and [1] * len(row) for row in rows]
+    masks = [[1] * len(row or []) for row in rows]
     masks[4] = [1, 0]
     table = pa.table({"input_ids": rows, "attention_mask": pa.array(masks, pa.list_(pa.int8()))})
     path = tmp_path / f"a{suffix}"
