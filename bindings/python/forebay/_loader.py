@@ -358,121 +358,121 @@ class Loader(Generic[B]):
         @overload
         def __init__(
             self: Loader[batches.Batch],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: None = None,
-            targets: Literal["labels"] | None = None,
-            batch_format: None = None,
-            transform: None = None,
+            fields: None = ...,
+            targets: Literal["labels"] | None = ...,
+            batch_format: None = ...,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[batches.ShiftedBatch],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: None = None,
+            fields: None = ...,
             targets: Literal["shifted"],
-            batch_format: None = None,
-            transform: None = None,
+            batch_format: None = ...,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[batches.HfBatch],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: None = None,
-            targets: Literal["labels", "shifted"] | None = None,
+            fields: None = ...,
+            targets: Any = ...,
             batch_format: Literal["hf"],
-            transform: None = None,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[batches.HfPackedBatch],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: None = None,
-            targets: Literal["labels", "shifted"] | None = None,
+            fields: None = ...,
+            targets: Any = ...,
             batch_format: Literal["hf-packed"],
-            transform: None = None,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[batches.TitanBatch],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: None = None,
-            targets: Literal["labels", "shifted"] | None = None,
+            fields: None = ...,
+            targets: Any = ...,
             batch_format: Literal["titan"],
-            transform: None = None,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[batches.MegatronBatch],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: None = None,
-            targets: Literal["labels", "shifted"] | None = None,
+            fields: None = ...,
+            targets: Any = ...,
             batch_format: Literal["megatron"],
-            transform: None = None,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[batches.OlmoBatch],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: None = None,
-            targets: Literal["labels", "shifted"] | None = None,
+            fields: None = ...,
+            targets: Any = ...,
             batch_format: Literal["olmo"],
-            transform: None = None,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[batches.XyBatch],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: None = None,
-            targets: Literal["labels", "shifted"] | None = None,
+            fields: None = ...,
+            targets: Any = ...,
             batch_format: Literal["xy"],
-            transform: None = None,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[batches.JaxBatch],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: None = None,
-            targets: Literal["labels", "shifted"] | None = None,
+            fields: None = ...,
+            targets: Any = ...,
             batch_format: Literal["jax"],
-            transform: None = None,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[dict[str, Any]],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: Iterable[str] | None = None,
-            targets: Literal["labels", "shifted"] | None = None,
-            batch_format: Literal["hf", "hf-packed", "titan", "megatron", "olmo", "xy", "jax"] | None = None,
-            transform: None = None,
+            fields: Iterable[str] | None = ...,
+            targets: Any = ...,
+            batch_format: Any = ...,
+            transform: None = ...,
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...
         @overload
         def __init__(
             self: Loader[B],
-            data: Data | None = None,
+            data: Data | None = ...,
             *,
-            fields: Iterable[str] | None = None,
-            targets: Literal["labels", "shifted"] | None = None,
-            batch_format: Literal["hf", "hf-packed", "titan", "megatron", "olmo", "xy", "jax"] | None = None,
+            fields: Iterable[str] | None = ...,
+            targets: Any = ...,
+            batch_format: Any = ...,
             transform: Callable[[Any], B],
             **settings: Unpack[LoaderKeywords],
         ) -> None: ...

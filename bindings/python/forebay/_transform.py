@@ -79,7 +79,10 @@ _EXIT_LIMIT_S = 5.0
 
 @atexit.register
 def _end_all() -> None:
-    """Stops and joins the threads. A thread that is in the core at the end would abort the process."""
+    """Stops and joins the threads.
+
+    A thread that is in the core at the end would abort the process.
+    """
     live: list[_Shared] = []
     with contextlib.suppress(RuntimeError):  # another thread begins a pass
         live = list(_live)

@@ -16,7 +16,14 @@ from forebay._errors import ConfigError
 from forebay.torch import DataLoader, TokenDataset
 from forebay.torch.tensors import Tensors
 
-__all__ = ["DataLoader", "TokenDataset", "hugging_face", "megatron", "olmo", "torchtitan"]
+__all__ = [
+    "DataLoader",
+    "TokenDataset",
+    "hugging_face",
+    "megatron",
+    "olmo",
+    "torchtitan",
+]
 
 
 def hugging_face(trainer: Any, loader: DataLoader[Any]) -> None:

@@ -109,7 +109,7 @@ choices! {
         Hf = "hf",
         /// The same, with all rows of a batch joined, for attention inside documents.
         HfPacked = "hf-packed",
-        /// torchtitan.
+        /// The trainer torchtitan.
         Titan = "titan",
         /// Megatron-LM.
         Megatron = "megatron",

@@ -31,7 +31,7 @@ def tensors_of(batch: _core.Batch) -> Tensors:
 
 
 class Torch:
-    """torch as a ``Library`` of formats."""
+    """Operations on tensors, as a ``Library`` of formats."""
 
     def cast(self, array: torch.Tensor, dtype: str) -> torch.Tensor:
         return array.to(getattr(torch, dtype))
