@@ -527,6 +527,11 @@ pub trait BlockShard: AnyShard {
     /// `out` is undefined.
     fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()>;
 
+    /// Writes the document ends of block `block` to `ends`, as [`DecodedBlock::ends`] has them.
+    ///
+    /// Decodes no token. So faults of tokens are not noticed.
+    fn ends_into(&self, block: usize, ends: &mut Vec<u32>) -> Result<()>;
+
     /// Decodes like [`BlockShard::decode_into`], into new memory.
     fn decode(&self, block: usize, limit: Option<u64>) -> Result<DecodedBlock> {
         let mut out = DecodedBlock::default();

@@ -64,7 +64,10 @@ impl Opened {
             warnings.extend(MixtureSettings::parse(mixture)?.notes);
         }
         let largest_block_bytes = corpora.iter().map(|(_, corpus)| corpus.largest_block_bytes()).max().unwrap_or(0);
-        let lengths_bytes = if config.layout.joins() { 0 } else { config.memory_budget / LENGTHS_SHARE };
+        // Lengths that can be saved stay in their file.
+        let holds_lengths = |corpus: &Corpus| !config.layout.joins() && corpus.lengths_file().is_none();
+        let holds_lengths = corpora.iter().any(|(_, corpus)| holds_lengths(corpus));
+        let lengths_bytes = if holds_lengths { config.memory_budget / LENGTHS_SHARE } else { 0 };
         let cache = Arc::new(BlockCache::new(config.memory_budget - lengths_bytes));
         let of_source = lengths_bytes / corpora.len().max(1) as u64;
         let sources = corpora.into_iter().enumerate().map(|(index, (name, corpus))| {
@@ -195,7 +198,8 @@ fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Vec<Schema
     Ok(schema)
 }
 
-/// In layouts that need document lengths, these may take `memory_budget` divided by this number.
+/// Document lengths that a layout needs, and that cannot be saved, may take `memory_budget` divided
+/// by this number.
 const LENGTHS_SHARE: u64 = 8;
 
 /// Tokens among which the positions of all lanes draw their rows at a time.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use crate::corpus::lengths::{SavedLengths, Section};
 use crate::corpus::{Corpus, OpenShard};
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DecodedBlock, EndsScratch, Shard};
+use crate::format::{Ends, EndsScratch, Shard};
 use crate::settings::{Config, default_threads};
 use crate::sync::lock;
 
@@ -55,10 +55,9 @@ impl DocumentLengths {
         })
     }
 
-    /// Bytes of the lengths in memory. Saved lengths are mapped and not counted.
+    /// Bytes of the lengths in memory. Saved lengths stay in their file.
     pub(crate) fn held_bytes(&self) -> u64 {
-        let is_saved = self.corpus.lengths_file().is_some();
-        self.known.get().filter(|_| !is_saved).map_or(0, SavedLengths::len_bytes)
+        self.known.get().map_or(0, SavedLengths::held_bytes)
     }
 
     /// Reasons why the lengths could not be saved, one line each.
@@ -137,29 +136,29 @@ impl DocumentLengths {
             1 => return Err(faults.remove(0)),
             _ => return Err(Error::all(faults)),
         }
-        let Some(file) = file else { return Ok(SavedLengths::of_sections(0, &found)) };
-        let lengths = SavedLengths::of_sections(file.key(), &found);
+        let Some(file) = file else { return Ok(SavedLengths::of_sections(0, found)) };
+        let lengths = SavedLengths::of_sections(file.key(), found);
         if let Err(error) = file.save(&lengths) {
             warnings.push(format!("{}; document lengths are read at every start", error.report()));
             return Ok(lengths);
         }
-        // The file may be mapped, so that the lengths take no memory.
+        // Lengths in a file take no memory.
         Ok(file.load(self.corpus.io()).ok().flatten().filter(|saved| saved.len() == lengths.len()).unwrap_or(lengths))
     }
 }
 
-/// Reads the lengths of all documents of a shard, block by block. A document may span several
-/// blocks.
+/// Reads the lengths of all documents of a shard, block by block, without their tokens. A document
+/// may span several blocks.
 fn read(opened: &OpenShard, documents: u64) -> Result<Vec<u32>> {
     let shard = opened.shard();
     let mut lengths = Vec::with_capacity(documents as usize);
-    let (mut scratch, mut decoded) = (EndsScratch::default(), DecodedBlock::default());
+    let (mut scratch, mut list) = (EndsScratch::default(), Vec::new());
     // Tokens of a document that began in an earlier block.
     let mut begun = 0;
     for (index, meta) in shard.blocks().iter().enumerate() {
         let ends = match shard {
             Shard::Random(shard) => shard.ends(index, &mut scratch),
-            Shard::Block(shard) => shard.decode_into(index, None, &mut decoded).map(|()| decoded.document_ends()),
+            Shard::Block(shard) => shard.ends_into(index, &mut list).map(|()| Ends::List(&list)),
         };
         let ends = ends.map_err(|error| error.in_block(index as u64))?;
         let mut start = 0;

@@ -38,7 +38,7 @@ impl CompressedArrow {
         let mut shard = Self { info, column, batches, ranges: Vec::new() };
         let mut pending: Option<(BlockMeta, Range<usize>)> = None;
         for index in 0..shard.batches.len() {
-            let runs = shard.runs(index)?;
+            let (_, runs) = shard.runs(index)?;
             let tokens: u64 = runs.iter().map(|run| run.tokens).sum();
             if tokens == 0 {
                 continue;
@@ -73,8 +73,9 @@ impl CompressedArrow {
         self.ranges.push(batches);
     }
 
-    /// Finds the runs of documents of batch `index`. The tokens stay compressed.
-    fn runs(&self, index: usize) -> Result<Vec<DocumentRun>> {
+    /// Finds the runs of documents of batch `index`, and its list offsets. The tokens stay
+    /// compressed.
+    fn runs(&self, index: usize) -> Result<(Vec<u8>, Vec<DocumentRun>)> {
         let batch = &self.batches[index];
         let whole = |part: FileRange| self.decompress(batch, part, None);
         let (offsets, validity, child_validity) =
@@ -85,7 +86,7 @@ impl CompressedArrow {
             .map_err(|text| Error::data(format!("record batch {index} is damaged: {text}")))?;
         let mut found = Vec::new();
         runs(&self.column, batch, (&offsets, &validity, &child_validity), (u64::MAX, u64::MAX), &mut found)?;
-        Ok(found)
+        Ok((offsets, found))
     }
 
     /// Number of bytes of `part` after decompression.
@@ -192,10 +193,7 @@ impl CompressedArrow {
                 break;
             }
             if end > last {
-                let end = u32::try_from(base + end - run.start).map_err(|_| {
-                    Error::data("a record batch holds more than 2^32 tokens; rewrite it with smaller ones")
-                })?;
-                ends.push(end);
+                ends.push(end_of(base + end - run.start)?);
             }
             last = end;
         }
@@ -213,6 +211,12 @@ impl CompressedArrow {
         };
         batch.first_row + row
     }
+}
+
+/// The place just after a document in its block.
+fn end_of(tokens: u64) -> Result<u32> {
+    u32::try_from(tokens)
+        .map_err(|_| Error::data("a record batch holds more than 2^32 tokens; rewrite it with smaller ones"))
 }
 
 fn name_of(codec: CompressionType) -> &'static str {
@@ -297,8 +301,32 @@ impl BlockShard for CompressedArrow {
             return Err(place(Error::data(format!("expected {} tokens, found {tokens}", meta.tokens))));
         }
         if self.column.kind == RowShape::Plain && decoded.complete && meta.ends == 1 {
-            let end = u32::try_from(tokens).map_err(|_| place(Error::data("a block holds more than 2^32 tokens")))?;
-            decoded.ends.push(end);
+            decoded.ends.push(end_of(tokens).map_err(place)?);
+        }
+        Ok(())
+    }
+
+    fn ends_into(&self, block: usize, ends: &mut Vec<u32>) -> Result<()> {
+        let meta = &self.info.blocks[block];
+        let place = |error: Error| error.at(self.info.path()).in_block(block as u64);
+        self.info.file.check_unchanged().map_err(place)?;
+        ends.clear();
+        if self.column.kind == RowShape::Plain {
+            if meta.ends == 1 {
+                ends.push(end_of(meta.tokens).map_err(place)?);
+            }
+            return Ok(());
+        }
+        let mut tokens = 0;
+        for index in self.ranges[block].clone() {
+            let (offsets, found) = self.runs(index).map_err(place)?;
+            for run in &found {
+                self.push_ends(&offsets, run, u64::MAX, tokens, ends).map_err(place)?;
+                tokens += run.tokens;
+            }
+        }
+        if tokens != meta.tokens {
+            return Err(place(Error::data(format!("expected {} tokens, found {tokens}", meta.tokens))));
         }
         Ok(())
     }

@@ -61,6 +61,9 @@ fn documents(shard: &Shard) -> Result<Vec<Vec<i64>>> {
             Shard::Block(shard) => {
                 let block = shard.decode(index, None)?;
                 assert!(block.complete);
+                let mut ends = vec![7];
+                shard.ends_into(index, &mut ends)?;
+                assert_eq!(ends, block.ends, "the offsets alone give the ends");
                 assert!(block.bytes.len() as u64 + 4 * block.ends.len() as u64 <= meta.decoded_bytes);
                 let tokens = Tokens::new(shard.block_dtype(), &block.bytes);
                 (
@@ -183,7 +186,10 @@ proptest! {
                         let _ = shard.tokens(index, 0..meta.tokens, &mut Vec::new()).map(|tokens| tokens.first_negative());
                         let _ = shard.ends(index, &mut EndsScratch::default()).map(|ends| ends.len());
                     }
-                    Shard::Block(shard) => drop(shard.decode(index, None)),
+                    Shard::Block(shard) => {
+                        let _ = shard.ends_into(index, &mut Vec::new());
+                        drop(shard.decode(index, None));
+                    }
                     }
                 }
             }

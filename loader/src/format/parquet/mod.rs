@@ -371,11 +371,7 @@ impl ParquetShard {
             out.ends.push(tokens as u32);
         }
         if out.complete && out.ends.len() as u64 != meta.ends {
-            return Err(Error::data(format!(
-                "block is damaged: expected {} document ends, found {}",
-                meta.ends,
-                out.ends.len()
-            )));
+            return Err(ends_differ(meta, &out.ends));
         }
         Ok(())
     }
@@ -411,26 +407,7 @@ impl ParquetShard {
             None if codec == Codec::Uncompressed => pages::split_v1(body, column)?,
             None => pages::split_v1(decompressor.whole(codec, body, size, plain)?, column)?,
         };
-        let entries = page.entries as usize;
-        let before = ends.len();
-        let fast = levels::push_starts(column, rep, def, entries, base, ends);
-        let starts = if column.lists { page.starts as usize } else { 0 };
-        if fast != Some((page.tokens as usize, starts)) {
-            // The page has something other than tokens, or a fault. Read all levels to find out.
-            ends.truncate(before);
-            levels.read(column, rep, def, entries)?;
-            let counts = levels.counts;
-            if let Some(index) = levels.first_null(column) {
-                return Err(null_token(column).at(self.info.path()).at_row(self.row_of(page, levels, index)));
-            }
-            if counts.tokens != page.tokens as usize || column.lists && counts.starts != starts {
-                return Err(Error::data(format!(
-                    "page is not what it was when the shard was opened: expected {} tokens in {} documents, found {} in {}",
-                    page.tokens, page.starts, counts.tokens, counts.starts
-                )));
-            }
-            levels.push_starts(base, ends);
-        }
+        self.push_starts(page, (rep, def), base, levels, ends)?;
         let encoded = match page.coding {
             Coding::Plain => Encoded::Plain,
             Coding::Delta => Encoded::Delta,
@@ -444,11 +421,73 @@ impl ParquetShard {
         if values::decode(encoded, values, column.dtype.size(), ids).map_err(place)? && !column.is_field {
             let ids = Tokens::new(column.dtype, ids);
             if let Some(index) = ids.first_negative() {
-                levels.read(column, rep, def, entries)?;
+                levels.read(column, rep, def, page.entries as usize)?;
                 return Err(negative_id(ids.get(index)).at(self.info.path()).at_row(self.row_of(page, levels, index)));
             }
         }
         Ok(())
+    }
+
+    /// Appends the starts of a page's documents to `ends`, by the page's encoded levels. Checks the
+    /// levels against the index.
+    fn push_starts(
+        &self,
+        page: &Page,
+        (rep, def): (&[u8], &[u8]),
+        base: u32,
+        levels: &mut Levels,
+        ends: &mut Vec<u32>,
+    ) -> Result<()> {
+        let (column, entries, before) = (&self.column, page.entries as usize, ends.len());
+        let fast = levels::push_starts(column, rep, def, entries, base, ends);
+        let starts = if column.lists { page.starts as usize } else { 0 };
+        if fast == Some((page.tokens as usize, starts)) {
+            return Ok(());
+        }
+        // The page has something other than tokens, or a fault. Read all levels to find out.
+        ends.truncate(before);
+        levels.read(column, rep, def, entries)?;
+        let counts = levels.counts;
+        if let Some(index) = levels.first_null(column) {
+            return Err(null_token(column).at(self.info.path()).at_row(self.row_of(page, levels, index)));
+        }
+        if counts.tokens != page.tokens as usize || column.lists && counts.starts != starts {
+            return Err(Error::data(format!(
+                "page is not what it was when the shard was opened: expected {} tokens in {} documents, found {} in {}",
+                page.tokens, page.starts, counts.tokens, counts.starts
+            )));
+        }
+        levels.push_starts(base, ends);
+        Ok(())
+    }
+
+    /// Finds the document ends of a block by the levels of its pages. Row groups that arrow-rs
+    /// decodes are decoded whole.
+    fn ends_of_block(&self, block: usize, scratch: &mut Scratch, ends: &mut Vec<u32>) -> Result<()> {
+        self.info.file.check_unchanged()?;
+        let (Some(range), Some(meta)) = (self.ranges.get(block), self.info.blocks.get(block)) else {
+            return Err(Error::new(ErrorKind::Internal, format!("block {block} of {}", self.info.blocks.len())));
+        };
+        let pages = &self.pages[range.clone()];
+        let mut reader = ForwardReader::new(&self.info.file, self.info.file.len());
+        ends.clear();
+        let mut base = 0;
+        for page in pages {
+            let Scratch { page: plain, levels, decompressor, .. } = scratch;
+            if page.coding == Coding::RowGroup {
+                let mut ids = vec![0; page.tokens as usize * self.column.dtype.size()];
+                self.decode_row_group(page, base, &mut ids, ends)?;
+            } else if self.column.lists {
+                let codec = self.row_groups[page.row_group as usize].codec;
+                let found = pages::level_bytes(&mut reader, &self.column, codec, page, decompressor, plain)?;
+                self.push_starts(page, found, base, levels, ends)?;
+            }
+            base += page.tokens;
+        }
+        if pages.last().is_some_and(|page| page.closes) {
+            ends.push(base);
+        }
+        if ends.len() as u64 == meta.ends { Ok(()) } else { Err(ends_differ(meta, ends)) }
     }
 
     fn decode_row_group(&self, page: &Page, base: u32, out: &mut [u8], ends: &mut Vec<u32>) -> Result<()> {
@@ -521,6 +560,10 @@ impl ParquetShard {
 
 /// Largest number of bytes read in one call if the file is not mapped.
 const READ_RUN: u64 = 8 << 20;
+
+fn ends_differ(meta: &BlockMeta, ends: &[u32]) -> Error {
+    Error::data(format!("block is damaged: expected {} document ends, found {}", meta.ends, ends.len()))
+}
 
 fn null_token(column: &Column) -> Error {
     if column.is_field {
@@ -738,8 +781,19 @@ impl BlockShard for ParquetShard {
     }
 
     fn decode_into(&self, block: usize, limit: Option<u64>, out: &mut DecodedBlock) -> Result<()> {
+        self.with_scratch(block, |scratch| self.decode_block(block, limit, scratch, out))
+    }
+
+    fn ends_into(&self, block: usize, ends: &mut Vec<u32>) -> Result<()> {
+        self.with_scratch(block, |scratch| self.ends_of_block(block, scratch, ends))
+    }
+}
+
+impl ParquetShard {
+    /// Does `work` on block `block` with the memory of this thread.
+    fn with_scratch(&self, block: usize, work: impl FnOnce(&mut Scratch) -> Result<()>) -> Result<()> {
         SCRATCH.with_borrow_mut(|scratch| {
-            let result = self.decode_block(block, limit, scratch, out);
+            let result = work(scratch);
             for buffer in [&mut scratch.file, &mut scratch.page] {
                 if buffer.capacity() > KEEP_BYTES {
                     *buffer = Vec::new();

@@ -310,36 +310,49 @@ impl Walker {
         codec: Codec,
         page: &Page,
     ) -> Result<()> {
-        let entries = page.entries as usize;
-        let body = &page.body;
-        if let Some(v2) = page.v2 {
-            let (rep_bytes, def_bytes) = (u64::from(v2.rep_bytes), u64::from(v2.def_bytes));
-            let bytes = reader.get(body.offset..body.offset + rep_bytes + def_bytes)?;
-            let (rep, def) = bytes.split_at(rep_bytes as usize);
-            return self.levels.read(column, rep, def, entries);
-        }
-        let count = level_streams(column);
-        let size = body.uncompressed as usize;
-        if codec == Codec::Uncompressed {
-            let mut have = 0;
-            loop {
-                let bytes = reader.get(body.offset..body.offset + have as u64)?;
-                let wanted = levels_length(bytes, count);
-                if wanted <= have {
-                    let (rep, def, _) = split_v1(bytes, column)?;
-                    return self.levels.read(column, rep, def, entries);
-                }
-                if wanted > body.compressed as usize {
-                    return Err(Error::data("page levels are damaged: they are longer than their page"));
-                }
-                have = wanted;
-            }
-        }
-        let input = reader.get(body.range())?;
-        self.decompressor.prefix(codec, input, size, &mut self.bytes, |bytes| levels_length(bytes, count))?;
-        let (rep, def, _) = split_v1(&self.bytes, column)?;
-        self.levels.read(column, rep, def, entries)
+        let (rep, def) = level_bytes(reader, column, codec, page, &mut self.decompressor, &mut self.bytes)?;
+        self.levels.read(column, rep, def, page.entries as usize)
     }
+}
+
+/// The encoded repetition and definition levels of `page`. Reads and decompresses no more than
+/// that needs.
+pub(super) fn level_bytes<'a>(
+    reader: &'a mut ForwardReader<'_>,
+    column: &Column,
+    codec: Codec,
+    page: &Page,
+    decompressor: &mut Decompressor,
+    plain: &'a mut Vec<u8>,
+) -> Result<(&'a [u8], &'a [u8])> {
+    let body = &page.body;
+    if let Some(v2) = page.v2 {
+        let (rep_bytes, def_bytes) = (u64::from(v2.rep_bytes), u64::from(v2.def_bytes));
+        let bytes = reader.get(body.offset..body.offset + rep_bytes + def_bytes)?;
+        return Ok(bytes.split_at(rep_bytes as usize));
+    }
+    let count = level_streams(column);
+    let bytes = if codec == Codec::Uncompressed {
+        let mut have = 0;
+        loop {
+            let wanted = levels_length(reader.get(body.offset..body.offset + have as u64)?, count);
+            if wanted <= have {
+                break;
+            }
+            if wanted > body.compressed as usize {
+                return Err(Error::data("page levels are damaged: they are longer than their page"));
+            }
+            have = wanted;
+        }
+        reader.get(body.offset..body.offset + have as u64)?
+    } else {
+        let input = reader.get(body.range())?;
+        let enough = |bytes: &[u8]| levels_length(bytes, count);
+        decompressor.prefix(codec, input, body.uncompressed as usize, plain, enough)?;
+        plain
+    };
+    let (rep, def, _) = split_v1(bytes, column)?;
+    Ok((rep, def))
 }
 
 /// Whether `named`, the path in a column chunk, means this file.

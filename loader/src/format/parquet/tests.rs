@@ -182,6 +182,9 @@ fn read_all(shard: &ParquetShard) -> Result<Vec<Vec<i64>>> {
         assert_eq!(block.ends.len() as u64, meta.ends, "ends of block {i}");
         assert_eq!(meta.decoded_bytes, (block.bytes.len() + 4 * block.ends.len()) as u64);
         assert!(block.ends.windows(2).all(|pair| pair[0] < pair[1]), "ends increase");
+        let mut ends = vec![7];
+        shard.ends_into(i, &mut ends)?;
+        assert_eq!(ends, block.ends, "the levels alone give the ends of block {i}");
         assert!(block.ends.first().is_none_or(|&end| end > 0));
         let starts =
             u64::from(open.is_empty()) + meta.ends - u64::from(block.ends.last() == Some(&(tokens.len() as u32)));
@@ -595,7 +598,10 @@ fn read_anything(bytes: &[u8]) -> Result<()> {
     let shard = open(&save(bytes), 64)?;
     shard.advice();
     shard.describe();
-    (0..shard.blocks().len()).try_for_each(|block| shard.decode(block, None).map(drop))
+    (0..shard.blocks().len()).try_for_each(|block| {
+        let ends = shard.ends_into(block, &mut Vec::new());
+        shard.decode(block, None).and(ends)
+    })
 }
 
 #[test]
