@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reference_layout import LayoutSettings, rows
+from reference_layout import LayoutSettings, is_held_out, rows
 from support import clean_environment
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
@@ -129,14 +129,22 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, suffix: str, caplog: pytest
     assert "it is made anew" in caplog.text
 
 
+@pytest.mark.parametrize("side", [{}, {"holdout": 3, "split": "train"}, {"holdout": 3, "split": "holdout"}], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS[:4], ids=str)
-def test_plan_and_stats_count_padding_and_losses(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_plan_and_stats_count_padding_and_losses(
+    tmp_path: Path, settings: dict[str, Any], side: dict[str, Any]
+) -> None:
     lengths = corpus(tmp_path / "corpus", ".parquet")
+    settings = {**settings, **side}
     s = LayoutSettings(**settings)
     found = rows(lengths, s)
     tokens = sum(segment.length for row in found for segment in row)
     places = len(found) * s.capacity
-    long = [length for shard in lengths for length in shard if length > s.capacity]
+    all_lengths = [length for shard in lengths for length in shard]
+    if s.holdout:
+        held = s.split == "holdout"
+        all_lengths = [length for number, length in enumerate(all_lengths) if is_held_out(number, s.holdout) == held]
+    long = [length for length in all_lengths if length > s.capacity]
     lost = sum(length - s.capacity for length in long)
     wanted = {
         "truncated_documents": len(long) if s.overflow == "truncate" else 0,
@@ -144,7 +152,7 @@ def test_plan_and_stats_count_padding_and_losses(tmp_path: Path, settings: dict[
         "dropped_documents": len(long) if s.overflow == "drop" else 0,
         "dropped_tokens": sum(long) if s.overflow == "drop" else 0,
     }
-    assert tokens + wanted["truncated_tokens"] + wanted["dropped_tokens"] == sum(map(sum, lengths))
+    assert tokens + wanted["truncated_tokens"] + wanted["dropped_tokens"] == sum(all_lengths)
     assert long, "without long documents nothing is lost"
 
     sets = [text for name, value in settings.items() for text in ("--set", f"{name}={value}")]

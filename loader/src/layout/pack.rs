@@ -122,7 +122,16 @@ impl Rules {
         let (mut at, mut all) = (WindowStart::default(), ShardWindows::default());
         while at.document < lengths.len() as u64 {
             let next = self.cut.window(at, &lengths[at.document as usize..], &mut scratch.window);
-            all.lost += scratch.window.lost;
+            all.lost += match self.side {
+                Side::All => scratch.window.lost,
+                side => {
+                    let documents = at.document..next.document;
+                    let lengths = &lengths[documents.start as usize..documents.end as usize];
+                    let delivered = (documents_before + documents.start..).zip(lengths);
+                    let delivered = delivered.filter(|(document, _)| side.has_document(*document));
+                    self.cut.lost(delivered.map(|(_, length)| *length))
+                }
+            };
             if !scratch.window.pieces.is_empty() {
                 let rows = self.pack(documents_before + at.document, scratch);
                 let tokens = scratch.window.pieces.iter().map(|piece| u64::from(piece.len));

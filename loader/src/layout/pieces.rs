@@ -122,6 +122,26 @@ pub(super) struct Window {
 }
 
 impl Cut {
+    /// What is lost of documents with these lengths.
+    pub(super) fn lost(&self, lengths: impl Iterator<Item = u32>) -> Lost {
+        let mut lost = Lost::default();
+        let capacity = u64::from(self.capacity);
+        for len in lengths.map(|length| u64::from(length) + u64::from(self.specials)).filter(|len| *len > capacity) {
+            match self.overflow {
+                Overflow::Split => {}
+                Overflow::Truncate => {
+                    lost.truncated_documents += 1;
+                    lost.truncated_tokens += len - capacity;
+                }
+                Overflow::Drop => {
+                    lost.dropped_documents += 1;
+                    lost.dropped_tokens += len;
+                }
+            }
+        }
+        lost
+    }
+
     /// Cuts the window that begins at `start` into `window`.
     ///
     /// `lengths` gives the token counts of the documents from `start.document` on, without special

@@ -148,6 +148,9 @@ impl Opened {
     }
 }
 
+/// Version of what the tables of layouts hold.
+const TABLE_VERSION: u64 = 2;
+
 /// Makes the layout of `corpus` from its saved table. Without a saved table, makes the layout from
 /// the document lengths, and saves its table. A table that cannot be loaded or saved is a warning.
 fn open_layout(
@@ -158,7 +161,7 @@ fn open_layout(
     warnings: &mut Vec<String>,
 ) -> Result<Box<dyn Layout>> {
     let settings = LayoutSettings::of(config);
-    let name = format!("{settings:?} {:?}", stream.specials());
+    let name = format!("{TABLE_VERSION} {settings:?} {:?}", stream.specials());
     let file = if config.layout.joins() { None } else { corpus.table_file(&name) };
     let Some(file) = file else { return layout::build(&settings, stream, lengths) };
     let table = file.load().unwrap_or_else(|error| {
