@@ -123,6 +123,11 @@ def is_held_out(document: int, every: int) -> bool:
 
 def rows(shards: list[list[int]], s: LayoutSettings) -> list[Row]:
     """All rows of a corpus. Its shards have documents of these lengths."""
+    return [row for window in window_rows(shards, s) for row in window]
+
+
+def window_rows(shards: list[list[int]], s: LayoutSettings) -> list[list[Row]]:
+    """The rows of each window of a corpus, in order."""
     if s.layout == "rows":
         assert all(length == s.capacity for lengths in shards for length in lengths)
     most = 1 if s.layout in ("pad", "rows") else s.max_docs_per_row or WINDOW_PIECES
@@ -137,11 +142,13 @@ def rows(shards: list[list[int]], s: LayoutSettings) -> list[Row]:
             # A piece takes at least `smallest` places, a multiple of `align`, and never more than a
             # row.
             sizes = [min(-(-max(p.length, s.smallest) // align) * align, s.capacity) for p in window]
+            of_window = []
             for numbers in best_fit(sizes, s.capacity, most):
                 place, row = 0, []
                 for number in numbers:
                     row.append(Segment(shard, *window[number], place))
                     place += sizes[number]
-                found.append(row)
+                of_window.append(row)
+            found.append(of_window)
         before += len(lengths)
     return found

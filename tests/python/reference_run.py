@@ -13,6 +13,7 @@ from typing import NamedTuple
 from reference_order import derive
 
 HOLDOUT_KEY = 0x686F6C646F757400
+PHASE_KEY = 0x706861736500
 RAMP_STEPS = 64
 
 Position = tuple[int, int]
@@ -42,6 +43,30 @@ def side(sequences: int, every: int | None, split: str) -> list[int]:
         return list(range(sequences))
     held = {run * every + ((derive(HOLDOUT_KEY, run) * every) >> 64) for run in range(-(-sequences // every))}
     return [s for s in range(sequences) if (s in held) == (split == "holdout")]
+
+
+def phased(stream: list[int], phase: str, *, seed: int, epoch: int, seq_len: int) -> list[int]:
+    """The joined stream, from the place where the first row of an epoch begins.
+
+    The stream goes on at its start after its end, so that it loses no token.
+    """
+    if phase == "fixed" or not stream:
+        return stream
+    start = ((derive(seed, PHASE_KEY, epoch) * seq_len) >> 64) % len(stream)
+    return stream[start:] + stream[:start]
+
+
+def balanced(costs: list[int], ranks: int) -> list[list[int]]:
+    """The numbers of the rows that each rank gets of a full global batch.
+
+    The most expensive row goes first. Each row goes to the rank with the least cost so far, of the
+    ranks that have too few rows.
+    """
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    for row in sorted(range(len(costs)), key=lambda row: (-costs[row], row)):
+        open_ranks = [mine for mine in found if len(mine) < len(costs) // ranks]
+        min(open_ranks, key=lambda mine: sum(costs[row] for row in mine)).append(row)
+    return [sorted(mine) for mine in found]
 
 
 def course(epochs: Iterable[int], positions: Callable[[int], int], skips: list[Skip]) -> list[Position]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from reference import token_stream
 from reference_order import block_order, derive, global_order
-from reference_run import Draw, Position, Skip, Stage, course, mixture, side
+from reference_run import Draw, Position, Skip, Stage, course, mixture, phased, side
 
 from forebay import Loader
 
@@ -91,6 +91,11 @@ class Case:
         count = [count for start, count in self.growth if start <= epoch][-1] if self.stages is None else 10**6
         return self.corpora[source][:count]
 
+    def seed(self, source: int) -> int:
+        """Seed of the orders of a source."""
+        seed: int = self.given["seed"]
+        return seed if self.stages is None else derive(seed, SOURCE_KEY, source)
+
     def sequences(self, source: int, epoch: int) -> tuple[int, list[int], bool]:
         """Full sequences of the corpus, those of this side, and whether there is a tail."""
         seq_len, overlap = self.given["seq_len"], self.given["targets"] == "shifted"
@@ -104,8 +109,7 @@ class Case:
         key = (source, epoch, len(self.shards(source, epoch)))
         if key not in self._known:
             _, mine, _ = self.sequences(source, epoch)
-            given = self.given
-            seed = given["seed"] if self.stages is None else derive(given["seed"], SOURCE_KEY, source)
+            given, seed = self.given, self.seed(source)
             order = list(range(len(mine)))
             if given["shuffle"] == "global":
                 order = global_order(len(mine), seed=seed, epoch=epoch)
@@ -153,6 +157,8 @@ class Case:
                 source, epoch, position = self.draws(epoch)[position]
             order = self.order(source, epoch)
             all_of_it = stream_of(self.shards(source, epoch), self.given["eos_id"])
+            where = {"seed": self.seed(source), "epoch": epoch, "seq_len": seq_len}
+            all_of_it = phased(all_of_it, self.given["phase"], **where)
             sequence = order[position] if position < len(order) else self.sequences(source, epoch)[0]
             stream = all_of_it[sequence * seq_len :][: seq_len + shift]
             if self.given["remainder"] == "wrap":
@@ -181,6 +187,9 @@ def random_case(random: Random, pool: list[list[Path]]) -> Case:
     }
     if given["holdout"] and random.random() < 0.4:
         given["split"] = "holdout"
+    # A draw of its own leaves the other settings of a case as they were.
+    moves = not given["holdout"] and Random(repr(given)).random() < 0.5
+    given["phase"] = "epoch" if moves else "fixed"
     if random.random() < 0.6:
         case = Case([random.choice(pool)], given)
         if len(case.corpora[0]) > 1 and random.random() < 0.5:

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::Loader;
 use super::batch::Batch;
-use super::rows::{PositionedRow, batch_rows};
+use super::rows::PositionedRow;
 use crate::error::{Error, Result};
 use crate::order::partition::Grouping;
 use crate::sync::lock;
@@ -39,7 +39,7 @@ impl Loader {
         }
         let row = |position| PositionedRow::Position { epoch, position, repeated: false };
         let rows: Vec<PositionedRow> = (position..position + n).map(row).collect();
-        session.compute_alone(&growth, (epoch, position), position / session.grouping.global_batch(), &rows)
+        session.compute_rows(&growth, (epoch, position), position / session.grouping.global_batch(), &rows)
     }
 
     /// Returns the batch that rank `rank` of `world_size` gets at `step` of the pass that begins
@@ -62,7 +62,7 @@ impl Loader {
                 "cannot give step {step}: a pass for {world_size} ranks has steps 0..{steps}"
             )));
         }
-        let (start, rows) = batch_rows(grouping, &epochs, step * grouping.global_batch());
-        session.compute_alone(&growth, start, step, &rows)
+        session.opened.check_balance(&session.config, grouping)?;
+        session.compute_step(&growth, grouping, &epochs, step)
     }
 }

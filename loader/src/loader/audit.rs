@@ -50,6 +50,12 @@ impl Loader {
         (epochs, sample)
     }
 
+    /// Number of tokens by which the rows of an epoch of source `source` begin later in the joined
+    /// stream. 0 unless the setting `phase` moves them.
+    pub fn phase(&self, source: usize, epoch: u64) -> u64 {
+        self.session.opened.sources.phase(source, epoch)
+    }
+
     /// Takes over the history of a corpus that grew, from the `growth` of a state or a delivery
     /// log.
     pub fn assume_growth(&self, text: &str) -> Result<()> {

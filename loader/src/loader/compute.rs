@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use super::batch::{Batch, BatchLayout, Borders, BoundariesAt};
 use super::boundaries::{Span, Spans, masked_places, write_places};
 use super::pass::PassRange;
-use super::rows::{PositionedRow, batch_rows_into};
+use super::rows::PositionedRow;
 use super::session::Session;
 use crate::buffer::pool::Pool;
 use crate::buffer::{BufferSource, Lease};
@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::fill::{Ahead, FieldRow, Id, Places, Row};
 use crate::loader::sources::{Growth, Orders, RowRead, RowReads};
 use crate::order::epochs::EpochChain;
+use crate::order::partition::Grouping;
 use crate::proof::checksum::Checksum;
 use crate::read::{NeededBy, Padding, Prepared, RowRequest, Scratch, StreamLocation};
 use crate::settings::Targets;
@@ -40,20 +41,45 @@ pub(super) struct WorkerMemory {
     pub(super) spans: Spans,
 }
 
+impl WorkerMemory {
+    /// Memory for a batch that no worker of a pass computes, so that nothing watches its reads.
+    fn alone() -> Self {
+        Self { index: usize::MAX, ..Self::default() }
+    }
+}
+
 impl Session {
     /// Computes the batch of `rows`, in its own memory.
-    pub(super) fn compute_alone(
+    pub(super) fn compute_rows(
         &self,
         growth: &Growth,
         start: (u64, u64),
         step: u64,
         rows: &[PositionedRow],
     ) -> Result<Arc<Batch>> {
-        // No worker of a pass computes this, so that nothing watches its reads.
-        let mut worker = WorkerMemory { index: usize::MAX, ..WorkerMemory::default() };
-        let mut reads = RowReads::default();
-        self.reads_into(growth, rows, &mut worker.orders, &mut worker.scratch, &mut reads)?;
-        let bytes = self.layout(rows.len(), self.config.seq_len as usize).bytes;
+        let mut worker = WorkerMemory::alone();
+        let WorkerMemory { orders, scratch, reads, .. } = &mut worker;
+        self.reads_into(growth, rows, orders, scratch, reads)?;
+        self.compute_alone(start, step, worker)
+    }
+
+    /// Computes the batch that a rank gets at `step`, in its own memory.
+    pub(super) fn compute_step(
+        &self,
+        growth: &Growth,
+        grouping: Grouping,
+        epochs: &EpochChain,
+        step: u64,
+    ) -> Result<Arc<Batch>> {
+        let mut worker = WorkerMemory::alone();
+        let start = self.plan_batch(growth, grouping, epochs, step * grouping.global_batch(), 1, &mut worker)?;
+        self.compute_alone(start, step, worker)
+    }
+
+    /// Computes the batch of the rows that `worker` has planned, in its own memory.
+    fn compute_alone(&self, start: (u64, u64), step: u64, mut worker: WorkerMemory) -> Result<Arc<Batch>> {
+        let reads = std::mem::take(&mut worker.reads);
+        let bytes = self.layout(reads.rows.len(), self.config.seq_len as usize).bytes;
         let memory: Arc<dyn BufferSource> = Arc::new(Pool::new(bytes, 0));
         let lease = Lease::new(&memory, bytes);
         Ok(Arc::new(self.compute(start, step, 1, &reads, lease, &mut worker)?))
@@ -286,11 +312,10 @@ impl Session {
     /// Decodes a block that the batch at index `start` of a pass will read and that is not decoded
     /// yet.
     pub(super) fn decode_ahead(&self, run: &PassRange, start: u64, worker: &mut WorkerMemory) -> Result<Prepared> {
-        let WorkerMemory { index: worker_index, orders, rows, reads, scratch, .. } = worker;
-        let (epoch, position) = batch_rows_into(self.grouping, &run.epochs, start, rows);
+        let (epoch, position) = self.plan_batch(&run.growth, self.grouping, &run.epochs, start, 1, worker)?;
         let needed =
             NeededBy { session: self.in_cache, position: self.opened.sources.global_position(epoch, position) };
-        self.reads_into(&run.growth, rows, orders, scratch, reads)?;
+        let WorkerMemory { index: worker_index, reads, scratch, .. } = worker;
         for (place, segments) in reads.iter() {
             let reader = &self.opened.sources.list()[place.source].reader;
             if !reader.decodes() {
@@ -321,13 +346,11 @@ impl Session {
             return;
         }
         let mut asked = false;
-        let WorkerMemory { orders, rows, reads, scratch, .. } = worker;
-        batch_rows_into(self.grouping, &run.epochs, start, rows);
         // A failure here appears again when the batch is computed.
-        if self.reads_into(&run.growth, rows, orders, scratch, reads).is_err() {
+        if self.plan_batch(&run.growth, self.grouping, &run.epochs, start, 1, worker).is_err() {
             return;
         }
-        for (place, segments) in reads.iter() {
+        for (place, segments) in worker.reads.iter() {
             let reader = &self.opened.sources.list()[place.source].reader;
             for segment in segments {
                 asked |= reader.read_ahead(segment);

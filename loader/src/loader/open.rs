@@ -12,9 +12,9 @@ use crate::layout::{self, Layout, LayoutSettings, Lengths, Stream, WINDOW_TOKENS
 use crate::loader::state::StateValue;
 use crate::order;
 use crate::order::partition::Grouping;
-use crate::read::{BlockCache, Reader, SessionId};
+use crate::read::{BlockCache, KEPT_PLANS, Reader, SessionId};
 use crate::settings::mixture::MixtureSettings;
-use crate::settings::{self, Compared, Config, Setting, Shuffle, Value, default_threads};
+use crate::settings::{self, Balance, Compared, Config, Setting, Shuffle, Value, default_threads};
 use crate::sync::Cancel;
 
 /// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
@@ -119,6 +119,48 @@ impl Opened {
             "a loader of an opened corpus must keep the settings that it was opened with; found {}",
             differences.join(", ")
         )))
+    }
+
+    /// Of ranks that share rows, the rank after a rank is this much higher: 1 if all ranks share.
+    ///
+    /// Rows that are decoded may move only between ranks that draw from the same lanes.
+    pub(super) fn balance_stride(&self, grouping: Grouping) -> u64 {
+        let decodes = self.sources.list().iter().any(|source| source.reader.decodes());
+        match self.config.shuffle {
+            Shuffle::Block if decodes => self.config.lanes / grouping.lanes(self.config.lanes),
+            _ => 1,
+        }
+    }
+
+    /// Fails if `balance` of `config` cannot move rows between the ranks of `grouping` without more
+    /// decoding.
+    pub(super) fn check_balance(&self, config: &Config, grouping: Grouping) -> Result<()> {
+        let (lanes, world_size) = (config.lanes, grouping.world_size);
+        if config.balance == Balance::Off || world_size == 1 {
+            return Ok(());
+        }
+        let stride = self.balance_stride(grouping);
+        if stride == world_size {
+            return Err(Error::config(format!(
+                "`balance` = ranks needs ranks that draw from the same lanes, because these files have to be decoded: \
+                 {world_size} ranks have {} of {lanes} `lanes` each, and none of them shares a lane; moved rows would \
+                 decode every block on up to {world_size} ranks; use uncompressed Arrow, or `lanes` that have no \
+                 divisor in common with the number of ranks",
+                lanes / world_size
+            )));
+        }
+        // A rank plans the windows of all lanes that it takes rows from.
+        let windows = 2 * if stride == 1 { lanes } else { grouping.lanes(lanes) };
+        let is_spread = config.shuffle == Shuffle::Block && config.layout.has_windows();
+        if is_spread && windows > KEPT_PLANS as u64 {
+            return Err(Error::config(format!(
+                "`balance` = ranks plans two windows of each of {} lanes on every rank: {windows} windows, more than \
+                 the {KEPT_PLANS} that a loader keeps; lower `lanes` to at most {}",
+                windows / 2,
+                KEPT_PLANS / 2
+            )));
+        }
+        Ok(())
     }
 
     /// Adds a session to the cache, and takes bytes of the budget for it: `batches` bytes for

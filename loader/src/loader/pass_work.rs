@@ -13,7 +13,6 @@ use super::batch::Batch;
 use super::compute::WorkerMemory;
 use super::open::drawn_tokens;
 use super::pass::PassRange;
-use super::rows::{batch_rows_into, deal};
 use super::session::Session;
 use crate::buffer::Lease;
 use crate::corpus::Corpus;
@@ -177,15 +176,11 @@ impl Work for PassWork {
             // different ones.
             while let Ok(Prepared::Decoded) = self.decode_ahead(number, worker) {}
         }
-        let start = batch_rows_into(session.grouping, &range.epochs, index, &mut worker.rows);
-        deal(&mut worker.rows, self.parts);
-        let mut reads = std::mem::take(&mut worker.reads);
-        let planned =
-            session.reads_into(&range.growth, &worker.rows, &mut worker.orders, &mut worker.scratch, &mut reads);
-        if let Err(error) = planned {
+        let planned = session.plan_batch(&range.growth, session.grouping, &range.epochs, index, self.parts, worker);
+        let start = planned.inspect_err(|_| {
             session.slow_reads.end(worker.index, Duration::ZERO, LONG);
-            return Err(error);
-        }
+        })?;
+        let reads = std::mem::take(&mut worker.reads);
         let lease = lease.unwrap_or_else(|| Lease::new(&session.pool, session.batch_bytes));
         let filling = worker.scratch.tracer.begin();
         let batch = session.compute(start, index / global_batch, self.parts.max(1), &reads, lease, worker);

@@ -71,6 +71,7 @@ impl Session {
         let rank = *config.dp_rank.get_or_insert(0);
         let world_size = *config.dp_world_size.get_or_insert(1);
         let grouping = Grouping { batch_size: config.batch_size, rank, world_size, remainder: config.remainder };
+        opened.check_balance(&config, grouping)?;
         let placement = Placement::of(&config)?;
         let trace =
             environment::trace()?.map(|(asked, limit)| Trace::open(&asked, limit, rank, world_size)).transpose()?;

@@ -11,20 +11,22 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::corpus::Corpus;
 use crate::error::{Error, Result};
+use crate::keys::{derive_key, reduce};
 use crate::layout::{self, Lost, Segment};
 use crate::loader::state::StateValue;
 use crate::order::bucket::{Bucket, Buckets};
 use crate::order::holdout::Side;
 use crate::order::mixture::{Draw, Mixture};
-use crate::order::permutation::derive_key;
 use crate::order::{Arrangement, EpochOrder};
 use crate::read::{Reader, Scratch};
 use crate::settings::mixture::{MixtureSettings, Stage};
-use crate::settings::{self, Compared, Config, Shuffle};
+use crate::settings::{self, Compared, Config, Phase, Shuffle};
 use crate::sync::lock;
 
 /// Separates the seeds of a mixture's sources.
 const SOURCE: u64 = 5;
+/// Separates the phases of epochs from other keys.
+const PHASE: u64 = 0x7068_6173_6500;
 /// Number of orders that a worker keeps. Rows near each other belong to few epochs.
 const KEPT_ORDERS: usize = 256;
 /// Orders with tables that all workers share: of the epochs that a few passes are in.
@@ -87,6 +89,7 @@ struct OrderSettings {
     /// Whether rows are a cut stream, whose tail wraps around and fills rows.
     joins: bool,
     bucket: Option<u64>,
+    phase: Phase,
 }
 
 /// The stretches that one row reads.
@@ -206,6 +209,7 @@ impl CorpusSources {
             side: if config.layout.has_windows() { Side::All } else { Side::of(config) },
             joins: config.layout.joins(),
             bucket: config.bucket,
+            phase: config.phase,
         };
         let Some(text) = &config.mixture else {
             let most_positions = settings.extent(&list[0], list[0].shards()).sequences + 2;
@@ -479,9 +483,21 @@ impl CorpusSources {
             segments.push(Segment::joined(0, again, len));
             len += again;
         }
+        let phase = self.phase(read.source, read.epoch);
+        if phase > 0 {
+            advance(segments, first, phase, read.extent.stream_len);
+        }
         read.segments = first as u32..segments.len() as u32;
         reads.rows.push(Some(read));
         Ok(())
+    }
+
+    /// Number of tokens by which the rows of an epoch of a source begin later in the joined stream.
+    pub(crate) fn phase(&self, source: usize, epoch: u64) -> u64 {
+        match self.settings.phase {
+            Phase::Fixed => 0,
+            Phase::Epoch => reduce(derive_key(self.list[source].seed, &[PHASE, epoch]), self.settings.seq_len),
+        }
     }
 
     /// The stages of the mixture that have begun before `position` of an epoch.
@@ -550,6 +566,24 @@ impl CorpusSources {
 impl CorpusSource {
     fn shards(&self) -> u64 {
         self.reader.corpus().len() as u64
+    }
+}
+
+/// Moves the segments from number `first` on by `phase` places of a stream of `len` tokens. Cuts a
+/// segment that passes the end of the stream: it goes on at the start.
+fn advance(segments: &mut Vec<Segment>, first: usize, phase: u64, len: u64) {
+    let mut at = first;
+    while at < segments.len() {
+        let moved = segments[at];
+        let start = (moved.start + phase) % len;
+        let before_end = moved.len.min(len - start);
+        segments[at] = Segment { start, len: before_end, ..moved };
+        if before_end < moved.len {
+            at += 1;
+            let rest = Segment { start: 0, len: moved.len - before_end, place: moved.place + before_end, ..moved };
+            segments.insert(at, rest);
+        }
+        at += 1;
     }
 }
 

@@ -14,6 +14,7 @@
 //! [`VERSION`] names the algorithm, and golden tests pin it. A change of the algorithm is a new
 //! version.
 
+pub(crate) mod balance;
 pub mod bucket;
 pub mod epochs;
 pub mod holdout;

@@ -27,7 +27,7 @@ use crate::sync::lock;
 use crate::tokens::Tokens;
 
 /// Number of window plans that a reader keeps. A rank draws from two windows of each of its lanes.
-const KEPT_PLANS: usize = 64;
+pub(crate) const KEPT_PLANS: usize = 64;
 
 /// Memory of one worker, reused from row to row.
 #[derive(Debug, Default)]

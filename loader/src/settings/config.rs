@@ -138,6 +138,28 @@ impl BatchFormat {
 }
 
 choices! {
+    /// Places where `concat` cuts the joined documents.
+    Phase {
+        /// Every epoch cuts at the same places.
+        Fixed = "fixed",
+        /// The cuts move from epoch to epoch. The row at the end of the corpus goes on at its
+        /// start, so that each token still comes once.
+        Epoch = "epoch",
+    }
+}
+
+choices! {
+    /// Rule that moves rows of a global batch between ranks.
+    Balance {
+        /// Rows stay where the order puts them.
+        Off = "off",
+        /// The rows of each global batch are permuted, so that ranks get about equal sums of
+        /// squared document lengths.
+        Ranks = "ranks",
+    }
+}
+
+choices! {
     /// Treatment of the tokens and sequences at an epoch's end that fill no whole sequence or
     /// global batch.
     Remainder {
@@ -254,6 +276,14 @@ impl Config {
         };
         let is_pack = layout == LayoutKind::Pack;
         check(layout.has_windows() || self.overflow == Overflow::Split, only("overflow", "pack or pad"));
+        check(layout.joins() || self.phase == Phase::Fixed, only("phase", "concat"));
+        check(!layout.joins() || self.balance == Balance::Off, only("balance", "pack, pad or rows"));
+        check(
+            self.phase == Phase::Fixed || self.holdout.is_none(),
+            "`phase` = epoch moves the borders of rows, so that rows of `holdout` would be trained on in another \
+             epoch: leave `holdout` out, or use `phase` = fixed"
+                .to_owned(),
+        );
         check(is_pack || self.max_docs_per_row.is_none(), only("max_docs_per_row", "pack"));
         check(is_pack || self.pack_align == 1, only("pack_align", "pack"));
         check(

@@ -20,7 +20,8 @@ mod table;
 mod values;
 
 pub use config::{
-    BatchFormat, Config, DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets,
+    Balance, BatchFormat, Config, DataFormat, Epochs, Io, LayoutKind, Overflow, Phase, Remainder, Shuffle, Skip, Split,
+    Targets,
 };
 pub use framework::{Framework, MeshDimension, ProcessGroup, Sampler};
 pub use ranks::default_threads;

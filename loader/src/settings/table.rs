@@ -14,7 +14,7 @@
 //! or choices ([`super::forms`]). Checks of several settings together stand in [`super::config`].
 
 use super::config::{
-    BatchFormat, DataFormat, Epochs, Io, LayoutKind, Overflow, Remainder, Shuffle, Skip, Split, Targets,
+    Balance, BatchFormat, DataFormat, Epochs, Io, LayoutKind, Overflow, Phase, Remainder, Shuffle, Skip, Split, Targets,
 };
 use super::forms::{
     Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
@@ -82,6 +82,10 @@ settings! {
 
     /// Way to make rows from documents.
     layout: LayoutKind = LayoutKind::Concat,
+        Content(Always), Name, [TokenDataset];
+
+    /// Places where `concat` cuts the joined documents.
+    phase: Phase = Phase::Fixed,
         Content(Always), Name, [TokenDataset];
 
     /// Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
@@ -179,6 +183,11 @@ settings! {
     /// Rule for the tokens and sequences at an epoch's end that fill no whole sequence or global
     /// batch.
     remainder: Remainder = Remainder::Drop,
+        Grouping, Name, [DataLoader];
+
+    /// Rule that moves rows between ranks. It needs ranks that can read each other's rows without
+    /// decoding more.
+    balance: Balance = Balance::Off,
         Grouping, Name, [DataLoader];
 
     /// Id that fills padded rows. Their labels are `ignore_index`.

@@ -5,7 +5,6 @@ use std::cell::RefCell;
 use super::super::Loader;
 use super::super::compute::WorkerMemory;
 use super::super::pass_work::{decoded_ahead, done_after};
-use super::super::rows::batch_rows;
 use super::super::session::Session;
 use crate::error::Result;
 use crate::format::Access;
@@ -154,9 +153,9 @@ impl Session {
         let memory = RefCell::new(WorkerMemory::default());
         let rows = |rank: u64, step: u64| {
             let of_rank = Grouping { rank, ..grouping };
-            let (_, rows) = batch_rows(of_rank, epochs, step * grouping.global_batch());
-            let WorkerMemory { orders, scratch, reads, .. } = &mut *memory.borrow_mut();
-            self.reads_into(growth, &rows, orders, scratch, reads)?;
+            let memory = &mut *memory.borrow_mut();
+            self.plan_batch(growth, of_rank, epochs, step * grouping.global_batch(), 1, memory)?;
+            let reads = &memory.reads;
             let simulated = |read: &RowRead| RowSegments {
                 source: read.source,
                 segments: reads.segments(read).to_vec(),
