@@ -26,30 +26,37 @@ use forebay::{Error, Result};
 
 use crate::flat::{self, FlatReader};
 use crate::token_column::{self, unsound};
-use crate::whole_rows::Window;
+use crate::whole_rows::{DocumentRow, Window};
 
-/// Receives the stream while it is read.
+/// A row of tokens, as the files give it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FileRow<'a> {
+    /// The tokens without padding.
+    pub(crate) tokens: &'a [i64],
+    /// Place and length of each stretch of one document, or of the whole row where documents are
+    /// joined without boundaries.
+    pub(crate) spans: &'a [(u32, u32)],
+    /// The documents of the row, in order. One may come twice.
+    pub(crate) documents: &'a [DocumentRow],
+}
+
+/// Receives the rows while the files are read.
 pub(crate) trait Visitor {
-    /// Takes a sequence, or the shorter tail after the last sequence. A span is the place and the
-    /// length of a stretch of one document, or of the whole row where documents are joined without
-    /// boundaries.
-    fn row(&mut self, sequence: u64, tokens: &[i64], spans: &[(u32, u32)]);
-
-    /// Takes a document with tokens: its shard, its row, and its place in the stream. The place
-    /// includes `bos_id` and `eos_id`.
-    fn document(&mut self, shard: usize, row: u64, place: Range<u64>);
+    /// Takes a sequence, or the shorter tail after the last sequence.
+    fn row(&mut self, sequence: u64, row: FileRow<'_>);
 
     /// Notes that `tokens` more tokens of the corpus were read.
     fn read(&mut self, tokens: u64);
 }
 
 /// Reads the tokens of the shards of `corpus` in order, each from the column that a loader takes.
-pub(crate) fn read(config: &Config, corpus: &Corpus, visitor: &mut dyn Visitor) -> Result<()> {
+/// Joined rows begin `phase` tokens after the start of the first document.
+pub(crate) fn read(config: &Config, corpus: &Corpus, phase: u64, visitor: &mut dyn Visitor) -> Result<()> {
     let specials = (config.bos_id.map(i64::from), config.eos_id.map(i64::from));
-    read_column(config, None, None, specials, corpus, visitor)
+    read_column(config, None, None, specials, corpus, phase, visitor)
 }
 
-/// Reads a further column of the shards of `corpus`.
+/// Reads a further column of the shards of `corpus`, like [`read`].
 ///
 /// The visitor receives the delivered values: floating-point numbers by their bits, and the values
 /// of both tokens if rows share one.
@@ -57,10 +64,11 @@ pub(crate) fn read_field(
     config: &Config,
     field: &SchemaField,
     corpus: &Corpus,
+    phase: u64,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
     let specials = (config.bos_id.map(|_| field.special), config.eos_id.map(|_| field.special));
-    read_column(config, Some(field.name), Some(field.dtype), specials, corpus, visitor)
+    read_column(config, Some(field.name), Some(field.dtype), specials, corpus, phase, visitor)
 }
 
 /// Reads column `column` of each shard. `None` means the token column.
@@ -70,6 +78,7 @@ fn read_column(
     delivered: Option<Dtype>,
     (bos, eos): (Option<i64>, Option<i64>),
     corpus: &Corpus,
+    phase: u64,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
     let mut stream = RowCutter {
@@ -79,7 +88,10 @@ fn read_column(
         seq_len: config.seq_len as usize,
         overlap: usize::from(config.targets == Targets::Shifted),
         window: Window::of(config),
-        starts: config.has_boundaries().then(VecDeque::new),
+        has_boundaries: config.has_boundaries(),
+        begun: VecDeque::new(),
+        phase: phase as usize,
+        head: None,
         visitor,
         shard: 0,
         open: None,
@@ -117,13 +129,18 @@ struct RowCutter<'a> {
     overlap: usize,
     /// Documents of the present window, if the layout keeps documents whole.
     window: Option<Window>,
-    /// Places in the stream where documents begin, from the first pending row on, if joined rows
-    /// have boundaries.
-    starts: Option<VecDeque<u64>>,
+    /// Whether the spans of joined rows are those of documents.
+    has_boundaries: bool,
+    /// Joined documents from the first pending token on, and their places in the stream.
+    begun: VecDeque<(u64, DocumentRow)>,
+    /// Number of tokens before the first row. They come after the last document.
+    phase: usize,
+    /// These tokens and their documents. `None` until all of them are read.
+    head: Option<(Vec<i64>, Vec<(u64, DocumentRow)>)>,
     visitor: &'a mut dyn Visitor,
     shard: usize,
-    /// Row and start of the document that is being read.
-    open: Option<(u64, u64)>,
+    /// Row of the document that is being read.
+    open: Option<u64>,
     pending: Vec<i64>,
     /// Number of stream tokens before the pending tokens.
     done: u64,
@@ -137,10 +154,9 @@ impl RowCutter<'_> {
             return;
         }
         if self.open.is_none() {
-            let start = self.done + self.pending.len() as u64;
-            self.open = Some((row, start));
-            if let Some(starts) = &mut self.starts {
-                starts.push_back(start);
+            self.open = Some(row);
+            if self.window.is_none() {
+                self.begun.push_back((self.done + self.pending.len() as u64, (self.shard, row)));
             }
             self.pending.extend(self.bos);
         }
@@ -151,65 +167,97 @@ impl RowCutter<'_> {
 
     /// Ends the document, if it has a token.
     fn end(&mut self) {
-        if let Some((row, start)) = self.open.take() {
-            self.pending.extend(self.eos);
-            self.visitor.document(self.shard, row, start..self.done + self.pending.len() as u64);
+        let Some(row) = self.open.take() else { return };
+        self.pending.extend(self.eos);
+        let Some(window) = &mut self.window else {
             self.cut();
-        }
+            return;
+        };
+        window.add((self.shard, row), &self.pending, &mut |tokens, spans, documents| {
+            self.visitor.row(self.sequence, FileRow { tokens, spans, documents });
+            self.sequence += 1;
+        });
+        self.pending.clear();
     }
 
+    /// Gives the rows of joined documents that are complete.
     fn cut(&mut self) {
-        if let Some(window) = &mut self.window {
-            if self.open.is_none() {
-                window.add(&self.pending, &mut |tokens, spans| {
-                    self.visitor.row(self.sequence, tokens, spans);
-                    self.sequence += 1;
-                });
-                self.done += self.pending.len() as u64;
-                self.pending.clear();
-            }
+        if self.window.is_some() || self.head.is_none() && !self.take_head(self.phase) {
             return;
         }
         let mut start = 0;
         while self.pending.len() - start >= self.seq_len + self.overlap {
-            let end = start + self.seq_len + self.overlap;
-            let spans = self.spans(start..end);
-            self.visitor.row(self.sequence, &self.pending[start..end], &spans);
+            self.give(start..start + self.seq_len + self.overlap);
             self.sequence += 1;
             start += self.seq_len;
-            if let Some(starts) = &mut self.starts {
-                let first = self.done + start as u64;
-                starts.retain(|place| *place >= first);
-            }
+            self.forget_before(self.done + start as u64);
         }
         self.pending.drain(..start);
         self.done += start as u64;
     }
 
-    /// The stretches of documents in the row of these pending tokens.
-    fn spans(&self, row: Range<usize>) -> Vec<(u32, u32)> {
+    /// Puts the first `len` tokens aside. Returns false if fewer were read.
+    fn take_head(&mut self, len: usize) -> bool {
+        if self.pending.len() < len {
+            return false;
+        }
+        let documents = self.begun.iter().copied().take_while(|(start, _)| *start < len as u64).collect();
+        self.head = Some((self.pending.drain(..len).collect(), documents));
+        self.done = len as u64;
+        self.forget_before(self.done);
+        true
+    }
+
+    /// Forgets the documents that end before stream token `place`.
+    fn forget_before(&mut self, place: u64) {
+        while self.begun.get(1).is_some_and(|(start, _)| *start <= place) {
+            self.begun.pop_front();
+        }
+    }
+
+    /// Gives the row of these pending tokens.
+    fn give(&mut self, row: Range<usize>) {
         let places = self.done + row.start as u64..self.done + row.end as u64;
-        let inside = self.starts.iter().flatten().filter(|place| **place > places.start && **place < places.end);
-        let mut borders: Vec<u32> = inside.map(|place| (*place - places.start) as u32).collect();
+        let inside = self.begun.iter().take_while(|(start, _)| *start < places.end);
+        let documents: Vec<DocumentRow> = inside.clone().map(|(_, document)| *document).collect();
+        let starts = inside.map(|(start, _)| *start).filter(|start| self.has_boundaries && *start > places.start);
+        let mut borders: Vec<u32> = starts.map(|start| (start - places.start) as u32).collect();
         borders.insert(0, 0);
         borders.push(row.len() as u32);
-        borders.windows(2).map(|pair| (pair[0], pair[1] - pair[0])).collect()
+        let spans: Vec<_> = borders.windows(2).map(|pair| (pair[0], pair[1] - pair[0])).collect();
+        let row = FileRow { tokens: &self.pending[row], spans: &spans, documents: &documents };
+        self.visitor.row(self.sequence, row);
     }
 
     /// Ends the window of the shard that was read.
     fn end_shard(&mut self) {
         if let Some(window) = &mut self.window {
-            window.end(&mut |tokens, spans| {
-                self.visitor.row(self.sequence, tokens, spans);
+            window.end(&mut |tokens, spans, documents| {
+                self.visitor.row(self.sequence, FileRow { tokens, spans, documents });
                 self.sequence += 1;
             });
         }
     }
 
+    /// Gives the last rows of joined documents: those with the tokens that were put aside, and the
+    /// tail.
     fn finish(&mut self) {
-        if self.window.is_none() && self.pending.len() > self.overlap {
-            let spans = self.spans(0..self.pending.len());
-            self.visitor.row(self.sequence, &self.pending, &spans);
+        if self.window.is_some() {
+            return;
+        }
+        if self.head.is_none() && !self.pending.is_empty() {
+            // The documents are shorter than the phase.
+            let phase = self.phase % self.pending.len();
+            self.take_head(phase);
+        }
+        if let Some((tokens, documents)) = self.head.replace(Default::default()) {
+            let end = self.done + self.pending.len() as u64;
+            self.begun.extend(documents.into_iter().map(|(start, document)| (end + start, document)));
+            self.pending.extend(tokens);
+            self.cut();
+        }
+        if self.pending.len() > self.overlap {
+            self.give(0..self.pending.len());
         }
     }
 }

@@ -7,15 +7,19 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use forebay::Config;
-use forebay::settings::{LayoutKind, Overflow, Targets};
+use forebay::settings::{LayoutKind, Overflow, Split, Targets};
 
 /// Number of pieces that end a window.
 const WINDOW_PIECES: usize = 16_384;
 /// Number of tokens that end a window.
 const WINDOW_TOKENS: usize = 4 << 20;
 
-/// Receives a row: its tokens without padding, and its spans. A span is a place and a length.
-pub(crate) type Emit<'a> = &'a mut dyn FnMut(&[i64], &[(u32, u32)]);
+/// A document of the files: its shard, and its row there.
+pub(crate) type DocumentRow = (usize, u64);
+
+/// Receives a row: its tokens without padding, its spans, and the document of each span. A span is
+/// a place and a length.
+pub(crate) type Emit<'a> = &'a mut dyn FnMut(&[i64], &[(u32, u32)], &[DocumentRow]);
 
 /// The window that is being filled.
 #[derive(Debug)]
@@ -27,9 +31,24 @@ pub(crate) struct Window {
     smallest: usize,
     align: usize,
     most: usize,
+    /// Documents of the corpus before the next document.
+    before: u64,
+    /// A document of so many is held out. `None` delivers all documents.
+    holdout: Option<u64>,
+    /// The side that is delivered.
+    split: Split,
     tokens: Vec<i64>,
-    /// The piece of a document that fits into a row, as a range of `tokens`.
-    pieces: Vec<Range<usize>>,
+    pieces: Vec<Piece>,
+}
+
+/// A piece of a document that fits into a row.
+#[derive(Debug)]
+struct Piece {
+    /// Its tokens, as a range of the window's tokens.
+    tokens: Range<usize>,
+    document: DocumentRow,
+    /// Whether the document is on the delivered side.
+    is_delivered: bool,
 }
 
 impl Window {
@@ -44,13 +63,22 @@ impl Window {
             smallest: 1 + usize::from(is_shifted),
             align: config.pack_align as usize,
             most: if is_pack { most } else { 1 },
+            before: 0,
+            // In the layout `rows`, a holdout draws rows.
+            holdout: config.holdout.filter(|_| config.layout.has_windows()),
+            split: config.split,
             tokens: Vec::new(),
             pieces: Vec::new(),
         })
     }
 
-    /// Adds a document. Gives the rows of each window that it fills.
-    pub(crate) fn add(&mut self, document: &[i64], emit: Emit<'_>) {
+    /// Adds a document that has tokens. Gives the rows of each window that it fills.
+    pub(crate) fn add(&mut self, place: DocumentRow, document: &[i64], emit: Emit<'_>) {
+        let is_delivered = match self.holdout {
+            None => true,
+            Some(every) => is_held_out(self.before, every) == (self.split == Split::Holdout),
+        };
+        self.before += 1;
         let is_long = document.len() > self.capacity;
         let kept = match self.overflow {
             Overflow::Truncate if is_long => &document[..self.capacity],
@@ -60,7 +88,7 @@ impl Window {
         for piece in kept.chunks(self.capacity) {
             let start = self.tokens.len();
             self.tokens.extend_from_slice(piece);
-            self.pieces.push(start..self.tokens.len());
+            self.pieces.push(Piece { tokens: start..self.tokens.len(), document: place, is_delivered });
             if self.pieces.len() >= WINDOW_PIECES || self.tokens.len() >= WINDOW_TOKENS {
                 self.end(emit);
             }
@@ -69,16 +97,18 @@ impl Window {
 
     /// Ends the window, as the end of a shard does, and gives its rows.
     pub(crate) fn end(&mut self, emit: Emit<'_>) {
-        let sizes: Vec<usize> = self.pieces.iter().map(|piece| self.size(piece.len())).collect();
+        self.pieces.retain(|piece| piece.is_delivered);
+        let sizes: Vec<usize> = self.pieces.iter().map(|piece| self.size(piece.tokens.len())).collect();
         for row in best_fit(&sizes, self.capacity, self.most) {
-            let (mut place, mut tokens, mut spans) = (0, Vec::new(), Vec::new());
-            for piece in row {
-                let range = self.pieces[piece].clone();
-                spans.push((place as u32, range.len() as u32));
-                tokens.extend_from_slice(&self.tokens[range]);
-                place += sizes[piece];
+            let (mut place, mut tokens, mut spans, mut documents) = (0, Vec::new(), Vec::new(), Vec::new());
+            for number in row {
+                let piece = &self.pieces[number];
+                spans.push((place as u32, piece.tokens.len() as u32));
+                documents.push(piece.document);
+                tokens.extend_from_slice(&self.tokens[piece.tokens.clone()]);
+                place += sizes[number];
             }
-            emit(&tokens, &spans);
+            emit(&tokens, &spans, &documents);
         }
         self.tokens.clear();
         self.pieces.clear();
@@ -88,6 +118,19 @@ impl Window {
     fn size(&self, len: usize) -> usize {
         len.max(self.smallest).next_multiple_of(self.align).min(self.capacity)
     }
+}
+
+/// Whether a holdout of one document in `every` takes document `number` of the corpus: a hash of
+/// the number, scaled to `0..every`, is 0.
+fn is_held_out(number: u64, every: u64) -> bool {
+    let mix = |mut z: u64| {
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    };
+    let name = u64::from_be_bytes(*b"document");
+    let hash = mix(name.wrapping_add(0x9E37_79B9_7F4A_7C15) ^ mix(number));
+    (u128::from(hash) * u128::from(every)) >> 64 == 0
 }
 
 /// The pieces of each row: the largest piece first, each into the row with the least room that is

@@ -10,7 +10,7 @@ mod delivery_log;
 mod search;
 mod stream;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -18,13 +18,13 @@ use forebay::corpus::schema::{SchemaField, TokenSide};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
 use forebay::proof::checksum::Checksum;
-use forebay::settings::{Epochs, Targets};
-use forebay::{Error, ErrorKind, Loader};
+use forebay::settings::{Epochs, Phase, Targets};
+use forebay::{Config, Error, ErrorKind, Loader};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::report::number_of;
-use crate::sequential::{self, Visitor};
+use crate::sequential::{self, FileRow, Visitor};
 use crate::{Context, Failure, Sets, ShapeOptions, progress};
 use delivery_log::Found;
 
@@ -84,15 +84,6 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let own = [("seed", options.seed.clone())];
     let flags = [options.shape.flags().as_slice(), &own].concat();
     let mut config = options.sets.resolve(&options.paths, &flags, context)?.config;
-    let keeps_documents = config.layout.has_windows();
-    if keeps_documents && config.holdout.is_some() {
-        let text = "`forebay verify` cannot prove a side of `holdout` of `layout` = pack or pad yet";
-        return Err(Error::config(text).into());
-    }
-    if !config.layout.joins() && (options.step.is_some() || options.document.is_some()) {
-        let text = "`--step` and `--document` find documents in `layout` = concat alone";
-        return Err(Error::config(text).into());
-    }
     // A proof must not add to the delivery log that it reads.
     config.delivery_log = None;
     (config.epochs, config.max_steps) = (Epochs::Count(1), None);
@@ -142,10 +133,11 @@ fn read_state(path: &Path) -> Result<State, Error> {
 
 /// Number of times that each sequence should be delivered.
 enum Wanted {
-    /// The sequences below this number of the only source are delivered once.
-    Below(u64),
-    /// A count for each sequence of each source.
-    Counts(Vec<Vec<u8>>),
+    /// The sequences below this number of the only source are delivered once, in this epoch.
+    Below(u64, u64),
+    /// A count for each sequence, by source and epoch. Epochs with the same rows are counted
+    /// together, as epoch 0.
+    Counts(BTreeMap<(usize, u64), Vec<u8>>),
 }
 
 impl Wanted {
@@ -155,7 +147,8 @@ impl Wanted {
     fn new(loader: &Loader, epochs: Range<u64>, covered: &[Range<u64>], bar: &ProgressBar) -> forebay::Result<Self> {
         let config = loader.config();
         let (chain, mut sample) = loader.epoch_chain(epochs.clone());
-        let is_whole = config.mixture.is_none() && config.holdout.is_none() && config.skip.is_empty();
+        let draws_rows = config.holdout.is_some() && !config.layout.has_windows();
+        let is_whole = config.mixture.is_none() && !draws_rows && config.skip.is_empty();
         let len = chain.len().unwrap_or(u64::MAX);
         // The number alone shows that these are all sequences, and the tail if it has a position.
         if is_whole
@@ -163,9 +156,9 @@ impl Wanted {
             && matches!(covered, [all] if *all == (0..len))
             && len >= loader.num_sequences()
         {
-            return Ok(Self::Below(len));
+            return Ok(Self::Below(len, rows_epoch(config, epochs.start)));
         }
-        let mut counts: Vec<Vec<u8>> = Vec::new();
+        let mut counts: BTreeMap<(usize, u64), Vec<u8>> = BTreeMap::new();
         let mut seen: HashMap<(usize, u64), Vec<u64>> = HashMap::new();
         for (index, at) in covered.iter().cloned().flatten().zip(0u64..) {
             let Sample { source, epoch, sequence } = sample(index)?;
@@ -179,13 +172,11 @@ impl Wanted {
                 return Err(Error::new(ErrorKind::Internal, text));
             }
             bits[word] |= bit;
-            if counts.len() <= source {
-                counts.resize(source + 1, Vec::new());
+            let counts = counts.entry((source, rows_epoch(config, epoch))).or_default();
+            if counts.len() <= sequence as usize {
+                counts.resize(sequence as usize + 1, 0);
             }
-            if counts[source].len() <= sequence as usize {
-                counts[source].resize(sequence as usize + 1, 0);
-            }
-            let count = &mut counts[source][sequence as usize];
+            let count = &mut counts[sequence as usize];
             *count = count.checked_add(1).ok_or_else(|| {
                 Error::config(format!(
                     "sequence {sequence} of source {source} comes more than 255 times: prove fewer epochs at once"
@@ -198,14 +189,30 @@ impl Wanted {
         Ok(Self::Counts(counts))
     }
 
-    fn count(&self, source: usize, sequence: u64) -> u8 {
+    /// The epochs whose rows of a source are wanted.
+    fn epochs_of(&self, source: usize) -> Vec<u64> {
         match self {
-            Self::Below(end) => u8::from(sequence < *end),
+            Self::Below(_, epoch) => vec![*epoch],
             Self::Counts(counts) => {
-                counts.get(source).and_then(|counts| counts.get(sequence as usize)).copied().unwrap_or(0)
+                counts.range((source, 0)..=(source, u64::MAX)).map(|((_, epoch), _)| *epoch).collect()
             }
         }
     }
+
+    fn count(&self, source: usize, epoch: u64, sequence: u64) -> u8 {
+        match self {
+            Self::Below(end, of) => u8::from(sequence < *end && epoch == *of),
+            Self::Counts(counts) => {
+                counts.get(&(source, epoch)).and_then(|counts| counts.get(sequence as usize)).copied().unwrap_or(0)
+            }
+        }
+    }
+}
+
+/// The epoch that stands for the rows of `epoch`: the epoch itself if rows differ from epoch to
+/// epoch, and else 0.
+fn rows_epoch(config: &Config, epoch: u64) -> u64 {
+    if config.phase == Phase::Epoch { epoch } else { 0 }
 }
 
 /// Adds up the rows of the files for several expectations at once.
@@ -213,6 +220,7 @@ struct Expected<'a> {
     wanted: &'a [Wanted],
     sums: Vec<Checksum>,
     source: usize,
+    epoch: u64,
     /// The further column that is being read. `None` while tokens are read.
     field: Option<SchemaField>,
     /// The places of a row with values of the column. These are all tokens, or the tokens that an
@@ -226,10 +234,10 @@ struct Expected<'a> {
 }
 
 impl Visitor for Expected<'_> {
-    fn row(&mut self, sequence: u64, tokens: &[i64], spans: &[(u32, u32)]) {
+    fn row(&mut self, sequence: u64, FileRow { tokens, spans, .. }: FileRow<'_>) {
         let mut one = None;
         for (wanted, sum) in self.wanted.iter().zip(&mut self.sums) {
-            for _ in 0..wanted.count(self.source, sequence) {
+            for _ in 0..wanted.count(self.source, self.epoch, sequence) {
                 *sum += *one.get_or_insert_with(|| {
                     let values = delivered(&self.places, self.masked, tokens, spans);
                     let mut one = Checksum::default();
@@ -243,8 +251,6 @@ impl Visitor for Expected<'_> {
             }
         }
     }
-
-    fn document(&mut self, _: usize, _: u64, _: Range<u64>) {}
 
     fn read(&mut self, tokens: u64) {
         self.bar.inc(tokens);
@@ -278,25 +284,33 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
     let has_boundaries = config.has_boundaries();
     let has_spans = has_boundaries || !config.layout.joins();
     let places = 0..usize::MAX;
-    let mut expected = Expected { wanted, sums, source: 0, field: None, places, masked: None, has_spans, bar };
+    let mut expected =
+        Expected { wanted, sums, source: 0, epoch: 0, field: None, places, masked: None, has_spans, bar };
     for (source, (_, corpus)) in loader.corpora().enumerate() {
         let is_there = |(index, _): &(usize, &SchemaField)| corpus.field_dtype(*index).is_some();
         let fields: Vec<SchemaField> =
             loader.schema().iter().enumerate().filter(is_there).map(|(_, field)| *field).collect();
-        expected.bar.inc_length(corpus.tokens() * fields.len() as u64);
-        (expected.source, expected.field) = (source, None);
+        let mut epochs: Vec<u64> = wanted.iter().flat_map(|wanted| wanted.epochs_of(source)).collect();
+        epochs.sort_unstable();
+        epochs.dedup();
+        let readings = (epochs.len() * (1 + fields.len())) as u64;
+        expected.bar.inc_length(corpus.tokens() * readings.saturating_sub(1));
         // If labels are a column, no array has the last token that a shifted row reads.
         let has_labels = fields.iter().any(|field| field.name == "labels");
-        expected.places = if has_labels { 0..seq_len } else { 0..usize::MAX };
-        // Only the array of targets has the last token of a shifted row.
-        expected.masked = has_boundaries.then_some((seq_len, config.ignore_index));
-        sequential::read(config, corpus, &mut expected)?;
-        for field in fields {
-            let start = usize::from(is_shifted && field.side == TokenSide::Target);
-            (expected.field, expected.places) = (Some(field), start..start + seq_len);
-            let is_target = field.side == TokenSide::Target;
-            expected.masked = (has_boundaries && is_target).then_some((start, field.padding));
-            sequential::read_field(config, &field, corpus, &mut expected)?;
+        for epoch in epochs {
+            let phase = loader.phase(source, epoch);
+            (expected.source, expected.epoch, expected.field) = (source, epoch, None);
+            expected.places = if has_labels { 0..seq_len } else { 0..usize::MAX };
+            // Only the array of targets has the last token of a shifted row.
+            expected.masked = has_boundaries.then_some((seq_len, config.ignore_index));
+            sequential::read(config, corpus, phase, &mut expected)?;
+            for field in &fields {
+                let is_target = field.side == TokenSide::Target;
+                let start = usize::from(is_shifted && is_target);
+                (expected.field, expected.places) = (Some(*field), start..start + seq_len);
+                expected.masked = (has_boundaries && is_target).then_some((start, field.padding));
+                sequential::read_field(config, field, corpus, phase, &mut expected)?;
+            }
         }
     }
     expected.bar.finish_and_clear();

@@ -1,18 +1,19 @@
 //! Finds the documents of a step of a delivery log, and the steps of a document.
 
-use std::ops::Range;
+use std::collections::{BTreeMap, HashMap};
 
 use forebay::Error;
 use forebay::loader::Sample;
 use forebay::proof::delivery_log::GlobalBatch;
-use forebay::settings::Config;
+use forebay::settings::{Balance, Phase};
 use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::delivery_log::{EpochGroup, Found, of};
-use super::{BAR_EVERY, Options, TEMPLATE, reading_bar, write_json};
-use crate::report::line;
-use crate::sequential::{self, Visitor};
+use super::{BAR_EVERY, Options, TEMPLATE, reading_bar, rows_epoch, write_json};
+use crate::report::{line, plural};
+use crate::sequential::{self, FileRow, Visitor};
+use crate::whole_rows::DocumentRow;
 use crate::{Context, Failure, progress};
 
 impl Found<'_> {
@@ -44,26 +45,21 @@ impl Found<'_> {
     pub(super) fn documents_of(&self, step: u64, options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
         let (group, batch) = self.batch(step)?;
         let (_, mut sample) = self.loader.epoch_chain(group.epochs.clone());
-        let mut rows: Vec<(usize, u64, u64)> = Vec::new();
+        let config = self.loader.config();
+        let mut rows: BTreeMap<(usize, u64), BTreeMap<u64, u64>> = BTreeMap::new();
         for index in batch.indices.clone() {
-            let (Sample { source, sequence, .. }, (_, position)) = (sample(index)?, self.at(group, index));
-            rows.push((source, sequence, position));
+            let (Sample { source, epoch, sequence }, (_, position)) = (sample(index)?, self.at(group, index));
+            rows.entry((source, rows_epoch(config, epoch))).or_default().insert(sequence, position);
         }
-        rows.sort_unstable();
         let bar = reading_bar(self.loader, context)?;
-        let mut documents =
-            DocumentSearch { config: self.loader.config(), source: 0, sequences: Vec::new(), found: Vec::new(), bar };
-        for (source, (_, corpus)) in self.loader.corpora().enumerate() {
-            documents.source = source;
-            documents.sequences = rows.iter().filter(|row| row.0 == source).map(|row| row.1).collect();
-            if !documents.sequences.is_empty() {
-                sequential::read(self.loader.config(), corpus, &mut documents)?;
-            }
+        let mut documents = DocumentSearch { source: 0, sequences: BTreeMap::new(), found: Vec::new(), bar };
+        let corpora: Vec<_> = self.loader.corpora().map(|(_, corpus)| corpus).collect();
+        for ((source, epoch), sequences) in rows {
+            (documents.source, documents.sequences) = (source, sequences);
+            sequential::read(config, corpora[source], self.loader.phase(source, epoch), &mut documents)?;
         }
         documents.bar.finish_and_clear();
         let shards = self.shards();
-        let position_of =
-            |found: &FoundDocument| rows[rows.partition_point(|row| (row.0, row.1) < (found.source, found.sequence))].2;
         let name_of = |found: &FoundDocument| {
             let shard = shards.iter().find(|shard| (shard.source, shard.number) == (found.source, found.shard));
             shard.map_or_else(String::new, |shard| shard.name.clone())
@@ -71,7 +67,7 @@ impl Found<'_> {
         if options.json {
             let list = documents.found.iter().map(|found| {
                 json!({"shard": name_of(found), "row": found.row, "sequence": found.sequence,
-                    "position": position_of(found)})
+                    "position": found.position})
             });
             let value = json!({
                 "step": step,
@@ -88,8 +84,8 @@ impl Found<'_> {
         let out = &mut *context.out;
         line(out, "step", &format!("{step} of epoch {}: {}", batch.epoch, of(batch)))?;
         for found in &documents.found {
-            let (name, position) = (name_of(found), position_of(found));
-            line(out, "document", &format!("{name}:{} (sequence {}, position {position})", found.row, found.sequence))?;
+            let FoundDocument { row, sequence, position, .. } = found;
+            line(out, "document", &format!("{}:{row} (sequence {sequence}, position {position})", name_of(found)))?;
         }
         Ok(0)
     }
@@ -110,14 +106,29 @@ impl Found<'_> {
             return Err(Error::config(format!("{found} shard of the corpus is called `{shard}`")).into());
         };
         let (_, corpus) = self.loader.corpora().nth(meant.source).expect("a shard is of one of the sources");
-        let mut place = PlaceSearch { shard: meant.number, row, place: None, bar: reading_bar(self.loader, context)? };
-        sequential::read(self.loader.config(), corpus, &mut place)?;
-        place.bar.finish_and_clear();
-        let Some(place) = place.place else {
-            return Err(Error::config(format!("`{}` has no document with tokens in row {row}", meant.name)).into());
-        };
         let config = self.loader.config();
-        let sequences = sequences_of(&place, config);
+        let document = (meant.number, row);
+        let mut sequences_of: HashMap<u64, Vec<u64>> = HashMap::new();
+        // Rows may differ from epoch to epoch. Then each epoch needs a reading of its own.
+        let read = |epoch: u64| -> Result<Vec<u64>, Failure> {
+            let bar = reading_bar(self.loader, context)?;
+            let mut search = PlaceSearch { document, sequences: Vec::new(), bar };
+            sequential::read(config, corpus, self.loader.phase(meant.source, epoch), &mut search)?;
+            search.bar.finish_and_clear();
+            Ok(search.sequences)
+        };
+        let first = read(0)?;
+        if first.is_empty() {
+            let what = if config.layout.has_windows() { ", or the layout leaves it out" } else { "" };
+            return Err(
+                Error::config(format!("`{}` has no document with tokens in row {row}{what}", meant.name)).into()
+            );
+        }
+        sequences_of.insert(0, first.clone());
+        // Balancing moves rows between ranks, and the delivery log does not say where they were.
+        let is_balanced = config.balance == Balance::Ranks;
+        let rank_of =
+            |index: u64, batch: &GlobalBatch| (!is_balanced).then(|| (index - batch.indices.start) % batch.world_size);
         let mut hits = Vec::new();
         for group in &self.groups {
             // A mixture may have no end, so that the search stops where the deliveries stop.
@@ -126,8 +137,12 @@ impl Found<'_> {
             let bar = progress::bar(end, TEMPLATE, context.env)?.with_message("searching");
             let (_, mut sample) = self.loader.epoch_chain(group.epochs.clone());
             for index in 0..end {
-                let Sample { source, sequence, .. } = sample(index)?;
-                if source == meant.source && sequences.contains(&sequence) {
+                let Sample { source, epoch, sequence } = sample(index)?;
+                let epoch = rows_epoch(config, epoch);
+                if source == meant.source && !sequences_of.contains_key(&epoch) {
+                    sequences_of.insert(epoch, read(epoch)?);
+                }
+                if source == meant.source && sequences_of[&epoch].contains(&sequence) {
                     let chain = &group.tiling.chain;
                     let step = chain.partition_point(|batch| batch.indices.end <= index);
                     let batch = chain.get(step).filter(|batch| batch.indices.contains(&index));
@@ -144,24 +159,27 @@ impl Found<'_> {
                 let mut hit = json!({"epoch": epoch, "position": position, "sequence": sequence, "step": null});
                 if let Some((step, batch, index)) = batch {
                     hit["step"] = (*step).into();
-                    hit["rank"] = ((index - batch.indices.start) % batch.world_size).into();
+                    hit["rank"] = rank_of(*index, batch).into();
                     hit["world_size"] = batch.world_size.into();
                     hit["launches"] = batch.launches.clone().into();
                 }
                 hit
             });
-            let value = json!({"shard": meant.name, "row": row, "sequences": [sequences.start, sequences.end],
-                "deliveries": list.collect::<Vec<_>>()});
+            let value =
+                json!({"shard": meant.name, "row": row, "sequences": first, "deliveries": list.collect::<Vec<_>>()});
             write_json(&value, context)?;
             return Ok(0);
         }
         let out = &mut *context.out;
-        let last = sequences.end - 1;
-        line(out, "document", &format!("{}:{row}: sequences {} to {last}", meant.name, sequences.start))?;
+        let listed: Vec<String> = first.iter().map(u64::to_string).collect();
+        let of_epoch = if config.phase == Phase::Epoch { " of epoch 0" } else { "" };
+        let sequences = format!("{} {}{of_epoch}", plural(first.len() as u64, "sequence"), listed.join(", "));
+        line(out, "document", &format!("{}:{row}: {sequences}", meant.name))?;
         for ((epoch, position), sequence, batch) in hits {
             let place = match batch {
                 Some((step, batch, index)) => {
-                    format!("step {step}, rank {}, {}", (index - batch.indices.start) % batch.world_size, of(batch))
+                    let rank = rank_of(index, batch).map_or_else(|| "a rank".to_owned(), |rank| format!("rank {rank}"));
+                    format!("step {step}, {rank}, {}", of(batch))
                 }
                 None => "not delivered".to_owned(),
             };
@@ -179,39 +197,31 @@ struct ShardName {
     name: String,
 }
 
-/// The sequences that read a part of `place`, a stretch of the stream.
-fn sequences_of(place: &Range<u64>, config: &Config) -> Range<u64> {
-    let first = place.start.saturating_sub(config.row_tokens() - 1).div_ceil(config.seq_len);
-    first..(place.end - 1) / config.seq_len + 1
-}
-
 /// A document in a sequence.
 struct FoundDocument {
     source: usize,
     shard: usize,
     row: u64,
     sequence: u64,
+    position: u64,
 }
 
 /// Finds the documents of some sequences.
-struct DocumentSearch<'a> {
-    config: &'a Config,
+struct DocumentSearch {
     source: usize,
-    /// The wanted sequences, sorted.
-    sequences: Vec<u64>,
+    /// The wanted sequences, and their positions.
+    sequences: BTreeMap<u64, u64>,
     found: Vec<FoundDocument>,
     bar: ProgressBar,
 }
 
-impl Visitor for DocumentSearch<'_> {
-    fn row(&mut self, _: u64, _: &[i64], _: &[(u32, u32)]) {}
-
-    fn document(&mut self, shard: usize, row: u64, place: Range<u64>) {
-        let of_document = sequences_of(&place, self.config);
-        let first = self.sequences.partition_point(|sequence| *sequence < of_document.start);
-        for sequence in self.sequences[first..].iter().take_while(|sequence| of_document.contains(sequence)) {
-            self.found.push(FoundDocument { source: self.source, shard, row, sequence: *sequence });
-        }
+impl Visitor for DocumentSearch {
+    fn row(&mut self, sequence: u64, row: FileRow<'_>) {
+        let Some(position) = self.sequences.get(&sequence).copied() else { return };
+        let mut documents = row.documents.to_vec();
+        documents.dedup();
+        let found = |(shard, row)| FoundDocument { source: self.source, shard, row, sequence, position };
+        self.found.extend(documents.into_iter().map(found));
     }
 
     fn read(&mut self, tokens: u64) {
@@ -219,20 +229,17 @@ impl Visitor for DocumentSearch<'_> {
     }
 }
 
-/// Finds the place of a document in the stream.
+/// Finds the sequences of a document.
 struct PlaceSearch {
-    shard: usize,
-    row: u64,
-    place: Option<Range<u64>>,
+    document: DocumentRow,
+    sequences: Vec<u64>,
     bar: ProgressBar,
 }
 
 impl Visitor for PlaceSearch {
-    fn row(&mut self, _: u64, _: &[i64], _: &[(u32, u32)]) {}
-
-    fn document(&mut self, shard: usize, row: u64, place: Range<u64>) {
-        if (shard, row) == (self.shard, self.row) {
-            self.place = Some(place);
+    fn row(&mut self, sequence: u64, row: FileRow<'_>) {
+        if row.documents.contains(&self.document) {
+            self.sequences.push(sequence);
         }
     }
 

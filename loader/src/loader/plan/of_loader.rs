@@ -122,16 +122,16 @@ impl Session {
     /// batches of this rank.
     fn sampled_padding(&self, growth: &Growth, epochs: &EpochChain, pass: &PassPlan) -> Result<Option<f64>> {
         let Some(steps) = pass.steps.filter(|_| self.config.pad_to_multiple.is_some()) else { return Ok(None) };
-        let WorkerMemory { mut orders, mut scratch, mut reads, .. } = WorkerMemory::default();
+        let mut memory = WorkerMemory::default();
         let of_spot = (SAMPLED_ROWS / SAMPLED_SPOTS / self.grouping.batch_size).max(1);
         let (mut places, mut tokens, mut next) = (0, 0, 0);
         for spot in 0..SAMPLED_SPOTS {
             let first = (u128::from(steps) * u128::from(spot) / u128::from(SAMPLED_SPOTS)) as u64;
             for step in first.max(next)..(first + of_spot).min(steps) {
-                let (_, rows) = batch_rows(self.grouping, epochs, step * self.grouping.global_batch());
-                self.reads_into(growth, &rows, &mut orders, &mut scratch, &mut reads)?;
-                let lead = self.config.row_tokens() - self.config.seq_len;
-                places += rows.len() as u64 * (self.columns_of(&reads) as u64 + lead);
+                let start = step * self.grouping.global_batch();
+                self.plan_batch(growth, self.grouping, epochs, start, 1, &mut memory)?;
+                let (reads, lead) = (&memory.reads, self.config.row_tokens() - self.config.seq_len);
+                places += reads.rows.len() as u64 * (self.columns_of(reads) as u64 + lead);
                 tokens += reads.iter().map(|(read, _)| read.tokens).sum::<u64>();
                 next = step + 1;
             }
