@@ -60,7 +60,7 @@ def once(job: Record) -> Record:
     began, cpu = time.perf_counter(), time.process_time()
     loader = forebay.Loader(
         job["path"], layout="pack", seq_len=job["seq_len"], shuffle=True, cache_dir=job["cache"], num_threads=1,
-        batch_size=8,
+        batch_size=8, epochs="endless",
     )  # fmt: skip
     opened, cpu = time.perf_counter(), time.process_time() - cpu
     found: Record = {"open_ms": (opened - began) * 1e3, "cpu_s": cpu, "open_mb": anonymous_mb() - bare}

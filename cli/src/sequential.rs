@@ -190,7 +190,6 @@ impl RowCutter<'_> {
             self.give(start..start + self.seq_len + self.overlap);
             self.sequence += 1;
             start += self.seq_len;
-            self.forget_before(self.done + start as u64);
         }
         self.pending.drain(..start);
         self.done += start as u64;
@@ -204,20 +203,16 @@ impl RowCutter<'_> {
         let documents = self.begun.iter().copied().take_while(|(start, _)| *start < len as u64).collect();
         self.head = Some((self.pending.drain(..len).collect(), documents));
         self.done = len as u64;
-        self.forget_before(self.done);
         true
-    }
-
-    /// Forgets the documents that end before stream token `place`.
-    fn forget_before(&mut self, place: u64) {
-        while self.begun.get(1).is_some_and(|(start, _)| *start <= place) {
-            self.begun.pop_front();
-        }
     }
 
     /// Gives the row of these pending tokens.
     fn give(&mut self, row: Range<usize>) {
         let places = self.done + row.start as u64..self.done + row.end as u64;
+        // Documents that end before the row are no longer needed.
+        while self.begun.get(1).is_some_and(|(start, _)| *start <= places.start) {
+            self.begun.pop_front();
+        }
         let inside = self.begun.iter().take_while(|(start, _)| *start < places.end);
         let documents: Vec<DocumentRow> = inside.clone().map(|(_, document)| *document).collect();
         let starts = inside.map(|(start, _)| *start).filter(|start| self.has_boundaries && *start > places.start);

@@ -218,6 +218,11 @@ class Loader(Generic[B]):
         into rows. `pack`: Rows hold several whole documents each. `pad`: Rows hold one document
         each. `rows`: Documents have exactly the length of a row already. Default: concat. Accepted:
         `concat`, `pack`, `pad` or `rows`.
+    phase:
+        Places where `concat` cuts the joined documents. `fixed`: Every epoch cuts at the same
+        places. `epoch`: The cuts move from epoch to epoch. The row at the end of the corpus goes on
+        at its start, so that each token still comes once. Default: fixed. Accepted: `fixed` or
+        `epoch`.
     boundaries:
         Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
         `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
@@ -291,6 +296,11 @@ class Loader(Generic[B]):
         batches, filled up with `pad_id` and ignored labels. `wrap`: They are filled up from the
         start of the epoch. `short`: The last batch has fewer rows. This is refused if a rank would
         have none. Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
+    balance:
+        Rule that moves rows between ranks. It needs ranks that can read each other's rows without
+        decoding more. `off`: Rows stay where the order puts them. `ranks`: The rows of each global
+        batch are permuted, so that ranks get about equal sums of squared document lengths. Default:
+        off. Accepted: `off` or `ranks`.
     pad_id:
         Id that fills padded rows. Their labels are `ignore_index`. Default: 0. Accepted: an id
         below 2^31.

@@ -70,6 +70,11 @@ class TokenDataset(Dataset[Tensors]):
         into rows. `pack`: Rows hold several whole documents each. `pad`: Rows hold one document
         each. `rows`: Documents have exactly the length of a row already. Default: concat. Accepted:
         `concat`, `pack`, `pad` or `rows`.
+    phase:
+        Places where `concat` cuts the joined documents. `fixed`: Every epoch cuts at the same
+        places. `epoch`: The cuts move from epoch to epoch. The row at the end of the corpus goes on
+        at its start, so that each token still comes once. Default: fixed. Accepted: `fixed` or
+        `epoch`.
     boundaries:
         Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
         `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for

@@ -131,6 +131,11 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         batches, filled up with `pad_id` and ignored labels. `wrap`: They are filled up from the
         start of the epoch. `short`: The last batch has fewer rows. This is refused if a rank would
         have none. Default: drop. Accepted: `drop`, `pad`, `wrap` or `short`.
+    balance:
+        Rule that moves rows between ranks. It needs ranks that can read each other's rows without
+        decoding more. `off`: Rows stay where the order puts them. `ranks`: The rows of each global
+        batch are permuted, so that ranks get about equal sums of squared document lengths. Default:
+        off. Accepted: `off` or `ranks`.
     pad_id:
         Id that fills padded rows. Their labels are `ignore_index`. Default: 0. Accepted: an id
         below 2^31.
