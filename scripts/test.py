@@ -135,7 +135,7 @@ def trainers(lane: Lane, *groups: str) -> None:
     trainer fails the lane.
     """
     everything = "trainers-more" in groups
-    names = ("trainers", "adapters", "packed_models", "format_consumers")
+    names = ("trainers", "adapters", "packed_models", "packed_files", "format_consumers")
     files = tuple(f"tests/python/test_{name}.py" for name in names)
     chosen = () if everything else ("-k", "not ray and not deepspeed and not jax and not trl")
     if set_up(lane, "venv", ".venv-trainers", *groups) and set_up(lane, "wheel", ".venv-trainers"):

@@ -97,8 +97,8 @@ pub(crate) struct Array {
     batch: Arc<forebay::Batch>,
     field: Field,
     // Buffer views point to these two fields, and hold the object that contains them.
-    shape: [ffi::Py_ssize_t; 2],
-    strides_bytes: [ffi::Py_ssize_t; 2],
+    shape: [ffi::Py_ssize_t; 4],
+    strides_bytes: [ffi::Py_ssize_t; 4],
 }
 
 impl Array {
@@ -108,7 +108,7 @@ impl Array {
             batch: Arc::clone(batch),
             field,
             shape: field.shape.map(|count| count as ffi::Py_ssize_t),
-            strides_bytes: [(field.shape[1] * size) as ffi::Py_ssize_t, size as ffi::Py_ssize_t],
+            strides_bytes: strides(&field).map(|stride| (stride * size) as ffi::Py_ssize_t),
         }
     }
 
@@ -118,8 +118,14 @@ impl Array {
 
     /// Whether the columns follow each other without gaps, as in Fortran. The rows always do.
     fn is_column_contiguous(&self) -> bool {
-        self.field.shape[0] <= 1 || self.field.shape[1] <= 1
+        self.field.shape.iter().filter(|len| **len > 1).count() <= 1
     }
+}
+
+/// Number of values from one place of each axis to the next.
+fn strides(field: &Field) -> [usize; 4] {
+    let [_, second, third, fourth] = field.shape;
+    [second * third * fourth, third * fourth, fourth, 1]
 }
 
 fn field_start(batch: &forebay::Batch, field: &Field) -> *mut u8 {
@@ -175,7 +181,7 @@ impl Array {
         // memory live as long as the object that `obj` keeps. The format is static.
         unsafe {
             (*view).buf = array.start().cast::<c_void>();
-            (*view).len = (array.field.shape[0] * array.field.shape[1] * size) as ffi::Py_ssize_t;
+            (*view).len = (array.field.shape[0] * array.field.row_len() * size) as ffi::Py_ssize_t;
             (*view).itemsize = size as ffi::Py_ssize_t;
             (*view).readonly = 0;
             (*view).ndim = array.field.ndim as c_int;
@@ -328,8 +334,8 @@ mod dlpack {
 
     /// The values that a tensor's pointers point to.
     struct Reached {
-        shape: [i64; 2],
-        strides: [i64; 2],
+        shape: [i64; 4],
+        strides: [i64; 4],
         _batch: Arc<forebay::Batch>,
     }
 
@@ -337,7 +343,7 @@ mod dlpack {
         fn new(batch: &Arc<forebay::Batch>, field: &Field) -> Self {
             Self {
                 shape: field.shape.map(|count| count as i64),
-                strides: [field.shape[1] as i64, 1],
+                strides: strides(field).map(|stride| stride as i64),
                 _batch: Arc::clone(batch),
             }
         }

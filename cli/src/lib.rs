@@ -14,6 +14,7 @@ mod index;
 mod interrupt;
 mod lengths;
 mod mistakes;
+mod packed;
 mod plan;
 mod progress;
 mod report;

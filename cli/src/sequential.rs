@@ -25,6 +25,7 @@ use forebay::tokens::Dtype;
 use forebay::{Error, Result};
 
 use crate::flat::{self, FlatReader};
+use crate::packed;
 use crate::token_column::{self, unsound};
 use crate::whole_rows::{DocumentRow, Window};
 
@@ -89,6 +90,7 @@ fn read_column(
         overlap: usize::from(config.targets == Targets::Shifted),
         window: Window::of(config),
         has_boundaries: config.has_boundaries(),
+        packed: VecDeque::new(),
         begun: VecDeque::new(),
         phase: phase as usize,
         head: None,
@@ -104,6 +106,7 @@ fn read_column(
         if corpus.facts_of(shard).counts.tokens > 0 {
             stream.shard = shard;
             let facts = corpus.facts_of(shard);
+            stream.packed = packed::starts(&file.path, config.packed_by).map_err(|error| error.at(&file.path))?;
             let read = if flat::is_flat(facts.format) {
                 read_flat(&file.path, &facts, column, &mut stream)
             } else {
@@ -131,6 +134,8 @@ struct RowCutter<'a> {
     window: Option<Window>,
     /// Whether the spans of joined rows are those of documents.
     has_boundaries: bool,
+    /// Starts of the documents in each row of the shard, if rows were packed before.
+    packed: VecDeque<Vec<usize>>,
     /// Joined documents from the first pending token on, and their places in the stream.
     begun: VecDeque<(u64, DocumentRow)>,
     /// Number of tokens before the first row. They come after the last document.
@@ -173,7 +178,8 @@ impl RowCutter<'_> {
             self.cut();
             return;
         };
-        window.add((self.shard, row), &self.pending, &mut |tokens, spans, documents| {
+        let starts = self.packed.pop_front().unwrap_or_default();
+        window.add((self.shard, row), &self.pending, &starts, &mut |tokens, spans, documents| {
             self.visitor.row(self.sequence, FileRow { tokens, spans, documents });
             self.sequence += 1;
         });
@@ -258,17 +264,26 @@ impl RowCutter<'_> {
 }
 
 fn read_file(path: &Path, column: &str, stream: &mut RowCutter<'_>) -> Result<()> {
+    let mut rows = 0;
+    each_batch(path, column, &mut |column| {
+        add(column, rows, stream)?;
+        rows += column.len() as u64;
+        Ok(())
+    })?;
+    // A plain column is one document.
+    stream.end();
+    Ok(())
+}
+
+/// Gives column `column` of each record batch of the file at `path`.
+pub(crate) fn each_batch(path: &Path, column: &str, each: &mut dyn FnMut(&ArrayRef) -> Result<()>) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read the shard", error);
     let mut file = File::open(path).map_err(unreadable)?;
     let mut magic = Vec::new();
     (&mut file).take(6).read_to_end(&mut magic).map_err(unreadable)?;
     file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
-    let mut rows = 0;
     let mut each = |batch: std::result::Result<RecordBatch, ArrowError>, column: usize| {
-        let batch = batch.map_err(unsound)?;
-        add(batch.column(column), rows, stream)?;
-        rows += batch.num_rows() as u64;
-        Ok::<_, Error>(())
+        each(batch.map_err(unsound)?.column(column))
     };
     if magic.starts_with(b"PAR1") {
         let reader = token_column::parquet(path, column)?.build().map_err(unsound)?;
@@ -288,8 +303,6 @@ fn read_file(path: &Path, column: &str, stream: &mut RowCutter<'_>) -> Result<()
             each(batch, index)?;
         }
     }
-    // A plain column is one document.
-    stream.end();
     Ok(())
 }
 

@@ -39,6 +39,8 @@ pub(crate) struct Window {
     split: Split,
     tokens: Vec<i64>,
     pieces: Vec<Piece>,
+    /// Places in `tokens` where a document begins inside a piece.
+    begins: Vec<usize>,
 }
 
 /// A piece of a document that fits into a row.
@@ -69,11 +71,13 @@ impl Window {
             split: config.split,
             tokens: Vec::new(),
             pieces: Vec::new(),
+            begins: Vec::new(),
         })
     }
 
-    /// Adds a document that has tokens. Gives the rows of each window that it fills.
-    pub(crate) fn add(&mut self, place: DocumentRow, document: &[i64], emit: Emit<'_>) {
+    /// Adds a document that has tokens. Gives the rows of each window that it fills. If the document
+    /// was packed before, the documents inside it begin at `starts`.
+    pub(crate) fn add(&mut self, place: DocumentRow, document: &[i64], starts: &[usize], emit: Emit<'_>) {
         let is_delivered = match self.holdout {
             None => true,
             Some(every) => is_held_out(self.before, every) == (self.split == Split::Holdout),
@@ -85,8 +89,10 @@ impl Window {
             Overflow::Drop if is_long => &[],
             _ => document,
         };
-        for piece in kept.chunks(self.capacity) {
-            let start = self.tokens.len();
+        for (index, piece) in kept.chunks(self.capacity).enumerate() {
+            let (start, offset) = (self.tokens.len(), index * self.capacity);
+            let inside = starts.iter().filter_map(|place| place.checked_sub(offset));
+            self.begins.extend(inside.filter(|place| (1..piece.len()).contains(place)).map(|place| start + place));
             self.tokens.extend_from_slice(piece);
             self.pieces.push(Piece { tokens: start..self.tokens.len(), document: place, is_delivered });
             if self.pieces.len() >= WINDOW_PIECES || self.tokens.len() >= WINDOW_TOKENS {
@@ -103,15 +109,23 @@ impl Window {
             let (mut place, mut tokens, mut spans, mut documents) = (0, Vec::new(), Vec::new(), Vec::new());
             for number in row {
                 let piece = &self.pieces[number];
-                spans.push((place as u32, piece.tokens.len() as u32));
+                let range = piece.tokens.clone();
+                let first = self.begins.partition_point(|begin| *begin < range.start);
+                let inside = self.begins[first..].iter().take_while(|begin| **begin < range.end);
+                let mut borders: Vec<usize> = std::iter::once(range.start).chain(inside.copied()).collect();
+                borders.push(range.end);
+                for pair in borders.windows(2) {
+                    spans.push(((place + pair[0] - range.start) as u32, (pair[1] - pair[0]) as u32));
+                }
                 documents.push(piece.document);
-                tokens.extend_from_slice(&self.tokens[piece.tokens.clone()]);
+                tokens.extend_from_slice(&self.tokens[range]);
                 place += sizes[number];
             }
             emit(&tokens, &spans, &documents);
         }
         self.tokens.clear();
         self.pieces.clear();
+        self.begins.clear();
     }
 
     /// Places that a piece of `len` tokens takes.

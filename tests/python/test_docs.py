@@ -28,7 +28,7 @@ PAGES = {
     "README.md": 2,
     "docs/fine-tuning.md": 3,
     "docs/formats.md": 2,
-    "docs/layouts.md": 2,
+    "docs/layouts.md": 3,
     "docs/runs.md": 3,
     "docs/torch.md": 3,
 }

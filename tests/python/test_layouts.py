@@ -62,6 +62,56 @@ def test_a_batch_is_as_long_as_its_longest_row(tmp_path: Path) -> None:
             assert 0 < loader.stats()["padding_share"] < 0.5
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"layout": "pack", "pack_align": 4},
+        {"layout": "pack", "targets": "shifted"},
+        {"layout": "pad", "pad_to_multiple": 4},
+        {"layout": "concat"},
+    ],
+    ids=str,
+)
+def test_a_mask_lets_places_see_their_own_document(tmp_path: Path, given: dict[str, Any]) -> None:
+    rows = [[at + 1] * (1 + at * 7 % 19) for at in range(40)]
+    path = corpora.write_rows(tmp_path / "shard.parquet", rows)
+    given = {**given, "seq_len": 16, "batch_size": 2, "boundaries": True, "document_mask": True, "shuffle": True}
+    with forebay.Loader(path, **given) as loader:
+        batches = list(loader)
+        parts = [batch for part in loader.split(2) for batch in [next(iter(part))]]
+    assert len(batches) > 3
+    for batch in [*batches, *parts]:
+        shape = batch["position_ids"].shape
+        mask = batch["document_mask"]
+        assert mask.dtype == bool and mask.shape == (shape[0], 1, shape[1], shape[1])
+        for row, positions in enumerate(batch["position_ids"]):
+            # A place sees as many places before it as its position says.
+            wanted = [
+                [0 <= at - other <= position for other in range(shape[1])] for at, position in enumerate(positions)
+            ]
+            assert mask[row, 0].tolist() == wanted
+    with pytest.raises(ValueError, match="document_mask"):
+        forebay.Loader(path, **{**given, "boundaries": False})
+
+
+def test_a_mask_is_a_tensor_for_attention(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from forebay.torch import DataLoader, TokenDataset
+
+    path = corpora.write_rows(tmp_path / "shard.parquet", [[7] * 3, [8] * 5, [9] * 2, [6] * 7])
+    dataset = TokenDataset(path, seq_len=10, layout="pack", document_mask=True)
+    [batch] = list(DataLoader(dataset, batch_size=2))
+    mask = batch["document_mask"]
+    assert mask.dtype == torch.bool and mask.shape == (2, 1, 10, 10) and mask.is_contiguous()
+    values = torch.rand(2, 3, 10, 4)
+    attended = torch.nn.functional.scaled_dot_product_attention(values, values, values, attn_mask=mask)
+    # The first document of each row alone gives the same.
+    for row, numbers in enumerate(batch["doc_ids"]):
+        first = values[row : row + 1, :, : int((numbers == 0).sum())]
+        alone = torch.nn.functional.scaled_dot_product_attention(first, first, first, is_causal=True)
+        assert torch.allclose(attended[row : row + 1, :, : first.shape[2]], alone, atol=1e-6)
+
+
 def test_buckets_save_padding_and_lose_nothing(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     lengths = np.minimum(rng.lognormal(3, 1, 4000).astype(int) + 1, 256)

@@ -207,7 +207,7 @@ fn every_value_stands_where_its_token_stands() {
                 check_batch(batch, &what);
                 for (name, _, dtype) in COLUMNS {
                     let array = batch.fields.iter().find(|field| field.name == name).unwrap();
-                    assert_eq!((array.dtype, array.shape), (dtype, [3, 16]), "{what} {name}");
+                    assert_eq!((array.dtype, array.shape), (dtype, [3, 16, 1, 1]), "{what} {name}");
                 }
                 ids.extend((0..batch.rows).flat_map(|row| batch.row("input_ids", row)));
             }

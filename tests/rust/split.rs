@@ -109,7 +109,7 @@ fn parts_of_a_batch_are_whole_pieces_of_its_own_memory() {
         .iter()
         .flat_map(|part| part.fields.iter())
         .map(|field| {
-            assert_eq!(field.shape, [2, 32], "one piece of memory");
+            assert_eq!(field.shape, [2, 32, 1, 1], "one piece of memory");
             (field.offset_bytes, field.offset_bytes + 2 * 32 * field.dtype.size())
         })
         .collect();

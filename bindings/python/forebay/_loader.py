@@ -226,7 +226,14 @@ class Loader(Generic[B]):
     boundaries:
         Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
         `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
-        `pack`, and else `false`. Default: none.
+        `pack` and with `packed_by`, and else `false`. Default: none.
+    packed_by:
+        Column that says where documents begin in rows of files that were packed before. For `rows`
+        and `pad`. `none`: A row of a file is one document. `seq_lengths`: The column of TRL holds
+        the lengths of the documents. `seq_start_id`: The column of Megatron-Bridge holds the places
+        where documents begin. `position_ids`: The column holds a position for each token. A
+        document begins at each 0. Default: none. Accepted: `none`, `seq_lengths`, `seq_start_id` or
+        `position_ids`.
     overflow:
         Rule for documents that are longer than a row, in `pack` and `pad`. `split`: The document is
         cut into pieces of the length of a row. The last piece may be shorter. `truncate`: The row
@@ -311,6 +318,10 @@ class Loader(Generic[B]):
     cu_seqlens_width:
         Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
         Default: none. Accepted: an integer from 2 to 2^31, or `none`.
+    document_mask:
+        Adds `document_mask`, bool of shape `(batch_size, 1, seq_len, seq_len)`, to boundaries. It
+        is true where a place may attend to a place: to itself, and to earlier places of its
+        document. Default: false.
     input_dtype:
         Type of delivered input ids. Labels are always int64. Default: int64. Accepted: `int64` or
         `int32`.
@@ -505,6 +516,7 @@ class Loader(Generic[B]):
         layout: Literal["concat", "pack", "pad", "rows"] | None = None,
         phase: Literal["fixed", "epoch"] | None = None,
         boundaries: bool | None = None,
+        packed_by: Literal["none", "seq_lengths", "seq_start_id", "position_ids"] | None = None,
         overflow: Literal["split", "truncate", "drop"] | None = None,
         max_docs_per_row: int | None = None,
         pack_align: int | None = None,
@@ -529,6 +541,7 @@ class Loader(Generic[B]):
         pad_id: int | None = None,
         pad_to_multiple: int | None = None,
         cu_seqlens_width: int | None = None,
+        document_mask: bool | None = None,
         input_dtype: npt.DTypeLike | None = None,
         batch_format: Literal["hf", "hf-packed", "titan", "megatron", "olmo", "xy", "jax"] | None = None,
         sample_ids: bool | None = None,
@@ -562,6 +575,7 @@ class Loader(Generic[B]):
             layout=layout,
             phase=phase,
             boundaries=boundaries,
+            packed_by=packed_by,
             overflow=overflow,
             max_docs_per_row=max_docs_per_row,
             pack_align=pack_align,
@@ -586,6 +600,7 @@ class Loader(Generic[B]):
             pad_id=pad_id,
             pad_to_multiple=pad_to_multiple,
             cu_seqlens_width=cu_seqlens_width,
+            document_mask=document_mask,
             input_dtype=input_dtype,
             batch_format=batch_format,
             sample_ids=sample_ids,

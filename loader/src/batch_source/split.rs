@@ -497,8 +497,8 @@ impl BatchPart {
     fn new(batch: Arc<Batch>, part: usize, parts: usize) -> Self {
         let rows = batch.rows / parts;
         let fields = batch.fields.iter().filter(|field| field.name != "cu_seqlens").map(|field| Field {
-            offset_bytes: field.offset_bytes + part * rows * field.shape[1] * field.dtype.size(),
-            shape: [rows, field.shape[1]],
+            offset_bytes: field.offset_bytes + part * rows * field.row_len() * field.dtype.size(),
+            shape: [rows, field.shape[1], field.shape[2], field.shape[3]],
             ..*field
         });
         let borders = batch.borders.as_ref().map(|borders| borders[part]);

@@ -53,6 +53,8 @@ pub struct OpenShard {
     fields: Vec<Option<OpenShard>>,
     /// Bytes of all blocks of the further columns when decoded.
     fields_bytes: u64,
+    /// The column with the starts of documents inside rows, if it is asked for.
+    borders: Option<Box<OpenShard>>,
 }
 
 impl OpenShard {
@@ -71,6 +73,12 @@ impl OpenShard {
                 opened.check_fits(field, name)?;
             }
             opened.fields.push(field);
+        }
+        if let Some(name) = options.borders.as_deref().filter(|_| !opened.shard.blocks().is_empty()) {
+            let missing = || Error::data(format!("column `{name}` of `packed_by` is missing")).at(path);
+            let borders = format::open(path, &options.of_field(name));
+            let borders = borders.map_err(|error| if is_missing_column(&error) { missing() } else { error })?;
+            opened.borders = Some(Box::new(Self::new(borders)));
         }
         let bytes = |field: &Self| field.shard.blocks().iter().map(|block| block.decoded_bytes).sum::<u64>();
         opened.fields_bytes = opened.fields.iter().flatten().map(bytes).sum();
@@ -141,9 +149,15 @@ impl OpenShard {
         (u128::from(self.fields_bytes) * u128::from(tokens) / u128::from(all)) as u64
     }
 
+    /// The column with the starts of documents inside rows. `None` if it is not asked for, or if
+    /// the file has no token.
+    pub(crate) fn borders(&self) -> Option<&Self> {
+        self.borders.as_deref()
+    }
+
     /// The columns that the file has.
     fn columns(&self) -> impl Iterator<Item = &Self> {
-        std::iter::once(self).chain(self.fields.iter().flatten())
+        std::iter::once(self).chain(self.fields.iter().flatten()).chain(self.borders())
     }
 
     /// Facts about the file that need none of its blocks. Sizes count all columns.
@@ -162,7 +176,7 @@ impl OpenShard {
     /// Closes the file until its next use. That use fails if the file has changed meanwhile.
     fn let_go(&mut self) {
         self.shard.let_go();
-        self.fields.iter_mut().flatten().for_each(Self::let_go);
+        self.fields.iter_mut().flatten().chain(self.borders.as_deref_mut()).for_each(Self::let_go);
     }
 
     fn new(shard: Shard) -> Self {
@@ -173,7 +187,7 @@ impl OpenShard {
             sum = sum + block.counts();
             before.push(sum);
         }
-        Self { shard, before, fields: Vec::new(), fields_bytes: 0 }
+        Self { shard, before, fields: Vec::new(), fields_bytes: 0, borders: None }
     }
 
     /// The token column of the file.
@@ -593,7 +607,7 @@ impl Corpus {
 
 /// Number of columns that are read from each file.
 fn columns_of(options: &OpenOptions) -> usize {
-    1 + options.fields.len()
+    1 + options.fields.len() + usize::from(options.borders.is_some())
 }
 
 /// Number of shards that may be open at the same time. Each column has its own file handle.
@@ -614,7 +628,10 @@ struct NotRead(Mutex<BTreeMap<String, String>>);
 impl NotRead {
     /// Notes such columns of `shard`. Threads open shards in parallel.
     fn add(&self, shard: &Shard, options: &OpenOptions) {
-        let telling = |name: &&String| format::looks_like(name).is_some() && !options.fields.contains(name);
+        let telling = |name: &&String| {
+            let is_read = options.fields.contains(name) || options.borders.as_ref() == Some(name);
+            format::looks_like(name).is_some() && !is_read
+        };
         for name in shard.info().not_read.iter().filter(telling) {
             let path = shard.path().display().to_string();
             let mut found = lock(&self.0);
@@ -629,14 +646,22 @@ impl NotRead {
     /// The warning for the user.
     fn warning(&self) -> Option<String> {
         let found = lock(&self.0);
-        let path = found.values().min()?;
-        let names: Vec<String> = found.keys().map(|name| format!("`{}`", escaped(name))).collect();
-        Some(format!(
-            "{} {} not read, as in `{path}`: name {} in `fields`, or prompts and padding become targets too",
-            names.join(", "),
-            if names.len() == 1 { "is" } else { "are" },
-            if names.len() == 1 { "it" } else { "them" },
-        ))
+        let is_start = |name: &str| format::looks_like(name) == Some(format::STARTS_OF_DOCUMENTS);
+        let starts = found.iter().find(|(name, _)| is_start(name.as_str())).map(|(name, path)| {
+            format!("`{name}` says where documents begin in rows, and is not read, as in `{path}`: set `packed_by`")
+        });
+        let others = || found.iter().filter(|(name, _)| !is_start(name.as_str()));
+        let names: Vec<String> = others().map(|(name, _)| format!("`{}`", escaped(name))).collect();
+        let others = others().map(|(_, path)| path).min().map(|path| {
+            format!(
+                "{} {} not read, as in `{path}`: name {} in `fields`, or prompts and padding become targets too",
+                names.join(", "),
+                if names.len() == 1 { "is" } else { "are" },
+                if names.len() == 1 { "it" } else { "them" },
+            )
+        });
+        let all: Vec<String> = others.into_iter().chain(starts).collect();
+        (!all.is_empty()).then(|| all.join("; "))
     }
 }
 

@@ -18,9 +18,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 pub(crate) use self::columns::{Holds, MissingColumn, choose_column, column_title, null_list};
-pub use self::columns::{TOKEN_COLUMNS, TokenColumn, looks_like};
+pub use self::columns::{STARTS_OF_DOCUMENTS, TOKEN_COLUMNS, TokenColumn, looks_like};
 use crate::error::{Error, Result};
-use crate::settings::{Config, DataFormat, Io};
+use crate::settings::{Config, DataFormat, Io, PackedBy};
 use crate::storage::{Files, Reads, SourceFile, Stamp};
 use crate::sync::Cancel;
 use crate::tokens::{Dtype, FieldTypes, Tokens};
@@ -654,6 +654,8 @@ pub struct OpenOptions {
     pub token_column: Option<String>,
     /// Further columns of the same files, with one value per token.
     pub fields: Vec<String>,
+    /// Column with the starts of documents inside rows, if rows were packed before.
+    pub borders: Option<String>,
     /// Whether a file may lack some of `fields`.
     pub fields_may_be_missing: bool,
     /// Whether `token_column` is one of the further columns. It may then have any type of a field
@@ -677,6 +679,7 @@ impl OpenOptions {
         Self {
             token_column: config.token_column.clone(),
             fields: config.fields.clone(),
+            borders: (config.packed_by != PackedBy::None).then(|| config.packed_by.name().to_owned()),
             fields_may_be_missing: config.mixture.is_some(),
             is_field: false,
             bin_dtype: config.bin_dtype,
@@ -691,7 +694,7 @@ impl OpenOptions {
 impl OpenOptions {
     /// The options to open the further column `name` of the same files.
     pub fn of_field(&self, name: &str) -> Self {
-        Self { token_column: Some(name.to_owned()), fields: Vec::new(), is_field: true, ..self.clone() }
+        Self { token_column: Some(name.to_owned()), fields: Vec::new(), borders: None, is_field: true, ..self.clone() }
     }
 }
 

@@ -30,7 +30,8 @@ impl Loader {
         }
         session.check_epoch(epoch)?;
         let field_bytes: usize = session.opened.schema.iter().map(|field| field.dtype.size()).sum();
-        let bytes = n.saturating_mul(session.config.row_tokens() * (16 + field_bytes as u64));
+        let mask = if session.config.document_mask { session.config.seq_len } else { 0 };
+        let bytes = n.saturating_mul(session.config.row_tokens().saturating_mul(16 + field_bytes as u64 + mask));
         if bytes > session.config.memory_budget {
             return Err(Error::config(format!(
                 "{n} rows at once take {bytes} bytes, more than the {} bytes of `memory_budget`: ask for fewer",

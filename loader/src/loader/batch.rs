@@ -20,10 +20,17 @@ pub struct Field {
     pub dtype: Dtype,
     /// Offset of its first byte in the buffer.
     pub offset_bytes: usize,
-    /// Rows and columns. Arrays of one column have one axis, the rows.
-    pub shape: [usize; 2],
-    /// Number of axes: 1 or 2.
+    /// Length of each axis. The first axis is the rows. Axes from `ndim` on have the length 1.
+    pub shape: [usize; 4],
+    /// Number of axes: 1, 2 or 4.
     pub ndim: usize,
+}
+
+impl Field {
+    /// Number of values of a row.
+    pub fn row_len(&self) -> usize {
+        self.shape[1..].iter().product()
+    }
 }
 
 /// A delivered batch. Its memory belongs to its holders until the last of them drops it.
@@ -82,11 +89,11 @@ impl Batch {
 
     fn row_of(&self, field: &Field, row: usize) -> Vec<i64> {
         assert!(row < field.shape[0], "row {row} of {}", field.shape[0]);
-        let start = field.offset_bytes + row * field.shape[1] * field.dtype.size();
+        let (len, size) = (field.row_len(), field.dtype.size());
+        let start = field.offset_bytes + row * len * size;
         // SAFETY: the lease's bytes are initialised, and the field lies inside them. After
         // delivery, only the holder of the batch writes to them.
-        let bytes =
-            unsafe { std::slice::from_raw_parts(self.as_ptr().add(start), field.shape[1] * field.dtype.size()) };
+        let bytes = unsafe { std::slice::from_raw_parts(self.as_ptr().add(start), len * size) };
         let values = crate::tokens::Tokens::new(field.dtype, bytes);
         (0..values.len()).map(|index| values.get(index)).collect()
     }
@@ -161,7 +168,13 @@ pub struct Borders {
 impl Borders {
     /// The array as a field of a batch.
     pub(crate) fn field(&self) -> Field {
-        Field { name: "cu_seqlens", dtype: Dtype::I32, offset_bytes: self.offset_bytes, shape: [self.len, 1], ndim: 1 }
+        Field {
+            name: "cu_seqlens",
+            dtype: Dtype::I32,
+            offset_bytes: self.offset_bytes,
+            shape: [self.len, 1, 1, 1],
+            ndim: 1,
+        }
     }
 }
 
@@ -171,6 +184,8 @@ pub(super) struct BoundariesAt {
     pub(super) positions: usize,
     pub(super) documents: usize,
     pub(super) cu_seqlens: usize,
+    /// Offset of `document_mask`. `None` if it is not asked for.
+    pub(super) mask: Option<usize>,
     /// Fixed length of `cu_seqlens`. `None` if it has as many values as borders.
     pub(super) width: Option<usize>,
 }
@@ -199,7 +214,8 @@ impl BatchLayout {
         let input_dtype = config.input_dtype;
         let (inputs, targets) = if config.targets == Targets::Shifted { ("x", "y") } else { ("input_ids", "labels") };
         let targets_at = (rows * columns * input_dtype.size()).next_multiple_of(ALIGNMENT);
-        let field = |name, dtype, offset_bytes| Field { name, dtype, offset_bytes, shape: [rows, columns], ndim: 2 };
+        let field =
+            |name, dtype, offset_bytes| Field { name, dtype, offset_bytes, shape: [rows, columns, 1, 1], ndim: 2 };
         let mut fields = vec![field(inputs, input_dtype, 0), field(targets, Dtype::I64, targets_at)];
         let mut bytes = targets_at + rows * columns * 8;
         let mut fields_at = Vec::with_capacity(schema.len());
@@ -222,12 +238,18 @@ impl BatchLayout {
             bytes = (cu_seqlens + rows * width.unwrap_or(columns + 1) * 4).next_multiple_of(ALIGNMENT);
             fields.push(field("position_ids", Dtype::I64, positions));
             fields.push(field("doc_ids", Dtype::I32, documents));
-            BoundariesAt { positions, documents, cu_seqlens, width }
+            let mask = config.document_mask.then_some(bytes);
+            if let Some(at) = mask {
+                let shape = [rows, 1, columns, columns];
+                fields.push(Field { name: "document_mask", dtype: Dtype::Bool, offset_bytes: at, shape, ndim: 4 });
+                bytes = (at + rows * columns * columns).next_multiple_of(ALIGNMENT);
+            }
+            BoundariesAt { positions, documents, cu_seqlens, mask, width }
         });
         bytes = bytes.next_multiple_of(8);
         let ids_at = config.sample_ids.then_some([bytes, bytes + rows * 8]);
         for (name, offset_bytes) in ["source", "sample_index"].into_iter().zip(ids_at.into_iter().flatten()) {
-            fields.push(Field { name, dtype: Dtype::I64, offset_bytes, shape: [rows, 1], ndim: 1 });
+            fields.push(Field { name, dtype: Dtype::I64, offset_bytes, shape: [rows, 1, 1, 1], ndim: 1 });
             bytes += rows * 8;
         }
         Self { rows, columns, fields: fields.into(), input_dtype, targets_at, fields_at, ids_at, boundaries, bytes }

@@ -78,6 +78,18 @@ pub(super) fn write_places(spans: &[Span], positions: &mut [i64], documents: &mu
     }
 }
 
+/// Writes which places each place may attend to: the places of its span up to itself. `mask` has a
+/// row of `columns` values for each of `columns` places.
+pub(super) fn write_mask(spans: &[Span], columns: usize, mask: &mut [u8]) {
+    mask.fill(0);
+    for span in spans {
+        let [start, end] = [span.start, span.end].map(|place| (place as usize).min(columns));
+        for place in start..end {
+            mask[place * columns + start..=place * columns + place].fill(1);
+        }
+    }
+}
+
 /// The places whose target is the first token of a document. A target is `lead` places before its
 /// token.
 pub(super) fn masked_places(spans: &[Span], lead: usize) -> impl Iterator<Item = usize> {
@@ -113,6 +125,13 @@ mod tests {
         write_places(all.row(0), &mut positions, &mut documents);
         assert_eq!(positions, [0, 1, 2, 3, 0, 1, 0]);
         assert_eq!(documents, [0, 0, 0, -1, 1, 1, -1]);
+        let mut mask = [9; 49];
+        write_mask(all.row(0), 7, &mut mask);
+        let of = |place: usize| mask[place * 7..(place + 1) * 7].to_vec();
+        assert_eq!(of(2), [1, 1, 1, 0, 0, 0, 0]);
+        assert_eq!(of(3), [1, 1, 1, 1, 0, 0, 0]);
+        assert_eq!(of(5), [0, 0, 0, 0, 1, 1, 0]);
+        assert_eq!(of(6), [0, 0, 0, 0, 0, 0, 1]);
         assert!(masked_places(all.row(0), 1).eq([3]));
         assert!(masked_places(all.row(0), 0).eq([0, 4]));
     }

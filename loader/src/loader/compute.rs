@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::batch::{Batch, BatchLayout, Borders, BoundariesAt};
-use super::boundaries::{Span, Spans, masked_places, write_places};
+use super::boundaries::{Span, Spans, masked_places, write_mask, write_places};
 use super::pass::PassRange;
 use super::rows::PositionedRow;
 use super::session::Session;
@@ -24,7 +24,7 @@ use crate::order::epochs::EpochChain;
 use crate::order::partition::Grouping;
 use crate::proof::checksum::Checksum;
 use crate::read::{NeededBy, Padding, Prepared, RowRequest, Scratch, StreamLocation};
-use crate::settings::Targets;
+use crate::settings::{PackedBy, Targets};
 use crate::tokens::Dtype;
 
 /// While everything is found in memory, only every 16th batch is examined.
@@ -122,8 +122,9 @@ impl Session {
         let places = (columns + lead) as u64;
         let has_spans = layout.boundaries.is_some() || !joins;
         worker.spans.clear();
-        // The borders of joined documents are found while a row is filled.
-        worker.scratch.borders = (layout.boundaries.is_some() && joins).then(Vec::new);
+        // The borders inside segments are found while a row is filled.
+        let finds_borders = joins || self.config.packed_by != PackedBy::None;
+        worker.scratch.borders = (layout.boundaries.is_some() && finds_borders).then(Vec::new);
         let mut next = rows.first().and_then(|row| self.find(reads, row));
         for (index, row) in rows.iter().enumerate() {
             let spot = std::mem::replace(&mut next, rows.get(index + 1).and_then(|row| self.find(reads, row)));
@@ -163,6 +164,10 @@ impl Session {
                 let (positions, documents) = (at.positions + index * columns * 8, at.documents + index * columns * 4);
                 let (documents, positions) = lease.i64s_and_i32s(positions, documents, columns);
                 write_places(spans, positions, documents);
+                if let Some(mask) = at.mask {
+                    let size = columns * columns;
+                    write_mask(spans, columns, lease.bytes(mask + index * size, size));
+                }
                 self.mask_fields(&layout, index, spans, lead, &mut lease);
             }
         }

@@ -1,6 +1,7 @@
 //! Read: writes the segments of a row into the row, and supplies what layouts ask for.
 
 mod block_cache;
+mod borders;
 mod eviction;
 mod lengths;
 mod reader;

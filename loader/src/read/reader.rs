@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::block_cache::{BlockCache, NeededBy, Prepared};
+use super::borders::PackedBorders;
 use super::lengths::DocumentLengths;
 use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::{Error, ErrorKind, Result};
@@ -22,7 +23,7 @@ use crate::fill::{Ahead, FieldRow, Id, Piece, Places, Row, UnfitId, pieces};
 use crate::format::{Access, DecodedBlock, Ends, EndsScratch, RandomShard, Shard};
 use crate::layout::{Documents, Extent, Layout, LayoutWindow, Lengths, Segment, Specials, Stream, WindowPlan};
 use crate::observe::trace::Tracer;
-use crate::settings::Config;
+use crate::settings::{Config, PackedBy};
 use crate::sync::lock;
 use crate::tokens::Tokens;
 
@@ -125,6 +126,8 @@ pub(crate) struct Reader {
     specials: Specials,
     layout: Box<dyn Layout>,
     lengths: DocumentLengths,
+    /// The starts of documents inside rows of the files, if these were packed before.
+    packed: Option<PackedBorders>,
     /// Plans of windows by window number, the oldest first.
     plans: Mutex<VecDeque<(u64, Arc<WindowPlan>)>>,
     /// The cache, which readers of other sources share.
@@ -149,7 +152,9 @@ impl Reader {
         let lengths = DocumentLengths::new(Arc::clone(&corpus), lengths_bytes, config);
         let layout = open(config, &stream, &|shard| lengths.of_shard(shard))?;
         let first_column = source * (1 + config.fields.len());
-        Ok(Self { corpus, stream, specials, layout, lengths, plans: Mutex::default(), cache, first_column })
+        let is_packed = config.packed_by != PackedBy::None;
+        let packed = is_packed.then(|| PackedBorders::new(Arc::clone(&corpus), config.packed_by, lengths_bytes));
+        Ok(Self { packed, corpus, stream, specials, layout, lengths, plans: Mutex::default(), cache, first_column })
     }
 
     pub(crate) fn corpus(&self) -> &Corpus {
@@ -352,7 +357,10 @@ impl Reader {
         let borders = match (segment.documents, &mut scratch.borders) {
             (_, None) => false,
             (Documents::Joined, Some(_)) => true,
-            (Documents::One { ends, .. }, Some(borders)) => {
+            (Documents::One { number, ends }, Some(borders)) => {
+                if let Some(packed) = &self.packed {
+                    packed.add(&self.lengths, self.stream.locate(range.start), number, segment, borders)?;
+                }
                 borders.extend(ends.then_some(segment.place + segment.len));
                 false
             }

@@ -91,6 +91,20 @@ choices! {
 }
 
 choices! {
+    /// The column that says where documents begin in rows that were packed before.
+    PackedBy {
+        /// A row of a file is one document.
+        None = "none",
+        /// The column of TRL holds the lengths of the documents.
+        SeqLengths = "seq_lengths",
+        /// The column of Megatron-Bridge holds the places where documents begin.
+        SeqStartId = "seq_start_id",
+        /// The column holds a position for each token. A document begins at each 0.
+        PositionIds = "position_ids",
+    }
+}
+
+choices! {
     /// Arrays of a batch.
     Targets {
         /// `input_ids` and `labels` at the same positions. The model shifts them, as in Hugging
@@ -290,6 +304,17 @@ impl Config {
             self.seq_len.is_multiple_of(self.pack_align),
             format!("`seq_len` = {} must be a multiple of `pack_align` = {}", self.seq_len, self.pack_align),
         );
+        let is_packed = self.packed_by != PackedBy::None;
+        check(!is_packed || matches!(layout, LayoutKind::Rows | LayoutKind::Pad), only("packed_by", "rows or pad"));
+        check(
+            !is_packed || self.boundaries != Some(false),
+            "`packed_by` needs `boundaries`: without them, no batch shows where documents begin".to_owned(),
+        );
+        check(
+            !is_packed || (self.bos_id.is_none() && self.eos_id.is_none()),
+            "`packed_by` does not go with `bos_id` and `eos_id`: a row of the file has its special ids already"
+                .to_owned(),
+        );
         let is_pad = layout == LayoutKind::Pad;
         check(is_pad || self.pad_to_multiple.is_none(), only("pad_to_multiple", "pad"));
         let multiple = self.pad_to_multiple.unwrap_or(1);
@@ -306,6 +331,7 @@ impl Config {
             self.cu_seqlens_width.is_none() || self.has_boundaries(),
             "`cu_seqlens_width` needs `boundaries` = true".to_owned(),
         );
+        check(!self.document_mask || self.has_boundaries(), "`document_mask` needs `boundaries` = true".to_owned());
         let places = self.batch_size.saturating_mul(self.seq_len);
         check(
             !self.has_boundaries() || places < 1 << 31,
@@ -354,7 +380,7 @@ impl Config {
 
     /// Whether batches show the starts of documents.
     pub fn has_boundaries(&self) -> bool {
-        self.boundaries.unwrap_or(self.layout == LayoutKind::Pack)
+        self.boundaries.unwrap_or(self.layout == LayoutKind::Pack || self.packed_by != PackedBy::None)
     }
 
     /// Checks that the data is named once, and that the stages of a mixture are in order.

@@ -14,7 +14,8 @@
 //! or choices ([`super::forms`]). Checks of several settings together stand in [`super::config`].
 
 use super::config::{
-    Balance, BatchFormat, DataFormat, Epochs, Io, LayoutKind, Overflow, Phase, Remainder, Shuffle, Skip, Split, Targets,
+    Balance, BatchFormat, DataFormat, Epochs, Io, LayoutKind, Overflow, PackedBy, Phase, Remainder, Shuffle, Skip,
+    Split, Targets,
 };
 use super::forms::{
     Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
@@ -90,9 +91,14 @@ settings! {
 
     /// Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
     /// `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
-    /// `pack`, and else `false`.
+    /// `pack` and with `packed_by`, and else `false`.
     boundaries: Option<bool> = None,
         Content(Always), Optional(Switch), [TokenDataset];
+
+    /// Column that says where documents begin in rows of files that were packed before. For `rows`
+    /// and `pad`.
+    packed_by: PackedBy = PackedBy::None,
+        Content(Always), Name, [TokenDataset];
 
     /// Rule for documents that are longer than a row, in `pack` and `pad`.
     overflow: Overflow = Overflow::Split,
@@ -202,6 +208,12 @@ settings! {
     /// Length of `cu_seqlens`: further values repeat the last one. `none` gives no further values.
     cu_seqlens_width: Option<u64> = None,
         Grouping, Optional(number(2, 1 << 31)), [TokenDataset];
+
+    /// Adds `document_mask`, bool of shape `(batch_size, 1, seq_len, seq_len)`, to boundaries. It
+    /// is true where a place may attend to a place: to itself, and to earlier places of its
+    /// document.
+    document_mask: bool = false,
+        Grouping, Switch, [TokenDataset];
 
     /// Type of delivered input ids. Labels are always int64.
     input_dtype: Dtype = Dtype::I64,
