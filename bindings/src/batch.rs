@@ -7,12 +7,12 @@ use std::ptr;
 use std::sync::Arc;
 
 use forebay::batch_source::split::BatchPart;
-use forebay::loader::Field;
+use forebay::loader::{Field, FieldMemory};
 use forebay::tokens::{Dtype, DtypeKind};
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyCapsule, PyDict, PyString, PyTuple};
+use pyo3::types::{PyCapsule, PyDict, PyList, PyString, PyTuple};
 
 use crate::pass::Owner;
 
@@ -22,6 +22,8 @@ pub(crate) struct Batch {
     inner: Arc<forebay::Batch>,
     fields: Arc<[Field]>,
     rows: usize,
+    /// Number of the consumer among those that share the batch.
+    part: usize,
     max_seqlen: Option<u64>,
 }
 
@@ -32,11 +34,12 @@ pub(crate) fn max_seqlen(batch: &forebay::Batch) -> Option<u64> {
 
 impl Batch {
     pub(crate) fn new(inner: Arc<forebay::Batch>) -> Self {
-        Self { fields: Arc::clone(&inner.fields), rows: inner.rows, max_seqlen: max_seqlen(&inner), inner }
+        Self { fields: Arc::clone(&inner.fields), rows: inner.rows, part: 0, max_seqlen: max_seqlen(&inner), inner }
     }
 
     pub(crate) fn part(part: BatchPart) -> Self {
-        Self { inner: part.batch, fields: part.fields, rows: part.rows, max_seqlen: part.max_seqlen }
+        let BatchPart { batch, fields, rows, part, max_seqlen } = part;
+        Self { inner: batch, fields, rows, part, max_seqlen }
     }
 }
 
@@ -74,7 +77,9 @@ impl Batch {
 
     /// Makes tensors of the arrays, of the library that `tensors` belongs to. Returns them by name.
     fn tensors<'py>(&self, py: Python<'py>, tensors: &Tensors) -> PyResult<Bound<'py, PyDict>> {
-        tensors.of(py, &self.inner, &self.fields, self.max_seqlen)
+        let dict = tensors.of(py, &self.inner, &self.fields)?;
+        add_facts(&dict, &self.inner, self.part, self.max_seqlen)?;
+        Ok(dict)
     }
 
     /// Length of the longest span in these rows; None without boundaries.
@@ -83,10 +88,23 @@ impl Batch {
         self.max_seqlen
     }
 
-    /// Name, dtype, offset in bytes and shape of each array, for a caller that submitted the
-    /// buffer.
+    /// The values that no array holds, by name: `max_seqlen`, and strings of documents.
+    fn facts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        add_facts(&dict, &self.inner, self.part, self.max_seqlen)?;
+        Ok(dict)
+    }
+
+    /// The arrays that lie beside the buffer: the numbers of documents.
+    fn beside(&self) -> Vec<(&'static str, Array)> {
+        let beside = self.fields.iter().filter(|field| field.memory == FieldMemory::Documents);
+        beside.map(|field| (field.name, Array::new(&self.inner, *field))).collect()
+    }
+
+    /// Name, dtype, offset in bytes and shape of each array in the buffer, for a caller that
+    /// submitted the buffer.
     fn layout(&self) -> Vec<(&'static str, &'static str, usize, Vec<usize>)> {
-        let fields = self.fields.iter();
+        let fields = self.fields.iter().filter(|field| field.memory == FieldMemory::Buffer);
         fields.map(|f| (f.name, f.dtype.name(), f.offset_bytes, f.shape[..f.ndim].to_vec())).collect()
     }
 }
@@ -129,8 +147,7 @@ fn strides(field: &Field) -> [usize; 4] {
 }
 
 fn field_start(batch: &forebay::Batch, field: &Field) -> *mut u8 {
-    // SAFETY: the loader places every field inside its batch's buffer.
-    unsafe { batch.as_ptr().add(field.offset_bytes) }
+    batch.start_of(field)
 }
 
 /// The format of the `struct` module that NumPy reads as its own type of that width.
@@ -258,7 +275,6 @@ impl Tensors {
         py: Python<'py>,
         batch: &Arc<forebay::Batch>,
         fields: &[Field],
-        max_seqlen: Option<u64>,
     ) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
         for field in fields {
@@ -271,11 +287,25 @@ impl Tensors {
             };
             dict.set_item(name, dlpack::tensor(py, batch, field, self.make)?)?;
         }
-        if let Some(longest) = max_seqlen {
-            dict.set_item(pyo3::intern!(py, "max_seqlen"), longest)?;
-        }
         Ok(dict)
     }
+}
+
+/// Adds the values that no array holds to `dict`, for the rows of consumer `part`.
+pub(crate) fn add_facts(
+    dict: &Bound<'_, PyDict>,
+    batch: &forebay::Batch,
+    part: usize,
+    max_seqlen: Option<u64>,
+) -> PyResult<()> {
+    let py = dict.py();
+    if let Some(longest) = max_seqlen {
+        dict.set_item(pyo3::intern!(py, "max_seqlen"), longest)?;
+    }
+    for (name, texts) in batch.documents.iter().flat_map(|documents| documents.texts(part)) {
+        dict.set_item(*name, PyList::new(py, texts.iter().map(Option::as_deref))?)?;
+    }
+    Ok(())
 }
 
 /// DLPack's C structures, their capsule, and their exchange table.

@@ -16,7 +16,7 @@ use pyo3::marker::Ungil;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::batch::{Batch, Tensors, max_seqlen};
+use crate::batch::{Batch, Tensors, add_facts, max_seqlen};
 use crate::error::{detached, to_python};
 use crate::loader::{counted, state_pairs};
 use crate::notices;
@@ -133,7 +133,9 @@ impl Batches {
         timeout_seconds: Option<f64>,
     ) -> PyResult<Option<(u64, Bound<'py, PyDict>)>> {
         let Some(batch) = self.take(py, timeout_seconds)? else { return Ok(None) };
-        Ok(Some((batch.step, tensors.of(py, &batch, &batch.fields, max_seqlen(&batch))?)))
+        let dict = tensors.of(py, &batch, &batch.fields)?;
+        add_facts(&dict, &batch, 0, max_seqlen(&batch))?;
+        Ok(Some((batch.step, dict)))
     }
 
     /// Gives `nbytes` bytes at `ptr` to the next batch without memory. `owner` keeps them alive.

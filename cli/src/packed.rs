@@ -11,7 +11,7 @@ use forebay::settings::PackedBy;
 use forebay::tokens::Dtype;
 use forebay::{Error, Result};
 
-use crate::sequential::{each_batch, field_values};
+use crate::sequential::{each_column, field_values};
 
 /// The places where documents begin in each row of the file at `path` that has tokens. Empty if
 /// rows are documents.
@@ -20,7 +20,7 @@ pub(crate) fn starts(path: &Path, by: PackedBy) -> Result<VecDeque<Vec<usize>>> 
     if by == PackedBy::None {
         return Ok(found);
     }
-    each_batch(path, by.name(), &mut |column| {
+    each_column(path, by.name(), &mut |column| {
         for row in 0..column.len() {
             let list = list_of(column, row)?;
             let values = field_values(&list, Dtype::I64)?;

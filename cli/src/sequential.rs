@@ -13,15 +13,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{ArrowPrimitiveType, Float16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
+use arrow_array::types::{
+    ArrowPrimitiveType, Float16Type, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type,
+};
 use arrow_array::{Array, ArrayRef, Int64Array, RecordBatch};
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{ArrowError, DataType};
 use forebay::corpus::Corpus;
-use forebay::corpus::schema::SchemaField;
+use forebay::corpus::schema::{DocumentField, SchemaField};
 use forebay::format::ShardFacts;
+use forebay::proof::checksum::{number_hash, text_hash};
 use forebay::settings::{Config, Targets};
-use forebay::tokens::Dtype;
+use forebay::tokens::{DocumentType, Dtype};
 use forebay::{Error, Result};
 
 use crate::flat::{self, FlatReader};
@@ -54,7 +57,7 @@ pub(crate) trait Visitor {
 /// Joined rows begin `phase` tokens after the start of the first document.
 pub(crate) fn read(config: &Config, corpus: &Corpus, phase: u64, visitor: &mut dyn Visitor) -> Result<()> {
     let specials = (config.bos_id.map(i64::from), config.eos_id.map(i64::from));
-    read_column(config, None, None, specials, corpus, phase, visitor)
+    read_column(config, None, None, specials, None, corpus, phase, visitor)
 }
 
 /// Reads a further column of the shards of `corpus`, like [`read`].
@@ -69,7 +72,21 @@ pub(crate) fn read_field(
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
     let specials = (config.bos_id.map(|_| field.special), config.eos_id.map(|_| field.special));
-    read_column(config, Some(field.name), Some(field.dtype), specials, corpus, phase, visitor)
+    read_column(config, Some(field.name), Some(field.dtype), specials, None, corpus, phase, visitor)
+}
+
+/// Reads a per-document column of the shards of `corpus`, like [`read`].
+///
+/// The visitor receives the hash of a document's value at each place of the document.
+pub(crate) fn read_documents(
+    config: &Config,
+    field: &DocumentField,
+    corpus: &Corpus,
+    phase: u64,
+    visitor: &mut dyn Visitor,
+) -> Result<()> {
+    let specials = (config.bos_id.map(|_| 0), config.eos_id.map(|_| 0));
+    read_column(config, None, None, specials, Some(field), corpus, phase, visitor)
 }
 
 /// Reads column `column` of each shard. `None` means the token column.
@@ -78,6 +95,7 @@ fn read_column(
     column: Option<&str>,
     delivered: Option<Dtype>,
     (bos, eos): (Option<i64>, Option<i64>),
+    documents: Option<&DocumentField>,
     corpus: &Corpus,
     phase: u64,
     visitor: &mut dyn Visitor,
@@ -86,6 +104,7 @@ fn read_column(
         delivered,
         bos,
         eos,
+        documents: None,
         seq_len: config.seq_len as usize,
         overlap: usize::from(config.targets == Targets::Shifted),
         window: Window::of(config),
@@ -107,6 +126,8 @@ fn read_column(
             stream.shard = shard;
             let facts = corpus.facts_of(shard);
             stream.packed = packed::starts(&file.path, config.packed_by).map_err(|error| error.at(&file.path))?;
+            let hashes = documents.map(|field| hashes_of(&file.path, field)).transpose();
+            stream.documents = hashes.map_err(|error| error.at(&file.path))?;
             let read = if flat::is_flat(facts.format) {
                 read_flat(&file.path, &facts, column, &mut stream)
             } else {
@@ -127,6 +148,9 @@ struct RowCutter<'a> {
     delivered: Option<Dtype>,
     bos: Option<i64>,
     eos: Option<i64>,
+    /// Hashes of the values of a per-document column for all rows of the shard. They stand at the
+    /// places of the tokens.
+    documents: Option<Vec<i64>>,
     seq_len: usize,
     /// Number of tokens that a row shares with the next.
     overlap: usize,
@@ -168,6 +192,20 @@ impl RowCutter<'_> {
         self.pending.extend(tokens.iter().map(|token| (*token).into()));
         self.cut();
         self.visitor.read(tokens.len() as u64);
+    }
+
+    /// Adds the document in `row`, whose tokens are `tokens`.
+    fn document<T: Copy + Into<i64>>(&mut self, row: u64, tokens: &[T]) -> Result<()> {
+        match &self.documents {
+            None => self.tokens(row, tokens),
+            Some(hashes) => {
+                let hash = *hashes.get(row as usize).ok_or_else(|| Error::data("a value is missing").at_row(row))?;
+                (self.bos, self.eos) = (self.bos.map(|_| hash), self.eos.map(|_| hash));
+                self.tokens(row, &vec![hash; tokens.len()]);
+            }
+        }
+        self.end();
+        Ok(())
     }
 
     /// Ends the document, if it has a token.
@@ -263,9 +301,39 @@ impl RowCutter<'_> {
     }
 }
 
+/// The hashes of the values of `field` in all rows of a shard.
+fn hashes_of(path: &Path, field: &DocumentField) -> Result<Vec<i64>> {
+    let mut hashes = Vec::new();
+    each_column(path, field.name, &mut |column| add_hashes(column, field.kind, &mut hashes))?;
+    Ok(hashes)
+}
+
+fn add_hashes(column: &ArrayRef, kind: DocumentType, hashes: &mut Vec<i64>) -> Result<()> {
+    let mut text = |text: Option<&str>| hashes.push(text_hash(text));
+    match (column.data_type(), kind) {
+        (DataType::Dictionary(..), _) => {
+            let dictionary = column.as_any_dictionary();
+            let mut of_values = Vec::new();
+            add_hashes(dictionary.values(), kind, &mut of_values)?;
+            let keys = if of_values.is_empty() { vec![0; column.len()] } else { dictionary.normalized_keys() };
+            let hash = |row: usize| if column.is_null(row) { number_hash(None) } else { of_values[keys[row]] };
+            hashes.extend((0..column.len()).map(hash));
+        }
+        (DataType::Utf8, _) => column.as_string::<i32>().iter().for_each(&mut text),
+        (DataType::LargeUtf8, _) => column.as_string::<i64>().iter().for_each(&mut text),
+        (DataType::Utf8View, _) => column.as_string_view().iter().for_each(&mut text),
+        (_, DocumentType::Number(dtype)) => {
+            let wide = field_values(column, dtype)?;
+            hashes.extend(wide.as_primitive::<Int64Type>().iter().map(number_hash));
+        }
+        (other, DocumentType::Text) => return Err(Error::data(format!("a column of strings has type {other}"))),
+    }
+    Ok(())
+}
+
 fn read_file(path: &Path, column: &str, stream: &mut RowCutter<'_>) -> Result<()> {
     let mut rows = 0;
-    each_batch(path, column, &mut |column| {
+    each_column(path, column, &mut |column| {
         add(column, rows, stream)?;
         rows += column.len() as u64;
         Ok(())
@@ -275,15 +343,15 @@ fn read_file(path: &Path, column: &str, stream: &mut RowCutter<'_>) -> Result<()
     Ok(())
 }
 
-/// Gives column `column` of each record batch of the file at `path`.
-pub(crate) fn each_batch(path: &Path, column: &str, each: &mut dyn FnMut(&ArrayRef) -> Result<()>) -> Result<()> {
+/// Gives the batches of column `column` of the file at `path` to `take`, in order.
+pub(crate) fn each_column(path: &Path, column: &str, take: &mut dyn FnMut(&ArrayRef) -> Result<()>) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read the shard", error);
     let mut file = File::open(path).map_err(unreadable)?;
     let mut magic = Vec::new();
     (&mut file).take(6).read_to_end(&mut magic).map_err(unreadable)?;
     file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
     let mut each = |batch: std::result::Result<RecordBatch, ArrowError>, column: usize| {
-        each(batch.map_err(unsound)?.column(column))
+        take(batch.map_err(unsound)?.column(column))
     };
     if magic.starts_with(b"PAR1") {
         let reader = token_column::parquet(path, column)?.build().map_err(unsound)?;
@@ -334,6 +402,8 @@ fn add(column: &ArrayRef, before: u64, stream: &mut RowCutter<'_>) -> Result<()>
         DataType::UInt8 => add_typed::<UInt8Type>(column, values, before, stream),
         DataType::UInt16 => add_typed::<UInt16Type>(column, values, before, stream),
         DataType::UInt32 => add_typed::<UInt32Type>(column, values, before, stream),
+        DataType::Int8 => add_typed::<Int8Type>(column, values, before, stream),
+        DataType::Int16 => add_typed::<Int16Type>(column, values, before, stream),
         DataType::Int32 => add_typed::<Int32Type>(column, values, before, stream),
         DataType::Int64 => add_typed::<Int64Type>(column, values, before, stream),
         other => Err(Error::data(format!("token column has type {other}"))),
@@ -404,8 +474,7 @@ where
     }
     for index in (0..column.len()).filter(|index| column.is_valid(*index)) {
         let row = before + index as u64;
-        stream.tokens(row, without_nulls(range(index), row)?);
-        stream.end();
+        stream.document(row, without_nulls(range(index), row)?)?;
     }
     Ok(())
 }

@@ -1,9 +1,6 @@
 //! Opens files for their token column alone, with the readers of arrow-rs and parquet.
 //!
-//! A Parquet file is opened as if it had only the token column. For that, a footer is built with
-//! this column's part of the schema and its chunks, and nothing else. So no index into one schema
-//! is ever used in another: arrow-rs leaves out groups without columns, and Parquet's own schema
-//! counts them. Columns that arrow-rs cannot describe do no harm.
+//! A Parquet file is opened as if it had only the token column.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -12,15 +9,12 @@ use std::sync::Arc;
 
 use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::{DataType, Schema};
-use forebay::format::parquet::read_metadata;
+use forebay::format::parquet::{only_column, read_metadata};
 use forebay::format::{Format, ShardFacts};
 use forebay::settings::Io;
 use forebay::storage::Files;
 use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
-use parquet::errors::ParquetError;
-use parquet::file::metadata::{FileMetaData, ParquetMetaData, RowGroupMetaData};
-use parquet::schema::types::{SchemaDescriptor, Type};
 
 use crate::flat;
 
@@ -60,7 +54,7 @@ pub(crate) fn parquet(path: &Path, name: &str) -> Result<ParquetRecordBatchReade
     let leaf = (0..schema.num_columns()).find(|leaf| schema.get_column_root(*leaf).name() == name);
     let leaf = leaf.ok_or_else(|| missing(name))?;
     let alone = ArrowReaderMetadata::try_new(
-        Arc::new(alone(&metadata, leaf).map_err(unsound)?),
+        Arc::new(only_column(&metadata, leaf).map_err(unsound)?),
         // It describes all columns. The hints of the file's writer about lists are not needed.
         ArrowReaderOptions::new().with_skip_arrow_metadata(true),
     );
@@ -69,24 +63,6 @@ pub(crate) fn parquet(path: &Path, name: &str) -> Result<ParquetRecordBatchReade
     let rows = metadata.row_groups().iter().map(|group| group.num_rows().max(0) as u64).sum::<u64>().max(1);
     let batch = (DECODED_TOKENS / values.div_ceil(rows).max(1)).clamp(1, 1 << 16);
     Ok(builder.with_batch_size(batch as usize))
-}
-
-/// The footer of a file with only the column of `leaf`.
-fn alone(whole: &ParquetMetaData, leaf: usize) -> std::result::Result<ParquetMetaData, ParquetError> {
-    let file = whole.file_metadata();
-    let root = file.schema_descr().get_column_root_ptr(leaf);
-    let schema = Type::group_type_builder(file.schema().name()).with_fields(vec![root]).build()?;
-    let schema = Arc::new(SchemaDescriptor::new(Arc::new(schema)));
-    let groups = whole.row_groups().iter().map(|group| {
-        RowGroupMetaData::builder(Arc::clone(&schema))
-            .set_num_rows(group.num_rows())
-            .set_total_byte_size(group.total_byte_size())
-            .add_column_metadata(group.column(leaf).clone())
-            .build()
-    });
-    let groups = groups.collect::<Result<Vec<_>, _>>()?;
-    let created_by = file.created_by().map(str::to_owned);
-    Ok(ParquetMetaData::new(FileMetaData::new(file.version(), file.num_rows(), created_by, None, schema, None), groups))
 }
 
 /// Index of column `name` among the columns of an Arrow file.

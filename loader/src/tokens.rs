@@ -33,6 +33,8 @@ pub enum Dtype {
     F32,
     /// IEEE double precision.
     F64,
+    /// Unsigned, 8 bytes. Only per-document columns have it.
+    U64,
 }
 
 /// The meaning of the bits of a type.
@@ -50,7 +52,7 @@ pub enum DtypeKind {
 
 impl Dtype {
     /// Every type.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::U8,
         Self::U16,
         Self::U32,
@@ -62,6 +64,7 @@ impl Dtype {
         Self::F16,
         Self::F32,
         Self::F64,
+        Self::U64,
     ];
 
     /// Bytes of one value.
@@ -70,7 +73,7 @@ impl Dtype {
             Self::U8 | Self::I8 | Self::Bool => 1,
             Self::U16 | Self::I16 | Self::F16 => 2,
             Self::U32 | Self::I32 | Self::F32 => 4,
-            Self::I64 | Self::F64 => 8,
+            Self::I64 | Self::F64 | Self::U64 => 8,
         }
     }
 
@@ -88,13 +91,14 @@ impl Dtype {
             Self::F16 => "float16",
             Self::F32 => "float32",
             Self::F64 => "float64",
+            Self::U64 => "uint64",
         }
     }
 
     /// The meaning of the type's bits.
     pub const fn kind(self) -> DtypeKind {
         match self {
-            Self::U8 | Self::U16 | Self::U32 => DtypeKind::Unsigned,
+            Self::U8 | Self::U16 | Self::U32 | Self::U64 => DtypeKind::Unsigned,
             Self::I8 | Self::I16 | Self::I32 | Self::I64 => DtypeKind::Signed,
             Self::Bool => DtypeKind::Bool,
             Self::F16 | Self::F32 | Self::F64 => DtypeKind::Float,
@@ -108,13 +112,13 @@ impl Dtype {
 
     /// Whether token ids may have this type.
     pub const fn is_id(self) -> bool {
-        matches!(self, Self::U8 | Self::U16 | Self::U32 | Self::I32 | Self::I64)
+        matches!(self, Self::U8 | Self::U16 | Self::U32 | Self::I8 | Self::I16 | Self::I32 | Self::I64)
     }
 
     /// The types that a column may have, for messages: those of token ids, or of a further column.
     pub fn accepted(is_field: bool) -> String {
-        let mut names: Vec<_> =
-            Self::ALL.into_iter().filter(|dtype| is_field || dtype.is_id()).map(Self::name).collect();
+        let is_accepted = |dtype: &Self| if is_field { *dtype != Self::U64 } else { dtype.is_id() };
+        let mut names: Vec<_> = Self::ALL.into_iter().filter(is_accepted).map(Self::name).collect();
         let last = names.pop().unwrap_or_default();
         format!("{} or {last}", names.join(", "))
     }
@@ -140,6 +144,70 @@ impl Dtype {
 /// Most fields of a corpus. A saved index has room for this many types.
 pub const MAX_FIELDS: usize = 8;
 
+/// Type of the values of a per-document column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DocumentType {
+    /// Numbers, or booleans.
+    Number(Dtype),
+    /// Strings.
+    Text,
+}
+
+impl DocumentType {
+    /// Name of the type, for messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Number(dtype) => dtype.name(),
+            Self::Text => "string",
+        }
+    }
+}
+
+/// Number of values that a further column has, and their type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FieldType {
+    /// One value for each token.
+    PerToken(Dtype),
+    /// One value for each document.
+    PerDocument(DocumentType),
+}
+
+impl FieldType {
+    /// The bit of a number that means one value for each document. Alone, it means strings.
+    const PER_DOCUMENT: u8 = 0x40;
+
+    /// The number that represents the type in a saved index.
+    fn number(self) -> u8 {
+        let place = |dtype| Dtype::ALL.iter().position(|known| *known == dtype).expect("the list has every type");
+        match self {
+            Self::PerToken(dtype) => place(dtype) as u8 + 1,
+            Self::PerDocument(DocumentType::Number(dtype)) => Self::PER_DOCUMENT | (place(dtype) as u8 + 1),
+            Self::PerDocument(DocumentType::Text) => Self::PER_DOCUMENT,
+        }
+    }
+
+    /// The type with a number that [`FieldType::number`] gave.
+    fn of_number(number: u8) -> Option<Self> {
+        let is_per_document = number & Self::PER_DOCUMENT != 0;
+        match (number & !Self::PER_DOCUMENT).checked_sub(1) {
+            None => is_per_document.then_some(Self::PerDocument(DocumentType::Text)),
+            Some(place) => {
+                let dtype = *Dtype::ALL.get(usize::from(place))?;
+                let per_document = Self::PerDocument(DocumentType::Number(dtype));
+                Some(if is_per_document { per_document } else { Self::PerToken(dtype) })
+            }
+        }
+    }
+
+    /// Name of the type, for messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PerToken(dtype) => dtype.name(),
+            Self::PerDocument(kind) => kind.name(),
+        }
+    }
+}
+
 /// Types of the fields in a shard, in the order of the setting `fields`. `None` stands for a column
 /// that the shard lacks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -147,18 +215,17 @@ pub struct FieldTypes([u8; MAX_FIELDS]);
 
 impl FieldTypes {
     /// Makes the list of these types.
-    pub fn new(types: impl IntoIterator<Item = Option<Dtype>>) -> Self {
+    pub fn new(types: impl IntoIterator<Item = Option<FieldType>>) -> Self {
         let mut all = [0; MAX_FIELDS];
-        for (number, dtype) in all.iter_mut().zip(types) {
-            let place = |dtype| Dtype::ALL.iter().position(|known| *known == dtype).expect("the list has every type");
-            *number = dtype.map_or(0, |dtype| place(dtype) as u8 + 1);
+        for (number, found) in all.iter_mut().zip(types) {
+            *number = found.map_or(0, FieldType::number);
         }
         Self(all)
     }
 
     /// The type of field `index`.
-    pub fn get(self, index: usize) -> Option<Dtype> {
-        Dtype::ALL.get(usize::from(*self.0.get(index)?).checked_sub(1)?).copied()
+    pub fn get(self, index: usize) -> Option<FieldType> {
+        FieldType::of_number(*self.0.get(index)?)
     }
 
     /// The numbers that represent the types in a saved index.
@@ -168,7 +235,8 @@ impl FieldTypes {
 
     /// The types with numbers that [`FieldTypes::numbers`] gave.
     pub(crate) fn of_numbers(numbers: [u8; MAX_FIELDS]) -> Option<Self> {
-        numbers.iter().all(|number| usize::from(*number) <= Dtype::ALL.len()).then_some(Self(numbers))
+        let is_known = |number: &u8| *number == 0 || FieldType::of_number(*number).is_some();
+        numbers.iter().all(is_known).then_some(Self(numbers))
     }
 }
 
@@ -220,6 +288,8 @@ impl<'a> Tokens<'a> {
     pub fn first_negative(&self) -> Option<usize> {
         // Joining the sign bits by OR first keeps the common case at memory speed.
         match self.dtype {
+            Dtype::I8 => self.bytes.iter().position(|id| id.cast_signed() < 0),
+            Dtype::I16 => self.bytes.as_chunks::<2>().0.iter().position(|id| i16::from_le_bytes(*id) < 0),
             Dtype::I32 => {
                 let ids = self.bytes.as_chunks::<4>().0;
                 let any = ids.iter().fold(0, |all, id| all | i32::from_le_bytes(*id));
@@ -249,7 +319,9 @@ impl<'a> Tokens<'a> {
             Dtype::U16 | Dtype::F16 => i64::from(u16::from_le_bytes([b[0], b[1]])),
             Dtype::U32 | Dtype::F32 => i64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])),
             Dtype::I32 => i64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-            Dtype::I64 | Dtype::F64 => i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
+            Dtype::I64 | Dtype::F64 | Dtype::U64 => {
+                i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])
+            }
         }
     }
 }

@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 Documents = list["list[int] | None"]
 
 DTYPES = {"u8": pa.uint8(), "u16": pa.uint16(), "u32": pa.uint32(), "i32": pa.int32(), "i64": pa.int64()}
+SIGNED = {"i8": pa.int8(), "i16": pa.int16()}
+"""Types that few corpora have. They meet every writer and container, but not every codec."""
 FIXED = 48
 """Tokens of every document in a `fixed_size_list` corpus."""
 
@@ -90,7 +92,7 @@ class Tokens:
     """
 
     def __init__(self, dtype: str, vocabulary: int | None, seed: int = 7) -> None:
-        limit = {"u8": 1 << 8, "u16": 1 << 16}.get(dtype)
+        limit = {"u8": 1 << 8, "u16": 1 << 16, "i8": 1 << 7, "i16": 1 << 15}.get(dtype)
         self.vocabulary = vocabulary or limit
         self.rng = np.random.default_rng(seed)
         self.next = 1000
@@ -111,8 +113,8 @@ def documents_of(cell: Cell, *, tokens_per_shard: int = 3000, equal: bool = Fals
     rng = np.random.default_rng(11)
     vocabulary = 300 if cell.encoding.startswith("dictionary") and "fallback" not in cell.encoding else None
     vocabulary = cell.options.get("vocabulary", vocabulary)
-    if vocabulary and cell.dtype == "u8":
-        vocabulary = 200
+    if vocabulary and cell.dtype in ("u8", "i8"):
+        vocabulary = 100
     tokens = Tokens(cell.dtype, vocabulary)
     if equal:
         return [equal_documents(cell, tokens, many) for many in (1, 0, 50, 20)]
@@ -154,7 +156,7 @@ def with_nulls(rows: Documents) -> Documents:
 
 
 def arrow_type(cell: Cell) -> pa.DataType:
-    item = pa.field("item", DTYPES[cell.dtype], nullable=not cell.options.get("required"))
+    item = pa.field("item", (DTYPES | SIGNED)[cell.dtype], nullable=not cell.options.get("required"))
     match cell.kind:
         case "list":
             return pa.list_(item)
@@ -163,7 +165,7 @@ def arrow_type(cell: Cell) -> pa.DataType:
         case "fixed_size_list":
             return pa.list_(item, FIXED)
         case _:
-            return DTYPES[cell.dtype]
+            return (DTYPES | SIGNED)[cell.dtype]
 
 
 def table_of(cell: Cell, rows: Documents) -> pa.Table:
@@ -333,7 +335,7 @@ SUFFIXES = {"parquet": "parquet", "npy": "npy", "raw": "bin", "llm.c": "bin", "m
 FLAT_WRITERS = {
     "npy": write_npy, "raw": write_raw, "llm.c": write_llmc, "megatron": write_megatron, "datatrove": write_datatrove,
 }  # fmt: skip
-NUMPY_DTYPES = {"u8": "<u1", "u16": "<u2", "u32": "<u4", "i32": "<i4", "i64": "<i8"}
+NUMPY_DTYPES = {"u8": "<u1", "u16": "<u2", "u32": "<u4", "i8": "<i1", "i16": "<i2", "i32": "<i4", "i64": "<i8"}
 WRITERS = {"pyarrow": write_pyarrow, "polars": write_polars, "duckdb": write_duckdb, "datasets": write_datasets}
 
 
@@ -354,6 +356,7 @@ def cells() -> list[Cell]:
         *numpy_cells(),
         *megatron_cells(),
         *datatrove_cells(),
+        *signed_cells(),
     ]
     names = cycle(("input_ids", "tokens", "token_ids", "ids"))
     # Numbers called `tokens` or `ids` beside other columns may be counts: they are no token
@@ -566,6 +569,33 @@ def datatrove_cells() -> list[Cell]:
     made.append(Cell("datatrove", "datatrove", dtype="u16", note="loss and metadata", options=options))
     made.append(Cell("datatrove", "datatrove", dtype="u32", note="many rows", options={"many_rows": True}))
     made.append(Cell("datatrove", "datatrove", dtype="u32", note="giant document", options={"giant_document": True}))
+    return made
+
+
+def signed_cells() -> list[Cell]:
+    made = []
+    kinds = ("list", "large_list", "fixed_size_list", "plain")
+    for at, dtype in enumerate(SIGNED):
+        for place, encoding in enumerate(("plain", "dictionary", "dictionary fallback", "delta", "byte_stream_split")):
+            page = 1 + (at + place) % 2
+            options = {"data_page_version": f"{page}.0"}
+            codec, kind = ("none", "zstd")[place % 2], kinds[(at + place) % 4]
+            made.append(
+                Cell("pyarrow", "parquet", codec, encoding, kind, dtype, note=f"pages v{page}", options=options)
+            )
+        for place, kind in enumerate(kinds):
+            made.append(
+                Cell("pyarrow", ("arrow file", "arrow stream")[(at + place) % 2], "none", kind=kind, dtype=dtype)
+            )
+            made.append(Cell("pyarrow", "arrow file", "zstd", kind=kind, dtype=dtype))
+        made.append(Cell("polars", "parquet", "zstd", "chosen by writer", "large_list", dtype))
+        made.append(
+            Cell("duckdb", "parquet", "zstd", "chosen by writer", "list", dtype, note="v1", options={"version": "V1"})
+        )
+        made.append(Cell("datasets", "save_to_disk", dtype=dtype))
+        made.append(Cell("numpy", "npy", kind="plain", dtype=dtype, note="version 1", options={"nulls": False}))
+        made.append(Cell("numpy", "raw", kind="plain", dtype=dtype, options={"single": True}))
+        made.append(Cell("megatron", "megatron", dtype=dtype))
     return made
 
 

@@ -12,11 +12,11 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 CODES = {
-    "uint8": "B", "uint16": "H", "uint32": "I", "int32": "i", "int64": "q",
-    "u1": "B", "u2": "H", "u4": "I", "i4": "i", "i8": "q",
+    "uint8": "B", "uint16": "H", "uint32": "I", "int8": "b", "int16": "h", "int32": "i", "int64": "q",
+    "u1": "B", "u2": "H", "u4": "I", "i1": "b", "i2": "h", "i4": "i", "i8": "q",
 }  # fmt: skip
 LLM_C = {20240520: "H", 20240801: "I"}
-MEGATRON = {1: "B", 4: "i", 5: "q", 8: "H"}
+MEGATRON = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}
 
 
 def values(data: bytes, code: str) -> list[int]:

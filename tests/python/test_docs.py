@@ -26,6 +26,7 @@ SEQUENCES = 400
 #: The pages, each with the number of programs that it shows.
 PAGES = {
     "README.md": 2,
+    "docs/data.md": 1,
     "docs/fine-tuning.md": 3,
     "docs/formats.md": 2,
     "docs/layouts.md": 3,
@@ -40,7 +41,8 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("corpus", "web", "code"):
         (folder / name).mkdir()
         documents = np.random.default_rng(1).integers(0, 50_000, (SEQUENCES, 2048)).tolist()
-        pq.write_table(pa.table({"input_ids": documents}), folder / name / "a.parquet")
+        facts = {"url": ["https://example.org"] * SEQUENCES, "year": pa.array([2026] * SEQUENCES, pa.int32())}
+        pq.write_table(pa.table({"input_ids": documents, **facts}), folder / name / "a.parquet")
     return folder
 
 

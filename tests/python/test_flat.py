@@ -503,3 +503,29 @@ def test_whole_documents_are_packed_as_those_of_arrow(sound: Any, kind: str, tmp
         pytest.skip("this build has no packing")
     found = [[{k: np.asarray(v).tolist() for k, v in batch.items()} for batch in loader] for loader in loaders]
     assert found[0] == found[1] and len(found[0]) > 2
+
+
+@pytest.mark.parametrize("newer", [True, False])
+@pytest.mark.parametrize("kind", ["megatron", "datatrove"])
+def test_another_index_with_equal_counts_is_noticed(tmp_path: Path, kind: str, newer: bool) -> None:
+    data, cache = tmp_path / "corpus", tmp_path / "cache"
+    data.mkdir()
+    path = data / ("a.bin" if kind == "megatron" else "a.ds")
+    np.arange(1, 10, dtype=np.uint16).tofile(path)
+    index = path.with_suffix(".idx") if kind == "megatron" else Path(f"{path}.index")
+
+    def write(lengths: list[int], seconds: int) -> None:
+        if kind == "megatron":
+            index.write_bytes(megatron_index(lengths, list(range(len(lengths) + 1))))
+        else:
+            np.cumsum(lengths).astype("<u8").tofile(index)
+        os.utime(index, (seconds, seconds))
+
+    def documents() -> list[int]:
+        with forebay.Loader(data, seq_len=9, layout="pad", boundaries=True, cache_dir=cache) as loader:
+            return [int((batch["doc_ids"] == 0).sum()) for batch in loader]
+
+    write([4, 2, 3], 1_700_000_000)
+    assert documents() == documents() == [4, 2, 3]
+    write([2, 2, 5], 1_700_000_000 + (60 if newer else -60))
+    assert documents() == [2, 2, 5]

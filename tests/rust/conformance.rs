@@ -7,11 +7,13 @@ use forebay::{ErrorKind, Loader};
 use forebay_tests::{Container, Document, Shape, containers, documents, drain, rows, stream, write};
 use parquet::basic::Encoding;
 
-const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I32, Dtype::I64];
+const DTYPES: [Dtype; 7] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I8, Dtype::I16, Dtype::I32, Dtype::I64];
 
 fn vocabulary(dtype: Dtype) -> i64 {
     match dtype {
+        Dtype::I8 => 1 << 7,
         Dtype::U8 => 1 << 8,
+        Dtype::I16 => 1 << 15,
         Dtype::U16 => 1 << 16,
         _ => 1 << 31,
     }

@@ -10,7 +10,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow_array::builder::{FixedSizeListBuilder, LargeListBuilder, ListBuilder, PrimitiveBuilder};
-use arrow_array::types::{ArrowPrimitiveType, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
+use arrow_array::types::{
+    ArrowPrimitiveType, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type,
+};
 use arrow_array::{ArrayRef, RecordBatch};
 use arrow_ipc::CompressionType;
 use arrow_ipc::writer::{FileWriter, IpcWriteOptions, StreamWriter};
@@ -131,6 +133,8 @@ fn batch(dtype: Dtype, shape: Shape, documents: &[Document]) -> RecordBatch {
         Dtype::U8 => column::<UInt8Type>(shape, documents),
         Dtype::U16 => column::<UInt16Type>(shape, documents),
         Dtype::U32 => column::<UInt32Type>(shape, documents),
+        Dtype::I8 => column::<Int8Type>(shape, documents),
+        Dtype::I16 => column::<Int16Type>(shape, documents),
         Dtype::I32 => column::<Int32Type>(shape, documents),
         Dtype::I64 => column::<Int64Type>(shape, documents),
         other => panic!("no ids of type {}", other.name()),

@@ -281,9 +281,13 @@ class Batch:
     def fields(self) -> list[tuple[str, Array]]:
         """Returns the arrays with their names."""
     def tensors(self, tensors: Tensors) -> dict[str, Any]:
-        """Returns the arrays by name, as tensors that share the memory of the batch."""
+        """Returns the arrays by name, as tensors that share the memory of the batch, and the facts."""
+    def facts(self) -> dict[str, Any]:
+        """Returns the values that no array holds, by name: `max_seqlen`, and strings of documents."""
+    def beside(self) -> list[tuple[str, Array]]:
+        """Returns the arrays that lie beside the buffer, with their names: numbers of documents."""
     def layout(self) -> list[tuple[str, str, int, list[int]]]:
-        """Returns name, dtype, offset in the buffer in bytes, and shape of each array."""
+        """Returns name, dtype, offset in bytes, and shape of each array in the buffer."""
 
 @final
 class Tensors:

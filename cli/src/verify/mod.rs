@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use forebay::corpus::schema::{SchemaField, TokenSide};
+use forebay::corpus::schema::{Schema, SchemaField, TokenSide};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
 use forebay::proof::checksum::Checksum;
@@ -222,7 +222,7 @@ struct Expected<'a> {
     source: usize,
     epoch: u64,
     /// The further column that is being read. `None` while tokens are read.
-    field: Option<SchemaField>,
+    field: Option<&'static str>,
     /// The places of a row with values of the column. These are all tokens, or the tokens that an
     /// array of the batch has.
     places: Range<usize>,
@@ -241,10 +241,10 @@ impl Visitor for Expected<'_> {
                 *sum += *one.get_or_insert_with(|| {
                     let values = delivered(&self.places, self.masked, tokens, spans);
                     let mut one = Checksum::default();
-                    match &self.field {
+                    match self.field {
                         None if self.has_spans => one.add_row_of_spans(self.source as u64, sequence, &values, spans),
                         None => one.add_row(self.source as u64, sequence, &values),
-                        Some(field) => one.add_field(self.source as u64, sequence, field.name, &values),
+                        Some(name) => one.add_field(self.source as u64, sequence, name, &values),
                     }
                     one
                 });
@@ -287,13 +287,13 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
     let mut expected =
         Expected { wanted, sums, source: 0, epoch: 0, field: None, places, masked: None, has_spans, bar };
     for (source, (_, corpus)) in loader.corpora().enumerate() {
-        let is_there = |(index, _): &(usize, &SchemaField)| corpus.field_dtype(*index).is_some();
-        let fields: Vec<SchemaField> =
-            loader.schema().iter().enumerate().filter(is_there).map(|(_, field)| *field).collect();
+        let Schema { fields, documents } = loader.schema();
+        let is_there = |field: &&SchemaField| corpus.field_type(field.column).is_some();
+        let fields: Vec<SchemaField> = fields.iter().filter(is_there).copied().collect();
         let mut epochs: Vec<u64> = wanted.iter().flat_map(|wanted| wanted.epochs_of(source)).collect();
         epochs.sort_unstable();
         epochs.dedup();
-        let readings = (epochs.len() * (1 + fields.len())) as u64;
+        let readings = (epochs.len() * (1 + fields.len() + documents.len())) as u64;
         expected.bar.inc_length(corpus.tokens() * readings.saturating_sub(1));
         // If labels are a column, no array has the last token that a shifted row reads.
         let has_labels = fields.iter().any(|field| field.name == "labels");
@@ -307,9 +307,13 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
             for field in &fields {
                 let is_target = field.side == TokenSide::Target;
                 let start = usize::from(is_shifted && is_target);
-                (expected.field, expected.places) = (Some(*field), start..start + seq_len);
+                (expected.field, expected.places) = (Some(field.name), start..start + seq_len);
                 expected.masked = (has_boundaries && is_target).then_some((start, field.padding));
                 sequential::read_field(config, field, corpus, phase, &mut expected)?;
+            }
+            for field in documents {
+                (expected.field, expected.places, expected.masked) = (Some(field.name), 0..seq_len, None);
+                sequential::read_documents(config, field, corpus, phase, &mut expected)?;
             }
         }
     }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use super::{BatchPass, BatchSource, check_split};
 use crate::error::{Error, ErrorKind, Result};
 use crate::loader::state::State;
-use crate::loader::{Batch, Field, Next, PassOptions, WaitPolicy};
+use crate::loader::{Batch, Field, FieldMemory, Next, PassOptions, WaitPolicy};
 use crate::sync::{lock, wait_timeout};
 
 /// Settings of a split.
@@ -42,6 +42,8 @@ pub struct BatchPart {
     pub batch: Arc<Batch>,
     /// The arrays of these rows in the batch's memory.
     pub fields: Arc<[Field]>,
+    /// Number of the consumer.
+    pub part: usize,
     /// Number of rows of this part.
     pub rows: usize,
     /// Length of the longest span in these rows, where boundaries are asked for.
@@ -496,13 +498,15 @@ impl Inner {
 impl BatchPart {
     fn new(batch: Arc<Batch>, part: usize, parts: usize) -> Self {
         let rows = batch.rows / parts;
-        let fields = batch.fields.iter().filter(|field| field.name != "cu_seqlens").map(|field| Field {
+        let of_rows = |field: &&Field| field.name != "cu_seqlens" && field.memory == FieldMemory::Buffer;
+        let fields = batch.fields.iter().filter(of_rows).map(|field| Field {
             offset_bytes: field.offset_bytes + part * rows * field.row_len() * field.dtype.size(),
             shape: [rows, field.shape[1], field.shape[2], field.shape[3]],
             ..*field
         });
         let borders = batch.borders.as_ref().map(|borders| borders[part]);
-        let fields = fields.chain(borders.map(|borders| borders.field())).collect();
-        Self { fields, max_seqlen: borders.map(|borders| borders.longest), batch, rows }
+        let documents = batch.documents.iter().flat_map(|documents| documents.fields(part)).copied();
+        let fields = fields.chain(borders.map(|borders| borders.field())).chain(documents).collect();
+        Self { fields, part, max_seqlen: borders.map(|borders| borders.longest), batch, rows }
     }
 }

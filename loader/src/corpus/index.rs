@@ -293,6 +293,7 @@ fn u128_at(bytes: &[u8], at: usize) -> u128 {
 mod tests {
     use super::*;
     use crate::settings::Config;
+    use crate::tokens::FieldType;
 
     fn index(folder: &Path) -> IndexFile {
         let options = OpenOptions { block_tokens: 100, ..OpenOptions::of(&Config::default()) };
@@ -322,7 +323,7 @@ mod tests {
                     counts: Counts { tokens: 1 << 40, starts: 5, ends: 6 },
                     decoded_bytes: 8,
                     largest_block_bytes: 9,
-                    fields: FieldTypes::new([None, Dtype::ALL.get(number as usize).copied()]),
+                    fields: FieldTypes::new([None, Dtype::ALL.get(number as usize).copied().map(FieldType::PerToken)]),
                 };
                 (PathHash(u128::MAX - u128::from(number)), facts)
             })

@@ -27,12 +27,13 @@ use crate::corpus::lengths::LengthsFile;
 use crate::corpus::shard_cache::{Held, ShardCache};
 use crate::corpus::tables::TableFile;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::documents::DocumentColumn;
 use crate::format::{self, Access, Counts, MissingColumn, OpenOptions, Shard, ShardFacts};
 use crate::settings::{DataFormat, Io};
-use crate::storage::{Files, local};
+use crate::storage::{Files, Stamp, local};
 use crate::sync::lock;
 use crate::text::escaped;
-use crate::tokens::{Dtype, FieldTypes, MAX_FIELDS};
+use crate::tokens::{Dtype, FieldType, FieldTypes, MAX_FIELDS};
 
 /// A block of the corpus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,10 +48,16 @@ pub struct BlockRef {
 #[derive(Debug)]
 pub struct OpenShard {
     shard: Shard,
+    /// The stamp of the file, and of the files beside it.
+    stamp: Stamp,
     before: Vec<Counts>,
     /// The further columns of the file, in the order of the setting `fields`. `None` stands for a
     /// column that the file lacks.
     fields: Vec<Option<OpenShard>>,
+    /// The further columns with one value for each document. `None` stands for any other column.
+    documents: Vec<Option<DocumentColumn>>,
+    /// The rows without tokens, once a thread has asked for them.
+    empty_rows: OnceLock<Vec<u64>>,
     /// Bytes of all blocks of the further columns when decoded.
     fields_bytes: u64,
     /// The column with the starts of documents inside rows, if it is asked for.
@@ -61,18 +68,30 @@ impl OpenShard {
     /// Opens the token column of the file at `path`, and the further columns that `options` name.
     fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         let mut opened = Self::new(format::open(path, options)?);
+        opened.stamp = format::stamp_with_beside(&options.files, path, opened.stamp)?;
         // A shard without tokens has no values of any column.
         let may_be_missing = options.fields_may_be_missing || opened.shard.blocks().is_empty();
         for name in &options.fields {
-            let field = match format::open(path, &options.of_field(name)) {
-                Ok(field) => Some(Self::new(field)),
-                Err(error) if may_be_missing && is_missing_column(&error) => None,
-                Err(error) => return Err(error),
+            // Rows that are tokens belong to one document, and have no values of documents.
+            let has_documents = !opened.shard.info().column.is_plain();
+            let is_per_token = |field: &Shard| field.info().column.is_plain() != has_documents;
+            let (field, column) = match format::open(path, &options.of_field(name)) {
+                Ok(field) if is_per_token(&field) => (Some(Self::new(field)), None),
+                Err(error) if may_be_missing && is_missing_column(&error) => (None, None),
+                Err(error) if !has_documents || is_missing_column(&error) => return Err(error),
+                found => match DocumentColumn::open(path, name, options)? {
+                    Some(column) => (None, Some(column)),
+                    None => (Some(Self::new(found?)), None),
+                },
             };
             if let Some(field) = &field {
                 opened.check_fits(field, name)?;
             }
+            if let Some(column) = &column {
+                opened.check_rows(column)?;
+            }
             opened.fields.push(field);
+            opened.documents.push(column);
         }
         if let Some(name) = options.borders.as_deref().filter(|_| !opened.shard.blocks().is_empty()) {
             let missing = || Error::data(format!("column `{name}` of `packed_by` is missing")).at(path);
@@ -99,6 +118,51 @@ impl OpenShard {
         } else {
             Err(self.misfit(field, name))
         }
+    }
+
+    /// Fails unless the per-document column has as many rows as the file.
+    fn check_rows(&self, column: &DocumentColumn) -> Result<()> {
+        let (there, now) = (&self.shard.info().file, column.file());
+        if there.stamp() != now.stamp() {
+            return Err(Error::new(ErrorKind::Changed, "shard changed while it was opened").at(self.shard.path()));
+        }
+        let (rows, found) = (self.shard.info().rows, column.rows());
+        if rows == found {
+            return Ok(());
+        }
+        let name = escaped(column.name());
+        let text = format!("column `{name}` must have a value for each of {rows} rows, found {found}");
+        Err(Error::data(text).at(self.shard.path()))
+    }
+
+    /// Returns the further column `column` - 1, if it has one value for each document.
+    pub(crate) fn document_column(&self, field: usize) -> Option<&DocumentColumn> {
+        self.documents.get(field)?.as_ref()
+    }
+
+    /// The row of the file with document `number` among its non-empty documents.
+    ///
+    /// If the file has rows without tokens, the first call reads the lengths of all rows.
+    pub(crate) fn row_of_document(&self, number: u64) -> Result<u64> {
+        if self.shard.info().rows == self.before[self.before.len() - 1].starts {
+            return Ok(number);
+        }
+        let empty = match self.empty_rows.get() {
+            Some(empty) => empty,
+            None => {
+                let lengths = self.shard.row_lengths()?;
+                let is_empty = |(row, length): (u64, Option<u64>)| (length.unwrap_or(0) == 0).then_some(row);
+                let found = (0..).zip(lengths).filter_map(is_empty).collect();
+                self.empty_rows.get_or_init(|| found)
+            }
+        };
+        // Row `empty[i]` comes after `empty[i] - i` documents.
+        let (mut low, mut high) = (0, empty.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            if empty[middle] - middle as u64 <= number { low = middle + 1 } else { high = middle }
+        }
+        Ok(number + low as u64)
     }
 
     /// Makes the error for the column `name` whose documents differ in length from the token
@@ -163,13 +227,18 @@ impl OpenShard {
     /// Facts about the file that need none of its blocks. Sizes count all columns.
     pub fn facts(&self) -> ShardFacts {
         let mut facts = self.shard.facts();
+        facts.stamp = self.stamp;
         for field in self.fields.iter().flatten() {
             let more = field.shard.facts();
             facts.decoded_bytes += more.decoded_bytes;
             facts.largest_block_bytes = facts.largest_block_bytes.max(more.largest_block_bytes);
         }
-        let dtype = |field: &Option<Self>| Some(field.as_ref()?.shard.info().dtype);
-        facts.fields = FieldTypes::new(self.fields.iter().map(dtype));
+        let of_field = |(field, column): (&Option<Self>, &Option<DocumentColumn>)| match (field, column) {
+            (Some(field), _) => Some(FieldType::PerToken(field.shard.info().dtype)),
+            (None, Some(column)) => Some(FieldType::PerDocument(column.kind())),
+            (None, None) => None,
+        };
+        facts.fields = FieldTypes::new(self.fields.iter().zip(&self.documents).map(of_field));
         facts
     }
 
@@ -177,6 +246,7 @@ impl OpenShard {
     fn let_go(&mut self) {
         self.shard.let_go();
         self.fields.iter_mut().flatten().chain(self.borders.as_deref_mut()).for_each(Self::let_go);
+        self.documents.iter_mut().flatten().for_each(DocumentColumn::let_go);
     }
 
     fn new(shard: Shard) -> Self {
@@ -187,7 +257,9 @@ impl OpenShard {
             sum = sum + block.counts();
             before.push(sum);
         }
-        Self { shard, before, fields: Vec::new(), fields_bytes: 0, borders: None }
+        let (fields, documents) = (Vec::new(), Vec::new());
+        let stamp = shard.info().file.stamp();
+        Self { shard, stamp, before, fields, documents, empty_rows: OnceLock::new(), fields_bytes: 0, borders: None }
     }
 
     /// The token column of the file.
@@ -203,7 +275,9 @@ impl OpenShard {
     /// Bytes of the tables of this shard.
     pub fn index_bytes(&self) -> u64 {
         let of = |column: &Self| column.shard.index_bytes() + size_of_val(column.before.as_slice()) as u64;
-        self.columns().map(of).sum()
+        let documents = self.documents.iter().flatten().map(DocumentColumn::index_bytes);
+        let empty = self.empty_rows.get().map_or(0, |rows| size_of_val(rows.as_slice()) as u64);
+        self.columns().map(of).chain(documents).sum::<u64>() + empty
     }
 
     /// Whether the first token of block `block` continues a document of the previous block.
@@ -533,7 +607,7 @@ impl Corpus {
     /// The type in which field `index` is stored. `None` if the corpus lacks the field.
     ///
     /// All shards with tokens have the same type. A shard without tokens may lack the column.
-    pub fn field_dtype(&self, index: usize) -> Option<Dtype> {
+    pub fn field_type(&self, index: usize) -> Option<FieldType> {
         self.fields.get(index)
     }
 
@@ -598,7 +672,11 @@ impl Corpus {
             text(&format!("{} {} {tokens} {starts}", facts.stamp.size_bytes, facts.rows));
             for (index, name) in self.options.fields.iter().enumerate() {
                 text(name);
-                text(facts.fields.get(index).map_or("missing", Dtype::name));
+                let found = facts.fields.get(index);
+                if matches!(found, Some(FieldType::PerDocument(_))) {
+                    text("per document");
+                }
+                text(found.map_or("missing", FieldType::name));
             }
         }
         format!("{:032x}", hash.digest128())
@@ -688,7 +766,9 @@ fn known_records(
         let is_here = index < saved.len() && saved.get(index).is_some_and(|(place, _)| place == places[index]);
         let record = if is_here { index } else { elsewhere(places[index])? };
         // A file whose `stat` fails is opened, and the error of opening tells why.
-        (storage.stat(&files[index].path).ok()?.stamp == saved.get(record)?.1.stamp).then_some(record)
+        let path = &files[index].path;
+        let stamp = format::stamp_with_beside(storage, path, storage.stat(path).ok()?.stamp).ok()?;
+        (stamp == saved.get(record)?.1.stamp).then_some(record)
     };
     side_by_side(pool, files.len(), known)
 }
@@ -813,7 +893,11 @@ pub fn mixed_shards<'a>(
     for index in 0..MAX_FIELDS {
         if let Some((path, other)) = full.clone().find(|(_, facts)| facts.fields.get(index) != first.fields.get(index))
         {
-            let shown = |facts: ShardFacts| facts.fields.get(index).map_or("no such column", Dtype::name);
+            let shown = |facts: ShardFacts| match facts.fields.get(index) {
+                None => "no such column".to_owned(),
+                Some(FieldType::PerToken(dtype)) => format!("{} for each token", dtype.name()),
+                Some(FieldType::PerDocument(kind)) => format!("{} for each document", kind.name()),
+            };
             faults.push(Error::data(format!(
                 "types of a column of `fields` (number {}) differ between shards: `{}` has {}, `{}` has {}; rewrite them with one type",
                 index + 1,

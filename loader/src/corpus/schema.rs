@@ -2,13 +2,14 @@
 //!
 //! A [`SchemaField`] is one per-token column. It has a name, the type in which it is delivered, and
 //! values for places without a token of the file. The name decides all of these but the type, by
-//! the table in `rules`. A schema without fields is a corpus of tokens alone.
+//! the table in `rules`. A [`DocumentField`] is one per-document column. A schema without fields is
+//! a corpus of tokens alone.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::tokens::{Dtype, DtypeKind};
+use crate::tokens::{DocumentType, Dtype, DtypeKind, FieldType};
 
 /// The token that a value belongs to if targets are one token ahead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +97,30 @@ const fn rules(ignore_index: i64) -> [Rule; 5] {
     ]
 }
 
+/// The fields of a corpus.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Schema {
+    /// Columns with one value for each token.
+    pub fields: Vec<SchemaField>,
+    /// Columns with one value for each document.
+    pub documents: Vec<DocumentField>,
+}
+
+/// A column with one value for each document. A batch has one value for each stretch of a document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DocumentField {
+    /// Name of the column, and of its values in a batch.
+    pub name: &'static str,
+    /// Name of the array that tells which values are null. Strings have none.
+    pub null_name: &'static str,
+    /// Type of the values on disk.
+    pub stored: DocumentType,
+    /// Type of the values in a batch.
+    pub kind: DocumentType,
+    /// Place of the column among the further columns.
+    pub column: usize,
+}
+
 fn rule_of(name: &str, ignore_index: i64) -> Rule {
     let rules = rules(ignore_index);
     *rules.iter().find(|rule| rule.names.contains(&name)).unwrap_or(&rules[rules.len() - 1])
@@ -112,6 +137,8 @@ pub fn is_label_or_mask(name: &str) -> bool {
 pub struct SchemaField {
     /// Name of the column, and of its array in a batch.
     pub name: &'static str,
+    /// Place of the column among the further columns.
+    pub column: usize,
     /// Type of its array in a batch.
     pub dtype: Dtype,
     /// Value at `bos_id` and `eos_id`.
@@ -124,14 +151,101 @@ pub struct SchemaField {
     pub missing: Missing,
 }
 
+impl Schema {
+    /// Makes the schema of the further columns `names`. `stored` gives the types of a column in all
+    /// sources, each with the name of the source. `None` stands for a source that lacks it. Labels
+    /// that are no target get the value `ignore_index`.
+    pub fn of<'a>(
+        names: &[String],
+        ignore_index: i64,
+        stored: impl Fn(usize) -> Vec<(&'a str, Option<FieldType>)>,
+    ) -> Result<Self> {
+        let mut schema = Self::default();
+        for (column, name) in names.iter().enumerate() {
+            let stored = stored(column);
+            let is_per_document =
+                |(_, found): &(_, Option<FieldType>)| matches!(found, Some(FieldType::PerDocument(_)));
+            if stored.iter().any(is_per_document) {
+                schema.documents.push(DocumentField::of(name, column, &stored)?);
+                continue;
+            }
+            let per_token = |(source, found): (&'a str, Option<FieldType>)| match found {
+                Some(FieldType::PerToken(dtype)) => (source, Some(dtype)),
+                _ => (source, None),
+            };
+            let stored: Vec<_> = stored.into_iter().map(per_token).collect();
+            schema.fields.push(SchemaField::of(name, column, ignore_index, &stored)?);
+        }
+        Ok(schema)
+    }
+
+    /// Adds the field `name`, which no source has.
+    pub(crate) fn add_missing(&mut self, name: &str, ignore_index: i64) -> Result<()> {
+        // No corpus has so many columns.
+        self.fields.push(SchemaField::of(name, usize::MAX, ignore_index, &[])?);
+        Ok(())
+    }
+
+    /// Bytes that all per-token fields take for each place of a row.
+    pub fn bytes_per_token(&self) -> usize {
+        self.fields.iter().map(|field| field.dtype.size()).sum()
+    }
+}
+
+/// Text that tells a source in a message. A corpus without a mixture has no name.
+fn place_of(source: &str) -> String {
+    if source.is_empty() { String::new() } else { format!(" of source `{source}`") }
+}
+
+impl DocumentField {
+    /// Makes further column `column`, called `name`, of sources that store it in the types `stored`.
+    fn of(name: &str, column: usize, stored: &[(&str, Option<FieldType>)]) -> Result<Self> {
+        if !rule_of(name, 0).names.is_empty() {
+            return Err(Error::data(format!(
+                "column `{name}` has one value in each row: expected a list with a value for each token; rename the column \
+                 if its values belong to documents"
+            )));
+        }
+        let mut kind = None;
+        for (source, found) in stored {
+            let place = place_of(source);
+            let found = match found {
+                None => return Err(Error::data(format!("column `{name}`{place} is missing: no value stands for it"))),
+                Some(FieldType::PerToken(_)) => {
+                    return Err(Error::data(format!(
+                        "column `{name}`{place} has a value for each token, and for each document elsewhere; rename one of \
+                         them"
+                    )));
+                }
+                Some(FieldType::PerDocument(found)) => *found,
+            };
+            if *kind.get_or_insert(found) != found {
+                return Err(Error::data(format!(
+                    "types of column `{name}` differ between sources: {}{place}, {} before; rewrite them with one type",
+                    found.name(),
+                    kind.map_or("none", DocumentType::name)
+                )));
+            }
+        }
+        let stored = kind.unwrap_or(DocumentType::Text);
+        let kind = match stored {
+            DocumentType::Number(Dtype::U16) => DocumentType::Number(Dtype::I32),
+            DocumentType::Number(Dtype::U32) => DocumentType::Number(Dtype::I64),
+            other => other,
+        };
+        Ok(Self { name: interned(name), null_name: interned(&format!("{name}_is_null")), stored, kind, column })
+    }
+}
+
 impl SchemaField {
-    /// Makes the field `name` of sources that store it in the types `stored`. `None` stands for a
-    /// source that lacks it. Labels that are no target get the value `ignore_index`.
-    pub fn of(name: &str, ignore_index: i64, stored: &[(&str, Option<Dtype>)]) -> Result<Self> {
+    /// Makes further column `column`, called `name`, of sources that store it in the types `stored`.
+    /// `None` stands for a source that lacks it. Labels that are no target get the value
+    /// `ignore_index`.
+    fn of(name: &str, column: usize, ignore_index: i64, stored: &[(&str, Option<Dtype>)]) -> Result<Self> {
         let rule = rule_of(name, ignore_index);
         let mut dtype = None;
         for (source, stored) in stored {
-            let place = if source.is_empty() { String::new() } else { format!(" of source `{source}`") };
+            let place = place_of(source);
             let Some(stored) = *stored else {
                 if rule.missing == Missing::Refused {
                     let masks = "only missing labels, masks and weights have a value that stands for them";
@@ -158,7 +272,7 @@ impl SchemaField {
             (None, Delivered::AsStored) => Dtype::U8,
         };
         let Rule { special, padding, side, missing, .. } = rule;
-        Ok(Self { name: interned(name), dtype, special, padding, side, missing })
+        Ok(Self { name: interned(name), column, dtype, special, padding, side, missing })
     }
 }
 

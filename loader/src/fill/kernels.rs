@@ -137,6 +137,8 @@ fn widen_with<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahe
         Dtype::U16 => {
             each::<2, false, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(u16::from_le_bytes(b)))
         }
+        Dtype::I8 => each::<1, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(b[0].cast_signed())),
+        Dtype::I16 => each::<2, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(i16::from_le_bytes(b))),
         Dtype::U32 => each::<4, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(u32::from_le_bytes(b))),
         Dtype::I32 => each::<4, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(i32::from_le_bytes(b))),
         Dtype::I64 => each::<8, true, T>(ids, labels, bytes.as_chunks().0, ahead, i64::from_le_bytes),

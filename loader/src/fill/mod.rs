@@ -7,5 +7,5 @@ mod rows;
 
 pub(crate) use fields::{FieldRow, Places};
 pub(crate) use kernels::{Ahead, Id};
-pub(crate) use pieces::{Piece, pieces};
+pub(crate) use pieces::{Piece, documents_before, pieces};
 pub(crate) use rows::{Row, UnfitId};

@@ -15,6 +15,27 @@ pub(crate) enum Piece {
     End,
 }
 
+/// The number of documents of a block that end at or before place `at` of the block's stream.
+pub(crate) fn documents_before(ends: &Ends<'_>, continues: bool, (bos, eos): (bool, bool), at: u64) -> u64 {
+    document_at(ends, |index| stream_end(ends, continues, (u64::from(bos), u64::from(eos)), index), at) as u64
+}
+
+/// The place in a block's stream just after the `index`-th document that ends in the block.
+fn stream_end(ends: &Ends<'_>, continues: bool, (bos, eos): (u64, u64), index: usize) -> u64 {
+    let documents = index as u64 + 1;
+    ends.get(index) + documents * eos + (documents - u64::from(continues)) * bos
+}
+
+/// The first document that reaches beyond `at`, counted among those that end in the block.
+fn document_at(ends: &Ends<'_>, stream_end: impl Fn(usize) -> u64, at: u64) -> usize {
+    let (mut low, mut high) = (0, ends.len());
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if stream_end(middle) > at { high = middle } else { low = middle + 1 }
+    }
+    low
+}
+
 /// Calls `each` with the pieces of stream places `from..to` of a block, in order.
 ///
 /// `ends` holds the block's document ends, and `tokens` is its token count. `continues` tells that
@@ -29,17 +50,8 @@ pub(crate) fn pieces<E>(
     mut each: impl FnMut(Piece) -> Result<(), E>,
 ) -> Result<(), E> {
     let (bos, eos) = (u64::from(bos), u64::from(eos));
-    let started = |documents: u64| (documents - u64::from(continues && documents > 0)) * bos;
-    // The stream place just after the `index`-th document that ends in the block.
-    let stream_end = |index: usize| ends.get(index) + (index as u64 + 1) * eos + started(index as u64 + 1);
-
-    // The first document that reaches beyond `from`.
-    let (mut low, mut high) = (0, ends.len());
-    while low < high {
-        let middle = low + (high - low) / 2;
-        if stream_end(middle) > from { high = middle } else { low = middle + 1 }
-    }
-    let mut document = low;
+    let stream_end = |index: usize| stream_end(ends, continues, (bos, eos), index);
+    let mut document = document_at(ends, stream_end, from);
     let mut at = from;
     let mut place = if document == 0 { 0 } else { stream_end(document - 1) };
     while at < to {
@@ -116,6 +128,9 @@ mod tests {
                     prop_assert_eq!(&got, &stream[from..to], "{}..{}", from, to);
                     let inside: Vec<usize> = borders.iter().copied().filter(|end| (from + 1..=to).contains(end)).collect();
                     prop_assert_eq!(ended, inside, "{}..{}", from, to);
+                    let before = borders.iter().filter(|end| **end <= from).count();
+                    let found = documents_before(&Ends::List(&ends), continues, (bos, eos), from as u64);
+                    prop_assert_eq!(found, before as u64, "{}", from);
                 }
             }
         }

@@ -211,5 +211,5 @@ mod tests {
         }
     }
 
-    const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I32, Dtype::I64];
+    const DTYPES: [Dtype; 7] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I8, Dtype::I16, Dtype::I32, Dtype::I64];
 }

@@ -9,6 +9,7 @@
 
 pub mod arrow;
 mod columns;
+pub mod documents;
 mod flat;
 pub mod parquet;
 
@@ -16,6 +17,7 @@ use std::collections::TryReserveError;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub(crate) use self::columns::{Holds, MissingColumn, choose_column, column_title, null_list};
 pub use self::columns::{STARTS_OF_DOCUMENTS, TOKEN_COLUMNS, TokenColumn, looks_like};
@@ -652,7 +654,7 @@ pub struct EndsScratch {
 pub struct OpenOptions {
     /// The token column. `None` takes the first of [`TOKEN_COLUMNS`] that the file has.
     pub token_column: Option<String>,
-    /// Further columns of the same files, with one value per token.
+    /// Further columns of the same files.
     pub fields: Vec<String>,
     /// Column with the starts of documents inside rows, if rows were packed before.
     pub borders: Option<String>,
@@ -703,6 +705,32 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Shard> {
     let source = options.files.open(path, options.io)?;
     let open = |mut reads| (recognise(&mut reads, path, options)?.open)(reads, options);
     open(Reads::new(source)).map_err(|error| error.at(path))
+}
+
+/// The stamp of the file at `path`, whose own stamp is `own`, and of the files beside it.
+///
+/// The time is that of the newest file. Its nanoseconds also tell the other files apart, so that
+/// another index of the same size and an older time gives another stamp.
+pub fn stamp_with_beside(files: &Files, path: &Path, own: Stamp) -> Result<Stamp> {
+    let name = path.to_string_lossy();
+    let mut stamp = own;
+    for entry in FORMATS.iter().filter(|entry| !entry.beside.is_empty()) {
+        let Some(stem) = entry.suffixes.iter().find_map(|suffix| name.strip_suffix(suffix)?.strip_suffix('.')) else {
+            continue;
+        };
+        for suffix in entry.beside {
+            let Some(found) = files.stat_if_there(Path::new(&format!("{stem}.{suffix}")))? else { continue };
+            stamp.modified = stamp.modified.zip(found.stamp.modified).map(|(own, beside)| {
+                let since = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default();
+                let (last, other) = (since(own.max(beside)), since(own.min(beside)));
+                let mixed = [u64::from(last.subsec_nanos()), other.as_secs(), found.stamp.size_bytes]
+                    .into_iter()
+                    .fold(u64::from(other.subsec_nanos()), |sum, part| sum.wrapping_mul(31).wrapping_add(part));
+                UNIX_EPOCH + Duration::new(last.as_secs(), (mixed % 1_000_000_000) as u32)
+            });
+        }
+    }
+    Ok(stamp)
 }
 
 /// The names of the ids that the file at `path` may belong to.

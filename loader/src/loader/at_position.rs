@@ -29,7 +29,7 @@ impl Loader {
             )));
         }
         session.check_epoch(epoch)?;
-        let field_bytes: usize = session.opened.schema.iter().map(|field| field.dtype.size()).sum();
+        let field_bytes: usize = session.opened.schema.bytes_per_token();
         let mask = if session.config.document_mask { session.config.seq_len } else { 0 };
         let bytes = n.saturating_mul(session.config.row_tokens().saturating_mul(16 + field_bytes as u64 + mask));
         if bytes > session.config.memory_budget {

@@ -4,8 +4,9 @@ use std::any::Any;
 use std::sync::Arc;
 
 use super::boundaries::{Span, write_places};
+use super::documents::DocumentValues;
 use crate::buffer::{ALIGNMENT, Lease};
-use crate::corpus::schema::{SchemaField, TokenSide};
+use crate::corpus::schema::{Schema, SchemaField, TokenSide};
 use crate::error::{Error, ErrorKind, Result};
 use crate::proof::checksum::Checksum;
 use crate::settings::{Config, Targets};
@@ -24,6 +25,17 @@ pub struct Field {
     pub shape: [usize; 4],
     /// Number of axes: 1, 2 or 4.
     pub ndim: usize,
+    /// The memory that holds the array.
+    pub memory: FieldMemory,
+}
+
+/// The memory of an array.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FieldMemory {
+    /// The buffer of the batch.
+    Buffer,
+    /// The memory of the values of documents. Their number differs from batch to batch.
+    Documents,
 }
 
 impl Field {
@@ -44,7 +56,7 @@ pub struct Batch {
     pub position: u64,
     /// Number of rows: `batch_size`, or fewer in a short last batch.
     pub rows: usize,
-    /// Arrays in the buffer.
+    /// Arrays of the batch.
     pub fields: Arc<[Field]>,
     /// Hash of its rows. `None` unless [`Loader::cover`](super::Loader::cover) or the setting
     /// `delivery_log` asks for it.
@@ -53,10 +65,22 @@ pub struct Batch {
     pub tokens: u64,
     /// The array `cu_seqlens` of each consumer's rows. `None` if boundaries are not asked for.
     pub borders: Option<Vec<Borders>>,
+    /// The per-document columns. `None` if the corpus has none.
+    pub documents: Option<DocumentValues>,
     pub(super) lease: Lease,
 }
 
 impl Batch {
+    /// First byte of array `field`, which must be one of this batch.
+    pub fn start_of(&self, field: &Field) -> *mut u8 {
+        let lease = match (field.memory, &self.documents) {
+            (FieldMemory::Documents, Some(documents)) => documents.lease(),
+            _ => &self.lease,
+        };
+        assert!(field.offset_bytes + field.shape[0] * field.shape[1] * field.dtype.size() <= lease.len());
+        lease.as_ptr().wrapping_add(field.offset_bytes)
+    }
+
     /// First byte of the buffer. The holder may write to it: the loader never reads it again.
     pub fn as_ptr(&self) -> *mut u8 {
         self.lease.as_ptr()
@@ -87,13 +111,12 @@ impl Batch {
         self.row_of(field, row)
     }
 
-    fn row_of(&self, field: &Field, row: usize) -> Vec<i64> {
+    pub(super) fn row_of(&self, field: &Field, row: usize) -> Vec<i64> {
         assert!(row < field.shape[0], "row {row} of {}", field.shape[0]);
-        let (len, size) = (field.row_len(), field.dtype.size());
-        let start = field.offset_bytes + row * len * size;
+        let size = field.row_len() * field.dtype.size();
         // SAFETY: the lease's bytes are initialised, and the field lies inside them. After
         // delivery, only the holder of the batch writes to them.
-        let bytes = unsafe { std::slice::from_raw_parts(self.as_ptr().add(start), len * size) };
+        let bytes = unsafe { std::slice::from_raw_parts(self.start_of(field).add(row * size), size) };
         let values = crate::tokens::Tokens::new(field.dtype, bytes);
         (0..values.len()).map(|index| values.get(index)).collect()
     }
@@ -168,13 +191,9 @@ pub struct Borders {
 impl Borders {
     /// The array as a field of a batch.
     pub(crate) fn field(&self) -> Field {
-        Field {
-            name: "cu_seqlens",
-            dtype: Dtype::I32,
-            offset_bytes: self.offset_bytes,
-            shape: [self.len, 1, 1, 1],
-            ndim: 1,
-        }
+        let Self { offset_bytes, len, .. } = *self;
+        let (dtype, memory) = (Dtype::I32, FieldMemory::Buffer);
+        Field { name: "cu_seqlens", dtype, offset_bytes, shape: [len, 1, 1, 1], ndim: 1, memory }
     }
 }
 
@@ -210,16 +229,18 @@ pub(super) struct BatchLayout {
 }
 
 impl BatchLayout {
-    pub(super) fn new(config: &Config, schema: &[SchemaField], rows: usize, columns: usize) -> Self {
+    pub(super) fn new(config: &Config, schema: &Schema, rows: usize, columns: usize) -> Self {
         let input_dtype = config.input_dtype;
         let (inputs, targets) = if config.targets == Targets::Shifted { ("x", "y") } else { ("input_ids", "labels") };
         let targets_at = (rows * columns * input_dtype.size()).next_multiple_of(ALIGNMENT);
-        let field =
-            |name, dtype, offset_bytes| Field { name, dtype, offset_bytes, shape: [rows, columns, 1, 1], ndim: 2 };
+        let memory = FieldMemory::Buffer;
+        let field = |name, dtype, offset_bytes| {
+            Field { name, dtype, offset_bytes, shape: [rows, columns, 1, 1], ndim: 2, memory }
+        };
         let mut fields = vec![field(inputs, input_dtype, 0), field(targets, Dtype::I64, targets_at)];
         let mut bytes = targets_at + rows * columns * 8;
-        let mut fields_at = Vec::with_capacity(schema.len());
-        for SchemaField { name, dtype, .. } in schema {
+        let mut fields_at = Vec::with_capacity(schema.fields.len());
+        for SchemaField { name, dtype, .. } in &schema.fields {
             if *name == "labels" {
                 fields_at.push(targets_at);
                 continue;
@@ -241,7 +262,7 @@ impl BatchLayout {
             let mask = config.document_mask.then_some(bytes);
             if let Some(at) = mask {
                 let shape = [rows, 1, columns, columns];
-                fields.push(Field { name: "document_mask", dtype: Dtype::Bool, offset_bytes: at, shape, ndim: 4 });
+                fields.push(Field { name: "document_mask", dtype: Dtype::Bool, offset_bytes: at, shape, ndim: 4, memory });
                 bytes = (at + rows * columns * columns).next_multiple_of(ALIGNMENT);
             }
             BoundariesAt { positions, documents, cu_seqlens, mask, width }
@@ -249,7 +270,7 @@ impl BatchLayout {
         bytes = bytes.next_multiple_of(8);
         let ids_at = config.sample_ids.then_some([bytes, bytes + rows * 8]);
         for (name, offset_bytes) in ["source", "sample_index"].into_iter().zip(ids_at.into_iter().flatten()) {
-            fields.push(Field { name, dtype: Dtype::I64, offset_bytes, shape: [rows, 1, 1, 1], ndim: 1 });
+            fields.push(Field { name, dtype: Dtype::I64, offset_bytes, shape: [rows, 1, 1, 1], ndim: 1, memory });
             bytes += rows * 8;
         }
         Self { rows, columns, fields: fields.into(), input_dtype, targets_at, fields_at, ids_at, boundaries, bytes }

@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 
 use super::batch::{Batch, BatchLayout, Borders, BoundariesAt};
 use super::boundaries::{Span, Spans, masked_places, write_mask, write_places};
+use super::documents::{DocumentRows, DocumentValues, SpanDocuments};
 use super::pass::PassRange;
 use super::rows::PositionedRow;
 use super::session::Session;
@@ -39,6 +40,7 @@ pub(super) struct WorkerMemory {
     pub(super) rows: Vec<PositionedRow>,
     pub(super) reads: RowReads,
     pub(super) spans: Spans,
+    pub(super) documents: SpanDocuments,
 }
 
 impl WorkerMemory {
@@ -122,6 +124,8 @@ impl Session {
         let places = (columns + lead) as u64;
         let has_spans = layout.boundaries.is_some() || !joins;
         worker.spans.clear();
+        worker.documents.clear();
+        worker.scratch.documents = (!self.opened.schema.documents.is_empty()).then(Vec::new);
         // The borders inside segments are found while a row is filled.
         let finds_borders = joins || self.config.packed_by != PackedBy::None;
         worker.scratch.borders = (layout.boundaries.is_some() && finds_borders).then(Vec::new);
@@ -144,7 +148,7 @@ impl Session {
                 let (ids, labels) = lease.i64s_and_i64s(inputs_at, targets_at, columns);
                 self.fill_row(row, ids, labels, worker)?;
             }
-            for (field, at) in self.opened.schema.iter().zip(&layout.fields_at) {
+            for (field, at) in self.opened.schema.fields.iter().zip(&layout.fields_at) {
                 let size = columns * field.dtype.size();
                 self.fill_field(field, row, lease.bytes(at + index * size, size), worker)?;
             }
@@ -155,6 +159,11 @@ impl Session {
             let ends = worker.scratch.borders.as_deref().unwrap_or_default();
             worker.spans.push_row(segments, ends, places);
             worker.scratch.borders.as_mut().map(Vec::clear);
+            if let Some(noted) = &mut worker.scratch.documents {
+                let reader = rows[index].as_ref().map(|read| &self.opened.sources.list()[read.source].reader);
+                worker.documents.push_row(reader, worker.spans.row(index), noted);
+                noted.clear();
+            }
             if let Some(at) = &layout.boundaries {
                 let spans = worker.spans.row(index);
                 let labels = lease.i64s(targets_at, columns);
@@ -171,6 +180,7 @@ impl Session {
                 self.mask_fields(&layout, index, spans, lead, &mut lease);
             }
         }
+        let documents = self.documents_of(&layout, reads, parts, worker)?;
         let borders = layout.boundaries.as_ref();
         let borders =
             borders.map(|at| self.write_borders(at, parts, &layout, &worker.spans, &mut lease)).transpose()?;
@@ -187,16 +197,27 @@ impl Session {
         let (epoch, position) = start;
         let mut fields = Arc::clone(&layout.fields);
         if let Some([whole]) = borders.as_deref() {
-            fields = fields.iter().copied().chain([whole.field()]).collect();
+            let values = documents.iter().flat_map(|documents| documents.fields(0)).copied();
+            fields = fields.iter().copied().chain([whole.field()]).chain(values).collect();
         }
         let tokens = match joins {
             true => rows.len() as u64 * self.config.seq_len,
             false => rows.iter().flatten().map(|place| place.tokens).sum(),
         };
-        let mut batch =
-            Batch { epoch, step, position, rows: rows.len(), fields, checksum: None, tokens, borders, lease };
+        let mut batch = Batch {
+            epoch,
+            step,
+            position,
+            rows: rows.len(),
+            fields,
+            checksum: None,
+            tokens,
+            borders,
+            documents,
+            lease,
+        };
         if self.covers.load(Ordering::Relaxed) {
-            batch.checksum = Some(self.checksum_of(&batch, rows, has_spans.then_some(&worker.spans))?);
+            batch.checksum = Some(self.checksum_of(&batch, rows, parts, has_spans.then_some(&worker.spans))?);
         }
         Ok(batch)
     }
@@ -204,7 +225,7 @@ impl Session {
     /// Writes the padding value of each field to the places whose target is the first token of a
     /// document.
     fn mask_fields(&self, layout: &BatchLayout, row: usize, spans: &[Span], lead: usize, lease: &mut Lease) {
-        for (field, at) in self.opened.schema.iter().zip(&layout.fields_at) {
+        for (field, at) in self.opened.schema.fields.iter().zip(&layout.fields_at) {
             if field.side == TokenSide::Input {
                 continue;
             }
@@ -215,17 +236,47 @@ impl Session {
         }
     }
 
+    /// The values of per-document columns in the rows of `reads`. `None` if there are no such
+    /// columns.
+    fn documents_of(
+        &self,
+        layout: &BatchLayout,
+        reads: &RowReads,
+        parts: usize,
+        worker: &WorkerMemory,
+    ) -> Result<Option<DocumentValues>> {
+        let fields = &self.opened.schema.documents;
+        if fields.is_empty() {
+            return Ok(None);
+        }
+        let rows = DocumentRows {
+            sources: &self.opened.sources,
+            reads,
+            spans: &worker.spans,
+            documents: &worker.documents,
+            columns: layout.columns,
+            stretches: layout.boundaries.and_then(|at| at.width).map(|width| width - 1),
+        };
+        rows.read(fields, parts).map(Some)
+    }
+
     /// The checksum of the rows of `batch`. `spans` gives the spans of each row, unless a row is
     /// one stretch of the stream.
-    fn checksum_of(&self, batch: &Batch, rows: &[Option<RowRead>], spans: Option<&Spans>) -> Result<Checksum> {
+    fn checksum_of(
+        &self,
+        batch: &Batch,
+        rows: &[Option<RowRead>],
+        parts: usize,
+        spans: Option<&Spans>,
+    ) -> Result<Checksum> {
         let joins = self.config.layout.joins();
         let places = batch.columns() as u64 + self.config.row_tokens() - self.config.seq_len;
         let mut checksum = Checksum::default();
         for (index, read) in rows.iter().enumerate() {
             let Some(read) = read.as_ref().filter(|read| !read.repeated) else { continue };
             let corpus = self.opened.sources.list()[read.source].reader.corpus();
-            let is_there = |(number, field): (usize, &'_ SchemaField)| corpus.field_dtype(number).map(|_| *field);
-            let fields = || self.opened.schema.iter().enumerate().filter_map(is_there);
+            let is_there = |field: &&SchemaField| corpus.field_type(field.column).is_some();
+            let fields = || self.opened.schema.fields.iter().filter(is_there);
             let has_labels = fields().any(|field| field.name == "labels");
             let (source, sequence) = (read.source as u64, read.sequence);
             let whole = [Span { start: 0, tokens: read.tokens as u32, end: places as u32 }];
@@ -246,8 +297,14 @@ impl Session {
                 checksum.add_row(source, sequence, &tokens);
             }
             for field in fields() {
-                let values = batch.field_values(&field, index, &delivered);
+                let values = batch.field_values(field, index, &delivered);
                 checksum.add_field(source, sequence, field.name, &values);
+            }
+            for field in &self.opened.schema.documents {
+                let Some(values) = &batch.documents else { continue };
+                let row = (index, rows.len() / parts);
+                let hashes = values.hashes(batch, field, row, &delivered, self.config.seq_len as usize);
+                checksum.add_field(source, sequence, field.name, &hashes);
             }
         }
         Ok(checksum)
@@ -399,10 +456,9 @@ impl Session {
             return Ok(());
         };
         let reader = &self.opened.sources.list()[read.source].reader;
-        let index = self.opened.schema.iter().position(|other| other == field).expect("a field of the schema");
         match field.missing {
-            _ if reader.corpus().field_dtype(index).is_some() => {
-                return reader.fill_field(index, request, field.padding, row, &mut worker.scratch);
+            _ if reader.corpus().field_type(field.column).is_some() => {
+                return reader.fill_field(field.column, request, field.padding, row, &mut worker.scratch);
             }
             // The labels were written together with the tokens.
             Missing::Derived => {}

@@ -14,6 +14,7 @@ mod batch;
 mod boundaries;
 mod compute;
 mod cursor;
+mod documents;
 mod notes;
 mod open;
 mod pass;
@@ -28,7 +29,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 
 pub use audit::Sample;
-pub use batch::{Batch, Field};
+pub use batch::{Batch, Field, FieldMemory};
+pub use documents::{DocumentValues, Text};
 pub use open::Opened;
 use pass::SharedPass;
 pub use pass::{Batches, Next, PassOptions};
@@ -37,7 +39,7 @@ use session::Session;
 use crate::buffer::BufferSource;
 use crate::buffer::pool::Pool;
 use crate::corpus::Corpus;
-use crate::corpus::schema::SchemaField;
+use crate::corpus::schema::Schema;
 use crate::error::Result;
 use crate::loader::state::State;
 use crate::observe::stats::Stats;
@@ -108,7 +110,7 @@ impl Loader {
     }
 
     /// The columns of batches beside the tokens.
-    pub fn schema(&self) -> &[SchemaField] {
+    pub fn schema(&self) -> &Schema {
         &self.session.opened.schema
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::sources::{CorpusSource, CorpusSources};
 use crate::corpus::Corpus;
-use crate::corpus::schema::{SchemaField, is_label_or_mask};
+use crate::corpus::schema::{Schema, is_label_or_mask};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Access, OpenOptions};
 use crate::layout::{self, Layout, LayoutSettings, Lengths, Stream, WINDOW_TOKENS};
@@ -32,7 +32,7 @@ pub struct Opened {
     pub(super) warnings: Vec<String>,
     pub(super) largest_block_bytes: u64,
     /// The columns that are delivered beside the tokens.
-    pub(super) schema: Vec<SchemaField>,
+    pub(super) schema: Schema,
 }
 
 impl Opened {
@@ -58,7 +58,20 @@ impl Opened {
         };
         let schema = schema_of(&config, &corpora)?;
         config.shuffle = decided(&config, access);
+        if let Some(field) = schema.documents.first() {
+            // Without boundaries, no stretch of a document has a place for a value.
+            if config.boundaries == Some(false) {
+                return Err(Error::config(format!(
+                    "column `{}` has one value for each document, and needs `boundaries`: leave `boundaries` out, or set \
+                     it to true",
+                    field.name
+                )));
+            }
+            config.boundaries = Some(true);
+        }
         config.boundaries = Some(config.has_boundaries());
+        config.validate()?;
+        check_names(&config, &schema)?;
         let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
         if let Some(mixture) = &config.mixture {
             warnings.extend(MixtureSettings::parse(mixture)?.notes);
@@ -96,7 +109,7 @@ impl Opened {
         if config.shuffle == Shuffle::On {
             config.shuffle = self.config.shuffle;
         }
-        config.boundaries = Some(config.has_boundaries());
+        config.boundaries = config.boundaries.or(self.config.boundaries);
         let mut differences = Vec::new();
         for setting in settings::all() {
             // A state compares these settings by the result of opening. Here their own values are
@@ -221,26 +234,43 @@ fn open_layout(
 }
 
 /// The fields of the batches of these corpora.
-fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Vec<SchemaField>> {
-    let stored = |index: usize| corpora.iter().map(move |(name, corpus)| (name.as_str(), corpus.field_dtype(index)));
-    let field = |(index, name): (usize, &String)| {
-        SchemaField::of(name, config.ignore_index, &stored(index).collect::<Vec<_>>())
-    };
-    let mut schema = config.fields.iter().enumerate().map(field).collect::<Result<Vec<_>>>()?;
+fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Schema> {
+    let stored =
+        |column: usize| corpora.iter().map(|(name, corpus)| (name.as_str(), corpus.field_type(column))).collect();
+    let mut schema = Schema::of(&config.fields, config.ignore_index, stored)?;
     if let Some(format) = config.batch_format.filter(|format| !format.has_room()) {
-        if let Some(field) = schema.iter().find(|field| !is_label_or_mask(field.name)) {
+        let of_tokens = schema.fields.iter().map(|field| field.name).filter(|name| !is_label_or_mask(name));
+        if let Some(name) = of_tokens.chain(schema.documents.iter().map(|field| field.name)).next() {
             return Err(Error::config(format!(
-                "`batch_format` = {} has no place for the column `{}`: leave it out, or choose another format",
-                format.name(),
-                field.name
+                "`batch_format` = {} has no place for the column `{name}`: leave it out, or choose another format",
+                format.name()
             )));
         }
     }
-    if config.has_attention_mask() && schema.iter().all(|field| field.name != "attention_mask") {
+    if config.has_attention_mask() && schema.fields.iter().all(|field| field.name != "attention_mask") {
         // No source has the column, so that it is 1 at every token.
-        schema.push(SchemaField::of("attention_mask", config.ignore_index, &[])?);
+        schema.add_missing("attention_mask", config.ignore_index)?;
     }
     Ok(schema)
+}
+
+/// Fails if a column has the name of another array of a batch.
+fn check_names(config: &Config, schema: &Schema) -> Result<()> {
+    let boundaries = ["position_ids", "doc_ids", "cu_seqlens", "max_seqlen"];
+    let taken = |name: &str| {
+        let is_null_of = schema.documents.iter().find(|field| field.null_name == name);
+        is_null_of.map(|field| format!("tells which values of `{}` are null", field.name)).or_else(|| {
+            (config.has_boundaries() && boundaries.contains(&name)).then(|| "holds boundaries of documents".to_owned())
+        })
+    };
+    for name in &config.fields {
+        if let Some(what) = taken(name) {
+            return Err(Error::config(format!(
+                "column `{name}` of `fields` has the name of an array that {what}: rename the column"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Document lengths that a layout needs, and that cannot be saved, may take `memory_budget` divided

@@ -12,7 +12,7 @@
 use std::fmt;
 use std::ops::{Add, AddAssign};
 
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
 use crate::order::permutation::derive_key;
 
@@ -33,6 +33,26 @@ pub fn row_hash(source: u64, sequence: u64, tokens: &[i64]) -> u128 {
 /// that belong to real tokens count. A floating-point number is hashed by its bits.
 pub fn field_hash(source: u64, sequence: u64, name: &str, values: &[i64]) -> u128 {
     hash_of(derive_key(FIELD, &[source, sequence, xxh3_64(name.as_bytes())]), values)
+}
+
+/// Represents the delivered number of a document, or null, by a number that [`field_hash`] takes.
+pub fn number_hash(value: Option<i64>) -> i64 {
+    match value {
+        Some(value) => value_hash(1, &value.to_le_bytes()),
+        None => value_hash(0, &[]),
+    }
+}
+
+/// Represents the string of a document, or null, by a number that [`field_hash`] takes.
+pub fn text_hash(text: Option<&str>) -> i64 {
+    match text {
+        Some(text) => value_hash(2, text.as_bytes()),
+        None => value_hash(0, &[]),
+    }
+}
+
+fn value_hash(kind: u64, bytes: &[u8]) -> i64 {
+    xxh3_64_with_seed(bytes, kind).cast_signed()
 }
 
 fn hash_of(key: u64, tokens: &[i64]) -> u128 {

@@ -19,7 +19,8 @@ use super::borders::PackedBorders;
 use super::lengths::DocumentLengths;
 use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fill::{Ahead, FieldRow, Id, Piece, Places, Row, UnfitId, pieces};
+use crate::fill::{Ahead, FieldRow, Id, Piece, Places, Row, UnfitId, documents_before, pieces};
+use crate::format::documents::Values;
 use crate::format::{Access, DecodedBlock, Ends, EndsScratch, RandomShard, Shard};
 use crate::layout::{Documents, Extent, Layout, LayoutWindow, Lengths, Segment, Specials, Stream, WindowPlan};
 use crate::observe::trace::Tracer;
@@ -43,11 +44,21 @@ pub(crate) struct Scratch {
     /// Places just after each document in the rows that were read. `None` if no caller asks for
     /// them.
     pub(crate) borders: Option<Vec<u64>>,
+    /// The documents at the first places of the segments that were read, each with that place.
+    /// `None` if no caller asks for them.
+    pub(crate) documents: Option<Vec<(u64, DocumentRef)>>,
     /// The same places as the blocks give them. `None` if no columns are compared.
     document_ends: Option<Vec<u64>>,
     /// Time that this worker spent decoding since it was last taken, in nanoseconds.
     pub(crate) decode_nanos: u64,
     pub(crate) tracer: Tracer,
+}
+
+/// A document with tokens: its shard, and its number among the non-empty documents there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DocumentRef {
+    pub(crate) shard: usize,
+    pub(crate) number: u64,
 }
 
 /// The shard and the block where a segment begins, and its bytes if they are mapped.
@@ -116,6 +127,8 @@ struct Stretch {
     prefix_only: bool,
     /// Whether the ends of documents are looked up in the block.
     borders: bool,
+    /// Whether the document at the first place is looked up in the block.
+    document: bool,
 }
 
 /// Reads the rows of one source.
@@ -319,6 +332,55 @@ impl Reader {
         scratch.document_ends.get_or_insert_default().clear();
     }
 
+    /// The document after `document` in the stream. The stream must have one.
+    pub(crate) fn next_document(&self, document: DocumentRef) -> DocumentRef {
+        let DocumentRef { mut shard, mut number } = document;
+        number += 1;
+        while number >= self.corpus.facts_of(shard).counts.starts && shard + 1 < self.corpus.len() {
+            (shard, number) = (shard + 1, 0);
+        }
+        DocumentRef { shard, number }
+    }
+
+    /// Gives `take` the value of `document` in further column `column`: a little-endian number, or
+    /// UTF-8. A null is `None`. The row has `tokens` tokens of the document.
+    pub(crate) fn document_value(
+        &self,
+        column: usize,
+        document: DocumentRef,
+        tokens: u64,
+        take: impl FnOnce(Option<&[u8]>),
+    ) -> Result<()> {
+        let shard = self.corpus.shard(document.shard)?;
+        let values = shard.document_column(column).ok_or_else(|| {
+            let name = &self.corpus.fields()[column];
+            Error::new(ErrorKind::Internal, format!("column `{name}` is missing")).at(shard.shard().path())
+        })?;
+        let row = shard.row_of_document(document.number).map_err(|error| error.at(shard.shard().path()))?;
+        if row >= values.rows() {
+            let text = format!("column `{}` has no row {row}, expected a value there", values.name());
+            return Err(Error::new(ErrorKind::Changed, text).at(shard.shard().path()));
+        }
+        let (part, within) = values.locate(row);
+        let block = BlockRef { shard: document.shard as u32, block: part as u32 };
+        let key = (self.first_column + 1 + column, block);
+        let held = match self.cache.held(key, tokens) {
+            Some(held) => held,
+            None => {
+                // The bytes of strings are known only after they are decoded.
+                let mut decoded = DecodedBlock::default();
+                values.decode_into(part, &mut decoded)?;
+                let bytes = decoded.capacity_bytes();
+                self.cache.get(key, tokens, bytes, |block| {
+                    *block = decoded;
+                    Ok(())
+                })?
+            }
+        };
+        take(Values::of(values.kind(), &held).get(within));
+        Ok(())
+    }
+
     /// Makes the error for further column `index`, whose documents do not fit the tokens somewhere
     /// in `segments`.
     #[cold]
@@ -365,6 +427,12 @@ impl Reader {
                 false
             }
         };
+        let mut noted = scratch.documents.as_mut().filter(|_| column == 0);
+        let is_noted = noted.is_some();
+        if let (Some(noted), Documents::One { number, .. }) = (&mut noted, segment.documents) {
+            let document = DocumentRef { shard: self.stream.locate(range.start).0, number };
+            noted.push((segment.place, document));
+        }
         let mut at = range.start;
         while at < range.end {
             let found = begin.filter(|begin| begin.at == at);
@@ -382,6 +450,7 @@ impl Reader {
                     place: segment.place + (at - range.start),
                     prefix_only: ends_chunk && at > range.start,
                     borders,
+                    document: is_noted && borders && at == range.start,
                 };
                 self.fill_stretch(column, opened, stretch, filled, ahead, scratch)
                     .map_err(|error| error.at(shard.shard().path()).in_block(block as u64))?;
@@ -441,6 +510,7 @@ impl Reader {
             Shard::Random(shard) => {
                 let meta = &shard.info().blocks[index];
                 let ends = shard.ends(index, &mut scratch.ends)?;
+                self.note_document(opened, &ends, &stretch, &mut scratch.documents);
                 let (buffer, found) = (&mut scratch.tokens, (&mut scratch.borders, &mut scratch.document_ends));
                 self.fill_pieces(&ends, meta.tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
                     let start = tokens.start;
@@ -485,6 +555,7 @@ impl Reader {
                 // A prefix ends inside a document, so that `pieces` must not reach beyond it.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
                 let ends = decoded.document_ends();
+                self.note_document(opened, &ends, &stretch, &mut scratch.documents);
                 let found = (&mut scratch.borders, &mut scratch.document_ends);
                 self.fill_pieces(&ends, tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
                     let start = tokens.start;
@@ -492,6 +563,23 @@ impl Reader {
                 })
             }
         }
+    }
+
+    /// Notes the document at the first place of `stretch`, if that is asked for.
+    fn note_document(
+        &self,
+        opened: &OpenShard,
+        ends: &Ends<'_>,
+        stretch: &Stretch,
+        found: &mut Option<Vec<(u64, DocumentRef)>>,
+    ) {
+        let Some(found) = found.as_mut().filter(|_| stretch.document) else { return };
+        let Specials { bos, eos } = self.specials;
+        let block = stretch.block.block as usize;
+        let specials = (bos.is_some(), eos.is_some());
+        let before = documents_before(ends, opened.continues(block), specials, stretch.from);
+        let shard = stretch.block.shard as usize;
+        found.push((stretch.place, DocumentRef { shard, number: opened.before()[block].ends + before }));
     }
 
     #[allow(clippy::too_many_arguments)] // each is a different fact about the one stretch

@@ -81,8 +81,8 @@ class Memory:
 def views(buffer: torch.Tensor, batch: _core.Batch) -> Tensors:
     """Returns the arrays of a batch as views of `buffer`."""
     tensors: dict[str, Any] = {field[0]: view(buffer, *field[1:]) for field in batch.layout()}
-    if batch.max_seqlen is not None:
-        tensors["max_seqlen"] = batch.max_seqlen
+    tensors.update((name, torch.utils.dlpack.from_dlpack(array)) for name, array in batch.beside())
+    tensors.update(batch.facts())
     return tensors
 
 

@@ -25,8 +25,7 @@ def tensors_of(batch: _core.Batch) -> Tensors:
     if NATIVE is not None:
         return batch.tensors(NATIVE)
     tensors: dict[str, Any] = {name: torch.utils.dlpack.from_dlpack(array) for name, array in batch.fields()}
-    if batch.max_seqlen is not None:
-        tensors["max_seqlen"] = batch.max_seqlen
+    tensors.update(batch.facts())
     return tensors
 
 
@@ -54,4 +53,14 @@ class Torch:
 
 def row_of(batch: Tensors, row: int) -> Tensors:
     """Returns the arrays of one row. Facts about the whole batch are left out."""
-    return {name: array[row] for name, array in batch.items() if name not in ("cu_seqlens", "max_seqlen")}
+    rows: Any = {name: array for name, array in batch.items() if name not in ("cu_seqlens", "max_seqlen")}
+    inputs = next(iter(batch.values()))
+    if "cu_seqlens" not in batch:
+        return {name: array[row] for name, array in rows.items()}
+    # Values of documents have no row of their own: the row has those of its stretches.
+    starts = batch["cu_seqlens"][:-1]
+    first, last = (int((starts < place * inputs.shape[1]).sum()) for place in (row, row + 1))
+    is_of_row = {
+        name: isinstance(array, torch.Tensor) and array.shape[:2] == inputs.shape for name, array in rows.items()
+    }
+    return {name: array[row] if is_of_row[name] else array[first:last] for name, array in rows.items()}

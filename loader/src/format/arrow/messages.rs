@@ -344,10 +344,54 @@ impl Column {
     }
 }
 
+/// A part of a file that [`each`] finds.
+pub(super) enum Part<'a, 'b> {
+    /// The schema, which comes first, and the version of the metadata.
+    Schema(arrow_ipc::Schema<'a>, MetadataVersion),
+    /// A message with a dictionary or a record batch, and the place where it begins.
+    Message(u64, &'b LocatedMessage<'a>),
+}
+
+/// Calls `each` with the schema of a file of `format`, with its dictionaries, and with its record
+/// batches.
+pub(super) fn each(reads: &mut Reads, format: Format, each: &mut dyn FnMut(Part<'_, '_>) -> Result<()>) -> Result<()> {
+    let len = reads.file().len();
+    if format != Format::ArrowFile {
+        let mut at = 0;
+        while at < len {
+            let Some(message) = read_message(reads, at)? else { break };
+            let next = message.body.start + message.body.len;
+            each(match message.message.header_as_schema() {
+                Some(schema) => Part::Schema(schema, message.message.version()),
+                None => Part::Message(at, &message),
+            })?;
+            at = next;
+        }
+        return Ok(());
+    }
+    let damaged_footer = || Error::data("Arrow file is damaged: its footer cannot be found");
+    let tail_at = len.checked_sub(4 + MAGIC.len() as u64).ok_or_else(damaged_footer)?;
+    let footer_len = reads.get(tail_at..len)?.first_chunk().map_or(0, |size| u64::from(u32::from_le_bytes(*size)));
+    let footer_at = tail_at.checked_sub(footer_len).ok_or_else(damaged_footer)?;
+    let footer =
+        arrow_ipc::root_as_footer(reads.get(footer_at..tail_at)?).map_err(|error| damaged("footer", &error))?;
+    let schema = footer.schema().ok_or_else(|| Error::data("Arrow file is damaged: its footer has no schema"))?;
+    each(Part::Schema(schema, footer.version()))?;
+    let dictionaries = footer.dictionaries().into_iter().flatten().map(|block| block.offset());
+    let batches = footer.recordBatches().into_iter().flatten().map(|block| block.offset());
+    for offset in dictionaries.chain(batches).collect::<Vec<_>>() {
+        let at = u64::try_from(offset).map_err(|_| Error::data("Arrow file is damaged: an offset is negative"))?;
+        let message = read_message(reads, at)?
+            .ok_or_else(|| Error::data(format!("Arrow data is damaged: no message at byte {at}")))?;
+        each(Part::Message(at, &message))?;
+    }
+    Ok(())
+}
+
 /// A message and the place of its body.
-struct LocatedMessage<'a> {
-    message: Message<'a>,
-    body: FileRange,
+pub(super) struct LocatedMessage<'a> {
+    pub(super) message: Message<'a>,
+    pub(super) body: FileRange,
 }
 
 /// Reads the message at byte `at`. Returns `None` if the stream ends there.

@@ -6,6 +6,7 @@
 //! batches are decoded whole. Format: the Arrow columnar specification, "Serialization and
 //! Interprocess Communication".
 
+mod batches;
 mod compressed;
 mod messages;
 mod random;
@@ -16,6 +17,7 @@ use super::{FileSample, Format, Holds, OpenOptions, Recognised, Shard, choose_co
 use crate::error::{Error, Result};
 use crate::storage::Reads;
 use crate::tokens::Dtype;
+pub(super) use batches::ArrowBatches;
 use messages::BatchParts;
 
 /// Shape of the rows of the token column.
@@ -144,7 +146,7 @@ impl Column {
 }
 
 /// The type of per-token values that Arrow calls `element`.
-fn dtype_of(element: &DataType) -> Option<Dtype> {
+pub(super) fn dtype_of(element: &DataType) -> Option<Dtype> {
     Some(match element {
         DataType::Boolean => Dtype::Bool,
         DataType::UInt8 => Dtype::U8,

@@ -22,8 +22,8 @@ const PIECE: u64 = 1 << 16;
 /// The types of values, by their numbers in an index.
 const TYPES: [(u8, &str, Option<Dtype>); 8] = [
     (1, "uint8", Some(Dtype::U8)),
-    (2, "int8", None),
-    (3, "int16", None),
+    (2, "int8", Some(Dtype::I8)),
+    (3, "int16", Some(Dtype::I16)),
     (4, "int32", Some(Dtype::I32)),
     (5, "int64", Some(Dtype::I64)),
     (6, "float64", None),

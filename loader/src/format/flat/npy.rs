@@ -96,6 +96,8 @@ fn dtype_of(descr: &Descr) -> Result<Dtype> {
         "u1" => Dtype::U8,
         "u2" => Dtype::U16,
         "u4" => Dtype::U32,
+        "i1" => Dtype::I8,
+        "i2" => Dtype::I16,
         "i4" => Dtype::I32,
         "i8" => Dtype::I64,
         _ => {

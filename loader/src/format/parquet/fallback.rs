@@ -38,7 +38,7 @@ pub(super) struct Decoded {
 }
 
 /// Gives the parquet crate access to the bytes of a file.
-struct Chunks(SourceFile);
+pub(super) struct Chunks(pub(super) SourceFile);
 
 impl Length for Chunks {
     fn len(&self) -> u64 {

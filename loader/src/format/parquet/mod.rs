@@ -18,6 +18,7 @@ mod runs;
 #[cfg(test)]
 mod tests;
 mod values;
+mod whole_column;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -32,6 +33,8 @@ use self::footer::Reduced;
 use self::levels::Levels;
 use self::pages::{Body, Coding, ForwardReader, Page, RowGroup, Walk, Walker};
 use self::values::{Dictionary, Encoded};
+pub(super) use self::whole_column::ParquetColumn;
+pub use self::whole_column::only_column;
 use super::{
     AnyShard, BlockMeta, BlockShard, DecodedBlock, FileSample, Format, OpenOptions, Recognised, Shard, ShardInfo,
     TokenColumn, null_list,

@@ -15,8 +15,8 @@ use ::parquet::file::writer::SerializedFileWriter;
 use ::parquet::schema::parser::parse_message_type;
 use ::parquet::schema::types::{ColumnPath, SchemaDescriptor};
 use arrow_array::{
-    Array, ArrayRef, FixedSizeListArray, Int32Array, Int64Array, LargeListArray, ListArray, RecordBatch, StringArray,
-    UInt8Array, UInt16Array, UInt32Array,
+    Array, ArrayRef, FixedSizeListArray, Int8Array, Int16Array, Int32Array, Int64Array, LargeListArray, ListArray,
+    RecordBatch, StringArray, UInt8Array, UInt16Array, UInt32Array,
 };
 use arrow_buffer::{NullBuffer, OffsetBuffer};
 use arrow_schema::{DataType, Field, Schema};
@@ -32,7 +32,7 @@ use crate::tokens::{Dtype, Tokens};
 
 type Rows = Vec<Option<Vec<i64>>>;
 
-const TYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I32, Dtype::I64];
+const TYPES: [Dtype; 7] = [Dtype::U8, Dtype::U16, Dtype::U32, Dtype::I8, Dtype::I16, Dtype::I32, Dtype::I64];
 
 /// Settings for writing a file.
 #[derive(Clone, Debug)]
@@ -89,6 +89,8 @@ fn element_type(dtype: Dtype) -> DataType {
         Dtype::U8 => DataType::UInt8,
         Dtype::U16 => DataType::UInt16,
         Dtype::U32 => DataType::UInt32,
+        Dtype::I8 => DataType::Int8,
+        Dtype::I16 => DataType::Int16,
         Dtype::I32 => DataType::Int32,
         Dtype::I64 => DataType::Int64,
         other => panic!("no ids of type {}", other.name()),
@@ -101,6 +103,8 @@ fn numbers(dtype: Dtype, ids: &[Option<i64>]) -> ArrayRef {
         Dtype::U8 => Arc::new(UInt8Array::from_iter(ids.map(|id| id.map(|id| id as u8)))),
         Dtype::U16 => Arc::new(UInt16Array::from_iter(ids.map(|id| id.map(|id| id as u16)))),
         Dtype::U32 => Arc::new(UInt32Array::from_iter(ids.map(|id| id.map(|id| id as u32)))),
+        Dtype::I8 => Arc::new(Int8Array::from_iter(ids.map(|id| id.map(|id| id as i8)))),
+        Dtype::I16 => Arc::new(Int16Array::from_iter(ids.map(|id| id.map(|id| id as i16)))),
         Dtype::I32 => Arc::new(Int32Array::from_iter(ids.map(|id| id.map(|id| id as i32)))),
         Dtype::I64 => Arc::new(Int64Array::from_iter(ids)),
         other => panic!("no ids of type {}", other.name()),
@@ -288,7 +292,9 @@ fn some_rows(count: usize, most: i64, seed: u64) -> Rows {
 
 fn most(dtype: Dtype) -> i64 {
     match dtype {
+        Dtype::I8 => 1 << 7,
         Dtype::U8 => 1 << 8,
+        Dtype::I16 => 1 << 15,
         Dtype::U16 => 1 << 16,
         Dtype::U32 => 1 << 32,
         Dtype::I32 => 1 << 31,

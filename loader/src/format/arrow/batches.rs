@@ -1,0 +1,137 @@
+//! Reads any column of an Arrow file or stream with arrow-rs, by record batches.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use arrow_array::{ArrayRef, RecordBatch};
+use arrow_buffer::Buffer;
+use arrow_ipc::reader::FileDecoder;
+use arrow_ipc::{Block, MessageHeader, MetadataVersion};
+use arrow_schema::{DataType, SchemaRef};
+
+use super::messages::{self, FileRange, Part};
+use crate::error::{Error, Result};
+use crate::format::Format;
+use crate::storage::{Reads, SourceFile};
+use crate::text::escaped;
+
+/// Rows that are decoded at a time from batches that are not compressed.
+const PART_ROWS: u64 = 1024;
+
+/// One column of the record batches of a file.
+#[derive(Debug)]
+pub(in crate::format) struct ArrowBatches {
+    schema: SchemaRef,
+    version: MetadataVersion,
+    /// Index of the column in the schema.
+    column: usize,
+    /// Place and metadata length of each message with a dictionary.
+    dictionaries: Vec<(FileRange, u64)>,
+    batches: Vec<BatchAt>,
+    is_compressed: bool,
+}
+
+/// The place of a record batch.
+#[derive(Debug)]
+struct BatchAt {
+    message: FileRange,
+    metadata_bytes: u64,
+    /// The rows of the file before it.
+    first_row: u64,
+    rows: u64,
+}
+
+impl ArrowBatches {
+    /// Finds the record batches of a file of `format`.
+    pub(in crate::format) fn read(reads: &mut Reads, format: Format, name: &str) -> Result<Self> {
+        let unsound = |error| Error::data("Arrow schema is damaged").with_source(error);
+        let mut found: Option<Self> = None;
+        messages::each(reads, format, &mut |part| {
+            let (at, message) = match part {
+                Part::Schema(schema, version) => {
+                    let schema = arrow_ipc::convert::try_fb_to_schema(schema).map_err(unsound)?;
+                    super::check_types(&schema)?;
+                    let missing = || Error::data(format!("column `{}` is missing", escaped(name)));
+                    let column = schema.index_of(name).map_err(|error| missing().with_source(error))?;
+                    let (dictionaries, batches) = (Vec::new(), Vec::new());
+                    let schema = Arc::new(schema);
+                    found = Some(Self { schema, version, column, dictionaries, batches, is_compressed: false });
+                    return Ok(());
+                }
+                Part::Message(at, message) => (at, message),
+            };
+            let Some(found) = &mut found else { return Err(Error::data("Arrow data begins without a schema")) };
+            let range = FileRange { start: at, len: message.body.start + message.body.len - at };
+            let metadata_bytes = message.body.start - at;
+            match message.message.header_as_record_batch() {
+                Some(batch) => {
+                    let first_row = found.batches.last().map_or(0, |last| last.first_row + last.rows);
+                    let negative = |_| Error::data("a record batch has a negative row count");
+                    let rows = u64::try_from(batch.length()).map_err(negative)?;
+                    if first_row.checked_add(rows).is_none() {
+                        return Err(Error::data("the row count of a record batch is impossible"));
+                    }
+                    found.is_compressed |= batch.compression().is_some();
+                    found.batches.push(BatchAt { message: range, metadata_bytes, first_row, rows });
+                }
+                None if message.message.header_type() == MessageHeader::DictionaryBatch => {
+                    found.dictionaries.push((range, metadata_bytes));
+                }
+                None => {}
+            }
+            Ok(())
+        })?;
+        found.ok_or_else(|| Error::data("Arrow data has no schema"))
+    }
+
+    /// Type of the column.
+    pub(in crate::format) fn data_type(&self) -> &DataType {
+        self.schema.field(self.column).data_type()
+    }
+
+    /// Number of rows of each record batch.
+    pub(in crate::format) fn rows(&self) -> impl Iterator<Item = u64> + '_ {
+        self.batches.iter().map(|batch| batch.rows)
+    }
+
+    /// Number of rows that are worth decoding at a time.
+    pub(in crate::format) fn part_rows(&self) -> u64 {
+        if self.is_compressed { u64::MAX } else { PART_ROWS }
+    }
+
+    /// Gives the column's values in `rows`, which lie in one record batch.
+    pub(in crate::format) fn each(
+        &self,
+        file: &SourceFile,
+        rows: Range<u64>,
+        add: &mut dyn FnMut(&ArrayRef) -> Result<()>,
+    ) -> Result<()> {
+        let unsound = |error| Error::data("cannot read a record batch").with_source(error);
+        let mut decoder = FileDecoder::new(Arc::clone(&self.schema), self.version).with_projection(vec![self.column]);
+        if matches!(self.data_type(), DataType::Dictionary(..)) {
+            for (range, metadata_bytes) in &self.dictionaries {
+                let bytes = Buffer::from(file.bytes(range.range())?);
+                decoder.read_dictionary(&block(*range, *metadata_bytes), &bytes).map_err(unsound)?;
+            }
+        }
+        let at = self.batches.partition_point(|batch| batch.first_row + batch.rows <= rows.start);
+        let batch = self.batches.get(at).ok_or_else(|| Error::data("a record batch is missing"))?;
+        let bytes = Buffer::from(file.bytes(batch.message.range())?);
+        let decoded: Option<RecordBatch> =
+            decoder.read_record_batch(&block(batch.message, batch.metadata_bytes), &bytes).map_err(unsound)?;
+        let decoded = decoded.ok_or_else(|| Error::data("a record batch is missing"))?;
+        let (start, len) = ((rows.start - batch.first_row) as usize, (rows.end - rows.start) as usize);
+        if start + len > decoded.num_rows() {
+            return Err(Error::data(format!(
+                "a record batch has {} rows, expected {}",
+                decoded.num_rows(),
+                batch.rows
+            )));
+        }
+        add(&decoded.column(0).slice(start, len))
+    }
+}
+
+fn block(range: FileRange, metadata_bytes: u64) -> Block {
+    Block::new(range.start as i64, metadata_bytes as i32, (range.len - metadata_bytes) as i64)
+}
