@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow_array::{
-    ArrayRef, BooleanArray, Int32Array, Int64Array, LargeListArray, UInt8Array, UInt16Array, UInt32Array,
-    new_empty_array,
+    ArrayRef, BooleanArray, Int8Array, Int16Array, Int32Array, Int64Array, LargeListArray, UInt8Array, UInt16Array,
+    UInt32Array, new_empty_array,
 };
 use arrow_buffer::OffsetBuffer;
 use arrow_schema::{DataType, Field};
@@ -161,6 +161,8 @@ impl FlatReader {
             Dtype::U8 => Arc::new(UInt8Array::from(bytes)),
             Dtype::U16 => array!(UInt16Array, u16),
             Dtype::U32 => array!(UInt32Array, u32),
+            Dtype::I8 => array!(Int8Array, i8),
+            Dtype::I16 => array!(Int16Array, i16),
             Dtype::I32 => array!(Int32Array, i32),
             Dtype::I64 => array!(Int64Array, i64),
             other => return Err(no_ids(other)),
@@ -174,6 +176,8 @@ fn item_type(dtype: Dtype) -> Result<DataType> {
         Dtype::U8 => DataType::UInt8,
         Dtype::U16 => DataType::UInt16,
         Dtype::U32 => DataType::UInt32,
+        Dtype::I8 => DataType::Int8,
+        Dtype::I16 => DataType::Int16,
         Dtype::I32 => DataType::Int32,
         Dtype::I64 => DataType::Int64,
         other => return Err(no_ids(other)),
@@ -205,6 +209,8 @@ fn npy(path: &Path) -> Result<FlatReader> {
         "u1" => Dtype::U8,
         "u2" => Dtype::U16,
         "u4" => Dtype::U32,
+        "i1" => Dtype::I8,
+        "i2" => Dtype::I16,
         "i4" => Dtype::I32,
         "i8" => Dtype::I64,
         _ => return Err(odd()),

@@ -6,8 +6,10 @@
 use std::path::Path;
 
 use forebay::Result;
-use forebay::format::{self, EndsScratch, OpenOptions, Shard};
-use forebay::tokens::{Dtype, Tokens};
+use forebay::format::documents::{DocumentColumn, Values};
+use forebay::format::{self, DecodedBlock, EndsScratch, OpenOptions, Shard};
+use forebay::proof::checksum::{number_hash, text_hash};
+use forebay::tokens::{DocumentType, Dtype, Tokens};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::report::number_of;
@@ -76,9 +78,32 @@ impl Digest {
 /// Reads the content of the shard at `path` like a loader.
 pub(super) fn read_back(path: &Path, options: &OpenOptions) -> Result<Content> {
     let shard = format::open(path, options)?;
-    let of_field = |name: &String| digest_of(&format::open(path, &options.of_field(name))?);
+    let has_documents = !shard.info().column.is_plain();
+    let of_field = |name: &String| match has_documents.then(|| DocumentColumn::open(path, name, options)).transpose()? {
+        Some(Some(column)) => digest_of_documents(&column),
+        _ => digest_of(&format::open(path, &options.of_field(name))?),
+    };
     let fields = options.fields.iter().map(of_field).collect::<Result<Vec<_>>>()?;
     Ok(digest_of(&shard)?.content(shard.info().rows, fields))
+}
+
+/// Reads all values of a per-document column.
+fn digest_of_documents(column: &DocumentColumn) -> Result<Digest> {
+    let mut digest = Digest::default();
+    let (mut block, mut row) = (DecodedBlock::default(), 0);
+    while row < column.rows() {
+        let (part, first) = column.locate(row);
+        column.decode_into(part, &mut block)?;
+        let values = Values::of(column.kind(), &block);
+        for value in (first..values.len()).map(|index| values.get(index)) {
+            digest.ids(&[match column.kind() {
+                DocumentType::Text => text_hash(value.and_then(|value| std::str::from_utf8(value).ok())),
+                DocumentType::Number(dtype) => number_hash(value.map(|value| Tokens::new(dtype, value).get(0))),
+            }]);
+        }
+        row += (values.len() - first) as u64;
+    }
+    Ok(digest)
 }
 
 /// Reads all values of a column.

@@ -13,11 +13,22 @@ use super::source::SourceShard;
 /// The types of ids, the smallest first.
 pub(super) const DTYPES: [Dtype; 5] = [Dtype::U8, Dtype::U16, Dtype::I32, Dtype::U32, Dtype::I64];
 
+/// The smallest type that holds the id `id`.
+pub(super) fn smallest_for(id: i64) -> Dtype {
+    DTYPES.into_iter().find(|dtype| id <= most(*dtype)).unwrap_or(Dtype::I64)
+}
+
 /// The smallest type that holds every id. Stops reading once no type smaller than the sources' type
 /// is possible.
 pub(super) fn smallest_dtype(sources: &[SourceShard], open: &OpenOptions, bar: &ProgressBar) -> forebay::Result<Dtype> {
-    let rank = |dtype: Dtype| DTYPES.iter().position(|other| *other == dtype);
-    let fitting = |id: i64| DTYPES.into_iter().find(|dtype| id <= most(*dtype)).unwrap_or(Dtype::I64);
+    // The result has no ids of the small types with a sign: others of their size hold more.
+    let written = |dtype: Dtype| match dtype {
+        Dtype::I8 => Dtype::U8,
+        Dtype::I16 => Dtype::U16,
+        other => other,
+    };
+    let rank = |dtype: Dtype| DTYPES.iter().position(|other| *other == written(dtype));
+    let fitting = smallest_for;
     let full = sources.iter().filter(|source| source.facts.counts.tokens > 0);
     let widest = full.map(|source| rank(source.facts.dtype)).max().flatten();
     let largest = AtomicI64::new(0);

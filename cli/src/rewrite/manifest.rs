@@ -14,11 +14,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
 
 use forebay::corpus::discover;
+use forebay::format;
 use forebay::{Error, ErrorKind, Result};
 use serde_json::{Map, Value, json};
 
 use super::content::Content;
-use super::output::{draft_name, sync_folder};
+use super::output::{DRAFT, draft_name, sync_folder};
 use super::source::SourceShard;
 
 const NAME: &str = discover::REWRITING;
@@ -104,6 +105,8 @@ impl Manifest {
         for (name, shard) in known {
             let there = std::fs::metadata(folder.join(&name)).is_ok_and(|file| file.len() == shard.bytes);
             names.remove(&name);
+            let ids = Path::new(&name);
+            names.retain(|other| !format::owners(Path::new(other)).iter().any(|owner| owner == ids));
             if there {
                 done.insert(name, shard);
             }
@@ -148,7 +151,7 @@ impl Manifest {
 
 /// Removes shards that were not finished, and their names.
 fn remove_drafts(folder: &Path, names: &mut BTreeSet<String>) -> Result<()> {
-    let is_draft = |name: &str| name.starts_with('.') && name.ends_with(".part");
+    let is_draft = |name: &str| name.starts_with(DRAFT);
     for name in names.iter().filter(|name| is_draft(name)) {
         let path = folder.join(name);
         std::fs::remove_file(&path).map_err(|error| Error::io("cannot remove an unfinished shard", error).at(&path))?;

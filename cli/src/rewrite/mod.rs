@@ -13,6 +13,7 @@
 mod content;
 mod cursor;
 mod fields;
+mod flat_output;
 mod groups;
 mod id_type;
 mod manifest;
@@ -28,13 +29,15 @@ use std::time::Instant;
 
 use forebay::corpus::mixed_columns;
 use forebay::format::{self, OpenOptions};
+use forebay::tokens::Dtype;
 use forebay::{Error, ErrorKind};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use self::fields::CarriedField;
+use self::flat_output::FlatFormat;
 use self::groups::groups;
-use self::id_type::{DTYPES, smallest_dtype};
+use self::id_type::{DTYPES, smallest_dtype, smallest_for};
 use self::manifest::Manifest;
 pub(crate) use self::options::Options;
 use self::options::{ShardForm, name};
@@ -82,14 +85,34 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     sources.retain(|source| !(source.plain && source.facts.counts.tokens == 0));
 
     let fields = carried(&sources)?;
+    if let Some(format) = options.to.flat() {
+        refuse_columns(options, format, &fields)?;
+    }
     let tokens: u64 = sources.iter().map(|source| source.facts.counts.tokens).sum();
     let settle = || -> forebay::Result<Value> {
         if let Some(dtype) = DTYPES.iter().find(|dtype| dtype.name() == options.dtype) {
+            if let Some(format) = options.to.flat().filter(|format| format.type_for(*dtype) != Some(*dtype)) {
+                let other =
+                    format.type_for(*dtype).map_or_else(String::new, |other| format!(", such as {}", other.name()));
+                let (to, dtype) = (name(options.to), dtype.name());
+                let text =
+                    format!("`--to {to}` has no ids of type {dtype}: choose another `--dtype`{other}, or `auto`");
+                return Err(Error::config(text));
+            }
             return Ok(json!({"dtype": dtype.name()}));
         }
         let bar = progress::bar(tokens, TEMPLATE, context.env)?.with_message("finding the largest id");
-        let dtype = pool.install(|| smallest_dtype(&sources, &open, &bar))?;
+        let smallest = pool.install(|| smallest_dtype(&sources, &open, &bar))?;
         bar.finish_and_clear();
+        let specials = [config.bos_id, config.eos_id].into_iter().flatten().filter(|_| options.to.joins());
+        let special = smallest_for(specials.max().map_or(0, i64::from));
+        let rank = |dtype: &Dtype| DTYPES.iter().position(|other| other == dtype);
+        let smallest = if rank(&special) > rank(&smallest) { special } else { smallest };
+        let dtype = options.to.flat().map_or(Some(smallest), |format| format.type_for(smallest));
+        let dtype = dtype.ok_or_else(|| {
+            let (to, name) = (name(options.to), smallest.name());
+            Error::config(format!("`--to {to}` holds ids below 2^32, and the ids need {name}; choose another format"))
+        })?;
         Ok(json!({"dtype": dtype.name()}))
     };
     let manifest = Manifest::open(target, &options.named(&config), &sources, settle)?;
@@ -108,11 +131,12 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         groups: groups(&sources, options.shard_tokens),
         sources: &sources,
         target,
-        suffix: name(options.to),
+        suffix: options.to.suffix(),
         column: column.as_deref().unwrap_or(format::TOKEN_COLUMNS[0]),
         fields: &fields,
         shape: ShardForm { container: options.container(), dtype, batch_tokens: options.batch_tokens },
-        open: OpenOptions { token_column: column.clone(), ..open },
+        specials: (config.bos_id, config.eos_id),
+        open: opened_as(options, dtype, OpenOptions { token_column: column.clone(), ..open }),
         manifest: &manifest,
         bar: &bar,
         stop: AtomicBool::new(false),
@@ -129,13 +153,44 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         return Err(Error::all(faults).into());
     }
     manifest.complete(shards.len())?;
-    let summary = Summary::new(&sources, &shards, dtype, options.to, began);
+    let has_eos = config.eos_id.is_some() || config.bos_id.is_some();
+    let lost =
+        (options.to.joins() && !has_eos).then_some(sources.iter().map(|source| source.facts.counts.starts).sum());
+    let mut summary = Summary::new(&sources, &shards, dtype, options.to, began);
+    summary.lost_ends = lost.unwrap_or(0);
     if options.json {
         writeln!(context.out, "{}", summary.json(target))?;
     } else {
         summary.write(target, context.out)?;
     }
     Ok(0)
+}
+
+/// Fails if files of `format` cannot hold one of `fields`.
+fn refuse_columns(options: &Options, format: FlatFormat, fields: &[CarriedField]) -> forebay::Result<()> {
+    let Some(field) = fields.iter().find(|field| format.column() != Some(&*field.name) || field.is_per_document())
+    else {
+        return Ok(());
+    };
+    let held = format.column().map_or_else(
+        || "no columns beside the ids".to_owned(),
+        |name| format!("no columns beside the ids but `{name}`, with a value for each token"),
+    );
+    Err(Error::config(format!(
+        "`--to {}` holds {held}, and `fields` names `{}`: leave it out, or choose `--to arrow` or `--to parquet`",
+        name(options.to),
+        field.name
+    )))
+}
+
+/// The options to read the result of this `dtype` back.
+fn opened_as(options: &Options, dtype: Dtype, open: OpenOptions) -> OpenOptions {
+    match options.to.flat() {
+        // Flat files have no names of columns.
+        Some(FlatFormat::Raw) => OpenOptions { token_column: None, bin_dtype: Some(dtype), ..open },
+        Some(_) => OpenOptions { token_column: None, bin_dtype: None, ..open },
+        None => open,
+    }
 }
 
 /// The further columns that are copied. All sources have them in one type.

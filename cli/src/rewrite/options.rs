@@ -7,6 +7,7 @@ use forebay::settings::{self, Config};
 use forebay::tokens::Dtype;
 use parquet::basic::{Compression, Encoding, ZstdLevel};
 
+use super::flat_output::FlatFormat;
 use super::manifest;
 use crate::Sets;
 
@@ -14,6 +15,8 @@ use crate::Sets;
 #[command(
     after_help = "Documents keep their order, their tokens and their ends. Empty and null documents stay, as empty ones. \
     Columns that `--set fields=NAME,...` names are carried, and all others are left out. A file whose token column is plain is one document, and stays one file.\n\n\
+    `npy`, `raw` and `llm.c` have no ends of documents: `--set eos_id=N` writes the id N after each. They hold no further \
+    columns. `datatrove` holds `loss_mask`.\n\n\
     The same command continues a run that was killed, and keeps the shards that are there. Every shard is read \
     back and compared with its source before it gets its name.\n\n\
     Memory on each thread: 16 bytes for each of --batch-tokens, with --to parquet a row group, and the longest \
@@ -67,6 +70,41 @@ pub(super) enum To {
     Arrow,
     /// Compressed, decoded by blocks
     Parquet,
+    /// Arrays of NumPy, each with the documents of a shard joined
+    Npy,
+    /// Ids without a header, with the documents of a shard joined
+    Raw,
+    /// Files of llm.c, each with the documents of a shard joined
+    #[value(name = "llm.c")]
+    LlmC,
+    /// Pairs of Megatron
+    Megatron,
+    /// Files of datatrove
+    Datatrove,
+}
+
+impl To {
+    /// The flat format. `None` for Arrow and Parquet.
+    pub(super) fn flat(self) -> Option<FlatFormat> {
+        match self {
+            Self::Arrow | Self::Parquet => None,
+            Self::Npy => Some(FlatFormat::Npy),
+            Self::Raw => Some(FlatFormat::Raw),
+            Self::LlmC => Some(FlatFormat::LlmC),
+            Self::Megatron => Some(FlatFormat::Megatron),
+            Self::Datatrove => Some(FlatFormat::Datatrove),
+        }
+    }
+
+    /// Suffix of the shards.
+    pub(super) fn suffix(self) -> String {
+        self.flat().map_or_else(|| name(self), |format| format.suffix().to_owned())
+    }
+
+    /// Whether a shard of the result has no ends of documents.
+    pub(super) fn joins(self) -> bool {
+        self.flat().is_some_and(FlatFormat::joins)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -103,6 +141,7 @@ pub(super) struct ShardForm {
 #[derive(Clone, Debug)]
 pub(super) enum Container {
     Arrow,
+    Flat(FlatFormat),
     Parquet {
         compression: Compression,
         /// Encoding of the values; `None` for a dictionary.
@@ -110,6 +149,13 @@ pub(super) enum Container {
         row_group_tokens: u64,
         page_bytes: u64,
     },
+}
+
+impl ShardForm {
+    /// Whether a shard has no ends of documents.
+    pub(super) fn joins(&self) -> bool {
+        matches!(self.container, Container::Flat(format) if format.joins())
+    }
 }
 
 impl Options {
@@ -122,6 +168,10 @@ impl Options {
             ("batch-tokens", self.batch_tokens.to_string()),
             ("token-column", config.token_column.clone().unwrap_or_default()),
         ];
+        if self.to.joins() {
+            let id = |id: Option<u32>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
+            named.extend([("bos_id", id(config.bos_id)), ("eos_id", id(config.eos_id))]);
+        }
         if !config.fields.is_empty() {
             named.push(("fields", config.fields.join(",")));
         }
@@ -139,6 +189,9 @@ impl Options {
     pub(super) fn container(&self) -> Container {
         if self.to == To::Arrow {
             return Container::Arrow;
+        }
+        if let Some(format) = self.to.flat() {
+            return Container::Flat(format);
         }
         Container::Parquet {
             compression: match self.codec {

@@ -18,10 +18,10 @@ use parquet::arrow::ArrowWriter;
 use parquet::basic::Encoding;
 use parquet::errors::ParquetError;
 use parquet::file::properties::{WriterProperties, WriterVersion};
-use parquet::schema::types::ColumnPath;
 
 use super::content::{Content, Digest, read_back};
 use super::fields::{CarriedField, FieldPart};
+use super::flat_output::{FlatWriter, beside};
 use super::id_type::most;
 use super::options::{Container, ShardForm};
 
@@ -31,6 +31,7 @@ const BATCH_ROWS: usize = 1 << 18;
 enum Writer {
     Arrow(FileWriter<BufWriter<File>>),
     Parquet { writer: ArrowWriter<File>, row_group_tokens: u64, tokens: u64 },
+    Flat(FlatWriter),
 }
 
 /// A shard while it is written. Its file is removed unless it is published.
@@ -40,6 +41,8 @@ pub(super) struct PartialShard {
     schema: SchemaRef,
     dtype: Dtype,
     plain: bool,
+    /// Whether the file has no ends of documents.
+    joins: bool,
     batch_tokens: usize,
     writer: Option<Writer>,
     /// Ids that are not in a record batch yet.
@@ -61,13 +64,19 @@ impl Drop for Draft {
         if !self.renamed {
             // If this fails, a later run removes the file.
             let _ = std::fs::remove_file(&self.path);
+            for path in beside(&self.path) {
+                let _ = std::fs::remove_file(path);
+            }
         }
     }
 }
 
+/// The beginning of the names of files that are not whole yet. Their ends tell formats.
+pub(super) const DRAFT: &str = ".part-";
+
 /// Name of the file that becomes `name`.
 pub(super) fn draft_name(name: &str) -> String {
-    format!(".{name}.part")
+    format!("{DRAFT}{name}")
 }
 
 impl PartialShard {
@@ -92,6 +101,10 @@ impl PartialShard {
                 let writer = FileWriter::try_new(BufWriter::with_capacity(1 << 20, file), &schema);
                 (Writer::Arrow(writer.map_err(|error| arrow_failed(error).at(&draft.path))?), shape.batch_tokens)
             }
+            Container::Flat(format) => {
+                let writer = FlatWriter::new(*format, shape.dtype, file, &draft.path, !fields.is_empty());
+                (Writer::Flat(writer.map_err(|error| error.at(&draft.path))?), shape.batch_tokens)
+            }
             Container::Parquet { compression, encoding, row_group_tokens, page_bytes } => {
                 let properties = WriterProperties::builder()
                     .set_writer_version(WriterVersion::PARQUET_2_0)
@@ -107,7 +120,7 @@ impl PartialShard {
                 };
                 // The encoding is for ids. Not every type of a field can have it.
                 for field in fields {
-                    let path = ColumnPath::new([&field.name, "list", "item"].map(str::to_owned).to_vec());
+                    let path = field.parquet_path();
                     properties = properties
                         .set_column_encoding(path.clone(), Encoding::PLAIN)
                         .set_column_dictionary_enabled(path, true);
@@ -124,6 +137,7 @@ impl PartialShard {
             schema,
             dtype: shape.dtype,
             plain,
+            joins: shape.joins(),
             batch_tokens: most as usize,
             writer: Some(writer),
             ids: Vec::new(),
@@ -176,6 +190,15 @@ impl PartialShard {
                 self.digest.end(before + pair[1] as u64);
             }
         }
+        if let Some(Writer::Flat(writer)) = &mut self.writer {
+            let mask = self.fields.first_mut().map(FieldPart::take_mask).transpose()?.unwrap_or_default();
+            // A plain column is one document, which ends with the file.
+            let ends = if self.plain { &[] } else { &self.offsets[1..] };
+            writer.write(&self.ids, ends, &mask).map_err(|error| error.at(&self.draft.path))?;
+            self.ids.clear();
+            self.offsets = vec![0];
+            return Ok(());
+        }
         let values = array(&self.ids, self.dtype);
         let tokens = self.ids.len() as u64;
         self.ids.clear();
@@ -194,6 +217,7 @@ impl PartialShard {
         let batch = RecordBatch::try_new(Arc::clone(&self.schema), columns).map_err(arrow_failed)?;
         let writer = self.writer.as_mut().expect("there until the shard is published");
         let written = match writer {
+            Writer::Flat(_) => Ok(()),
             Writer::Arrow(writer) => writer.write(&batch).map_err(arrow_failed),
             Writer::Parquet { writer, row_group_tokens, tokens: held } => {
                 *held += tokens;
@@ -222,6 +246,13 @@ impl PartialShard {
                 let finished = writer.finish().and_then(|()| writer.into_inner());
                 let buffered = finished.map_err(|error| arrow_failed(error).at(path))?;
                 buffered.into_inner().map_err(|error| write_failed(error.into_error()).at(path))?
+            }
+            Writer::Flat(mut writer) => {
+                if self.plain && !self.joins {
+                    self.rows = 1;
+                    writer.end();
+                }
+                writer.finish().map_err(|error| error.at(path))?
             }
             Writer::Parquet { writer, .. } => {
                 let mut file = writer.into_inner().map_err(|error| parquet_failed(error).at(path))?;
@@ -256,6 +287,12 @@ pub(super) struct Finished {
 impl Finished {
     pub(super) fn publish(mut self) -> Result<()> {
         let failed = |error| Error::io("cannot rename the finished shard", error).at(&self.target);
+        // The files beside the ids come first: ids without them would be another format.
+        for (from, to) in beside(&self.draft.path).iter().zip(&beside(&self.target)) {
+            if from.exists() {
+                std::fs::rename(from, to).map_err(failed)?;
+            }
+        }
         std::fs::rename(&self.draft.path, &self.target).map_err(failed)?;
         self.draft.renamed = true;
         sync_folder(self.target.parent().unwrap_or(Path::new(".")))

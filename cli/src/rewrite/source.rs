@@ -13,20 +13,21 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
+use arrow_array::types::{Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type};
 use arrow_array::{Array, ArrayRef, RecordBatch, new_null_array};
 use arrow_buffer::{Buffer, NullBuffer, OffsetBuffer};
 use arrow_ipc::reader::{FileDecoder, FileReader, StreamDecoder, StreamReader, read_footer_length};
 use arrow_ipc::{Block, convert::try_fb_to_schema, root_as_footer};
 use arrow_schema::{DataType, Field, SchemaRef};
 use forebay::corpus::discover::ShardFile;
+use forebay::format::documents::DocumentColumn;
 use forebay::format::{self, Format, OpenOptions, ShardFacts};
 use forebay::settings::Io;
 use forebay::storage::Files;
 use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
-use super::fields::CarriedField;
+use super::fields::{CarriedContent, CarriedField};
 use crate::flat::{self, FlatReader};
 use crate::token_column::{self, open_file, unsound};
 
@@ -55,14 +56,24 @@ impl SourceShard {
         let mut fields = Vec::with_capacity(options.fields.len());
         // The columns of a file without tokens may have any type, or be missing.
         for name in options.fields.iter().filter(|_| facts.counts.tokens > 0) {
+            let content = match facts.column.is_plain() || flat::is_flat(facts.format) {
+                false => DocumentColumn::open(&file.path, name, options).map_err(|error| error.at(&file.path))?,
+                true => None,
+            };
+            if let Some(column) = content {
+                let content = CarriedContent::PerDocument(column.kind());
+                fields.push(CarriedField { name: name.clone(), content });
+                continue;
+            }
             let shard = format::open(&file.path, &options.of_field(name))?;
             let data_type = token_column::data_type(&file.path, &shard.facts(), name);
             let data_type = data_type.map_err(|error| error.at(&file.path))?;
             let Some(item) = token_column::item_of(&data_type) else {
-                let text = format!("column `{name}` is a plain column: `rewrite` carries lists alone");
+                let text = format!("column `{name}` is a plain column: `rewrite` carries it beside lists alone");
                 return Err(Error::data(text).at(&file.path));
             };
-            fields.push(CarriedField { name: name.clone(), dtype: shard.info().dtype, item });
+            let content = CarriedContent::PerToken { dtype: shard.info().dtype, item };
+            fields.push(CarriedField { name: name.clone(), content });
         }
         let column = facts.column.name(options).to_owned();
         Ok(Self { file: file.clone(), facts, column, plain: facts.column.is_plain(), others, fields })
@@ -312,6 +323,8 @@ impl RowBatch {
             DataType::UInt8 => widened!(UInt8Type),
             DataType::UInt16 => widened!(UInt16Type),
             DataType::UInt32 => widened!(UInt32Type),
+            DataType::Int8 => widened!(Int8Type),
+            DataType::Int16 => widened!(Int16Type),
             DataType::Int32 => widened!(Int32Type),
             DataType::Int64 => widened!(Int64Type),
             other => return Err(Error::data(format!("token column has type {other}"))),

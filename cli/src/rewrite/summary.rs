@@ -25,6 +25,8 @@ pub(super) struct Summary {
     dtype: Dtype,
     to: To,
     left_out: Vec<String>,
+    /// Number of documents whose ends the result does not have.
+    pub(super) lost_ends: u64,
     seconds: f64,
 }
 
@@ -46,6 +48,7 @@ impl Summary {
             dtype,
             to,
             left_out,
+            lost_ends: 0,
             seconds: began.elapsed().as_secs_f64(),
         }
     }
@@ -69,6 +72,14 @@ impl Summary {
         if !self.left_out.is_empty() {
             line(out, "left out", &format!("columns that no loader reads: {}", names(&self.left_out)))?;
         }
+        if self.to == To::Raw {
+            line(out, "to read", &format!("set `bin_dtype={}`: the files have no header", self.dtype.name()))?;
+        }
+        if self.lost_ends > 0 {
+            let documents = number_of(self.lost_ends, "document");
+            let text = format!("{documents} joined: the format has no ends; `--set eos_id=N` writes N after each");
+            line(out, "joined", &text)?;
+        }
         line(out, "sound", &format!("every shard was read back and is equal to its source; {:.1} s", self.seconds))
     }
 
@@ -86,6 +97,7 @@ impl Summary {
             "documents": self.documents,
             "tokens": self.tokens,
             "left_out": self.left_out,
+            "joined_documents": self.lost_ends,
             "seconds": self.seconds,
         })
     }

@@ -32,6 +32,8 @@ pub(super) struct Rewriting<'a> {
     /// The further columns that are copied.
     pub(super) fields: &'a [CarriedField],
     pub(super) shape: ShardForm,
+    /// The ids around documents, for formats without ends of documents.
+    pub(super) specials: (Option<u32>, Option<u32>),
     pub(super) open: OpenOptions,
     pub(super) manifest: &'a Manifest,
     pub(super) bar: &'a ProgressBar,
@@ -108,7 +110,7 @@ impl Rewriting<'_> {
             return Err(Error::data(format!("column `{name}` ends before the tokens")));
         };
         let values = batch.document(batch.next);
-        if values.len() != tokens {
+        if values.len() != tokens && !self.fields[index].is_per_document() {
             let found = values.len();
             return Err(Error::data(format!(
                 "column `{name}` must have a value for each token: expected {tokens}, found {found}"
@@ -130,8 +132,11 @@ impl Rewriting<'_> {
         before: &[WrittenShard],
     ) -> forebay::Result<Option<Done>> {
         let group = &self.groups[index];
-        let mut part = PartialShard::create(self.target, name, self.column, group.plain, self.fields, &self.shape)?;
-        let mut shown = 0;
+        let joins = self.shape.joins();
+        let plain = group.plain || joins;
+        let mut part = PartialShard::create(self.target, name, self.column, plain, self.fields, &self.shape)?;
+        // Ids around documents do not count for the size of a shard.
+        let (mut shown, mut around) = (0, 0);
         loop {
             if cursor.current()?.is_none() {
                 break;
@@ -150,7 +155,7 @@ impl Rewriting<'_> {
                 // Empty documents stay in the shard before them, so that the last shard never
                 // consists of them.
                 let document = batch.document(batch.next);
-                if part.tokens() >= group.shard_tokens && !document.is_empty() {
+                if part.tokens() - around >= group.shard_tokens && !document.is_empty() {
                     break;
                 }
                 let (row, tokens) = (batch.row(batch.next), document.len());
@@ -159,7 +164,14 @@ impl Rewriting<'_> {
                     let added = self.add_field(&mut part, index, field, tokens);
                     added.map_err(|error| error.at_row(row).at(path))?;
                 }
-                let added = part.document(|ids| batch.widen(document, ids));
+                let (bos, eos) = if joins && tokens > 0 { self.specials } else { (None, None) };
+                around += u64::from(bos.is_some()) + u64::from(eos.is_some());
+                let added = part.document(|ids| {
+                    ids.extend(bos.map(i64::from));
+                    batch.widen(document, ids)?;
+                    ids.extend(eos.map(i64::from));
+                    Ok(())
+                });
                 added.map_err(|error| error.at_row(row).at(path))?;
                 batch.next += 1;
             }
@@ -175,7 +187,11 @@ impl Rewriting<'_> {
             let sum = |of: fn(&Content) -> u64| {
                 before.iter().map(|shard| of(&shard.done.content)).sum::<u64>() + of(&content)
             };
-            let found = (sum(|content| content.tokens), sum(|content| content.documents));
+            // Joined documents have no ends, and perhaps ids around them.
+            let specials = u64::from(self.specials.0.is_some()) + u64::from(self.specials.1.is_some());
+            let added = if joins && !group.plain { specials * group.documents } else { 0 };
+            let documents = if joins { group.documents } else { sum(|content| content.documents) };
+            let found = (sum(|content| content.tokens) - added.min(sum(|content| content.tokens)), documents);
             if found != (group.tokens, group.documents) {
                 return Err(Error::data(format!(
                     "arrow-rs reads {} and {}, but opening found {} and {}, in {}",
