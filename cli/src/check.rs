@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::lengths::{BlockLengths, Lengths};
 use crate::report::{bytes, counted, counts, escaped_faults, grouped, line, number_of, plural};
+use crate::supervised::{self, Supervised};
 use crate::{Context, FAILED, Failure, Sets, progress};
 
 /// Number of tokens read at once if the file holds them as they are.
@@ -61,6 +62,8 @@ struct Findings {
     not_read: Vec<(String, usize)>,
     /// Lengths of the documents in the shards without a fault.
     lengths: Lengths,
+    /// Targets among the tokens, by each column that tells them.
+    supervised: Vec<Supervised>,
     broken: Vec<Error>,
 }
 
@@ -114,6 +117,17 @@ fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure
             lengths.add_shard(&of_shard);
         }
     }
+    let columns: Vec<(&Shard, String)> = shards
+        .iter()
+        .flat_map(|shard| supervised::columns(shard, &options).into_iter().map(move |name| (shard, name)))
+        .collect();
+    let read: Vec<_> = pool
+        .install(|| columns.par_iter().map(|(shard, name)| supervised::read(shard, name, &options, config)).collect());
+    let mut targets = Vec::new();
+    for result in read {
+        result.map(|found| targets.extend(found)).unwrap_or_else(|error| broken.push(error));
+    }
+    let supervised = Supervised::sums(targets);
     let not_read = counts(shards.iter().flat_map(|shard| {
         let mut names = shard.info().not_read.clone();
         names.retain(|name| !options.fields.contains(name));
@@ -121,7 +135,7 @@ fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure
         names.dedup();
         names
     }));
-    Ok(Findings { files: files.iter().map(Vec::len).sum(), shards, not_read, lengths, broken })
+    Ok(Findings { files: files.iter().map(Vec::len).sum(), shards, not_read, lengths, supervised, broken })
 }
 
 #[derive(Default)]
@@ -229,6 +243,9 @@ impl Findings {
         for (name, text) in std::iter::once("lengths").chain(std::iter::repeat("")).zip(self.lengths.lines()) {
             line(out, name, &text)?;
         }
+        for supervised in &self.supervised {
+            line(out, "supervised", &supervised.text())?;
+        }
         if let Some((count, [min, median, max])) = self.block_tokens() {
             let [min, median, max] = [min, median, max].map(grouped);
             line(out, "blocks", &format!("{}: {min} to {max} tokens, median {median}", grouped(count as u64)))?;
@@ -313,6 +330,7 @@ impl Findings {
             "documents": self.documents(),
             "tokens": self.total(tokens_of),
             "lengths": self.lengths.json(),
+            "supervised": self.supervised.iter().map(Supervised::json).collect::<Vec<_>>(),
             "blocks": {"count": blocks, "tokens_min": min, "tokens_median": median, "tokens_max": max},
             "skew": self.skew(),
             "not_read": not_read,

@@ -20,6 +20,7 @@ mod progress;
 mod report;
 mod rewrite;
 mod sequential;
+mod supervised;
 mod token_column;
 mod verify;
 mod whole_rows;
