@@ -21,7 +21,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "fields.json"
 ORDER = {"chunk_tokens": 32, "window_tokens": 128, "lanes": 2}
 BATCH_SIZE, SEED, PAD_ID = 2, 3, 0
 FIELDS = ["labels", "loss_mask", "weights", "kind", "url", "year"]
-#: Padding, and value at `bos_id` and `eos_id`, of the columns of tokens; whether a value belongs to the target.
+#: Columns of tokens: padding, value at `bos_id` and `eos_id`, and whether a value belongs to the
+#: target at its place.
 PLACES: dict[str, tuple[Any, Any, bool]] = {
     "labels": (-100, -100, True),
     "loss_mask": (False, False, True),

@@ -1,7 +1,7 @@
 //! Per-document columns: one number or string in each row of a file.
 //!
-//! A [`DocumentColumn`] is read by parts: runs of rows inside a row group or a record batch. arrow-rs
-//! decodes them. The formats of this room give it the place of their batches. Nulls are kept.
+//! A [`DocumentColumn`] is read by parts: runs of rows inside a row group or a record batch. The
+//! readers of arrow-rs decode them. The formats of this room give the places. Nulls are kept.
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
