@@ -24,7 +24,9 @@ class LoaderKeywords(TypedDict, total=False):
     bos_id: int | None
     eos_id: int | None
     layout: Literal["concat", "pack", "pad", "rows"] | None
+    phase: Literal["fixed", "epoch"] | None
     boundaries: bool | None
+    packed_by: Literal["none", "seq_lengths", "seq_start_id", "position_ids"] | None
     overflow: Literal["split", "truncate", "drop"] | None
     max_docs_per_row: int | None
     pack_align: int | None
@@ -45,9 +47,11 @@ class LoaderKeywords(TypedDict, total=False):
     epochs: int | Literal["endless"] | None
     max_steps: int | None
     remainder: Literal["drop", "pad", "wrap", "short"] | None
+    balance: Literal["off", "ranks"] | None
     pad_id: int | None
     pad_to_multiple: int | None
     cu_seqlens_width: int | None
+    document_mask: bool | None
     input_dtype: npt.DTypeLike | None
     sample_ids: bool | None
     num_threads: int | None
@@ -80,6 +84,7 @@ class DataLoaderKeywords(TypedDict, total=False):
     epochs: int | Literal["endless"] | None
     max_steps: int | None
     remainder: Literal["drop", "pad", "wrap", "short"] | None
+    balance: Literal["off", "ranks"] | None
     pad_id: int | None
     sample_ids: bool | None
     num_threads: int | None

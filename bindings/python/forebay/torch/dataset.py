@@ -41,14 +41,16 @@ class TokenDataset(Dataset[Tensors]):
         and `ids` that has lists of ids. If none has lists, it takes the first with an id in each
         row. Default: none. Accepted: a column's name, or `none`.
     fields:
-        Further columns to deliver, with one value for each token: labels, masks, weights, or any
-        numbers. `labels` replace the labels made of the tokens. In padding, `labels` are
-        `ignore_index` and all other columns are 0. Default: none. Accepted: up to 8 columns, each
-        once and none called `input_ids`, `x`, `y`, `source`, `sample_index`, or `none`.
+        Further columns to deliver. A column of lists has one value for each token: labels, masks,
+        weights, or any numbers. `labels` replace the labels made of the tokens. In padding,
+        `labels` are `ignore_index` and all other columns are 0. A column of numbers or strings has
+        one value for each document, and a batch one for each stretch in `cu_seqlens`. Default:
+        none. Accepted: up to 8 columns, each once and none called `input_ids`, `x`, `y`, `source`,
+        `sample_index`, or `none`.
     bin_dtype:
         Type of the ids in raw files, which have no header that says it. Files of all other formats
-        say it themselves. Default: none. Accepted: `uint8`, `uint16`, `uint32`, `int32` or `int64`,
-        or `none`.
+        say it themselves. Default: none. Accepted: `uint8`, `uint16`, `uint32`, `int32`, `int64`,
+        `int8` or `int16`, or `none`.
     seq_len:
         Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
     targets:
@@ -78,7 +80,8 @@ class TokenDataset(Dataset[Tensors]):
     boundaries:
         Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
         `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
-        `pack` and with `packed_by`, and else `false`. Default: none.
+        `pack`, with `packed_by`, and for columns with one value for each document, and else
+        `false`. Default: none.
     packed_by:
         Column that says where documents begin in rows of files that were packed before. For `rows`
         and `pad`. `none`: A row of a file is one document. `seq_lengths`: The column of TRL holds
