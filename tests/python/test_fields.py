@@ -244,6 +244,36 @@ def test_columns_follow_their_tokens_in_every_layout(
                     assert np.array_equal(array[0], np.array(values).astype(kind)), f"{where} {name}"
 
 
+@pytest.mark.parametrize("encoding", ["dictionary", "plain", "delta", "split"])
+@pytest.mark.parametrize("page", ["1.0", "2.0"])
+@pytest.mark.parametrize("statistics", [True, False])
+def test_labels_of_64_bits_take_four_bytes_if_they_fit(
+    tmp_path: Path, encoding: str, page: str, statistics: bool
+) -> None:
+    """The statistics of the file tell whether all values fit. Batches are the same either way."""
+    draw = np.random.default_rng(5)
+    for most, size in ((2**31 - 1, 4), (2**31, 8), (2**40, 8)):
+        ids = draw.integers(0, 50_000, (64, 16), np.int32)
+        labels = draw.choice([-(2**31), -100, 0, 7, most], (64, 16))
+        labels[0, 0] = most
+        table = pa.table({"input_ids": ids.tolist(), "labels": labels.tolist()})
+        table = table.cast(pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int64()))]))
+        path = tmp_path / f"{most}.parquet"
+        leaf = "labels.list.element"
+        names = {"plain": "PLAIN", "delta": "DELTA_BINARY_PACKED", "split": "BYTE_STREAM_SPLIT"}
+        pq.write_table(
+            table, path, data_page_version=page, write_statistics=statistics, use_dictionary=encoding == "dictionary",
+            column_encoding={leaf: names[encoding]} if encoding in names else None, row_group_size=16,
+        )  # fmt: skip
+        with forebay.Loader(path, seq_len=16, batch_size=8, fields=["labels"]) as loader:
+            found = np.concatenate([batch["labels"] for batch in loader])
+            decoded = loader.stats()["decoded_bytes"]
+        assert found.dtype == np.int64
+        assert found.tolist() == labels.tolist()
+        # The ids take two bytes in the cache if statistics show that they fit.
+        assert decoded == 64 * 16 * (2 + size if statistics else 4 + 8)
+
+
 @pytest.mark.parametrize("stored", [pa.int16(), pa.int32(), pa.int64()])
 @pytest.mark.parametrize("targets", ["labels", "shifted"])
 @pytest.mark.parametrize("ignore_index", [-100, -1, 7])

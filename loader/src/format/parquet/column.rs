@@ -114,7 +114,12 @@ impl Column {
 
     /// Number of bytes of a value in the physical type.
     pub(super) const fn physical_size(&self) -> usize {
-        if self.dtype.size() == 8 { 8 } else { 4 }
+        if self.stored.size() == 8 { 8 } else { 4 }
+    }
+
+    /// Whether values of 64 bits are decoded to 32 bits.
+    pub(super) const fn is_narrowed(&self) -> bool {
+        self.stored.size() == 8 && self.dtype.size() == 4
     }
 }
 

@@ -106,6 +106,7 @@ struct PageMemory<'a> {
     levels: &'a mut Levels,
     decompressor: &'a mut Decompressor,
     plain: &'a mut Vec<u8>,
+    wide: &'a mut Vec<u8>,
 }
 
 /// Memory that a thread keeps from block to block.
@@ -113,6 +114,8 @@ struct PageMemory<'a> {
 struct Scratch {
     file: Vec<u8>,
     page: Vec<u8>,
+    /// Values of 64 bits, before they are narrowed.
+    wide: Vec<u8>,
     levels: Levels,
     decompressor: Decompressor,
 }
@@ -263,8 +266,14 @@ impl ParquetShard {
         // Ids of two bytes take half of the cache's memory, and half of what is written and read
         // again. Arrow-rs gives no smaller type than the stored one.
         let fits = range.is_some_and(|(least, most)| least >= 0 && most <= i64::from(u16::MAX));
-        if column.dtype == Dtype::I32 && fits && pages.iter().all(|page| page.coding != Coding::RowGroup) {
-            column.dtype = Dtype::U16;
+        // Labels are often stored in eight bytes, although ids and -100 fit four.
+        let fits_half = range.is_some_and(|(least, most)| [least, most].iter().all(|id| i32::try_from(*id).is_ok()));
+        if pages.iter().all(|page| page.coding != Coding::RowGroup) {
+            match column.dtype {
+                Dtype::I32 if fits => column.dtype = Dtype::U16,
+                Dtype::I64 if column.is_field && fits_half => column.dtype = Dtype::I32,
+                _ => {}
+            }
         }
         let ranges = cut(&pages, options.block_tokens);
         let blocks = ranges.iter().map(|range| describe_block(&pages[range.clone()], column.dtype)).collect();
@@ -363,6 +372,7 @@ impl ParquetShard {
                     levels: &mut scratch.levels,
                     decompressor: &mut scratch.decompressor,
                     plain: &mut scratch.page,
+                    wide: &mut scratch.wide,
                 };
                 self.decode_page(page, body, dictionary.as_deref(), context, base, ids, out_ends)?;
                 base += page.tokens;
@@ -392,7 +402,7 @@ impl ParquetShard {
         ids: &mut [u8],
         ends: &mut Vec<u32>,
     ) -> Result<()> {
-        let PageMemory { levels, decompressor, plain } = context;
+        let PageMemory { levels, decompressor, plain, wide } = context;
         check_crc(&page.body, body)?;
         let column = &self.column;
         let codec = self.row_groups[page.row_group as usize].codec;
@@ -421,6 +431,9 @@ impl ParquetShard {
             Coding::RowGroup => return Err(Error::new(ErrorKind::Internal, "a row group is not a page")),
         };
         let place = |error: Error| error.at(self.info.path()).at_row(page.first_row);
+        if column.is_narrowed() {
+            return values::decode_narrowed(encoded, values, wide, ids).map_err(place);
+        }
         if values::decode(encoded, values, column.dtype.size(), ids).map_err(place)? && !column.is_field {
             let ids = Tokens::new(column.dtype, ids);
             if let Some(index) = ids.first_negative() {
@@ -555,7 +568,12 @@ impl ParquetShard {
         } else {
             decompressor.whole(*codec, bytes, body.uncompressed as usize, plain)?
         };
-        let dictionary = Arc::new(Dictionary::new(bytes, *entries as usize, self.column.dtype.size())?);
+        let column = &self.column;
+        let dictionary = match column.is_narrowed() {
+            true => Dictionary::narrowed(bytes, *entries as usize),
+            false => Dictionary::new(bytes, *entries as usize, column.dtype.size()),
+        };
+        let dictionary = Arc::new(dictionary?);
         *self.dictionary.lock().unwrap_or_else(PoisonError::into_inner) = Some((row_group, Arc::clone(&dictionary)));
         Ok(dictionary)
     }
@@ -797,7 +815,7 @@ impl ParquetShard {
     fn with_scratch(&self, block: usize, work: impl FnOnce(&mut Scratch) -> Result<()>) -> Result<()> {
         SCRATCH.with_borrow_mut(|scratch| {
             let result = work(scratch);
-            for buffer in [&mut scratch.file, &mut scratch.page] {
+            for buffer in [&mut scratch.file, &mut scratch.page, &mut scratch.wide] {
                 if buffer.capacity() > KEEP_BYTES {
                     *buffer = Vec::new();
                 }

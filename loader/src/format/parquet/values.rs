@@ -30,6 +30,14 @@ impl Dictionary {
         let top_bit = decode(Encoded::Plain, &bytes[..needed], width, &mut out)?;
         Ok(Self { bytes: out, entries, top_bit })
     }
+
+    /// Decodes a PLAIN dictionary page of 64-bit values to 32 bits.
+    pub(super) fn narrowed(bytes: &[u8], entries: usize) -> Result<Self> {
+        let wide = Self::new(bytes, entries, 8)?;
+        let mut out = vec![0; entries * 4];
+        narrow64(&wide.bytes, &mut out)?;
+        Ok(Self { bytes: out, ..wide })
+    }
 }
 
 /// Encoding of a page's values, with the dictionary if the encoding needs one.
@@ -50,6 +58,31 @@ pub(super) fn decode(encoded: Encoded<'_>, bytes: &[u8], width: usize, out: &mut
         4 => decode_as::<4>(encoded, bytes, out.as_chunks_mut().0),
         _ => decode_as::<8>(encoded, bytes, out.as_chunks_mut().0),
     }
+}
+
+/// Fills `out` with values of 32 bits, which the page stores in 64 bits. `wide` is memory for them.
+/// The entries of a dictionary are narrowed already.
+pub(super) fn decode_narrowed(encoded: Encoded<'_>, bytes: &[u8], wide: &mut Vec<u8>, out: &mut [u8]) -> Result<()> {
+    if let Encoded::Dictionary(_) = encoded {
+        return decode(encoded, bytes, 4, out).map(|_| ());
+    }
+    wide.resize(out.len() * 2, 0);
+    decode(encoded, bytes, 8, wide)?;
+    narrow64(wide, out)
+}
+
+/// Keeps the lower half of each 64-bit value.
+fn narrow64(wide: &[u8], out: &mut [u8]) -> Result<()> {
+    let mut lost = 0;
+    for (half, value) in out.as_chunks_mut::<4>().0.iter_mut().zip(wide.as_chunks::<8>().0) {
+        let value = i64::from_le_bytes(*value);
+        lost |= value ^ i64::from(value as i32);
+        *half = (value as i32).to_le_bytes();
+    }
+    if lost == 0 {
+        return Ok(());
+    }
+    Err(Error::data("a value does not fit int32: the statistics in the file are wrong"))
 }
 
 fn decode_as<const W: usize>(encoded: Encoded<'_>, bytes: &[u8], out: &mut [[u8; W]]) -> Result<bool> {
