@@ -10,7 +10,24 @@
 pub mod arrow;
 mod columns;
 pub mod documents;
-mod flat;
+mod flat {
+    //! Flat files of ids: one array of values, with or without a header before it.
+    //!
+    //! Each format has a module that recognises it and reads its header or its index. All formats
+    //! share [`shard::FlatShard`], which borrows windows from the mapping like uncompressed Arrow.
+    //! Opening reads headers and indexes, but no ids. A header that does not fit the size of its
+    //! file is an error.
+
+    pub(super) mod datatrove;
+    mod documents;
+    pub(super) mod llmc;
+    pub(super) mod megatron;
+    pub(super) mod npy;
+    pub(super) mod raw;
+    mod shard;
+
+    use shard::{Contents, Documents, check_size};
+}
 pub mod parquet;
 
 use std::collections::TryReserveError;

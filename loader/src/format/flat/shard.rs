@@ -1,20 +1,9 @@
-//! Flat files of ids: one array of values, with or without a header before it.
-//!
-//! Each format has a module that recognises it and reads its header or its index. All formats share
-//! [`FlatShard`], which borrows windows from the mapping like uncompressed Arrow. Opening reads
-//! headers and indexes, but no ids. A header that does not fit the size of its file is an error.
-
-pub(super) mod datatrove;
-mod documents;
-pub(super) mod llmc;
-pub(super) mod megatron;
-pub(super) mod npy;
-pub(super) mod raw;
+//! The shard of all flat formats: an array of ids in a mapped file, and the ends of its documents.
 
 use std::ops::Range;
 
-use self::documents::{BlockDocuments, DocumentTable};
-use super::{
+use super::documents::{BlockDocuments, DocumentTable};
+use crate::format::{
     AnyShard, BlockMeta, Ends, EndsScratch, Format, MissingColumn, OpenOptions, RandomShard, Shard, ShardInfo,
     TOKEN_COLUMNS, TokenColumn,
 };
@@ -24,22 +13,22 @@ use crate::text::{escaped, number_of};
 use crate::tokens::{Dtype, Tokens};
 
 /// The facts that a format found about a file.
-struct Contents {
-    format: Format,
-    file: SourceFile,
+pub(super) struct Contents {
+    pub(super) format: Format,
+    pub(super) file: SourceFile,
     /// The place of the first value in the file.
-    start: u64,
-    dtype: Dtype,
+    pub(super) start: u64,
+    pub(super) dtype: Dtype,
     /// Number of values.
-    tokens: u64,
-    documents: Documents,
+    pub(super) tokens: u64,
+    pub(super) documents: Documents,
     /// The further column beside the ids. `None` if there is none.
-    further: Option<&'static str>,
+    pub(super) further: Option<&'static str>,
 }
 
 /// The ends of the documents of a file.
 #[derive(Debug)]
-enum Documents {
+pub(super) enum Documents {
     /// The file is one document. Each value counts as a row.
     One,
     /// All documents have one length.
@@ -83,7 +72,7 @@ fn check_column(format: Format, further: Option<&str>, options: &OpenOptions) ->
 
 /// Fails unless `file` has exactly `tokens` values of `dtype` from byte `start` on. `says` names
 /// the source of the number.
-fn check_size(file: &SourceFile, start: u64, dtype: Dtype, tokens: u64, says: &str) -> Result<()> {
+pub(super) fn check_size(file: &SourceFile, start: u64, dtype: Dtype, tokens: u64, says: &str) -> Result<()> {
     let expected = tokens.checked_mul(dtype.size() as u64).and_then(|bytes| bytes.checked_add(start));
     if expected == Some(file.len()) {
         return Ok(());
@@ -99,7 +88,7 @@ fn check_size(file: &SourceFile, start: u64, dtype: Dtype, tokens: u64, says: &s
 
 impl Contents {
     /// Makes the shard of a file if its header fits its size.
-    fn open(self, options: &OpenOptions) -> Result<Shard> {
+    pub(super) fn open(self, options: &OpenOptions) -> Result<Shard> {
         let Self { format, file, start, dtype, tokens, documents, further } = self;
         check_column(format, further, options)?;
         let one_block = |full: u64| {
@@ -240,4 +229,5 @@ impl RandomShard for FlatShard {
 }
 
 #[cfg(test)]
+#[path = "tests.rs"]
 mod tests;
