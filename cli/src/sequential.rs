@@ -107,7 +107,7 @@ fn read_column(
         documents: None,
         seq_len: config.seq_len as usize,
         overlap: usize::from(config.targets == Targets::Shifted),
-        window: Window::of(config),
+        window: Window::of(config)?,
         has_boundaries: config.has_boundaries(),
         packed: VecDeque::new(),
         begun: VecDeque::new(),

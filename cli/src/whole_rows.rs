@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use forebay::Config;
 use forebay::settings::{LayoutKind, Overflow, Split, Targets};
+use forebay::{Config, Error, Result};
 
 /// Number of pieces that end a window.
 const WINDOW_PIECES: usize = 16_384;
@@ -54,12 +54,19 @@ struct Piece {
 }
 
 impl Window {
-    /// An empty window for the rows of `config`. `None` if documents are joined.
-    pub(crate) fn of(config: &Config) -> Option<Self> {
+    /// An empty window for the rows of `config`. `None` if documents are joined. Fails for a layout
+    /// that is unknown here.
+    pub(crate) fn of(config: &Config) -> Result<Option<Self>> {
         let is_shifted = config.targets == Targets::Shifted;
+        if !matches!(config.layout, LayoutKind::Concat | LayoutKind::Pack | LayoutKind::Pad | LayoutKind::Rows) {
+            return Err(Error::config(format!(
+                "only a loader makes rows of `layout` = {}: `verify` has no rules for them",
+                config.layout.name()
+            )));
+        }
         let is_pack = config.layout == LayoutKind::Pack;
         let most = config.max_docs_per_row.map_or(usize::MAX, |most| most as usize);
-        (!config.layout.joins()).then(|| Self {
+        Ok((!config.layout.joins()).then(|| Self {
             overflow: config.overflow,
             capacity: config.seq_len as usize + usize::from(is_shifted),
             smallest: 1 + usize::from(is_shifted),
@@ -72,7 +79,7 @@ impl Window {
             tokens: Vec::new(),
             pieces: Vec::new(),
             begins: Vec::new(),
-        })
+        }))
     }
 
     /// Adds a document that has tokens. Gives the rows of each window that it fills. If the document
@@ -116,8 +123,8 @@ impl Window {
                 borders.push(range.end);
                 for pair in borders.windows(2) {
                     spans.push(((place + pair[0] - range.start) as u32, (pair[1] - pair[0]) as u32));
+                    documents.push(piece.document);
                 }
-                documents.push(piece.document);
                 tokens.extend_from_slice(&self.tokens[range]);
                 place += sizes[number];
             }
