@@ -3,7 +3,7 @@
     layouts.py [--quick] [--only PART ...] [--write-results]
 
 `make bench-layouts` runs it. Every measurement is a fresh process. Two forebay loaders that are
-compared share a process and take turns of a fraction of a second, so that a busy machine slows both.
+compared share a process and take turns of a fraction of a second, so a busy machine slows both.
 Results go to out/bench/layouts.md. With --write-results they also go to benches/RESULTS.md.
 """
 

@@ -28,7 +28,7 @@ from measure import cpu_seconds, memory_mb
 Job = dict[str, Any]
 #: Bins of Grain's packer. More bins pad less, and shuffle documents further apart.
 GRAIN_BINS = 128
-#: torchtitan's default buffer of its packer, in documents.
+#: Default buffer of torchtitan's packer, in documents.
 TITAN_BUFFER = 100
 
 
