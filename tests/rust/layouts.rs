@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use forebay::format::Counts;
-use forebay::layout::{Documents, Layout, LayoutSettings, Segment, Side, Specials, Stream, WindowPlan};
+use forebay::layout::{DocumentSide, Documents, Layout, LayoutSettings, Segment, Specials, Stream, WindowPlan};
 use forebay::order::permutation::derive_key;
 use forebay::settings::{LayoutKind as Kind, Overflow};
 use proptest::prelude::*;
@@ -85,7 +85,7 @@ fn settings(kind: Kind, seq_len: u64, shifted: bool) -> LayoutSettings {
         overflow: Overflow::Split,
         max_docs_per_row: None,
         pack_align: 1,
-        side: Side::All,
+        side: DocumentSide::All,
     }
 }
 
@@ -111,9 +111,9 @@ fn rows_are_those_of_the_specification() {
         settings.max_docs_per_row = number("max_docs_per_row").map(|most| most as u32);
         settings.pack_align = number("pack_align").unwrap_or(1) as u32;
         settings.side = match number("holdout") {
-            None => Side::All,
-            Some(every) if given["split"] == "holdout" => Side::Holdout(every),
-            Some(every) => Side::Train(every),
+            None => DocumentSide::All,
+            Some(every) if given["split"] == "holdout" => DocumentSide::Holdout(every),
+            Some(every) => DocumentSide::Train(every),
         };
         let corpus = &golden["corpora"][case["corpus"].as_str().unwrap()];
         let (seed, mut drawn) = (corpus["seed"].as_u64().unwrap(), 0);
@@ -191,7 +191,7 @@ proptest! {
     ) {
         let mut settings = settings(Kind::Pack, 64, false);
         settings.overflow = overflow;
-        settings.side = every.map_or(Side::All, Side::Train);
+        settings.side = every.map_or(DocumentSide::All, DocumentSide::Train);
         let grown = Corpus::new(&lengths, 1, &settings);
         for shards in 0..lengths.len() {
             let alone = Corpus::new(&lengths[..shards], 1, &settings);
@@ -212,10 +212,10 @@ proptest! {
             documents.dedup();
             documents
         };
-        let (train, held) = (documents(Side::Train(every)), documents(Side::Holdout(every)));
+        let (train, held) = (documents(DocumentSide::Train(every)), documents(DocumentSide::Holdout(every)));
         let mut both = [train, held].concat();
         both.sort_unstable();
-        prop_assert_eq!(both, documents(Side::All));
+        prop_assert_eq!(both, documents(DocumentSide::All));
     }
 
     #[test]

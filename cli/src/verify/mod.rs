@@ -7,8 +7,8 @@
 //! names each of them once.
 
 mod delivery_log;
+mod epoch;
 mod search;
-mod stream;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -96,7 +96,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     match &options.delivery_log {
         None => {
             let world_size = options.world_size.or(config.dp_world_size).unwrap_or(1);
-            stream::run(config, world_size, options, state.as_ref(), context)
+            epoch::run(config, world_size, options, state.as_ref(), context)
         }
         Some(folder) => {
             // The delivery log gives the ranks and the batch sizes.

@@ -1,7 +1,7 @@
 //! Fields: the places of a row that the values of a further column are written to.
 
 use super::kernels::{Ahead, Id};
-use super::rows::{Row, UnfitId, widen};
+use super::token_row::{TokenRow, UnfitId, widen};
 use crate::tokens::{Dtype, Tokens};
 
 /// Places that runs of a column are written to: the ids of a row with their labels, or one field.
@@ -16,7 +16,7 @@ pub(crate) trait Places: Sized {
     fn write_special(self, id: u32);
 }
 
-impl<T: Id> Places for Row<'_, T> {
+impl<T: Id> Places for TokenRow<'_, T> {
     fn take(&mut self, count: usize) -> Self {
         self.take(count)
     }

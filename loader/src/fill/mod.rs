@@ -2,10 +2,10 @@
 
 mod fields;
 mod kernels;
-mod pieces;
-mod rows;
+mod stream_items;
+mod token_row;
 
 pub(crate) use fields::{FieldRow, Places};
 pub(crate) use kernels::{Ahead, Id};
-pub(crate) use pieces::{Piece, documents_before, pieces};
-pub(crate) use rows::{Row, UnfitId};
+pub(crate) use stream_items::{StreamItem, documents_before, stream_items};
+pub(crate) use token_row::{TokenRow, UnfitId};

@@ -26,7 +26,7 @@ mod flat {
     pub(super) mod raw;
     mod shard;
 
-    use shard::{Contents, Documents, check_size};
+    use shard::{Contents, FlatDocuments, check_size};
 }
 pub mod parquet;
 

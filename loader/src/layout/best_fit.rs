@@ -27,7 +27,7 @@ pub(super) struct Packer {
     rooms: Bits,
     /// The row on top of the stack of each room, if the room's bit is set.
     tops: Vec<u32>,
-    rows: Vec<Row>,
+    rows: Vec<OpenRow>,
     /// The row of each piece.
     row_of: Vec<u32>,
     /// Numbers of the rows so far, by the order in which the rows were opened.
@@ -35,7 +35,7 @@ pub(super) struct Packer {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Row {
+struct OpenRow {
     /// The next lower row in its stack.
     below: u32,
     pieces: u32,
@@ -51,7 +51,7 @@ impl Packer {
         self.rows.clear();
         self.row_of.clear();
         if most == 1 {
-            self.rows.resize(sizes.len(), Row { below: NONE, pieces: 1 });
+            self.rows.resize(sizes.len(), OpenRow { below: NONE, pieces: 1 });
             self.row_of.extend(0..sizes.len() as u32);
             return sizes.len();
         }
@@ -73,7 +73,7 @@ impl Packer {
                     (row, room as u32)
                 }
                 None => {
-                    self.rows.push(Row { below: NONE, pieces: 0 });
+                    self.rows.push(OpenRow { below: NONE, pieces: 0 });
                     (self.rows.len() as u32 - 1, capacity)
                 }
             };

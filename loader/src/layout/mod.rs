@@ -24,7 +24,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use pieces::{Lost, Side, WINDOW_TOKENS};
+pub use pieces::{DocumentSide, Lost, WINDOW_TOKENS};
 pub use stream::{Specials, Stream};
 
 use crate::error::Result;
@@ -239,7 +239,7 @@ pub struct LayoutSettings {
     /// Documents of `pack` begin at multiples of this number of tokens.
     pub pack_align: u32,
     /// The documents that become rows of `pack` and `pad`.
-    pub side: Side,
+    pub side: DocumentSide,
 }
 
 impl LayoutSettings {
@@ -252,7 +252,7 @@ impl LayoutSettings {
             overflow: config.overflow,
             max_docs_per_row: config.max_docs_per_row.map(|most| most as u32),
             pack_align: config.pack_align as u32,
-            side: Side::of(config),
+            side: DocumentSide::of(config),
         }
     }
 

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::best_fit::Packer;
-use super::pieces::{Cut, Lost, Side, Window, WindowStart};
+use super::pieces::{Cut, DocumentSide, Lost, Window, WindowStart};
 use super::{Documents, Extent, Layout, LayoutWindow, Lengths, Segment, Stream, WindowPlan};
 use crate::error::Result;
 
@@ -21,7 +21,7 @@ pub(super) struct Rules {
     pub(super) align: u32,
     /// Most pieces in a row.
     pub(super) most: u32,
-    pub(super) side: Side,
+    pub(super) side: DocumentSide,
 }
 
 /// Whole documents in rows.
@@ -123,7 +123,7 @@ impl Rules {
         while at.document < lengths.len() as u64 {
             let next = self.cut.window(at, &lengths[at.document as usize..], &mut scratch.window);
             all.lost += match self.side {
-                Side::All => scratch.window.lost,
+                DocumentSide::All => scratch.window.lost,
                 side => {
                     let documents = at.document..next.document;
                     let lengths = &lengths[documents.start as usize..documents.end as usize];
@@ -148,7 +148,7 @@ impl Rules {
     fn pack(&self, first: u64, scratch: &mut Scratch) -> usize {
         let Self { cut: Cut { capacity, .. }, smallest, align, most, side } = *self;
         let Scratch { window: Window { pieces, .. }, sizes, packer } = scratch;
-        if side != Side::All {
+        if side != DocumentSide::All {
             pieces.retain(|piece| side.has_document(first + u64::from(piece.document)));
         }
         sizes.clear();

@@ -35,7 +35,7 @@ const DOCUMENT: u64 = 0x646f_6375_6d65_6e74;
 /// A hash of a document's number in the corpus draws its side. So a document keeps its side under
 /// every seed, and when the corpus grows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Side {
+pub enum DocumentSide {
     /// All documents.
     #[default]
     All,
@@ -45,7 +45,7 @@ pub enum Side {
     Holdout(u64),
 }
 
-impl Side {
+impl DocumentSide {
     /// The side that `config` delivers.
     pub fn of(config: &Config) -> Self {
         match (config.holdout, config.split) {

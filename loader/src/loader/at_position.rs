@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::Loader;
 use super::batch::Batch;
-use super::rows::PositionedRow;
+use super::batch_rows::PositionedRow;
 use crate::error::{Error, Result};
 use crate::order::partition::Grouping;
 use crate::sync::lock;

@@ -16,7 +16,7 @@ use crate::loader::sources::{Growth, Orders, RowRead};
 use crate::loader::state::{StateValue, refused};
 use crate::order::epochs::EpochChain;
 use crate::proof::delivery_log::{self, LoggedPass};
-use crate::read::Scratch;
+use crate::read::ReadMemory;
 use crate::settings::environment;
 use crate::sync::lock;
 
@@ -40,7 +40,7 @@ impl Loader {
         let positions = |epoch| session.positions(&growth, epoch);
         let count = epochs.end.saturating_sub(epochs.start);
         let epochs = EpochChain::new(epochs.start, Some(count), &session.config.skip, growth.changes(), positions);
-        let (at, mut orders, mut scratch) = (epochs.clone(), Orders::default(), Scratch::default());
+        let (at, mut orders, mut scratch) = (epochs.clone(), Orders::default(), ReadMemory::default());
         let sample = move |index| {
             let sources = &session.opened.sources;
             let RowRead { source, epoch, sequence, .. } =

@@ -234,8 +234,13 @@ impl BatchLayout {
         let (inputs, targets) = if config.targets == Targets::Shifted { ("x", "y") } else { ("input_ids", "labels") };
         let targets_at = (rows * columns * input_dtype.size()).next_multiple_of(ALIGNMENT);
         let memory = FieldMemory::Buffer;
-        let field = |name, dtype, offset_bytes| {
-            Field { name, dtype, offset_bytes, shape: [rows, columns, 1, 1], ndim: 2, memory }
+        let field = |name, dtype, offset_bytes| Field {
+            name,
+            dtype,
+            offset_bytes,
+            shape: [rows, columns, 1, 1],
+            ndim: 2,
+            memory,
         };
         let mut fields = vec![field(inputs, input_dtype, 0), field(targets, Dtype::I64, targets_at)];
         let mut bytes = targets_at + rows * columns * 8;
@@ -262,7 +267,14 @@ impl BatchLayout {
             let mask = config.document_mask.then_some(bytes);
             if let Some(at) = mask {
                 let shape = [rows, 1, columns, columns];
-                fields.push(Field { name: "document_mask", dtype: Dtype::Bool, offset_bytes: at, shape, ndim: 4, memory });
+                fields.push(Field {
+                    name: "document_mask",
+                    dtype: Dtype::Bool,
+                    offset_bytes: at,
+                    shape,
+                    ndim: 4,
+                    memory,
+                });
                 bytes = (at + rows * columns * columns).next_multiple_of(ALIGNMENT);
             }
             BoundariesAt { positions, documents, cu_seqlens, mask, width }

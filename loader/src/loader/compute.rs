@@ -10,21 +10,21 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::batch::{Batch, BatchLayout, Borders, BoundariesAt};
+use super::batch_rows::PositionedRow;
 use super::boundaries::{Span, Spans, masked_places, write_mask, write_places};
 use super::documents::{DocumentRows, DocumentValues, SpanDocuments};
 use super::pass::PassRange;
-use super::rows::PositionedRow;
 use super::session::Session;
 use crate::buffer::pool::Pool;
 use crate::buffer::{BufferSource, Lease};
 use crate::corpus::schema::{Missing, SchemaField, TokenSide};
 use crate::error::{Error, Result};
-use crate::fill::{Ahead, FieldRow, Id, Places, Row};
+use crate::fill::{Ahead, FieldRow, Id, Places, TokenRow};
 use crate::loader::sources::{Growth, Orders, RowRead, RowReads};
 use crate::order::epochs::EpochChain;
 use crate::order::partition::Grouping;
 use crate::proof::checksum::Checksum;
-use crate::read::{NeededBy, Padding, Prepared, RowRequest, Scratch, StreamLocation};
+use crate::read::{NeededBy, Padding, Prepared, ReadMemory, RowRequest, StreamLocation};
 use crate::settings::{PackedBy, Targets};
 use crate::tokens::Dtype;
 
@@ -35,7 +35,7 @@ const LOOK_EVERY: u64 = 16;
 #[derive(Debug, Default)]
 pub(super) struct WorkerMemory {
     pub(super) index: usize,
-    pub(super) scratch: Scratch,
+    pub(super) scratch: ReadMemory,
     pub(super) orders: Orders,
     pub(super) rows: Vec<PositionedRow>,
     pub(super) reads: RowReads,
@@ -432,7 +432,7 @@ impl Session {
 
     /// Lets the row note where its documents end, if its source has further columns to compare
     /// with.
-    fn compare_columns(&self, row: Option<(&RowRead, RowRequest<'_>)>, scratch: &mut Scratch) {
+    fn compare_columns(&self, row: Option<(&RowRead, RowRequest<'_>)>, scratch: &mut ReadMemory) {
         if let Some((read, _)) = row {
             self.opened.sources.list()[read.source].reader.compare_columns(scratch);
         }
@@ -487,8 +487,8 @@ impl Session {
     ) -> Result<()> {
         let padding = Padding { id: self.config.pad_id, label: self.config.ignore_index };
         let row = match self.config.targets {
-            Targets::Labels => Row::with_labels(ids, labels),
-            Targets::Shifted => Row::with_shifted_labels(ids, labels),
+            Targets::Labels => TokenRow::with_labels(ids, labels),
+            Targets::Shifted => TokenRow::with_shifted_labels(ids, labels),
         };
         match request {
             None => row.pad(padding.id, padding.label),

@@ -11,6 +11,7 @@
 mod at_position;
 mod audit;
 mod batch;
+mod batch_rows;
 mod boundaries;
 mod compute;
 mod cursor;
@@ -20,7 +21,6 @@ mod open;
 mod pass;
 mod pass_work;
 pub mod plan;
-mod rows;
 mod session;
 pub(crate) mod sources;
 pub mod state;

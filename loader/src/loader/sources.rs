@@ -15,10 +15,10 @@ use crate::keys::{derive_key, reduce};
 use crate::layout::{self, Lost, Segment};
 use crate::loader::state::StateValue;
 use crate::order::bucket::{Bucket, Buckets};
-use crate::order::holdout::Side;
+use crate::order::holdout::SequenceSide;
 use crate::order::mixture::{Draw, Mixture};
 use crate::order::{Arrangement, EpochOrder};
-use crate::read::{Reader, Scratch};
+use crate::read::{ReadMemory, Reader};
 use crate::settings::mixture::{MixtureSettings, Stage};
 use crate::settings::{self, Compared, Config, Phase, Shuffle};
 use crate::sync::lock;
@@ -85,7 +85,7 @@ struct OrderSettings {
     chunk_tokens: u64,
     window_tokens: u64,
     lanes: u64,
-    side: Side,
+    side: SequenceSide,
     /// Whether rows are a cut stream, whose tail wraps around and fills rows.
     joins: bool,
     bucket: Option<u64>,
@@ -206,7 +206,7 @@ impl CorpusSources {
             window_tokens: config.window_tokens,
             lanes: config.lanes,
             // Layouts with windows draw the side of each document.
-            side: if config.layout.has_windows() { Side::All } else { Side::of(config) },
+            side: if config.layout.has_windows() { SequenceSide::All } else { SequenceSide::of(config) },
             joins: config.layout.joins(),
             bucket: config.bucket,
             phase: config.phase,
@@ -304,11 +304,11 @@ impl CorpusSources {
         let extent = self.extent_at(growth, epoch);
         match (&self.mixture, self.settings.side) {
             (Some((_, mixture)), _) => mixture.positions().saturating_mul(self.settings.seq_len),
-            (None, Side::All) => extent.layout.tokens,
-            (None, Side::Train(_)) => {
+            (None, SequenceSide::All) => extent.layout.tokens,
+            (None, SequenceSide::Train(_)) => {
                 extent.layout.tokens - (extent.layout.rows - extent.sequences) * self.settings.seq_len
             }
-            (None, Side::Holdout(_)) => extent.sequences * self.settings.seq_len,
+            (None, SequenceSide::Holdout(_)) => extent.sequences * self.settings.seq_len,
         }
     }
 
@@ -379,7 +379,7 @@ impl CorpusSources {
         growth: &Growth,
         orders: &mut Orders,
         (epoch, position): (u64, u64),
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
     ) -> Result<RowRead> {
         let (draw, shards) = match &self.mixture {
             Some((_, mixture)) => {
@@ -437,7 +437,7 @@ impl CorpusSources {
         shards: u64,
         buckets: &Buckets,
         (extent, order): (&layout::Extent, &EpochOrder),
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
     ) -> Result<BucketRows> {
         let shared_key = (*key, shards);
         if let Some((_, rows)) = lock(&self.shared_buckets).iter().find(|(found, _)| *found == shared_key) {
@@ -469,7 +469,7 @@ impl CorpusSources {
         &self,
         mut read: RowRead,
         wrap_to: Option<u64>,
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
         reads: &mut RowReads,
     ) -> Result<()> {
         let segments = &mut reads.segments;
@@ -590,7 +590,7 @@ fn advance(segments: &mut Vec<Segment>, first: usize, phase: u64, len: u64) {
 impl OrderSettings {
     fn extent(&self, source: &CorpusSource, shards: u64) -> EpochExtent {
         let layout = source.reader.layout().extent(shards as usize);
-        let tail = layout.tail_tokens > 0 && !matches!(self.side, Side::Holdout(_));
+        let tail = layout.tail_tokens > 0 && !matches!(self.side, SequenceSide::Holdout(_));
         EpochExtent { layout, sequences: self.side.count(layout.rows), tail }
     }
 

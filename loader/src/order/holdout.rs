@@ -12,7 +12,7 @@ const KEY: u64 = 0x686f_6c64_6f75_7400;
 
 /// One side of a corpus whose sequences are split into training and holdout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Side {
+pub enum SequenceSide {
     /// All sequences; the corpus has no holdout.
     #[default]
     All,
@@ -22,7 +22,7 @@ pub enum Side {
     Holdout(u64),
 }
 
-impl Side {
+impl SequenceSide {
     /// The side that `config` delivers of each corpus.
     pub fn of(config: &Config) -> Self {
         match (config.holdout, config.split) {
@@ -73,17 +73,17 @@ mod tests {
         fn the_sides_share_the_corpus_and_keep_their_sequences_when_it_grows(
             sequences in 0u64..2000, grown in 0u64..500, every in 2u64..60,
         ) {
-            let list = |side: Side, sequences| -> Vec<u64> {
+            let list = |side: SequenceSide, sequences| -> Vec<u64> {
                 (0..side.count(sequences)).map(|index| side.sequence(index)).collect()
             };
-            let train = list(Side::Train(every), sequences);
-            let held = list(Side::Holdout(every), sequences);
+            let train = list(SequenceSide::Train(every), sequences);
+            let held = list(SequenceSide::Holdout(every), sequences);
             prop_assert!(held.len() as u64 <= sequences.div_ceil(every) && held.len() as u64 >= sequences / every);
             let mut all = [train.clone(), held.clone()].concat();
             all.sort_unstable();
             prop_assert!(all.into_iter().eq(0..sequences));
-            prop_assert!(list(Side::Train(every), sequences + grown).starts_with(&train));
-            prop_assert!(list(Side::Holdout(every), sequences + grown).starts_with(&held));
+            prop_assert!(list(SequenceSide::Train(every), sequences + grown).starts_with(&train));
+            prop_assert!(list(SequenceSide::Holdout(every), sequences + grown).starts_with(&held));
         }
     }
 }

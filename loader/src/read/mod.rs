@@ -11,4 +11,4 @@ mod tests;
 pub(crate) use block_cache::{BlockCache, NeededBy, Prepared};
 pub(crate) use eviction::{EvictionPolicy, SessionId};
 pub use reader::BlockPlace;
-pub(crate) use reader::{DocumentRef, KEPT_PLANS, Padding, Reader, RowRequest, Scratch, StreamLocation};
+pub(crate) use reader::{DocumentRef, KEPT_PLANS, Padding, ReadMemory, Reader, RowRequest, StreamLocation};

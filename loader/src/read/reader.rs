@@ -19,7 +19,7 @@ use super::borders::PackedBorders;
 use super::lengths::DocumentLengths;
 use crate::corpus::{BlockRef, Corpus, OpenShard};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fill::{Ahead, FieldRow, Id, Piece, Places, Row, UnfitId, documents_before, pieces};
+use crate::fill::{Ahead, FieldRow, Id, Places, StreamItem, TokenRow, UnfitId, documents_before, stream_items};
 use crate::format::documents::Values;
 use crate::format::{Access, DecodedBlock, Ends, EndsScratch, RandomShard, Shard};
 use crate::layout::{Documents, Extent, Layout, LayoutWindow, Lengths, Segment, Specials, Stream, WindowPlan};
@@ -33,7 +33,7 @@ pub(crate) const KEPT_PLANS: usize = 64;
 
 /// Memory of one worker, reused from row to row.
 #[derive(Debug, Default)]
-pub(crate) struct Scratch {
+pub(crate) struct ReadMemory {
     /// Ids of a window that is not mapped.
     tokens: Vec<u8>,
     ends: EndsScratch,
@@ -202,7 +202,7 @@ impl Reader {
         &self,
         extent: &Extent,
         row: u64,
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
         segments: &mut Vec<Segment>,
     ) -> Result<()> {
         if let Some(segment) = self.layout.one_segment(extent, row) {
@@ -266,8 +266,8 @@ impl Reader {
         &self,
         request: RowRequest<'_>,
         padding: Padding,
-        mut row: Row<'_, T>,
-        scratch: &mut Scratch,
+        mut row: TokenRow<'_, T>,
+        scratch: &mut ReadMemory,
     ) -> Result<()> {
         let RowRequest { segments, ends_chunk, mut begin, ahead } = request;
         let mut place = 0;
@@ -295,7 +295,7 @@ impl Reader {
         request: RowRequest<'_>,
         padding: i64,
         mut row: FieldRow<'_>,
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
     ) -> Result<()> {
         let tokens_end = scratch.document_ends.replace(Vec::new()).unwrap_or_default();
         let borders = scratch.borders.take();
@@ -314,7 +314,7 @@ impl Reader {
         request: RowRequest<'_>,
         padding: i64,
         row: &mut FieldRow<'_>,
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
     ) -> Result<()> {
         let RowRequest { segments, ends_chunk, .. } = request;
         let mut place = 0;
@@ -331,7 +331,7 @@ impl Reader {
     }
 
     /// Lets the next rows note where their documents end, so that further columns can be compared.
-    pub(crate) fn compare_columns(&self, scratch: &mut Scratch) {
+    pub(crate) fn compare_columns(&self, scratch: &mut ReadMemory) {
         scratch.document_ends.get_or_insert_default().clear();
     }
 
@@ -416,7 +416,7 @@ impl Reader {
         mut row: P,
         begin: Option<StreamLocation>,
         ahead: Ahead,
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
     ) -> Result<()> {
         let range = segment.stream();
         let borders = match (segment.documents, &mut scratch.borders) {
@@ -497,7 +497,7 @@ impl Reader {
         stretch: Stretch,
         row: P,
         ahead: Ahead,
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
     ) -> Result<()> {
         let Stretch { block, from, to, prefix_only, .. } = stretch;
         let index = block.block as usize;
@@ -516,7 +516,7 @@ impl Reader {
                 let ends = shard.ends(index, &mut scratch.ends)?;
                 self.note_document(opened, &ends, &stretch, &mut scratch.documents);
                 let (buffer, found) = (&mut scratch.tokens, (&mut scratch.borders, &mut scratch.document_ends));
-                self.fill_pieces(&ends, meta.tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
+                self.fill_items(&ends, meta.tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
                     let start = tokens.start;
                     part.write(&shard.tokens(index, tokens, buffer)?, ahead)
                         .map_err(|unfit| in_row(&**shard, index, start, unfit))
@@ -556,12 +556,12 @@ impl Reader {
                     }
                     return row.write(&slice(from..to), ahead).map_err(|unfit| in_block(opened, index, from, unfit));
                 }
-                // A prefix ends inside a document, so that `pieces` must not reach beyond it.
+                // A prefix ends inside a document, so that `stream_items` must not reach beyond it.
                 let tokens = if decoded.complete { meta.tokens } else { all.len() as u64 };
                 let ends = decoded.document_ends();
                 self.note_document(opened, &ends, &stretch, &mut scratch.documents);
                 let found = (&mut scratch.borders, &mut scratch.document_ends);
-                self.fill_pieces(&ends, tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
+                self.fill_items(&ends, tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
                     let start = tokens.start;
                     part.write(&slice(tokens), ahead).map_err(|unfit| in_block(opened, index, start, unfit))
                 })
@@ -587,7 +587,7 @@ impl Reader {
     }
 
     #[allow(clippy::too_many_arguments)] // each is a different fact about the one stretch
-    fn fill_pieces<P: Places>(
+    fn fill_items<P: Places>(
         &self,
         ends: &Ends<'_>,
         tokens: u64,
@@ -599,11 +599,11 @@ impl Reader {
     ) -> Result<()> {
         let Specials { bos, eos } = self.specials;
         let Stretch { from, to, mut place, .. } = stretch;
-        pieces(ends, tokens, continues, (bos.is_some(), eos.is_some()), from, to, |piece| {
+        stream_items(ends, tokens, continues, (bos.is_some(), eos.is_some()), from, to, |piece| {
             let len = match piece {
-                Piece::Tokens { len, .. } => len,
-                Piece::Bos | Piece::Eos => 1,
-                Piece::End => {
+                StreamItem::Tokens { len, .. } => len,
+                StreamItem::Bos | StreamItem::Eos => 1,
+                StreamItem::End => {
                     if let Some(borders) = borders.as_mut().filter(|_| stretch.borders) {
                         borders.push(place);
                     }
@@ -617,10 +617,10 @@ impl Reader {
             place += len;
             let special = |part: P, id: Option<u32>| part.write_special(id.expect("asked for only if set"));
             match piece {
-                Piece::Bos => special(part, bos),
-                Piece::Eos => special(part, eos),
-                Piece::Tokens { start, len } => fill(part, start..start + len)?,
-                Piece::End => {}
+                StreamItem::Bos => special(part, bos),
+                StreamItem::Eos => special(part, eos),
+                StreamItem::Tokens { start, len } => fill(part, start..start + len)?,
+                StreamItem::End => {}
             }
             Ok(())
         })
@@ -672,7 +672,7 @@ impl Reader {
         segment: &Segment,
         ends_chunk: bool,
         needed: NeededBy,
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
     ) -> Result<Prepared> {
         for column in 0..=self.corpus.fields().len() {
             let prepared = self.decode_column_ahead(column, segment, ends_chunk, needed, scratch)?;
@@ -689,7 +689,7 @@ impl Reader {
         segment: &Segment,
         ends_chunk: bool,
         needed: NeededBy,
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
     ) -> Result<Prepared> {
         let range = segment.stream();
         let mut at = range.start;

@@ -16,7 +16,7 @@ use arrow_ipc::writer::{FileWriter, IpcWriteOptions};
 use super::*;
 use crate::corpus::Corpus;
 use crate::error::Result;
-use crate::fill::{Ahead, Row};
+use crate::fill::{Ahead, TokenRow};
 use crate::format::OpenOptions;
 use crate::layout::{self, Documents, Extent, Layout, LayoutWindow, Lengths, Segment, Stream, WindowPlan};
 use crate::settings::{Config, DataFormat};
@@ -160,13 +160,13 @@ fn reader(folder: &Path, config: &Config, open: Open) -> Result<Reader> {
 
 /// Reads a row: its ids, its labels, and the ends of its documents.
 fn filled(reader: &Reader, extent: &Extent, row: u64, row_tokens: usize) -> (Vec<i64>, Vec<i64>, Vec<u64>) {
-    let mut scratch = Scratch::default();
+    let mut scratch = ReadMemory::default();
     scratch.borders = Some(Vec::new());
     let mut segments = Vec::new();
     reader.plan_row(extent, row, &mut scratch, &mut segments).unwrap();
     let (mut ids, mut labels) = (vec![-1i64; row_tokens], vec![-1i64; row_tokens]);
     let request = RowRequest { segments: &segments, ends_chunk: false, begin: None, ahead: Ahead::NONE };
-    reader.fill(request, PADDING, Row::with_labels(&mut ids, &mut labels), &mut scratch).unwrap();
+    reader.fill(request, PADDING, TokenRow::with_labels(&mut ids, &mut labels), &mut scratch).unwrap();
     (ids, labels, scratch.borders.unwrap())
 }
 

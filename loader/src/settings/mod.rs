@@ -21,8 +21,7 @@ mod values;
 
 pub use config::{
     Balance, BatchFormat, Config, DataFormat, Epochs, Io, LayoutKind, Overflow, PackedBy, Phase, Remainder, Shuffle,
-    Skip, Split,
-    Targets,
+    Skip, Split, Targets,
 };
 pub use framework::{Framework, MeshDimension, ProcessGroup, Sampler};
 pub use ranks::default_threads;

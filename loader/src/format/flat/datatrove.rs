@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use super::documents::{DocumentTable, TableKind, entries};
-use super::{Contents, Documents, check_size};
+use super::{Contents, FlatDocuments, check_size};
 use crate::error::{Error, Result};
 use crate::format::{FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::{Reads, SourceFile};
@@ -56,7 +56,7 @@ pub(in crate::format) fn open(reads: Reads, options: &OpenOptions) -> Result<Sha
     let (documents, tokens) = counts(&index).map_err(|error| error.at(&path))?;
     let dtype = dtype_of(&file, tokens)?;
     check_metadata(&file, dtype, tokens, options)?;
-    let documents = Documents::Listed(DocumentTable { index, documents, kind: TableKind::Ends });
+    let documents = FlatDocuments::Listed(DocumentTable { index, documents, kind: TableKind::Ends });
     let mask = beside(file.path(), ".loss");
     let further = options.files.has_file(&mask)?.then_some(MASK);
     let contents = Contents { format: Format::Datatrove, file, start: 0, dtype, tokens, documents, further };

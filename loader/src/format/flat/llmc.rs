@@ -3,7 +3,7 @@
 //! The header holds a magic number, a version and the number of ids. The magic number tells the
 //! type of the ids. Format: `dev/data/data_common.py` of llm.c.
 
-use super::{Contents, Documents, check_size};
+use super::{Contents, FlatDocuments, check_size};
 use crate::error::{Error, Result};
 use crate::format::{FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::Reads;
@@ -71,6 +71,6 @@ pub(in crate::format) fn open(mut reads: Reads, options: &OpenOptions) -> Result
     let (dtype, tokens) = (kind.dtype, u64::from(tokens));
     check_size(reads.file(), HEADER, dtype, tokens, "the header of llm.c says that the file has")?;
     let file = reads.into_file();
-    Contents { format: Format::LlmC, file, start: HEADER, dtype, tokens, documents: Documents::One, further: None }
+    Contents { format: Format::LlmC, file, start: HEADER, dtype, tokens, documents: FlatDocuments::One, further: None }
         .open(options)
 }

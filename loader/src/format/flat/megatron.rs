@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use super::documents::{DocumentTable, TableKind, entries};
-use super::{Contents, Documents};
+use super::{Contents, FlatDocuments};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::{Reads, SourceFile};
@@ -75,7 +75,7 @@ pub(in crate::format) fn open(reads: Reads, options: &OpenOptions) -> Result<Sha
     let path = index_of(file.path());
     let index = options.files.open(&path, options.io)?;
     let (dtype, tokens, table) = read(index, &file).map_err(|error| error.at(&path))?;
-    let documents = Documents::Listed(table);
+    let documents = FlatDocuments::Listed(table);
     Contents { format: Format::Megatron, file, start: 0, dtype, tokens, documents, further: None }.open(options)
 }
 

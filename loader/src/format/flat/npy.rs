@@ -3,7 +3,7 @@
 //! A header in Python's notation gives type, order and shape. Versions 1 to 3 of the format differ
 //! in the encoding of the header, and in the width of its length. Format: `numpy.lib.format`.
 
-use super::{Contents, Documents, check_size};
+use super::{Contents, FlatDocuments, check_size};
 use crate::error::{Error, Result};
 use crate::format::{FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::Reads;
@@ -30,9 +30,9 @@ pub(in crate::format) fn open(mut reads: Reads, options: &OpenOptions) -> Result
     })?;
     let dtype = dtype_of(&descr)?;
     let documents = match *shape {
-        [_] => Documents::One,
+        [_] => FlatDocuments::One,
         [rows, columns] if !fortran_order || rows.min(columns) <= 1 => {
-            Documents::Fixed { length: columns, count: rows }
+            FlatDocuments::Fixed { length: columns, count: rows }
         }
         [_, _] => {
             return Err(Error::data(

@@ -3,7 +3,7 @@
 //! A raw file cannot be recognised by its content. So a file counts as raw only if the user names
 //! the type, and never if it has the suffix of another format.
 
-use super::{Contents, Documents};
+use super::{Contents, FlatDocuments};
 use crate::error::{Error, Result};
 use crate::format::{FORMATS, FileSample, Format, OpenOptions, Recognised, Shard};
 use crate::storage::Reads;
@@ -57,6 +57,6 @@ pub(in crate::format) fn open(reads: Reads, options: &OpenOptions) -> Result<Sha
         )));
     }
     let tokens = file.len() / width;
-    Contents { format: Format::Raw, file, start: 0, dtype, tokens, documents: Documents::One, further: None }
+    Contents { format: Format::Raw, file, start: 0, dtype, tokens, documents: FlatDocuments::One, further: None }
         .open(options)
 }

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use super::documents::{BlockDocuments, DocumentTable};
+use crate::error::{Error, Result};
 use crate::format::{
     AnyShard, BlockMeta, Ends, EndsScratch, Format, MissingColumn, OpenOptions, RandomShard, Shard, ShardInfo,
     TOKEN_COLUMNS, TokenColumn,
 };
-use crate::error::{Error, Result};
 use crate::storage::SourceFile;
 use crate::text::{escaped, number_of};
 use crate::tokens::{Dtype, Tokens};
@@ -21,14 +21,14 @@ pub(super) struct Contents {
     pub(super) dtype: Dtype,
     /// Number of values.
     pub(super) tokens: u64,
-    pub(super) documents: Documents,
+    pub(super) documents: FlatDocuments,
     /// The further column beside the ids. `None` if there is none.
     pub(super) further: Option<&'static str>,
 }
 
 /// The ends of the documents of a file.
 #[derive(Debug)]
-pub(super) enum Documents {
+pub(super) enum FlatDocuments {
     /// The file is one document. Each value counts as a row.
     One,
     /// All documents have one length.
@@ -42,7 +42,7 @@ pub(super) enum Documents {
 struct FlatShard {
     info: ShardInfo,
     start: u64,
-    documents: Documents,
+    documents: FlatDocuments,
     /// The documents of each block, if a table lists them. Otherwise the file is one block.
     blocks: Vec<BlockDocuments>,
 }
@@ -96,14 +96,14 @@ impl Contents {
             (if tokens > 0 { vec![block] } else { Vec::new() }, Vec::new())
         };
         let (rows, (metas, blocks)) = match &documents {
-            Documents::One => (tokens, one_block(1)),
-            Documents::Fixed { count, .. } => (*count, one_block(*count)),
-            Documents::Listed(table) => {
+            FlatDocuments::One => (tokens, one_block(1)),
+            FlatDocuments::Fixed { count, .. } => (*count, one_block(*count)),
+            FlatDocuments::Listed(table) => {
                 (table.documents, table.cut(tokens, options).map_err(|error| error.at(table.index.path()))?)
             }
         };
         file.advise_random();
-        let column = TokenColumn::of(COLUMN, matches!(documents, Documents::One));
+        let column = TokenColumn::of(COLUMN, matches!(documents, FlatDocuments::One));
         let not_read = further.filter(|_| !options.is_field).map(str::to_owned).into_iter().collect();
         let info = ShardInfo { file, format, dtype, column, not_read, rows, blocks: metas };
         Ok(Shard::Random(Box::new(FlatShard { info, start, documents, blocks })))
@@ -129,7 +129,7 @@ impl AnyShard for FlatShard {
 
     fn let_go(&mut self) {
         self.info.file.let_go();
-        if let Documents::Listed(table) = &mut self.documents {
+        if let FlatDocuments::Listed(table) = &mut self.documents {
             table.index.let_go();
         }
     }
@@ -149,18 +149,18 @@ impl AnyShard for FlatShard {
 
     fn describe(&self) -> String {
         let documents = match &self.documents {
-            Documents::One => "one document".to_owned(),
-            Documents::Fixed { length, .. } => format!("documents of {}", number_of(*length, "token")),
-            Documents::Listed(_) => "documents listed beside it".to_owned(),
+            FlatDocuments::One => "one document".to_owned(),
+            FlatDocuments::Fixed { length, .. } => format!("documents of {}", number_of(*length, "token")),
+            FlatDocuments::Listed(_) => "documents listed beside it".to_owned(),
         };
         format!("{documents}, uncompressed, read in place")
     }
 
     fn row_lengths(&self) -> Result<Vec<Option<u64>>> {
         Ok(match &self.documents {
-            Documents::One => vec![Some(1); self.info.rows as usize],
-            Documents::Fixed { length, count } => vec![Some(*length); *count as usize],
-            Documents::Listed(table) => {
+            FlatDocuments::One => vec![Some(1); self.info.rows as usize],
+            FlatDocuments::Fixed { length, count } => vec![Some(*length); *count as usize],
+            FlatDocuments::Listed(table) => {
                 let (mut lengths, mut last) = (Vec::new(), 0);
                 for document in 0..table.documents {
                     table.ends(document..document + 1, &mut Vec::new(), |end| {
@@ -190,10 +190,10 @@ impl RandomShard for FlatShard {
     fn ends<'a>(&'a self, block: usize, scratch: &'a mut EndsScratch) -> Result<Ends<'a>> {
         let tokens = self.info.blocks[block].tokens;
         Ok(match &self.documents {
-            Documents::One => Ends::Fixed { length: tokens, count: 1 },
-            Documents::Fixed { length, count } => Ends::Fixed { length: *length, count: *count as usize },
-            Documents::Listed(_) if self.info.blocks[block].ends == 1 => Ends::Fixed { length: tokens, count: 1 },
-            Documents::Listed(table) => {
+            FlatDocuments::One => Ends::Fixed { length: tokens, count: 1 },
+            FlatDocuments::Fixed { length, count } => Ends::Fixed { length: *length, count: *count as usize },
+            FlatDocuments::Listed(_) if self.info.blocks[block].ends == 1 => Ends::Fixed { length: tokens, count: 1 },
+            FlatDocuments::Listed(table) => {
                 let place = |error: Error| error.at(table.index.path());
                 table.index.check_window().map_err(place)?;
                 scratch.list.clear();
@@ -213,9 +213,9 @@ impl RandomShard for FlatShard {
 
     fn row_of(&self, block: usize, token: u64) -> Option<u64> {
         match &self.documents {
-            Documents::One => Some(token),
-            Documents::Fixed { length, .. } => Some(token / (*length).max(1)),
-            Documents::Listed(table) => {
+            FlatDocuments::One => Some(token),
+            FlatDocuments::Fixed { length, .. } => Some(token / (*length).max(1)),
+            FlatDocuments::Listed(table) => {
                 let BlockDocuments { first, count, start } = *self.blocks.get(block)?;
                 let mut before = 0;
                 let ends = table.ends(first..first + count, &mut Vec::new(), |end| {

@@ -9,7 +9,7 @@ use crate::layout::Segment;
 use crate::order::balance;
 use crate::order::epochs::EpochChain;
 use crate::order::partition::{BatchRow, Grouping};
-use crate::read::Scratch;
+use crate::read::ReadMemory;
 use crate::settings::{Balance, Remainder};
 
 /// A row of a batch, by its position.
@@ -115,7 +115,7 @@ impl Session {
         growth: &Growth,
         rows: &[PositionedRow],
         orders: &mut Orders,
-        scratch: &mut Scratch,
+        scratch: &mut ReadMemory,
         reads: &mut RowReads,
     ) -> Result<()> {
         let sources = &self.opened.sources;

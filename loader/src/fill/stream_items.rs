@@ -4,7 +4,7 @@ use crate::format::Ends;
 
 /// A part of a stretch of a block's stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Piece {
+pub(crate) enum StreamItem {
     /// The id `bos_id`.
     Bos,
     /// The tokens `start..start + len` of the block.
@@ -36,18 +36,18 @@ fn document_at(ends: &Ends<'_>, stream_end: impl Fn(usize) -> u64, at: u64) -> u
     low
 }
 
-/// Calls `each` with the pieces of stream places `from..to` of a block, in order.
+/// Calls `each` with the items at the stream places `from..to` of a block, in order.
 ///
 /// `ends` holds the block's document ends, and `tokens` is its token count. `continues` tells that
 /// the first token of the block continues a document of the previous block.
-pub(crate) fn pieces<E>(
+pub(crate) fn stream_items<E>(
     ends: &Ends<'_>,
     tokens: u64,
     continues: bool,
     (bos, eos): (bool, bool),
     from: u64,
     to: u64,
-    mut each: impl FnMut(Piece) -> Result<(), E>,
+    mut each: impl FnMut(StreamItem) -> Result<(), E>,
 ) -> Result<(), E> {
     let (bos, eos) = (u64::from(bos), u64::from(eos));
     let stream_end = |index: usize| stream_end(ends, continues, (bos, eos), index);
@@ -61,7 +61,7 @@ pub(crate) fn pieces<E>(
         let has_bos = bos == 1 && !(document == 0 && continues);
         if has_bos {
             if at == place {
-                each(Piece::Bos)?;
+                each(StreamItem::Bos)?;
                 at += 1;
             }
             place += 1;
@@ -69,19 +69,19 @@ pub(crate) fn pieces<E>(
         let body = place + (last - first);
         if at < body && at < to {
             let len = body.min(to) - at;
-            each(Piece::Tokens { start: first + (at - place), len })?;
+            each(StreamItem::Tokens { start: first + (at - place), len })?;
             at += len;
         }
         place = body;
         if ends_here && eos == 1 {
             if at == place && at < to {
-                each(Piece::Eos)?;
+                each(StreamItem::Eos)?;
                 at += 1;
             }
             place += 1;
         }
         if ends_here && at == place {
-            each(Piece::End)?;
+            each(StreamItem::End)?;
         }
         document += 1;
     }
@@ -96,7 +96,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pieces_cut_anywhere_rebuild_the_stream(
+        fn items_cut_anywhere_rebuild_the_stream(
             lengths in prop::collection::vec(1u32..6, 1..8), continues: bool, unfinished: bool, bos: bool, eos: bool,
         ) {
             let mut ends: Vec<u32> = lengths.iter().scan(0, |sum, len| { *sum += len; Some(*sum) }).collect();
@@ -116,12 +116,12 @@ mod tests {
             for from in 0..stream.len() {
                 for to in from..=stream.len() {
                     let (mut got, mut ended) = (Vec::new(), Vec::new());
-                    pieces::<()>(&Ends::List(&ends), tokens, continues, (bos, eos), from as u64, to as u64, |piece| {
+                    stream_items::<()>(&Ends::List(&ends), tokens, continues, (bos, eos), from as u64, to as u64, |piece| {
                         match piece {
-                            Piece::Bos => got.push(-1),
-                            Piece::Eos => got.push(-2),
-                            Piece::Tokens { start, len } => got.extend((start as i64)..(start + len) as i64),
-                            Piece::End => ended.push(from + got.len()),
+                            StreamItem::Bos => got.push(-1),
+                            StreamItem::Eos => got.push(-2),
+                            StreamItem::Tokens { start, len } => got.extend((start as i64)..(start + len) as i64),
+                            StreamItem::End => ended.push(from + got.len()),
                         }
                         Ok(())
                     }).unwrap();

@@ -9,7 +9,7 @@ use crate::tokens::{Tokens, negative_id};
 /// A label is written at its id's place, or one token ahead if targets are shifted. A shifted row
 /// of `n` places takes `n + 1` tokens. The first token has no label, and the last one has no id.
 #[derive(Debug)]
-pub(crate) struct Row<'a, T> {
+pub(crate) struct TokenRow<'a, T> {
     ids: &'a mut [T],
     /// The labels. There are as many as ids, or none.
     labels: &'a mut [i64],
@@ -17,7 +17,7 @@ pub(crate) struct Row<'a, T> {
     lead: usize,
 }
 
-impl<'a, T: Id> Row<'a, T> {
+impl<'a, T: Id> TokenRow<'a, T> {
     /// Makes a row of ids without labels.
     #[cfg(test)]
     pub(crate) fn of_ids(ids: &'a mut [T]) -> Self {
@@ -106,8 +106,8 @@ impl UnfitId {
 ///
 /// # Panics
 /// Panics if the lengths differ.
-pub(crate) fn widen<T: Id>(row: Row<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -> Result<(), UnfitId> {
-    let Row { mut ids, mut labels, lead } = row;
+pub(crate) fn widen<T: Id>(row: TokenRow<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -> Result<(), UnfitId> {
+    let TokenRow { mut ids, mut labels, lead } = row;
     let len = ids.len().max(lead + labels.len());
     assert_eq!(len, tokens.len(), "row and run differ in length");
     // Fetching an unmapped address walks the page table every time. Fetching bytes that are read
@@ -151,15 +151,16 @@ mod tests {
         #[test]
         fn widening_keeps_every_value(ids in prop::collection::vec(0i64..=i64::from(i32::MAX), 0..300)) {
             for dtype in DTYPES {
-                let bits = 8 * dtype.size() as u32;
+                // Ids are not negative.
+                let bits = 8 * dtype.size() as u32 - u32::from(matches!(dtype, Dtype::I8 | Dtype::I16));
                 let ids: Vec<i64> = ids.iter().map(|id| if bits < 32 { id & ((1 << bits) - 1) } else { *id }).collect();
                 let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()[..dtype.size()].to_vec()).collect();
                 let tokens = Tokens::new(dtype, &bytes);
                 let (mut wide, mut labels) = (vec![-1i64; ids.len()], vec![-1i64; ids.len()]);
-                widen(Row::of_ids(&mut wide), &tokens, Ahead::NONE).unwrap();
+                widen(TokenRow::of_ids(&mut wide), &tokens, Ahead::NONE).unwrap();
                 prop_assert_eq!(&wide, &ids);
                 let mut narrow = vec![-1i32; ids.len()];
-                widen(Row::with_labels(&mut narrow, &mut labels), &tokens, Ahead::NONE).unwrap();
+                widen(TokenRow::with_labels(&mut narrow, &mut labels), &tokens, Ahead::NONE).unwrap();
                 prop_assert!(narrow.iter().zip(&ids).all(|(narrow, id)| i64::from(*narrow) == *id));
                 prop_assert_eq!(&labels, &ids);
             }
@@ -178,7 +179,7 @@ mod tests {
                 let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()[..dtype.size()].to_vec()).collect();
                 let tokens = Tokens::new(dtype, &bytes);
                 let (mut x, mut y) = (vec![-1i32; len], vec![-1i64; len]);
-                let mut row = Row::with_shifted_labels(&mut x, &mut y);
+                let mut row = TokenRow::with_shifted_labels(&mut x, &mut y);
                 prop_assert_eq!(row.len(), ids.len());
                 for cut in cuts.windows(2) {
                     let run = tokens.slice(cut[0]..cut[1]);
@@ -201,11 +202,11 @@ mod tests {
                 let tokens = Tokens::new(dtype, &bytes);
                 let stored = tokens.get(at % len);
                 let mut labels = vec![0; len];
-                prop_assert_eq!(widen(Row::of_ids(&mut vec![0i64; len]), &tokens, Ahead::of(&bytes)).is_ok(), stored >= 0);
-                let narrow = widen(Row::with_labels(&mut vec![0i32; len], &mut labels), &tokens, Ahead::of(&bytes));
+                prop_assert_eq!(widen(TokenRow::of_ids(&mut vec![0i64; len]), &tokens, Ahead::of(&bytes)).is_ok(), stored >= 0);
+                let narrow = widen(TokenRow::with_labels(&mut vec![0i32; len], &mut labels), &tokens, Ahead::of(&bytes));
                 prop_assert_eq!(narrow.is_ok(), i32::try_from(stored).is_ok_and(|id| id >= 0), "{:?} {}", dtype, stored);
                 let (mut x, mut y) = (vec![0i32; len - 1], vec![0i64; len - 1]);
-                let shifted = len == 1 || widen(Row::with_shifted_labels(&mut x, &mut y), &tokens, Ahead::NONE).is_ok();
+                let shifted = len == 1 || widen(TokenRow::with_shifted_labels(&mut x, &mut y), &tokens, Ahead::NONE).is_ok();
                 prop_assert_eq!(shifted, len == 1 || narrow.is_ok(), "shifted: {:?} {}", dtype, stored);
             }
         }
