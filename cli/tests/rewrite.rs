@@ -82,6 +82,8 @@ fn shards(folder: &Path) -> Vec<(String, Vec<u8>)> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path());
     let mut shards: Vec<_> = entries
         .filter(|path| path.extension().is_some_and(|suffix| suffix == "arrow" || suffix == "parquet"))
+        // A file that is being written is no shard yet.
+        .filter(|path| !path.file_name().unwrap().to_string_lossy().starts_with('.'))
         .map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap()))
         .collect();
     shards.sort();

@@ -314,7 +314,7 @@ fn every_encoding_and_type_reads_as_written() {
     for dtype in TYPES {
         for encoding in ENCODINGS {
             for version in VERSIONS {
-                for (most, seed) in [(most(dtype), 3), (200, 5)] {
+                for (most, seed) in [(most(dtype), 3), (most(dtype).min(200), 5)] {
                     let writing = Writing { dtype, encoding, version, ..Writing::default() };
                     let rows = some_rows(160, most, seed);
                     check(&write(&writing, &rows), &rows, 300);
@@ -368,7 +368,7 @@ fn rows_of_one_token_are_one_document() {
         for encoding in ENCODINGS {
             for nullable in [false, true] {
                 let writing = Writing { dtype, encoding, page_rows: 40, group_rows: 300, ..Writing::default() };
-                let tokens: Vec<_> = (0..1000).map(|i| i * i % 251).collect();
+                let tokens: Vec<_> = (0..1000).map(|i| i * i % most(dtype).min(251)).collect();
                 let array = numbers(dtype, &tokens.iter().copied().map(Some).collect::<Vec<_>>());
                 let saved = save(&write_array(array, nullable, writing.properties()));
                 for route in [Route::Pages, Route::Arrow] {
@@ -463,7 +463,6 @@ fn unusable_columns_are_refused_by_name_and_type() {
             "message m { optional group tokens (LIST) { repeated group list { optional float element; } } }",
             "of type float",
         ),
-        ("message m { optional int32 tokens (INT_16); }", "of type int16"),
         ("message m { optional int64 tokens (UINT_64); }", "of type uint64"),
         ("message m { optional int32 tokens (DATE); }", "of type date (int32)"),
         ("message m { optional group tokens { optional int32 a; } }", "a struct or map"),
@@ -694,6 +693,8 @@ proptest! {
         rows in prop::collection::vec(any_row(), 0..120),
         block_tokens in 1u64..2000,
     ) {
+        let fitting = |row: Vec<i64>| row.into_iter().map(|id| id % most(writing.dtype)).collect();
+        let rows: Vec<Option<Vec<i64>>> = rows.into_iter().map(|row| row.map(fitting)).collect();
         check(&write(&writing, &rows), &rows, block_tokens);
     }
 
