@@ -53,7 +53,7 @@ def write_long(folder: Path, documents: int, mean: int) -> None:
 
 
 def once(job: Record) -> Record:
-    """Opens a loader, and takes batches from it. Times are those of the wall, and of all threads."""
+    """Opens a loader, and takes batches. Gives times of the wall, and of all threads."""
     import forebay
 
     bare = anonymous_mb()

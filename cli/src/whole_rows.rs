@@ -82,8 +82,8 @@ impl Window {
         }))
     }
 
-    /// Adds a document that has tokens. Gives the rows of each window that it fills. If the document
-    /// was packed before, the documents inside it begin at `starts`.
+    /// Adds a document that has tokens. Gives the rows of each window that it fills. If the
+    /// document was packed before, the documents inside it begin at `starts`.
     pub(crate) fn add(&mut self, place: DocumentRow, document: &[i64], starts: &[usize], emit: Emit<'_>) {
         let is_delivered = match self.holdout {
             None => true,

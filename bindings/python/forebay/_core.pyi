@@ -281,9 +281,9 @@ class Batch:
     def fields(self) -> list[tuple[str, Array]]:
         """Returns the arrays with their names."""
     def tensors(self, tensors: Tensors) -> dict[str, Any]:
-        """Returns the arrays by name, as tensors that share the memory of the batch, and the facts."""
+        """Returns the facts and the arrays by name, as tensors that share the batch's memory."""
     def facts(self) -> dict[str, Any]:
-        """Returns the values that no array holds, by name: `max_seqlen`, and strings of documents."""
+        """Returns the values outside arrays, by name: `max_seqlen`, and strings of documents."""
     def beside(self) -> list[tuple[str, Array]]:
         """Returns the arrays that lie beside the buffer, with their names: numbers of documents."""
     def layout(self) -> list[tuple[str, str, int, list[int]]]:

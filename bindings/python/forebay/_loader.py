@@ -228,7 +228,7 @@ class Loader(Generic[B]):
     boundaries:
         Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
         `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
-        `pack`, with `packed_by`, and for columns with one value for each document, and else
+        `pack`, with `packed_by`, and for columns with one value for each document. Else it means
         `false`. Default: none.
     packed_by:
         Column that says where documents begin in rows of files that were packed before. For `rows`

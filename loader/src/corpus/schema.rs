@@ -198,7 +198,7 @@ fn place_of(source: &str) -> String {
 }
 
 impl DocumentField {
-    /// Makes further column `column`, called `name`, of sources that store it in the types `stored`.
+    /// Makes further column `column`, called `name`. `stored` gives its types in the sources.
     fn of(name: &str, column: usize, stored: &[(&str, Option<FieldType>)]) -> Result<Self> {
         if !rule_of(name, 0).names.is_empty() {
             return Err(Error::data(format!(
@@ -238,7 +238,7 @@ impl DocumentField {
 }
 
 impl SchemaField {
-    /// Makes further column `column`, called `name`, of sources that store it in the types `stored`.
+    /// Makes further column `column`, called `name`. `stored` gives its types in the sources.
     /// `None` stands for a source that lacks it. Labels that are no target get the value
     /// `ignore_index`.
     fn of(name: &str, column: usize, ignore_index: i64, stored: &[(&str, Option<Dtype>)]) -> Result<Self> {

@@ -9,6 +9,7 @@ use std::fmt;
 
 use super::OpenOptions;
 use crate::error::{Error, Result};
+use crate::settings::PackedBy;
 use crate::text::escaped;
 
 /// Columns that are taken for the tokens if no column is named, in order of preference.
@@ -179,11 +180,13 @@ pub const STARTS_OF_DOCUMENTS: &str = "starts of documents";
 pub fn looks_like(column: &str) -> Option<&'static str> {
     let name = column.to_lowercase();
     let has = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
+    let starts = |by: PackedBy| matches!(by, PackedBy::SeqLengths | PackedBy::SeqStartId);
+    let has_starts = PackedBy::CHOICES.iter().any(|(name, by)| starts(*by) && *name == column);
     match () {
         () if has(&["mask"]) => Some("a mask"),
         () if has(&["weight"]) => Some("weights"),
         () if has(&["label", "target"]) => Some("labels"),
-        () if ["seq_lengths", "seq_start_id"].contains(&column) => Some(STARTS_OF_DOCUMENTS),
+        () if has_starts => Some(STARTS_OF_DOCUMENTS),
         () if has(&["position_id", "token_type", "segment_id", "doc_id"]) => Some("ids of positions or segments"),
         () => None,
     }

@@ -134,7 +134,7 @@ impl Opened {
         )))
     }
 
-    /// Of ranks that share rows, the rank after a rank is this much higher: 1 if all ranks share.
+    /// The distance between neighbouring ranks that share rows: 1 if all ranks share.
     ///
     /// Rows that are decoded may move only between ranks that draw from the same lanes.
     pub(super) fn balance_stride(&self, grouping: Grouping) -> u64 {

@@ -50,8 +50,8 @@ settings! {
         Content(AsOpened), Optional(column()), [TokenDataset];
 
     /// Further columns to deliver. A column of lists has one value for each token: labels, masks,
-    /// weights, or any numbers. `labels` replace the labels made of the tokens. In padding, `labels`
-    /// are `ignore_index` and all other columns are 0. A column of numbers or strings has one value
+    /// weights, or any numbers. `labels` replace the labels made of the tokens. In padding,
+    /// `labels` are `ignore_index` and all other columns are 0. A column of numbers or strings has one value
     /// for each document, and a batch one for each stretch in `cu_seqlens`.
     fields: Vec<String> = Vec::new(),
         Content(Always), Columns, [TokenDataset];
@@ -92,7 +92,8 @@ settings! {
 
     /// Adds the starts of documents to the batch: `position_ids`, `doc_ids`, `cu_seqlens` and
     /// `max_seqlen`. No label then asks for the first token of a document. `none` means `true` for
-    /// `pack`, with `packed_by`, and for columns with one value for each document, and else `false`.
+    /// `pack`, with `packed_by`, and for columns with one value for each document. Else it means
+    /// `false`.
     boundaries: Option<bool> = None,
         Content(Always), Optional(Switch), [TokenDataset];
 
