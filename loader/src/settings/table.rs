@@ -51,8 +51,8 @@ settings! {
 
     /// Further columns to deliver. A column of lists has one value for each token: labels, masks,
     /// weights, or any numbers. `labels` replace the labels made of the tokens. In padding,
-    /// `labels` are `ignore_index` and all other columns are 0. A column of numbers or strings has one value
-    /// for each document, and a batch one for each stretch in `cu_seqlens`.
+    /// `labels` are `ignore_index` and all other columns are 0. A column of numbers or strings has
+    /// one value for each document, and a batch one for each stretch in `cu_seqlens`.
     fields: Vec<String> = Vec::new(),
         Content(Always), Columns, [TokenDataset];
 
