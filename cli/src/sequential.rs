@@ -56,8 +56,7 @@ pub(crate) trait Visitor {
 /// Reads the tokens of the shards of `corpus` in order, each from the column that a loader takes.
 /// Joined rows begin `phase` tokens after the start of the first document.
 pub(crate) fn read(config: &Config, corpus: &Corpus, phase: u64, visitor: &mut dyn Visitor) -> Result<()> {
-    let specials = (config.bos_id.map(i64::from), config.eos_id.map(i64::from));
-    read_column(config, None, None, specials, None, corpus, phase, visitor)
+    read_column(config, Column::Tokens, corpus, phase, visitor)
 }
 
 /// Reads a further column of the shards of `corpus`, like [`read`].
@@ -71,8 +70,7 @@ pub(crate) fn read_field(
     phase: u64,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
-    let specials = (config.bos_id.map(|_| field.special), config.eos_id.map(|_| field.special));
-    read_column(config, Some(field.name), Some(field.dtype), specials, None, corpus, phase, visitor)
+    read_column(config, Column::Field(field), corpus, phase, visitor)
 }
 
 /// Reads a per-document column of the shards of `corpus`, like [`read`].
@@ -85,25 +83,38 @@ pub(crate) fn read_documents(
     phase: u64,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
-    let specials = (config.bos_id.map(|_| 0), config.eos_id.map(|_| 0));
-    read_column(config, None, None, specials, Some(field), corpus, phase, visitor)
+    read_column(config, Column::Documents(field), corpus, phase, visitor)
 }
 
-/// Reads column `column` of each shard. `None` means the token column.
+/// The part of a corpus that is read.
+#[derive(Clone, Copy, Debug)]
+enum Column<'a> {
+    Tokens,
+    Field(&'a SchemaField),
+    Documents(&'a DocumentField),
+}
+
 fn read_column(
     config: &Config,
-    column: Option<&str>,
-    delivered: Option<Dtype>,
-    (bos, eos): (Option<i64>, Option<i64>),
-    documents: Option<&DocumentField>,
+    column: Column<'_>,
     corpus: &Corpus,
     phase: u64,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
+    let special = |id: Option<u32>| match column {
+        Column::Tokens => id.map(i64::from),
+        Column::Field(field) => id.map(|_| field.special),
+        Column::Documents(_) => id.map(|_| 0),
+    };
+    let (name, delivered, documents) = match column {
+        Column::Tokens => (None, None, None),
+        Column::Field(field) => (Some(field.name), Some(field.dtype), None),
+        Column::Documents(field) => (None, None, Some(field)),
+    };
     let mut stream = RowCutter {
         delivered,
-        bos,
-        eos,
+        bos: special(config.bos_id),
+        eos: special(config.eos_id),
         documents: None,
         seq_len: config.seq_len as usize,
         overlap: usize::from(config.targets == Targets::Shifted),
@@ -129,10 +140,10 @@ fn read_column(
             let hashes = documents.map(|field| hashes_of(&file.path, field)).transpose();
             stream.documents = hashes.map_err(|error| error.at(&file.path))?;
             let read = if flat::is_flat(facts.format) {
-                read_flat(&file.path, &facts, column, &mut stream)
+                read_flat(&file.path, &facts, name, &mut stream)
             } else {
-                let column = column.unwrap_or_else(|| corpus.token_column(shard));
-                read_file(&file.path, column, &mut stream)
+                let name = name.unwrap_or_else(|| corpus.token_column(shard));
+                read_file(&file.path, name, &mut stream)
             };
             read.map_err(|error| error.at(&file.path))?;
             stream.end_shard();
@@ -141,6 +152,9 @@ fn read_column(
     stream.finish();
     Ok(())
 }
+
+/// Documents of joined rows, and their places in the stream.
+type BegunDocuments = Vec<(u64, DocumentRow)>;
 
 /// The part of the stream that is not in rows yet.
 struct RowCutter<'a> {
@@ -165,7 +179,7 @@ struct RowCutter<'a> {
     /// Number of tokens before the first row. They come after the last document.
     phase: usize,
     /// These tokens and their documents. `None` until all of them are read.
-    head: Option<(Vec<i64>, Vec<(u64, DocumentRow)>)>,
+    head: Option<(Vec<i64>, BegunDocuments)>,
     visitor: &'a mut dyn Visitor,
     shard: usize,
     /// Row of the document that is being read.
