@@ -93,8 +93,7 @@ def columns(rows: list[list[Cut]], s: LayoutSettings) -> int:
     if s.pad_to_multiple is None:
         return s.seq_len
     longest = max((place + len(cut) for row in rows for place, cut in row), default=0)
-    places = max(1, longest - (s.capacity - s.seq_len))
-    return min(-(-places // s.pad_to_multiple) * s.pad_to_multiple, s.seq_len)
+    return min(-(-max(1, longest) // s.pad_to_multiple) * s.pad_to_multiple, s.seq_len)
 
 
 def batch_of(rows: list[list[Cut]], s: LayoutSettings, pad_id: int, boundaries: bool) -> dict[str, Any]:

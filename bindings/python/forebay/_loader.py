@@ -142,8 +142,7 @@ def _taken(core: _core.Batches, format: Format | None) -> Taken | None:
 
 def _arrays(batch: _core.Batch) -> Arrays:
     arrays: dict[str, Any] = {name: np.asarray(array) for name, array in batch.fields()}
-    if batch.max_seqlen is not None:
-        arrays["max_seqlen"] = batch.max_seqlen
+    arrays.update(batch.facts())
     return arrays
 
 

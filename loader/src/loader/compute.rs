@@ -100,8 +100,9 @@ impl Session {
         let seq_len = self.config.seq_len;
         let Some(multiple) = self.config.pad_to_multiple else { return seq_len as usize };
         let ends = reads.iter().filter_map(|(_, segments)| segments.last()).map(|last| last.place + last.len);
-        // With shifted targets, the last token of a row is only a target.
-        let longest = ends.max().unwrap_or(0).saturating_sub(self.config.row_tokens() - seq_len);
+        // Every token of a shorter row has a place among the inputs, in a batch of any length. So the
+        // checksum of a row does not depend on its batch.
+        let longest = ends.max().unwrap_or(0);
         longest.max(1).next_multiple_of(multiple).min(seq_len) as usize
     }
 
