@@ -88,11 +88,15 @@ impl Batch {
         self.max_seqlen
     }
 
-    /// The values that no array holds, by name: `max_seqlen`, and strings of documents.
-    fn facts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+    /// The values that no array holds, by name: `max_seqlen`, and strings of documents. None if
+    /// there are none.
+    fn facts<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        if self.max_seqlen.is_none() && self.inner.documents.is_none() {
+            return Ok(None);
+        }
         let dict = PyDict::new(py);
         add_facts(&dict, &self.inner, self.part, self.max_seqlen)?;
-        Ok(dict)
+        Ok(Some(dict))
     }
 
     /// The arrays that lie beside the buffer: the numbers of documents.

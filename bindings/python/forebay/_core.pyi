@@ -282,8 +282,10 @@ class Batch:
         """Returns the arrays with their names."""
     def tensors(self, tensors: Tensors) -> dict[str, Any]:
         """Returns the facts and the arrays by name, as tensors that share the batch's memory."""
-    def facts(self) -> dict[str, Any]:
-        """Returns the values outside arrays, by name: `max_seqlen`, and strings of documents."""
+    def facts(self) -> dict[str, Any] | None:
+        """Returns the values outside arrays, by name: `max_seqlen`, and strings of documents. None
+        if there are none.
+        """
     def beside(self) -> list[tuple[str, Array]]:
         """Returns the arrays that lie beside the buffer, with their names: numbers of documents."""
     def layout(self) -> list[tuple[str, str, int, list[int]]]:

@@ -82,7 +82,7 @@ def views(buffer: torch.Tensor, batch: _core.Batch) -> Tensors:
     """Returns the arrays of a batch as views of `buffer`."""
     tensors: dict[str, Any] = {field[0]: view(buffer, *field[1:]) for field in batch.layout()}
     tensors.update((name, torch.utils.dlpack.from_dlpack(array)) for name, array in batch.beside())
-    tensors.update(batch.facts())
+    tensors.update(batch.facts() or {})
     return tensors
 
 

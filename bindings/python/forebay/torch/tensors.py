@@ -25,7 +25,7 @@ def tensors_of(batch: _core.Batch) -> Tensors:
     if NATIVE is not None:
         return batch.tensors(NATIVE)
     tensors: dict[str, Any] = {name: torch.utils.dlpack.from_dlpack(array) for name, array in batch.fields()}
-    tensors.update(batch.facts())
+    tensors.update(batch.facts() or {})
     return tensors
 
 
