@@ -100,8 +100,8 @@ impl Session {
         let seq_len = self.config.seq_len;
         let Some(multiple) = self.config.pad_to_multiple else { return seq_len as usize };
         let ends = reads.iter().filter_map(|(_, segments)| segments.last()).map(|last| last.place + last.len);
-        // Every token of a shorter row has a place among the inputs, in a batch of any length. So the
-        // checksum of a row does not depend on its batch.
+        // Every token of a shorter row has a place among the inputs, in a batch of any length. So
+        // the checksum of a row does not depend on its batch.
         let longest = ends.max().unwrap_or(0);
         longest.max(1).next_multiple_of(multiple).min(seq_len) as usize
     }
