@@ -23,7 +23,7 @@ pub(crate) struct Supervised {
     tokens: u64,
     targets: u64,
     documents: u64,
-    /// Number of documents with tokens, none of which is a target.
+    /// Number of documents that have tokens but no target.
     without_target: u64,
 }
 

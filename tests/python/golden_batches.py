@@ -1,7 +1,7 @@
 """Writes `tests/golden/batches.json`: a hash of all batches of an epoch, for each layout.
 
-The batches are those of the specification. `test_layouts.py` compares the loader with the file, and
-fails where the file is out of date.
+The specification makes the batches. `test_layouts.py` compares the loader with the file, and fails
+where the file is out of date.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def add_losses(found: Losses, model: Any, batch: Any, targets: str, **more: Any)
     for row in range(len(batch[inputs])):
         for number in range(int(batch["doc_ids"][row].max()) + 1):
             places = (batch["doc_ids"][row] == number).nonzero()[:, 0].tolist()
-            # The loss at a place is that of the next token.
+            # A place has the loss of the next token.
             inside = [place for place in places if place < losses.shape[1] and wanted[row, place] != -100]
             tokens = [int(batch[inputs][row, place]) for place in places]
             if targets == "shifted" and len(inside) == len(places):

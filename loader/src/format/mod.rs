@@ -726,8 +726,8 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Shard> {
 
 /// The stamp of the file at `path`, whose own stamp is `own`, and of the files beside it.
 ///
-/// The time is that of the newest file. Its nanoseconds also tell the other files apart, so that
-/// another index of the same size and an older time gives another stamp.
+/// The stamp has the time of the newest file. Its nanoseconds also depend on the times of the other
+/// files. So an index of the same size with an older time gives another stamp.
 pub fn stamp_with_beside(files: &Files, path: &Path, own: Stamp) -> Result<Stamp> {
     let name = path.to_string_lossy();
     let mut stamp = own;

@@ -122,7 +122,7 @@ pub(super) struct Window {
 }
 
 impl Cut {
-    /// What is lost of documents with these lengths.
+    /// Counts the tokens and documents that `overflow` loses of documents with these lengths.
     pub(super) fn lost(&self, lengths: impl Iterator<Item = u32>) -> Lost {
         let mut lost = Lost::default();
         let capacity = u64::from(self.capacity);

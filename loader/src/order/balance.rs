@@ -4,7 +4,8 @@
 //!
 //! 1. The rows are sorted by cost, the largest first. Rows of equal cost keep their order.
 //! 2. Each row goes to the rank with the least cost so far, among the ranks that have fewer rows
-//!    than their share. Of equal ranks, the first takes the row.
+//!    than their share. If ranks are equal, the first of them
+//!    takes the row.
 //! 3. The rows of a rank keep the order that they have in the global batch.
 //!
 //! So every rank gets equally many rows. The tests hold that the costs of two ranks differ by no
