@@ -471,8 +471,9 @@ def padding_section(records: list[Record]) -> list[str]:
     heads = ["S", "median", "forebay, 100 M tokens", "forebay", "TRL", "Grain", "torchtitan", "met"]
     return [
         "### Padding of packed rows", "",
-        f"Lengths are log-normal: their logarithm has a standard deviation of {documents.SIGMA}. The first"
-        f" column is a shard of 100 M tokens. All others pack the same {shorter / 1e6:.0f} M tokens. TRL packs with `bfd_split`, Grain with"
+        f"Lengths are log-normal: their logarithm has a standard deviation of {documents.SIGMA}. The first column is a"
+        f" shard of 100 M tokens. All others pack the same {shorter / 1e6:.0f} M tokens. TRL packs with `bfd_split`,"
+        " Grain with"
         " 128 bins, torchtitan with its packer for samples (`MMSamplePacker`, a buffer of 100). Target: at most 0.3 %"
         " with 100 M tokens, and never more than a peer.", "",
         *table(heads, rows), "",
