@@ -7,9 +7,9 @@ export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/forebay/target
 export PATH := $(PATH):$(HOME)/.cargo/bin
 PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
-SOURCES := examples scripts tests/python bindings/python $(wildcard benches/python)
+SOURCES := examples docs/site scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos generate fmt demo bench bench-all bench-workers bench-layouts bench-regression doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos generate fmt docs demo bench bench-all bench-workers bench-layouts bench-regression doc clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -62,6 +62,7 @@ check: ## Check formatting, lints and types; warnings are errors
 	PYO3_PYTHON=$(CURDIR)/.venv/bin/python cargo clippy --workspace --all-targets -- -D warnings
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
+	@$(MAKE) --no-print-directory docs
 	@$(SETUP) wheel .venv
 	.venv/bin/mypy --strict bindings/python/forebay
 	.venv/bin/python -m mypy.stubtest forebay._core
@@ -71,8 +72,14 @@ check-macos: ## Compile the core, the commands and the binding for macOS on ARM 
 	CARGO_ZIGBUILD_PYTHON_PATH=$(CURDIR)/.venv/bin/python CC_aarch64_apple_darwin="$(CURDIR)/.venv/bin/maturin zig cc -- -target aarch64-macos" \
 	  PYO3_NO_PYTHON=1 cargo check --target aarch64-apple-darwin -p forebay -p forebay-cli -p forebay-python
 
-generate: ## Write the parts of docs/settings.md and Python that come from the table of settings
+generate: ## Write the parts of docs/ and Python that come from the table of settings, the docstrings and the commands' help
 	cargo run --quiet -p forebay-tests --bin generate
+	cargo build --quiet -p forebay-cli
+	@$(PYTHON) scripts/pages.py $(CARGO_TARGET_DIR)/debug/forebay
+
+docs: ## Build the site into out/docs/site, without a warning; ARGS=--linkcheck asks the foreign addresses
+	@$(SETUP) venv .venv build docs
+	@.venv/bin/python scripts/docs.py $(ARGS)
 
 fmt: ## Format Rust and Python
 	@$(SETUP) venv .venv lint

@@ -6,6 +6,8 @@ Each runs as it stands. Only positions that lie past a small corpus are replaced
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +31,17 @@ PAGES = {
     "docs/data.md": 1,
     "docs/fine-tuning.md": 3,
     "docs/formats.md": 2,
+    "docs/from-bin.md": 2,
+    "docs/from-hugging-face.md": 3,
+    "docs/from-litdata.md": 2,
+    "docs/from-megatron.md": 2,
+    "docs/from-pytorch.md": 1,
     "docs/layouts.md": 3,
-    "docs/runs.md": 3,
+    "docs/mixtures.md": 1,
+    "docs/performance.md": 1,
+    "docs/quick-start.md": 4,
+    "docs/resume.md": 4,
+    "docs/runs.md": 2,
     "docs/torch.md": 3,
 }
 
@@ -43,6 +54,10 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
         documents = np.random.default_rng(1).integers(0, 50_000, (SEQUENCES, 2048)).tolist()
         facts = {"url": ["https://example.org"] * SEQUENCES, "year": pa.array([2026] * SEQUENCES, pa.int32())}
         pq.write_table(pa.table({"input_ids": documents, **facts}), folder / name / "a.parquet")
+    rewrite = ["rewrite", str(folder / "corpus"), str(folder / "pairs"), "--to", "megatron", "--dtype", "uint16"]
+    subprocess.run([sys.executable, "-m", "forebay", *rewrite], check=True, capture_output=True, timeout=120)
+    for path in (folder / "pairs").glob("tokens-00000-000.*"):
+        path.rename(folder / f"my-corpus_text_document{path.suffix}")
     return folder
 
 
@@ -70,7 +85,7 @@ def test_every_program_that_is_shown_runs(
     shown: dict[str, Any] = {
         "DataLoader": DataLoader, "TokenDataset": TokenDataset, "Thread": Thread, "train": train, "checkpoint": {},
         "dataset": dataset, "loader": DataLoader(dataset, batch_size=8, drop_last=True),
-        "model": lambda **_: SimpleNamespace(loss=0.0),
+        "model": lambda **_: SimpleNamespace(loss=0.0), "documents": [[1, 2, 3]] * 20_000,
     }  # fmt: skip
     for program in BLOCK.findall((ROOT / name).read_text()):
         if 'device="cuda"' in program and not torch.cuda.is_available():
@@ -80,7 +95,7 @@ def test_every_program_that_is_shown_runs(
         exec(compile(program.replace("12_000", "12").replace("120_", "").replace("121_", "1"), name, "exec"), shown)
     if name == "README.md":
         assert "of the time was spent waiting for data" in capsys.readouterr().out
-    elif name == "docs/runs.md":
+    elif name == "docs/mixtures.md":
         assert {source["name"] for source in shown["loader"].stats()["sources"]} == {"web", "code"}
     elif name == "docs/fine-tuning.md":
         labels = shown["batch"]["labels"]
