@@ -87,10 +87,17 @@ fmt: ## Format Rust and Python
 	.venv/bin/ruff format $(SOURCES)
 	.venv/bin/ruff check --fix $(SOURCES)
 
-demo: ## Train a small GPT on Python's own sources, kill and resume it, compare with PyTorch's loader
+demo: ## Train a small GPT on Python's own sources, kill and resume it, compare with PyTorch's loader; ARGS=--quick shows the idea in two minutes, without torch
+	@$(PYTHON) examples/announce.py $(ARGS)
+ifneq ($(filter --quick,$(ARGS)),)
+	@$(SETUP) venv .venv build quick
+	@FOREBAY_WHEEL_PROFILE=$${FOREBAY_WHEEL_PROFILE:-dev} $(SETUP) wheel .venv
+	@.venv/bin/python examples/quick.py
+else
 	@$(SETUP) venv .venv build demo
 	@$(SETUP) wheel .venv
 	@.venv/bin/python examples/demo.py
+endif
 
 bench: build ## Measure limits, forebay and its peers side by side, in 20 minutes; ARGS=--quick takes 2; other ARGS: --targets, --resume, --scale, --write-results
 	@$(SETUP) venv .venv bench

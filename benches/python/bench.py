@@ -37,6 +37,7 @@ import layouts
 import measure
 import memory
 import page
+import picture
 import placement
 import report
 import resume
@@ -515,7 +516,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
         parts += [section(load(path)) for name in [*TARGETS, *ALONE] if (path := OUT / f"{name}.jsonl").exists()]
         parts += [old[min(marks) :]] if marks else []
         results.write_text(report.wrapped("\n".join(parts)))
-        print("bench: wrote benches/RESULTS.md", file=sys.stderr)
+        picture.write()
+        print("bench: wrote benches/RESULTS.md and benches/picture.svg", file=sys.stderr)
         return
     chosen = [name for name in [*TARGETS, *ALONE] if getattr(options, name) or (options.targets and name in TARGETS)]
     if chosen:

@@ -253,13 +253,31 @@ def dots(group: Group, title: str, note: str, fields: list[tuple[str, str]], uni
     return figure(title, note, len(found), "".join(parts))
 
 
+def totals(group: Group, title: str, note: str, field: str) -> str:
+    """Plots amounts as bars from zero, from the least to the greatest."""
+    found = entries(group, field, False)
+    if not found:
+        return ""
+    top = max(values(entry.line, field)[2] for entry in found)
+    parts = []
+    for row, entry in enumerate(found):
+        y = TOP + row * STEP
+        middle = values(entry.line, field)[1]
+        width = max((WIDTH - NAMES - 62) * middle / top, 1)
+        parts.append(
+            f"<g><title>{html.escape(f'{entry.label}: {number(middle)} MB')}</title>{name(entry, y)}"
+            f'<rect class="{entry.kind}" x="{NAMES}" y="{y}" width="{width:.1f}" height="16"/>'
+            f'<text class="soft value" x="{NAMES + width + 6:.1f}" y="{y + 12}">{number(middle)}</text></g>'
+        )
+    return figure(title, note, len(found), "".join(parts))
+
+
 def plots(group: Group) -> str:
     shown = [
         speeds(group),
         dots(group, "CPU seconds per billion tokens", "of everything it runs", [("cpu_s_per_gtok", "")], "CPU s"),
-        dots(
-            group, "Memory, MB", "of all processes, above what the imports take, mapped files not counted",
-            [("own_memory_mb", "")], "MB",
+        totals(
+            group, "Memory, MB, in total", "of all processes with their imports, mapped files not counted", "memory_mb"
         ),
         dots(
             group, "Waiting for a batch, µs", "half of the batches came within ●, 99 % within ■, 99.9 % within ❙",

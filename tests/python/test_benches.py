@@ -176,3 +176,15 @@ def test_the_committed_results_are_wrapped_as_the_writer_wraps_them(bench: Any) 
     assert bench("report").wrapped(text) == text
     long = "- " + "word " * 40
     assert max(map(len, bench("report").wrapped(long).splitlines())) <= 100
+
+
+def test_the_picture_and_the_opening_come_from_the_tables(bench: Any) -> None:
+    text, picture = (SOURCES.parent / "RESULTS.md").read_text(), bench("picture")
+    assert picture.with_opening(text) == text, "run benches/python/picture.py"
+    assert picture.picture(text) == (SOURCES.parent / "picture.svg").read_text(), "run benches/python/picture.py"
+    flat = picture.rows(text, picture.FLAT)
+    assert flat == sorted(flat, key=lambda row: -row.mtok_per_s)
+    assert sum(row.ours for row in flat) == 1 and len(flat) > 5
+    slower = text.replace(f"{flat[0].mtok_per_s:.0f}", "12.5")
+    assert picture.rows(slower, picture.FLAT)[0].mtok_per_s < flat[0].mtok_per_s
+    assert picture.with_opening(slower) != slower

@@ -27,7 +27,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SEQUENCES = 400
 #: The pages, each with the number of programs that it shows.
 PAGES = {
-    "README.md": 2,
+    "README.md": 1,
     "docs/data.md": 1,
     "docs/fine-tuning.md": 3,
     "docs/formats.md": 2,
