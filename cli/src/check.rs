@@ -7,7 +7,7 @@ use std::io::Write;
 
 use forebay::corpus::mixed_shards;
 use forebay::format::{self, Access, EndsScratch, OpenOptions, Shard, looks_like};
-use forebay::tokens::negative_id;
+use forebay::tokens::{Tokens, id_outside, negative_id};
 use forebay::{Config, Error, ErrorKind};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
@@ -34,6 +34,9 @@ pub(crate) struct Options {
     /// Name of the token column, if it is none of the usual ones
     #[arg(long, value_name = "NAME")]
     token_column: Option<String>,
+    /// Number of ids of the tokenizer: any other id is a fault
+    #[arg(long, value_name = "COUNT")]
+    vocab_size: Option<String>,
     /// Prints one JSON object
     #[arg(long)]
     json: bool,
@@ -42,7 +45,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
-    let flags = [("token_column", options.token_column.clone())];
+    let flags = [("token_column", options.token_column.clone()), ("vocab_size", options.vocab_size.clone())];
     let config = options.sets.resolve(&options.paths, &flags, context)?.config;
     let findings = check(&config, context)?;
     let written = if options.json { writeln!(context.out, "{}", findings.json()) } else { findings.write(context.out) };
@@ -101,7 +104,7 @@ fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure
     let bar = progress::bar(tokens, TEMPLATE, context.env)?.with_message("reading");
     let read: Vec<forebay::Result<BlockLengths>> = pool.install(|| {
         let read = blocks.par_iter().map_init(Scratch::default, |scratch, (shard, block)| {
-            let read = read_block(shard, *block, scratch, &bar);
+            let read = read_block(shard, *block, config.vocab_size, scratch, &bar);
             read.map_err(|error| error.at(shard.path()).in_block(*block as u64))
         });
         read.collect()
@@ -145,11 +148,29 @@ struct Scratch {
 }
 
 /// Reads a whole block like a loader. Returns the lengths of its documents.
-fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &ProgressBar) -> forebay::Result<BlockLengths> {
+fn read_block(
+    shard: &Shard,
+    block: usize,
+    vocab_size: Option<u64>,
+    scratch: &mut Scratch,
+    bar: &ProgressBar,
+) -> forebay::Result<BlockLengths> {
+    let outside = |tokens: &Tokens<'_>| {
+        let at = tokens.first_outside(vocab_size?)?;
+        Some((at, id_outside(tokens.get(at), vocab_size?)))
+    };
+    let at_row = |error: Error, row: Option<u64>| match row {
+        Some(row) => error.at_row(row),
+        None => error,
+    };
     let meta = shard.blocks()[block];
     match shard {
         Shard::Block(shard) => {
             let decoded = shard.decode(block, None)?;
+            if let Some((at, error)) = outside(&Tokens::new(shard.block_dtype(), &decoded.bytes)) {
+                let before: u64 = shard.blocks()[..block].iter().map(|block| block.tokens).sum();
+                return Err(at_row(error, row_of(&shard.row_lengths()?, before + at as u64)));
+            }
             bar.inc(meta.tokens);
             let ends = decoded.document_ends();
             Ok(BlockLengths::of(meta.tokens, (0..ends.len()).map(|document| ends.get(document))))
@@ -160,12 +181,9 @@ fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &Progress
             while start < meta.tokens {
                 let end = meta.tokens.min(start + PIECE_TOKENS);
                 let tokens = shard.tokens(block, start..end, &mut scratch.bytes)?;
-                if let Some(at) = tokens.first_negative() {
-                    let error = negative_id(tokens.get(at));
-                    return Err(match shard.row_of(block, start + at as u64) {
-                        Some(row) => error.at_row(row),
-                        None => error,
-                    });
+                let negative = tokens.first_negative().map(|at| (at, negative_id(tokens.get(at))));
+                if let Some((at, error)) = negative.or_else(|| outside(&tokens)) {
+                    return Err(at_row(error, shard.row_of(block, start + at as u64)));
                 }
                 bar.inc(end - start);
                 start = end;
@@ -177,6 +195,16 @@ fn read_block(shard: &Shard, block: usize, scratch: &mut Scratch, bar: &Progress
             Ok(BlockLengths::of(meta.tokens, (0..ends.len()).map(|document| ends.get(document))))
         }
     }
+}
+
+/// The row with token `token`, in rows of these lengths.
+fn row_of(lengths: &[Option<u64>], token: u64) -> Option<u64> {
+    let mut before = 0;
+    let row = lengths.iter().position(|length| {
+        before += length.unwrap_or(0);
+        before > token
+    });
+    row.map(|row| row as u64)
 }
 
 fn tokens_of(shard: &Shard) -> u64 {

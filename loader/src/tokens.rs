@@ -305,6 +305,11 @@ impl<'a> Tokens<'a> {
         }
     }
 
+    /// Index of the first id from `vocab_size` on. Negative ids do not count.
+    pub fn first_outside(&self, vocab_size: u64) -> Option<usize> {
+        (0..self.len()).find(|index| u64::try_from(self.get(*index)).is_ok_and(|id| id >= vocab_size))
+    }
+
     /// The value at `index`, as a 64-bit integer. A floating-point number appears as its bits.
     ///
     /// # Panics
@@ -329,6 +334,14 @@ impl<'a> Tokens<'a> {
 /// Makes the error for a file with the negative id `id`.
 pub fn negative_id(id: i64) -> Error {
     Error::data(format!("token ids must not be negative: found {id}"))
+}
+
+/// Makes the error for a file with the id `id`, which is not below `vocab_size`.
+pub fn id_outside(id: i64, vocab_size: u64) -> Error {
+    Error::data(format!(
+        "token id {id} is outside of the vocabulary: expected an id below `vocab_size` = {vocab_size}; the file is \
+         damaged, or another tokenizer wrote it"
+    ))
 }
 
 #[cfg(test)]

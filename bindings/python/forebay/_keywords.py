@@ -19,6 +19,7 @@ class LoaderKeywords(TypedDict, total=False):
     format: Literal["auto", "parquet", "arrow", "npy", "llm.c", "megatron", "datatrove", "raw"] | None
     token_column: str | None
     bin_dtype: npt.DTypeLike | None
+    vocab_size: int | None
     seq_len: int | None
     ignore_index: int | None
     bos_id: int | None
@@ -72,6 +73,7 @@ class DataLoaderKeywords(TypedDict, total=False):
     """Keywords of ``forebay.torch.DataLoader`` that do not decide the type of its batches."""
 
     # settings: torch types, from `make generate`
+    vocab_size: int | None
     seed: int | None
     chunk_tokens: int | None
     window_tokens: int | None

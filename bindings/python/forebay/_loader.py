@@ -203,6 +203,10 @@ class Loader(Generic[B]):
         Type of the ids in raw files, which have no header that says it. Files of all other formats
         say it themselves. Default: none. Accepted: `uint8`, `uint16`, `uint32`, `int32`, `int64`,
         `int8` or `int16`, or `none`.
+    vocab_size:
+        Number of ids of the tokenizer. A batch with another id is an error with file, block and
+        row. `none` checks only that no id is negative. Default: none. Accepted: an integer from 1
+        to 2^31, or `none`.
     seq_len:
         Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
     targets:
@@ -515,6 +519,7 @@ class Loader(Generic[B]):
         token_column: str | None = None,
         fields: Iterable[str] | None = None,
         bin_dtype: npt.DTypeLike | None = None,
+        vocab_size: int | None = None,
         seq_len: int | None = None,
         targets: Literal["labels", "shifted"] | None = None,
         ignore_index: int | None = None,
@@ -574,6 +579,7 @@ class Loader(Generic[B]):
             token_column=token_column,
             fields=fields,
             bin_dtype=bin_dtype,
+            vocab_size=vocab_size,
             seq_len=seq_len,
             targets=targets,
             ignore_index=ignore_index,

@@ -79,7 +79,10 @@ impl Places for FieldRow<'_> {
         convert(&values.slice(self.lead..self.lead + places), self.dtype, self.bytes);
         let unfit = if self.only_ones { UnfitId::other_than_one(self.bytes) } else { None };
         let lead = self.lead;
-        unfit.map_or(Ok(()), |unfit| Err(UnfitId { index: unfit.index + lead, ..unfit }))
+        unfit.map_or(Ok(()), |mut unfit| {
+            unfit.index += lead;
+            Err(unfit)
+        })
     }
 
     fn write_special(self, _: u32) {

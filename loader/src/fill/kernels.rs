@@ -64,13 +64,24 @@ impl Ahead {
 /// Number of tokens widened between two prefetches: a cache line of the narrowest type.
 const STEP: usize = 64;
 
-/// Writes the `id` of every chunk. Returns all ids or-ed together if `CHECKED`, and otherwise 0.
+/// The largest id that a row takes if nothing limits it.
+pub(crate) const NO_LIMIT: i64 = i64::MAX;
+
+/// No id of the type on disk can be unfit.
+const UNCHECKED: u8 = 0;
+/// An id is unfit if the delivered type cannot hold it.
+const BY_TYPE: u8 = 1;
+/// An id is also unfit if it is above a limit. The limit fits the delivered type.
+const BY_LIMIT: u8 = 2;
+
+/// Writes the `id` of every chunk. If `CHECK` asks for it, returns bits that show unfit ids, else 0.
 #[inline(always)]
-fn each<const N: usize, const CHECKED: bool, T: Id>(
+fn each<const N: usize, const CHECK: u8, T: Id>(
     ids: &mut [T],
     labels: &mut [i64],
     chunks: &[[u8; N]],
     ahead: Ahead,
+    last: i64,
     id: impl Fn([u8; N]) -> i64 + Copy,
 ) -> u64 {
     let (steps, rest) = chunks.as_chunks::<STEP>();
@@ -79,42 +90,53 @@ fn each<const N: usize, const CHECKED: bool, T: Id>(
     if labels.is_empty() {
         for (index, (out, chunks)) in ids.iter_mut().zip(steps).enumerate() {
             ahead.fetch::<N>(index * STEP * N);
-            any |= write::<N, CHECKED, T>(out, chunks, id);
+            any |= write::<N, CHECK, T>(out, chunks, last, id);
         }
-        any |= write::<N, CHECKED, T>(ids_rest, rest, id);
+        any |= write::<N, CHECK, T>(ids_rest, rest, last, id);
     } else {
         let (labels, labels_rest) = labels.as_chunks_mut::<STEP>();
         for (index, ((out, labels), chunks)) in ids.iter_mut().zip(labels).zip(steps).enumerate() {
             ahead.fetch::<N>(index * STEP * N);
-            any |= write_both::<N, CHECKED, T>(out, labels, chunks, id);
+            any |= write_both::<N, CHECK, T>(out, labels, chunks, last, id);
         }
-        any |= write_both::<N, CHECKED, T>(ids_rest, labels_rest, rest, id);
+        any |= write_both::<N, CHECK, T>(ids_rest, labels_rest, rest, last, id);
     }
     any as u64
 }
 
+/// Bits of [`Id::UNFIT`] if `id` is unfit.
 #[inline(always)]
-fn write<const N: usize, const CHECKED: bool, T: Id>(
+fn unfit_bits<const CHECK: u8>(id: i64, last: i64) -> i64 {
+    match CHECK {
+        UNCHECKED => 0,
+        BY_TYPE => id,
+        // The difference is negative above the limit. Otherwise it has no bit that the limit lacks.
+        _ => id | last.wrapping_sub(id),
+    }
+}
+
+#[inline(always)]
+fn write<const N: usize, const CHECK: u8, T: Id>(
     ids: &mut [T],
     chunks: &[[u8; N]],
+    last: i64,
     id: impl Fn([u8; N]) -> i64,
 ) -> i64 {
     let mut any = 0;
     for (out, chunk) in ids.iter_mut().zip(chunks) {
         let id = id(*chunk);
         *out = T::of(id);
-        if CHECKED {
-            any |= id;
-        }
+        any |= unfit_bits::<CHECK>(id, last);
     }
     any
 }
 
 #[inline(always)]
-fn write_both<const N: usize, const CHECKED: bool, T: Id>(
+fn write_both<const N: usize, const CHECK: u8, T: Id>(
     ids: &mut [T],
     labels: &mut [i64],
     chunks: &[[u8; N]],
+    last: i64,
     id: impl Fn([u8; N]) -> i64,
 ) -> i64 {
     let mut any = 0;
@@ -122,53 +144,78 @@ fn write_both<const N: usize, const CHECKED: bool, T: Id>(
         let id = id(*chunk);
         *out = T::of(id);
         *label = id;
-        if CHECKED {
-            any |= id;
-        }
+        any |= unfit_bits::<CHECK>(id, last);
     }
     any
 }
 
 #[inline(always)]
-fn widen_with<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahead: Ahead) -> u64 {
+fn widen_with<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahead: Ahead, last: i64) -> u64 {
+    if last == NO_LIMIT {
+        widen_checked::<UNCHECKED, BY_TYPE, T>(ids, labels, tokens, ahead, last)
+    } else {
+        widen_checked::<BY_LIMIT, BY_LIMIT, T>(ids, labels, tokens, ahead, last)
+    }
+}
+
+/// Writes ids of types that every delivered type holds with the check `SMALL`, and others with the
+/// check `WIDE`.
+#[inline(always)]
+fn widen_checked<const SMALL: u8, const WIDE: u8, T: Id>(
+    ids: &mut [T],
+    labels: &mut [i64],
+    tokens: &Tokens<'_>,
+    ahead: Ahead,
+    last: i64,
+) -> u64 {
     let bytes = tokens.bytes();
+    macro_rules! each {
+        ($check:ident, $id:expr) => {
+            each::<_, $check, T>(ids, labels, bytes.as_chunks().0, ahead, last, $id)
+        };
+    }
     match tokens.dtype() {
-        Dtype::U8 => each::<1, false, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(b[0])),
-        Dtype::U16 => {
-            each::<2, false, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(u16::from_le_bytes(b)))
-        }
-        Dtype::I8 => each::<1, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(b[0].cast_signed())),
-        Dtype::I16 => each::<2, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(i16::from_le_bytes(b))),
-        Dtype::U32 => each::<4, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(u32::from_le_bytes(b))),
-        Dtype::I32 => each::<4, true, T>(ids, labels, bytes.as_chunks().0, ahead, |b| i64::from(i32::from_le_bytes(b))),
-        Dtype::I64 => each::<8, true, T>(ids, labels, bytes.as_chunks().0, ahead, i64::from_le_bytes),
+        Dtype::U8 => each!(SMALL, |[byte]: [u8; 1]| i64::from(byte)),
+        Dtype::U16 => each!(SMALL, |b| i64::from(u16::from_le_bytes(b))),
+        Dtype::I8 => each!(WIDE, |[byte]: [u8; 1]| i64::from(byte.cast_signed())),
+        Dtype::I16 => each!(WIDE, |b| i64::from(i16::from_le_bytes(b))),
+        Dtype::U32 => each!(WIDE, |b| i64::from(u32::from_le_bytes(b))),
+        Dtype::I32 => each!(WIDE, |b| i64::from(i32::from_le_bytes(b))),
+        Dtype::I64 => each!(WIDE, i64::from_le_bytes),
         other => unreachable!("formats refuse ids of type {}", other.name()),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn widen_avx2<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahead: Ahead) -> u64 {
-    widen_with(ids, labels, tokens, ahead)
+fn widen_avx2<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahead: Ahead, last: i64) -> u64 {
+    widen_with(ids, labels, tokens, ahead, last)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn widen_avx512<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahead: Ahead) -> u64 {
-    widen_with(ids, labels, tokens, ahead)
+fn widen_avx512<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahead: Ahead, last: i64) -> u64 {
+    widen_with(ids, labels, tokens, ahead, last)
 }
 
 /// Writes `tokens` to `ids`, and to `labels` if there are any. Each has one place per token.
 ///
-/// Returns all ids or-ed together if some may not fit, and otherwise 0.
-pub(super) fn widen_places<T: Id>(ids: &mut [T], labels: &mut [i64], tokens: &Tokens<'_>, ahead: Ahead) -> u64 {
+/// Returns bits of [`Id::UNFIT`] if an id does not fit the delivered type, or is above `last`. A
+/// limit other than [`NO_LIMIT`] must be below 2^31.
+pub(super) fn widen_places<T: Id>(
+    ids: &mut [T],
+    labels: &mut [i64],
+    tokens: &Tokens<'_>,
+    ahead: Ahead,
+    last: i64,
+) -> u64 {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx512bw") && std::arch::is_x86_feature_detected!("avx512vl") {
         // SAFETY: the check above found AVX-512 BW and VL on this processor.
-        return unsafe { widen_avx512(ids, labels, tokens, ahead) };
+        return unsafe { widen_avx512(ids, labels, tokens, ahead, last) };
     } else if std::arch::is_x86_feature_detected!("avx2") {
         // SAFETY: the check above found AVX2 on this processor.
-        return unsafe { widen_avx2(ids, labels, tokens, ahead) };
+        return unsafe { widen_avx2(ids, labels, tokens, ahead, last) };
     }
-    widen_with(ids, labels, tokens, ahead)
+    widen_with(ids, labels, tokens, ahead, last)
 }

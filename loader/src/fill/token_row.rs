@@ -1,8 +1,8 @@
 //! Rows, as the places that a run of tokens is written to.
 
-use super::kernels::{Ahead, Id, widen_places};
+use super::kernels::{Ahead, Id, NO_LIMIT, widen_places};
 use crate::error::Error;
-use crate::tokens::{Tokens, negative_id};
+use crate::tokens::{Tokens, id_outside, negative_id};
 
 /// The places of the ids and labels of a row, or of a part of a row.
 ///
@@ -15,13 +15,15 @@ pub(crate) struct TokenRow<'a, T> {
     labels: &'a mut [i64],
     /// Number of tokens at the start that have no label: 1 at the start of a shifted row.
     lead: usize,
+    /// The largest id that the row takes.
+    last: i64,
 }
 
 impl<'a, T: Id> TokenRow<'a, T> {
     /// Makes a row of ids without labels.
     #[cfg(test)]
     pub(crate) fn of_ids(ids: &'a mut [T]) -> Self {
-        Self { ids, labels: &mut [], lead: 0 }
+        Self { ids, labels: &mut [], lead: 0, last: NO_LIMIT }
     }
 
     /// Makes a row of ids and of labels with the same values.
@@ -30,7 +32,7 @@ impl<'a, T: Id> TokenRow<'a, T> {
     /// Panics if the lengths differ.
     pub(crate) fn with_labels(ids: &'a mut [T], labels: &'a mut [i64]) -> Self {
         assert_eq!(ids.len(), labels.len(), "ids and labels differ in length");
-        Self { ids, labels, lead: 0 }
+        Self { ids, labels, lead: 0, last: NO_LIMIT }
     }
 
     /// Makes a row of ids and of labels that are one token ahead.
@@ -39,6 +41,11 @@ impl<'a, T: Id> TokenRow<'a, T> {
     /// Panics if the lengths differ.
     pub(crate) fn with_shifted_labels(ids: &'a mut [T], labels: &'a mut [i64]) -> Self {
         Self { lead: 1, ..Self::with_labels(ids, labels) }
+    }
+
+    /// Refuses ids from `vocab_size` on.
+    pub(crate) fn with_vocabulary(self, vocab_size: Option<u64>) -> Self {
+        Self { last: vocab_size.map_or(NO_LIMIT, |size| size as i64 - 1), ..self }
     }
 
     /// Number of tokens that the row takes.
@@ -52,13 +59,14 @@ impl<'a, T: Id> TokenRow<'a, T> {
         let lead = self.lead.min(count);
         let (ids, more_ids) = self.ids.split_at_mut(count.min(self.ids.len()));
         let (labels, more_labels) = self.labels.split_at_mut((count - lead).min(self.labels.len()));
-        (Self { ids, labels, lead }, Self { ids: more_ids, labels: more_labels, lead: self.lead - lead })
+        let last = self.last;
+        (Self { ids, labels, lead, last }, Self { ids: more_ids, labels: more_labels, lead: self.lead - lead, last })
     }
 
     /// Takes off the first `count` tokens.
     pub(crate) fn take(&mut self, count: usize) -> Self {
         let (ids, labels) = (std::mem::take(&mut self.ids), std::mem::take(&mut self.labels));
-        let (first, rest) = Self { ids, labels, lead: self.lead }.split_at(count);
+        let (first, rest) = Self { ids, labels, lead: self.lead, last: self.last }.split_at(count);
         *self = rest;
         first
     }
@@ -70,32 +78,45 @@ impl<'a, T: Id> TokenRow<'a, T> {
     }
 }
 
-/// An id that the delivered type cannot hold, or a value that its column may not have.
+/// An id that a row does not take, or a value that its column may not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct UnfitId {
     /// Place of the id in the run of tokens.
     pub(crate) index: usize,
-    pub(super) id: i64,
-    pub(super) is_mask: bool,
+    id: i64,
+    fault: Fault,
+}
+
+/// The reason why a value is unfit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// The delivered type cannot hold it.
+    Type,
+    /// It is above the largest id of the vocabulary.
+    Above(i64),
+    /// It stands in an attention mask, and is not 1.
+    Mask,
 }
 
 impl UnfitId {
     /// The first value other than 1 among `values`, which are the bytes of 64-bit integers.
     pub(crate) fn other_than_one(values: &[u8]) -> Option<Self> {
         let values = values.as_chunks::<8>().0.iter().map(|value| i64::from_le_bytes(*value));
-        let unfit = |(index, id)| (id != 1).then_some(Self { index, id, is_mask: true });
+        let unfit = |(index, id)| (id != 1).then_some(Self { index, id, fault: Fault::Mask });
         values.enumerate().find_map(unfit)
     }
 
     /// Makes the error of a batch with this id.
     pub(crate) fn error(self) -> Error {
-        match self.id {
-            id if self.is_mask => Error::data(format!(
-                "`attention_mask` is {id} at a token: expected 1 at every token, because Forebay makes the padding \
-                 itself; leave the column out of `fields`, or remove the padding from the file"
+        match self.fault {
+            Fault::Mask => Error::data(format!(
+                "`attention_mask` is {} at a token: expected 1 at every token, because Forebay makes the padding \
+                 itself; leave the column out of `fields`, or remove the padding from the file",
+                self.id
             )),
-            ..0 => negative_id(self.id),
-            id => Error::data(format!("token id {id} does not fit `input_dtype` = int32: use int64")),
+            _ if self.id < 0 => negative_id(self.id),
+            Fault::Above(last) => id_outside(self.id, last as u64 + 1),
+            Fault::Type => Error::data(format!("token id {} does not fit `input_dtype` = int32: use int64", self.id)),
         }
     }
 }
@@ -107,16 +128,17 @@ impl UnfitId {
 /// # Panics
 /// Panics if the lengths differ.
 pub(crate) fn widen<T: Id>(row: TokenRow<'_, T>, tokens: &Tokens<'_>, ahead: Ahead) -> Result<(), UnfitId> {
-    let TokenRow { mut ids, mut labels, lead } = row;
+    let TokenRow { mut ids, mut labels, lead, last } = row;
     let len = ids.len().max(lead + labels.len());
     assert_eq!(len, tokens.len(), "row and run differ in length");
     // Fetching an unmapped address walks the page table every time. Fetching bytes that are read
     // anyway costs nothing.
     let ahead = if ahead.is_none() { Ahead::of(tokens.bytes()) } else { ahead };
-    let (mut any, mut paired) = (0, *tokens);
+    let is_unfit = |id: i64| id as u64 & T::UNFIT != 0 || id > last;
+    let (mut any, mut paired) = (false, *tokens);
     if lead == 1 && len > 0 {
         let id = tokens.get(0);
-        any |= id as u64;
+        any |= is_unfit(id);
         ids[0] = T::of(id);
         ids = &mut ids[1..];
         paired = paired.slice(1..paired.len());
@@ -124,20 +146,21 @@ pub(crate) fn widen<T: Id>(row: TokenRow<'_, T>, tokens: &Tokens<'_>, ahead: Ahe
     if ids.len() < paired.len() {
         // A shifted row ends with a token that has no id.
         let id = paired.get(paired.len() - 1);
-        any |= id as u64;
+        any |= is_unfit(id);
         let (last, before) = labels.split_last_mut().expect("a token without an id has a label");
         *last = id;
         labels = before;
         paired = paired.slice(0..paired.len() - 1);
     }
-    any |= widen_places(ids, labels, &paired, ahead);
-    if any & T::UNFIT == 0 {
+    any |= widen_places(ids, labels, &paired, ahead, last) & T::UNFIT != 0;
+    if !any {
         return Ok(());
     }
-    let ids = (0..tokens.len()).map(|index| UnfitId { index, id: tokens.get(index), is_mask: false });
+    let fault = if last == NO_LIMIT { Fault::Type } else { Fault::Above(last) };
+    let ids = (0..tokens.len()).map(|index| UnfitId { index, id: tokens.get(index), fault });
     // Another process may write to the file between the two reads.
-    let unfit = { ids }.find(|unfit| unfit.id as u64 & T::UNFIT != 0);
-    Err(unfit.unwrap_or(UnfitId { index: 0, id: any as i64, is_mask: false }))
+    let unfit = { ids }.find(|unfit| is_unfit(unfit.id));
+    Err(unfit.unwrap_or(UnfitId { index: 0, id: tokens.get(0), fault }))
 }
 
 #[cfg(test)]
@@ -189,6 +212,36 @@ mod tests {
                 for place in 0..len {
                     prop_assert_eq!(i64::from(x[place]), if place < real { ids[place] } else { 7 }, "x {}", place);
                     prop_assert_eq!(y[place], if place + 1 < real { ids[place + 1] } else { -100 }, "y {}", place);
+                }
+            }
+        }
+
+        #[test]
+        fn ids_from_the_size_of_the_vocabulary_on_are_refused(
+            len in 1usize..300, at in 0usize..300, size in 1u64..=1 << 31, near in -3i64..3, any in prop::num::i64::ANY,
+        ) {
+            for dtype in DTYPES {
+                for id in [size as i64 + near, any, near, i64::from(i32::MAX)] {
+                    let mut ids = vec![0i64; len];
+                    ids[at % len] = id;
+                    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()[..dtype.size()].to_vec()).collect();
+                    let tokens = Tokens::new(dtype, &bytes);
+                    let stored = tokens.get(at % len);
+                    let holds = stored >= 0 && stored < size as i64;
+                    let (mut wide, mut narrow, mut labels) = (vec![0i64; len], vec![0i32; len], vec![0; len]);
+                    let row = TokenRow::of_ids(&mut wide).with_vocabulary(Some(size));
+                    prop_assert_eq!(widen(row, &tokens, Ahead::NONE).is_ok(), holds, "{:?} {}", dtype, stored);
+                    let row = TokenRow::with_labels(&mut narrow, &mut labels).with_vocabulary(Some(size));
+                    let unfit = widen(row, &tokens, Ahead::NONE).err();
+                    prop_assert_eq!(unfit.map(|unfit| (unfit.index, unfit.id)), (!holds).then_some((at % len, stored)));
+                    let (mut x, mut y) = (vec![0i64; len - 1], vec![0i64; len - 1]);
+                    if len > 1 {
+                        let mut row = TokenRow::with_shifted_labels(&mut x, &mut y).with_vocabulary(Some(size));
+                        let cut = at % (len + 1);
+                        let first = widen(row.take(cut), &tokens.slice(0..cut), Ahead::NONE);
+                        let second = widen(row, &tokens.slice(cut..len), Ahead::NONE);
+                        prop_assert_eq!(first.is_ok() && second.is_ok(), holds, "shifted");
+                    }
                 }
             }
         }

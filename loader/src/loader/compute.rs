@@ -491,6 +491,7 @@ impl Session {
             Targets::Labels => TokenRow::with_labels(ids, labels),
             Targets::Shifted => TokenRow::with_shifted_labels(ids, labels),
         };
+        let row = row.with_vocabulary(self.config.vocab_size);
         match request {
             None => row.pad(padding.id, padding.label),
             Some((read, request)) => {

@@ -272,6 +272,13 @@ impl Config {
         if let (Some(rank), Some(size)) = (self.dp_rank, self.dp_world_size) {
             check(rank < size, &|| format!("`dp_rank` must be below `dp_world_size`: found rank {rank} of {size}"));
         }
+        if let Some(size) = self.vocab_size {
+            for (name, id) in [("bos_id", self.bos_id), ("eos_id", self.eos_id), ("pad_id", Some(self.pad_id))] {
+                check(id.is_none_or(|id| u64::from(id) < size), &|| {
+                    format!("`{name}` = {} must be below `vocab_size` = {size}", id.unwrap_or_default())
+                });
+            }
+        }
         self.check_layout(&mut faults);
         self.check_batch_format(&mut faults);
         if faults.is_empty() { Ok(()) } else { Err(Error::all(faults)) }

@@ -61,6 +61,11 @@ settings! {
     bin_dtype: Option<Dtype> = None,
         Content(Always), Optional(StoredDtype), [TokenDataset];
 
+    /// Number of ids of the tokenizer. A batch with another id is an error with file, block and row.
+    /// `none` checks only that no id is negative.
+    vocab_size: Option<u64> = None,
+        Operational, Optional(number(1, 1 << 31).called("an integer from 1 to 2^31")), [TokenDataset, DataLoader];
+
     /// Tokens per sequence.
     seq_len: u64 = 2048,
         Content(Always), few_tokens(1, 1 << 32), [TokenDataset];

@@ -90,6 +90,10 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
 
     Other Parameters
     ----------------
+    vocab_size:
+        Number of ids of the tokenizer. A batch with another id is an error with file, block and
+        row. `none` checks only that no id is negative. Default: none. Accepted: an integer from 1
+        to 2^31, or `none`.
     seed:
         Key of the order, together with the epoch. `forebay.torch.DataLoader` takes it from the
         sampler or the generator if you give none. Default: 0. Accepted: an integer from 0 to 2^64 -
@@ -304,6 +308,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         in_order: bool = True,
         mesh: Any = None,
         # settings: keywords, from `make generate`
+        vocab_size: int | None = None,
         seed: int | None = None,
         chunk_tokens: int | None = None,
         window_tokens: int | None = None,
@@ -355,6 +360,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         pin_memory = pin_memory or (link is not None and _link is None)
         settings: dict[str, Any] = dict(
             # settings: values, from `make generate`
+            vocab_size=vocab_size,
             seed=seed,
             chunk_tokens=chunk_tokens,
             window_tokens=window_tokens,
