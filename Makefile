@@ -62,6 +62,7 @@ check: ## Check formatting, lints and types; warnings are errors
 	PYO3_PYTHON=$(CURDIR)/.venv/bin/python cargo clippy --workspace --all-targets -- -D warnings
 	.venv/bin/ruff check $(SOURCES)
 	.venv/bin/ruff format --check $(SOURCES)
+	@if command -v actionlint >/dev/null; then actionlint; else echo "actionlint is not installed: the workflows were not linted"; fi
 	@$(MAKE) --no-print-directory docs
 	@$(SETUP) wheel .venv
 	.venv/bin/mypy --strict bindings/python/forebay

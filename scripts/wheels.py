@@ -6,6 +6,7 @@ The last line totals the checks. If there is no interpreter to build a wheel, it
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -19,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = str(ROOT / "scripts" / "setup.sh")
 GLIBC = (2, 28)
+#: Machine of the wheels, in the words of zig: x86_64 or aarch64.
+MACHINE = platform.machine()
 OUT = ROOT / "out" / "dist"
 
 
@@ -27,28 +30,28 @@ def asked(*command: str) -> str:
 
 
 def build(python: str) -> Path:
-    """Builds a wheel. Only the final link step uses zig, with the libc of the tag.
+    """Builds a wheel. On Linux, only the final link step uses zig, with the libc of the tag.
 
-    All earlier steps are shared with the ordinary build.
+    All earlier steps are shared with the ordinary build. A wheel for macOS needs no such step.
     """
     tools = ROOT / ".venv" / "bin"
     folder = OUT / Path(python).name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    command = [tools / "maturin", "build", "--release", "--quiet", "--manifest-path", "bindings/Cargo.toml"]
+    command += ["--interpreter", python, "--out", folder]
+    if sys.platform == "darwin":
+        subprocess.run(command, cwd=ROOT, check=True)
+        (wheel,) = folder.glob("*.whl")
+        return wheel
     linker = folder / "link.sh"
     linker.write_text(
         f"#!/bin/sh\nexport CARGO_ZIGBUILD_PYTHON_PATH={shlex.quote(str(tools / 'python'))}\n"
-        f'exec {shlex.quote(str(tools / "maturin"))} zig cc -- -target x86_64-linux-gnu.{GLIBC[0]}.{GLIBC[1]} "$@"\n'
+        f'exec {shlex.quote(str(tools / "maturin"))} zig cc -- -target {MACHINE}-linux-gnu.{GLIBC[0]}.{GLIBC[1]} "$@"\n'
     )
     linker.chmod(0o755)
-    subprocess.run(
-        [
-            tools / "maturin", "build", "--release", "--quiet", "--compatibility", f"manylinux_{GLIBC[0]}_{GLIBC[1]}",
-            "--manifest-path", "bindings/Cargo.toml", "--interpreter", python, "--out", folder,
-            "--", "-C", f"linker={linker}", "-C", "linker-flavor=gcc",
-        ],
-        cwd=ROOT, check=True,
-    )  # fmt: skip
+    command += ["--compatibility", f"manylinux_{GLIBC[0]}_{GLIBC[1]}"]
+    subprocess.run([*command, "--", "-C", f"linker={linker}", "-C", "linker-flavor=gcc"], cwd=ROOT, check=True)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -66,6 +69,9 @@ def newest_glibc(wheel: Path) -> tuple[int, ...]:
 
 
 def prove_tag(wheel: Path) -> None:
+    if sys.platform == "darwin":
+        assert "-macosx_" in wheel.name, f"{wheel.name} is not tagged for macOS"
+        return
     newest = newest_glibc(wheel)
     assert newest <= GLIBC, f"{wheel.name} needs glibc {'.'.join(map(str, newest))}"
     assert f"-manylinux_{GLIBC[0]}_{GLIBC[1]}_" in wheel.name, f"{wheel.name} is not tagged for glibc {GLIBC}"

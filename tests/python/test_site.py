@@ -94,6 +94,15 @@ def test_the_troubleshooting_page_names_every_exception() -> None:
     assert {name for name in errors if f"`{name}`" not in page} == set()
 
 
+@pytest.mark.parametrize("name", ["ci.yml", "wheels.yml"])
+def test_workflows_only_call_targets_of_the_makefile(name: str) -> None:
+    text = (ROOT / ".github" / "workflows" / name).read_text()
+    commands = re.findall(r"^ *-? *run: (.*)$", text, re.MULTILINE)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert commands and all(command.split()[0] == "make" for command in commands), commands
+    assert {command.split()[1] for command in commands} <= targets
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("sphinx", reason="`make docs` installs the generator")
