@@ -19,7 +19,9 @@ PACKAGE = ROOT / "bindings" / "python" / "forebay"
 COMMANDS = ("check", "index", "rewrite", "plan", "bench", "verify", "config")
 #: The sections of docs/python.md: a heading, a module, and its public names by their files.
 MODULES = (
-    ("NumPy arrays", "forebay", {"_loader.py": ["Loader", "Batches"], "_split.py": ["Consumer"]}),
+    ("NumPy arrays", "forebay", {
+        "_loader.py": ["Loader", "Batches"], "_split.py": ["Consumer"], "_shown.py": ["Stats", "Plan"],
+    }),
     ("torch tensors", "forebay.torch", {"torch/loader.py": ["DataLoader"], "torch/dataset.py": ["TokenDataset"]}),
     ("Trainers", "forebay.adapters", {"adapters.py": ["hugging_face", "torchtitan", "megatron", "olmo"]}),
     ("Types of batches", "forebay.batches", {"batches.py": [
@@ -95,7 +97,7 @@ def signature(function: Function, known: set[str], name: str) -> str:
     for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
         if arg.arg in known:
             left_out = True
-        else:
+        elif not arg.arg.startswith("_"):
             keywords.append(arg.arg if default is None else f"{arg.arg}={ast.unparse(default)}")
     if keywords:
         shown += ["*", *keywords]
@@ -147,7 +149,11 @@ def class_text(node: ast.ClassDef, classes: dict[str, ast.stmt], known: set[str]
         rows = fields_text(node, classes)
         doc = markdown(ast.get_docstring(node) or "")
         return f"### {node.name}\n\n{doc}\n\n| key | type | there |\n|---|---|---|\n{rows}\n"
-    head = signature(init, known, node.name) if init is not None and node.name not in ("Batches", "Consumer") else ""
+    head = (
+        signature(init, known, node.name)
+        if init is not None and node.name not in ("Batches", "Consumer", "Plan")
+        else ""
+    )
     text = f"### {node.name}\n\n"
     if head:
         text += "```text\n" + "\n".join(textwrap.wrap(head, 98, subsequent_indent="    ")) + "\n```\n\n"

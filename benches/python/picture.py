@@ -47,7 +47,7 @@ class Row:
 
 
 def rows(text: str, title: str) -> list[Row]:
-    """The fastest row of each loader in a table, the fastest first. Limits and references stay out."""
+    """The fastest row of each loader in a table, the fastest first, without limits."""
     section = text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     heads = [cell.strip() for cell in lines[0]]

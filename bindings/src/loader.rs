@@ -205,6 +205,11 @@ impl Loader {
         Ok(dict)
     }
 
+    /// The plan of a pass as JSON, and as lines of text.
+    fn plan(&self, py: Python<'_>) -> PyResult<(String, String)> {
+        detached(py, || forebay_cli::plan_of(&self.inner))
+    }
+
     /// Reasons why these settings are slow on this corpus.
     fn warnings(&self) -> Vec<String> {
         self.inner.warnings().to_vec()

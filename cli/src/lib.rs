@@ -36,6 +36,7 @@ use forebay::settings::{DataFormat, Resolved, Scope};
 use forebay::storage::Files;
 use forebay::{Error, ErrorKind, settings};
 pub use interrupt::end_at_interrupt;
+pub use plan::plan_of;
 use report::{escaped, escaped_faults};
 
 /// Exit status if the data is faulty.

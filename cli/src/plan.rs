@@ -93,12 +93,7 @@ impl Planned {
     }
 
     fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
-        let config = self.loader.config();
-        for (source, (_, corpus)) in self.plan.sources.iter().zip(self.loader.corpora()) {
-            write_source(out, source, format_of(corpus), config)?;
-        }
-        write_pass(out, &self.plan, config)?;
-        write_memory(out, &self.plan.memory, config)?;
+        write_plan(out, &self.plan, &self.loader)?;
         let first = match self.start.first_batch {
             Some(time) => format!("{:.3} s to the first batch", time.as_secs_f64()),
             None => "a pass has no batch".to_owned(),
@@ -117,17 +112,10 @@ impl Planned {
             .iter()
             .map(|setting| (setting.name.to_owned(), setting.text(self.loader.config()).into()))
             .collect();
-        let sources: Vec<_> = self
-            .plan
-            .sources
-            .iter()
-            .zip(self.loader.corpora())
-            .map(|(source, (_, corpus))| source_json(source, format_of(corpus)))
-            .collect();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
             "settings": settings,
-            "sources": sources,
+            "sources": sources_json(&self.plan, &self.loader),
             "pass": pass_json(&self.plan.pass),
             "decoding": self.plan.decoding.as_ref().map(decoding_json),
             "memory": memory_json(&self.plan.memory),
@@ -140,6 +128,33 @@ impl Planned {
             "warnings": self.loader.warnings(),
         })
     }
+}
+
+/// The plan of `loader` as one JSON object, and as the lines that `forebay plan` prints of it.
+pub fn plan_of(loader: &Loader) -> forebay::Result<(String, String)> {
+    let plan = loader.plan()?;
+    let values = json!({
+        "sources": sources_json(&plan, loader),
+        "pass": pass_json(&plan.pass),
+        "decoding": plan.decoding.as_ref().map(decoding_json),
+        "memory": memory_json(&plan.memory),
+    });
+    let mut text = Vec::new();
+    write_plan(&mut text, &plan, loader).map_err(|error| forebay::Error::io("cannot write the plan", error))?;
+    Ok((values.to_string(), String::from_utf8_lossy(&text).into_owned()))
+}
+
+fn write_plan(out: &mut dyn Write, plan: &Plan, loader: &Loader) -> std::io::Result<()> {
+    for (source, (_, corpus)) in plan.sources.iter().zip(loader.corpora()) {
+        write_source(out, source, format_of(corpus), loader.config())?;
+    }
+    write_pass(out, plan, loader.config())?;
+    write_memory(out, &plan.memory, loader.config())
+}
+
+fn sources_json(plan: &Plan, loader: &Loader) -> Vec<Value> {
+    let sources = plan.sources.iter().zip(loader.corpora());
+    sources.map(|(source, (_, corpus))| source_json(source, format_of(corpus))).collect()
 }
 
 fn format_of(corpus: &Corpus) -> &'static str {

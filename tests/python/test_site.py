@@ -66,6 +66,7 @@ def test_the_python_page_comes_from_the_code() -> None:
     assert (ROOT / "docs" / "python.md").read_text() == expected, "run `make generate`"
 
 
+@pytest.mark.thread_unsafe(reason="it writes a program and starts it")
 def test_the_page_of_options_comes_from_the_commands(tmp_path: Path) -> None:
     program = tmp_path / "forebay"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m forebay "$@"\n')

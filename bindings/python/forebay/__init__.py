@@ -17,6 +17,7 @@ from forebay._errors import (
     StateMismatchError,
 )
 from forebay._loader import Batches, Loader
+from forebay._shown import Plan, Stats
 
 __all__ = [
     "Batches",
@@ -27,7 +28,9 @@ __all__ = [
     "InternalError",
     "Loader",
     "NotFoundError",
+    "Plan",
     "ReadError",
     "StateMismatchError",
+    "Stats",
     "__version__",
 ]

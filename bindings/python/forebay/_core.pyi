@@ -165,6 +165,8 @@ class Loader:
 
         A key ends in its unit. Values of `*_share` lie between 0 and 1.
         """
+    def plan(self) -> tuple[str, str]:
+        """Returns the plan of a pass as JSON, and as lines of text."""
     def warnings(self) -> list[str]:
         """Lists what makes these settings slow on this corpus, each with its remedy."""
     def verdict(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import threading
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from forebay import _core
 from forebay._errors import ClosedError, ConfigError
 from forebay._formats import Format, NumPy, format_of
+from forebay._shown import Plan, Stats, data_text, size_text, table
 from forebay._split import Consumer, Split
 from forebay._transform import Taken, Transform, Transformed, default_threads, transformed
 
@@ -854,9 +856,17 @@ class Loader(Generic[B]):
             return made
         return cast(B, transformed(self._transform, Taken(batch.epoch, batch.step, made)))
 
-    def stats(self) -> dict[str, Any]:
-        """Returns counters since the loader was opened. Times are in seconds."""
-        return self._core.stats()
+    def stats(self) -> Stats:
+        """Returns counters since the loader was opened. ``Stats`` tells their meanings and units."""
+        return Stats(self._core.stats())
+
+    def plan(self) -> Plan:
+        """Computes the size and cost of a pass: steps, remainder, memory, shuffling and decoding.
+
+        It decodes nothing but a sample, to estimate padding. ``print(loader.plan())`` shows it.
+        """
+        values, text = self._open_core().plan()
+        return Plan(json.loads(values), text)
 
     def verdict(self) -> str:
         """Tells in one line whether the loader or its consumers are slower."""
@@ -882,14 +892,28 @@ class Loader(Generic[B]):
         # Debuggers and test runners show an object even if its constructor failed.
         if not hasattr(self, "_core"):
             return f"<{type(self).__name__} that was not opened>"
+        facts = self._facts()
+        shape = f"{facts['sequences']}, rank {facts['rank']}, {facts['batches']}"
+        return f"<{type(self).__name__} of {facts['data']}: {shape}>"
+
+    def _repr_html_(self) -> str:
+        if not hasattr(self, "_core"):
+            return table(type(self).__name__, ("", ""), [("", "not opened")])
+        return table(type(self).__name__, ("", ""), self._facts().items())
+
+    def _facts(self) -> dict[str, str]:
+        """The facts that a terminal and a notebook show."""
         config = self._core.config()
-        sequences, batches = self._core.num_sequences, self._core.len
-        return (
-            f"<{type(self).__name__} of {config['data'] or 'a mixture'}: "
-            f"{'endless' if sequences is None else sequences} sequences of {config['seq_len']}, "
-            f"rank {config['dp_rank']} of {config['dp_world_size']}, "
-            f"{'endless' if batches is None else batches} batches of {config['batch_size']}>"
-        )
+        return {
+            "data": data_text(config),
+            "sequences": f"{size_text(self._core.num_sequences, 'sequences')} of {config['seq_len']:,}",
+            "rank": f"{config['dp_rank']} of {config['dp_world_size']}",
+            "batches": f"{size_text(self._core.len, 'batches')} of {config['batch_size']:,}",
+            "layout": str(config["layout"]),
+            "shuffle": f"{config['shuffle']}, seed {config['seed']}",
+            "epoch": str(self._core.epoch),
+            "verdict": self._core.verdict(),
+        }
 
 
 def finite(count: int | None) -> int:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from forebay import _core
 from forebay._loader import Data, finite
+from forebay._shown import data_text, shown, table
 from forebay.torch.tensors import Tensors, row_of, tensors_of
 
 
@@ -252,6 +253,25 @@ class TokenDataset(Dataset[Tensors]):
             rows.extend(row_of(batch, row) for row in range(n))
             at += n
         return rows
+
+    def __repr__(self) -> str:
+        if "_given" not in self.__dict__:
+            return f"<{type(self).__name__} that was not made>"
+        facts = self._facts()
+        settings = ", ".join(f"{name}={value}" for name, value in facts.items() if name not in ("data", "sequences"))
+        size = f": {facts['sequences']} sequences" if "sequences" in facts else ""
+        return f"<{type(self).__name__} of {facts['data']}{size}{f', {settings}' if settings else ''}>"
+
+    def _repr_html_(self) -> str:
+        return table(type(self).__name__, ("", ""), self._facts().items())
+
+    def _facts(self) -> dict[str, str]:
+        """The settings that were given, and the size if the corpus is open. Opens nothing."""
+        given = {name: value for name, value in self._given.items() if name not in ("data", "mixture")}
+        facts = {"data": data_text(self._given), **{name: shown(value) for name, value in given.items()}}
+        if self._opened is not None and self._opened[0] == os.getpid():
+            facts["sequences"] = f"{len(self):,}"
+        return facts
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler, _DatasetKind
 from forebay import _core
 from forebay._errors import ConfigError
 from forebay._loader import Data, Loader, Skip, first_time
+from forebay._shown import Plan, Stats, table
 from forebay._split import Consumer, Split
 from forebay._transform import Transform
 from forebay.torch.any_dataset.iterator import DatasetIterator
@@ -727,12 +728,19 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         """
         return self._loader.origins
 
-    def stats(self) -> dict[str, Any]:
-        """Returns counters since the loader was opened. Times are in seconds.
+    def stats(self) -> Stats:
+        """Returns counters since the loader was opened. ``Stats`` tells their meanings and units.
 
         Loaders of other datasets count only batches and waits.
         """
-        return self._waits.stats() if self._native is None else self._loader.stats()
+        return Stats(self._waits.stats()) if self._native is None else self._loader.stats()
+
+    def plan(self) -> Plan:
+        """Computes the size and cost of a pass: steps, remainder, memory, shuffling and decoding.
+
+        Native loaders only.
+        """
+        return self._loader.plan()
 
     def verdict(self) -> str:
         """Tells in one line whether the loader or its consumers are slower."""
@@ -742,6 +750,20 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         """Stops every pass. Batches that were handed over stay valid."""
         if self._native is not None:
             self._native.close()
+
+    def __repr__(self) -> str:
+        # Debuggers and test runners show an object even if its constructor failed.
+        if "_native" not in self.__dict__:
+            return f"<{type(self).__name__} that was not opened>"
+        if self._native is None:
+            return f"<{type(self).__name__} of any dataset, {self.num_workers} threads: {self.dataset!r}>"
+        return repr(self._native.loader).replace("<Loader", f"<{type(self).__name__}", 1)
+
+    def _repr_html_(self) -> str:
+        name = type(self).__name__
+        if self.__dict__.get("_native") is None:
+            return table(name, ("", ""), [("", repr(self))])
+        return table(name, ("", ""), self._loader._facts().items())
 
     def __enter__(self) -> Self:
         return self
