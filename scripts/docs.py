@@ -29,6 +29,7 @@ OUTSIDE = {
     "contributing": "CONTRIBUTING.md",
     "security": "SECURITY.md",
     "tests": "tests/README.md",
+    "examples": "examples/README.md",
     "other-datasets": "bindings/python/forebay/torch/any_dataset/README.md",
 }
 LINK = re.compile(r"(\]\()([^)\s]+)(\))|^(\[[^\]]+\]: )(\S+)$", re.MULTILINE)

@@ -135,9 +135,11 @@ def trainers(lane: Lane, *groups: str) -> None:
     trainer fails the lane.
     """
     everything = "trainers-more" in groups
-    names = ("trainers", "adapters", "packed_models", "packed_files", "format_consumers")
+    names = ("trainers", "adapters", "packed_models", "packed_files", "format_consumers", "examples")
     files = tuple(f"tests/python/test_{name}.py" for name in names)
-    chosen = () if everything else ("-k", "not ray and not deepspeed and not jax and not trl")
+    # The notebook and the examples without a trainer belong to the lane `python`.
+    left_out = "not notebook" if everything else "not notebook and not ray and not deepspeed and not jax and not trl"
+    chosen = ("-k", left_out)
     if set_up(lane, "venv", ".venv-trainers", *groups) and set_up(lane, "wheel", ".venv-trainers"):
         run(lane, ".venv-trainers/bin/python", "-m", "pytest", *files, "-q", "-ra", *chosen)
         if lane.counts["skipped"]:

@@ -169,3 +169,16 @@ def test_the_programs_of_the_page_on_fine_tuning_train(tmp_path: Path, monkeypat
         exec(compile(program, "docs/fine-tuning.md", "exec"), shown)
     assert shown["trainer"].state.global_step == 5
     assert float(shown["loss"]) > 0
+
+
+def test_the_programs_of_the_page_on_hugging_face_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "from-hugging-face.md").read_text()
+    programs = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenised").mkdir()
+    pq.write_table(pa.table({"input_ids": [[1, 2, 3, 4]] * 1_000}), tmp_path / "tokenised" / "a.parquet")
+    shown: dict[str, Any] = {"model": llama("sdpa", places=128)}
+    assert "save_to_disk" in programs[0], "test_docs.py runs it, with datasets"
+    for program in programs[1:]:
+        exec(compile(program, "docs/from-hugging-face.md", "exec"), shown)
+    assert shown["trainer"].state.global_step == 5
