@@ -14,13 +14,13 @@ import pytest
 from support import clean_environment
 
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
-pytestmark = pytest.mark.thread_unsafe(reason="each test starts a process")
+pytestmark = [pytest.mark.thread_unsafe(reason="each test starts a process"), pytest.mark.timeout(600)]
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(*command: str, folder: Path) -> str:
     environment = clean_environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 

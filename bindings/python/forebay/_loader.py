@@ -857,7 +857,7 @@ class Loader(Generic[B]):
         return cast(B, transformed(self._transform, Taken(batch.epoch, batch.step, made)))
 
     def stats(self) -> Stats:
-        """Returns counters since the loader was opened. ``Stats`` tells their meanings and units."""
+        """Returns counters since the loader was opened. ``Stats`` tells their meaning and unit."""
         return Stats(self._core.stats())
 
     def plan(self) -> Plan:

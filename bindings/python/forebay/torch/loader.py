@@ -729,7 +729,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         return self._loader.origins
 
     def stats(self) -> Stats:
-        """Returns counters since the loader was opened. ``Stats`` tells their meanings and units.
+        """Returns counters since the loader was opened. ``Stats`` tells their meaning and unit.
 
         Loaders of other datasets count only batches and waits.
         """
