@@ -39,7 +39,7 @@ impl SpanDocuments {
         for span in spans {
             let document = reader.filter(|_| span.tokens > 0).and_then(|reader| {
                 let begins = noted.iter().find(|(place, _)| *place == u64::from(span.start));
-                begins.map(|(_, document)| *document).or_else(|| last.map(|last| reader.next_document(last)))
+                begins.map(|(_, document)| *document).or_else(|| last.map(|last| reader.document_after(last)))
             });
             last = document.or(last);
             self.list.push(document);

@@ -335,8 +335,14 @@ impl Reader {
         scratch.document_ends.get_or_insert_default().clear();
     }
 
-    /// The document after `document` in the stream. The stream must have one.
-    pub(crate) fn next_document(&self, document: DocumentRef) -> DocumentRef {
+    /// The document of the stretch that follows a stretch of `document` in a segment.
+    ///
+    /// It is the next document of the stream. A row that was packed before has one value, and is
+    /// one document with several stretches.
+    pub(crate) fn document_after(&self, document: DocumentRef) -> DocumentRef {
+        if self.packed.is_some() {
+            return document;
+        }
         let DocumentRef { mut shard, mut number } = document;
         number += 1;
         while number >= self.corpus.facts_of(shard).counts.starts && shard + 1 < self.corpus.len() {
