@@ -12,6 +12,11 @@ from typing import Any
 MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 FORMATS = ("hf", "hf-packed", "titan", "megatron", "olmo", "xy", "jax")
 SHIFTED = ("titan", "megatron", "xy", "jax")
+#: Arrays of a batch that every format replaces or leaves out. All others are kept.
+KNOWN = (
+    "input_ids", "labels", "x", "y", *MASKS, "weights", "attention_mask", "position_ids", "doc_ids", "cu_seqlens",
+    "max_seqlen",
+)  # fmt: skip
 
 
 def ahead(row: list[Any], last: Any) -> list[Any]:
@@ -40,8 +45,25 @@ def joined(rows: list[list[Any]]) -> list[Any]:
     return [value for row in rows for value in row]
 
 
-def expected(name: str, batch: dict[str, Any], real: list[list[int]], *, layout: str, ignore_index: int) -> Any:
-    """The batch in format `name`. `real` says which places hold a token."""
+def flipped(value: Any) -> Any:
+    return [flipped(part) for part in value] if isinstance(value, list) else not value
+
+
+def expected(
+    name: str,
+    batch: dict[str, Any],
+    real: list[list[int]],
+    *,
+    layout: str,
+    ignore_index: int,
+    packed: bool = False,
+    fields: tuple[str, ...] = (),
+) -> Any:
+    """The batch in format `name`. `real` says which places hold a token.
+
+    `packed` says that rows of the files hold several documents. `fields` names the columns of the
+    corpus.
+    """
     inputs, targets = ("x", "y") if "x" in batch else ("input_ids", "labels")
     ids, labels = batch[inputs], masked(batch, targets, ignore_index)
     weights = batch.get("weights")
@@ -51,13 +73,17 @@ def expected(name: str, batch: dict[str, Any], real: list[list[int]], *, layout:
     rows, columns = len(ids), len(ids[0])
     positions = batch.get("position_ids", [list(range(columns)) for _ in range(rows)])
     has_borders = "cu_seqlens" in batch
-    kept = {field: batch[field] for field in ("score", "sample_index", "source") if field in batch}
+    kept = {field: value for field, value in batch.items() if field not in KNOWN}
     if weights and name != "megatron":
         kept["weights"] = weights
     is_target = [[label != ignore_index for label in row] for row in labels]
     zeroed = [[label if label != ignore_index else 0 for label in row] for row in labels]
     if name == "hf":
-        more = {"position_ids": positions} if has_borders and layout != "pad" else {"attention_mask": real}
+        holds_one_each = layout == "pad" and not packed
+        finds_by_positions = has_borders or (layout == "rows" and "position_ids" in fields)
+        more = {"position_ids": positions}
+        if holds_one_each or not finds_by_positions:
+            more = {"attention_mask": real} | ({"position_ids": positions} if "position_ids" in fields else {})
         return {"input_ids": ids, "labels": labels, **more, **kept}
     if name == "hf-packed":
         arrays = {"input_ids": ids, "labels": labels, "position_ids": positions, **kept}
@@ -80,9 +106,13 @@ def expected(name: str, batch: dict[str, Any], real: list[list[int]], *, layout:
             borders = [[sum(row[:at]) for at in range(width)] for row in lengths]
             longest = [max(row) for row in lengths]
             made |= {"cu_seqlens": borders, "cu_seqlens_padded": borders, "max_seqlen": longest}
+        if "document_mask" in made:
+            made["attention_mask"] = flipped(made.pop("document_mask"))
         return made
     if name == "olmo":
         made = {"input_ids": ids, "label_mask": is_target, **kept}
+        if "labels" in fields:
+            made["labels"] = [ahead(row, ignore_index) for row in labels]
         if "sample_index" in made:
             made["index"] = made.pop("sample_index")
         if has_borders:

@@ -500,3 +500,31 @@ def test_an_attention_mask_that_hides_a_token_is_refused(tmp_path: Path, contain
             pass
     assert (found.value.path, found.value.row) == (str(path), 4)
     assert "leave the column out of `fields`" in str(found.value)
+
+
+@pytest.mark.parametrize("kind", [pa.uint16(), pa.int64()])
+@pytest.mark.parametrize("layout", ["pack", "pad", "concat"])
+def test_positions_of_a_column_replace_derived_ones(tmp_path: Path, layout: str, kind: pa.DataType) -> None:
+    rows = [[number * 10 + place for place in range(1 + number % 5)] for number in range(30)]
+    # No position is derived: they count backwards.
+    positions = [list(range(len(row)))[::-1] for row in rows]
+    pairs = zip(rows, positions, strict=True)
+    of_token = {token: place for row, places in pairs for token, place in zip(row, places, strict=True)}
+    table = pa.table({"input_ids": rows, "position_ids": pa.array(positions, pa.list_(kind))})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    given: dict[str, Any] = {"seq_len": 8, "batch_size": 2, "layout": layout, "boundaries": True, "pad_id": 9999}
+    with (
+        forebay.Loader(tmp_path, fields=["position_ids"], **given) as own,
+        forebay.Loader(tmp_path, **given) as without,
+    ):
+        for batch, other in zip(own, without, strict=True):
+            wanted = [[of_token.get(token, 0) for token in row] for row in batch["input_ids"].tolist()]
+            assert batch["position_ids"].tolist() == wanted
+            assert batch["position_ids"].dtype == np.int64
+            for name in ("input_ids", "labels", "doc_ids", "cu_seqlens"):
+                assert np.array_equal(batch[name], other[name])
+    asked = [tmp_path, "--seq-len", 8, "--set", f"layout={layout}", "--set", "boundaries=true"]
+    hashes = [verified(*asked, "--set", f"fields={names}")["found"]["hash"] for names in ("none", "position_ids")]
+    assert hashes[0] != hashes[1]
+    with pytest.raises(forebay.ConfigError, match="`position_ids` does not go with `bos_id` and `eos_id`"):
+        forebay.Loader(tmp_path, fields=["position_ids"], eos_id=0, **given)

@@ -77,12 +77,18 @@ class Format:
         self._library = library
         self._ignore_index: int = config["ignore_index"]
         self._has_labels = "labels" in config["fields"]
+        layout, has_positions = config["layout"], "position_ids" in config["fields"]
+        holds_one_each = layout == "pad" and config["packed_by"] == "none"
         #: Whether rows hold one document each, as far as the batch tells.
-        self._is_plain = not config["boundaries"] or config["layout"] == "pad"
+        self._is_plain = holds_one_each or not (config["boundaries"] or (layout == "rows" and has_positions))
+        #: Arrays that models of transformers take for one another.
+        self._unused = {"attention_mask", "position_ids"} - {"attention_mask" if self._is_plain else "position_ids"}
+        if self._is_plain and has_positions:
+            self._unused = set()
         make, own = _FORMATS[name]
         self._make: Callable[[Format, Batch], Any] = make
         for column in config["fields"]:
-            if column in own:
+            if column in own or column in _BOUNDARIES:
                 raise ConfigError(
                     f"`batch_format` = {name} has an array `{column}` of its own: leave that column out of `fields`, "
                     "or choose another format"
@@ -133,14 +139,9 @@ class Format:
 
     def _hf(self, batch: Batch) -> Batch:
         ids, labels = self._inputs_and_targets(batch, ahead=False)
-        made = {"input_ids": ids, "labels": labels}
-        wanted, other = "attention_mask", "position_ids"
-        if not self._is_plain:
-            wanted, other = other, wanted
-        made[wanted] = batch.pop(wanted)
-        for name in (other, "doc_ids", "cu_seqlens", "max_seqlen"):
+        for name in (*self._unused, "doc_ids", "cu_seqlens", "max_seqlen"):
             batch.pop(name, None)
-        return made | batch
+        return {"input_ids": ids, "labels": labels} | batch
 
     def _hf_packed(self, batch: Batch) -> Batch:
         ids, labels = self._inputs_and_targets(batch, ahead=False)
@@ -187,6 +188,9 @@ class Format:
             made["max_seqlen"] = self._library.of_host(np.diff(borders).max(axis=1))
         for name in ("attention_mask", "doc_ids", "max_seqlen"):
             batch.pop(name, None)
+        if "document_mask" in batch:
+            # The trainer's mask is true where a place may not attend.
+            made["attention_mask"] = ~batch.pop("document_mask")
         return made | batch
 
     def _olmo(self, batch: Batch) -> Batch:
@@ -229,25 +233,25 @@ class Format:
         }
 
 
+#: Arrays of the core that every format reads.
+_BOUNDARIES = ("doc_ids", "cu_seqlens", "max_seqlen", "document_mask")
+
 #: How each format is made, and the names of its arrays that a column may not have.
 _FORMATS: dict[str, tuple[Callable[[Format, Batch], Any], tuple[str, ...]]] = {
-    "hf": (Format._hf, ("position_ids",)),
+    "hf": (Format._hf, ()),
     "hf-packed": (
         Format._hf_packed,
-        ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+        ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
     ),
     "titan": (Format._titan, ()),
-    "megatron": (
-        Format._megatron,
-        ("tokens", "position_ids", "cu_seqlens", "cu_seqlens_padded", "max_seqlen"),
-    ),
-    "olmo": (Format._olmo, ("label_mask", "doc_lens", "max_doc_lens", "index", "position_ids")),
+    "megatron": (Format._megatron, ("tokens", "cu_seqlens_padded")),
+    "olmo": (Format._olmo, ("label_mask", "doc_lens", "max_doc_lens", "index")),
     "xy": (Format._xy, ()),
     "jax": (
         Format._jax,
         (
             "inputs", "inputs_position", "inputs_segmentation", "targets", "targets_position",
-            "targets_segmentation", "position_ids",
+            "targets_segmentation",
         ),
     ),
 }  # fmt: skip

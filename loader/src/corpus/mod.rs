@@ -724,21 +724,33 @@ impl NotRead {
     /// The warning for the user.
     fn warning(&self) -> Option<String> {
         let found = lock(&self.0);
-        let is_start = |name: &str| format::looks_like(name) == Some(format::STARTS_OF_DOCUMENTS);
+        let kind = |name: &str| format::looks_like(name);
+        let is_start = |name: &str| kind(name) == Some(format::STARTS_OF_DOCUMENTS);
         let starts = found.iter().find(|(name, _)| is_start(name.as_str())).map(|(name, path)| {
             format!("`{name}` says where documents begin in rows, and is not read, as in `{path}`: set `packed_by`")
         });
-        let others = || found.iter().filter(|(name, _)| !is_start(name.as_str()));
-        let names: Vec<String> = others().map(|(name, _)| format!("`{}`", escaped(name))).collect();
-        let others = others().map(|(_, path)| path).min().map(|path| {
-            format!(
-                "{} {} not read, as in `{path}`: name {} in `fields`, or prompts and padding become targets too",
-                names.join(", "),
-                if names.len() == 1 { "is" } else { "are" },
-                if names.len() == 1 { "it" } else { "them" },
-            )
-        });
-        let all: Vec<String> = others.into_iter().chain(starts).collect();
+        let listed = |of_places: bool| {
+            let is_one = move |(name, _): &(&String, &String)| {
+                !is_start(name.as_str()) && (kind(name.as_str()) == Some(format::PLACES)) == of_places
+            };
+            let names: Vec<String> =
+                found.iter().filter(is_one).map(|(name, _)| format!("`{}`", escaped(name))).collect();
+            let [verb, them] = if names.len() == 1 { ["is", "it"] } else { ["are", "them"] };
+            found.iter().filter(is_one).map(|(_, path)| path).min().map(|path| {
+                let otherwise = if of_places {
+                    "if a model needs it, and set `packed_by` if rows were packed before"
+                } else {
+                    "or prompts and padding become targets too"
+                };
+                let comma = if of_places { "" } else { "," };
+                format!(
+                    "{} {verb} not read, as in `{path}`: name {them} in `fields`{comma} {otherwise}",
+                    names.join(", ")
+                )
+            })
+        };
+        let others = listed(false).into_iter().chain(listed(true));
+        let all: Vec<String> = others.chain(starts).collect();
         (!all.is_empty()).then(|| all.join("; "))
     }
 }

@@ -52,7 +52,7 @@ struct Rule {
 }
 
 /// The rules by name. The last rule is for all other names.
-const fn rules(ignore_index: i64) -> [Rule; 5] {
+const fn rules(ignore_index: i64) -> [Rule; 6] {
     [
         Rule {
             names: &["labels"],
@@ -85,6 +85,15 @@ const fn rules(ignore_index: i64) -> [Rule; 5] {
             padding: 0,
             side: TokenSide::Input,
             missing: Missing::Value(1),
+        },
+        Rule {
+            names: &["position_ids"],
+            delivered: Delivered::Always(Dtype::I64),
+            // The settings refuse special ids beside this column.
+            special: 0,
+            padding: 0,
+            side: TokenSide::Input,
+            missing: Missing::Refused,
         },
         Rule {
             names: &[],

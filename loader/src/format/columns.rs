@@ -176,6 +176,9 @@ fn choose_token_column<'a>(columns: &[(&'a str, Holds)], wanted: Option<&str>) -
 /// The content of columns that say where documents begin in rows that were packed before.
 pub const STARTS_OF_DOCUMENTS: &str = "starts of documents";
 
+/// The meaning of columns that number positions or segments.
+pub const PLACES: &str = "ids of positions or segments";
+
 /// Tells by its name what a column beside the tokens is likely to hold for each token.
 pub fn looks_like(column: &str) -> Option<&'static str> {
     let name = column.to_lowercase();
@@ -187,7 +190,7 @@ pub fn looks_like(column: &str) -> Option<&'static str> {
         () if has(&["weight"]) => Some("weights"),
         () if has(&["label", "target"]) => Some("labels"),
         () if has_starts => Some(STARTS_OF_DOCUMENTS),
-        () if has(&["position_id", "token_type", "segment_id", "doc_id"]) => Some("ids of positions or segments"),
+        () if has(&["position_id", "token_type", "segment_id", "doc_id"]) => Some(PLACES),
         () => None,
     }
 }

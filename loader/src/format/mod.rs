@@ -37,7 +37,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub(crate) use self::columns::{Holds, MissingColumn, choose_column, column_title, null_list};
-pub use self::columns::{STARTS_OF_DOCUMENTS, TOKEN_COLUMNS, TokenColumn, looks_like};
+pub use self::columns::{PLACES, STARTS_OF_DOCUMENTS, TOKEN_COLUMNS, TokenColumn, looks_like};
 use crate::error::{Error, Result};
 use crate::settings::{Config, DataFormat, Io, PackedBy};
 use crate::storage::{Files, Reads, SourceFile, Stamp};

@@ -141,7 +141,13 @@ impl Batch {
     /// The tokens of `spans` that row `row` was made of, as they lie in the delivered arrays. Where
     /// labels are a column of the corpus, these are the inputs alone. Fails where other arrays of
     /// the row do not belong to the tokens.
-    pub(super) fn tokens(&self, row: usize, spans: &[Span], has_labels: bool, ignore_index: i64) -> Result<Vec<i64>> {
+    pub(super) fn tokens(
+        &self,
+        row: usize,
+        spans: &[Span],
+        found: ColumnsFound,
+        ignore_index: i64,
+    ) -> Result<Vec<i64>> {
         let [inputs, targets] = [&self.fields[0], &self.fields[1]].map(|field| self.row_of(field, row));
         let lead = usize::from(self.fields[1].name == "y");
         let masks = self.borders.is_some();
@@ -151,7 +157,7 @@ impl Batch {
             let (start, end) = (span.start as usize, (span.start + span.tokens) as usize);
             let first = tokens.len();
             tokens.extend_from_slice(&inputs[start.min(inputs.len())..end.min(inputs.len())]);
-            if has_labels {
+            if found.labels {
                 continue;
             }
             // Only the last target has no input at its place.
@@ -166,15 +172,23 @@ impl Batch {
         if masks {
             let places = inputs.len();
             let (mut positions, mut documents) = (vec![0; places], vec![0; places]);
-            write_places(spans, &mut positions, &mut documents);
+            write_places(spans, Some(&mut positions), &mut documents);
             let documents: Vec<i64> = documents.into_iter().map(i64::from).collect();
-            fits &= positions == self.row("position_ids", row) && documents == self.row("doc_ids", row);
+            fits &= found.positions || positions == self.row("position_ids", row);
+            fits &= documents == self.row("doc_ids", row);
         }
         if !fits {
             return Err(Error::new(ErrorKind::Internal, format!("targets of row {row} do not belong to its inputs")));
         }
         Ok(tokens)
     }
+}
+
+/// The arrays of a row that are columns of its corpus, and else follow from its documents.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ColumnsFound {
+    pub(super) labels: bool,
+    pub(super) positions: bool,
 }
 
 /// The place of `cu_seqlens` in a batch's buffer.
@@ -200,7 +214,8 @@ impl Borders {
 /// Offsets of the arrays of boundaries in a batch's buffer, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BoundariesAt {
-    pub(super) positions: usize,
+    /// Offset of `position_ids`. `None` if they are a column of the corpus.
+    pub(super) positions: Option<usize>,
     pub(super) documents: usize,
     pub(super) cu_seqlens: usize,
     /// Offset of `document_mask`. `None` if it is not asked for.
@@ -256,13 +271,15 @@ impl BatchLayout {
             bytes += rows * columns * dtype.size();
         }
         let boundaries = config.has_boundaries().then(|| {
-            let positions = bytes.next_multiple_of(ALIGNMENT);
-            let documents = (positions + rows * columns * 8).next_multiple_of(ALIGNMENT);
+            let derives = schema.fields.iter().all(|field| field.name != "position_ids");
+            let positions = derives.then(|| bytes.next_multiple_of(ALIGNMENT));
+            let end = positions.map_or(bytes, |at| at + rows * columns * 8);
+            let documents = end.next_multiple_of(ALIGNMENT);
             let cu_seqlens = (documents + rows * columns * 4).next_multiple_of(ALIGNMENT);
             // A batch has one array per consumer, at most one for each row.
             let width = config.cu_seqlens_width.map(|width| width as usize);
             bytes = (cu_seqlens + rows * width.unwrap_or(columns + 1) * 4).next_multiple_of(ALIGNMENT);
-            fields.push(field("position_ids", Dtype::I64, positions));
+            fields.extend(positions.map(|at| field("position_ids", Dtype::I64, at)));
             fields.push(field("doc_ids", Dtype::I32, documents));
             let mask = config.document_mask.then_some(bytes);
             if let Some(at) = mask {

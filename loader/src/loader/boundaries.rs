@@ -64,13 +64,13 @@ impl Spans {
 }
 
 /// Writes the place of each token in its document, and the number of its document in the row.
-/// Padding has the number -1.
-pub(super) fn write_places(spans: &[Span], positions: &mut [i64], documents: &mut [i32]) {
-    let columns = positions.len();
+/// Padding has the number -1. `positions` is `None` where the places come from a column.
+pub(super) fn write_places(spans: &[Span], mut positions: Option<&mut [i64]>, documents: &mut [i32]) {
+    let columns = documents.len();
     for (number, span) in spans.iter().enumerate() {
         let [start, tokens, end] =
             [span.start, span.start + span.tokens, span.end].map(|place| (place as usize).min(columns));
-        for (position, place) in positions[start..end].iter_mut().zip(0..) {
+        for (position, place) in positions.iter_mut().flat_map(|all| &mut all[start..end]).zip(0..) {
             *position = place;
         }
         documents[start..tokens].fill(number as i32);
@@ -122,7 +122,7 @@ mod tests {
         let mut all = Spans::default();
         all.push_row(&[Segment::joined(0, 3, 0), Segment::joined(9, 2, 4)], &[], 8);
         let (mut positions, mut documents) = ([9; 7], [9; 7]);
-        write_places(all.row(0), &mut positions, &mut documents);
+        write_places(all.row(0), Some(&mut positions), &mut documents);
         assert_eq!(positions, [0, 1, 2, 3, 0, 1, 0]);
         assert_eq!(documents, [0, 0, 0, -1, 1, 1, -1]);
         let mut mask = [9; 49];

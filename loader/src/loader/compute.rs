@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::batch::{Batch, BatchLayout, Borders, BoundariesAt};
+use super::batch::{Batch, BatchLayout, Borders, BoundariesAt, ColumnsFound};
 use super::batch_rows::PositionedRow;
 use super::boundaries::{Span, Spans, masked_places, write_mask, write_places};
 use super::documents::{DocumentRows, DocumentValues, SpanDocuments};
@@ -171,9 +171,14 @@ impl Session {
                 for place in masked_places(spans, lead).filter(|place| *place < columns) {
                     labels[place] = self.config.ignore_index;
                 }
-                let (positions, documents) = (at.positions + index * columns * 8, at.documents + index * columns * 4);
-                let (documents, positions) = lease.i64s_and_i32s(positions, documents, columns);
-                write_places(spans, positions, documents);
+                let documents = at.documents + index * columns * 4;
+                if let Some(positions) = at.positions {
+                    let positions = positions + index * columns * 8;
+                    let (documents, positions) = lease.i64s_and_i32s(positions, documents, columns);
+                    write_places(spans, Some(positions), documents);
+                } else {
+                    write_places(spans, None, lease.i32s(documents, columns));
+                }
                 if let Some(mask) = at.mask {
                     let size = columns * columns;
                     write_mask(spans, columns, lease.bytes(mask + index * size, size));
@@ -278,11 +283,12 @@ impl Session {
             let corpus = self.opened.sources.list()[read.source].reader.corpus();
             let is_there = |field: &&SchemaField| corpus.field_type(field.column).is_some();
             let fields = || self.opened.schema.fields.iter().filter(is_there);
-            let has_labels = fields().any(|field| field.name == "labels");
+            let has = |name| fields().any(|field| field.name == name);
+            let found = ColumnsFound { labels: has("labels"), positions: has("position_ids") };
             let (source, sequence) = (read.source as u64, read.sequence);
             let whole = [Span { start: 0, tokens: read.tokens as u32, end: places as u32 }];
             let delivered = spans.map_or(&whole[..], |spans| spans.row(index));
-            let mut tokens = batch.tokens(index, delivered, has_labels, self.config.ignore_index)?;
+            let mut tokens = batch.tokens(index, delivered, found, self.config.ignore_index)?;
             // Tokens that fill a joined row up were delivered before.
             let counted = if joins { read.tokens as u32 } else { places as u32 };
             let mut delivered = delivered.to_vec();

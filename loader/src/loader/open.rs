@@ -239,7 +239,9 @@ fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Schema> {
         |column: usize| corpora.iter().map(|(name, corpus)| (name.as_str(), corpus.field_type(column))).collect();
     let mut schema = Schema::of(&config.fields, config.ignore_index, stored)?;
     if let Some(format) = config.batch_format.filter(|format| !format.has_room()) {
-        let of_tokens = schema.fields.iter().map(|field| field.name).filter(|name| !is_label_or_mask(name));
+        // Whether a format takes positions is checked with the settings.
+        let has_place = |name: &&str| is_label_or_mask(name) || *name == "position_ids";
+        let of_tokens = schema.fields.iter().map(|field| field.name).filter(|name| !has_place(name));
         if let Some(name) = of_tokens.chain(schema.documents.iter().map(|field| field.name)).next() {
             return Err(Error::config(format!(
                 "`batch_format` = {} has no place for the column `{name}`: leave it out, or choose another format",
@@ -256,7 +258,7 @@ fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Schema> {
 
 /// Fails if a column has the name of another array of a batch.
 fn check_names(config: &Config, schema: &Schema) -> Result<()> {
-    let boundaries = ["position_ids", "doc_ids", "cu_seqlens", "max_seqlen"];
+    let boundaries = ["doc_ids", "cu_seqlens", "max_seqlen", "document_mask"];
     let taken = |name: &str| {
         let is_null_of = schema.documents.iter().find(|field| field.null_name == name);
         is_null_of.map(|field| format!("tells which values of `{}` are null", field.name)).or_else(|| {

@@ -149,6 +149,11 @@ impl BatchFormat {
     pub const fn has_room(self) -> bool {
         !matches!(self, Self::Titan | Self::Xy)
     }
+
+    /// Whether a batch tells the positions of its tokens.
+    const fn has_positions(self) -> bool {
+        !matches!(self, Self::Olmo | Self::Xy)
+    }
 }
 
 choices! {
@@ -322,6 +327,12 @@ impl Config {
             "`packed_by` does not go with `bos_id` and `eos_id`: a row of the file has its special ids already"
                 .to_owned(),
         );
+        check(
+            !self.has_own_positions() || (self.bos_id.is_none() && self.eos_id.is_none()),
+            "a column `position_ids` does not go with `bos_id` and `eos_id`, which have no position in the file: leave \
+             the column out, which gives positions made of the documents"
+                .to_owned(),
+        );
         let is_pad = layout == LayoutKind::Pad;
         check(is_pad || self.pad_to_multiple.is_none(), only("pad_to_multiple", "pad"));
         let multiple = self.pad_to_multiple.unwrap_or(1);
@@ -373,13 +384,56 @@ impl Config {
             format.has_room() || !self.sample_ids,
             "has no place for `sample_ids`: leave it out, or choose another format",
         );
+        check(
+            format.has_room() || !self.document_mask,
+            "has no place for `document_mask`: leave it out, or choose another format",
+        );
+        check(
+            format != BatchFormat::HfPacked || !self.document_mask,
+            "joins the rows of a batch, and `document_mask` has a square for each row: leave it out, or choose `hf`",
+        );
+        let is_olmo = format == BatchFormat::Olmo;
+        check(!is_olmo || self.pad_to_multiple.is_none(), "takes batches of one size: leave `pad_to_multiple` out");
+        check(
+            !is_olmo || self.remainder != Remainder::Short,
+            "takes batches of one size, and the last batch may be short: set `remainder` to drop, pad or wrap \
+             (`drop_last=True` of a DataLoader)",
+        );
+        let has_own_positions = self.has_own_positions();
+        check(
+            !has_own_positions || format.has_positions(),
+            "has no place for the column `position_ids`: leave it out, or choose another format",
+        );
+        check(
+            !has_own_positions || self.shows_documents_by_positions(format),
+            "finds documents by positions that begin at 0, so that a column `position_ids` needs `layout` = rows, and \
+             `packed_by` = position_ids for boundaries: leave the column out, which gives positions made of the \
+             documents, or choose another format",
+        );
+    }
+
+    /// Whether the positions of a column may stand in a batch of `format`. Trainers that find
+    /// documents by positions alone need positions that begin at 0 in every row and document.
+    fn shows_documents_by_positions(&self, format: BatchFormat) -> bool {
+        let has_mask = format == BatchFormat::Hf && self.layout == LayoutKind::Pad && self.packed_by == PackedBy::None;
+        let is_whole =
+            self.layout == LayoutKind::Rows && (!self.has_boundaries() || self.packed_by == PackedBy::PositionIds);
+        !matches!(format, BatchFormat::Hf | BatchFormat::Titan) || has_mask || is_whole
+    }
+
+    /// Whether positions come from a column of the corpus.
+    fn has_own_positions(&self) -> bool {
+        self.fields.iter().any(|name| name == "position_ids")
     }
 
     /// Whether a batch tells by `attention_mask` which places hold a token.
     pub(crate) fn has_attention_mask(&self) -> bool {
         match self.batch_format {
             // Where a row has several documents, an attention mask would hide their borders.
-            Some(BatchFormat::Hf) => !self.has_boundaries() || self.layout == LayoutKind::Pad,
+            Some(BatchFormat::Hf) if self.has_own_positions() && self.layout == LayoutKind::Rows => false,
+            Some(BatchFormat::Hf) => {
+                !self.has_boundaries() || (self.layout == LayoutKind::Pad && self.packed_by == PackedBy::None)
+            }
             Some(BatchFormat::Jax) => !self.has_boundaries(),
             _ => false,
         }
