@@ -7,14 +7,15 @@ of their projects. Each adapter holds a loader of ``forebay.torch`` and keeps it
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from forebay._errors import ConfigError
+from forebay._formats import Format
 from forebay.torch import DataLoader, TokenDataset
-from forebay.torch.tensors import Tensors
+from forebay.torch.tensors import Tensors, Torch
 
 __all__ = [
     "DataLoader",
@@ -39,10 +40,18 @@ def hugging_face(trainer: Any, loader: DataLoader[Any]) -> None:
     trainer.get_train_dataloader = lambda: loader
 
 
-def _shifted(loader: DataLoader[Any], what: str) -> DataLoader[Any]:
-    if loader.config["targets"] != "shifted":
-        raise ConfigError(f'{what} takes labels that are one token ahead: open the TokenDataset with targets="shifted"')
-    return loader
+def _form(loader: DataLoader[Any], name: str, what: str, targets: str) -> Callable[[Any], Any]:
+    """Returns the function that gives batches of `loader` the format `name`."""
+    config = loader.config
+    if config["targets"] != targets:
+        ahead = "one token ahead" if targets == "shifted" else "at their tokens"
+        raise ConfigError(f'{what} takes labels that are {ahead}: open the TokenDataset with targets="{targets}"')
+    if config["batch_format"] == name:
+        return lambda batch: batch
+    if config["batch_format"] is not None or config["fields"]:
+        # The settings of a format say whether it has a place for a column.
+        raise ConfigError(f'{what} takes other batches: open the DataLoader with batch_format="{name}"')
+    return Format(name, config, Torch())
 
 
 class _Titan:
@@ -51,18 +60,13 @@ class _Titan:
     It has no end, because that trainer counts steps.
     """
 
-    def __init__(self, loader: DataLoader[Any], flat: bool) -> None:
-        self._loader, self._flat = loader, flat
+    def __init__(self, loader: DataLoader[Any], form: Callable[[Any], Any]) -> None:
+        self._loader, self._form = loader, form
 
     def __iter__(self) -> Iterator[tuple[Tensors, torch.Tensor]]:
         while True:
             for batch in self._loader:
-                inputs, labels = {"input": batch["x"]}, batch["y"]
-                if self._flat:
-                    rows, length = labels.shape
-                    inputs["input"], labels = inputs["input"].flatten(), labels.flatten()
-                    inputs["positions"] = torch.arange(length).repeat(rows)
-                yield inputs, labels
+                yield self._form(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return self._loader.state_dict()
@@ -83,17 +87,22 @@ def torchtitan(loader: DataLoader[Any], base: type | None = None, *, flat: bool 
         ``torchtitan.components.dataloader.BaseDataLoader``, or None. The adapter becomes an
         instance of it.
     flat:
-        True gives batches with one axis of tokens and with ``positions``, as torchtitan takes them
-        since August 2026. False gives batches of rows.
+        True gives batches of ``batch_format="titan"``, with one axis of tokens and with
+        ``positions``, as torchtitan takes them since August 2026. False gives batches of rows.
 
     Raises
     ------
     ConfigError
-        The loader does not have ``targets="shifted"``.
+        The loader does not have ``targets="shifted"``, or has batches of another form.
     """
-    _shifted(loader, "torchtitan")
+    form = _form(loader, "titan" if flat else "xy", "torchtitan", "shifted")
+    rows = form if flat else lambda batch: _named_input(*form(batch))
     kind = _Titan if base is None else type("ForebayDataLoader", (_Titan, base), {})
-    return kind(loader, flat)
+    return kind(loader, rows)
+
+
+def _named_input(inputs: torch.Tensor, labels: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    return {"input": inputs}, labels
 
 
 class _Megatron:
@@ -102,8 +111,8 @@ class _Megatron:
     It has no end, because that trainer counts steps.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
+    def __init__(self, loader: DataLoader[Any], form: Callable[[Any], Any]) -> None:
+        self._loader, self._form = loader, form
         self._batches: Any = None
 
     def __iter__(self) -> Iterator[Tensors]:
@@ -114,14 +123,8 @@ class _Megatron:
         if batch is None:
             self._batches = iter(self._loader)
             batch = next(self._batches)
-        tokens, labels = batch["x"], batch["y"]
-        padding = labels < 0
-        return {
-            "tokens": tokens.contiguous(),
-            "labels": labels.masked_fill(padding, 0),
-            "loss_mask": (~padding).float(),
-            "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens).contiguous(),
-        }
+        made: Tensors = self._form(batch)
+        return made
 
     def save_state(self) -> dict[str, Any]:
         """Returns the state that Megatron-LM stores for each data-parallel rank.
@@ -138,6 +141,8 @@ class _Megatron:
 def megatron(loader: DataLoader[Any], state: Mapping[str, Any] | None = None) -> Any:
     """Makes an external data iterator of Megatron-LM from `loader`.
 
+    It gives batches of ``batch_format="megatron"``.
+
     Parameters
     ----------
     state:
@@ -147,9 +152,9 @@ def megatron(loader: DataLoader[Any], state: Mapping[str, Any] | None = None) ->
     Raises
     ------
     ConfigError
-        The loader does not have ``targets="shifted"``.
+        The loader does not have ``targets="shifted"``, or has batches of another form.
     """
-    iterator = _Megatron(_shifted(loader, "Megatron-LM"))
+    iterator = _Megatron(loader, _form(loader, "megatron", "Megatron-LM", "shifted"))
     if state is not None:
         iterator.restore_state(state)
     return iterator
@@ -158,9 +163,9 @@ def megatron(loader: DataLoader[Any], state: Mapping[str, Any] | None = None) ->
 class _Olmo:
     """The data loader that OLMo-core's trainer and its callbacks read. Its epochs begin at 1."""
 
-    def __init__(self, loader: DataLoader[Any], fs_local_rank: int) -> None:
+    def __init__(self, loader: DataLoader[Any], form: Callable[[Any], Any], fs_local_rank: int) -> None:
         config = loader.config
-        self._loader = loader
+        self._loader, self._form = loader, form
         self._epoch: int | None = None
         self.fs_local_rank = fs_local_rank
         self.dp_rank: int = config["dp_rank"] or 0
@@ -202,7 +207,7 @@ class _Olmo:
         for batch in self._loader:
             self.batches_processed += 1
             self.tokens_processed += self.global_batch_size
-            yield {"input_ids": batch["input_ids"], "label_mask": batch["labels"] >= 0}
+            yield self._form(batch)
 
     def global_num_tokens_in_batch(self, batch: Mapping[str, Any]) -> int:
         return self.global_batch_size
@@ -232,12 +237,15 @@ class _Olmo:
 def olmo(loader: DataLoader[Any], *, fs_local_rank: int = 0) -> Any:
     """Makes a data loader of OLMo-core's trainer from `loader`.
 
+    It gives batches of ``batch_format="olmo"``.
+
     Raises
     ------
     ConfigError
-        The loader does not have ``targets="labels"``, or its last batch may have another size.
+        The loader does not have ``targets="labels"``, has batches of another form, or its batches
+        may have several sizes.
     """
     config = loader.config
-    if config["targets"] != "labels" or config["remainder"] == "short":
-        raise ConfigError('OLMo-core takes `targets="labels"`, and batches of one size: set `drop_last=True`')
-    return _Olmo(loader, fs_local_rank)
+    if config["remainder"] == "short" or config["pad_to_multiple"] is not None:
+        raise ConfigError("OLMo-core takes batches of one size: set `drop_last=True`, and no `pad_to_multiple`")
+    return _Olmo(loader, _form(loader, "olmo", "OLMo-core", "labels"), fs_local_rank)

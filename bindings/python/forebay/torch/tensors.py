@@ -36,7 +36,7 @@ class Torch:
         return array.to(getattr(torch, dtype))
 
     def positions(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.arange(like.shape[1]).repeat(like.shape[0], 1)
+        return torch.arange(like.shape[1], device=like.device).repeat(like.shape[0], 1)
 
     def fill(self, array: torch.Tensor, where: torch.Tensor, value: int) -> None:
         array.masked_fill_(where, value)
