@@ -57,7 +57,7 @@ def place(error: ForebayError) -> str:
 
 #: The types of batches.
 TYPED = """
-from typing import assert_type
+from typing import Any, assert_type
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +99,14 @@ for x, y in Loader("corpus", batch_format="xy"):
 for g in Loader("corpus", batch_format="jax"):
     assert_type(g["targets"], npt.NDArray[np.int32])
 for h in Loader("corpus", fields=["score"]):
-    h["score"]
+    assert_type(h, dict[str, Any])
+for p in Loader("corpus", fields=["labels", "loss_mask", "weights"]):
+    assert_type(p["labels"], Longs)
+    assert_type(p["weights"], npt.NDArray[np.float32])
+for q in Loader("corpus", fields=("labels",), batch_format="olmo"):
+    assert_type(q["labels"], Longs)
+for r in Loader("corpus", fields=["labels", "score"], batch_format="hf"):
+    assert_type(r, dict[str, Any])
 for i in Loader("corpus", batch_format="hf", transform=count):
     assert_type(i[1], int)
 assert_type(Loader("corpus", batch_format="hf").batch_at(0)["labels"], Longs)
@@ -126,7 +133,7 @@ from forebay import Loader
 Loader("corpus", seq_len="long")
 Loader("corpus", sequence_length=3)
 Loader("corpus").num_sequenses
-for batch in Loader("corpus", batch_format="hf"):
+for batch in Loader("corpus", batch_format="hf", fields=["labels"]):
     batch["input_idz"]
 """
 

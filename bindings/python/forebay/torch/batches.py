@@ -34,6 +34,8 @@ class HfPackedTensors(TypedDict):
     max_length_q: int
     max_length_k: int
     seq_idx: torch.Tensor
+    weights: NotRequired[torch.Tensor]
+    loss_weights: NotRequired[torch.Tensor]
     source: NotRequired[torch.Tensor]
     sample_index: NotRequired[torch.Tensor]
 
@@ -46,7 +48,10 @@ class OlmoTensors(TypedDict):
     labels: NotRequired[torch.Tensor]
     doc_lens: NotRequired[torch.Tensor]
     max_doc_lens: NotRequired[list[int]]
+    document_mask: NotRequired[torch.Tensor]
     index: NotRequired[torch.Tensor]
+    weights: NotRequired[torch.Tensor]
+    loss_weights: NotRequired[torch.Tensor]
     source: NotRequired[torch.Tensor]
 
 
