@@ -129,6 +129,10 @@ def test_datatrove_reads_the_files(tmp_path: Path) -> None:
     data, target = corpus(tmp_path / "corpus", 60_000), tmp_path / "target"
     assert rewritten(data, target, "--to", "datatrove").returncode == 0
     [path] = ids_of(target, "ds")
+    ids = [token for shard in shards(data) for row in documents(shard) for token in row]
+    # The merger of datatrove reads the first two lines: name and bytes of an id, and their number.
+    first, count, _ = path.with_name(path.name + ".metadata").read_text().split("\n")
+    assert (first.split("|"), int(count)) == (["Unknown Tokenizer", "2"], len(ids))
     read = dataset.DatatroveFileDataset(str(path), seq_len=4, token_size=2)
     ids = [token for shard in shards(data) for row in documents(shard) for token in row]
     rows = [read[index]["input_ids"].tolist() for index in range(len(read))]

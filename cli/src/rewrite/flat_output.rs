@@ -78,9 +78,9 @@ pub(super) struct FlatWriter {
 }
 
 /// The files beside `path` that a rewriting may write.
-pub(super) fn beside(path: &Path) -> [PathBuf; 3] {
+pub(super) fn beside(path: &Path) -> [PathBuf; 4] {
     let with = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
-    [path.with_extension("idx"), with(".index"), with(".loss")]
+    [path.with_extension("idx"), with(".index"), with(".metadata"), with(".loss")]
 }
 
 impl FlatWriter {
@@ -138,7 +138,9 @@ impl FlatWriter {
             FlatFormat::Megatron => write_all(&beside(&path)[0], &megatron_index(dtype, &ends)?)?,
             FlatFormat::Datatrove => {
                 let ends: Vec<u8> = ends.iter().flat_map(|end| end.to_le_bytes()).collect();
-                write_all(&beside(&path)[1], &ends)?;
+                let [_, index, metadata, _] = beside(&path);
+                write_all(&index, &ends)?;
+                write_all(&metadata, datatrove_metadata(dtype, tokens).as_bytes())?;
             }
         }
         Ok(file)
@@ -206,6 +208,16 @@ fn megatron_index(dtype: Dtype, ends: &[u64]) -> Result<Vec<u8>> {
     index.extend(offsets);
     index.extend(firsts);
     Ok(index)
+}
+
+/// Names the bytes of an id, and the number of ids. The merger of datatrove takes two bytes for an
+/// id if this file is missing. Format: `datatrove/pipeline/tokens/tokenizer.py`.
+fn datatrove_metadata(dtype: Dtype, tokens: u64) -> String {
+    let thousands = tokens.checked_ilog10().unwrap_or(0) / 3;
+    let shown = tokens as f64 / 1000_f64.powi(thousands as i32);
+    let prefix = ["", "k", "M", "G", "T", "P", "E"][thousands as usize];
+    let decimals = 2 - (shown.max(1.0).log10() as usize).min(2);
+    format!("Unknown Tokenizer|{}\n{tokens}\n{shown:.decimals$} {prefix}T", dtype.size())
 }
 
 fn failed(error: std::io::Error) -> Error {
