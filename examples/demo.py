@@ -1,4 +1,4 @@
-"""Tokenises real text, trains, is killed, resumes exactly, and compares with PyTorch's loader.
+"""Tokenises real text, trains, is killed, resumes exactly, fine-tunes, and compares with PyTorch.
 
 `make demo` runs this program. `FOREBAY_DEMO_QUICK=1` takes about a minute and is meant for
 continuous integration. Everything that the program makes is in `out/demo`. It ends with status 1 if
@@ -17,10 +17,12 @@ from pathlib import Path
 
 import compare
 import corpus
+import fine_tune
 
 QUICK = os.environ.get("FOREBAY_DEMO_QUICK") == "1"
 OUT = Path("out/demo")
 STEPS, CHECKPOINT_EVERY = (24, 8) if QUICK else (120, 20)
+FINE_TUNING_STEPS, EXAMPLES_COUNT = (12, 300) if QUICK else (60, 2000)
 COMPARISON_TOKENS = 8_000_000 if QUICK else 50_000_000
 EXAMPLES = Path(__file__).resolve().parent
 
@@ -124,6 +126,28 @@ def show_resume() -> dict:
     return {**summary, "difference": difference, "killed_at": before[-1]["step"], "repeated": repeated}
 
 
+def show_fine_tuning() -> None:
+    heading(f"Fine-tuning the trained model for {FINE_TUNING_STEPS} steps, on {EXAMPLES_COUNT} prompts and answers")
+    path = OUT / "examples.parquet"
+    rows = fine_tune.write_examples(OUT / "parquet", path, EXAMPLES_COUNT)
+    answers = sum(label != fine_tune.IGNORED for row in rows for label in row["labels"])
+    tokens = sum(len(row["labels"]) for row in rows)
+    print(f"   {path}: `input_ids`, and `labels` that are -100 on prompts")
+    found = fine_tune.fine_tune(path, OUT / "run-undisturbed" / "checkpoint.pt", FINE_TUNING_STEPS)
+    claim(
+        found["targets"] == answers,
+        f"{answers:,} of {tokens:,} tokens are targets, which are all tokens of answers and no others",
+    )
+    claim(
+        abs(found["packed"] - found["alone"]) < 1e-4,
+        f"a packed batch has the loss of its examples read one by one: {found['packed']:.5f}",
+    )
+    some = max(1, FINE_TUNING_STEPS // 6)
+    first, last = (sum(losses) / some for losses in (found["losses"][:some], found["losses"][-some:]))
+    full = f"rows that are {found['filled']:.1%} full"
+    claim(last < first, f"the loss of answers fell from {first:.3f} to {last:.3f}, in {full}")
+
+
 def show_comparison() -> dict:
     heading("Comparing torch.utils.data.DataLoader and forebay on the same corpus")
     report = compare.compare(OUT / "compare", QUICK, lambda text: print(f"   {text}", flush=True))
@@ -139,7 +163,7 @@ def show_comparison() -> dict:
 
 def main() -> None:
     started = time.monotonic()
-    print("Makes a corpus, trains twice, kills and resumes one training, and compares: some 5 minutes on 2 cores.")
+    print("Makes a corpus, trains twice, kills and resumes one training, fine-tunes, and compares: some 5 minutes.")
     heading("Making a corpus of Python's own standard library")
     made = corpus.prepare(OUT, COMPARISON_TOKENS, compare.BATCH_SIZE * compare.SEQ_LEN)
     print(
@@ -149,6 +173,7 @@ def main() -> None:
         f" {made['repetitions']} times: {made['comparison_tokens'] / 1e6:.1f} M tokens"
     )
     training = show_resume()
+    show_fine_tuning()
     report = show_comparison()
     heading(f"Results, after {time.monotonic() - started:.0f} s")
     print(

@@ -24,10 +24,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -42,15 +42,16 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class GPT(nn.Module):
     """Returns the mean loss of `input_ids` (int64 [B, S]) and `labels` of the same positions.
 
-    Labels of -100 are ignored.
+    Labels of -100 are ignored. `position_ids` and `document_mask` keep the documents of a row
+    apart. Without them a row is one document.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -70,10 +71,14 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, document_mask: Tensor | None = None
+    ) -> Tensor:
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.tokens(input_ids) + self.positions(position_ids)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, document_mask)
         logits = self.head(self.norm(x[:, :-1]))
         # Labels stand at the positions of their inputs, so the model shifts.
         return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
