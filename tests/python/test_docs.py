@@ -28,6 +28,7 @@ SEQUENCES = 400
 #: The pages, each with the number of programs that it shows.
 PAGES = {
     "README.md": 1,
+    "docs/clusters.md": 1,
     "docs/data.md": 1,
     "docs/fine-tuning.md": 3,
     "docs/formats.md": 2,
@@ -38,6 +39,7 @@ PAGES = {
     "docs/from-pytorch.md": 1,
     "docs/layouts.md": 3,
     "docs/mixtures.md": 1,
+    "docs/monitoring.md": 1,
     "docs/performance.md": 1,
     "docs/quick-start.md": 4,
     "docs/resume.md": 4,
@@ -76,6 +78,11 @@ def test_every_program_that_is_shown_runs(
     from forebay.torch import DataLoader, TokenDataset
 
     monkeypatch.chdir(corpora)
+    if name == "docs/clusters.md":
+        [line] = re.findall(r"^export (FOREBAY_DATA.*)$", (ROOT / name).read_text(), re.MULTILINE)
+        for variable, value in (part.split("=") for part in line.split()):
+            monkeypatch.setenv(variable, value.replace("/data/", ""))
+        monkeypatch.setenv("FOREBAY_CACHE_DIR", "index")
     rows: list[int] = []
 
     def train(rank: int, part: Any) -> None:
@@ -95,6 +102,10 @@ def test_every_program_that_is_shown_runs(
         exec(compile(program.replace("12_000", "12").replace("120_", "").replace("121_", "1"), name, "exec"), shown)
     if name == "README.md":
         assert "of the time was spent waiting for data" in capsys.readouterr().out
+    elif name == "docs/clusters.md":
+        assert len(shown["loader"]) == SEQUENCES // 8 and "FOREBAY_SEQ_LEN" in shown["loader"].origins["seq_len"]
+    elif name == "docs/monitoring.md":
+        assert 0 <= shown["metrics"]["loader/wait_share"] <= 1
     elif name == "docs/mixtures.md":
         assert {source["name"] for source in shown["loader"].stats()["sources"]} == {"web", "code"}
     elif name == "docs/fine-tuning.md":
