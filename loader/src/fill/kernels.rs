@@ -74,7 +74,8 @@ const BY_TYPE: u8 = 1;
 /// An id is also unfit if it is above a limit. The limit fits the delivered type.
 const BY_LIMIT: u8 = 2;
 
-/// Writes the `id` of every chunk. If `CHECK` asks for it, returns bits that show unfit ids, else 0.
+/// Writes the `id` of every chunk. If `CHECK` asks for it, returns bits that show unfit ids, and
+/// else 0.
 #[inline(always)]
 fn each<const N: usize, const CHECK: u8, T: Id>(
     ids: &mut [T],

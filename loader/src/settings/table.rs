@@ -61,8 +61,8 @@ settings! {
     bin_dtype: Option<Dtype> = None,
         Content(Always), Optional(StoredDtype), [TokenDataset];
 
-    /// Number of ids of the tokenizer. A batch with another id is an error with file, block and row.
-    /// `none` checks only that no id is negative.
+    /// Number of ids of the tokenizer. A batch with another id is an error with file, block and
+    /// row. `none` checks only that no id is negative.
     vocab_size: Option<u64> = None,
         Operational, Optional(number(1, 1 << 31).called("an integer from 1 to 2^31")), [TokenDataset, DataLoader];
 
