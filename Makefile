@@ -79,7 +79,7 @@ generate: ## Write the parts of docs/ and Python that come from the table of set
 	@$(PYTHON) scripts/pages.py $(CARGO_TARGET_DIR)/debug/forebay
 
 docs: ## Build the site into out/docs/site, without a warning; ARGS=--linkcheck asks the foreign addresses
-	@$(SETUP) venv .venv build docs
+	@$(SETUP) venv .venv docs
 	@.venv/bin/python scripts/docs.py $(ARGS)
 
 fmt: ## Format Rust and Python
