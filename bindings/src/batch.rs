@@ -82,12 +82,6 @@ impl Batch {
         Ok(dict)
     }
 
-    /// Length of the longest span in these rows; None without boundaries.
-    #[getter]
-    fn max_seqlen(&self) -> Option<u64> {
-        self.max_seqlen
-    }
-
     /// The values that no array holds, by name: `max_seqlen`, and strings of documents. None if
     /// there are none.
     fn facts<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {

@@ -277,9 +277,6 @@ class Batch:
     @property
     def address(self) -> int:
         """Address of the first byte of the buffer. For a submitted buffer it is the given `ptr`."""
-    @property
-    def max_seqlen(self) -> int | None:
-        """Largest distance between neighbours in `cu_seqlens`. None without boundaries."""
     def fields(self) -> list[tuple[str, Array]]:
         """Returns the arrays with their names."""
     def tensors(self, tensors: Tensors) -> dict[str, Any]:
