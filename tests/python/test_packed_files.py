@@ -6,18 +6,24 @@ the layouts that Megatron-Bridge and writers of `position_ids` publish.
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import golden_batches
+import golden_packed
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from reference import read_table, shards
-from reference_documents import Cut, batch_of, chunk_order
-from reference_layout import LayoutSettings, pieces, windows
+from reference_documents import Cut, arrays, batch_of, chunk_order
+from reference_layout import LayoutSettings, is_held_out, pieces, windows
 from reference_order import block_order, in_buckets
+from reference_run import side
+from test_layout_runs import assert_rows, taken
 from test_layouts import PAD_ID, assert_same
 from test_verify_layouts import verified
 
@@ -83,17 +89,25 @@ def corpus(folder: Path, column: str, suffix: str, codec: str, layout: str) -> P
 
 
 def rows_of(data: Path, s: LayoutSettings, column: str) -> tuple[list[list[Cut]], list[int]]:
-    """Every row with its documents, and the first row of each window."""
+    """Every row with its documents, and the first row of each window. In `pad`, a holdout draws rows
+    of the files.
+    """
     found: list[list[Cut]] = []
     starts: list[int] = []
+    before = 0
     for path in shards(data):
         table = read_table(path)
         lists = [table.column(name).to_pylist() for name in ("input_ids", column)]
         rows = [(tokens, values) for tokens, values in zip(*lists, strict=True) if tokens]
+        numbers = range(before, before + len(rows))
+        before += len(rows)
         for window in windows(pieces([len(tokens) for tokens, _ in rows], s)):
             starts.append(len(found))
             for document, offset, length in window:
                 tokens, values = rows[document]
+                held = s.layout == "pad" and s.holdout and is_held_out(numbers[document], s.holdout)
+                if s.layout == "pad" and s.holdout and held != (s.split == "holdout"):
+                    continue
                 ends = list(accumulate(lengths_of(column, values, len(tokens))))
                 row: list[Cut] = []
                 for at in range(offset, offset + length):
@@ -175,6 +189,123 @@ def test_packed_files_are_proven_and_wrong_borders_are_not(tmp_path: Path, colum
     write(path, rows, column, "none")
     assert path.stat().st_size == size
     assert not verified(data, settings, *log)["proven"]
+
+
+RUNS = [LayoutSettings(layout="rows", seq_len=16), LayoutSettings(layout="pad", seq_len=16)]
+BOTH = pytest.mark.parametrize("suffix, codec", [(".parquet", "zstd"), (".arrow", "none")])
+
+
+def arrays_of(data: Path, s: LayoutSettings, column: str) -> list[dict[str, Any]]:
+    return [arrays(row, s, PAD_ID, True) for row in rows_of(data, s, column)[0]]
+
+
+def run_settings(s: LayoutSettings, column: str) -> dict[str, Any]:
+    given = {name: value for name, value in vars(s).items() if value is not None}
+    return {**ORDER, **given, "shuffle": "block", "seed": 5, "pad_id": PAD_ID, "packed_by": column, "sample_ids": True}
+
+
+@BOTH
+@pytest.mark.parametrize("s", RUNS, ids=str)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_mixture_draws_packed_rows(tmp_path: Path, suffix: str, codec: str, column: str, s: LayoutSettings) -> None:
+    sources = [corpus(tmp_path / name, column, suffix, codec, s.layout) for name in ("a", "b")]
+    parts = [
+        {"name": path.name, "data": str(path), "weight": weight} for path, weight in zip(sources, (3, 1), strict=True)
+    ]
+    with forebay.Loader(mixture={"sources": parts}, batch_size=2, **run_settings(s, column)) as loader:
+        whole = taken(loader)
+    assert_rows(whole, [arrays_of(path, s, column) for path in sources])
+    numbers = [[number for source, number, _ in whole if source == index] for index in range(2)]
+    assert all(numbers) and all(len(set(of_source)) == len(of_source) for of_source in numbers)
+    ranks = []
+    for rank in range(2):
+        more = {"dp_rank": rank, "dp_world_size": 2}
+        with forebay.Loader(mixture={"sources": parts}, **more, **run_settings(s, column)) as loader:
+            ranks.append(taken(loader))
+    merged = [row[:2] for pair in zip(*ranks, strict=True) for row in pair]
+    assert merged == [row[:2] for row in whole[: len(merged)]]
+
+
+@BOTH
+@pytest.mark.parametrize("s", RUNS, ids=str)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_packed_rows_are_skipped_and_held_out(
+    tmp_path: Path, suffix: str, codec: str, column: str, s: LayoutSettings
+) -> None:
+    data = corpus(tmp_path / "corpus", column, suffix, codec, s.layout)
+    with forebay.Loader(data, **run_settings(s, column)) as loader:
+        whole = taken(loader)
+    assert_rows(whole, [arrays_of(data, s, column)])
+    with forebay.Loader(data, skip=[(2, 9)], **run_settings(s, column)) as loader:
+        found = taken(loader)
+    assert_rows(found, [arrays_of(data, s, column)])
+    assert [row[:2] for row in found] == [row[:2] for row in [*whole[:2], *whole[9:]]]
+    sides = []
+    for split in ("train", "holdout"):
+        held = replace(s, holdout=3, split=split)
+        rows = arrays_of(data, held, column)
+        with forebay.Loader(data, **run_settings(held, column)) as loader:
+            found = taken(loader)
+        assert_rows(found, [rows])
+        mine = side(len(rows), 3, split) if s.layout == "rows" else list(range(len(rows)))
+        assert sorted(number for _, number, _ in found) == mine
+        sides.append(len(found))
+    assert sum(sides) == len(whole) and sides[0] > sides[1] > 0
+
+
+@BOTH
+@pytest.mark.parametrize("s", RUNS, ids=str)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_new_packed_shards_join_at_the_next_epoch(
+    tmp_path: Path, suffix: str, codec: str, column: str, s: LayoutSettings
+) -> None:
+    data = corpus(tmp_path / "corpus", column, suffix, codec, s.layout)
+    before = arrays_of(data, s, column)
+    with forebay.Loader(data, **run_settings(s, column)) as loader:
+        whole = taken(loader)
+    with forebay.Loader(data, **run_settings(s, column)) as loader:
+        batches = iter(loader)
+        for _ in range(5):
+            next(batches)
+        state = loader.state_dict()
+    draw = random.Random(8)
+    write(data / f"3{suffix}", [packed(draw, 16) for _ in range(20)], column, codec)
+    after = arrays_of(data, s, column)
+    assert after[: len(before)] == before and len(after) > len(before)
+    with forebay.Loader(data, epochs=2, extend=True, **run_settings(s, column)) as loader:
+        loader.load_state_dict(state)
+        found = taken(loader)
+    assert_rows(found, [after])
+    rest = len(before) - 5
+    assert [row[:2] for row in found[:rest]] == [row[:2] for row in whole[5:]]
+    assert sorted(number for _, number, _ in found[rest:]) == list(range(len(after)))
+
+
+def test_a_source_without_the_column_is_refused(tmp_path: Path) -> None:
+    for name, column in (("a", "seq_lengths"), ("b", "position_ids")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "0.parquet", [([1, 2], [1, 1])] * 9, column)
+    parts = [{"name": name, "data": str(tmp_path / name), "weight": 1} for name in ("a", "b")]
+    with pytest.raises(forebay.DataError, match="column `seq_lengths` of `packed_by` is missing") as caught:
+        forebay.Loader(mixture={"sources": parts}, lanes=1, layout="rows", seq_len=2, packed_by="seq_lengths")
+    assert str(tmp_path / "b") in str(caught.value)
+
+
+def test_the_golden_packed_batches_are_those_of_the_specification() -> None:
+    assert golden_packed.GOLDEN.read_text() == golden_packed.text(), "run tests/python/golden_packed.py"
+
+
+@pytest.mark.parametrize("suffix, codec", FILES)
+def test_golden_packed_batches_stay_as_they_are(tmp_path: Path, suffix: str, codec: str) -> None:
+    for case in json.loads(golden_packed.GOLDEN.read_text()):
+        column, settings = case["packed_by"], case["settings"]
+        folder = tmp_path / column / settings["layout"]
+        if not folder.exists():
+            golden_packed.corpus(folder, column, suffix, codec, settings["layout"] == "rows")
+        given = {**ORDER, **settings, "shuffle": "block", "seed": golden_packed.SEED, "pad_id": PAD_ID}
+        with forebay.Loader(folder, packed_by=column, batch_size=golden_packed.BATCH_SIZE, **given) as loader:
+            found = [dict(batch) for batch in loader]
+        assert (len(found), golden_batches.hashed(found)) == (case["batches"], case["sha256"]), case
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
