@@ -1,6 +1,7 @@
 """Writes the corpora of `layouts.py`: documents with labels and a mask, and lengths alone."""
 
 import os
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,40 @@ DOCUMENTS_PER_GROUP = 1024
 #: Spread of the logarithm of document lengths.
 SIGMA = 1.1
 LONGEST = 65_536
+#: The name of the demo's corpus, in place of a median.
+DEMO = "demo"
 
 
 def lengths(tokens: int, median: int, seed: int) -> np.ndarray:
     """Draws log-normal document lengths that add up to `tokens`."""
     drawn = np.random.default_rng([31, median, seed]).lognormal(np.log(median), SIGMA, tokens // median + 1000)
-    found = np.clip(drawn, 1, LONGEST).astype(np.int64)
+    return ending_after(np.clip(drawn, 1, LONGEST).astype(np.int64), tokens)
+
+
+def demo_lengths(folder: Path, tokens: int) -> np.ndarray:
+    """Lengths of the documents of the demo's corpus, repeated until they add up to `tokens`.
+
+    The demo tokenises the sources of Python's standard library, with an id at the end of each. The
+    first call writes the lengths below `folder`.
+    """
+    path = folder / "demo-lengths.npy"
+    if not path.exists():
+        # A module of the same name lies beside this one.
+        source = Path(__file__).resolve().parents[2] / "examples" / "corpus.py"
+        demo = runpy.run_path(str(source))
+        texts = demo["read_documents"]()
+        encoded = demo["train_tokenizer"](texts).encode_batch_fast(texts)
+        np.save(path, [len(encoding.ids) + 1 for encoding in encoded])
+    found = np.load(path)
+    repeated = np.tile(found, -(-tokens // int(found.sum())))
+    return ending_after(repeated, tokens)
+
+
+def ending_after(found: np.ndarray, tokens: int) -> np.ndarray:
+    """The first lengths, which add up to `tokens`. The last one may be cut."""
     ends = np.cumsum(found)
     last = int(np.searchsorted(ends, tokens))
-    found = found[: last + 1]
+    found = found[: last + 1].copy()
     found[last] -= ends[last] - tokens
     return found
 

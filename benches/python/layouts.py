@@ -47,7 +47,7 @@ class Plan:
     starts: int
     peers: int
     window_s: float
-    #: Tokens whose padding is compared.
+    #: Tokens whose padding is compared with peers.
     padding_tokens: int
     medians: tuple[int, ...]
     seq_lens: tuple[int, ...]
@@ -439,8 +439,9 @@ def padding(plan: Plan, at: Folders, tell: Callable[[str], None]) -> list[Record
     del at
     known: dict[str, str] = {}
     records = []
+    documents.demo_lengths(OUT, 1)
     for seq_len in plan.seq_lens:
-        for median_of in plan.medians:
+        for median_of in (*plan.medians, documents.DEMO):
             for peer, tokens in (
                 ("forebay", 100_000_000), ("forebay", plan.padding_tokens), ("trl", plan.padding_tokens),
                 ("grain", plan.padding_tokens), ("torchtitan", plan.padding_tokens),
@@ -475,7 +476,8 @@ def padding_section(records: list[Record]) -> list[str]:
         f" shard of 100 M tokens. All others pack the same {shorter / 1e6:.0f} M tokens. TRL packs with `bfd_split`,"
         " Grain with"
         " 128 bins, torchtitan with its packer for samples (`MMSamplePacker`, a buffer of 100). Target: at most 0.3 %"
-        " with 100 M tokens, and never more than a peer.", "",
+        " with 100 M tokens, and never more than a peer. `demo` stands for the documents of the demo's corpus, Python's"
+        " own sources, cut or repeated to as many tokens.", "",
         *table(heads, rows), "",
     ]  # fmt: skip
 

@@ -271,7 +271,10 @@ def titan_rows(found: np.ndarray, job: Job, _folder: Path) -> int:
 
 
 def padding(job: Job) -> Job:
-    found = documents.lengths(job["tokens"], job["median"], 0)
+    if job["median"] == documents.DEMO:
+        found = documents.demo_lengths(Path(job["folder"]), job["tokens"])
+    else:
+        found = documents.lengths(job["tokens"], job["median"], 0)
     make = {"forebay": forebay_rows, "trl": trl_rows, "grain": grain_rows, "torchtitan": titan_rows}[job["peer"]]
     with tempfile.TemporaryDirectory() as folder:
         cpu = time.process_time()
