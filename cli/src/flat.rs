@@ -42,6 +42,15 @@ enum Ends {
     Fixed { length: u64, left: u64 },
     /// Numbers of 8 bytes, each the end of a document.
     Listed(BufReader<File>),
+    /// Each document ends with `id`.
+    Id {
+        /// The ids again, from which the ends are found.
+        ids: BufReader<File>,
+        /// The last id of each document.
+        id: i64,
+        /// Number of ids that were not searched yet.
+        left: u64,
+    },
     /// Documents are runs of sequences.
     Sequences {
         /// The first sequence of each document that was not read yet, and the end of the last one.
@@ -68,8 +77,17 @@ pub(crate) fn data_type(facts: &ShardFacts) -> Result<DataType> {
 
 impl FlatReader {
     /// Opens the file at `path`, which a loader describes by `facts`. `further` names the column to
-    /// read if it is not the ids.
-    pub(crate) fn open(path: &Path, facts: &ShardFacts, further: Option<&str>) -> Result<Self> {
+    /// read if it is not the ids. `end_id` splits a file without document lengths.
+    pub(crate) fn open(path: &Path, facts: &ShardFacts, further: Option<&str>, end_id: Option<u32>) -> Result<Self> {
+        let mut reader = Self::open_whole(path, facts, further)?;
+        if let (Ends::One(left), Some(id)) = (&reader.ends, end_id) {
+            let start = reader.data.stream_position().map_err(unreadable)?;
+            reader.ends = Ends::Id { ids: file_from(path, start)?, id: i64::from(id), left: *left };
+        }
+        Ok(reader)
+    }
+
+    fn open_whole(path: &Path, facts: &ShardFacts, further: Option<&str>) -> Result<Self> {
         match facts.format {
             Format::Npy => npy(path),
             Format::Raw => raw(path, facts),
@@ -122,7 +140,15 @@ impl FlatReader {
                 }
                 number(ends).map(Some)
             }
-            Ends::Sequences { left: 0, .. } => Ok(None),
+            Ends::Id { left: 0, .. } | Ends::Sequences { left: 0, .. } => Ok(None),
+            Ends::Id { ids, id, left } => {
+                let (mut end, mut found) = (self.read, None);
+                while *left > 0 && found != Some(*id) {
+                    found = Some(id_of(ids, self.dtype)?);
+                    (*left, end) = (*left - 1, end + 1);
+                }
+                Ok(Some(end))
+            }
             Ends::Sequences { firsts, lengths, left, passed } => {
                 *left -= 1;
                 let (next, mut end) = (number(firsts)?, self.read);
@@ -223,6 +249,19 @@ fn npy(path: &Path) -> Result<FlatReader> {
         _ => return Err(odd()),
     };
     Ok(FlatReader { data, dtype, ends, read: 0 })
+}
+
+/// Reads the next id.
+fn id_of(ids: &mut BufReader<File>, dtype: Dtype) -> Result<i64> {
+    let mut bytes = [0; 8];
+    ids.read_exact(&mut bytes[..dtype.size()]).map_err(unreadable)?;
+    let number = i64::from_le_bytes(bytes);
+    Ok(match dtype {
+        Dtype::I8 => i64::from(number as i8),
+        Dtype::I16 => i64::from(number as i16),
+        Dtype::I32 => i64::from(number as i32),
+        _ => number,
+    })
 }
 
 /// Reads the next number of 8 bytes.

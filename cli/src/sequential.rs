@@ -140,7 +140,7 @@ fn read_column(
             let hashes = documents.map(|field| hashes_of(&file.path, field)).transpose();
             stream.documents = hashes.map_err(|error| error.at(&file.path))?;
             let read = if flat::is_flat(facts.format) {
-                read_flat(&file.path, &facts, name, &mut stream)
+                read_flat(&file.path, &facts, name, config.document_end_id, &mut stream)
             } else {
                 let name = name.unwrap_or_else(|| corpus.token_column(shard));
                 read_file(&file.path, name, &mut stream)
@@ -389,8 +389,14 @@ pub(crate) fn each_column(path: &Path, column: &str, take: &mut dyn FnMut(&Array
 }
 
 /// Reads a flat file, for its ids or for the further column `column`.
-fn read_flat(path: &Path, facts: &ShardFacts, column: Option<&str>, stream: &mut RowCutter<'_>) -> Result<()> {
-    let mut reader = FlatReader::open(path, facts, column)?;
+fn read_flat(
+    path: &Path,
+    facts: &ShardFacts,
+    column: Option<&str>,
+    end_id: Option<u32>,
+    stream: &mut RowCutter<'_>,
+) -> Result<()> {
+    let mut reader = FlatReader::open(path, facts, column, end_id)?;
     let mut rows = 0;
     while let Some(column) = reader.next()? {
         add(&column, rows, stream)?;

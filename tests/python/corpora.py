@@ -63,6 +63,23 @@ class Cell:
         return np.dtype(NUMPY_DTYPES[self.dtype]).name if self.container == "raw" else None
 
     @property
+    def document_end_id(self) -> int | None:
+        """The setting `document_end_id` that splits the files. They then lack document lengths."""
+        found: int | None = self.options.get("document_end_id")
+        return found
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The settings that the files need to be read."""
+        given = {"bin_dtype": self.bin_dtype, "document_end_id": self.document_end_id}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether files of ids say where documents end, or an id does."""
+        return not self.flat or self.kind != "plain" or self.document_end_id is not None
+
+    @property
     def decoded(self) -> bool:
         """Whether the corpus has to be decoded by blocks."""
         return self.container == "parquet" or self.codec != "none"
@@ -117,7 +134,9 @@ def documents_of(cell: Cell, *, tokens_per_shard: int = 3000, equal: bool = Fals
         vocabulary = 100
     tokens = Tokens(cell.dtype, vocabulary)
     if equal:
-        return [equal_documents(cell, tokens, many) for many in (1, 0, 50, 20)]
+        # A raw file without a byte is refused.
+        counts = (1, 50, 20) if cell.container == "raw" else (1, 0, 50, 20)
+        return [ended(cell, equal_documents(cell, tokens, many)) for many in counts]
     if cell.options.get("giant_document"):
         return [[tokens.take(10)], [tokens.take(60_000)], [tokens.take(5)]]
     if cell.options.get("many_rows"):
@@ -136,7 +155,20 @@ def documents_of(cell: Cell, *, tokens_per_shard: int = 3000, equal: bool = Fals
             made.append(with_nulls(rows) if cell.options.get("nulls", True) else rows)
         if cell.options.get("single"):
             break
-    return made
+    # The last document of the last shard has no id at its end.
+    return [ended(cell, rows, whole=shard < len(made) - 1) for shard, rows in enumerate(made)]
+
+
+def ended(cell: Cell, rows: Documents, *, whole: bool = True) -> Documents:
+    """The documents with the id at their ends that splits them, and nowhere else. Without `whole`,
+    the last document lacks it.
+    """
+    end_id = cell.document_end_id
+    if end_id is None:
+        return rows
+    bodies = [[end_id + 1 if token == end_id else token for token in row] for row in rows if row]
+    last = len(bodies) - 1
+    return [row if at == last and not whole else [*row[:-1], end_id] for at, row in enumerate(bodies)]
 
 
 def equal_documents(cell: Cell, tokens: Tokens, many: int) -> Documents:
@@ -550,6 +582,11 @@ def numpy_cells() -> list[Cell]:
             made.append(Cell("numpy", "npy", kind=kind, dtype=dtype, note=f"version {version[0]}", options=options))
         # A raw file without a byte is refused.
         made.append(Cell("numpy", "raw", kind="plain", dtype=dtype, options={"single": True}))
+        options = {"single": True, "document_end_id": 5 + at}
+        made.append(Cell("numpy", "raw", dtype=dtype, note="split", options=options))
+    for at, (container, dtype) in enumerate([("npy", "u16"), ("npy", "i64"), ("llm.c", "u16"), ("llm.c", "u32")]):
+        options = {"document_end_id": 11 * at, "version": (1, 0)}
+        made.append(Cell("numpy", container, dtype=dtype, note="split", options=options))
     made.append(Cell("numpy", "llm.c", kind="plain", dtype="u16", note="layout as published"))
     made.append(Cell("numpy", "llm.c", kind="plain", dtype="u32", note="layout as published"))
     return made
@@ -595,6 +632,8 @@ def signed_cells() -> list[Cell]:
         made.append(Cell("datasets", "save_to_disk", dtype=dtype))
         made.append(Cell("numpy", "npy", kind="plain", dtype=dtype, note="version 1", options={"nulls": False}))
         made.append(Cell("numpy", "raw", kind="plain", dtype=dtype, options={"single": True}))
+        options = {"single": True, "document_end_id": 5 + at}
+        made.append(Cell("numpy", "raw", dtype=dtype, note="split", options=options))
         made.append(Cell("megatron", "megatron", dtype=dtype))
     return made
 
@@ -671,12 +710,20 @@ def unique_corpus(folder: Path, container: str, tokens: int, *, shards: int = 8)
     return folder
 
 
+#: The settings that read raw files of `write_rows`, which do not say where documents end.
+SPLIT: dict[str, Any] = {"bin_dtype": "uint16", "document_end_id": 60_000}
+
+
 def write_rows(
     path: Path, rows: Any, *, dtype: pa.DataType | None = None, column: str = "input_ids", **options: Any
 ) -> Path:
     """One small shard: Parquet or an Arrow file, stream or compressed file, by the suffix and
-    `options`.
+    `options`. With the suffix `.bin`, raw ids whose documents `SPLIT` tells apart.
     """
+    if path.suffix == ".bin":
+        bodies = [[*row[:-1], SPLIT["document_end_id"]] for row in rows if row]
+        np.array([token for row in bodies for token in row], "<u2").tofile(path)
+        return path
     table = pa.table({column: pa.array(rows, type=dtype or pa.list_(pa.int32()))})
     if path.suffix == ".parquet":
         pq.write_table(table, path, **options)

@@ -59,13 +59,15 @@ def read_table(path: Path) -> pa.Table:
         return pa.ipc.open_stream(stream).read_all()
 
 
-def documents(path: Path, column: str | None = None, bin_dtype: str | None = None) -> list[list[int]]:
+def documents(
+    path: Path, column: str | None = None, bin_dtype: str | None = None, document_end_id: int | None = None
+) -> list[list[int]]:
     """Rows of the token column.
 
     Null lists are empty, and a plain integer column is one document. `bin_dtype` is the type of ids
-    in files that do not say it.
+    in files that do not say it. `document_end_id` splits files of ids without document lengths.
     """
-    flat = flat_documents(path, bin_dtype)
+    flat = flat_documents(path, bin_dtype, document_end_id)
     if flat is not None:
         return flat
     table = read_table(path)
@@ -85,6 +87,7 @@ def token_stream(
     bos_id: int | None = None,
     eos_id: int | None = None,
     bin_dtype: str | None = None,
+    document_end_id: int | None = None,
 ) -> list[int]:
     """The corpus as one list of tokens.
 
@@ -92,7 +95,7 @@ def token_stream(
     """
     stream: list[int] = []
     for path in shards(data):
-        for document in documents(path, column, bin_dtype):
+        for document in documents(path, column, bin_dtype, document_end_id):
             if document:
                 stream += [bos_id] if bos_id is not None else []
                 stream += document

@@ -26,13 +26,18 @@ class Documents:
     bos_id: int | None = None
     eos_id: int | None = None
     bin_dtype: str | None = None
+    document_end_id: int | None = None
     shards: list[list[list[int]]] = field(init=False)
 
     def __post_init__(self) -> None:
         before = [] if self.bos_id is None else [self.bos_id]
         after = [] if self.eos_id is None else [self.eos_id]
         self.shards = [
-            [before + document + after for document in documents(path, bin_dtype=self.bin_dtype) if document]
+            [
+                before + document + after
+                for document in documents(path, bin_dtype=self.bin_dtype, document_end_id=self.document_end_id)
+                if document
+            ]
             for path in shards(self.data)
         ]
 

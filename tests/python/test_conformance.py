@@ -74,7 +74,7 @@ def test_batches_equal_the_reference(written: Any, record_property: Any, index: 
     settings = settings_of(index, shuffle)
     threads = THREADS[(index + SHUFFLES.index(shuffle)) % 3]
     epoch, world_size = index % 2, 1 + index % 3
-    stream = token_stream(path, bos_id=settings.bos_id, eos_id=settings.eos_id, bin_dtype=cell.bin_dtype)
+    stream = token_stream(path, bos_id=settings.bos_id, eos_id=settings.eos_id, **cell.reading)
     reference = Reference(stream, settings)
     if settings.remainder == "short" and reference.short_is_refused(world_size):
         world_size = 1
@@ -82,8 +82,7 @@ def test_batches_equal_the_reference(written: Any, record_property: Any, index: 
     seen = 0
     for rank in range(world_size):
         options: dict[str, Any] = {"num_threads": threads, "block_tokens": (1000, 1 << 17)[index % 2]}
-        if cell.bin_dtype is not None:
-            options["bin_dtype"] = cell.bin_dtype
+        options |= cell.reading
         with open_loader(path, settings, dp_rank=rank, dp_world_size=world_size, **options) as loader:
             assert loader.num_sequences == reference.num_sequences
             assert len(loader) == reference.steps(world_size)

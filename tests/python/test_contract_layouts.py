@@ -40,10 +40,12 @@ Row = list[tuple[int, list[int]]]
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Path]]]:
-    """Corpora of one to four shards in both formats. No token comes twice in a corpus."""
+    """Corpora of one to four shards in three formats. No token comes twice in a corpus, but for the
+    id that ends documents in raw files.
+    """
     random = Random(2)
     found: dict[str, list[list[Path]]] = {"rows": [], "other": []}
-    for number in range(24):
+    for number in range(36):
         kind = ("rows", "other")[number % 2]
         folder, token, shards = tmp_path_factory.mktemp(f"corpus{number}"), 3, []
         choices = random.choice(LENGTHS[kind])
@@ -53,7 +55,11 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Path]
                 length = random.choice(choices)
                 rows.append(list(range(token, token + length)))
                 token += length
-            path = folder / f"{shard}{('.parquet', '.arrow')[number // 2 % 2]}"
+            path = folder / f"{shard}{('.parquet', '.arrow', '.bin')[number // 2 % 3]}"
+            if path.suffix == ".bin" and not any(rows):
+                # A raw file without a byte is refused.
+                rows.append([token])
+                token += 1
             corpora.write_rows(path, rows)
             shards.append(path)
         if token > 40:
@@ -79,7 +85,7 @@ class LayoutCase(Case):
         shards, s = self.shards(source, epoch), self.layout
         key = (*shards, s, self.given["eos_id"])
         if key not in _known:
-            corpus = Documents([str(path) for path in shards], eos_id=self.given["eos_id"])
+            corpus = Documents([str(path) for path in shards], eos_id=self.given["eos_id"], **corpora.SPLIT)
             lengths = [[len(document) for document in shard] for shard in corpus.shards]
             _known[key] = [
                 [
@@ -221,7 +227,9 @@ def run_case(seed: int, pools: dict[str, list[list[Path]]]) -> int:
         with contextlib.ExitStack() as stack:
             # Ranks that share no lane of files that are decoded cannot be balanced.
             refused = case.given["balance"] == "ranks" and world_size == case.stride(world_size) > 1
+            is_raw = any(path.suffix == ".bin" for corpus in case.corpora for path in corpus)
             more = {
+                **(corpora.SPLIT if is_raw else {}),
                 "batch_size": batch_size, "epochs": epochs, "extend": case.stages is None,
                 "num_threads": random.choice([0, 1, 3]), "block_tokens": random.choice([1, 64, 1 << 17]),
                 "io": random.choice(["mmap", "pread"]),

@@ -29,7 +29,7 @@ SEQUENCES = 400
 PAGES = {
     "README.md": 1,
     "docs/clusters.md": 1,
-    "docs/data.md": 1,
+    "docs/data.md": 2,
     "docs/fine-tuning.md": 3,
     "docs/formats.md": 2,
     "docs/from-bin.md": 2,
@@ -51,6 +51,10 @@ PAGES = {
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
+    (folder / "raw").mkdir()
+    ids = np.random.default_rng(2).integers(0, 50_257, 8192)
+    ids[99::100] = 50_256
+    ids.astype(np.uint16).tofile(folder / "raw" / "a.bin")
     for name in ("corpus", "web", "code"):
         (folder / name).mkdir()
         documents = np.random.default_rng(1).integers(0, 50_000, (SEQUENCES, 2048)).tolist()

@@ -48,11 +48,12 @@ def corpus(folder: Path, suffix: str, shards: int, layout: dict[str, Any], seed:
 
 def rows_of(data: Path, layout: dict[str, Any]) -> list[dict[str, Any]]:
     s = LayoutSettings(seq_len=16, **layout)
-    return [arrays(row, s, PAD_ID, True) for row in laid_out(Documents(data), s)]
+    return [arrays(row, s, PAD_ID, True) for row in laid_out(Documents(data, **corpora.SPLIT), s)]
 
 
-def settings_of(layout: dict[str, Any]) -> dict[str, Any]:
-    return {**ORDER, **layout, "seq_len": 16, "boundaries": True, "pad_id": PAD_ID, "sample_ids": True}
+def settings_of(layout: dict[str, Any], suffix: str = "") -> dict[str, Any]:
+    split = corpora.SPLIT if suffix == ".bin" else {}
+    return {**ORDER, **layout, **split, "seq_len": 16, "boundaries": True, "pad_id": PAD_ID, "sample_ids": True}
 
 
 def taken(loader: Any) -> list[tuple[int, int, dict[str, Any]]]:
@@ -77,9 +78,12 @@ def assert_rows(found: list[tuple[int, int, dict[str, Any]]], wanted: list[list[
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-def test_a_mixture_draws_rows_of_the_layout(tmp_path: Path, layout: dict[str, Any], suffix: str) -> None:
-    sources = [corpus(tmp_path / name, suffix, 2, layout, seed) for seed, name in enumerate(["a", "b"], 1)]
+@pytest.mark.parametrize("suffixes", [(".parquet",) * 2, (".arrow",) * 2, (".bin",) * 2, (".parquet", ".bin")], ids=str)
+def test_a_mixture_draws_rows_of_the_layout(tmp_path: Path, layout: dict[str, Any], suffixes: tuple[str, str]) -> None:
+    sources = [
+        corpus(tmp_path / name, suffix, 2, layout, seed)
+        for seed, (name, suffix) in enumerate(zip("ab", suffixes, strict=True), 1)
+    ]
     mixture = {
         "sources": [
             {"name": path.name, "data": str(path), "weight": weight}
@@ -87,7 +91,7 @@ def test_a_mixture_draws_rows_of_the_layout(tmp_path: Path, layout: dict[str, An
         ]
     }
     wanted = [rows_of(path, layout) for path in sources]
-    settings = settings_of(layout)
+    settings = settings_of(layout, suffixes[1])
     with forebay.Loader(mixture=mixture, batch_size=2, **settings) as loader:
         whole = taken(loader)
     assert_rows(whole, wanted)
@@ -107,23 +111,23 @@ def test_a_mixture_draws_rows_of_the_layout(tmp_path: Path, layout: dict[str, An
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".bin"])
 def test_skipped_positions_are_left_out(tmp_path: Path, layout: dict[str, Any], suffix: str) -> None:
     data = corpus(tmp_path / "corpus", suffix, 3, layout)
-    with forebay.Loader(data, **settings_of(layout)) as loader:
+    with forebay.Loader(data, **settings_of(layout, suffix)) as loader:
         whole = taken(loader)
     assert_rows(whole, [rows_of(data, layout)])
-    with forebay.Loader(data, skip=[(3, 10), (20, 21)], **settings_of(layout)) as loader:
+    with forebay.Loader(data, skip=[(3, 10), (20, 21)], **settings_of(layout, suffix)) as loader:
         found = taken(loader)
     kept = [row for position, row in enumerate(whole) if not (3 <= position < 10 or position == 20)]
     assert [row[:2] for row in found] == [row[:2] for row in kept]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".bin"])
 def test_new_shards_join_at_the_next_epoch(tmp_path: Path, layout: dict[str, Any], suffix: str) -> None:
     data = corpus(tmp_path / "corpus", suffix, 2, layout)
-    settings = settings_of(layout)
+    settings = settings_of(layout, suffix)
     before = rows_of(data, layout)
     with forebay.Loader(data, epochs=2, **settings) as loader:
         first = taken(loader)[: len(before)]
@@ -148,13 +152,14 @@ def test_new_shards_join_at_the_next_epoch(tmp_path: Path, layout: dict[str, Any
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_holdout_shares_out_what_it_draws(tmp_path: Path, layout: dict[str, Any]) -> None:
-    data = corpus(tmp_path / "corpus", ".parquet", 3, layout)
+@pytest.mark.parametrize("suffix", [".parquet", ".bin"])
+def test_a_holdout_shares_out_what_it_draws(tmp_path: Path, layout: dict[str, Any], suffix: str) -> None:
+    data = corpus(tmp_path / "corpus", suffix, 3, layout)
     tokens = []
     for split in ("train", "holdout"):
-        with forebay.Loader(data, holdout=4, split=split, **settings_of(layout)) as loader:
+        with forebay.Loader(data, holdout=4, split=split, **settings_of(layout, suffix)) as loader:
             tokens.append(sum(int((row["doc_ids"] >= 0).sum()) for _, _, row in taken(loader)))
-    with forebay.Loader(data, **settings_of(layout)) as loader:
+    with forebay.Loader(data, **settings_of(layout, suffix)) as loader:
         whole = sum(int((row["doc_ids"] >= 0).sum()) for _, _, row in taken(loader))
     assert all(tokens) and sum(tokens) == whole
     assert tokens[1] < tokens[0]

@@ -148,7 +148,9 @@ class Expected:
 
     def __init__(self, data: Any, s: LayoutSettings, boundaries: bool, **given: Any) -> None:
         self.s, self.boundaries, self.given = s, boundaries, given
-        corpus = Documents(data, given.get("bos_id"), given.get("eos_id"), given.get("bin_dtype"))
+        corpus = Documents(
+            data, given.get("bos_id"), given.get("eos_id"), given.get("bin_dtype"), given.get("document_end_id")
+        )
         found = laid_out(corpus, s)
         rows = list(range(len(found)))
         if s.layout in ("concat", "rows"):
@@ -223,8 +225,11 @@ def test_batches_equal_the_specification(written: Any, index: int, layout: str) 
         marks = (bos is not None) + (eos is not None)
         s = replace(s, seq_len=corpora.FIXED + marks - (s.targets == "shifted"))
     given = {"seed": 11 + index, "shuffle": ("off", "block", "global")[turn % 3], "bos_id": bos, "eos_id": eos}
-    if CELLS[index].bin_dtype is not None:
-        given["bin_dtype"] = CELLS[index].bin_dtype
+    given |= CELLS[index].reading
+    if layout != "concat" and not CELLS[index].has_documents:
+        with pytest.raises(forebay.ConfigError, match="set `document_end_id` to the last id of each document"):
+            forebay.Loader(path, **arguments(s, boundaries), **CELLS[index].reading)
+        return
     expected = Expected(path, s, boundaries, **given)
     if not expected.rows:
         # Every document of this cell is longer than a row.

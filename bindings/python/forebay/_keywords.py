@@ -20,6 +20,7 @@ class LoaderKeywords(TypedDict, total=False):
     token_column: str | None
     bin_dtype: npt.DTypeLike | None
     vocab_size: int | None
+    document_end_id: int | None
     seq_len: int | None
     ignore_index: int | None
     bos_id: int | None

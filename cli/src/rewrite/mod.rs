@@ -153,7 +153,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         return Err(Error::all(faults).into());
     }
     manifest.complete(shards.len())?;
-    let has_eos = config.eos_id.is_some() || config.bos_id.is_some();
+    let has_eos = config.eos_id.is_some() || config.bos_id.is_some() || config.document_end_id.is_some();
     let lost =
         (options.to.joins() && !has_eos).then_some(sources.iter().map(|source| source.facts.counts.starts).sum());
     let mut summary = Summary::new(&sources, &shards, dtype, options.to, began);
@@ -185,6 +185,8 @@ fn refuse_columns(options: &Options, format: FlatFormat, fields: &[CarriedField]
 
 /// The options to read the result of this `dtype` back.
 fn opened_as(options: &Options, dtype: Dtype, open: OpenOptions) -> OpenOptions {
+    // The result is read as it is, so that a fault of the search for ends does not hide itself.
+    let open = OpenOptions { split: None, ..open };
     match options.to.flat() {
         // Flat files have no names of columns.
         Some(FlatFormat::Raw) => OpenOptions { token_column: None, bin_dtype: Some(dtype), ..open },

@@ -172,6 +172,9 @@ impl Options {
             let id = |id: Option<u32>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
             named.extend([("bos_id", id(config.bos_id)), ("eos_id", id(config.eos_id))]);
         }
+        if let Some(id) = config.document_end_id {
+            named.push(("document_end_id", id.to_string()));
+        }
         if !config.fields.is_empty() {
             named.push(("fields", config.fields.join(",")));
         }

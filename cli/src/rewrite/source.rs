@@ -40,6 +40,8 @@ pub(super) struct SourceShard {
     pub(super) column: String,
     /// Whether rows are tokens, so that the file is one document.
     pub(super) plain: bool,
+    /// Last id of each document, if the file does not say where documents end.
+    end_id: Option<u32>,
     /// Names of the columns that no loader reads.
     pub(super) others: Vec<String>,
     /// The further columns that are copied.
@@ -76,7 +78,8 @@ impl SourceShard {
             fields.push(CarriedField { name: name.clone(), content });
         }
         let column = facts.column.name(options).to_owned();
-        Ok(Self { file: file.clone(), facts, column, plain: facts.column.is_plain(), others, fields })
+        let end_id = options.split.as_ref().map(|split| split.id);
+        Ok(Self { file: file.clone(), facts, column, plain: facts.column.is_plain(), end_id, others, fields })
     }
 
     /// The rows from `first_row` on: tokens, or the values of a further column.
@@ -87,7 +90,8 @@ impl SourceShard {
         let path = &self.file.path;
         let column = field.map_or(&self.column, |field| &self.fields[field].name);
         let reader = if flat::is_flat(self.facts.format) {
-            FlatReader::open(path, &self.facts, field.map(|_| column.as_str())).map(RowReader::Flat)
+            let further = field.map(|_| column.as_str());
+            FlatReader::open(path, &self.facts, further, self.end_id).map(RowReader::Flat)
         } else {
             RowReader::open(path, self.facts.format, io, column, first_row)
         };

@@ -88,7 +88,8 @@ impl IndexFile {
             part(env!("CARGO_PKG_VERSION").as_bytes());
             part(&VERSION.to_le_bytes());
             part(format!("{format:?} {:?} {block_tokens}", options.token_column).as_bytes());
-            part(format!("{fields:?} {:?}", options.bin_dtype).as_bytes());
+            let end_id = options.split.as_ref().map(|split| split.id);
+            part(format!("{fields:?} {:?} {end_id:?}", options.bin_dtype).as_bytes());
             for entry in data {
                 part(options.files.absolute(Path::new(entry)).as_os_str().as_encoded_bytes());
             }

@@ -28,7 +28,7 @@ use crate::corpus::shard_cache::{Held, ShardCache};
 use crate::corpus::tables::TableFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::documents::DocumentColumn;
-use crate::format::{self, Access, Counts, MissingColumn, OpenOptions, Shard, ShardFacts};
+use crate::format::{self, Access, Counts, Format, MissingColumn, OpenOptions, Shard, ShardFacts};
 use crate::settings::{DataFormat, Io};
 use crate::storage::{Files, Stamp, local};
 use crate::sync::lock;
@@ -353,7 +353,7 @@ impl Corpus {
         let not_read = NotRead::default();
         let open = |index: usize| {
             options.cancel.check()?;
-            let mut shard = OpenShard::open(&files[index].path, options)?;
+            let mut shard = open_on(pool, &files[index].path, options)?;
             not_read.add(shard.shard(), options);
             let facts = shard.facts();
             if files.len() * columns_of(options) > local::FEW_FILES {
@@ -411,7 +411,7 @@ impl Corpus {
                 progress(0, stale.len() as u64);
                 let open = |place: usize| {
                     options.cancel.check()?;
-                    let opened = OpenShard::open(&files[stale[place]].path, options);
+                    let opened = open_on(pool, &files[stale[place]].path, options);
                     let facts =
                         opened.inspect(|opened| not_read.add(opened.shard(), options)).map(|opened| opened.facts());
                     progress(done.fetch_add(1, Ordering::Relaxed) + 1, stale.len() as u64);
@@ -467,6 +467,17 @@ impl Corpus {
                  say so, or to another column",
                 corpus.facts.get(index).column.name(options),
                 corpus.files[index].path.display()
+            ));
+        }
+        if let Some(split) = &options.split
+            && corpus.tokens() > 0
+            && corpus.facts().all(|facts| !facts.format.entry().has_lengths && facts.counts.starts <= 1)
+        {
+            corpus.warnings.push(format!(
+                "no shard has more than one document: `document_end_id` = {} may be another id than the one that ends \
+                 documents (`{}`)",
+                split.id,
+                corpus.files[0].path.display()
             ));
         }
         // A shard without blocks does not show whether shards of this corpus are decoded.
@@ -533,6 +544,21 @@ impl Corpus {
     pub fn shard_digests(&self) -> Vec<u128> {
         let places = PathHash::of_all(&self.options.files, &self.files);
         places.into_iter().zip(self.facts()).map(|(place, facts)| index::digest(place, &facts)).collect()
+    }
+
+    /// The first shard with tokens that does not say where its documents end. `None` if there is
+    /// none, or if an id splits such files.
+    pub fn without_documents(&self) -> Option<(&Path, Format)> {
+        let lacks =
+            |facts: &ShardFacts| facts.blocks > 0 && !facts.format.entry().has_lengths && facts.column.is_plain();
+        let (file, facts) = self.files.iter().zip(self.facts()).find(|(_, facts)| lacks(facts))?;
+        Some((&file.path, facts.format))
+    }
+
+    /// Bytes that were scanned for the id that ends documents, and the seconds that the scans of
+    /// all shards took together. Counts all corpora that were opened with the same options.
+    pub fn scanned(&self) -> Option<(u64, f64)> {
+        Some(self.options.split.as_ref()?.scanned())
     }
 
     /// How files are read.
@@ -683,9 +709,10 @@ impl Corpus {
     }
 }
 
-/// Number of columns that are read from each file.
+/// Number of files and columns that are read for each shard.
 fn columns_of(options: &OpenOptions) -> usize {
-    1 + options.fields.len() + usize::from(options.borders.is_some())
+    let has_ends = options.split.as_ref().is_some_and(|split| split.folder.is_some());
+    1 + options.fields.len() + usize::from(options.borders.is_some()) + usize::from(has_ends)
 }
 
 /// Number of shards that may be open at the same time. Each column has its own file handle.
@@ -753,6 +780,12 @@ impl NotRead {
         let all: Vec<String> = others.chain(starts).collect();
         (!all.is_empty()).then(|| all.join("; "))
     }
+}
+
+/// Opens the shard at `path`. If its ids are scanned, all threads of `pool` share the work.
+fn open_on(pool: &rayon::ThreadPool, path: &Path, options: &OpenOptions) -> Result<OpenShard> {
+    let open = || OpenShard::open(path, options);
+    if options.split.is_some() { pool.install(open) } else { open() }
 }
 
 /// Finds for each file its record in `saved`. `None` if the file has another size or time now.

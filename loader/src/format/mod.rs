@@ -25,8 +25,10 @@ mod flat {
     pub(super) mod npy;
     pub(super) mod raw;
     mod shard;
+    mod split;
 
     use shard::{Contents, FlatDocuments, check_size};
+    pub use split::SplitOptions;
 }
 pub mod parquet;
 
@@ -38,6 +40,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 pub(crate) use self::columns::{Holds, MissingColumn, choose_column, column_title, null_list};
 pub use self::columns::{PLACES, STARTS_OF_DOCUMENTS, TOKEN_COLUMNS, TokenColumn, looks_like};
+pub use self::flat::SplitOptions;
 use crate::error::{Error, Result};
 use crate::settings::{Config, DataFormat, Io, PackedBy};
 use crate::storage::{Files, Reads, SourceFile, Stamp};
@@ -78,6 +81,7 @@ pub static FORMATS: [FormatEntry; 8] = [
         family: DataFormat::Megatron,
         suffixes: &["bin"],
         beside: &["idx"],
+        has_lengths: true,
         begins: None,
         recognise: flat::megatron::recognise,
         open: flat::megatron::open,
@@ -88,6 +92,7 @@ pub static FORMATS: [FormatEntry; 8] = [
         family: DataFormat::Datatrove,
         suffixes: &["ds"],
         beside: &["ds.index", "ds.loss", "ds.metadata"],
+        has_lengths: true,
         begins: None,
         recognise: flat::datatrove::recognise,
         open: flat::datatrove::open,
@@ -98,6 +103,7 @@ pub static FORMATS: [FormatEntry; 8] = [
         family: DataFormat::Parquet,
         suffixes: &["parquet", "pq"],
         beside: &[],
+        has_lengths: true,
         begins: Some("`PAR1`"),
         recognise: parquet::recognise,
         open: |reads, options| parquet::open(reads.into_file(), options),
@@ -108,6 +114,7 @@ pub static FORMATS: [FormatEntry; 8] = [
         family: DataFormat::Arrow,
         suffixes: &["arrow", "feather", "ipc"],
         beside: &[],
+        has_lengths: true,
         begins: Some("`ARROW1`"),
         recognise: arrow::recognise_file,
         open: |reads, options| arrow::open(reads, Format::ArrowFile, options),
@@ -118,6 +125,7 @@ pub static FORMATS: [FormatEntry; 8] = [
         family: DataFormat::Npy,
         suffixes: &["npy"],
         beside: &[],
+        has_lengths: false,
         begins: Some("`\\x93NUMPY`"),
         recognise: flat::npy::recognise,
         open: flat::npy::open,
@@ -128,6 +136,7 @@ pub static FORMATS: [FormatEntry; 8] = [
         family: DataFormat::LlmC,
         suffixes: &["bin"],
         beside: &[],
+        has_lengths: false,
         begins: Some("a magic number of llm.c"),
         recognise: flat::llmc::recognise,
         open: flat::llmc::open,
@@ -139,6 +148,7 @@ pub static FORMATS: [FormatEntry; 8] = [
         family: DataFormat::Raw,
         suffixes: &["bin"],
         beside: &[],
+        has_lengths: false,
         begins: None,
         recognise: flat::raw::recognise,
         open: flat::raw::open,
@@ -149,6 +159,7 @@ pub static FORMATS: [FormatEntry; 8] = [
         family: DataFormat::Arrow,
         suffixes: &["arrow", "arrows"],
         beside: &[],
+        has_lengths: true,
         begins: Some("an Arrow stream marker"),
         recognise: arrow::recognise_stream,
         open: |reads, options| arrow::open(reads, Format::ArrowStream, options),
@@ -170,6 +181,8 @@ pub struct FormatEntry {
     /// Suffixes of companion files. Such a file has the name of the file with the ids, but another
     /// suffix.
     pub beside: &'static [&'static str],
+    /// Whether every file of the format says where its documents end.
+    pub has_lengths: bool,
     /// The bytes that a file begins with, as text for messages. None if ids are its first bytes.
     begins: Option<&'static str>,
     /// Tells whether a file has this format. The name of the file is not used.
@@ -682,6 +695,8 @@ pub struct OpenOptions {
     pub is_field: bool,
     /// Type of the ids in raw files.
     pub bin_dtype: Option<Dtype>,
+    /// The way to split files without document lengths. `None` makes each a single document.
+    pub split: Option<SplitOptions>,
     /// Access to file bytes.
     pub io: Io,
     /// Number of tokens near which blocks are cut.
@@ -702,6 +717,7 @@ impl OpenOptions {
             fields_may_be_missing: config.mixture.is_some(),
             is_field: false,
             bin_dtype: config.bin_dtype,
+            split: SplitOptions::of(config),
             io: config.io,
             block_tokens: config.block_tokens,
             cancel: Cancel::default(),
@@ -720,7 +736,14 @@ impl OpenOptions {
 /// Opens the file at `path`. The content of the file tells its format.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Shard> {
     let source = options.files.open(path, options.io)?;
-    let open = |mut reads| (recognise(&mut reads, path, options)?.open)(reads, options);
+    let open = |mut reads| {
+        let entry = recognise(&mut reads, path, options)?;
+        match &options.split {
+            Some(split) if entry.has_lengths => split.check_known(entry.format)?,
+            _ => {}
+        }
+        (entry.open)(reads, options)
+    };
     open(Reads::new(source)).map_err(|error| error.at(path))
 }
 

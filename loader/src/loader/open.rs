@@ -51,6 +51,7 @@ impl Opened {
         let mut config = config.clone();
         let threads = config.num_threads.unwrap_or_else(default_threads);
         let corpora = open_corpora(&config, threads, cancel)?;
+        check_documents(&config, &corpora)?;
         let access = if corpora.iter().any(|(_, corpus)| corpus.access() == Access::Block) {
             Access::Block
         } else {
@@ -231,6 +232,19 @@ fn open_layout(
         warnings.push(format!("{}; rows are counted at every start", error.report()));
     }
     Ok(built)
+}
+
+/// Fails if the layout needs documents, and a shard does not say where they end.
+fn check_documents(config: &Config, corpora: &[(String, Corpus)]) -> Result<()> {
+    let found = corpora.iter().find_map(|(_, corpus)| corpus.without_documents());
+    let Some((path, format)) = found.filter(|_| !config.layout.joins()) else { return Ok(()) };
+    Err(Error::config(format!(
+        "`layout` = {} needs documents, and a file of format {} does not say where they end: set `document_end_id` to \
+         the last id of each document, such as 50256 for the tokens of GPT-2, or take `layout` = concat",
+        config.layout.name(),
+        format.name()
+    ))
+    .at(path))
 }
 
 /// The fields of the batches of these corpora.

@@ -66,6 +66,12 @@ settings! {
     vocab_size: Option<u64> = None,
         Operational, Optional(number(1, 1 << 31).called("an integer from 1 to 2^31")), [TokenDataset, DataLoader];
 
+    /// Last id of each document in files of ids without document lengths: raw files, files of
+    /// llm.c, and NumPy arrays of a single axis. It belongs to the document that it ends. `none`
+    /// makes each of these files a single document, which only `concat` takes.
+    document_end_id: Option<u32> = None,
+        Content(Always), Optional(token_id()), [TokenDataset];
+
     /// Tokens per sequence.
     seq_len: u64 = 2048,
         Content(Always), few_tokens(1, 1 << 32), [TokenDataset];

@@ -56,6 +56,11 @@ class TokenDataset(Dataset[Tensors]):
         Number of ids of the tokenizer. A batch with another id is an error with file, block and
         row. `none` checks only that no id is negative. Default: none. Accepted: an integer from 1
         to 2^31, or `none`.
+    document_end_id:
+        Last id of each document in files of ids without document lengths: raw files, files of
+        llm.c, and NumPy arrays of a single axis. It belongs to the document that it ends. `none`
+        makes each of these files a single document, which only `concat` takes. Default: none.
+        Accepted: an id below 2^31, or `none`.
     seq_len:
         Tokens per sequence. Default: 2048. Accepted: a number of tokens from 1 to 2^32.
     targets:
@@ -155,6 +160,7 @@ class TokenDataset(Dataset[Tensors]):
         fields: Iterable[str] | None = None,
         bin_dtype: npt.DTypeLike | None = None,
         vocab_size: int | None = None,
+        document_end_id: int | None = None,
         seq_len: int | None = None,
         targets: Literal["labels", "shifted"] | None = None,
         ignore_index: int | None = None,
@@ -189,6 +195,7 @@ class TokenDataset(Dataset[Tensors]):
             fields=fields,
             bin_dtype=bin_dtype,
             vocab_size=vocab_size,
+            document_end_id=document_end_id,
             seq_len=seq_len,
             targets=targets,
             ignore_index=ignore_index,

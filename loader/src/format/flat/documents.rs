@@ -10,7 +10,7 @@ use crate::format::{BlockMeta, OpenOptions};
 use crate::storage::SourceFile;
 
 /// Most documents in a block. A small number keeps the cost of its ends small.
-const MAX_DOCUMENTS: u64 = 4096;
+pub(super) const MAX_DOCUMENTS: u64 = 4096;
 /// Number of entries of a table that are read at once.
 const PIECE: u64 = 1 << 16;
 

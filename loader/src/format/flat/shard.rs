@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::documents::{BlockDocuments, DocumentTable};
+use super::split::{self, FoundEnds, Ids};
 use crate::error::{Error, Result};
 use crate::format::{
     AnyShard, BlockMeta, Ends, EndsScratch, Format, MissingColumn, OpenOptions, RandomShard, Shard, ShardInfo,
@@ -35,6 +36,8 @@ pub(super) enum FlatDocuments {
     Fixed { length: u64, count: u64 },
     /// A table in a second file gives the ends.
     Listed(DocumentTable),
+    /// An id among the ids ends each document.
+    Found(FoundEnds),
 }
 
 /// A file whose values are read in place.
@@ -91,15 +94,31 @@ impl Contents {
     pub(super) fn open(self, options: &OpenOptions) -> Result<Shard> {
         let Self { format, file, start, dtype, tokens, documents, further } = self;
         check_column(format, further, options)?;
+        let split = options.split.as_ref().filter(|_| !options.is_field);
+        if let Some(split) = split
+            && !matches!(documents, FlatDocuments::One)
+        {
+            split.check_known(format)?;
+        }
         let one_block = |full: u64| {
             let block = BlockMeta { tokens, starts: full, ends: full, ..BlockMeta::default() };
             (if tokens > 0 { vec![block] } else { Vec::new() }, Vec::new())
         };
-        let (rows, (metas, blocks)) = match &documents {
-            FlatDocuments::One => (tokens, one_block(1)),
-            FlatDocuments::Fixed { count, .. } => (*count, one_block(*count)),
-            FlatDocuments::Listed(table) => {
-                (table.documents, table.cut(tokens, options).map_err(|error| error.at(table.index.path()))?)
+        let (documents, rows, (metas, blocks)) = match documents {
+            FlatDocuments::One | FlatDocuments::Found(_) => match split {
+                Some(split) => {
+                    let (ends, metas, blocks) =
+                        split::split(Ids { file: &file, start, dtype, tokens }, split, options)?;
+                    let rows = metas.iter().map(|block| block.starts).sum();
+                    (FlatDocuments::Found(ends), rows, (metas, blocks))
+                }
+                None => (FlatDocuments::One, tokens, one_block(1)),
+            },
+            FlatDocuments::Fixed { count, .. } => (documents, count, one_block(count)),
+            FlatDocuments::Listed(ref table) => {
+                let cut = table.cut(tokens, options).map_err(|error| error.at(table.index.path()))?;
+                let rows = table.documents;
+                (documents, rows, cut)
             }
         };
         file.advise_random();
@@ -129,13 +148,16 @@ impl AnyShard for FlatShard {
 
     fn let_go(&mut self) {
         self.info.file.let_go();
-        if let FlatDocuments::Listed(table) = &mut self.documents {
-            table.index.let_go();
+        match &mut self.documents {
+            FlatDocuments::Listed(table) => table.index.let_go(),
+            FlatDocuments::Found(ends) => ends.let_go(),
+            FlatDocuments::One | FlatDocuments::Fixed { .. } => {}
         }
     }
 
     fn index_bytes(&self) -> u64 {
-        (size_of_val(self) + size_of_val(self.blocks.as_slice())) as u64
+        let ends = if let FlatDocuments::Found(ends) = &self.documents { ends.held_bytes() } else { 0 };
+        (size_of_val(self) + size_of_val(self.blocks.as_slice())) as u64 + ends
     }
 
     fn advice(&self) -> Vec<String> {
@@ -152,6 +174,7 @@ impl AnyShard for FlatShard {
             FlatDocuments::One => "one document".to_owned(),
             FlatDocuments::Fixed { length, .. } => format!("documents of {}", number_of(*length, "token")),
             FlatDocuments::Listed(_) => "documents listed beside it".to_owned(),
+            FlatDocuments::Found(_) => "documents that `document_end_id` ends".to_owned(),
         };
         format!("{documents}, uncompressed, read in place")
     }
@@ -168,6 +191,16 @@ impl AnyShard for FlatShard {
                         last = end;
                         Ok(())
                     })?;
+                }
+                lengths
+            }
+            FlatDocuments::Found(found) => {
+                let (mut lengths, mut scratch) = (Vec::new(), EndsScratch::default());
+                for (number, block) in self.blocks.iter().enumerate() {
+                    let ends = found.ends_in(number, *block, &mut scratch)?;
+                    let ends = (0..ends.len()).map(|document| ends.get(document));
+                    let starts = std::iter::once(0).chain(ends.clone());
+                    lengths.extend(starts.zip(ends).map(|(start, end)| Some(end - start)));
                 }
                 lengths
             }
@@ -192,7 +225,10 @@ impl RandomShard for FlatShard {
         Ok(match &self.documents {
             FlatDocuments::One => Ends::Fixed { length: tokens, count: 1 },
             FlatDocuments::Fixed { length, count } => Ends::Fixed { length: *length, count: *count as usize },
-            FlatDocuments::Listed(_) if self.info.blocks[block].ends == 1 => Ends::Fixed { length: tokens, count: 1 },
+            FlatDocuments::Listed(_) | FlatDocuments::Found(_) if self.info.blocks[block].ends == 1 => {
+                Ends::Fixed { length: tokens, count: 1 }
+            }
+            FlatDocuments::Found(found) => found.ends_in(block, self.blocks[block], scratch)?,
             FlatDocuments::Listed(table) => {
                 let place = |error: Error| error.at(table.index.path());
                 table.index.check_window().map_err(place)?;
@@ -223,6 +259,12 @@ impl RandomShard for FlatShard {
                     Ok(())
                 });
                 ends.ok().map(|()| first + before)
+            }
+            FlatDocuments::Found(_) => {
+                let mut scratch = EndsScratch::default();
+                let ends = self.ends(block, &mut scratch).ok()?;
+                let before = (0..ends.len()).filter(|document| ends.get(*document) <= token).count();
+                Some(self.blocks.get(block)?.first + before as u64)
             }
         }
     }
