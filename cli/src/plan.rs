@@ -92,6 +92,42 @@ impl Planned {
         self.plan.sources.iter().map(|source| source.open_shards).sum()
     }
 
+    /// Bytes that were scanned for the ends of documents, and the seconds of all scans together.
+    fn scanned(&self) -> Option<(u64, f64)> {
+        self.loader.corpora().next()?.1.scanned()
+    }
+
+    /// The work that `cache_dir` saves later starts.
+    fn saved_text(&self) -> &'static str {
+        if self.loader.config().cache_dir.is_some() {
+            "later starts find it saved"
+        } else {
+            "`cache_dir` would save it"
+        }
+    }
+
+    /// The cost of finding the ends of documents by an id.
+    fn scan_text(&self) -> Option<String> {
+        let (scanned, seconds) = self.scanned()?;
+        if scanned == 0 {
+            return Some("the ends that `document_end_id` finds were saved: nothing was scanned".to_owned());
+        }
+        let (scanned, saved) = (bytes(scanned), self.saved_text());
+        Some(format!("of which {seconds:.3} s to scan {scanned} for `document_end_id`; {saved}"))
+    }
+
+    /// The cost of reading document lengths.
+    fn lengths_text(&self) -> Option<String> {
+        let read = || self.plan.sources.iter().filter_map(|source| Some((source.documents, source.lengths_took?)));
+        let seconds = read().map(|(_, took)| took).sum::<Duration>().as_secs_f64();
+        let documents = read().map(|(documents, _)| documents).sum();
+        let text = || {
+            let (lengths, saved) = (number_of(documents, "document length"), self.saved_text());
+            format!("of which {seconds:.3} s to read {lengths}; {saved}")
+        };
+        read().next().map(|_| text())
+    }
+
     fn write(&self, out: &mut dyn Write) -> std::io::Result<()> {
         write_plan(out, &self.plan, &self.loader)?;
         let first = match self.start.first_batch {
@@ -100,6 +136,9 @@ impl Planned {
         };
         let (open, shards) = (self.start.open.as_secs_f64(), number_of(self.open_shards(), "open shard"));
         line(out, "start", &format!("{open:.3} s to open, then {first}; {shards}"))?;
+        for text in [self.scan_text(), self.lengths_text()].into_iter().flatten() {
+            line(out, "", &text)?;
+        }
         line(out, "planned in", &format!("{:.2} s", self.took.as_secs_f64()))?;
         for warning in self.loader.warnings() {
             line(out, "warning", warning)?;
@@ -123,6 +162,7 @@ impl Planned {
                 "open_seconds": self.start.open.as_secs_f64(),
                 "first_batch_seconds": self.start.first_batch.map(|time| time.as_secs_f64()),
                 "open_shards": self.open_shards(),
+                "scan": self.scanned().map(|(bytes, seconds)| json!({"bytes": bytes, "seconds": seconds})),
             },
             "plan_seconds": self.took.as_secs_f64(),
             "warnings": self.loader.warnings(),
@@ -362,6 +402,7 @@ fn source_json(source: &SourcePlan, format: &str) -> Value {
         "truncated_tokens": source.lost.truncated_tokens,
         "dropped_documents": source.lost.dropped_documents,
         "dropped_tokens": source.lost.dropped_tokens,
+        "lengths_seconds": source.lengths_took.map(|took| took.as_secs_f64()),
         "arrangement": arrangement,
         "displacement": distance_json(&source.displacement),
         "neighbours": distance_json(&source.neighbours),

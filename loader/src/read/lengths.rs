@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use crate::corpus::lengths::{SavedLengths, Section};
 use crate::corpus::{Corpus, OpenShard};
@@ -28,6 +29,8 @@ pub(crate) struct DocumentLengths {
     /// Held while the lengths are read, so that one thread reads them. Keeps what could not be
     /// saved.
     reading: Mutex<Vec<String>>,
+    /// Time in which lengths were read from shards. Empty if all were saved, or none was asked for.
+    took: OnceLock<Duration>,
 }
 
 impl DocumentLengths {
@@ -35,7 +38,7 @@ impl DocumentLengths {
     /// bytes.
     pub(crate) fn new(corpus: Arc<Corpus>, budget_bytes: u64, config: &Config) -> Self {
         let threads = config.num_threads.unwrap_or_else(default_threads).max(1) as usize;
-        Self { corpus, budget_bytes, threads, known: OnceLock::new(), reading: Mutex::default() }
+        Self { corpus, budget_bytes, threads, known: OnceLock::new(), reading: Mutex::default(), took: OnceLock::new() }
     }
 
     /// Returns the number of tokens of each non-empty document of shard `shard`, without specials.
@@ -63,6 +66,11 @@ impl DocumentLengths {
     /// Reasons why the lengths could not be saved, one line each.
     pub(crate) fn warnings(&self) -> Vec<String> {
         lock(&self.reading).clone()
+    }
+
+    /// Time in which lengths were read from shards. `None` if no shard was read for them.
+    pub(crate) fn took(&self) -> Option<Duration> {
+        self.took.get().copied()
     }
 
     fn all(&self) -> Result<&SavedLengths> {
@@ -106,6 +114,7 @@ impl DocumentLengths {
                 self.budget_bytes
             )));
         }
+        let began = Instant::now();
         let records: HashMap<u128, usize> =
             saved.iter().flat_map(|saved| (0..saved.len()).map(|record| (saved.shard(record), record))).collect();
         let section = |shard: usize| {
@@ -136,6 +145,7 @@ impl DocumentLengths {
             1 => return Err(faults.remove(0)),
             _ => return Err(Error::all(faults)),
         }
+        let _ = self.took.set(began.elapsed());
         let Some(file) = file else { return Ok(SavedLengths::of_sections(0, found)) };
         let lengths = SavedLengths::of_sections(file.key(), found);
         if let Err(error) = file.save(&lengths) {

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::block_cache::{BlockCache, NeededBy, Prepared};
 use super::borders::PackedBorders;
@@ -179,6 +179,11 @@ impl Reader {
 
     pub(crate) fn stream(&self) -> &Stream {
         &self.stream
+    }
+
+    /// Time in which document lengths were read from shards. `None` if no shard was read for them.
+    pub(crate) fn lengths_took(&self) -> Option<Duration> {
+        self.lengths.took()
     }
 
     /// Faults of saved lengths that are no errors, one line each.

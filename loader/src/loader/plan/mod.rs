@@ -12,6 +12,7 @@ mod of_loader;
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::Duration;
 
 use crate::error::Result;
 use crate::layout::{Lost, Segment};
@@ -72,6 +73,9 @@ pub struct SourcePlan {
     pub padding_places: u64,
     /// Tokens of documents that are longer than a row, and that no row holds.
     pub lost: Lost,
+    /// Time in which the start read document lengths from shards. `None` if the layout needs none,
+    /// or if all were saved.
+    pub lengths_took: Option<Duration>,
     /// Sequences drawn from the source in the pass. `None` if the pass has no end.
     pub drawn_sequences: Option<u64>,
     /// Arrangement of the sequences.

@@ -111,6 +111,7 @@ impl Session {
             row_tokens: extent.tokens,
             padding_places: self.padding_places(&extent, padding),
             lost: source.reader.layout().lost(corpus.len()),
+            lengths_took: source.reader.lengths_took(),
             drawn_sequences,
             arrangement,
             displacement: plan::displacement(&order, arrangement),
