@@ -1,0 +1,1 @@
+//! Serves batches to other processes, and takes them.
