@@ -4,7 +4,6 @@
 //! back, and takes the memory of one batch. A file with one document gives plain arrays. Other
 //! files give lists.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,10 +15,11 @@ use arrow_array::{
 use arrow_buffer::OffsetBuffer;
 use arrow_schema::{DataType, Field};
 use forebay::format::{Format, ShardFacts};
+use forebay::storage::Files;
 use forebay::tokens::Dtype;
 use forebay::{Error, Result};
 
-use crate::token_column::open_file;
+use crate::shard_file::ShardFile;
 
 /// Number of values, or of documents, after which a batch ends.
 const BATCH_TOKENS: u64 = 1 << 20;
@@ -27,7 +27,7 @@ const BATCH_ROWS: usize = 1 << 16;
 
 /// A flat file that is being read.
 pub(crate) struct FlatReader {
-    data: BufReader<File>,
+    data: BufReader<ShardFile>,
     dtype: Dtype,
     ends: Ends,
     /// Number of values that were read.
@@ -41,11 +41,11 @@ enum Ends {
     /// Documents of equal length. `left` of them were not read yet.
     Fixed { length: u64, left: u64 },
     /// Numbers of 8 bytes, each the end of a document.
-    Listed(BufReader<File>),
+    Listed(BufReader<ShardFile>),
     /// Each document ends with `id`.
     Id {
         /// The ids again, from which the ends are found.
-        ids: BufReader<File>,
+        ids: BufReader<ShardFile>,
         /// The last id of each document.
         id: i64,
         /// Number of ids that were not searched yet.
@@ -54,9 +54,9 @@ enum Ends {
     /// Documents are runs of sequences.
     Sequences {
         /// The first sequence of each document that was not read yet, and the end of the last one.
-        firsts: BufReader<File>,
+        firsts: BufReader<ShardFile>,
         /// The lengths of the sequences that were not read yet.
-        lengths: BufReader<File>,
+        lengths: BufReader<ShardFile>,
         /// Number of documents that were not read yet.
         left: u64,
         /// Number of sequences that were read.
@@ -78,22 +78,28 @@ pub(crate) fn data_type(facts: &ShardFacts) -> Result<DataType> {
 impl FlatReader {
     /// Opens the file at `path`, which a loader describes by `facts`. `further` names the column to
     /// read if it is not the ids. `end_id` splits a file without document lengths.
-    pub(crate) fn open(path: &Path, facts: &ShardFacts, further: Option<&str>, end_id: Option<u32>) -> Result<Self> {
-        let mut reader = Self::open_whole(path, facts, further)?;
+    pub(crate) fn open(
+        files: &Files,
+        path: &Path,
+        facts: &ShardFacts,
+        further: Option<&str>,
+        end_id: Option<u32>,
+    ) -> Result<Self> {
+        let mut reader = Self::open_whole(files, path, facts, further)?;
         if let (Ends::One(left), Some(id)) = (&reader.ends, end_id) {
             let start = reader.data.stream_position().map_err(unreadable)?;
-            reader.ends = Ends::Id { ids: file_from(path, start)?, id: i64::from(id), left: *left };
+            reader.ends = Ends::Id { ids: file_from(files, path, start)?, id: i64::from(id), left: *left };
         }
         Ok(reader)
     }
 
-    fn open_whole(path: &Path, facts: &ShardFacts, further: Option<&str>) -> Result<Self> {
+    fn open_whole(files: &Files, path: &Path, facts: &ShardFacts, further: Option<&str>) -> Result<Self> {
         match facts.format {
-            Format::Npy => npy(path),
-            Format::Raw => raw(path, facts),
-            Format::LlmC => llmc(path, facts),
-            Format::Megatron => megatron(path, facts),
-            Format::Datatrove => datatrove(path, facts, further),
+            Format::Npy => npy(files, path),
+            Format::Raw => raw(files, path, facts),
+            Format::LlmC => llmc(files, path, facts),
+            Format::Megatron => megatron(files, path, facts),
+            Format::Datatrove => datatrove(files, path, facts, further),
             other => Err(Error::data(format!(
                 "only a loader reads files of the format {}: `verify` and `rewrite` have no reader for them",
                 other.name()
@@ -218,9 +224,9 @@ fn unreadable(error: std::io::Error) -> Error {
     Error::io("cannot read the shard", error)
 }
 
-fn npy(path: &Path) -> Result<FlatReader> {
+fn npy(files: &Files, path: &Path) -> Result<FlatReader> {
     let odd = || Error::data("the header of the NumPy array is unreadable");
-    let mut data = BufReader::new(open_file(path)?);
+    let mut data = BufReader::new(ShardFile::open(files, path)?);
     let mut first = [0; 8];
     data.read_exact(&mut first).map_err(unreadable)?;
     let mut length = [0; 4];
@@ -252,7 +258,7 @@ fn npy(path: &Path) -> Result<FlatReader> {
 }
 
 /// Reads the next id.
-fn id_of(ids: &mut BufReader<File>, dtype: Dtype) -> Result<i64> {
+fn id_of(ids: &mut BufReader<ShardFile>, dtype: Dtype) -> Result<i64> {
     let mut bytes = [0; 8];
     ids.read_exact(&mut bytes[..dtype.size()]).map_err(unreadable)?;
     let number = i64::from_le_bytes(bytes);
@@ -265,57 +271,57 @@ fn id_of(ids: &mut BufReader<File>, dtype: Dtype) -> Result<i64> {
 }
 
 /// Reads the next number of 8 bytes.
-fn number(file: &mut BufReader<File>) -> Result<u64> {
+fn number(file: &mut BufReader<ShardFile>) -> Result<u64> {
     let mut number = [0; 8];
     file.read_exact(&mut number).map_err(unreadable)?;
     Ok(u64::from_le_bytes(number))
 }
 
 /// Opens the file at `path`, and goes to byte `start`.
-fn file_from(path: &Path, start: u64) -> Result<BufReader<File>> {
-    let mut file = open_file(path)?;
+fn file_from(files: &Files, path: &Path, start: u64) -> Result<BufReader<ShardFile>> {
+    let mut file = ShardFile::open(files, path)?;
     file.seek(SeekFrom::Start(start)).map_err(unreadable)?;
     Ok(BufReader::new(file))
 }
 
-fn raw(path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
+fn raw(files: &Files, path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
     let ends = Ends::One(facts.stamp.size_bytes / facts.dtype.size() as u64);
-    Ok(FlatReader { data: file_from(path, 0)?, dtype: facts.dtype, ends, read: 0 })
+    Ok(FlatReader { data: file_from(files, path, 0)?, dtype: facts.dtype, ends, read: 0 })
 }
 
-fn llmc(path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
+fn llmc(files: &Files, path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
     let mut header = [0; 12];
-    open_file(path)?.read_exact(&mut header).map_err(unreadable)?;
+    ShardFile::open(files, path)?.read_exact(&mut header).map_err(unreadable)?;
     let [magic, _, tokens] = [0, 4, 8].map(|at| i32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes")));
     let dtype = if magic == 20_240_520 { Dtype::U16 } else { Dtype::U32 };
     if dtype != facts.dtype {
         return Err(Error::data(format!("the magic number {magic} belongs to ids of type {}", dtype.name())));
     }
     Ok(FlatReader {
-        data: file_from(path, 256 * 4)?,
+        data: file_from(files, path, 256 * 4)?,
         dtype,
         ends: Ends::One(u64::from(tokens.cast_unsigned())),
         read: 0,
     })
 }
 
-fn megatron(path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
+fn megatron(files: &Files, path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
     let index = path.with_extension("idx");
-    let mut header = file_from(&index, 18)?;
+    let mut header = file_from(files, &index, 18)?;
     let (sequences, documents) = (number(&mut header)?, number(&mut header)?);
     // The first entry is 0. Every other entry is the end of a document.
-    let firsts = file_from(&index, 34 + sequences * (4 + 8) + 8)?;
-    let lengths = file_from(&index, 34)?;
+    let firsts = file_from(files, &index, 34 + sequences * (4 + 8) + 8)?;
+    let lengths = file_from(files, &index, 34)?;
     let ends = Ends::Sequences { firsts, lengths, left: documents.saturating_sub(1), passed: 0 };
-    Ok(FlatReader { data: file_from(path, 0)?, dtype: facts.dtype, ends, read: 0 })
+    Ok(FlatReader { data: file_from(files, path, 0)?, dtype: facts.dtype, ends, read: 0 })
 }
 
-fn datatrove(path: &Path, facts: &ShardFacts, further: Option<&str>) -> Result<FlatReader> {
+fn datatrove(files: &Files, path: &Path, facts: &ShardFacts, further: Option<&str>) -> Result<FlatReader> {
     let beside = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
-    let ends = Ends::Listed(file_from(&beside(".index"), 0)?);
+    let ends = Ends::Listed(file_from(files, &beside(".index"), 0)?);
     let (path, dtype) = match further {
         Some(_) => (beside(".loss"), Dtype::Bool),
         None => (path.to_owned(), facts.dtype),
     };
-    Ok(FlatReader { data: file_from(&path, 0)?, dtype, ends, read: 0 })
+    Ok(FlatReader { data: file_from(files, &path, 0)?, dtype, ends, read: 0 })
 }

@@ -23,6 +23,9 @@ pub(crate) struct Options {
     paths: Vec<String>,
     /// Folder of the index; loaders find it by the setting of the same name
     #[arg(long, value_name = "FOLDER")]
+    index_dir: Option<String>,
+    /// Folder of the index and of what is read from object stores
+    #[arg(long, value_name = "FOLDER")]
     cache_dir: Option<String>,
     /// Prints one JSON object for each corpus
     #[arg(long)]
@@ -32,10 +35,10 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
-    let flags = [("cache_dir", options.cache_dir.clone())];
+    let flags = [("index_dir", options.index_dir.clone()), ("cache_dir", options.cache_dir.clone())];
     let config = options.sets.resolve(&options.paths, &flags, context)?.config;
     config.validate()?;
-    let Some(folder) = &config.cache_dir else {
+    let Some(folder) = config.index_folder() else {
         return Err(
             Error::config("no folder for the index: name one with `--cache-dir`, or set `FOREBAY_CACHE_DIR`").into()
         );

@@ -20,6 +20,7 @@ mod progress;
 mod report;
 mod rewrite;
 mod sequential;
+mod shard_file;
 mod supervised;
 mod token_column;
 mod verify;

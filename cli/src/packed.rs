@@ -8,6 +8,7 @@ use arrow_array::types::Int64Type;
 use arrow_array::{Array, ArrayRef};
 use arrow_schema::DataType;
 use forebay::settings::PackedBy;
+use forebay::storage::Files;
 use forebay::tokens::Dtype;
 use forebay::{Error, Result};
 
@@ -15,12 +16,12 @@ use crate::sequential::{each_column, field_values};
 
 /// The places where documents begin in each row of the file at `path` that has tokens. Empty if
 /// rows are documents.
-pub(crate) fn starts(path: &Path, by: PackedBy) -> Result<VecDeque<Vec<usize>>> {
+pub(crate) fn starts(files: &Files, path: &Path, by: PackedBy) -> Result<VecDeque<Vec<usize>>> {
     let mut found = VecDeque::new();
     if by == PackedBy::None {
         return Ok(found);
     }
-    each_column(path, by.name(), &mut |column| {
+    each_column(files, path, by.name(), &mut |column| {
         for row in 0..column.len() {
             let list = list_of(column, row)?;
             let values = field_values(&list, Dtype::I64)?;

@@ -11,7 +11,9 @@ use forebay::layout::Lost;
 use forebay::loader::Next;
 use forebay::loader::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
 use forebay::order::Arrangement;
+use forebay::format::Access;
 use forebay::settings::{Remainder, Shuffle};
+use forebay::storage::is_remote;
 use forebay::{Config, Loader};
 use serde_json::{Value, json};
 
@@ -99,7 +101,7 @@ impl Planned {
 
     /// The work that `cache_dir` saves later starts.
     fn saved_text(&self) -> &'static str {
-        if self.loader.config().cache_dir.is_some() {
+        if self.loader.config().index_folder().is_some() {
             "later starts find it saved"
         } else {
             "`cache_dir` would save it"
@@ -164,8 +166,82 @@ impl Planned {
                 "open_shards": self.open_shards(),
                 "scan": self.scanned().map(|(bytes, seconds)| json!({"bytes": bytes, "seconds": seconds})),
             },
+            "remote": RemoteReading::of(&self.loader, &self.plan).map(|reading| reading.json()),
             "plan_seconds": self.took.as_secs_f64(),
             "warnings": self.loader.warnings(),
+        })
+    }
+}
+
+/// Bytes that a request to an object store asks for, if a read needs a part of the file.
+const PART_BYTES: u64 = 4 << 20;
+/// Price of a million reads in the standard class of the large stores, in US dollars.
+const DOLLARS_PER_MILLION: f64 = 0.4;
+
+/// What an epoch asks of object stores while nothing is cached.
+struct RemoteReading {
+    shards: u64,
+    bytes: u64,
+    requests: u64,
+    /// Whether single rows are read in any order.
+    scattered: bool,
+}
+
+impl RemoteReading {
+    /// `None` if all shards are local.
+    fn of(loader: &Loader, plan: &Plan) -> Option<Self> {
+        let config = loader.config();
+        let files = loader.corpora().flat_map(|(_, corpus)| corpus.files().iter().zip(corpus.facts()));
+        let remote = files.filter(|(file, _)| is_remote(&file.path)).map(|(_, facts)| facts);
+        let mut found = Self { shards: 0, bytes: 0, requests: 0, scattered: false };
+        for facts in remote {
+            found.shards += 1;
+            found.bytes += facts.stamp.size_bytes;
+            // Opening reads the head and the tail.
+            found.requests += facts.stamp.size_bytes.div_ceil(PART_BYTES) + 2;
+            found.scattered |= facts.access == Access::Random && config.shuffle == Shuffle::Global;
+        }
+        let room = if config.cache_dir.is_some() { config.cache_bytes } else { 0 };
+        if found.scattered && found.bytes > room {
+            let rows = plan.sources.iter().map(|source| source.sequences).sum::<u64>();
+            found.requests += rows;
+        } else {
+            found.scattered = false;
+        }
+        (found.shards > 0).then_some(found)
+    }
+
+    fn dollars(&self) -> f64 {
+        self.requests as f64 / 1e6 * DOLLARS_PER_MILLION
+    }
+
+    fn write(&self, out: &mut dyn Write, config: &Config) -> std::io::Result<()> {
+        let text = format!(
+            "{} of {}, about {} in an epoch without a cache, about ${:.4} at ${DOLLARS_PER_MILLION} for a million",
+            number_of(self.shards, "shard"),
+            bytes(self.bytes),
+            number_of(self.requests, "request"),
+            self.dollars(),
+        );
+        line(out, "remote", &text)?;
+        let kept = match &config.cache_dir {
+            Some(folder) => format!("up to {} in `{folder}`", bytes(config.cache_bytes)),
+            None => "nothing: set `cache_dir` to read each object once".to_owned(),
+        };
+        line(out, "cached", &kept)?;
+        if self.scattered {
+            line(out, "advice", "`shuffle=\"block\"` would read each object in a few large requests")?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "shards": self.shards,
+            "bytes": self.bytes,
+            "requests": self.requests,
+            "dollars": self.dollars(),
+            "single_rows": self.scattered,
         })
     }
 }
@@ -187,6 +263,9 @@ pub fn plan_of(loader: &Loader) -> forebay::Result<(String, String)> {
 fn write_plan(out: &mut dyn Write, plan: &Plan, loader: &Loader) -> std::io::Result<()> {
     for (source, (_, corpus)) in plan.sources.iter().zip(loader.corpora()) {
         write_source(out, source, format_of(corpus), loader.config())?;
+    }
+    if let Some(reading) = RemoteReading::of(loader, plan) {
+        reading.write(out, loader.config())?;
     }
     write_pass(out, plan, loader.config())?;
     write_memory(out, &plan.memory, loader.config())

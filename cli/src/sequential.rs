@@ -6,7 +6,6 @@
 //! rows.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
@@ -24,11 +23,13 @@ use forebay::corpus::schema::{DocumentField, SchemaField};
 use forebay::format::ShardFacts;
 use forebay::proof::checksum::{number_hash, text_hash};
 use forebay::settings::{Config, Targets};
+use forebay::storage::Files;
 use forebay::tokens::{DocumentType, Dtype};
 use forebay::{Error, Result};
 
 use crate::flat::{self, FlatReader};
 use crate::packed;
+use crate::shard_file::ShardFile;
 use crate::token_column::{self, unsound};
 use crate::whole_rows::{DocumentRow, Window};
 
@@ -131,19 +132,20 @@ fn read_column(
         done: 0,
         sequence: 0,
     };
+    let files = Files::of(config);
     for (shard, file) in corpus.files().iter().enumerate() {
         // Files without tokens may have any columns.
         if corpus.facts_of(shard).counts.tokens > 0 {
             stream.shard = shard;
             let facts = corpus.facts_of(shard);
-            stream.packed = packed::starts(&file.path, config.packed_by).map_err(|error| error.at(&file.path))?;
-            let hashes = documents.map(|field| hashes_of(&file.path, field)).transpose();
+            stream.packed = packed::starts(&files, &file.path, config.packed_by).map_err(|error| error.at(&file.path))?;
+            let hashes = documents.map(|field| hashes_of(&files, &file.path, field)).transpose();
             stream.documents = hashes.map_err(|error| error.at(&file.path))?;
             let read = if flat::is_flat(facts.format) {
-                read_flat(&file.path, &facts, name, config.document_end_id, &mut stream)
+                read_flat(&files, &file.path, &facts, name, config.document_end_id, &mut stream)
             } else {
                 let name = name.unwrap_or_else(|| corpus.token_column(shard));
-                read_file(&file.path, name, &mut stream)
+                read_file(&files, &file.path, name, &mut stream)
             };
             read.map_err(|error| error.at(&file.path))?;
             stream.end_shard();
@@ -316,9 +318,9 @@ impl RowCutter<'_> {
 }
 
 /// The hashes of the values of `field` in all rows of a shard.
-fn hashes_of(path: &Path, field: &DocumentField) -> Result<Vec<i64>> {
+fn hashes_of(files: &Files, path: &Path, field: &DocumentField) -> Result<Vec<i64>> {
     let mut hashes = Vec::new();
-    each_column(path, field.name, &mut |column| add_hashes(column, field.kind, &mut hashes))?;
+    each_column(files, path, field.name, &mut |column| add_hashes(column, field.kind, &mut hashes))?;
     Ok(hashes)
 }
 
@@ -345,9 +347,9 @@ fn add_hashes(column: &ArrayRef, kind: DocumentType, hashes: &mut Vec<i64>) -> R
     Ok(())
 }
 
-fn read_file(path: &Path, column: &str, stream: &mut RowCutter<'_>) -> Result<()> {
+fn read_file(files: &Files, path: &Path, column: &str, stream: &mut RowCutter<'_>) -> Result<()> {
     let mut rows = 0;
-    each_column(path, column, &mut |column| {
+    each_column(files, path, column, &mut |column| {
         add(column, rows, stream)?;
         rows += column.len() as u64;
         Ok(())
@@ -358,9 +360,9 @@ fn read_file(path: &Path, column: &str, stream: &mut RowCutter<'_>) -> Result<()
 }
 
 /// Gives the batches of column `column` of the file at `path` to `take`, in order.
-pub(crate) fn each_column(path: &Path, column: &str, take: &mut dyn FnMut(&ArrayRef) -> Result<()>) -> Result<()> {
+pub(crate) fn each_column(files: &Files, path: &Path, column: &str, take: &mut dyn FnMut(&ArrayRef) -> Result<()>) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read the shard", error);
-    let mut file = File::open(path).map_err(unreadable)?;
+    let mut file = ShardFile::open(files, path)?;
     let mut magic = Vec::new();
     (&mut file).take(6).read_to_end(&mut magic).map_err(unreadable)?;
     file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
@@ -368,7 +370,7 @@ pub(crate) fn each_column(path: &Path, column: &str, take: &mut dyn FnMut(&Array
         take(batch.map_err(unsound)?.column(column))
     };
     if magic.starts_with(b"PAR1") {
-        let reader = token_column::parquet(path, column)?.build().map_err(unsound)?;
+        let reader = token_column::parquet(files, path, column)?.build().map_err(unsound)?;
         for batch in reader {
             each(batch, 0)?;
         }
@@ -390,13 +392,14 @@ pub(crate) fn each_column(path: &Path, column: &str, take: &mut dyn FnMut(&Array
 
 /// Reads a flat file, for its ids or for the further column `column`.
 fn read_flat(
+    files: &Files,
     path: &Path,
     facts: &ShardFacts,
     column: Option<&str>,
     end_id: Option<u32>,
     stream: &mut RowCutter<'_>,
 ) -> Result<()> {
-    let mut reader = FlatReader::open(path, facts, column, end_id)?;
+    let mut reader = FlatReader::open(files, path, facts, column, end_id)?;
     let mut rows = 0;
     while let Some(column) = reader.next()? {
         add(&column, rows, stream)?;

@@ -2,7 +2,6 @@
 //!
 //! A Parquet file is opened as if it had only the token column.
 
-use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,15 +16,16 @@ use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 
 use crate::flat;
+use crate::shard_file::ShardFile;
 
 /// Number of tokens that parquet decodes at once, if the rows have nearly equal lengths.
 const DECODED_TOKENS: u64 = 1 << 20;
 
 /// The type of column `name` in the file at `path`.
-pub(crate) fn data_type(path: &Path, facts: &ShardFacts, name: &str) -> Result<DataType> {
-    let read = || Ok(BufReader::new(open_file(path)?));
+pub(crate) fn data_type(files: &Files, path: &Path, facts: &ShardFacts, name: &str) -> Result<DataType> {
+    let read = || Ok(BufReader::new(ShardFile::open(files, path)?));
     let schema = match facts.format {
-        Format::Parquet => return Ok(parquet(path, name)?.schema().field(0).data_type().clone()),
+        Format::Parquet => return Ok(parquet(files, path, name)?.schema().field(0).data_type().clone()),
         Format::ArrowFile => FileReader::try_new(read()?, None).map_err(unsound)?.schema(),
         Format::ArrowStream => StreamReader::try_new(read()?, None).map_err(unsound)?.schema(),
         _ => return flat::data_type(facts),
@@ -43,13 +43,9 @@ pub(crate) fn item_of(data_type: &DataType) -> Option<DataType> {
     }
 }
 
-pub(crate) fn open_file(path: &Path) -> Result<File> {
-    File::open(path).map_err(|error| Error::io("cannot open shard", error))
-}
-
 /// Opens a Parquet file to read column `name`. Its batches have only this column.
-pub(crate) fn parquet(path: &Path, name: &str) -> Result<ParquetRecordBatchReaderBuilder<File>> {
-    let metadata = read_metadata(&Files::local().open(path, Io::Pread)?)?;
+pub(crate) fn parquet(files: &Files, path: &Path, name: &str) -> Result<ParquetRecordBatchReaderBuilder<ShardFile>> {
+    let metadata = read_metadata(&files.open(path, Io::Pread)?)?;
     let schema = metadata.file_metadata().schema_descr();
     let leaf = (0..schema.num_columns()).find(|leaf| schema.get_column_root(*leaf).name() == name);
     let leaf = leaf.ok_or_else(|| missing(name))?;
@@ -58,7 +54,7 @@ pub(crate) fn parquet(path: &Path, name: &str) -> Result<ParquetRecordBatchReade
         // It describes all columns. The hints of the file's writer about lists are not needed.
         ArrowReaderOptions::new().with_skip_arrow_metadata(true),
     );
-    let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(open_file(path)?, alone.map_err(unsound)?);
+    let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(ShardFile::open(files, path)?, alone.map_err(unsound)?);
     let values: u64 = metadata.row_groups().iter().map(|group| group.column(leaf).num_values().max(0) as u64).sum();
     let rows = metadata.row_groups().iter().map(|group| group.num_rows().max(0) as u64).sum::<u64>().max(1);
     let batch = (DECODED_TOKENS / values.div_ceil(rows).max(1)).clamp(1, 1 << 16);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,11 @@ pytest.importorskip("torch", reason="most of what is shown is for torch")
 pytest.importorskip("pyarrow", reason="corpora are written with pyarrow")
 
 import numpy as np
+import object_stores
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from object_stores import S3
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -42,6 +45,7 @@ PAGES = {
     "docs/monitoring.md": 1,
     "docs/performance.md": 1,
     "docs/quick-start.md": 4,
+    "docs/remote.md": 1,
     "docs/resume.md": 4,
     "docs/runs.md": 2,
     "docs/torch.md": 3,
@@ -73,9 +77,22 @@ def test_every_page_with_programs_is_known() -> None:
     assert {name: count for name, count in found.items() if count} == PAGES
 
 
+@pytest.fixture(scope="module")
+def bucket(corpora: Path) -> Iterator[S3]:
+    """Serves the bucket that docs/remote.md reads."""
+    pytest.importorskip("moto", reason="moto serves the objects")
+    with object_stores.s3() as store:
+        store.upload(corpora / "corpus", "tokens")
+        yield store
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_program_that_is_shown_runs(
-    name: str, corpora: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    corpora: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     from threading import Thread
 
@@ -87,6 +104,10 @@ def test_every_program_that_is_shown_runs(
         for variable, value in (part.split("=") for part in line.split()):
             monkeypatch.setenv(variable, value.replace("/data/", ""))
         monkeypatch.setenv("FOREBAY_CACHE_DIR", "index")
+    if name == "docs/remote.md":
+        for variable, value in object_stores.CREDENTIALS.items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("bucket").proxy.url)
     rows: list[int] = []
 
     def train(rank: int, part: Any) -> None:
@@ -103,6 +124,7 @@ def test_every_program_that_is_shown_runs(
             continue
         if "from transformers" in program:
             continue  # test_format_consumers.py runs it
+        program = program.replace("/tmp/forebay", str(corpora / "cache"))
         exec(compile(program.replace("12_000", "12").replace("120_", "").replace("121_", "1"), name, "exec"), shown)
     if name == "README.md":
         assert "of the time was spent waiting for data" in capsys.readouterr().out

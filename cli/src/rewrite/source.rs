@@ -6,7 +6,6 @@
 //! does not depend on their record batches. Compressed files, and files that are read by position,
 //! take the memory of one record batch.
 
-use std::fs::File;
 use std::io::BufReader;
 use std::ops::Range;
 use std::path::Path;
@@ -29,12 +28,15 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
 use super::fields::{CarriedContent, CarriedField};
 use crate::flat::{self, FlatReader};
-use crate::token_column::{self, open_file, unsound};
+use crate::shard_file::ShardFile as ShardReader;
+use crate::token_column::{self, unsound};
 
 /// A shard of the source.
 #[derive(Clone, Debug)]
 pub(super) struct SourceShard {
     pub(super) file: ShardFile,
+    /// The storage of the file.
+    files: Files,
     pub(super) facts: ShardFacts,
     /// Name of its token column.
     pub(super) column: String,
@@ -68,7 +70,7 @@ impl SourceShard {
                 continue;
             }
             let shard = format::open(&file.path, &options.of_field(name))?;
-            let data_type = token_column::data_type(&file.path, &shard.facts(), name);
+            let data_type = token_column::data_type(&options.files, &file.path, &shard.facts(), name);
             let data_type = data_type.map_err(|error| error.at(&file.path))?;
             let Some(item) = token_column::item_of(&data_type) else {
                 let text = format!("column `{name}` is a plain column: `rewrite` carries it beside lists alone");
@@ -79,7 +81,8 @@ impl SourceShard {
         }
         let column = facts.column.name(options).to_owned();
         let end_id = options.split.as_ref().map(|split| split.id);
-        Ok(Self { file: file.clone(), facts, column, plain: facts.column.is_plain(), end_id, others, fields })
+        let files = options.files.clone();
+        Ok(Self { file: file.clone(), files, facts, column, plain: facts.column.is_plain(), end_id, others, fields })
     }
 
     /// The rows from `first_row` on: tokens, or the values of a further column.
@@ -91,9 +94,9 @@ impl SourceShard {
         let column = field.map_or(&self.column, |field| &self.fields[field].name);
         let reader = if flat::is_flat(self.facts.format) {
             let further = field.map(|_| column.as_str());
-            FlatReader::open(path, &self.facts, further, self.end_id).map(RowReader::Flat)
+            FlatReader::open(&self.files, path, &self.facts, further, self.end_id).map(RowReader::Flat)
         } else {
-            RowReader::open(path, self.facts.format, io, column, first_row)
+            RowReader::open(&self.files, path, self.facts.format, io, column, first_row)
         };
         let mut rows = ShardRows { reader: reader.map_err(|error| error.at(path))?, skip: 0, row: 0 };
         match rows.reader {
@@ -118,8 +121,8 @@ enum RowReader {
         rest: Buffer,
         column: usize,
     },
-    File(FileReader<BufReader<File>>),
-    Stream(StreamReader<BufReader<File>>),
+    File(FileReader<BufReader<ShardReader>>),
+    Stream(StreamReader<BufReader<ShardReader>>),
     Flat(FlatReader),
     /// This many empty documents.
     Empty(u64),
@@ -128,13 +131,13 @@ enum RowReader {
 impl RowReader {
     /// Opens a shard for its token column. Parquet begins at `first_row`. Other formats begin at
     /// the first row.
-    fn open(path: &Path, format: Format, io: Io, column: &str, first_row: u64) -> Result<Self> {
+    fn open(files: &Files, path: &Path, format: Format, io: Io, column: &str, first_row: u64) -> Result<Self> {
         let index = |schema: &SchemaRef| token_column::arrow(schema, column);
         if format == Format::Parquet {
-            let builder = token_column::parquet(path, column)?;
+            let builder = token_column::parquet(files, path, column)?;
             return Ok(Self::Parquet(builder.with_offset(first_row as usize).build().map_err(unsound)?));
         }
-        let file = Files::local().open(path, io)?;
+        let file = files.open(path, io)?;
         let mapped = if file.mapped().is_some() { Some(Buffer::from(file.bytes(0..file.len())?)) } else { None };
         match (mapped, format) {
             (Some(bytes), Format::ArrowFile) => {
@@ -146,20 +149,20 @@ impl RowReader {
                 Ok(Self::MappedFile { decoder, blocks: blocks.into_iter(), bytes })
             }
             (Some(bytes), _) => {
-                let reader = StreamReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?;
+                let reader = StreamReader::try_new(BufReader::new(ShardReader::open(files, path)?), None).map_err(unsound)?;
                 let column = index(&reader.schema())?;
                 Ok(Self::MappedStream { decoder: StreamDecoder::new(), rest: bytes, column })
             }
             (None, Format::ArrowFile) => {
-                let whole = FileReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?;
+                let whole = FileReader::try_new(BufReader::new(ShardReader::open(files, path)?), None).map_err(unsound)?;
                 let projection = Some(vec![index(&whole.schema())?]);
-                let reader = FileReader::try_new(BufReader::new(open_file(path)?), projection).map_err(unsound)?;
+                let reader = FileReader::try_new(BufReader::new(ShardReader::open(files, path)?), projection).map_err(unsound)?;
                 Ok(Self::File(reader))
             }
             (None, _) => {
-                let whole = StreamReader::try_new(BufReader::new(open_file(path)?), None).map_err(unsound)?;
+                let whole = StreamReader::try_new(BufReader::new(ShardReader::open(files, path)?), None).map_err(unsound)?;
                 let projection = Some(vec![index(&whole.schema())?]);
-                let reader = StreamReader::try_new(BufReader::new(open_file(path)?), projection).map_err(unsound)?;
+                let reader = StreamReader::try_new(BufReader::new(ShardReader::open(files, path)?), projection).map_err(unsound)?;
                 Ok(Self::Stream(reader))
             }
         }

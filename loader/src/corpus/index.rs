@@ -29,12 +29,12 @@ use crate::tokens::{Dtype, FieldTypes, MAX_FIELDS};
 
 const MAGIC: &[u8; 8] = b"forebayI";
 /// Version of the layout of header and records.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// Size of the header without its checksum, in bytes: magic, version, size of a record, number of
 /// records, key.
 const CHECKED_HEADER: usize = 40;
 const HEADER: usize = CHECKED_HEADER + 8;
-const RECORD: usize = 96 + MAX_FIELDS;
+const RECORD: usize = 104 + MAX_FIELDS;
 /// Stands in the place of the nanoseconds if a file system has no modification times.
 const NO_TIME: u32 = u32::MAX;
 
@@ -203,6 +203,7 @@ impl SavedIndex {
             stamp: Stamp {
                 size_bytes: u64_at(record, 16),
                 modified: time_of(u64_at(record, 24) as i64, u32_at(record, 32)),
+                version: word(7),
             },
             format: FORMATS.get(usize::from(record[36]))?.format,
             dtype: *Dtype::ALL.get(usize::from(record[37]))?,
@@ -213,7 +214,7 @@ impl SavedIndex {
             counts: Counts { tokens: word(2), starts: word(3), ends: word(4) },
             decoded_bytes: word(5),
             largest_block_bytes: word(6),
-            fields: FieldTypes::of_numbers(array_at(record, 96))?,
+            fields: FieldTypes::of_numbers(array_at(record, 104))?,
         };
         Some((PathHash(u128_at(record, 0)), facts))
     }
@@ -242,7 +243,10 @@ fn push_record(bytes: &mut Vec<u8>, place: PathHash, facts: &ShardFacts) {
     bytes.push(number(ACCESSES.iter().position(|access| *access == facts.access)));
     bytes.push(facts.column.number());
     let Counts { tokens, starts, ends } = facts.counts;
-    for word in [facts.rows, facts.blocks, tokens, starts, ends, facts.decoded_bytes, facts.largest_block_bytes] {
+    let Stamp { version, .. } = facts.stamp;
+    for word in
+        [facts.rows, facts.blocks, tokens, starts, ends, facts.decoded_bytes, facts.largest_block_bytes, version]
+    {
         bytes.extend_from_slice(&word.to_le_bytes());
     }
     bytes.extend_from_slice(&facts.fields.numbers());
@@ -314,7 +318,7 @@ mod tests {
             .zip(0..)
             .map(|(modified, number): (_, u64)| {
                 let facts = ShardFacts {
-                    stamp: Stamp { size_bytes: 100 + number, modified },
+                    stamp: Stamp { size_bytes: 100 + number, modified, version: number * 3 },
                     format: FORMATS[number as usize % 3].format,
                     dtype: Dtype::ALL[number as usize % 5],
                     column: TokenColumn::of_number(number as u8 % 5).unwrap(),

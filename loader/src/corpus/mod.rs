@@ -30,7 +30,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::documents::DocumentColumn;
 use crate::format::{self, Access, Counts, Format, MissingColumn, OpenOptions, Shard, ShardFacts};
 use crate::settings::{DataFormat, Io};
-use crate::storage::{Files, Stamp, local};
+use crate::storage::{self, Files, Stamp, local};
 use crate::sync::lock;
 use crate::text::escaped;
 use crate::tokens::{Dtype, FieldType, FieldTypes, MAX_FIELDS};
@@ -589,6 +589,12 @@ impl Corpus {
     /// Number of documents with tokens.
     pub fn documents(&self) -> u64 {
         self.counts().map(|counts| counts.starts).sum()
+    }
+
+    /// Bytes of the shards that lie in object stores.
+    pub fn remote_bytes(&self) -> u64 {
+        let files = self.files.iter().zip(self.facts());
+        files.filter(|(file, _)| storage::is_remote(&file.path)).map(|(_, facts)| facts.stamp.size_bytes).sum()
     }
 
     /// Bytes of all blocks when decoded. 0 if nothing is decoded.

@@ -721,7 +721,7 @@ impl OpenOptions {
             io: config.io,
             block_tokens: config.block_tokens,
             cancel: Cancel::default(),
-            files: Files::local(),
+            files: Files::of(config),
         }
     }
 }

@@ -58,6 +58,9 @@ impl Opened {
             Access::Random
         };
         let schema = schema_of(&config, &corpora)?;
+        if config.shuffle == Shuffle::On && decided(&config, access) == Shuffle::Global {
+            check_room_for_rows(&config, &corpora)?;
+        }
         config.shuffle = decided(&config, access);
         if let Some(field) = schema.documents.first() {
             // Without boundaries, no stretch of a document has a place for a value.
@@ -316,10 +319,24 @@ fn decided(config: &Config, access: Access) -> Shuffle {
     }
 }
 
+/// Fails if reading single rows in any order would ask an object store for each row.
+fn check_room_for_rows(config: &Config, corpora: &[(String, Corpus)]) -> Result<()> {
+    let remote = corpora.iter().map(|(_, corpus)| corpus.remote_bytes()).sum::<u64>();
+    let room = if config.cache_dir.is_some() { config.cache_bytes } else { 0 };
+    if remote <= room {
+        return Ok(());
+    }
+    Err(Error::config(format!(
+        "`shuffle=True` reads single rows of these files in any order: they lie in an object store and have {remote} \
+         bytes, and the local cache keeps {room} bytes; set `cache_dir` and a `cache_bytes` of at least {remote}, or name \
+         `shuffle=\"block\"` (few large reads), or `shuffle=\"global\"` (about one request for each row)"
+    )))
+}
+
 /// Opens the corpora of `config` in parallel. Fails with the faults of all of them.
 fn open_corpora(config: &Config, threads: u64, cancel: &Cancel) -> Result<Vec<(String, Corpus)>> {
     let options = OpenOptions { cancel: cancel.clone(), ..OpenOptions::of(config) };
-    let cache = config.cache_dir.as_deref().map(Path::new);
+    let cache = config.index_folder().map(Path::new);
     let wanted = config.corpora()?;
     // The pool is scoped, so that its threads end before opening does.
     let opened: Vec<(String, Result<Corpus>)> = rayon::ThreadPoolBuilder::new()

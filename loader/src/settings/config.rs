@@ -463,6 +463,11 @@ impl Config {
         faults.extend(stages.err());
     }
 
+    /// The folder of the saved index, if indexes are saved.
+    pub fn index_folder(&self) -> Option<&str> {
+        self.index_dir.as_deref().or(self.cache_dir.as_deref())
+    }
+
     /// The corpora that these settings name, each as its name and its `data`.
     ///
     /// Without a mixture, there is one corpus, with an empty name.

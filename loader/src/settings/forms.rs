@@ -613,6 +613,10 @@ pub(super) const fn column() -> Text {
     Text { accepts: "a column's name", python: "str" }
 }
 
+pub(super) const fn text(accepts: &'static str) -> Text {
+    Text { accepts, python: "str" }
+}
+
 pub(super) const fn folder() -> Text {
     Text { accepts: "a folder", python: "str | os.PathLike[str]" }
 }

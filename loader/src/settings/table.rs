@@ -19,7 +19,7 @@ use super::config::{
 };
 use super::forms::{
     Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
-    bytes, column, few_tokens, folder, number, signed_number, token_id, tokens,
+    bytes, column, few_tokens, folder, number, signed_number, text, token_id, tokens,
 };
 use super::setting::Compared::{Always, AsOpened, ByCorpus, ByProgress, OrZero, WithBlocks, WithLanes};
 use super::setting::Role::{Content, Grouping, Operational, Peers, Rank};
@@ -278,10 +278,41 @@ settings! {
     io: Io = Io::Auto,
         Operational, Name, [TokenDataset, DataLoader];
 
-    /// Folder for the saved index of the corpus. With it, shards are opened when they are first
-    /// read. `none` opens all at the start.
+    /// Folder for the saved index of the corpus, which nodes may share. With it, shards are opened
+    /// when they are first read. `none` takes `cache_dir`. Without both, all are opened at the
+    /// start.
+    index_dir: Option<String> = None,
+        Operational, Optional(folder()), [TokenDataset, DataLoader];
+
+    /// Folder on a local disk that keeps what was read from object stores. The processes of a node
+    /// share it. Without `index_dir` it holds the saved index too.
     cache_dir: Option<String> = None,
         Operational, Optional(folder()), [TokenDataset, DataLoader];
+
+    /// Limit of the bytes from object stores that `cache_dir` keeps.
+    cache_bytes: u64 = 100 << 30,
+        Operational, bytes(), [TokenDataset, DataLoader];
+
+    /// URL of a server that speaks the protocol of the object store, such as MinIO. `none` takes
+    /// it from the store's own variables and files, else the store's own server.
+    storage_endpoint: Option<String> = None,
+        Operational, Optional(text("a URL")), [TokenDataset, DataLoader];
+
+    /// Region of the S3 buckets. `none` takes it from the standard variables and files.
+    storage_region: Option<String> = None,
+        Operational, Optional(text("a name")), [TokenDataset, DataLoader];
+
+    /// Reads public buckets without credentials.
+    storage_anonymous: bool = false,
+        Operational, Switch, [TokenDataset, DataLoader];
+
+    /// Seconds after which a request to an object store fails, all its tries included.
+    storage_timeout: u64 = 120,
+        Operational, number(1, 86_400), [TokenDataset, DataLoader];
+
+    /// Limit of the requests that a process has in flight at an object store.
+    storage_requests: u64 = 32,
+        Operational, number(1, 4096), [TokenDataset, DataLoader];
 
     /// Gives batches in page-locked memory. Only `forebay.torch.DataLoader` can do this.
     pin_memory: bool = false,
@@ -307,7 +338,11 @@ mod tests {
         ("epochs", "endless"),
         ("cpu_affinity", "0,2-5"),
         ("memory_budget", "3GiB"),
+        ("index_dir", "an index/here"),
         ("cache_dir", "a cache/here"),
+        ("cache_bytes", "5GiB"),
+        ("storage_endpoint", "http://localhost:9000"),
+        ("storage_region", "eu-west-1"),
         ("delivery_log", "out/the delivery log"),
     ];
 

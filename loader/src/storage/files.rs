@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::everywhere::Everywhere;
 use super::local::Local;
 use super::{Item, ItemKind, SourceFile, Stat, Storage};
 use crate::error::{Error, Result};
 use crate::notices::{self, Level};
-use crate::settings::Io;
+use crate::settings::{Config, Io};
 use crate::sync::lock;
 
 /// Waits between the tries of a call that fails with a passing error. A file server that restarts
@@ -46,6 +47,11 @@ impl Files {
         Self::new(Box::new(Local))
     }
 
+    /// The files of this machine, and those that have URLs. `config` says how these are read.
+    pub fn of(config: &Config) -> Self {
+        Self::new(Box::new(Everywhere::new(config)))
+    }
+
     /// The files of `storage`.
     pub fn new(storage: Box<dyn Storage>) -> Self {
         Self { inner: Arc::new(Inner { storage, warned: Mutex::default() }) }
@@ -53,6 +59,11 @@ impl Files {
 
     pub(super) fn storage(&self) -> &dyn Storage {
         self.inner.storage.as_ref()
+    }
+
+    /// Announces a search of `entries` for shards, and of the folders above them for `logs`.
+    pub fn prepare(&self, entries: &[String], logs: &[&str]) {
+        self.storage().prepare(entries, logs);
     }
 
     /// Describes the file or folder at `location`.

@@ -74,7 +74,7 @@ fn kind_of(kind: std::fs::FileType) -> ItemKind {
 }
 
 fn stat_of(metadata: &Metadata) -> Stat {
-    let stamp = Stamp { size_bytes: metadata.len(), modified: metadata.modified().ok() };
+    let stamp = Stamp { size_bytes: metadata.len(), modified: metadata.modified().ok(), version: 0 };
     Stat { kind: kind_of(metadata.file_type()), stamp }
 }
 
@@ -97,13 +97,7 @@ impl Object for LocalFile {
     }
 
     fn map(&self, len: u64) -> io::Result<Option<Mapping>> {
-        #[allow(clippy::disallowed_methods)] // this is the one place
-        // SAFETY: the mapping is read-only and shared. Its bytes are only ever interpreted as
-        // integers, for which any value is valid. `SourceFile::check_unchanged` finds a file that
-        // another process truncated. The process dies by SIGBUS if it reads a missing page before
-        // that check. `Io::Pread` rules this out.
-        let map = unsafe { memmap2::MmapOptions::new().len(len as usize).map(&self.0) }?;
-        Ok(Some(Mapping(map)))
+        map(&self.0, len).map(Some)
     }
 
     fn will_need(&self, range: Range<u64>) {
@@ -123,6 +117,86 @@ impl Object for LocalFile {
         #[cfg(not(target_os = "linux"))]
         let _ = range;
     }
+}
+
+/// Maps the first `len` bytes of `file`.
+pub(super) fn map(file: &File, len: u64) -> io::Result<Mapping> {
+    #[allow(clippy::disallowed_methods)] // this is the one place
+    // SAFETY: the mapping is read-only and shared. Its bytes are only ever interpreted as integers,
+    // for which any value is valid. `SourceFile::check_unchanged` finds a file that another process
+    // truncated. The process dies by SIGBUS if it reads a missing page before that check.
+    // `Io::Pread` rules this out.
+    let map = unsafe { memmap2::MmapOptions::new().len(len as usize).map(file) }?;
+    Ok(Mapping(map))
+}
+
+/// Locks `file` together with other holders. Waits for a holder that has it alone. The kernel
+/// releases the lock when the file is closed, also if the process is killed.
+#[cfg(feature = "remote")]
+pub(super) fn lock_shared(file: &File) -> io::Result<()> {
+    flock(file, libc::LOCK_SH)
+}
+
+/// Locks `file` alone. Waits for all other holders.
+#[cfg(feature = "remote")]
+pub(super) fn lock_alone(file: &File) -> io::Result<()> {
+    flock(file, libc::LOCK_EX)
+}
+
+/// Locks `file` alone. Returns false if it has another holder.
+#[cfg(feature = "remote")]
+pub(super) fn try_lock(file: &File) -> io::Result<bool> {
+    match flock(file, libc::LOCK_EX | libc::LOCK_NB) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        done => done.map(|()| true),
+    }
+}
+
+#[cfg(feature = "remote")]
+fn flock(file: &File, operation: libc::c_int) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    loop {
+        // SAFETY: the call takes an open descriptor and touches no memory of ours.
+        if unsafe { libc::flock(file.as_raw_fd(), operation) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// Locks the bytes `range` of `file` for this opening of the file. Returns false if another opening
+/// has locked some of them.
+#[cfg(feature = "remote")]
+pub(super) fn try_lock_range(file: &File, range: Range<u64>) -> io::Result<bool> {
+    match set_range(file, range, libc::F_WRLCK as libc::c_int) {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        done => done.map(|()| true),
+    }
+}
+
+/// Releases the bytes `range` of `file`.
+#[cfg(feature = "remote")]
+pub(super) fn unlock_range(file: &File, range: Range<u64>) -> io::Result<()> {
+    set_range(file, range, libc::F_UNLCK as libc::c_int)
+}
+
+#[cfg(feature = "remote")]
+fn set_range(file: &File, range: Range<u64>, kind: libc::c_int) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: all fields of the C struct are integers, for which zero is valid.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as _;
+    lock.l_whence = libc::SEEK_SET as _;
+    lock.l_start = range.start as _;
+    lock.l_len = (range.end - range.start) as _;
+    // SAFETY: the call takes an open descriptor and reads one `flock`, which lives long enough.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error())
 }
 
 /// The mapped bytes of a file. The kernel loads them when they are read.
@@ -260,7 +334,7 @@ pub fn make_room_for(count: usize) {
 
 /// Tells whether a mapping is safe and fast on the file system of `file`.
 #[cfg(target_os = "linux")]
-fn is_local(file: &File) -> bool {
+pub(super) fn is_local(file: &File) -> bool {
     use std::os::fd::AsRawFd;
     // Magic numbers from statfs(2) and the file systems' own sources.
     const REMOTE: [i64; 12] = [
@@ -287,6 +361,6 @@ fn is_local(file: &File) -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn is_local(_file: &File) -> bool {
+pub(super) fn is_local(_file: &File) -> bool {
     true
 }

@@ -8,8 +8,15 @@
 //! A location is a path on disk, or another name that its storage understands. Only the storage
 //! takes it apart.
 
+#[cfg(feature = "remote")]
+mod cache;
+mod everywhere;
 mod files;
+#[cfg(feature = "remote")]
+mod listings;
 pub mod local;
+#[cfg(feature = "remote")]
+mod remote;
 mod source_file;
 
 use std::io;
@@ -21,8 +28,26 @@ pub use self::files::Files;
 pub(crate) use self::source_file::Reads;
 pub use self::source_file::SourceFile;
 
+/// Tells whether `location` is the URL of a file in an object store, or on a server.
+pub fn is_remote(location: &Path) -> bool {
+    #[cfg(feature = "remote")]
+    return remote::is_remote(location);
+    #[cfg(not(feature = "remote"))]
+    {
+        let _ = location;
+        false
+    }
+}
+
 /// A place that keeps files. Its errors need not name the location, because [`Files`] adds it.
 pub trait Storage: Send + Sync + std::fmt::Debug {
+    /// Tells the storage that the entries of `data` will be searched for shards, and that the
+    /// folders above them will be searched for the names `logs`. A storage may ask for all answers
+    /// at once.
+    fn prepare(&self, entries: &[String], logs: &[&str]) {
+        let _ = (entries, logs);
+    }
+
     /// Describes the file or folder at `location`. Follows links.
     fn stat(&self, location: &Path) -> io::Result<Stat>;
 
@@ -58,6 +83,17 @@ pub trait Object: Send + Sync + std::fmt::Debug {
     /// Maps the first `len` bytes. Returns `None` if this storage maps no files.
     fn map(&self, len: u64) -> io::Result<Option<local::Mapping>>;
 
+    /// Whether a mapping may lack bytes until [`Object::need`] brings them.
+    fn is_partial(&self) -> bool {
+        false
+    }
+
+    /// Brings the bytes of `range` into the mapping. Returns false if there is no room for them.
+    fn need(&self, range: Range<u64>) -> io::Result<bool> {
+        let _ = range;
+        Ok(true)
+    }
+
     /// Asks for `range` to be read ahead. May do nothing.
     fn will_need(&self, range: Range<u64>);
 }
@@ -89,6 +125,8 @@ pub struct Stamp {
     pub size_bytes: u64,
     /// Time of the last modification. `None` if the storage keeps no such time.
     pub modified: Option<SystemTime>,
+    /// Digest of the name that the storage gives to this version of the content. 0 if it has none.
+    pub version: u64,
 }
 
 /// One entry of a folder.

@@ -37,6 +37,8 @@ struct Inner {
     io: Io,
     /// The version of the file when it was opened.
     stamp: Stamp,
+    /// Whether the mapping may lack bytes.
+    is_partial: bool,
     /// The open file. It is missing at the start, after [`SourceFile::let_go`], and after the
     /// storage told that the handle is stale. The thread that needs it first sets it.
     object: RwLock<Option<Arc<dyn Object>>>,
@@ -56,6 +58,7 @@ impl SourceFile {
             location: location.to_owned(),
             io,
             stamp,
+            is_partial: object.is_partial(),
             object: RwLock::new(Some(object)),
             map: OnceLock::new(),
             random: AtomicBool::new(false),
@@ -125,6 +128,17 @@ impl SourceFile {
         Ok(self.inner.map.get_or_init(|| map).as_ref())
     }
 
+    /// The mapping, if it has the bytes of `range` or can get them.
+    fn map_with(&self, range: &Range<u64>) -> Result<Option<&Mapping>> {
+        let map = self.map()?;
+        if !self.inner.is_partial || map.is_none() {
+            return Ok(map);
+        }
+        let what = format_args!("read {} bytes at {}", range.end - range.start, range.start);
+        let is_there = self.on_object(&what, |object| object.need(range.clone()))?;
+        Ok(map.filter(|_| is_there))
+    }
+
     /// The location under which the file was opened.
     pub fn path(&self) -> &Path {
         &self.inner.location
@@ -150,8 +164,11 @@ impl SourceFile {
         self.inner.stamp.modified
     }
 
-    /// The mapped bytes, if the file can be mapped.
+    /// The mapped bytes, if the whole file can be mapped.
     pub fn mapped(&self) -> Option<&[u8]> {
+        if self.inner.is_partial {
+            return None;
+        }
         self.map().ok().flatten().map(|map| &**map)
     }
 
@@ -161,7 +178,7 @@ impl SourceFile {
         if range.is_empty() {
             return Ok(&[]);
         }
-        match self.map()? {
+        match self.map_with(&range)? {
             Some(map) => Ok(&map[range.start as usize..range.end as usize]),
             None => {
                 self.read(range, scratch)?;
@@ -197,7 +214,7 @@ impl SourceFile {
         if range.is_empty() {
             return Ok(bytes::Bytes::new());
         }
-        if self.map()?.is_some() {
+        if self.map_with(&range)?.is_some() {
             Ok(bytes::Bytes::from_owner(MappedBytes(Arc::clone(&self.inner)))
                 .slice(range.start as usize..range.end as usize))
         } else {
@@ -212,6 +229,10 @@ impl SourceFile {
         if range.end > self.len() || range.start >= range.end {
             return;
         }
+        if self.inner.is_partial {
+            let _ = self.object().map(|object| object.will_need(range));
+            return;
+        }
         match self.map() {
             Ok(Some(map)) => map.will_need(range),
             Ok(None) => {
@@ -224,7 +245,7 @@ impl SourceFile {
     /// Tells whether the page at `offset` is in memory. Returns false for files read by position,
     /// because those cannot know.
     pub fn is_resident(&self, offset: u64) -> bool {
-        offset < self.len() && self.map().is_ok_and(|map| map.is_some_and(|map| map.is_resident(offset)))
+        !self.inner.is_partial && offset < self.len() && self.map().is_ok_and(|map| map.is_some_and(|map| map.is_resident(offset)))
     }
 
     /// Tells the kernel that access will be scattered.
@@ -249,6 +270,11 @@ impl SourceFile {
                  restore it or start anew",
                 then.size_bytes, now.size_bytes
             );
+            return Err(Error::new(ErrorKind::Changed, message).at(self.path()));
+        }
+        if now.version != then.version {
+            let message = "shard changed while it was being read: its version differs from that at opening; \
+                           restore it or start anew";
             return Err(Error::new(ErrorKind::Changed, message).at(self.path()));
         }
         if now != then {
@@ -362,7 +388,7 @@ impl Reads {
         let held = self.start..self.start + self.buffer.len() as u64;
         if range.start < held.start || range.end > held.end {
             let map =
-                if self.reads >= FEW_READS || range.end - range.start > LONG_READ { self.file.map()? } else { None };
+                if self.reads >= FEW_READS || range.end - range.start > LONG_READ { self.file.map_with(&range)? } else { None };
             if let Some(map) = map {
                 return Ok(&map[range.start as usize..range.end as usize]);
             }

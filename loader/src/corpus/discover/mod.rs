@@ -47,6 +47,7 @@ pub struct Discovery {
 pub fn find(files: &Files, data: &[String], format: DataFormat) -> Result<Discovery> {
     let mut found = Discovery::default();
     let mut faults = Vec::new();
+    files.prepare(data, &plain::logs());
     for entry in data {
         match find_entry(files, entry, format) {
             Ok(more) => {
@@ -82,7 +83,8 @@ fn find_entry(files: &Files, entry: &str, format: DataFormat) -> Result<Discover
     }
     match there {
         Ok(None) if is_url(entry) => Err(Error::config(format!(
-            "cannot read `{entry}`: an object store or a server; copy its files to a local disk, and name them there"
+            "cannot find `{entry}`: expected an object or a folder that begins with `s3://`, `gs://`, `az://`, \
+             `http://`, `https://` or `hf://datasets/`"
         ))),
         Ok(Some(stat)) if stat.kind == ItemKind::Folder => find_in_folder(files, path, format),
         Ok(Some(_)) => {

@@ -25,7 +25,9 @@ enum PathPart {
 ///
 /// A folder that lies in another folder of the answer is left out of it.
 pub(super) fn expand(files: &Files, text: &str) -> Result<(PathBuf, Vec<Item>)> {
-    let mut fixed = PathBuf::new();
+    // The slashes of a scheme are no empty folder.
+    let (scheme, text) = text.split_at(text.find("://").map_or(0, |at| at + 3));
+    let mut fixed = PathBuf::from(scheme);
     let mut parts = Vec::new();
     for component in Path::new(text).components() {
         let name = component.as_os_str().to_string_lossy();

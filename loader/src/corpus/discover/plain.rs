@@ -36,6 +36,11 @@ const SPLITS: [(&str, &str); 9] = [
     ("eval", "validation"),
 ];
 
+/// The names of folders with logs of tables.
+pub(super) fn logs() -> Vec<&'static str> {
+    TABLE_LOGS.iter().map(|(log, _)| *log).collect()
+}
+
 /// Fails if `folder`, which holds `items`, is a table with a log that says which files are live.
 pub(super) fn check_table(files: &Files, folder: &Path, items: &[Item]) -> Result<()> {
     for item in items.iter().filter(|item| item.kind == ItemKind::Folder) {

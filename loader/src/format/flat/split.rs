@@ -74,7 +74,7 @@ impl SplitOptions {
     pub(crate) fn of(config: &Config) -> Option<Self> {
         config.document_end_id.map(|id| Self {
             id,
-            folder: config.cache_dir.as_ref().map(PathBuf::from),
+            folder: config.index_folder().map(PathBuf::from),
             budget_bytes: config.memory_budget / MEMORY_SHARE,
             keeps_known: config.mixture.is_some(),
             done: Arc::default(),

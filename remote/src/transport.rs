@@ -1,0 +1,95 @@
+//! Sends requests: counts them, limits those in flight, and waits as long as a server asks.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use object_store::ClientOptions;
+use object_store::client::{
+    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
+};
+use tokio::sync::Semaphore;
+
+use crate::Traffic;
+
+/// Longest wait that a server may ask for. The deadline of the call ends it earlier.
+const MOST_SECONDS: u64 = 300;
+
+/// The way of all requests of a client.
+#[derive(Clone, Debug)]
+pub(crate) struct Transport {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Places for requests in flight.
+    places: Semaphore,
+    requests: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Transport {
+    pub(crate) fn new(most_requests: usize) -> Self {
+        let places = Semaphore::new(most_requests.max(1));
+        Self { shared: Arc::new(Shared { places, requests: AtomicU64::new(0), bytes: AtomicU64::new(0) }) }
+    }
+
+    pub(crate) fn traffic(&self) -> Traffic {
+        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Traffic { requests: load(&self.shared.requests), bytes: load(&self.shared.bytes) }
+    }
+
+    pub(crate) fn count_bytes(&self, bytes: u64) {
+        self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts a request, and waits until it may be sent.
+    pub(crate) async fn place(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
+        let place = self.shared.places.acquire().await.ok();
+        self.shared.requests.fetch_add(1, Ordering::Relaxed);
+        place
+    }
+}
+
+/// Waits as long as the header `Retry-After` asks, if the answer says that the server is busy.
+pub(crate) async fn wait_if_asked(status: u16, retry_after: Option<&str>) {
+    if !matches!(status, 429 | 500..=599) {
+        return;
+    }
+    // A date in place of seconds is rare, and the usual wait applies.
+    if let Some(seconds) = retry_after.and_then(|text| text.trim().parse::<u64>().ok()) {
+        tokio::time::sleep(Duration::from_secs(seconds.min(MOST_SECONDS))).await;
+    }
+}
+
+impl HttpConnector for Transport {
+    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
+        let inner = object_store::client::ReqwestConnector::default().connect(options)?;
+        Ok(HttpClient::new(Service { inner, transport: self.clone() }))
+    }
+}
+
+#[derive(Debug)]
+struct Service {
+    inner: HttpClient,
+    transport: Transport,
+}
+
+#[async_trait::async_trait]
+impl HttpService for Service {
+    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let place = self.transport.place().await;
+        let answer = self.inner.execute(request).await;
+        drop(place);
+        let answer = answer.map_err(|error| match error.kind() {
+            // A connection that ends before the answer counts as an interrupted request, so that
+            // it is tried again.
+            HttpErrorKind::Unknown => HttpError::new(HttpErrorKind::Interrupted, error),
+            _ => error,
+        })?;
+        let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok());
+        wait_if_asked(answer.status().as_u16(), retry_after).await;
+        Ok(answer)
+    }
+}
