@@ -1,6 +1,5 @@
 //! Errors that say what failed, at which URL, and what to do.
 
-use std::error::Error as _;
 use std::fmt;
 
 /// Kind of a failure.

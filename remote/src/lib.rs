@@ -16,7 +16,7 @@ mod transport;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -108,19 +108,27 @@ pub fn is_remote(location: &str) -> bool {
     backend::scheme(location).is_some()
 }
 
-/// The clients of this process, by their settings. A forked child makes its own.
-static CLIENTS: Mutex<Vec<(u32, Arc<Client>)>> = Mutex::new(Vec::new());
+/// Tells whether folders of the store at `location` can be listed.
+pub fn can_list(location: &str) -> bool {
+    backend::scheme(location) != Some(backend::Scheme::Http)
+}
+
+/// The clients in use, each with its process. A forked child makes its own. A client that is no
+/// longer in use goes, so that the next one reads the environment anew.
+static CLIENTS: Mutex<Vec<(u32, Weak<Client>)>> = Mutex::new(Vec::new());
 
 impl Client {
     /// The client of this process with these settings.
     pub fn shared(options: &Options) -> Arc<Self> {
         let process = std::process::id();
         let mut clients = CLIENTS.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, client)) = clients.iter().find(|(of, client)| *of == process && client.options == *options) {
-            return Arc::clone(client);
+        clients.retain(|(of, client)| *of == process && client.strong_count() > 0);
+        let mut used = clients.iter().filter_map(|(_, client)| client.upgrade());
+        if let Some(client) = used.find(|client| client.options == *options) {
+            return client;
         }
         let client = Arc::new(Self::new(options.clone()));
-        clients.push((process, Arc::clone(&client)));
+        clients.push((process, Arc::downgrade(&client)));
         client
     }
 
@@ -136,24 +144,25 @@ impl Client {
 
     /// Answers all `questions` at the same time, in order.
     pub fn ask(&self, questions: &[Question]) -> Vec<Result<Answer, Error>> {
-        let answer = async |question: &Question| -> Result<Answer, Error> {
-            let url = question.url();
-            let (backend, key) = self.backend(url)?;
-            let answer = async {
-                Ok(match question {
-                    Question::Object(_) => match backend.head(&key).await {
-                        Err(error) if error.kind() == Kind::NotFound => Answer::Object(None),
-                        found => Answer::Object(Some(found?)),
-                    },
-                    Question::Objects(_) => Answer::Objects(backend.list(&key).await?),
-                    Question::HasAny(_) => Answer::HasAny(backend.has_any(&key).await?),
-                })
-            };
-            self.in_time(url, answer).await
-        };
         let Ok(runtime) = runtime::get() else { return Vec::new() };
-        let answers = futures_util::stream::iter(questions).map(answer).buffered(self.options.most_requests.max(1));
+        let answers = futures_util::stream::iter(questions).map(|question| self.answer(question)).buffered(self.options.most_requests.max(1));
         runtime.block_on(answers.collect())
+    }
+
+    async fn answer(&self, question: &Question) -> Result<Answer, Error> {
+        let url = question.url();
+        let (backend, key) = self.backend(url)?;
+        let answer = async {
+            Ok(match question {
+                Question::Object(_) => match backend.head(&key).await {
+                    Err(error) if error.kind() == Kind::NotFound => Answer::Object(None),
+                    found => Answer::Object(Some(found?)),
+                },
+                Question::Objects(_) => Answer::Objects(backend.list(&key).await?),
+                Question::HasAny(_) => Answer::HasAny(backend.has_any(&key).await?),
+            })
+        };
+        self.in_time(url, answer).await
     }
 
     /// Describes the object at `url`.

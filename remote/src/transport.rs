@@ -89,7 +89,8 @@ impl HttpService for Service {
             _ => error,
         })?;
         let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok());
-        wait_if_asked(answer.status().as_u16(), retry_after).await;
+        let retry_after = retry_after.map(str::to_owned);
+        wait_if_asked(answer.status().as_u16(), retry_after.as_deref()).await;
         Ok(answer)
     }
 }

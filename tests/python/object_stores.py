@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
+import json
 import random
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -234,3 +237,102 @@ def shortened(request: Request, answer: Answer) -> Answer:
     if request.method != "GET" or request.is_listing or not answer.body:
         return answer
     return Answer(answer.status, answer.headers, answer.body[:-1])
+
+
+@dataclass
+class Hub:
+    """A server that follows the interface of the Hugging Face Hub for data sets."""
+
+    files: dict[str, bytes]
+    token: str
+    commit: str = "0123456789abcdef0123456789abcdef01234567"
+    #: Entries of a page of a listing.
+    page: int = 2
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    url: str = ""
+
+
+def hub_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    repository = "datasets/someone/corpus"
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def reply(self, status: int, body: bytes, **headers: str) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            url = urllib.parse.urlsplit(self.path)
+            path = urllib.parse.unquote(url.path)
+            hub.requests.append((path, self.headers.get("Range", "")))
+            if path.startswith("/cdn/"):
+                # The files lie on another server, which must not see the token.
+                assert "Authorization" not in self.headers or self.headers["Host"] in hub.url
+                return self.send_range(hub.files[path.removeprefix("/cdn/")])
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                return self.reply(401, b'{"error": "Unauthorized"}')
+            if path == f"/api/{repository}/revision/main":
+                return self.reply(200, json.dumps({"sha": hub.commit}).encode())
+            tree = f"/api/{repository}/tree/{hub.commit}"
+            if path.startswith(tree):
+                return self.send_tree(path.removeprefix(tree).strip("/"), url.query)
+            resolve = f"/{repository}/resolve/{hub.commit}/"
+            if path.startswith(resolve) and path.removeprefix(resolve) in hub.files:
+                return self.reply(302, b"", Location=f"/cdn/{urllib.parse.quote(path.removeprefix(resolve))}")
+            return self.reply(404, b'{"error": "Entry not found"}')
+
+        def send_tree(self, folder: str, query: str) -> None:
+            given = dict(urllib.parse.parse_qsl(query))
+            assert given["recursive"] == "true"
+            names = sorted(name for name in hub.files if not folder or name.startswith(f"{folder}/"))
+            if not names:
+                return self.reply(404, b'{"error": "Entry not found"}')
+            start = int(given.get("cursor", "0"))
+            entries = [
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": len(hub.files[name]),
+                    "oid": "0" * 40,
+                    "lfs": {"oid": hashlib.sha256(hub.files[name]).hexdigest()},
+                }
+                for name in names[start : start + hub.page]
+            ]
+            folders = [{"type": "directory", "path": folder or "data", "size": 0, "oid": "1" * 40}]
+            headers = {}
+            if start + hub.page < len(names):
+                target = f"{hub.url}{urllib.parse.urlsplit(self.path).path}?recursive=true&cursor={start + hub.page}"
+                headers["Link"] = f'<{target}>; rel="next"'
+            self.reply(200, json.dumps(folders + entries).encode(), **headers)
+
+        def send_range(self, body: bytes) -> None:
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            part = body[int(first) : int(last) + 1]
+            self.reply(206, part, Content_Range=f"bytes {first}-{last}/{len(body)}")
+
+    return Handler
+
+
+@contextmanager
+def hub(folder: Path, prefix: str, token: str) -> Iterator[Hub]:
+    """Serves the files of `folder` as those of a data set, below `prefix`."""
+    files = {f"{prefix}/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    served = Hub(files, token)
+    server = Server(("127.0.0.1", 0), hub_handler(served))
+    served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -104,3 +104,16 @@ fn data_is_read_through_the_storage_alone() {
     }
     assert!(faults.is_empty(), "files are read past the seam `storage`:\n{}", faults.join("\n"));
 }
+
+#[test]
+fn stores_are_asked_by_the_storage_alone() {
+    let core = core();
+    let mut files = Vec::new();
+    sources(&core, &mut files);
+    let asks = |path: &PathBuf| fs::read_to_string(path).unwrap().contains("forebay_remote");
+    let others: Vec<_> = files.iter().filter(|path| !path.starts_with(core.join("storage")) && asks(path)).collect();
+    assert!(others.is_empty(), "{others:?}");
+    let manifest = fs::read_to_string(core.join("../../remote/Cargo.toml")).unwrap();
+    let needs = manifest.split("[dependencies]").nth(1).unwrap();
+    assert!(!needs.contains("forebay"), "the client of stores knows nothing of the loader");
+}

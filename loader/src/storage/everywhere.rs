@@ -37,11 +37,11 @@ impl Everywhere {
 }
 
 impl Storage for Everywhere {
-    fn prepare(&self, entries: &[String], logs: &[&str]) {
+    fn prepare(&self, entries: &[String], logs: &[&str]) -> io::Result<()> {
         #[cfg(feature = "remote")]
-        self.remote.prepare(entries, logs);
+        return self.remote.prepare(entries, logs);
         #[cfg(not(feature = "remote"))]
-        let _ = (entries, logs);
+        Local.prepare(entries, logs)
     }
 
     fn stat(&self, location: &Path) -> io::Result<Stat> {

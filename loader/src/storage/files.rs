@@ -62,8 +62,8 @@ impl Files {
     }
 
     /// Announces a search of `entries` for shards, and of the folders above them for `logs`.
-    pub fn prepare(&self, entries: &[String], logs: &[&str]) {
-        self.storage().prepare(entries, logs);
+    pub fn prepare(&self, entries: &[String], logs: &[&str]) -> Result<()> {
+        self.storage().prepare(entries, logs).map_err(|error| Error::config(error.to_string()))
     }
 
     /// Describes the file or folder at `location`.

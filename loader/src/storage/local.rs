@@ -188,7 +188,9 @@ fn set_range(file: &File, range: Range<u64>, kind: libc::c_int) -> io::Result<()
     use std::os::fd::AsRawFd;
     // SAFETY: all fields of the C struct are integers, for which zero is valid.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = kind as _;
+    #[allow(clippy::unnecessary_cast)] // the types differ between targets
+    let kind = kind as libc::c_short;
+    lock.l_type = kind;
     lock.l_whence = libc::SEEK_SET as _;
     lock.l_start = range.start as _;
     lock.l_len = (range.end - range.start) as _;

@@ -44,8 +44,9 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// Tells the storage that the entries of `data` will be searched for shards, and that the
     /// folders above them will be searched for the names `logs`. A storage may ask for all answers
     /// at once.
-    fn prepare(&self, entries: &[String], logs: &[&str]) {
+    fn prepare(&self, entries: &[String], logs: &[&str]) -> io::Result<()> {
         let _ = (entries, logs);
+        Ok(())
     }
 
     /// Describes the file or folder at `location`. Follows links.

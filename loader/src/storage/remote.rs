@@ -204,8 +204,13 @@ impl Remote {
 }
 
 impl Storage for Remote {
-    fn prepare(&self, entries: &[String], logs: &[&str]) {
+    fn prepare(&self, entries: &[String], logs: &[&str]) -> io::Result<()> {
         let mut questions = Vec::new();
+        let is_unlisted = |entry: &&String| !forebay_remote::can_list(entry) && entry.contains(['*', '?', '[']);
+        if let Some(entry) = entries.iter().find(is_unlisted) {
+            let text = format!("cannot expand `{entry}`: a web server lists no folders; name each file");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        }
         for entry in entries.iter().filter(|entry| forebay_remote::is_remote(entry)) {
             Self::questions(entry, logs, &mut questions);
         }
@@ -216,6 +221,7 @@ impl Storage for Remote {
         for question in questions.iter().filter(|question| matches!(question, Question::HasAny(_))) {
             known.objects.entry(question.url().to_owned()).or_default();
         }
+        Ok(())
     }
 
     fn stat(&self, location: &Path) -> io::Result<Stat> {

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{self, FORMATS, suffixes};
 use crate::settings::DataFormat;
-use crate::storage::{Files, Item, ItemKind};
+use crate::storage::{self, Files, Item, ItemKind};
 
 /// The file beside the shards in which `forebay rewrite` notes its progress.
 pub const REWRITING: &str = "_forebay_rewrite.jsonl";
@@ -47,7 +47,7 @@ pub struct Discovery {
 pub fn find(files: &Files, data: &[String], format: DataFormat) -> Result<Discovery> {
     let mut found = Discovery::default();
     let mut faults = Vec::new();
-    files.prepare(data, &plain::logs());
+    files.prepare(data, &plain::logs())?;
     for entry in data {
         match find_entry(files, entry, format) {
             Ok(more) => {
@@ -82,9 +82,10 @@ fn find_entry(files: &Files, entry: &str, format: DataFormat) -> Result<Discover
         return Ok(Discovery { shards: vec![shard], warnings: Vec::new() });
     }
     match there {
-        Ok(None) if is_url(entry) => Err(Error::config(format!(
-            "cannot find `{entry}`: expected an object or a folder that begins with `s3://`, `gs://`, `az://`, \
-             `http://`, `https://` or `hf://datasets/`"
+        Ok(None) if is_url(entry) && !storage::is_remote(path) => Err(Error::config(format!(
+            "cannot read `{entry}`: the URLs of object stores begin with `s3://`, `gs://`, `az://`, `http://`, \
+             `https://` or `hf://datasets/`{}",
+            if cfg!(feature = "remote") { "" } else { ", and this build of forebay reads none of them" }
         ))),
         Ok(Some(stat)) if stat.kind == ItemKind::Folder => find_in_folder(files, path, format),
         Ok(Some(_)) => {
