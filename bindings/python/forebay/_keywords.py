@@ -64,7 +64,14 @@ class LoaderKeywords(TypedDict, total=False):
     memory_budget: int | None
     block_tokens: int | None
     io: Literal["auto", "mmap", "pread"] | None
+    index_dir: str | os.PathLike[str] | None
     cache_dir: str | os.PathLike[str] | None
+    cache_bytes: int | None
+    storage_endpoint: str | None
+    storage_region: str | None
+    storage_anonymous: bool | None
+    storage_timeout: int | None
+    storage_requests: int | None
     pin_memory: bool | None
     delivery_log: str | os.PathLike[str] | None
     # settings: end
@@ -98,6 +105,13 @@ class DataLoaderKeywords(TypedDict, total=False):
     memory_budget: int | None
     block_tokens: int | None
     io: Literal["auto", "mmap", "pread"] | None
+    index_dir: str | os.PathLike[str] | None
     cache_dir: str | os.PathLike[str] | None
+    cache_bytes: int | None
+    storage_endpoint: str | None
+    storage_region: str | None
+    storage_anonymous: bool | None
+    storage_timeout: int | None
+    storage_requests: int | None
     delivery_log: str | os.PathLike[str] | None
     # settings: end

@@ -376,9 +376,32 @@ class Loader(Generic[B]):
         Access to file bytes. `auto`: Files are mapped on local file systems, and read by position
         on network and FUSE ones. `mmap`: Files are always mapped. `pread`: Files are always read by
         position. Default: auto. Accepted: `auto`, `mmap` or `pread`.
+    index_dir:
+        Folder for the saved index of the corpus, which nodes may share. With it, shards are opened
+        when they are first read. `none` takes `cache_dir`. Without both, all are opened at the
+        start. Default: none. Accepted: a folder, or `none`.
     cache_dir:
-        Folder for the saved index of the corpus. With it, shards are opened when they are first
-        read. `none` opens all at the start. Default: none. Accepted: a folder, or `none`.
+        Folder on a local disk that keeps what was read from object stores. The processes of a node
+        share it. Without `index_dir` it holds the saved index too. Default: none. Accepted: a
+        folder, or `none`.
+    cache_bytes:
+        Limit of the bytes from object stores that `cache_dir` keeps. Default: 100GiB. Accepted: a
+        number of bytes, such as `512MiB` or `1GB`.
+    storage_endpoint:
+        URL of a server that speaks the protocol of the object store, such as MinIO. `none` takes it
+        from the store's own variables and files, else the store's own server. Default: none.
+        Accepted: a URL, or `none`.
+    storage_region:
+        Region of the S3 buckets. `none` takes it from the standard variables and files. Default:
+        none. Accepted: a name, or `none`.
+    storage_anonymous:
+        Reads public buckets without credentials. Default: false.
+    storage_timeout:
+        Seconds after which a request to an object store fails, all its tries included. Default:
+        120. Accepted: an integer from 1 to 86400.
+    storage_requests:
+        Limit of the requests that a process has in flight at an object store. Default: 32.
+        Accepted: an integer from 1 to 4096.
     pin_memory:
         Gives batches in page-locked memory. Only `forebay.torch.DataLoader` can do this. Default:
         false.
@@ -573,7 +596,14 @@ class Loader(Generic[B]):
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        index_dir: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
+        storage_endpoint: str | None = None,
+        storage_region: str | None = None,
+        storage_anonymous: bool | None = None,
+        storage_timeout: int | None = None,
+        storage_requests: int | None = None,
         pin_memory: bool | None = None,
         delivery_log: str | os.PathLike[str] | None = None,
         # settings: end
@@ -634,7 +664,14 @@ class Loader(Generic[B]):
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            index_dir=index_dir,
             cache_dir=cache_dir,
+            cache_bytes=cache_bytes,
+            storage_endpoint=storage_endpoint,
+            storage_region=storage_region,
+            storage_anonymous=storage_anonymous,
+            storage_timeout=storage_timeout,
+            storage_requests=storage_requests,
             pin_memory=pin_memory,
             delivery_log=delivery_log,
             # settings: end

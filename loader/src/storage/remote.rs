@@ -369,6 +369,17 @@ impl RemoteObject {
         Ok(is_there)
     }
 
+    /// Asks for the end of the object in the background. Opening reads the start and then the end.
+    fn will_need_tail(&self) {
+        let size = self.meta.size_bytes;
+        let Some(cached) = self.cached.as_ref().filter(|_| size > BLOCK) else { return };
+        if !cached.object.has(&(size - 1..size)) {
+            let object = self.clone();
+            // The read that needs the bytes reports the error.
+            self.client.in_background(move |_| drop(object.need_cached(&(size - 1..size), false)));
+        }
+    }
+
     /// Block `number`. Reads several blocks if the block before is held.
     fn block(&self, number: u64) -> io::Result<Bytes> {
         let count = {
@@ -406,6 +417,9 @@ impl Object for RemoteObject {
         let wanted = (end - offset) as usize;
         // Opening makes small reads, which need not wait for a whole part.
         let is_small = (wanted as u64) < BLOCK;
+        if is_small && offset == 0 {
+            self.will_need_tail();
+        }
         if self.need_cached(&(offset..end), !is_small)?
             && let Some(cached) = &self.cached
         {
