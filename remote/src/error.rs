@@ -108,7 +108,7 @@ fn status_in(text: &str) -> Option<(u16, &str)> {
 }
 
 /// The text of the deepest cause of `error`, which tells most.
-fn deepest_text(error: &(dyn std::error::Error + 'static)) -> String {
+pub(crate) fn deepest_text(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error;
     while let Some(deeper) = cause.source() {
         cause = deeper;

@@ -108,6 +108,11 @@ pub fn is_remote(location: &str) -> bool {
     backend::scheme(location).is_some()
 }
 
+/// The part of `location` that names the store, without a slash at its end.
+pub fn root(location: &str) -> Option<&str> {
+    backend::split(location).ok().map(|parts| parts.store)
+}
+
 /// Tells whether folders of the store at `location` can be listed.
 pub fn can_list(location: &str) -> bool {
     backend::scheme(location) != Some(backend::Scheme::Http)
@@ -236,7 +241,10 @@ impl Client {
         match tokio::time::timeout(deadline, work).await {
             Ok(result) => result.map_err(|error| error.of(url)),
             Err(_) => {
-                let text = format!("no answer within {} s, all tries included", deadline.as_secs());
+                let mut text = format!("no good answer within {} s, all tries included", deadline.as_secs());
+                if let Some(last) = self.transport.last_trouble() {
+                    text.push_str(&format!(" (the last trouble was {last})"));
+                }
                 Err(Error::new(Kind::Unavailable, text).of(url))
             }
         }

@@ -1,7 +1,7 @@
 //! Sends requests: counts them, limits those in flight, and waits as long as a server asks.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use object_store::ClientOptions;
@@ -27,17 +27,27 @@ struct Shared {
     places: Semaphore,
     requests: AtomicU64,
     bytes: AtomicU64,
+    /// The last answer or error that was no success.
+    trouble: Mutex<Option<String>>,
 }
 
 impl Transport {
     pub(crate) fn new(most_requests: usize) -> Self {
         let places = Semaphore::new(most_requests.max(1));
-        Self { shared: Arc::new(Shared { places, requests: AtomicU64::new(0), bytes: AtomicU64::new(0) }) }
+        Self { shared: Arc::new(Shared { places, requests: AtomicU64::new(0), bytes: AtomicU64::new(0), trouble: Mutex::new(None) }) }
     }
 
     pub(crate) fn traffic(&self) -> Traffic {
         let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Traffic { requests: load(&self.shared.requests), bytes: load(&self.shared.bytes) }
+    }
+
+    pub(crate) fn note(&self, trouble: String) {
+        *self.shared.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(trouble);
+    }
+
+    pub(crate) fn last_trouble(&self) -> Option<String> {
+        self.shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn count_bytes(&self, bytes: u64) {
@@ -82,12 +92,18 @@ impl HttpService for Service {
         let place = self.transport.place().await;
         let answer = self.inner.execute(request).await;
         drop(place);
+        if let Err(error) = &answer {
+            self.transport.note(crate::error::deepest_text(error));
+        }
         let answer = answer.map_err(|error| match error.kind() {
             // A connection that ends before the answer counts as an interrupted request, so that
             // it is tried again.
             HttpErrorKind::Unknown => HttpError::new(HttpErrorKind::Interrupted, error),
             _ => error,
         })?;
+        if matches!(answer.status().as_u16(), 408 | 429 | 500..) {
+            self.transport.note(format!("status {}", answer.status().as_u16()));
+        }
         let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok());
         let retry_after = retry_after.map(str::to_owned);
         wait_if_asked(answer.status().as_u16(), retry_after.as_deref()).await;

@@ -172,7 +172,7 @@ class S3:
         return f"s3://{BUCKET}/{prefix}"
 
     def put(self, key: str, body: bytes) -> None:
-        self.client.put_object(Bucket=BUCKET, Key=key, Body=body)
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=body, ACL="public-read")
 
     def delete(self, key: str) -> None:
         self.client.delete_object(Bucket=BUCKET, Key=key)
@@ -195,7 +195,7 @@ def s3() -> Iterator[S3]:
             aws_secret_access_key="testing",
             region_name="us-east-1",
         )
-        client.create_bucket(Bucket=BUCKET)
+        client.create_bucket(Bucket=BUCKET, ACL="public-read")
         with proxied(f"{host}:{port}") as proxy:
             yield S3(proxy, client)
     finally:

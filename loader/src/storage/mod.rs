@@ -39,6 +39,17 @@ pub fn is_remote(location: &Path) -> bool {
     }
 }
 
+/// The location of the store that holds `location`. `None` for a local file.
+pub fn store_of(location: &Path) -> Option<&Path> {
+    #[cfg(feature = "remote")]
+    return location.to_str().and_then(forebay_remote::root).map(Path::new);
+    #[cfg(not(feature = "remote"))]
+    {
+        let _ = location;
+        None
+    }
+}
+
 /// A place that keeps files. Its errors need not name the location, because [`Files`] adds it.
 pub trait Storage: Send + Sync + std::fmt::Debug {
     /// Tells the storage that the entries of `data` will be searched for shards, and that the

@@ -4,6 +4,7 @@
 //! one listing. Reads ask for the version that was listed. A file that was replaced meanwhile is
 //! refused.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::ops::Range;
@@ -154,13 +155,29 @@ impl Remote {
         };
         let is_shared = |question: &&Question| self.listings.is_some() && matches!(question, Question::Objects(_));
         let (shared, own): (Vec<&Question>, Vec<&Question>) = questions.iter().partition(is_shared);
+        let mut by_peer = false;
         for question in shared {
             let Some((folder, server)) = &self.listings else { continue };
             let url = question.url();
-            let found = listings::shared(folder, server, url, &|| self.client.list(url).map_err(io_error));
-            note(question, found.map(Answer::Objects));
+            let is_own = Cell::new(false);
+            let list = || {
+                is_own.set(true);
+                self.client.list(url).map_err(io_error)
+            };
+            note(question, listings::shared(folder, server, url, &list).map(Answer::Objects));
+            by_peer |= !is_own.get();
         }
-        let own: Vec<Question> = own.into_iter().cloned().collect();
+        let mut own: Vec<Question> = own.into_iter().cloned().collect();
+        if by_peer {
+            // The rank that listed the folder looks for logs above it, and fails if there are any.
+            own.retain(|question| match question {
+                Question::HasAny(_) => {
+                    note(question, Ok(Answer::HasAny(false)));
+                    false
+                }
+                _ => true,
+            });
+        }
         for (question, answer) in own.iter().zip(self.client.ask(&own)) {
             note(question, answer.map_err(io_error));
         }
@@ -194,10 +211,14 @@ impl Remote {
             }
         };
         questions.push(Question::Objects(folder.to_owned()));
-        let start = folder.find("://").map_or(0, |at| at + 3);
+        let start = forebay_remote::root(folder).map_or(folder.len(), str::len);
         let mut parent = folder;
-        while let Some(slash) = parent[start..].rfind('/') {
-            parent = &parent[..start + slash];
+        // The listing tells the logs in the folder itself.
+        for _ in 1..MOST_PARENTS {
+            match parent.rfind('/').filter(|slash| *slash >= start) {
+                Some(slash) => parent = &parent[..slash],
+                None => break,
+            }
             questions.extend(logs.iter().map(|log| Question::HasAny(format!("{parent}/{log}"))));
         }
     }
@@ -302,6 +323,8 @@ fn key_of(meta: &Meta) -> u128 {
     xxh3_128(format!("{}\n{}\n{version}", meta.url, meta.size_bytes).as_bytes())
 }
 
+/// Most folders above a folder that are searched for logs.
+const MOST_PARENTS: usize = 5;
 /// Most reads ahead of an object that run at the same time.
 const MOST_AHEAD: usize = 8;
 /// Blocks that a read in sequence fetches at once.

@@ -164,6 +164,11 @@ impl SourceFile {
         self.inner.stamp.modified
     }
 
+    /// Whether reads may borrow from a mapping.
+    pub fn is_mapped(&self) -> bool {
+        self.map().is_ok_and(|map| map.is_some())
+    }
+
     /// The mapped bytes, if the whole file can be mapped.
     pub fn mapped(&self) -> Option<&[u8]> {
         if self.inner.is_partial {

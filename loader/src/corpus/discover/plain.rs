@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::corpus::discover::ShardFile;
 use crate::error::{Error, Result};
-use crate::storage::{Files, Item, ItemKind};
+use crate::storage::{self, Files, Item, ItemKind};
 
 /// Prefix of the files in which `datasets` keeps the results of `map` and `filter`.
 pub(super) const CACHE_PREFIX: &str = "cache-";
@@ -60,7 +60,9 @@ pub(super) fn check_table(files: &Files, folder: &Path, items: &[Item]) -> Resul
 /// Fails if `folder` lies in a table with a log.
 pub(super) fn check_parents(files: &Files, folder: &Path) -> Result<()> {
     let absolute = files.absolute(folder);
-    for parent in absolute.ancestors().take(1 + PARENTS) {
+    let store = storage::store_of(&absolute);
+    let is_inside = |parent: &&Path| store.is_none_or(|store| parent.starts_with(store));
+    for parent in absolute.ancestors().take(1 + PARENTS).take_while(is_inside) {
         for (log, _) in TABLE_LOGS {
             let location = parent.join(log);
             // A folder that cannot be read is not the log of a table.

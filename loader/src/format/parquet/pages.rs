@@ -135,7 +135,7 @@ impl<'a> ForwardReader<'a> {
             )));
         }
         let length = (range.end - range.start) as usize;
-        if self.file.mapped().is_some() {
+        if self.file.is_mapped() {
             return self.file.slice(range, &mut self.buffer);
         }
         let held = self.start..self.start + self.buffer.len() as u64;
