@@ -7,11 +7,11 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use forebay::corpus::Corpus;
+use forebay::format::Access;
 use forebay::layout::Lost;
 use forebay::loader::Next;
 use forebay::loader::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
 use forebay::order::Arrangement;
-use forebay::format::Access;
 use forebay::settings::{Remainder, Shuffle};
 use forebay::storage::is_remote;
 use forebay::{Config, Loader};

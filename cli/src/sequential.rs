@@ -138,7 +138,8 @@ fn read_column(
         if corpus.facts_of(shard).counts.tokens > 0 {
             stream.shard = shard;
             let facts = corpus.facts_of(shard);
-            stream.packed = packed::starts(&files, &file.path, config.packed_by).map_err(|error| error.at(&file.path))?;
+            stream.packed =
+                packed::starts(&files, &file.path, config.packed_by).map_err(|error| error.at(&file.path))?;
             let hashes = documents.map(|field| hashes_of(&files, &file.path, field)).transpose();
             stream.documents = hashes.map_err(|error| error.at(&file.path))?;
             let read = if flat::is_flat(facts.format) {
@@ -360,7 +361,12 @@ fn read_file(files: &Files, path: &Path, column: &str, stream: &mut RowCutter<'_
 }
 
 /// Gives the batches of column `column` of the file at `path` to `take`, in order.
-pub(crate) fn each_column(files: &Files, path: &Path, column: &str, take: &mut dyn FnMut(&ArrayRef) -> Result<()>) -> Result<()> {
+pub(crate) fn each_column(
+    files: &Files,
+    path: &Path,
+    column: &str,
+    take: &mut dyn FnMut(&ArrayRef) -> Result<()>,
+) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read the shard", error);
     let mut file = ShardFile::open(files, path)?;
     let mut magic = Vec::new();

@@ -54,7 +54,8 @@ pub(crate) fn parquet(files: &Files, path: &Path, name: &str) -> Result<ParquetR
         // It describes all columns. The hints of the file's writer about lists are not needed.
         ArrowReaderOptions::new().with_skip_arrow_metadata(true),
     );
-    let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(ShardFile::open(files, path)?, alone.map_err(unsound)?);
+    let builder =
+        ParquetRecordBatchReaderBuilder::new_with_metadata(ShardFile::open(files, path)?, alone.map_err(unsound)?);
     let values: u64 = metadata.row_groups().iter().map(|group| group.column(leaf).num_values().max(0) as u64).sum();
     let rows = metadata.row_groups().iter().map(|group| group.num_rows().max(0) as u64).sum::<u64>().max(1);
     let batch = (DECODED_TOKENS / values.div_ceil(rows).max(1)).clamp(1, 1 << 16);

@@ -189,7 +189,10 @@ impl Backend {
             Self::Objects { root, store, .. } => {
                 let prefix = path(key)?;
                 let found = store.list(Some(&prefix).filter(|_| !key.is_empty()));
-                let found = found.map_ok(|object| meta(root, &object.location.to_string(), object));
+                let found = found.map_ok(|object| {
+                    let key = object.location.clone();
+                    meta(root, key.as_ref(), object)
+                });
                 found.try_collect().await.map_err(Error::of_store)
             }
             Self::Hub(hub) => hub.list(key).await,

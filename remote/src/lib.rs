@@ -150,7 +150,9 @@ impl Client {
     /// Answers all `questions` at the same time, in order.
     pub fn ask(&self, questions: &[Question]) -> Vec<Result<Answer, Error>> {
         let Ok(runtime) = runtime::get() else { return Vec::new() };
-        let answers = futures_util::stream::iter(questions).map(|question| self.answer(question)).buffered(self.options.most_requests.max(1));
+        let answers = futures_util::stream::iter(questions)
+            .map(|question| self.answer(question))
+            .buffered(self.options.most_requests.max(1));
         runtime.block_on(answers.collect())
     }
 

@@ -34,7 +34,14 @@ struct Shared {
 impl Transport {
     pub(crate) fn new(most_requests: usize) -> Self {
         let places = Semaphore::new(most_requests.max(1));
-        Self { shared: Arc::new(Shared { places, requests: AtomicU64::new(0), bytes: AtomicU64::new(0), trouble: Mutex::new(None) }) }
+        Self {
+            shared: Arc::new(Shared {
+                places,
+                requests: AtomicU64::new(0),
+                bytes: AtomicU64::new(0),
+                trouble: Mutex::new(None),
+            }),
+        }
     }
 
     pub(crate) fn traffic(&self) -> Traffic {

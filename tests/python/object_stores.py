@@ -108,10 +108,9 @@ def handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
         def reply(self, answer: Answer) -> None:
             is_head = self.command == "HEAD"
             self.send_response_only(answer.status)
+            dropped = ("connection", "transfer-encoding", *(() if is_head else ("content-length",)))
             for name, value in answer.headers:
-                if name.lower() not in ("connection", "transfer-encoding", "content-length"):
-                    self.send_header(name, value)
-                elif name.lower() == "content-length" and is_head:
+                if name.lower() not in dropped:
                     self.send_header(name, value)
             if not is_head:
                 self.send_header("Content-Length", str(len(answer.body)))
@@ -123,7 +122,7 @@ def handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 self.wfile.flush()
                 self.close_connection = True
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PROPFIND = forward  # noqa: N815
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PROPFIND = forward
 
     return Handler
 

@@ -148,11 +148,12 @@ def test_each_part_is_fetched_once_into_the_cache(store: S3, tmp_path: Path, kin
 
 
 def test_a_replaced_object_is_refused_by_name(store: S3, tmp_path: Path) -> None:
-    folder = written("parquet", tmp_path / "corpus", tokens=300_000)
+    # Opening reads little of these files, so that most is read after the change.
+    folder = written("arrow file", tmp_path / "corpus", tokens=300_000)
     url = store.upload(folder, "replaced")
     name = min(path.name for path in folder.iterdir())
     body = (folder / name).read_bytes()
-    loader = forebay.Loader(f"{url}/*.parquet", seq_len=64, batch_size=4, **store.settings)
+    loader = forebay.Loader(f"{url}/*.arrow", seq_len=64, batch_size=4, **store.settings)
     # The same size and other bytes, so that only the version tells.
     middle = len(body) // 3
     store.put(f"replaced/{name}", body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :])
@@ -261,7 +262,7 @@ def test_rows_in_any_order_are_refused_if_the_cache_is_too_small(store: S3, tmp_
 
 
 def test_a_full_cache_costs_requests_and_no_batch(store: S3, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = written("parquet", tmp_path / "corpus")
+    folder = written("parquet", tmp_path / "corpus", tokens=100_000)
     url = store.upload(folder, "full")
     cache = tmp_path / "cache"
     settings = {"cache_dir": str(cache), "index_dir": str(tmp_path / "index"), "cache_bytes": 100_000}
@@ -298,7 +299,13 @@ def test_renewed_credentials_in_the_file_are_used(store: S3, tmp_path: Path, mon
     store.proxy.clear()
     files = sorted(path.name for path in folder.iterdir())
     with forebay.Loader(
-        f"{url}/*.parquet", seq_len=16, batch_size=1, prefetch_batches=1, num_threads=1, **store.settings
+        f"{url}/*.parquet",
+        seq_len=16,
+        batch_size=1,
+        prefetch_batches=1,
+        num_threads=1,
+        storage_requests=9,
+        **store.settings,
     ) as loader:
         batches = iter(loader)
         next(batches)

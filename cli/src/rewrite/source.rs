@@ -149,20 +149,25 @@ impl RowReader {
                 Ok(Self::MappedFile { decoder, blocks: blocks.into_iter(), bytes })
             }
             (Some(bytes), _) => {
-                let reader = StreamReader::try_new(BufReader::new(ShardReader::open(files, path)?), None).map_err(unsound)?;
+                let reader =
+                    StreamReader::try_new(BufReader::new(ShardReader::open(files, path)?), None).map_err(unsound)?;
                 let column = index(&reader.schema())?;
                 Ok(Self::MappedStream { decoder: StreamDecoder::new(), rest: bytes, column })
             }
             (None, Format::ArrowFile) => {
-                let whole = FileReader::try_new(BufReader::new(ShardReader::open(files, path)?), None).map_err(unsound)?;
+                let whole =
+                    FileReader::try_new(BufReader::new(ShardReader::open(files, path)?), None).map_err(unsound)?;
                 let projection = Some(vec![index(&whole.schema())?]);
-                let reader = FileReader::try_new(BufReader::new(ShardReader::open(files, path)?), projection).map_err(unsound)?;
+                let reader = FileReader::try_new(BufReader::new(ShardReader::open(files, path)?), projection)
+                    .map_err(unsound)?;
                 Ok(Self::File(reader))
             }
             (None, _) => {
-                let whole = StreamReader::try_new(BufReader::new(ShardReader::open(files, path)?), None).map_err(unsound)?;
+                let whole =
+                    StreamReader::try_new(BufReader::new(ShardReader::open(files, path)?), None).map_err(unsound)?;
                 let projection = Some(vec![index(&whole.schema())?]);
-                let reader = StreamReader::try_new(BufReader::new(ShardReader::open(files, path)?), projection).map_err(unsound)?;
+                let reader = StreamReader::try_new(BufReader::new(ShardReader::open(files, path)?), projection)
+                    .map_err(unsound)?;
                 Ok(Self::Stream(reader))
             }
         }

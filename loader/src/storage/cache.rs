@@ -337,8 +337,7 @@ impl CachedObject {
             if bytes.len() as u64 != range.end - range.start {
                 return Err(io::Error::other("the storage gave another number of bytes than it was asked for"));
             }
-            let sums: Vec<u8> =
-                bytes.chunks(BLOCK as usize).flat_map(|block| checksum(block).to_le_bytes()).collect();
+            let sums: Vec<u8> = bytes.chunks(BLOCK as usize).flat_map(|block| checksum(block).to_le_bytes()).collect();
             let written = self
                 .bytes
                 .write_all_at(&bytes, range.start)
@@ -407,7 +406,7 @@ mod tests {
     const SIZE: u64 = 3 * PART * BLOCK / 2 + 77;
 
     fn content() -> Vec<u8> {
-        (0..SIZE).map(|at| (at * 31 >> 5) as u8).collect()
+        (0..SIZE).map(|at| ((at * 31) >> 5) as u8).collect()
     }
 
     fn cached(folder: &Path, limit: u64, key: u128) -> CachedObject {
@@ -459,8 +458,7 @@ mod tests {
         assert!(object.need(&(0..SIZE), true, &fetch).unwrap());
         check(&object, 0..SIZE, &whole);
         let tail = SIZE / BLOCK * BLOCK;
-        let ranges =
-            [tail..SIZE, BLOCK..2 * BLOCK, 0..BLOCK, 2 * BLOCK..PART * BLOCK, PART * BLOCK..tail];
+        let ranges = [tail..SIZE, BLOCK..2 * BLOCK, 0..BLOCK, 2 * BLOCK..PART * BLOCK, PART * BLOCK..tail];
         assert_eq!(*lock(&asked), ranges);
     }
 
@@ -470,7 +468,8 @@ mod tests {
         let whole = content();
         let fetch = |range: Range<u64>| Ok(Bytes::copy_from_slice(&whole[range.start as usize..range.end as usize]));
         assert!(cached(folder.path(), u64::MAX, 1).need(&(0..SIZE), true, &fetch).unwrap());
-        let files: Vec<_> = std::fs::read_dir(folder.path().join(FOLDER)).unwrap().map(|file| file.unwrap().path()).collect();
+        let files: Vec<_> =
+            std::fs::read_dir(folder.path().join(FOLDER)).unwrap().map(|file| file.unwrap().path()).collect();
         for file in files {
             let sound = std::fs::read(&file).unwrap();
             for place in [0, 8, 20, sound.len() / 2, sound.len() - 1] {

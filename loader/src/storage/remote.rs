@@ -19,7 +19,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 use super::cache::{BLOCK, Cache, CachedObject};
 use super::local::Mapping;
-use super::{listings, Item, ItemKind, Object, Stamp, Stat, Storage};
+use super::{Item, ItemKind, Object, Stamp, Stat, Storage, listings};
 use crate::notices::{self, Level};
 use crate::settings::Config;
 use crate::sync::lock;

@@ -250,7 +250,9 @@ impl SourceFile {
     /// Tells whether the page at `offset` is in memory. Returns false for files read by position,
     /// because those cannot know.
     pub fn is_resident(&self, offset: u64) -> bool {
-        !self.inner.is_partial && offset < self.len() && self.map().is_ok_and(|map| map.is_some_and(|map| map.is_resident(offset)))
+        !self.inner.is_partial
+            && offset < self.len()
+            && self.map().is_ok_and(|map| map.is_some_and(|map| map.is_resident(offset)))
     }
 
     /// Tells the kernel that access will be scattered.
@@ -392,8 +394,11 @@ impl Reads {
         }
         let held = self.start..self.start + self.buffer.len() as u64;
         if range.start < held.start || range.end > held.end {
-            let map =
-                if self.reads >= FEW_READS || range.end - range.start > LONG_READ { self.file.map_with(&range)? } else { None };
+            let map = if self.reads >= FEW_READS || range.end - range.start > LONG_READ {
+                self.file.map_with(&range)?
+            } else {
+                None
+            };
             if let Some(map) = map {
                 return Ok(&map[range.start as usize..range.end as usize]);
             }
