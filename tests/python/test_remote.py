@@ -55,11 +55,16 @@ def calm(store: S3) -> Iterator[None]:
     store.proxy.fault, store.proxy.latency = None, 0.0
 
 
-def written(kind: str, folder: Path, tokens: int = 3000) -> Path:
+def large(kind: str, folder: Path) -> Path:
+    """A corpus of some megabytes."""
+    return corpora.unique_corpus(folder, CELLS[kind].container, 2_000_000, shards=4)
+
+
+def written(kind: str, folder: Path) -> Path:
     cell = CELLS[kind]
     if not corpora.available(cell.writer):
         pytest.skip(f"{cell.writer} is not installed")
-    return corpora.write(cell, folder, corpora.documents_of(cell, tokens_per_shard=tokens))
+    return corpora.write(cell, folder, corpora.documents_of(cell, tokens_per_shard=3000))
 
 
 def epoch(data: Any, **settings: Any) -> tuple[list[np.ndarray], dict[str, Any]]:
@@ -149,11 +154,11 @@ def test_each_part_is_fetched_once_into_the_cache(store: S3, tmp_path: Path, kin
 
 def test_a_replaced_object_is_refused_by_name(store: S3, tmp_path: Path) -> None:
     # Opening reads little of these files, so that most is read after the change.
-    folder = written("arrow file", tmp_path / "corpus", tokens=300_000)
+    folder = large("arrow file", tmp_path / "corpus")
     url = store.upload(folder, "replaced")
     name = min(path.name for path in folder.iterdir())
     body = (folder / name).read_bytes()
-    loader = forebay.Loader(f"{url}/*.arrow", seq_len=64, batch_size=4, **store.settings)
+    loader = forebay.Loader(f"{url}/*.arrow", seq_len=64, batch_size=64, **store.settings)
     # The same size and other bytes, so that only the version tells.
     middle = len(body) // 3
     store.put(f"replaced/{name}", body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :])
@@ -262,14 +267,14 @@ def test_rows_in_any_order_are_refused_if_the_cache_is_too_small(store: S3, tmp_
 
 
 def test_a_full_cache_costs_requests_and_no_batch(store: S3, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = written("parquet", tmp_path / "corpus", tokens=100_000)
+    folder = large("parquet", tmp_path / "corpus")
     url = store.upload(folder, "full")
     cache = tmp_path / "cache"
-    settings = {"cache_dir": str(cache), "index_dir": str(tmp_path / "index"), "cache_bytes": 100_000}
+    settings = {"cache_dir": str(cache), "index_dir": str(tmp_path / "index"), "cache_bytes": 1_000_000}
     same(epoch(url, **settings, **store.settings)[0], epoch(folder)[0])
     assert "keeps no more objects" in caplog.text
     kept = sum(path.stat().st_blocks * 512 for path in (cache / "objects").glob("*.bytes"))
-    assert kept <= 100_000 + 65_536
+    assert kept <= 1_000_000
 
 
 def test_a_public_bucket_is_read_without_credentials(store: S3, tmp_path: Path, monkeypatch: Any) -> None:
@@ -317,7 +322,7 @@ def test_renewed_credentials_in_the_file_are_used(store: S3, tmp_path: Path, mon
 
 
 def test_the_first_batch_from_a_saved_index_needs_four_round_trips(store: S3, tmp_path: Path) -> None:
-    folder = written("parquet", tmp_path / "corpus")
+    folder = large("parquet", tmp_path / "corpus")
     url = store.upload(folder, "first")
     settings = {"index_dir": str(tmp_path / "index"), "seq_len": 64, "batch_size": 1, "num_threads": 1}
     with forebay.Loader(f"{url}/*.parquet", **settings, **store.settings):
@@ -386,7 +391,7 @@ def ranks(store: S3, url: str, cache: Path, count: int = 8) -> list[subprocess.P
 
 
 def test_eight_processes_fetch_each_part_once_and_list_once(store: S3, tmp_path: Path) -> None:
-    folder = written("parquet", tmp_path / "corpus")
+    folder = large("parquet", tmp_path / "corpus")
     url = store.upload(folder, "eight")
     store.proxy.clear()
     sums = []
@@ -402,7 +407,7 @@ def test_eight_processes_fetch_each_part_once_and_list_once(store: S3, tmp_path:
 
 
 def test_a_cache_that_was_killed_at_any_moment_is_right(store: S3, tmp_path: Path) -> None:
-    folder = written("parquet", tmp_path / "corpus")
+    folder = large("parquet", tmp_path / "corpus")
     url = store.upload(folder, "killed")
     expected = epoch(folder)[0]
     generator = random.Random(7)
