@@ -1,4 +1,7 @@
-"""Starts object stores on loopback, with a proxy before them that logs requests and makes faults."""
+"""Starts object stores on loopback.
+
+A proxy before them logs requests and makes faults.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Protects: a corpus in an object store gives the batches of its local copy, whatever the network does.
+"""Protects: a corpus in an object store gives the batches of its local copy.
+
+That holds whatever the network does.
 
 moto serves the objects. A proxy before it counts requests and makes faults.
 """

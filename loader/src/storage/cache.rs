@@ -5,8 +5,8 @@
 //! or 0 if the block is not there. So a cached object can be mapped and read like a local file.
 //!
 //! A writer writes the bytes of a block before its checksum. A process compares a block with its
-//! checksum before it first uses it. So a process that was killed at any moment, or a disk that lost
-//! power, leaves blocks that are right or missing.
+//! checksum before it first uses it. So a process that was killed at any moment, or a disk that
+//! lost power, leaves blocks that are right or missing.
 //!
 //! A process that fetches blocks locks their checksums, and the others wait for it. The kernel
 //! releases the lock of a process that dies. A process that uses an object holds another lock on
