@@ -134,7 +134,6 @@ def test_datatrove_reads_the_files(tmp_path: Path) -> None:
     first, count, _ = path.with_name(path.name + ".metadata").read_text().split("\n")
     assert (first.split("|"), int(count)) == (["Unknown Tokenizer", "2"], len(ids))
     read = dataset.DatatroveFileDataset(str(path), seq_len=4, token_size=2)
-    ids = [token for shard in shards(data) for row in documents(shard) for token in row]
     rows = [read[index]["input_ids"].tolist() for index in range(len(read))]
     assert rows == [ids[start : start + 5] for start in range(0, len(ids) - 4, 5)][: len(rows)] and len(rows) > 5
 
