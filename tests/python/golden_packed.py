@@ -1,7 +1,7 @@
 """Writes `tests/golden/packed.json`: a hash of all batches of an epoch, for files packed before.
 
-The specification of `test_packed_files.py` makes the batches. That test compares the loader with the
-file, and fails where the file is out of date.
+The specification of `test_packed_files.py` makes the batches. That test compares the loader with
+the file, and fails where the file is out of date.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def corpus(folder: Path, column: str, suffix: str, codec: str, layout: str) -> P
 
 
 def rows_of(data: Path, s: LayoutSettings, column: str) -> tuple[list[list[Cut]], list[int]]:
-    """Every row with its documents, and the first row of each window. In `pad`, a holdout draws rows
-    of the files.
+    """Every row with its documents, and the first row of each window. In `pad`, a holdout draws
+    rows of the files.
     """
     found: list[list[Cut]] = []
     starts: list[int] = []
