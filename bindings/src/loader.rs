@@ -28,6 +28,9 @@ pub(crate) fn verdict_of_dataset(batches: u64, wait_share: f64) -> String {
     verdict_of(batches, wait_share, "the dataset's own code", remedy)
 }
 
+/// Longest text of a state. Texts that a loader saves are far shorter.
+const MAX_STATE_TEXT: usize = 64 << 10;
+
 /// A loader over one corpus.
 #[pyclass(frozen, module = "forebay._core")]
 pub(crate) struct Loader {
@@ -113,14 +116,24 @@ impl Loader {
         let entries = pairs
             .into_iter()
             .map(|(key, value)| {
+                let damaged = |text: String| to_python(py, &Error::new(ErrorKind::State, text));
                 let entry = if let Ok(text) = value.cast::<PyString>() {
-                    StateValue::Text(text.to_str()?.to_owned())
+                    let text = text.to_str()?;
+                    if text.len() > MAX_STATE_TEXT {
+                        let found = text.len();
+                        let text = format!("`{key}` has {found} bytes: expected at most {MAX_STATE_TEXT}");
+                        return Err(damaged(format!("state is damaged: {text}")));
+                    }
+                    StateValue::Text(text.to_owned())
                 } else if let Ok(number) = value.extract() {
                     // Any object with an index is accepted, such as an integer of NumPy.
                     StateValue::Int(number)
                 } else {
-                    let text = format!("state is damaged: `{key}` must be a whole number or a word, found {value}");
-                    return Err(to_python(py, &Error::new(ErrorKind::State, text)));
+                    // A value that is nested deeply has no text.
+                    let found = value.repr().map_or_else(|_| value.get_type().to_string(), |text| text.to_string());
+                    let found: String = found.chars().take(100).collect();
+                    let text = format!("`{key}` must be a whole number or a word, found {found}");
+                    return Err(damaged(format!("state is damaged: {text}")));
                 };
                 Ok((key, entry))
             })

@@ -49,7 +49,7 @@ impl DocumentColumn {
         let format = recognise(&mut reads, path, options)?.format;
         let (content, data_type) = match format {
             Format::Parquet => {
-                let column = ParquetColumn::open(reads.file(), name)?;
+                let column = ParquetColumn::open(reads.file(), name, options.memory_budget)?;
                 let data_type = column.data_type().clone();
                 (Content::Parquet(column), data_type)
             }
@@ -130,6 +130,11 @@ impl DocumentColumn {
         assert!(row < self.rows(), "row {row} of {}", self.rows());
         let part = self.starts.partition_point(|start| *start <= row) - 1;
         (part, (row - self.starts[part]) as usize)
+    }
+
+    /// Number of parts.
+    pub fn parts(&self) -> usize {
+        self.starts.len() - 1
     }
 
     /// The row after the last row of part `part`.

@@ -701,6 +701,8 @@ pub struct OpenOptions {
     pub io: Io,
     /// Number of tokens near which blocks are cut.
     pub block_tokens: u64,
+    /// Largest number of bytes that a part of a file may take when it is decoded whole.
+    pub memory_budget: u64,
     /// Stops the opening of a corpus between two shards.
     pub cancel: Cancel,
     /// The files to open.
@@ -720,6 +722,7 @@ impl OpenOptions {
             split: SplitOptions::of(config),
             io: config.io,
             block_tokens: config.block_tokens,
+            memory_budget: config.memory_budget,
             cancel: Cancel::default(),
             files: Files::of(config),
         }

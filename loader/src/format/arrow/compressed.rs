@@ -27,6 +27,8 @@ pub(super) struct CompressedArrow {
     batches: Vec<BatchParts>,
     /// Record batches of each of `info.blocks`.
     ranges: Vec<Range<usize>>,
+    /// Largest number of bytes that one buffer may hold.
+    most_bytes: u64,
 }
 
 impl CompressedArrow {
@@ -35,7 +37,8 @@ impl CompressedArrow {
         let token_column = TokenColumn::of(&column.name, column.kind == RowShape::Plain);
         let info =
             ShardInfo { file, format, dtype: column.dtype, column: token_column, not_read, rows, blocks: Vec::new() };
-        let mut shard = Self { info, column, batches, ranges: Vec::new() };
+        let most_bytes = options.memory_budget;
+        let mut shard = Self { info, column, batches, ranges: Vec::new(), most_bytes };
         let mut pending: Option<(BlockMeta, Range<usize>)> = None;
         for index in 0..shard.batches.len() {
             let (_, runs) = shard.runs(index)?;
@@ -116,7 +119,18 @@ impl CompressedArrow {
         if prefix == (-1i64).to_le_bytes() {
             return Ok(stored[..wanted].to_vec());
         }
-        let mut plain = vec![0; wanted];
+        if wanted as u64 > self.most_bytes {
+            return Err(Error::data(format!(
+                "a compressed buffer holds {wanted} bytes, more than `memory_budget` = {}: write smaller record \
+                 batches, or raise it",
+                self.most_bytes
+            )));
+        }
+        let mut plain = Vec::new();
+        plain
+            .try_reserve_exact(wanted)
+            .map_err(|error| Error::data(format!("no memory for a buffer of {wanted} bytes")).with_source(error))?;
+        plain.resize(wanted, 0);
         let whole = wanted as u64 == plain_len;
         let result = match codec {
             CompressionType::ZSTD if whole => zstd::bulk::decompress_to_buffer(stored, &mut plain)

@@ -55,7 +55,7 @@ impl Codec {
 
     /// Largest number of bytes that one compressed byte can become, rounded up. A header that
     /// announces more is damaged.
-    const fn max_ratio(self) -> usize {
+    pub(super) const fn max_ratio(self) -> usize {
         match self {
             Self::Uncompressed => 1,
             Self::Snappy => 64,

@@ -28,6 +28,8 @@ pub(super) struct Column {
     pub(super) max_def: u32,
     /// Lowest definition level of an entry that is a token, null or not.
     pub(super) list_def: u32,
+    /// Largest number of bytes that a row group may take when it is decoded whole.
+    pub(super) most_bytes: u64,
 }
 
 /// The reason why the chosen column cannot hold tokens. A file without tokens is sound
@@ -85,7 +87,11 @@ impl Column {
             true if field.is_primitive() => 1,
             true => u32::from(optional(field)) + 1,
         };
-        Ok((Self { name: name.to_owned(), is_field, stored, leaf, dtype, lists, max_def, list_def }, refused))
+        let most_bytes = options.memory_budget;
+        Ok((
+            Self { name: name.to_owned(), is_field, stored, leaf, dtype, lists, max_def, list_def, most_bytes },
+            refused,
+        ))
     }
 
     /// The column of a file that has no tokens.
@@ -99,6 +105,7 @@ impl Column {
             lists: true,
             max_def: 0,
             list_def: 0,
+            most_bytes: 0,
         }
     }
 

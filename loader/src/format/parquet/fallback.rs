@@ -16,6 +16,7 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 
 use super::column::Column;
+use super::pages;
 use crate::error::{Error, Result};
 use crate::storage::SourceFile;
 use crate::tokens::Tokens;
@@ -83,6 +84,11 @@ fn read_inner(file: &SourceFile, column: &Column, index: usize, mut decoded: Dec
     let failed = |error: ParquetError| Error::data(format!("cannot read row group {index}")).with_source(error);
     let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
     let metadata = super::read_metadata(file)?;
+    if let Some(group) = metadata.row_groups().get(index)
+        && column.leaf < group.num_columns()
+    {
+        pages::check_sizes(file, group.column(column.leaf), group.num_rows(), column.most_bytes)?;
+    }
     let metadata = ArrowReaderMetadata::try_new(Arc::new(metadata), options).map_err(failed)?;
     let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(Chunks(file.clone()), metadata);
     let mask = ProjectionMask::leaves(builder.parquet_schema(), [column.leaf]);

@@ -36,6 +36,8 @@ enum Copied {
 use Copied::{List, Struct, Whole};
 
 const FILE: &[Kept] = &[Kept(1, Whole), Kept(2, Whole), Kept(3, Whole), Kept(4, List(ROW_GROUP)), Kept(6, Whole)];
+/// Number of the field with the schema.
+const SCHEMA: i32 = 2;
 const ROW_GROUP: &[Kept] = &[Kept(1, List(CHUNK)), Kept(2, Whole), Kept(3, Whole)];
 const CHUNK: &[Kept] = &[Kept(1, Whole), Kept(2, Whole), Kept(3, Struct(COLUMN))];
 /// The fields for type, encodings, path, codec, number of values, sizes, offsets and statistics.
@@ -51,6 +53,10 @@ const COLUMN: &[Kept] = &[
     Kept(11, Whole),
     Kept(12, Whole),
 ];
+
+/// Deepest nesting of a schema. The parquet crate builds and drops schemas by recursion, so that a
+/// deeper schema could overflow a thread's stack.
+const MAX_NESTING: usize = 128;
 
 /// Fields of a column chunk that mark it as encrypted.
 const ENCRYPTED: [i32; 2] = [8, 9];
@@ -93,6 +99,9 @@ impl Copy<'_> {
                 _ => {
                     let start = self.cursor.at();
                     self.cursor.skip(wire, 0)?;
+                    if std::ptr::eq(kept, FILE) && id == SCHEMA {
+                        check_schema(self.cursor.since(start))?;
+                    }
                     self.out.bytes.extend_from_slice(self.cursor.since(start));
                 }
             }
@@ -134,4 +143,41 @@ impl Copy<'_> {
             }
         }
     }
+}
+
+/// Checks that the schema `bytes` is not nested too deeply, and that no group claims more columns
+/// than follow. The parquet crate reserves memory for as many columns as a group claims.
+fn check_schema(bytes: &[u8]) -> Parse<()> {
+    let mut cursor = CompactReader::new(bytes);
+    let (wire, count) = cursor.list_head()?;
+    if wire != STRUCT && count > 0 {
+        return Err(HeaderFault::Damaged("the schema has elements of another type"));
+    }
+    // The number of columns that each open group still lacks.
+    let mut open: Vec<u64> = Vec::new();
+    for index in 0..count {
+        let (mut columns, mut last) = (0, 0);
+        while let Some((id, wire)) = cursor.field(&mut last)? {
+            match (id, wire) {
+                (5, 5) => columns = cursor.i32()?,
+                _ => cursor.skip(wire, 0)?,
+            }
+        }
+        let columns =
+            u64::try_from(columns).map_err(|_| HeaderFault::Damaged("a group has a negative number of columns"))?;
+        if columns > count - index - 1 {
+            return Err(HeaderFault::Damaged("a group claims more columns than the schema has"));
+        }
+        while open.pop_if(|left| *left == 0).is_some() {}
+        if let Some(left) = open.last_mut() {
+            *left -= 1;
+        }
+        if columns > 0 {
+            open.push(columns);
+        }
+        if open.len() > MAX_NESTING {
+            return Err(HeaderFault::Damaged("the schema is nested more than 128 levels deep"));
+        }
+    }
+    Ok(())
 }

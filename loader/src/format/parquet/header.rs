@@ -66,6 +66,16 @@ pub(super) enum HeaderFault {
     Damaged(&'static str),
 }
 
+impl HeaderFault {
+    /// Description of the fault, for messages.
+    pub(super) const fn text(self) -> &'static str {
+        match self {
+            Self::CutOff => "it is cut off",
+            Self::Damaged(what) => what,
+        }
+    }
+}
+
 pub(super) type Parse<T> = Result<T, HeaderFault>;
 
 // Wire types of the compact protocol.
@@ -122,7 +132,7 @@ impl<'a> CompactReader<'a> {
         Err(HeaderFault::Damaged("overlong integer"))
     }
 
-    fn i32(&mut self) -> Parse<i32> {
+    pub(super) fn i32(&mut self) -> Parse<i32> {
         let raw = self.varint()?;
         let value = (raw >> 1) as i64 ^ -((raw & 1) as i64);
         i32::try_from(value).map_err(|_| HeaderFault::Damaged("integer out of range"))

@@ -29,7 +29,6 @@ use ::parquet::file::statistics::Statistics;
 
 use self::codec::{Codec, Decompressor};
 use self::column::Column;
-use self::footer::Reduced;
 use self::levels::Levels;
 use self::pages::{Body, Coding, ForwardReader, Page, RowGroup, Walk, Walker};
 use self::values::{Dictionary, Encoded};
@@ -162,8 +161,8 @@ fn read_footer(file: &SourceFile) -> Result<Footer> {
         .ok_or_else(|| damaged(format!("its footer should have {size} bytes, the file has {len}")))?;
     let mut scratch = Vec::new();
     let bytes = file.slice(start..len - TAIL_BYTES, &mut scratch)?;
-    // A footer that cannot be walked is left to the parquet crate, which says why.
-    let reduced = footer::reduce(bytes).unwrap_or_else(|_| Reduced { bytes: bytes.to_vec(), encrypted: Vec::new() });
+    // The parquet crate trusts some numbers of a footer. So it gets no footer that was not walked.
+    let reduced = footer::reduce(bytes).map_err(|fault| damaged(format!("its footer is damaged: {}", fault.text())))?;
     match ParquetMetaDataReader::decode_metadata(&reduced.bytes) {
         Ok(metadata) => Ok(Footer { metadata, encrypted: reduced.encrypted, start }),
         Err(_) if !reduced.encrypted.is_empty() => Err(encrypted("a column of the Parquet file")),

@@ -13,6 +13,7 @@ use parquet::file::metadata::{FileMetaData, ParquetMetaData, RowGroupMetaData};
 use parquet::schema::types::{SchemaDescriptor, Type};
 
 use super::fallback::Chunks;
+use super::pages;
 use crate::error::{Error, Result};
 use crate::storage::SourceFile;
 use crate::text::escaped;
@@ -27,8 +28,9 @@ pub(in crate::format) struct ParquetColumn {
 }
 
 impl ParquetColumn {
-    /// Finds column `name` in `file`.
-    pub(in crate::format) fn open(file: &SourceFile, name: &str) -> Result<Self> {
+    /// Finds column `name` in `file`. Fails if a row group of it would take more than `most_bytes`
+    /// bytes.
+    pub(in crate::format) fn open(file: &SourceFile, name: &str, most_bytes: u64) -> Result<Self> {
         let name = escaped(name);
         let failed = |error: ParquetError| Error::data(format!("cannot read column `{name}`")).with_source(error);
         let metadata = super::read_metadata(file)?;
@@ -41,6 +43,7 @@ impl ParquetColumn {
         let metadata = ArrowReaderMetadata::try_new(alone, options).map_err(failed)?;
         let mut starts = vec![0_u64];
         for group in metadata.metadata().row_groups() {
+            pages::check_sizes(file, group.column(0), group.num_rows(), most_bytes)?;
             let rows =
                 u64::try_from(group.num_rows()).map_err(|_| Error::data("a row group has a negative row count"))?;
             starts.push(starts[starts.len() - 1].saturating_add(rows));
