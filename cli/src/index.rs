@@ -3,12 +3,12 @@
 use std::io::Write;
 use std::time::Instant;
 
-use forebay::corpus::{Corpus, Indexed};
+use forebay::corpus::{Corpus, Indexed, Summed};
 use forebay::format::OpenOptions;
 use forebay::{Error, ErrorKind};
 use serde_json::json;
 
-use crate::report::{bytes, escaped_faults, grouped, line};
+use crate::report::{bytes, escaped_faults, grouped, line, number_of};
 use crate::{Context, FAILED, Failure, Sets, progress};
 
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} of {human_len} shards, {eta} left";
@@ -27,6 +27,10 @@ pub(crate) struct Options {
     /// Folder of the index and of what is read from object stores
     #[arg(long, value_name = "FOLDER")]
     cache_dir: Option<String>,
+    /// Also saves checksums of all shards, so that loaders find damaged files. Reads the shards
+    /// that have none
+    #[arg(long)]
+    checksums: bool,
     /// Prints one JSON object for each corpus
     #[arg(long)]
     json: bool,
@@ -62,7 +66,11 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
             bar.set_length(of);
             bar.set_position(opened);
         };
-        let (corpus, indexed) = Corpus::index(&data, config.format, &open, folder.as_ref(), &pool, &shown)?;
+        let (mut corpus, indexed) = Corpus::index(&data, config.format, &open, folder.as_ref(), &pool, &shown)?;
+        let summed = match options.checksums && indexed.unsaved.is_none() {
+            true => Some(corpus.save_checksums(&pool, &shown)?),
+            false => None,
+        };
         let seconds = began.elapsed().as_secs_f64();
         let unsaved = indexed.unsaved.as_ref().map(forebay::Error::report);
         for warning in corpus.warnings() {
@@ -73,7 +81,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
             }
         }
         match unsaved {
-            None => entries.push(CorpusReport::new(name, &corpus, &indexed, seconds)?),
+            None => entries.push(CorpusReport::new(name, &corpus, &indexed, summed, seconds)?),
             Some(fault) => {
                 saved = false;
                 let text = format!("error: {fault}; name another folder with `--cache-dir`");
@@ -98,6 +106,7 @@ struct CorpusReport {
     name: String,
     index: String,
     index_bytes: u64,
+    checksums: Option<Summed>,
     shards: u64,
     opened: u64,
     documents: u64,
@@ -108,13 +117,20 @@ struct CorpusReport {
 }
 
 impl CorpusReport {
-    fn new(name: String, corpus: &Corpus, indexed: &Indexed, seconds: f64) -> forebay::Result<Self> {
+    fn new(
+        name: String,
+        corpus: &Corpus,
+        indexed: &Indexed,
+        checksums: Option<Summed>,
+        seconds: f64,
+    ) -> forebay::Result<Self> {
         let path = indexed.file.path();
         let index = std::fs::metadata(path).map_err(|error| Error::io("cannot stat saved index", error).at(path))?;
         Ok(Self {
             name,
             index: path.display().to_string(),
             index_bytes: index.len(),
+            checksums,
             shards: corpus.len() as u64,
             opened: indexed.opened,
             documents: corpus.documents(),
@@ -130,6 +146,10 @@ impl CorpusReport {
             line(out, "source", &self.name)?;
         }
         line(out, "index", &format!("{}, {}", self.index, bytes(self.index_bytes)))?;
+        if let Some(Summed { file, size_bytes, read }) = &self.checksums {
+            let read = number_of(*read, "shard");
+            line(out, "checksums", &format!("{}, {}, {read} read", file.path().display(), bytes(*size_bytes)))?;
+        }
         line(out, "shards", &format!("{}, {}", grouped(self.shards), bytes(self.bytes)))?;
         line(out, "opened", &format!("{} in {:.3} s", grouped(self.opened), self.seconds))?;
         line(out, "documents", &grouped(self.documents))?;
@@ -141,6 +161,8 @@ impl CorpusReport {
             "source": self.name,
             "index": self.index,
             "index_bytes": self.index_bytes,
+            "checksums": self.checksums.as_ref().map(|summed| summed.file.path().display().to_string()),
+            "checksums_bytes": self.checksums.as_ref().map(|summed| summed.size_bytes),
             "shards": self.shards,
             "opened": self.opened,
             "documents": self.documents,

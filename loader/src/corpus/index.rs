@@ -18,6 +18,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
+use crate::corpus::checksums::ChecksumsFile;
 use crate::corpus::discover::ShardFile;
 use crate::corpus::lengths::LengthsFile;
 use crate::corpus::tables::TableFile;
@@ -104,6 +105,11 @@ impl IndexFile {
     pub fn lengths(&self) -> LengthsFile {
         let path = self.path.with_file_name(format!("{:032x}.forebay-lengths", self.data_key));
         LengthsFile::new(self.files.clone(), path, self.data_key)
+    }
+
+    /// The file of checksums beside this index.
+    pub fn checksums(&self) -> ChecksumsFile {
+        ChecksumsFile::new(self.files.clone(), self.path.with_extension("forebay-checksums"), self.key)
     }
 
     /// The file of the table that follows from the settings `name` and from shards with these
@@ -376,6 +382,26 @@ mod tests {
         assert!(index.load(Io::Pread).is_err());
         std::fs::write(index.path(), &sound).unwrap();
         assert!(index.load(Io::Pread).is_ok());
+    }
+
+    #[test]
+    fn absurd_numbers_under_a_right_checksum_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = index(folder.path());
+        index.save(records().into_iter()).unwrap();
+        let sound = std::fs::read(index.path()).unwrap();
+        for (at, width) in [(8, 4), (12, 4), (16, 8)] {
+            for number in [u64::MAX, 1 << 60, 1 << 31, 6, 0] {
+                let mut bytes = sound.clone();
+                bytes[at..at + width].copy_from_slice(&number.to_le_bytes()[..width]);
+                let mut hash = Xxh3::new();
+                hash.update(&bytes[..CHECKED_HEADER]);
+                hash.update(&bytes[HEADER..]);
+                bytes[CHECKED_HEADER..HEADER].copy_from_slice(&hash.digest().to_le_bytes());
+                std::fs::write(index.path(), &bytes).unwrap();
+                assert!(index.load(Io::Pread).is_err(), "{number} at {at}");
+            }
+        }
     }
 
     #[test]

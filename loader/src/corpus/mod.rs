@@ -6,6 +6,7 @@
 //! With a saved index, only shards that are new or changed are opened at the start. Every other
 //! shard is opened by the first thread that reads it, and must be as the index says.
 
+pub mod checksums;
 pub mod discover;
 pub mod index;
 pub mod lengths;
@@ -15,12 +16,14 @@ pub mod tables;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use xxhash_rust::xxh3::Xxh3;
 
+use self::checksums::{ChecksumsFile, ColumnChecksums, SavedChecksums};
 use self::discover::{Discovery, ShardFile};
 use crate::corpus::index::{IndexFile, PathHash, SavedIndex};
 use crate::corpus::lengths::LengthsFile;
@@ -28,7 +31,7 @@ use crate::corpus::shard_cache::{Held, ShardCache};
 use crate::corpus::tables::TableFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::documents::DocumentColumn;
-use crate::format::{self, Access, Counts, Format, MissingColumn, OpenOptions, Shard, ShardFacts};
+use crate::format::{self, Access, Counts, DecodedBlock, Ends, Format, MissingColumn, OpenOptions, Shard, ShardFacts};
 use crate::settings::{DataFormat, Io};
 use crate::storage::{self, Files, Stamp, local};
 use crate::sync::lock;
@@ -62,6 +65,10 @@ pub struct OpenShard {
     fields_bytes: u64,
     /// The column with the starts of documents inside rows, if it is asked for.
     borders: Option<Box<OpenShard>>,
+    /// The saved checksums of this column. `None` if there are none.
+    checksums: Option<ColumnChecksums>,
+    /// The saved checksums of the further columns with one value for each document.
+    document_checksums: Vec<Option<ColumnChecksums>>,
 }
 
 impl OpenShard {
@@ -242,6 +249,75 @@ impl OpenShard {
         facts
     }
 
+    /// Takes the checksums of record `record`. They stand in the order of [`OpenShard::hashes`].
+    fn take_checksums(&mut self, saved: &Arc<SavedChecksums>, record: usize) -> Result<()> {
+        let mut offset = 0;
+        let mut next = |before: Vec<u64>| {
+            let count = before[before.len() - 1];
+            let checksums = ColumnChecksums::new(saved, record, offset, before);
+            offset += count;
+            Some(checksums)
+        };
+        self.checksums = next(checksums::pieces(&self.shard));
+        for column in self.fields.iter_mut().flatten().chain(self.borders.as_deref_mut()) {
+            column.checksums = next(checksums::pieces(&column.shard));
+        }
+        let mut of_documents = |column: &Option<DocumentColumn>| next((0..=column.as_ref()?.parts() as u64).collect());
+        self.document_checksums = self.documents.iter().map(&mut of_documents).collect();
+        ColumnChecksums::check_count(saved, record, offset)
+    }
+
+    /// Computes the checksums of all columns.
+    fn hashes(&self) -> Result<Vec<u64>> {
+        let mut hashes = Vec::new();
+        for column in self.columns() {
+            hashes.extend(checksums::hash_column(&column.shard)?);
+        }
+        let mut decoded = DecodedBlock::default();
+        for column in self.documents.iter().flatten() {
+            for part in 0..column.parts() {
+                column.decode_into(part, &mut decoded)?;
+                hashes.push(checksums::hash_values(&decoded));
+            }
+        }
+        Ok(hashes)
+    }
+
+    /// Whether damage of this column can be found.
+    pub(crate) fn has_checksums(&self) -> bool {
+        self.checksums.is_some()
+    }
+
+    /// Fails if `ends`, the ends of block `block`, are not as they were when checksums were saved.
+    pub(crate) fn check_ends(&self, block: usize, ends: &Ends<'_>) -> Result<()> {
+        self.checksums.as_ref().map_or(Ok(()), |checksums| checksums.check_ends(&self.shard, block, ends))
+    }
+
+    /// Fails if the tokens in `range` of block `block`, which is read in place, are not as they
+    /// were when checksums were saved. Uses `bytes` as memory.
+    pub(crate) fn check_tokens(&self, block: usize, range: &Range<u64>, bytes: &mut Vec<u8>) -> Result<()> {
+        self.checksums.as_ref().map_or(Ok(()), |checksums| checksums.check_tokens(&self.shard, block, range, bytes))
+    }
+
+    /// Decodes block `block` whole into `out`. Fails if it is not as it was when checksums were
+    /// saved.
+    ///
+    /// # Panics
+    /// Panics if the shard is read in place.
+    pub(crate) fn decode_block(&self, block: usize, out: &mut DecodedBlock) -> Result<()> {
+        let Shard::Block(shard) = &self.shard else { panic!("windows of this shard are not decoded") };
+        shard.decode_into(block, None, out)?;
+        self.checksums.as_ref().map_or(Ok(()), |checksums| checksums.check_decoded(&self.shard, block, out))
+    }
+
+    /// Fails if `decoded`, part `part` of per-document column `field`, is not as it was when
+    /// checksums were saved.
+    pub(crate) fn check_values(&self, field: usize, part: usize, decoded: &DecodedBlock) -> Result<()> {
+        let checksums = self.document_checksums.get(field).and_then(Option::as_ref);
+        let checked = checksums.map_or(Ok(()), |checksums| checksums.check_values(part, decoded));
+        checked.map_err(|error| error.at(self.shard.path()).in_block(part as u64))
+    }
+
     /// Closes the file until its next use. That use fails if the file has changed meanwhile.
     fn let_go(&mut self) {
         self.shard.let_go();
@@ -259,7 +335,18 @@ impl OpenShard {
         }
         let (fields, documents) = (Vec::new(), Vec::new());
         let stamp = shard.info().file.stamp();
-        Self { shard, stamp, before, fields, documents, empty_rows: OnceLock::new(), fields_bytes: 0, borders: None }
+        Self {
+            shard,
+            stamp,
+            before,
+            fields,
+            documents,
+            empty_rows: OnceLock::new(),
+            fields_bytes: 0,
+            borders: None,
+            checksums: None,
+            document_checksums: Vec::new(),
+        }
     }
 
     /// The token column of the file.
@@ -300,6 +387,8 @@ pub struct Corpus {
     warnings: Vec<String>,
     /// The saved index. `None` if nothing is saved.
     index: Option<IndexFile>,
+    /// The saved checksums, and the record of each shard in them.
+    checksums: Option<(Arc<SavedChecksums>, Vec<Option<usize>>)>,
 }
 
 /// Facts about all shards.
@@ -329,6 +418,17 @@ pub struct Indexed {
     pub opened: u64,
     /// The reason why the index could not be saved. `None` if it was saved.
     pub unsaved: Option<Error>,
+}
+
+/// The result of saving checksums.
+#[derive(Debug)]
+pub struct Summed {
+    /// The file of the checksums.
+    pub file: ChecksumsFile,
+    /// Size of the file in bytes.
+    pub size_bytes: u64,
+    /// Number of shards that were read, because they had no checksums.
+    pub read: u64,
 }
 
 impl Corpus {
@@ -439,8 +539,66 @@ impl Corpus {
         let shards = ShardCache::new(files.len(), most_open_shards(options));
         let mut corpus = Self::new(files, facts, shards, options)?;
         corpus.warnings.extend(warnings);
+        corpus.load_checksums(&indexed.file.checksums())?;
         corpus.index = Some(indexed.file.clone());
         Ok((corpus, indexed))
+    }
+
+    /// Loads the saved checksums, if there are any.
+    fn load_checksums(&mut self, file: &ChecksumsFile) -> Result<()> {
+        let Some(saved) = file.load(self.options.io)? else { return Ok(()) };
+        let records = saved.records(&self.shard_digests());
+        let missing: Vec<usize> = (0..records.len()).filter(|shard| records[*shard].is_none()).collect();
+        if let Some(first) = missing.first() {
+            self.warnings.push(format!(
+                "{} of {} shards have no checksums, because they are new or changed (`{}` is the first): damage in them \
+                 is not noticed; run `forebay index --checksums` again",
+                missing.len(),
+                records.len(),
+                escaped(&self.files[*first].path.to_string_lossy())
+            ));
+        }
+        self.checksums = Some((Arc::new(saved), records));
+        Ok(())
+    }
+
+    /// Saves checksums of all shards beside the index. Reads the shards that have none.
+    ///
+    /// Calls `progress` with the number of shards that were read and the number of shards to read.
+    ///
+    /// # Panics
+    /// Panics if the corpus has no saved index.
+    pub fn save_checksums(&mut self, pool: &rayon::ThreadPool, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Summed> {
+        let file = self.index.as_ref().expect("checksums lie beside an index").checksums();
+        let known = |shard: usize| {
+            let (saved, records) = self.checksums.as_ref()?;
+            Some(saved.hashes(records[shard]?))
+        };
+        let digests = self.shard_digests();
+        let missing = (0..digests.len()).filter(|shard| known(*shard).is_none()).count() as u64;
+        let done = AtomicU64::new(0);
+        progress(0, missing);
+        let of_shard = |shard: usize| {
+            if let Some(hashes) = known(shard) {
+                return Ok(hashes);
+            }
+            self.options.cancel.check()?;
+            let hashes = self.shard(shard)?.hashes();
+            progress(done.fetch_add(1, Ordering::Relaxed) + 1, missing);
+            hashes
+        };
+        let (mut shards, mut faults) = (Vec::new(), Vec::new());
+        for (digest, hashes) in digests.iter().zip(side_by_side(pool, digests.len(), of_shard)) {
+            hashes.map(|hashes| shards.push((*digest, hashes))).unwrap_or_else(|error: Error| faults.push(error));
+        }
+        match faults.len() {
+            0 => {}
+            1 => return Err(faults.remove(0)),
+            _ => return Err(Error::all(faults)),
+        }
+        let size_bytes = file.save(&shards)?;
+        self.load_checksums(&file)?;
+        Ok(Summed { file, size_bytes, read: missing })
     }
 
     fn new(files: Vec<ShardFile>, facts: Facts, shards: ShardCache<OpenShard>, options: &OpenOptions) -> Result<Self> {
@@ -455,6 +613,7 @@ impl Corpus {
             fingerprint: String::new(),
             warnings: Vec::new(),
             index: None,
+            checksums: None,
         };
         let most = corpus.facts().map(|facts| facts.blocks).max().unwrap_or(0).max(corpus.len() as u64);
         if u32::try_from(most).is_err() {
@@ -517,8 +676,13 @@ impl Corpus {
     /// Returns shard `index`. Opens it if it is closed, and then compares it with the known facts.
     pub fn shard(&self, index: usize) -> Result<Held<'_, OpenShard>> {
         self.shards.get_or_open(index, || {
-            let opened = OpenShard::open(&self.files[index].path, &self.options)?;
+            let mut opened = OpenShard::open(&self.files[index].path, &self.options)?;
             check_indexed(self.facts.get(index), opened.facts()).map_err(|error| error.at(opened.shard.path()))?;
+            if let Some((saved, records)) = &self.checksums
+                && let Some(record) = records[index]
+            {
+                opened.take_checksums(saved, record).map_err(|error| error.at(opened.shard.path()))?;
+            }
             Ok(opened)
         })
     }
@@ -623,7 +787,11 @@ impl Corpus {
         let path = |file: &ShardFile| size_of_val(file) + file.path.as_os_str().len() + file.name.len();
         let files: usize = self.files.iter().map(path).sum();
         let facts = if let Facts::Found(facts) = &self.facts { size_of_val(facts.as_slice()) } else { 0 };
-        (files + facts) as u64 + self.open_shards().map(|shard| shard.index_bytes()).sum::<u64>()
+        let checksums = self
+            .checksums
+            .as_ref()
+            .map_or(0, |(saved, records)| saved.held_bytes() + size_of_val(records.as_slice()) as u64);
+        (files + facts) as u64 + checksums + self.open_shards().map(|shard| shard.index_bytes()).sum::<u64>()
     }
 
     /// Number of shards that may be open at the same time.

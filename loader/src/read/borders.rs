@@ -198,11 +198,13 @@ fn each_row(column: &OpenShard, mut row: impl FnMut(&[i64]) -> Result<()>) -> Re
         };
         let added = match shard {
             Shard::Random(shard) => shard.ends(index, &mut scratch).and_then(|ends| {
+                column.check_ends(index, &ends)?;
+                column.check_tokens(index, &(0..meta.tokens), &mut bytes)?;
                 let tokens = shard.tokens(index, 0..meta.tokens, &mut bytes)?;
                 add(tokens, &ends)
             }),
-            Shard::Block(shard) => shard
-                .decode_into(index, None, &mut decoded)
+            Shard::Block(shard) => column
+                .decode_block(index, &mut decoded)
                 .and_then(|()| add(Tokens::new(shard.block_dtype(), &decoded.bytes), &decoded.document_ends())),
         };
         added.map_err(|error| error.in_block(index as u64))?;

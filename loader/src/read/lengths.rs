@@ -170,6 +170,7 @@ fn read(opened: &OpenShard, documents: u64) -> Result<Vec<u32>> {
             Shard::Random(shard) => shard.ends(index, &mut scratch),
             Shard::Block(shard) => shard.ends_into(index, &mut list).map(|()| Ends::List(&list)),
         };
+        let ends = ends.and_then(|ends| opened.check_ends(index, &ends).map(|()| ends));
         let ends = ends.map_err(|error| error.in_block(index as u64))?;
         let mut start = 0;
         for document in 0..ends.len() {

@@ -384,6 +384,7 @@ impl Reader {
                 // The bytes of strings are known only after they are decoded.
                 let mut decoded = DecodedBlock::default();
                 values.decode_into(part, &mut decoded)?;
+                shard.check_values(column, part, &decoded)?;
                 let bytes = decoded.capacity_bytes();
                 self.cache.get(key, tokens, bytes, |block| {
                     *block = decoded;
@@ -515,8 +516,10 @@ impl Reader {
         let tokens_alone = self.specials.none() && !stretch.borders;
         match opened.shard() {
             Shard::Random(shard) if tokens_alone => {
+                opened.check_tokens(index, &(from..to), &mut scratch.tokens)?;
                 if let Some(found) = &mut scratch.document_ends {
                     let ends = shard.ends(index, &mut scratch.ends)?;
+                    opened.check_ends(index, &ends)?;
                     push_ends(&ends, shard.info().blocks[index].tokens, &stretch, found, &mut scratch.last_end);
                 }
                 let tokens = shard.tokens(index, from..to, &mut scratch.tokens)?;
@@ -525,10 +528,12 @@ impl Reader {
             Shard::Random(shard) => {
                 let meta = &shard.info().blocks[index];
                 let ends = shard.ends(index, &mut scratch.ends)?;
+                opened.check_ends(index, &ends)?;
                 self.note_document(opened, &ends, &stretch, &mut scratch.documents);
                 let (buffer, found) = (&mut scratch.tokens, (&mut scratch.borders, &mut scratch.document_ends));
                 self.fill_items(&ends, meta.tokens, opened.continues(index), stretch, row, found, |part: P, tokens| {
                     let start = tokens.start;
+                    opened.check_tokens(index, &tokens, buffer)?;
                     part.write(&shard.tokens(index, tokens, buffer)?, ahead)
                         .map_err(|unfit| in_row(&**shard, index, start, unfit))
                 })
@@ -539,6 +544,8 @@ impl Reader {
                 let mut decoded_here = false;
                 let key = (self.first_column + column, block);
                 let shared;
+                // A prefix cannot be compared with the checksum of its block.
+                let prefix_only = prefix_only && !opened.has_checksums();
                 let held = if prefix_only { self.cache.held(key, to - from) } else { None };
                 let decoded = if prefix_only && held.is_none() {
                     decoded_here = true;
@@ -550,7 +557,7 @@ impl Reader {
                         Some(block) => block,
                         None => self.cache.get(key, to - from, meta.decoded_bytes, |block| {
                             decoded_here = true;
-                            shard.decode_into(index, None, block)
+                            opened.decode_block(index, block)
                         })?,
                     };
                     &*shared
@@ -718,7 +725,7 @@ impl Reader {
                 let bytes = shard.info().blocks[block].decoded_bytes;
                 let key = (self.first_column + column, BlockRef { shard: index as u32, block: block as u32 });
                 let started = Instant::now();
-                let prepared = self.cache.prepare(key, bytes, needed, |out| shard.decode_into(block, None, out))?;
+                let prepared = self.cache.prepare(key, bytes, needed, |out| opened.decode_block(block, out))?;
                 if prepared == Prepared::Decoded {
                     scratch.decode_nanos += started.elapsed().as_nanos() as u64;
                     scratch.tracer.end("decode", Some(started), None);
