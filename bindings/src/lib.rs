@@ -44,6 +44,14 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        // SAFETY: an attached thread has an interpreter, and attached threads make modules.
+        let interpreter = unsafe { pyo3::ffi::PyInterpreterState_GetID(pyo3::ffi::PyInterpreterState_Get()) };
+        if interpreter != 0 {
+            return Err(pyo3::exceptions::PyImportError::new_err(format!(
+                "forebay cannot be imported in sub-interpreter {interpreter}: its threads and its memory belong to one \
+                 interpreter; import it in the main interpreter, or start a process"
+            )));
+        }
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }
