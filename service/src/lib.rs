@@ -1,1 +1,0 @@
-//! Serves batches to other processes, and takes them.
