@@ -360,9 +360,7 @@ def test_what_is_no_path_is_refused_with_the_remedy(data: Any) -> None:
         forebay.Loader(data)
 
 
-@pytest.mark.parametrize(
-    "data", ["ftp://host/corpus/*.parquet", "s3n://b", "dbfs://x/y", "abfs://host/a.parquet"]
-)
+@pytest.mark.parametrize("data", ["ftp://host/corpus/*.parquet", "s3n://b", "dbfs://x/y", "abfs://host/a.parquet"])
 def test_a_url_of_another_scheme_is_refused_with_the_remedy(data: str) -> None:
     with pytest.raises(forebay.ConfigError, match="object store") as caught:
         forebay.Loader(data)
