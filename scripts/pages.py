@@ -145,8 +145,8 @@ def class_text(node: ast.ClassDef, classes: dict[str, ast.stmt], known: set[str]
     if is_error:
         bases = ", ".join(f"`{ast.unparse(base)}`" for base in node.bases)
         return f"| `{node.name}` | {bases} | {' '.join(markdown(ast.get_docstring(node) or '').split())} |"
-    if "Dict" in ast.unparse(node) and init is None and not methods:
-        rows = fields_text(node, classes)
+    rows = fields_text(node, classes)
+    if rows and init is None and not methods:
         doc = markdown(ast.get_docstring(node) or "")
         return f"### {node.name}\n\n{doc}\n\n| key | type | there |\n|---|---|---|\n{rows}\n"
     head = (
