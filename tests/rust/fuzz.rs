@@ -66,7 +66,8 @@ impl Storage for Memory {
 
 impl Object for MemoryFile {
     fn stat(&self) -> io::Result<Stat> {
-        Ok(Stat { kind: ItemKind::File, stamp: Stamp { size_bytes: self.0.len() as u64, modified: None } })
+        let stamp = Stamp { size_bytes: self.0.len() as u64, modified: None, version: 0 };
+        Ok(Stat { kind: ItemKind::File, stamp })
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
