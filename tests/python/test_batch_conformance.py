@@ -111,13 +111,15 @@ WRITERS: dict[str, Written] = {
         Written("datasets", "parquet", "snappy"),
     )
 }
+#: Files of ids alone say by an id where documents end.
+SPLIT: dict[str, Any] = {"document_end_id": 60_001, "version": (1, 0)}
 FLAT: dict[str, Written] = {
     str(cell): cell
     for cell in (
-        Written("numpy", "npy", kind="plain", dtype="u16"),
+        Written("numpy", "npy", dtype="u16", options=SPLIT),
         Written("numpy", "npy", kind="fixed_size_list", dtype="i32"),
-        Written("numpy", "raw", kind="plain", dtype="u32"),
-        Written("numpy", "llm.c", kind="plain", dtype="u16"),
+        Written("numpy", "raw", dtype="u32", options=SPLIT),
+        Written("numpy", "llm.c", dtype="u16", options=SPLIT),
         Written("megatron", "megatron", dtype="i32"),
         Written("datatrove", "datatrove", dtype="u16", options={"loss": True}),
     )
@@ -247,7 +249,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 if lists and cell.kind == "fixed_size_list":
                     np.save(path, np.array(lists, dtype=np.int32))
                 elif lists:
-                    corpora.FLAT_WRITERS[cell.container](cell, path, lists)
+                    corpora.FLAT_WRITERS[cell.container](cell, path, corpora.ended(cell, lists))
                 continue
             turn = list(WRITERS).index(writer)
             corpora.WRITERS[cell.writer](cell, path, table_of(cell, shard, turn))
@@ -265,7 +267,7 @@ def of_flat(cell: Written, folder: Path) -> Shards:
     """The rows that a naive reader finds in flat files."""
     found: Shards = []
     for path in shards(folder):
-        rows = [{"input_ids": ids} for ids in documents(path, bin_dtype=cell.bin_dtype)]
+        rows = [{"input_ids": ids} for ids in documents(path, **cell.reading)]
         if cell.container == "datatrove":
             for row in rows:
                 row["loss_mask"] = [place % 3 != 1 for place in range(len(row["input_ids"]))]
@@ -369,8 +371,7 @@ def arguments(cell: Cell, s: BatchSettings, corpus: Corpus) -> dict[str, Any]:
         del given["targets"]
     if "boundaries" not in LAYOUTS[cell.layout]:
         del given["boundaries"]
-    dtype = (WRITERS | FLAT)[cell.writer].bin_dtype
-    return given | ({} if dtype is None else {"bin_dtype": dtype})
+    return given | (WRITERS | FLAT)[cell.writer].reading
 
 
 #: Settings of torch's DataLoader. All others belong to the TokenDataset.
