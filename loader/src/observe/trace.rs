@@ -349,6 +349,13 @@ mod tests {
         serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
     }
 
+    /// The events while others write. A read that takes several calls may meet two states of the
+    /// file, so that it is repeated.
+    fn events_meanwhile(path: &Path) -> Vec<Value> {
+        let whole = || serde_json::from_slice(&std::fs::read(path).unwrap()).ok();
+        (0..1000).find_map(|_| whole()).expect("valid JSON in one of 1000 readings")
+    }
+
     fn named(events: &[Value], name: &str) -> Vec<Value> {
         events.iter().filter(|event| event["name"] == name).cloned().collect()
     }
@@ -370,7 +377,7 @@ mod tests {
                         tracer.end("fill", inner, None);
                         tracer.end("batch", outer, Some(number));
                         if number % 500 == 0 {
-                            events(trace.path());
+                            events_meanwhile(trace.path());
                         }
                     }
                 };
