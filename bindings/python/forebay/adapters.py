@@ -95,8 +95,14 @@ def torchtitan(loader: DataLoader[Any], base: type | None = None, *, flat: bool 
     ConfigError
         The loader does not have ``targets="shifted"``, or has batches of another form.
     """
-    form = _form(loader, "titan" if flat else "xy", "torchtitan", "shifted")
-    rows = form if flat else lambda batch: _named_input(*form(batch))
+    if flat:
+        rows = _form(loader, "titan", "torchtitan", "shifted")
+    else:
+        form = _form(loader, "xy", "torchtitan", "shifted")
+
+        def rows(batch: Any) -> Any:
+            return _named_input(*form(batch))
+
     kind = _Titan if base is None else type("ForebayDataLoader", (_Titan, base), {})
     return kind(loader, rows)
 
