@@ -9,6 +9,7 @@ use arrow_ipc::reader::FileDecoder;
 use arrow_ipc::{Block, MessageHeader, MetadataVersion};
 use arrow_schema::{DataType, SchemaRef};
 
+use super::compressed::MAX_RATIO;
 use super::messages::{self, FileRange, Part};
 use crate::error::{Error, Result};
 use crate::format::Format;
@@ -111,12 +112,14 @@ impl ArrowBatches {
         if matches!(self.data_type(), DataType::Dictionary(..)) {
             for (range, metadata_bytes) in &self.dictionaries {
                 let bytes = Buffer::from(file.bytes(range.range())?);
+                check_claims(&bytes, *metadata_bytes)?;
                 decoder.read_dictionary(&block(*range, *metadata_bytes), &bytes).map_err(unsound)?;
             }
         }
         let at = self.batches.partition_point(|batch| batch.first_row + batch.rows <= rows.start);
         let batch = self.batches.get(at).ok_or_else(|| Error::data("a record batch is missing"))?;
         let bytes = Buffer::from(file.bytes(batch.message.range())?);
+        check_claims(&bytes, batch.metadata_bytes)?;
         let decoded: Option<RecordBatch> =
             decoder.read_record_batch(&block(batch.message, batch.metadata_bytes), &bytes).map_err(unsound)?;
         let decoded = decoded.ok_or_else(|| Error::data("a record batch is missing"))?;
@@ -130,6 +133,27 @@ impl ArrowBatches {
         }
         add(&decoded.column(0).slice(start, len))
     }
+}
+
+/// Fails if a compressed buffer of the message in `bytes` claims to hold more than any codec can
+/// give. arrow-rs allocates what the buffer claims.
+fn check_claims(bytes: &[u8], metadata_bytes: u64) -> Result<()> {
+    let (metadata, body) = bytes.split_at_checked(metadata_bytes as usize).unwrap_or((bytes, &[]));
+    let prefix = if metadata.starts_with(&[0xFF; 4]) { 8 } else { 4 };
+    let message = arrow_ipc::root_as_message(metadata.get(prefix..).unwrap_or_default())
+        .map_err(|error| Error::data(format!("the message of a record batch is damaged: {error}")))?;
+    let dictionary = message.header_as_dictionary_batch();
+    let batch = message.header_as_record_batch().or_else(|| dictionary?.data());
+    let Some(batch) = batch.filter(|batch| batch.compression().is_some()) else { return Ok(()) };
+    for buffer in batch.buffers().into_iter().flatten() {
+        let stored = usize::try_from(buffer.offset()).ok().and_then(|start| body.get(start..));
+        let Some(Ok(prefix)) = stored.and_then(|stored| stored.get(..8)).map(TryInto::try_into) else { continue };
+        let (claim, len) = (i64::from_le_bytes(prefix), u64::try_from(buffer.length()).unwrap_or(0));
+        if len > 0 && claim > 0 && claim as u64 > len.saturating_mul(MAX_RATIO) {
+            return Err(Error::data(format!("a compressed buffer of {len} bytes claims to hold {claim}")));
+        }
+    }
+    Ok(())
 }
 
 fn block(range: FileRange, metadata_bytes: u64) -> Block {

@@ -18,7 +18,7 @@ use crate::text::{escaped, number_of};
 use crate::tokens::{Dtype, Tokens, negative_id};
 
 /// Larger than the ratio of any codec. A buffer that claims to decompress to more is damaged.
-const MAX_RATIO: u64 = 1 << 16;
+pub(super) const MAX_RATIO: u64 = 1 << 16;
 
 #[derive(Debug)]
 pub(super) struct CompressedArrow {
