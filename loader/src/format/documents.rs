@@ -157,9 +157,12 @@ impl DocumentColumn {
     fn decode_rows(&self, rows: Range<u64>, out: &mut DecodedBlock) -> Result<()> {
         let size = if let DocumentType::Number(dtype) = self.kind { dtype.size() } else { 0 };
         let count = (rows.end - rows.start) as usize;
-        let mut flags = Vec::with_capacity(count);
+        // A damaged file may claim any number of rows.
+        let no_memory = |error| Error::data(format!("no memory for a block of {count} rows")).with_source(error);
+        let mut flags = Vec::new();
+        flags.try_reserve_exact(count).map_err(no_memory)?;
         out.reset(0, 0).map_err(|error| Error::data("no memory for a block").with_source(error))?;
-        out.bytes.reserve(count * (size + 1));
+        out.bytes.try_reserve(count.saturating_mul(size + 1)).map_err(no_memory)?;
         let mut add = |array: &ArrayRef| {
             add_values(array, self.kind, out)?;
             add_flags(array, &mut flags);
