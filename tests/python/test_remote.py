@@ -35,8 +35,8 @@ CELLS = {
     "arrow file": Cell("pyarrow", "arrow file"),
     "arrow stream": Cell("pyarrow", "arrow stream"),
     "arrow lz4": Cell("pyarrow", "arrow file", codec="lz4"),
-    "npy": Cell("numpy", "npy", kind="plain", dtype="u16", options={"single": True}),
-    "raw": Cell("numpy", "raw", kind="plain", dtype="u16", options={"single": True}),
+    "npy": Cell("numpy", "npy", dtype="u16", options={"single": True, "document_end_id": 7}),
+    "raw": Cell("numpy", "raw", dtype="u16", options={"single": True, "document_end_id": 7}),
     "megatron": Cell("megatron", "megatron", dtype="i32", options={"single": True, "sentences": 9}),
     "datatrove": Cell("datatrove", "datatrove", dtype="u16", options={"single": True}),
 }
@@ -98,12 +98,10 @@ def of_shards(store: S3) -> list[object_stores.Request]:
 def test_batches_and_states_are_those_of_the_local_copy(store: S3, tmp_path: Path, kind: str, layout: str) -> None:
     folder = written(kind, tmp_path / "corpus")
     url = store.upload(folder, f"{kind.replace(' ', '-')}/{layout}")
-    settings: dict[str, Any] = {"layout": layout}
+    settings: dict[str, Any] = {"layout": layout, **CELLS[kind].reading}
     # Rows of these files are read in place. In a store, a way to shuffle has to be named.
     if kind in ("arrow file", "arrow stream", "npy", "raw", "megatron", "datatrove"):
         settings["shuffle"] = "global"
-    if CELLS[kind].bin_dtype is not None:
-        settings["bin_dtype"] = CELLS[kind].bin_dtype
     batches, state = epoch(folder, **settings)
     found, remote = epoch(url, **settings, **store.settings)
     same(found, batches)
