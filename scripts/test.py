@@ -122,10 +122,17 @@ def rust(lane: Lane) -> None:
 
 
 def pytest(lane: Lane, venv: str, group: str, *arguments: str) -> None:
+    notes = []
+    if lane.name == "python" and os.environ.get("FOREBAY_HOSTILE_APART") == "1":
+        arguments = ("-m", "not hostile", *arguments)
+        notes.append("tests of hostile things (`make hostile` runs them)")
+    if lane.name == "ft" and "--stress" not in arguments:
+        notes.append("two of three cells of the matrices")
     if set_up(lane, "venv", venv, group) and set_up(lane, "wheel", venv):
         run(lane, f"{venv}/bin/python", "-m", "pytest", "tests/python", "-q", "-ra", *arguments)
         if not os.environ.get("FOREBAY_TEST_FILES"):
-            lane.note = "SKIPPED in it: files of other projects (FOREBAY_TEST_FILES names no folder)"
+            notes.append("files of other projects (FOREBAY_TEST_FILES names no folder)")
+        lane.note = f"LEFT OUT of it: {'; '.join(notes)}" if notes else ""
 
 
 def trainers(lane: Lane, *groups: str) -> None:
