@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = str(ROOT / "scripts" / "setup.sh")
-LANE_LIMIT_S = 30 * 60
+LANE_LIMIT_S = 45 * 60
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # The words of the runners, each with the word for it here.
 MEANING = {
