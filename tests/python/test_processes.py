@@ -39,9 +39,11 @@ def started(program: str, *args: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+# A parent such as nohup may have left SIGHUP ignored.
 SIGTERM = """
-    import sys
+    import signal, sys
     import forebay
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     loader = forebay.Loader(sys.argv[1], seq_len=32, batch_size=4, num_threads=2, epochs="endless")
     for step, batch in enumerate(loader):
         if step == 3:
