@@ -86,15 +86,6 @@ pub enum Answer {
     HasAny(bool),
 }
 
-/// Counts of a client since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Traffic {
-    /// Requests that were sent, those that failed included.
-    pub requests: u64,
-    /// Bytes of objects that arrived.
-    pub bytes: u64,
-}
-
 /// A client of all stores. All threads share it.
 #[derive(Debug)]
 pub struct Client {
@@ -142,14 +133,15 @@ impl Client {
         Self { options, transport, stores: Mutex::default() }
     }
 
-    /// What was asked of the stores so far.
-    pub fn traffic(&self) -> Traffic {
-        self.transport.traffic()
-    }
-
     /// Answers all `questions` at the same time, in order.
     pub fn ask(&self, questions: &[Question]) -> Vec<Result<Answer, Error>> {
-        let Ok(runtime) = runtime::get() else { return Vec::new() };
+        let runtime = match runtime::get() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                let failed = |question: &Question| Err(Error::new(Kind::Other, error.clone()).of(question.url()));
+                return questions.iter().map(failed).collect();
+            }
+        };
         let answers = futures_util::stream::iter(questions)
             .map(|question| self.answer(question))
             .buffered(self.options.most_requests.max(1));
@@ -172,29 +164,17 @@ impl Client {
         self.in_time(url, answer).await
     }
 
-    /// Describes the object at `url`.
-    pub fn head(&self, url: &str) -> Result<Meta, Error> {
-        let (backend, key) = self.backend(url)?;
-        self.wait(url, async { backend.head(&key).await })
-    }
-
     /// Describes all objects whose URL begins with the folder `url`, in any order.
     pub fn list(&self, url: &str) -> Result<Vec<Meta>, Error> {
         let (backend, key) = self.backend(url)?;
         self.wait(url, async { backend.list(&key).await })
     }
 
-    /// Tells whether the folder `url` holds an object.
-    pub fn has_any(&self, url: &str) -> Result<bool, Error> {
-        let (backend, key) = self.backend(url)?;
-        self.wait(url, async { backend.has_any(&key).await })
-    }
-
     /// Reads `range` of the object at `url`. Fails if the object is no longer the version `etag`.
     pub fn get(&self, url: &str, range: Range<u64>, etag: Option<&str>) -> Result<Bytes, Error> {
         let (backend, key) = self.backend(url)?;
         let length = range.end - range.start;
-        let bytes = self.wait(url, async {
+        self.wait(url, async {
             let mut tries = 0;
             loop {
                 let found = backend.get(&key, range.clone(), etag).await;
@@ -213,9 +193,7 @@ impl Client {
                 }
                 tokio::time::sleep(Duration::from_millis(100 << tries)).await;
             }
-        })?;
-        self.transport.count_bytes(length);
-        Ok(bytes)
+        })
     }
 
     /// Replaces the object at `url` by `bytes`.

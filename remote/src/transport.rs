@@ -1,6 +1,5 @@
-//! Sends requests: counts them, limits those in flight, and waits as long as a server asks.
+//! Sends requests: limits those in flight, and waits as long as a server asks.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,8 +8,6 @@ use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
 };
 use tokio::sync::Semaphore;
-
-use crate::Traffic;
 
 /// Longest wait that a server may ask for. The deadline of the call ends it earlier.
 const MOST_SECONDS: u64 = 300;
@@ -25,8 +22,6 @@ pub(crate) struct Transport {
 struct Shared {
     /// Places for requests in flight.
     places: Semaphore,
-    requests: AtomicU64,
-    bytes: AtomicU64,
     /// The last answer or error that was no success.
     trouble: Mutex<Option<String>>,
 }
@@ -34,19 +29,7 @@ struct Shared {
 impl Transport {
     pub(crate) fn new(most_requests: usize) -> Self {
         let places = Semaphore::new(most_requests.max(1));
-        Self {
-            shared: Arc::new(Shared {
-                places,
-                requests: AtomicU64::new(0),
-                bytes: AtomicU64::new(0),
-                trouble: Mutex::new(None),
-            }),
-        }
-    }
-
-    pub(crate) fn traffic(&self) -> Traffic {
-        let load = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Traffic { requests: load(&self.shared.requests), bytes: load(&self.shared.bytes) }
+        Self { shared: Arc::new(Shared { places, trouble: Mutex::new(None) }) }
     }
 
     pub(crate) fn note(&self, trouble: String) {
@@ -57,15 +40,9 @@ impl Transport {
         self.shared.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub(crate) fn count_bytes(&self, bytes: u64) {
-        self.shared.bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// Counts a request, and waits until it may be sent.
+    /// Waits until a request may be sent.
     pub(crate) async fn place(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
-        let place = self.shared.places.acquire().await.ok();
-        self.shared.requests.fetch_add(1, Ordering::Relaxed);
-        place
+        self.shared.places.acquire().await.ok()
     }
 }
 
