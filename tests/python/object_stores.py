@@ -135,23 +135,29 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that is killed closes its connections
+        """Says nothing. A client that is killed closes its connections."""
+
+
+@contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    """Serves `handler` on a free port, and gives the URL."""
+    server = Server(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @contextmanager
 def proxied(target: str) -> Iterator[Proxy]:
     """Starts a proxy before the server at `target`, which is `host:port`."""
     proxy = Proxy(target)
-    server = Server(("127.0.0.1", 0), handler(proxy))
-    proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(handler(proxy)) as proxy.url:
         yield proxy
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @dataclass
@@ -328,13 +334,5 @@ def hub(folder: Path, prefix: str, token: str) -> Iterator[Hub]:
     """Serves the files of `folder` as those of a data set, below `prefix`."""
     files = {f"{prefix}/{path.name}": path.read_bytes() for path in folder.iterdir()}
     served = Hub(files, token)
-    server = Server(("127.0.0.1", 0), hub_handler(served))
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(hub_handler(served)) as served.url:
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
