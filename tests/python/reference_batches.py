@@ -31,7 +31,7 @@ class Where(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """Settings that decide the content of batches beside those of the layout, with their names."""
+    """Settings of a batch, under the names that the loader gives them. `layout` holds the others."""
 
     layout: LayoutSettings
     fields: tuple[str, ...] = ()

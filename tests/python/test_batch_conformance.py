@@ -92,7 +92,7 @@ TYPES: dict[str, tuple[pa.DataType, pa.DataType]] = {
     "single": (pa.float32(), pa.float64()),
 }
 OF_DOCUMENTS = {"year": pa.int16(), "url": pa.string()}
-#: Types in a batch that are not those of the file.
+#: Columns whose type in a batch differs from the type in the file.
 WIDENED = {"uint16": "int32", "uint32": "int64"}
 ALWAYS = {"labels": "int64", "attention_mask": "int64", "position_ids": "int64", "weights": "float32"}
 

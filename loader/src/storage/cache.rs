@@ -369,7 +369,7 @@ fn checksum(block: &[u8]) -> u64 {
     xxh3_64(block).max(1)
 }
 
-/// Blocks of which a thread of this process takes care. Other threads wait.
+/// Reserves blocks for a thread of this process. Other threads wait for them.
 struct Claim<'a> {
     object: &'a CachedObject,
     blocks: Range<u64>,

@@ -51,7 +51,7 @@ struct Known {
     others: HashMap<String, bool>,
 }
 
-/// What is known of a location.
+/// The kind of thing that lies at a location.
 enum Found {
     File(Meta),
     Folder,
