@@ -4,7 +4,7 @@
 //! does not invalidate the data, and these functions ignore poisoning, so that the other threads go
 //! on.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +23,34 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
 /// Waits on `condvar` for at most `timeout`.
 pub(crate) fn wait_timeout<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, timeout: Duration) -> MutexGuard<'a, T> {
     condvar.wait_timeout(guard, timeout).unwrap_or_else(PoisonError::into_inner).0
+}
+
+/// Bits that any thread sets, and that stay set.
+///
+/// A thread that sees a bit also sees what another thread wrote before it set the bit.
+#[derive(Debug)]
+pub(crate) struct Bits(Box<[AtomicU64]>);
+
+impl Bits {
+    /// Makes `count` bits, none of which is set.
+    pub(crate) fn new(count: u64) -> Self {
+        Self((0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Whether bit `number` is set.
+    pub(crate) fn get(&self, number: u64) -> bool {
+        self.0[(number / 64) as usize].load(Ordering::Acquire) >> (number % 64) & 1 == 1
+    }
+
+    /// Sets bit `number`.
+    pub(crate) fn set(&self, number: u64) {
+        self.0[(number / 64) as usize].fetch_or(1 << (number % 64), Ordering::Release);
+    }
+
+    /// Bytes of memory that the bits take.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        size_of_val(&*self.0) as u64
+    }
 }
 
 /// A request to stop long work. Clones share it.

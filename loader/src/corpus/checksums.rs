@@ -13,7 +13,6 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
@@ -22,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::format::{DecodedBlock, Ends, Shard};
 use crate::settings::Io;
 use crate::storage::{Files, ItemKind};
+use crate::sync::Bits;
 
 const MAGIC: &[u8; 8] = b"forebayC";
 /// Version of the layout of the file, and of what the checksums cover.
@@ -84,7 +84,7 @@ impl ChecksumsFile {
             return Err(damaged("it belongs to other data or settings"));
         }
         let hashes = (bytes.len() - records) / HASH;
-        let saved = SavedChecksums { checked: bitmap(hashes), shards: (records - HEADER) / RECORD, bytes };
+        let saved = SavedChecksums { checked: Bits::new(hashes as u64), shards: (records - HEADER) / RECORD, bytes };
         let are_inside = (0..saved.shards).all(|shard| {
             let (first, count) = saved.place(shard);
             first.checked_add(count).is_some_and(|end| end <= hashes as u64)
@@ -131,18 +131,14 @@ fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("a slice of that length"))
 }
 
-fn bitmap(bits: usize) -> Box<[AtomicU64]> {
-    std::iter::repeat_with(AtomicU64::default).take(bits.div_ceil(64)).collect()
-}
-
 /// The checksums of a corpus. A mapped file costs no memory of its own.
 #[derive(Debug)]
 pub struct SavedChecksums {
     bytes: Bytes,
     shards: usize,
-    /// A bit for each piece that was compared. Any thread sets bits. Several threads may compare a
-    /// piece; they find the same. Nothing else depends on a bit, so that no ordering is needed.
-    checked: Box<[AtomicU64]>,
+    /// A bit for each piece that was compared. Several threads may compare a piece; they find the
+    /// same.
+    checked: Bits,
 }
 
 impl SavedChecksums {
@@ -176,7 +172,7 @@ impl SavedChecksums {
 
     /// Bytes that the checksums take in memory.
     pub(super) fn held_bytes(&self) -> u64 {
-        size_of_val(&*self.checked) as u64
+        self.checked.held_bytes()
     }
 }
 
@@ -292,13 +288,13 @@ impl ColumnChecksums {
         if expected != found {
             return Err((expected, found));
         }
-        self.saved.checked[number as usize / 64].fetch_or(1 << (number % 64), Ordering::Relaxed);
+        self.saved.checked.set(number);
         Ok(())
     }
 
     fn is_checked(&self, block: usize, piece: u64) -> bool {
         let number = self.first + self.before[block] + piece;
-        self.saved.checked[number as usize / 64].load(Ordering::Relaxed) & 1 << (number % 64) != 0
+        self.saved.checked.get(number)
     }
 
     /// Fails if the ends of a block are not as they were.

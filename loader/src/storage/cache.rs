@@ -24,7 +24,7 @@ use std::time::{Duration, Instant, SystemTime};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::local::{self, Mapping};
-use crate::sync::{lock, wait};
+use crate::sync::{Bits, lock, wait};
 
 /// Bytes of a block. A checksum covers a block.
 pub(super) const BLOCK: u64 = 64 << 10;
@@ -164,7 +164,7 @@ pub(super) struct CachedObject {
     /// A bit for each block that is there and was compared with its checksum. Any thread sets bits,
     /// after the block was written. A reader that sees the bit sees the bytes, because files and
     /// mappings share the kernel's memory.
-    checked: Box<[AtomicU64]>,
+    checked: Bits,
     /// The blocks that threads of this process fetch or compare.
     busy: Mutex<Vec<Range<u64>>>,
     freed: Condvar,
@@ -210,7 +210,7 @@ impl CachedObject {
             }
             // The order of removal follows the times of opening.
             let _ = sums.set_modified(SystemTime::now());
-            let checked = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+            let checked = Bits::new(blocks);
             let (busy, freed) = (Mutex::default(), Condvar::new());
             return Ok(Self { cache: Arc::clone(cache), bytes, sums, size, checked, busy, freed });
         }
@@ -229,19 +229,9 @@ impl CachedObject {
         range.start / BLOCK..range.end.div_ceil(BLOCK)
     }
 
-    fn is_checked(&self, block: u64) -> bool {
-        self.checked[(block / 64) as usize].load(Ordering::Acquire) >> (block % 64) & 1 == 1
-    }
-
-    fn set_checked(&self, blocks: Range<u64>) {
-        for block in blocks {
-            self.checked[(block / 64) as usize].fetch_or(1 << (block % 64), Ordering::Release);
-        }
-    }
-
     /// Tells whether the bytes of `range` can be read from the file.
     pub(super) fn has(&self, range: &Range<u64>) -> bool {
-        self.blocks_of(range).all(|block| self.is_checked(block))
+        self.blocks_of(range).all(|block| self.checked.get(block))
     }
 
     /// Makes the bytes of `range` readable from the file. `fetch` gets missing bytes. If `whole`,
@@ -264,7 +254,7 @@ impl CachedObject {
         while at < wanted.end {
             let part = at..wanted.end.min((at / PART + 1) * PART);
             at = part.end;
-            let is_needed = part.clone().any(|block| !self.is_checked(block));
+            let is_needed = part.clone().any(|block| !self.checked.get(block));
             if is_needed && !self.need_part(part, fetch)? {
                 return Ok(false);
             }
@@ -304,7 +294,7 @@ impl CachedObject {
         let mut missing: Vec<Range<u64>> = Vec::new();
         let mut buffer = Vec::new();
         for (block, sum) in part.clone().zip(sums.as_chunks::<8>().0) {
-            if self.is_checked(block) {
+            if self.checked.get(block) {
                 continue;
             }
             if *sum != [0; 8] {
@@ -312,7 +302,7 @@ impl CachedObject {
                 buffer.resize((self.size.min(start + BLOCK) - start) as usize, 0);
                 self.bytes.read_exact_at(&mut buffer, start)?;
                 if checksum(&buffer).to_le_bytes() == *sum {
-                    self.set_checked(block..block + 1);
+                    self.checked.set(block);
                     continue;
                 }
             }
@@ -346,7 +336,7 @@ impl CachedObject {
                 self.cache.give_up(error.to_string());
                 return Ok(false);
             }
-            self.set_checked(run);
+            run.for_each(|block| self.checked.set(block));
         }
         Ok(true)
     }

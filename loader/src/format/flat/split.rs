@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::format::{BlockMeta, Ends, EndsScratch, Format, OpenOptions};
 use crate::settings::Config;
 use crate::storage::{Files, SourceFile};
+use crate::sync::Bits;
 use crate::tokens::Dtype;
 
 const MAGIC: &[u8; 8] = b"forebayE";
@@ -120,9 +121,9 @@ pub(super) struct FoundEnds {
     ends_at: u64,
     /// The checksum of the ends of each block.
     checksums: Vec<u64>,
-    /// A bit for each block that was compared with its checksum. Any thread sets bits. Several
-    /// threads may compare a block; they find the same.
-    checked: Box<[AtomicU64]>,
+    /// A bit for each block that was compared with its checksum. Several threads may compare a
+    /// block; they find the same.
+    checked: Bits,
 }
 
 /// The bytes of header, records and ends.
@@ -408,7 +409,7 @@ impl FoundEnds {
             parts.push(BlockDocuments { first, count, start });
             checksums.push(checksum);
         }
-        let checked = (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        let checked = Bits::new(blocks);
         Ok((Self { content, ends_at, checksums, checked }, metas, parts))
     }
 
@@ -441,13 +442,12 @@ impl FoundEnds {
         if let Content::File(file) = &self.content {
             file.check_window().map_err(place)?;
         }
-        let (word, mask) = (number / 64, 1 << (number % 64));
         let bytes = self.content.slice(range, &mut scratch.bytes).map_err(place)?;
-        if self.checked[word].load(Ordering::Relaxed) & mask == 0 {
+        if !self.checked.get(number as u64) {
             if xxh3_64(bytes) != self.checksums[number] {
                 return Err(place(damaged("a checksum of its ends differs; remove the file")));
             }
-            self.checked[word].fetch_or(mask, Ordering::Relaxed);
+            self.checked.set(number as u64);
         }
         Ok(Ends::Offsets { bytes, width: END as usize })
     }
