@@ -13,7 +13,7 @@ use forebay::loader::Next;
 use forebay::loader::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
 use forebay::order::Arrangement;
 use forebay::settings::{Remainder, Shuffle};
-use forebay::storage::is_remote;
+use forebay::storage::{PART_BYTES, is_remote};
 use forebay::{Config, Loader};
 use serde_json::{Value, json};
 
@@ -173,8 +173,6 @@ impl Planned {
     }
 }
 
-/// Bytes that a request to an object store asks for, if a read needs a part of the file.
-const PART_BYTES: u64 = 4 << 20;
 /// Price of a million reads in the standard class of the large stores, in US dollars.
 const DOLLARS_PER_MILLION: f64 = 0.4;
 
@@ -201,12 +199,9 @@ impl RemoteReading {
             found.requests += facts.stamp.size_bytes.div_ceil(PART_BYTES) + 2;
             found.scattered |= facts.access == Access::Random && config.shuffle == Shuffle::Global;
         }
-        let room = if config.cache_dir.is_some() { config.cache_bytes } else { 0 };
-        if found.scattered && found.bytes > room {
-            let rows = plan.sources.iter().map(|source| source.sequences).sum::<u64>();
-            found.requests += rows;
-        } else {
-            found.scattered = false;
+        found.scattered &= found.bytes > config.room_for_objects();
+        if found.scattered {
+            found.requests += plan.sources.iter().map(|source| source.sequences).sum::<u64>();
         }
         (found.shards > 0).then_some(found)
     }

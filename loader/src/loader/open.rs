@@ -322,7 +322,7 @@ fn decided(config: &Config, access: Access) -> Shuffle {
 /// Fails if reading single rows in any order would ask an object store for each row.
 fn check_room_for_rows(config: &Config, corpora: &[(String, Corpus)]) -> Result<()> {
     let remote = corpora.iter().map(|(_, corpus)| corpus.remote_bytes()).sum::<u64>();
-    let room = if config.cache_dir.is_some() { config.cache_bytes } else { 0 };
+    let room = config.room_for_objects();
     if remote <= room {
         return Ok(());
     }

@@ -463,6 +463,11 @@ impl Config {
         faults.extend(stages.err());
     }
 
+    /// Most bytes of object stores that are kept on a local disk.
+    pub fn room_for_objects(&self) -> u64 {
+        if self.cache_dir.is_some() { self.cache_bytes } else { 0 }
+    }
+
     /// The folder of the saved index, if indexes are saved.
     pub fn index_folder(&self) -> Option<&str> {
         self.index_dir.as_deref().or(self.cache_dir.as_deref())

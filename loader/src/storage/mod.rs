@@ -28,6 +28,9 @@ pub use self::files::Files;
 pub(crate) use self::source_file::Reads;
 pub use self::source_file::SourceFile;
 
+/// Bytes of an object that are fetched at once if a read needs some of them.
+pub const PART_BYTES: u64 = 4 << 20;
+
 /// Tells whether `location` is the URL of a file in an object store, or on a server.
 pub fn is_remote(location: &Path) -> bool {
     #[cfg(feature = "remote")]
