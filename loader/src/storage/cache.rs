@@ -23,13 +23,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::PART_BYTES;
 use super::local::{self, Mapping};
 use crate::sync::{Bits, lock, wait};
 
 /// Bytes of a block. A checksum covers a block.
 pub(super) const BLOCK: u64 = 64 << 10;
-/// Blocks that are fetched at once if a read needs some of them.
-const PART: u64 = 64;
+/// Blocks that are fetched at once.
+const PART: u64 = PART_BYTES / BLOCK;
 /// First bytes of a file of checksums: a name with a version, then the size of the object.
 const MAGIC: &[u8; 8] = b"forebay1";
 const HEADER: u64 = 16;
@@ -48,6 +49,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) struct Cache {
     folder: PathBuf,
     limit: u64,
+    /// Longest time to wait for blocks that another process fetches.
+    patience: Duration,
     /// Bytes written since the size of the folder was compared with the limit. Any thread adds to
     /// it.
     written: AtomicU64,
@@ -63,6 +66,7 @@ impl Cache {
         Self {
             folder: folder.join(FOLDER),
             limit,
+            patience: PATIENCE,
             // The first write compares the size of the folder.
             written: AtomicU64::new(STEP),
             is_full: AtomicBool::new(false),
@@ -168,6 +172,9 @@ pub(super) struct CachedObject {
     /// The blocks that threads of this process fetch or compare.
     busy: Mutex<Vec<Range<u64>>>,
     freed: Condvar,
+    /// Whether another process let a thread wait too long. Threads then fetch without the cache,
+    /// and no longer wait. Any thread sets it, and clears it once it gets a lock.
+    is_overdue: AtomicBool,
 }
 
 impl CachedObject {
@@ -212,7 +219,8 @@ impl CachedObject {
             let _ = sums.set_modified(SystemTime::now());
             let checked = Bits::new(blocks);
             let (busy, freed) = (Mutex::default(), Condvar::new());
-            return Ok(Self { cache: Arc::clone(cache), bytes, sums, size, checked, busy, freed });
+            let is_overdue = AtomicBool::new(false);
+            return Ok(Self { cache: Arc::clone(cache), bytes, sums, size, checked, busy, freed, is_overdue });
         }
     }
 
@@ -264,13 +272,14 @@ impl CachedObject {
 
     fn need_part(&self, part: Range<u64>, fetch: &dyn Fn(Range<u64>) -> io::Result<bytes::Bytes>) -> io::Result<bool> {
         let _claim = Claim::new(self, part.clone());
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.cache.patience;
         let mut pause = Duration::from_millis(1);
         loop {
             let missing = self.missing(&part)?;
             let Some(first) = missing.first().cloned() else { return Ok(true) };
             let place = HEADER + first.start * 8..HEADER + first.end * 8;
             if local::try_lock_range(&self.sums, place.clone())? {
+                self.is_overdue.store(false, Ordering::Relaxed);
                 let done = self.fill(first, fetch);
                 local::unlock_range(&self.sums, place)?;
                 if !done? {
@@ -279,7 +288,8 @@ impl CachedObject {
                 continue;
             }
             // Another process fetches these blocks.
-            if Instant::now() > deadline {
+            if self.is_overdue.load(Ordering::Relaxed) || Instant::now() > deadline {
+                self.is_overdue.store(true, Ordering::Relaxed);
                 return Ok(false);
             }
             std::thread::sleep(pause);
@@ -484,6 +494,29 @@ mod tests {
         assert!(object.need(&(0..9), true, &fail).is_err());
         assert!(!object.has(&(0..9)));
         let fetch = |range: Range<u64>| Ok(Bytes::copy_from_slice(&whole[range.start as usize..range.end as usize]));
+        assert!(object.need(&(0..9), true, &fetch).unwrap());
+        check(&object, 0..9, &whole);
+    }
+
+    #[test]
+    fn a_process_that_never_ends_its_fetch_is_waited_for_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = content();
+        let fetch = |range: Range<u64>| Ok(Bytes::copy_from_slice(&whole[range.start as usize..range.end as usize]));
+        let patience = Duration::from_millis(300);
+        let cache = Arc::new(Cache { patience, ..Cache::new(folder.path(), u64::MAX) });
+        let (object, other) = (CachedObject::open(&cache, 1, SIZE).unwrap(), cached(folder.path(), u64::MAX, 1));
+        let first = HEADER..HEADER + PART * 8;
+        assert!(local::try_lock_range(&other.sums, first.clone()).unwrap());
+        let mut waits = [patience; 3].map(|_| {
+            let began = Instant::now();
+            assert!(!object.need(&(0..9), true, &fetch).unwrap());
+            began.elapsed()
+        });
+        assert!(waits[0] >= patience, "{waits:?}");
+        waits[1..].sort();
+        assert!(waits[2] < patience, "{waits:?}");
+        local::unlock_range(&other.sums, first).unwrap();
         assert!(object.need(&(0..9), true, &fetch).unwrap());
         check(&object, 0..9, &whole);
     }
