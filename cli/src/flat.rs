@@ -19,7 +19,7 @@ use forebay::storage::Files;
 use forebay::tokens::Dtype;
 use forebay::{Error, Result};
 
-use crate::shard_file::ShardFile;
+use crate::shard_reader::ShardReader;
 
 /// Number of values, or of documents, after which a batch ends.
 const BATCH_TOKENS: u64 = 1 << 20;
@@ -27,7 +27,7 @@ const BATCH_ROWS: usize = 1 << 16;
 
 /// A flat file that is being read.
 pub(crate) struct FlatReader {
-    data: BufReader<ShardFile>,
+    data: BufReader<ShardReader>,
     dtype: Dtype,
     ends: Ends,
     /// Number of values that were read.
@@ -41,11 +41,11 @@ enum Ends {
     /// Documents of equal length. `left` of them were not read yet.
     Fixed { length: u64, left: u64 },
     /// Numbers of 8 bytes, each the end of a document.
-    Listed(BufReader<ShardFile>),
+    Listed(BufReader<ShardReader>),
     /// Each document ends with `id`.
     Id {
         /// The ids again, from which the ends are found.
-        ids: BufReader<ShardFile>,
+        ids: BufReader<ShardReader>,
         /// The last id of each document.
         id: i64,
         /// Number of ids that were not searched yet.
@@ -54,9 +54,9 @@ enum Ends {
     /// Documents are runs of sequences.
     Sequences {
         /// The first sequence of each document that was not read yet, and the end of the last one.
-        firsts: BufReader<ShardFile>,
+        firsts: BufReader<ShardReader>,
         /// The lengths of the sequences that were not read yet.
-        lengths: BufReader<ShardFile>,
+        lengths: BufReader<ShardReader>,
         /// Number of documents that were not read yet.
         left: u64,
         /// Number of sequences that were read.
@@ -226,7 +226,7 @@ fn unreadable(error: std::io::Error) -> Error {
 
 fn npy(files: &Files, path: &Path) -> Result<FlatReader> {
     let odd = || Error::data("the header of the NumPy array is unreadable");
-    let mut data = BufReader::new(ShardFile::open(files, path)?);
+    let mut data = BufReader::new(ShardReader::open(files, path)?);
     let mut first = [0; 8];
     data.read_exact(&mut first).map_err(unreadable)?;
     let mut length = [0; 4];
@@ -258,7 +258,7 @@ fn npy(files: &Files, path: &Path) -> Result<FlatReader> {
 }
 
 /// Reads the next id.
-fn id_of(ids: &mut BufReader<ShardFile>, dtype: Dtype) -> Result<i64> {
+fn id_of(ids: &mut BufReader<ShardReader>, dtype: Dtype) -> Result<i64> {
     let mut bytes = [0; 8];
     ids.read_exact(&mut bytes[..dtype.size()]).map_err(unreadable)?;
     let number = i64::from_le_bytes(bytes);
@@ -271,15 +271,15 @@ fn id_of(ids: &mut BufReader<ShardFile>, dtype: Dtype) -> Result<i64> {
 }
 
 /// Reads the next number of 8 bytes.
-fn number(file: &mut BufReader<ShardFile>) -> Result<u64> {
+fn number(file: &mut BufReader<ShardReader>) -> Result<u64> {
     let mut number = [0; 8];
     file.read_exact(&mut number).map_err(unreadable)?;
     Ok(u64::from_le_bytes(number))
 }
 
 /// Opens the file at `path`, and goes to byte `start`.
-fn file_from(files: &Files, path: &Path, start: u64) -> Result<BufReader<ShardFile>> {
-    let mut file = ShardFile::open(files, path)?;
+fn file_from(files: &Files, path: &Path, start: u64) -> Result<BufReader<ShardReader>> {
+    let mut file = ShardReader::open(files, path)?;
     file.seek(SeekFrom::Start(start)).map_err(unreadable)?;
     Ok(BufReader::new(file))
 }
@@ -291,7 +291,7 @@ fn raw(files: &Files, path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
 
 fn llmc(files: &Files, path: &Path, facts: &ShardFacts) -> Result<FlatReader> {
     let mut header = [0; 12];
-    ShardFile::open(files, path)?.read_exact(&mut header).map_err(unreadable)?;
+    ShardReader::open(files, path)?.read_exact(&mut header).map_err(unreadable)?;
     let [magic, _, tokens] = [0, 4, 8].map(|at| i32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes")));
     let dtype = if magic == 20_240_520 { Dtype::U16 } else { Dtype::U32 };
     if dtype != facts.dtype {

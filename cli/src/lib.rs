@@ -20,7 +20,7 @@ mod progress;
 mod report;
 mod rewrite;
 mod sequential;
-mod shard_file;
+mod shard_reader;
 mod supervised;
 mod token_column;
 mod verify;

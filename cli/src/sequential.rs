@@ -29,7 +29,7 @@ use forebay::{Error, Result};
 
 use crate::flat::{self, FlatReader};
 use crate::packed;
-use crate::shard_file::ShardFile;
+use crate::shard_reader::ShardReader;
 use crate::token_column::{self, unsound};
 use crate::whole_rows::{DocumentRow, Window};
 
@@ -368,7 +368,7 @@ pub(crate) fn each_column(
     take: &mut dyn FnMut(&ArrayRef) -> Result<()>,
 ) -> Result<()> {
     let unreadable = |error: std::io::Error| Error::io("cannot read the shard", error);
-    let mut file = ShardFile::open(files, path)?;
+    let mut file = ShardReader::open(files, path)?;
     let mut magic = Vec::new();
     (&mut file).take(6).read_to_end(&mut magic).map_err(unreadable)?;
     file.seek(SeekFrom::Start(0)).map_err(unreadable)?;

@@ -15,18 +15,18 @@ const READ: u64 = 1 << 20;
 
 /// A shard that is read from front to back, or at any offset.
 #[derive(Debug)]
-pub(crate) struct ShardFile {
+pub(crate) struct ShardReader {
     file: SourceFile,
     at: u64,
 }
 
-impl ShardFile {
+impl ShardReader {
     pub(crate) fn open(files: &Files, path: &Path) -> Result<Self> {
         Ok(Self { file: files.open(path, Io::Pread)?, at: 0 })
     }
 }
 
-impl Read for ShardFile {
+impl Read for ShardReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let end = self.file.len().min(self.at.saturating_add((buffer.len() as u64).min(READ)));
         if end <= self.at {
@@ -39,7 +39,7 @@ impl Read for ShardFile {
     }
 }
 
-impl Seek for ShardFile {
+impl Seek for ShardReader {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let place = match to {
             SeekFrom::Start(place) => Some(place),
@@ -51,13 +51,13 @@ impl Seek for ShardFile {
     }
 }
 
-impl Length for ShardFile {
+impl Length for ShardReader {
     fn len(&self) -> u64 {
         self.file.len()
     }
 }
 
-impl ChunkReader for ShardFile {
+impl ChunkReader for ShardReader {
     type T = io::BufReader<Self>;
 
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {

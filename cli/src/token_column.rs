@@ -16,14 +16,14 @@ use forebay::{Error, Result};
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 
 use crate::flat;
-use crate::shard_file::ShardFile;
+use crate::shard_reader::ShardReader;
 
 /// Number of tokens that parquet decodes at once, if the rows have nearly equal lengths.
 const DECODED_TOKENS: u64 = 1 << 20;
 
 /// The type of column `name` in the file at `path`.
 pub(crate) fn data_type(files: &Files, path: &Path, facts: &ShardFacts, name: &str) -> Result<DataType> {
-    let read = || Ok(BufReader::new(ShardFile::open(files, path)?));
+    let read = || Ok(BufReader::new(ShardReader::open(files, path)?));
     let schema = match facts.format {
         Format::Parquet => return Ok(parquet(files, path, name)?.schema().field(0).data_type().clone()),
         Format::ArrowFile => FileReader::try_new(read()?, None).map_err(unsound)?.schema(),
@@ -44,7 +44,7 @@ pub(crate) fn item_of(data_type: &DataType) -> Option<DataType> {
 }
 
 /// Opens a Parquet file to read column `name`. Its batches have only this column.
-pub(crate) fn parquet(files: &Files, path: &Path, name: &str) -> Result<ParquetRecordBatchReaderBuilder<ShardFile>> {
+pub(crate) fn parquet(files: &Files, path: &Path, name: &str) -> Result<ParquetRecordBatchReaderBuilder<ShardReader>> {
     let metadata = read_metadata(&files.open(path, Io::Pread)?)?;
     let schema = metadata.file_metadata().schema_descr();
     let leaf = (0..schema.num_columns()).find(|leaf| schema.get_column_root(*leaf).name() == name);
@@ -55,7 +55,7 @@ pub(crate) fn parquet(files: &Files, path: &Path, name: &str) -> Result<ParquetR
         ArrowReaderOptions::new().with_skip_arrow_metadata(true),
     );
     let builder =
-        ParquetRecordBatchReaderBuilder::new_with_metadata(ShardFile::open(files, path)?, alone.map_err(unsound)?);
+        ParquetRecordBatchReaderBuilder::new_with_metadata(ShardReader::open(files, path)?, alone.map_err(unsound)?);
     let values: u64 = metadata.row_groups().iter().map(|group| group.column(leaf).num_values().max(0) as u64).sum();
     let rows = metadata.row_groups().iter().map(|group| group.num_rows().max(0) as u64).sum::<u64>().max(1);
     let batch = (DECODED_TOKENS / values.div_ceil(rows).max(1)).clamp(1, 1 << 16);

@@ -28,7 +28,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReader;
 
 use super::fields::{CarriedContent, CarriedField};
 use crate::flat::{self, FlatReader};
-use crate::shard_file::ShardFile as ShardReader;
+use crate::shard_reader::ShardReader;
 use crate::token_column::{self, unsound};
 
 /// A shard of the source.
