@@ -31,7 +31,7 @@ class Where(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """Settings of a batch, under the names that the loader gives them. `layout` holds the others."""
+    """Settings of a batch, under the names that the loader gives them."""
 
     layout: LayoutSettings
     fields: tuple[str, ...] = ()
