@@ -51,7 +51,7 @@ pub fn take() -> Vec<Notice> {
 }
 
 /// Adds a notice.
-pub(crate) fn add(level: Level, text: impl Into<String>) {
+pub fn add(level: Level, text: impl Into<String>) {
     let text = text.into();
     with_queue(|queue| {
         if queue.len() < MOST_WAITING {

@@ -176,8 +176,8 @@ impl FieldType {
     /// The bit of a number that means one value for each document. Alone, it means strings.
     const PER_DOCUMENT: u8 = 0x40;
 
-    /// The number that represents the type in a saved index.
-    fn number(self) -> u8 {
+    /// The number that represents the type in a saved index, and between processes.
+    pub fn number(self) -> u8 {
         let place = |dtype| Dtype::ALL.iter().position(|known| *known == dtype).expect("the list has every type");
         match self {
             Self::PerToken(dtype) => place(dtype) as u8 + 1,
@@ -187,7 +187,7 @@ impl FieldType {
     }
 
     /// The type with a number that [`FieldType::number`] gave.
-    fn of_number(number: u8) -> Option<Self> {
+    pub fn of_number(number: u8) -> Option<Self> {
         let is_per_document = number & Self::PER_DOCUMENT != 0;
         match (number & !Self::PER_DOCUMENT).checked_sub(1) {
             None => is_per_document.then_some(Self::PerDocument(DocumentType::Text)),

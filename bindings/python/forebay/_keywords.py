@@ -72,6 +72,8 @@ class LoaderKeywords(TypedDict, total=False):
     storage_anonymous: bool | None
     storage_timeout: int | None
     storage_requests: int | None
+    service: str | Iterable[str] | None
+    service_timeout: int | None
     pin_memory: bool | None
     delivery_log: str | os.PathLike[str] | None
     # settings: end
@@ -113,5 +115,7 @@ class DataLoaderKeywords(TypedDict, total=False):
     storage_anonymous: bool | None
     storage_timeout: int | None
     storage_requests: int | None
+    service: str | Iterable[str] | None
+    service_timeout: int | None
     delivery_log: str | os.PathLike[str] | None
     # settings: end

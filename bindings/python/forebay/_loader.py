@@ -402,6 +402,15 @@ class Loader(Generic[B]):
     storage_requests:
         Limit of the requests that a process has in flight at an object store. Default: 32.
         Accepted: an integer from 1 to 4096.
+    service:
+        Addresses of a service that computes the batches in place of this process: `unix:PATH`,
+        `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`. If a service does not answer, the loader takes
+        the next address. Batches and states are the same as without a service. Default: none.
+        Accepted: addresses such as `unix:PATH`, `grpc://HOST:PORT` and `grpc+tls://HOST:PORT`, or
+        `none`.
+    service_timeout:
+        Seconds that a loader waits for a service before it fails. It tries all addresses meanwhile.
+        Default: 60. Accepted: an integer from 1 to 86400.
     pin_memory:
         Gives batches in page-locked memory. Only `forebay.torch.DataLoader` can do this. Default:
         false.
@@ -604,6 +613,8 @@ class Loader(Generic[B]):
         storage_anonymous: bool | None = None,
         storage_timeout: int | None = None,
         storage_requests: int | None = None,
+        service: str | Iterable[str] | None = None,
+        service_timeout: int | None = None,
         pin_memory: bool | None = None,
         delivery_log: str | os.PathLike[str] | None = None,
         # settings: end
@@ -672,6 +683,8 @@ class Loader(Generic[B]):
             storage_anonymous=storage_anonymous,
             storage_timeout=storage_timeout,
             storage_requests=storage_requests,
+            service=service,
+            service_timeout=service_timeout,
             pin_memory=pin_memory,
             delivery_log=delivery_log,
             # settings: end

@@ -65,6 +65,12 @@ impl Lease {
         Self { start: source.take(len), len, owner: Owner::Source(Arc::clone(source)) }
     }
 
+    /// Leases a buffer of `len` bytes that no other lease uses before or after.
+    pub(crate) fn alone(len: usize) -> Self {
+        let memory: Arc<dyn BufferSource> = Arc::new(pool::Pool::new(len, 0));
+        Self::new(&memory, len)
+    }
+
     /// Leases memory of the caller. The lease drops `owner` when it ends.
     ///
     /// # Safety

@@ -7,8 +7,10 @@ use std::sync::Arc;
 use super::Loader;
 use super::batch::Batch;
 use super::batch_rows::PositionedRow;
+use super::served::PassStart;
 use crate::error::{Error, Result};
 use crate::order::partition::Grouping;
+use crate::settings::{Balance, Config, Epochs};
 use crate::sync::lock;
 
 impl Loader {
@@ -38,6 +40,22 @@ impl Loader {
                 session.config.memory_budget
             )));
         }
+        if session.is_served() {
+            let step = position / session.grouping.global_batch();
+            let config = Config {
+                batch_size: n,
+                dp_rank: Some(0),
+                dp_world_size: Some(1),
+                epochs: Epochs::Count(1),
+                skip: Vec::new(),
+                max_steps: None,
+                balance: Balance::Off,
+                prefetch_batches: 1,
+                ..session.config.clone()
+            };
+            let start = PassStart { growth: growth.text(), epoch, index: position, batches: 1, parts: 1 };
+            return session.served_alone(&config, &start, step);
+        }
         let row = |position| PositionedRow::Position { epoch, position, repeated: false };
         let rows: Vec<PositionedRow> = (position..position + n).map(row).collect();
         session.compute_rows(&growth, (epoch, position), position / session.grouping.global_batch(), &rows)
@@ -64,6 +82,18 @@ impl Loader {
             )));
         }
         session.opened.check_balance(&session.config, grouping)?;
+        if session.is_served() {
+            let config = Config {
+                dp_rank: Some(rank),
+                dp_world_size: Some(world_size),
+                max_steps: None,
+                prefetch_batches: 1,
+                ..session.config.clone()
+            };
+            let index = step * grouping.global_batch();
+            let start = PassStart { growth: growth.text(), epoch, index, batches: 1, parts: 1 };
+            return session.served_alone(&config, &start, step);
+        }
         session.compute_step(&growth, grouping, &epochs, step)
     }
 }

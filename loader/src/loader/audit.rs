@@ -100,7 +100,7 @@ impl Session {
         let sources = &self.opened.sources;
         let mut text: Vec<_> = self.fixed_content().iter().map(|(key, value)| format!("{key}={value}")).collect();
         text.push(match sources.mixture() {
-            None => sources.list()[0].reader.corpus().fingerprint_of(1.min(sources.shards() as usize)),
+            None => sources.list()[0].fingerprint_of(1.min(sources.shards())),
             Some(_) => sources.mixture_digest(1).to_string(),
         });
         format!("{:032x}", xxh3_128(text.join("\n").as_bytes()))
@@ -121,7 +121,7 @@ impl Session {
             batch_size: self.grouping.batch_size,
             content: self.content_digest(),
             settings: self.content_texts(),
-            fingerprint: self.opened.sources.list()[0].reader.corpus().fingerprint().to_owned(),
+            fingerprint: self.opened.sources.list()[0].fingerprint(),
             growth: heading.growth.text(),
         };
         delivery_log::LogWriter::begin(Path::new(folder), pass).map(Some)

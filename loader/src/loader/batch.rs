@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::boundaries::{Span, write_places};
 use super::documents::DocumentValues;
+use super::served::RowFacts;
 use crate::buffer::{ALIGNMENT, Lease};
 use crate::corpus::schema::{Schema, SchemaField, TokenSide};
 use crate::error::{Error, ErrorKind, Result};
@@ -67,6 +68,8 @@ pub struct Batch {
     pub borders: Option<Vec<Borders>>,
     /// The per-document columns. `None` if the corpus has none.
     pub documents: Option<DocumentValues>,
+    /// Facts about the rows, if the loader keeps them for a service.
+    pub(super) facts: Option<Box<RowFacts>>,
     pub(super) lease: Lease,
 }
 

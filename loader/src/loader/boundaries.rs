@@ -18,7 +18,7 @@ pub(super) struct Span {
 }
 
 /// The spans of the rows of a batch. The memory is reused from batch to batch.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Spans {
     list: Vec<Span>,
     /// Number of spans up to the end of each row.
@@ -53,6 +53,12 @@ impl Spans {
         if u64::from(end) < places {
             self.list.push(Span { start: end, tokens: 0, end: places as u32 });
         }
+        self.row_ends.push(self.list.len() as u32);
+    }
+
+    /// Adds a row of `spans`.
+    pub(super) fn push_spans(&mut self, spans: impl Iterator<Item = Span>) {
+        self.list.extend(spans);
         self.row_ends.push(self.list.len() as u32);
     }
 

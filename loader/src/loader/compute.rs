@@ -14,9 +14,9 @@ use super::batch_rows::PositionedRow;
 use super::boundaries::{Span, Spans, masked_places, write_mask, write_places};
 use super::documents::{DocumentRows, DocumentValues, SpanDocuments};
 use super::pass::PassRange;
+use super::served::{RowFacts, RowOrigin};
 use super::session::Session;
-use crate::buffer::pool::Pool;
-use crate::buffer::{BufferSource, Lease};
+use crate::buffer::Lease;
 use crate::corpus::schema::{Missing, SchemaField, TokenSide};
 use crate::error::{Error, Result};
 use crate::fill::{Ahead, FieldRow, Id, Places, TokenRow};
@@ -82,13 +82,11 @@ impl Session {
     fn compute_alone(&self, start: (u64, u64), step: u64, mut worker: WorkerMemory) -> Result<Arc<Batch>> {
         let reads = std::mem::take(&mut worker.reads);
         let bytes = self.layout(reads.rows.len(), self.config.seq_len as usize).bytes;
-        let memory: Arc<dyn BufferSource> = Arc::new(Pool::new(bytes, 0));
-        let lease = Lease::new(&memory, bytes);
-        Ok(Arc::new(self.compute(start, step, 1, &reads, lease, &mut worker)?))
+        Ok(Arc::new(self.compute(start, step, 1, &reads, Lease::alone(bytes), &mut worker)?))
     }
 
     /// The layout of a batch of `rows` rows with `columns` places each.
-    fn layout(&self, rows: usize, columns: usize) -> Cow<'_, BatchLayout> {
+    pub(super) fn layout(&self, rows: usize, columns: usize) -> Cow<'_, BatchLayout> {
         if (rows, columns) == (self.layout.rows, self.layout.columns) {
             return Cow::Borrowed(&self.layout);
         }
@@ -123,7 +121,7 @@ impl Session {
         let joins = self.config.layout.joins();
         let lead = (self.config.row_tokens() - self.config.seq_len) as usize;
         let places = (columns + lead) as u64;
-        let has_spans = layout.boundaries.is_some() || !joins;
+        let has_spans = self.has_spans();
         worker.spans.clear();
         worker.documents.clear();
         worker.scratch.documents = (!self.opened.schema.documents.is_empty()).then(Vec::new);
@@ -161,7 +159,7 @@ impl Session {
             worker.spans.push_row(segments, ends, places);
             worker.scratch.borders.as_mut().map(Vec::clear);
             if let Some(noted) = &mut worker.scratch.documents {
-                let reader = rows[index].as_ref().map(|read| &self.opened.sources.list()[read.source].reader);
+                let reader = rows[index].as_ref().map(|read| self.opened.sources.list()[read.source].reader());
                 worker.documents.push_row(reader, worker.spans.row(index), noted);
                 noted.clear();
             }
@@ -187,16 +185,35 @@ impl Session {
             }
         }
         let documents = self.documents_of(&layout, reads, parts, worker)?;
-        let borders = layout.boundaries.as_ref();
+        let origin = |row: usize| rows[row].as_ref().map(RowOrigin::of);
+        let spans = has_spans.then_some(&worker.spans);
+        self.finish(start, step, &layout, parts, (rows.len(), &origin), spans, documents, lease)
+    }
+
+    /// Makes the batch of `rows` rows whose arrays stand in `lease`, except for those that follow
+    /// from the spans and origins of its rows. `rows` is their number and the origin of each. The
+    /// rows of each of `parts` consumers are stored together.
+    #[expect(clippy::too_many_arguments, reason = "these are the parts of a batch")]
+    pub(super) fn finish(
+        &self,
+        start: (u64, u64),
+        step: u64,
+        layout: &BatchLayout,
+        parts: usize,
+        (rows, origin): (usize, &dyn Fn(usize) -> Option<RowOrigin>),
+        spans: Option<&Spans>,
+        documents: Option<DocumentValues>,
+        mut lease: Lease,
+    ) -> Result<Batch> {
+        let borders = layout.boundaries.as_ref().zip(spans);
         let borders =
-            borders.map(|at| self.write_borders(at, parts, &layout, &worker.spans, &mut lease)).transpose()?;
+            borders.map(|(at, spans)| self.write_borders(at, parts, layout, spans, &mut lease)).transpose()?;
         if let Some([sources_at, indices_at]) = layout.ids_at {
-            let ids =
-                |of: fn(&RowRead) -> u64| rows.iter().map(move |row| row.as_ref().map_or(-1, |place| of(place) as i64));
-            for (out, id) in lease.i64s(sources_at, rows.len()).iter_mut().zip(ids(|place| place.source as u64)) {
+            let ids = |of: fn(RowOrigin) -> u64| (0..rows).map(move |row| origin(row).map_or(-1, |row| of(row) as i64));
+            for (out, id) in lease.i64s(sources_at, rows).iter_mut().zip(ids(|row| row.source as u64)) {
                 *out = id;
             }
-            for (out, id) in lease.i64s(indices_at, rows.len()).iter_mut().zip(ids(|place| place.sequence)) {
+            for (out, id) in lease.i64s(indices_at, rows).iter_mut().zip(ids(|row| row.sequence)) {
                 *out = id;
             }
         }
@@ -206,24 +223,18 @@ impl Session {
             let values = documents.iter().flat_map(|documents| documents.fields(0)).copied();
             fields = fields.iter().copied().chain([whole.field()]).chain(values).collect();
         }
-        let tokens = match joins {
-            true => rows.len() as u64 * self.config.seq_len,
-            false => rows.iter().flatten().map(|place| place.tokens).sum(),
+        let tokens = match self.config.layout.joins() {
+            true => rows as u64 * self.config.seq_len,
+            false => (0..rows).filter_map(origin).map(|row| row.tokens).sum(),
         };
-        let mut batch = Batch {
-            epoch,
-            step,
-            position,
-            rows: rows.len(),
-            fields,
-            checksum: None,
-            tokens,
-            borders,
-            documents,
-            lease,
-        };
+        let facts = self.keeps_facts().then(|| {
+            let spans = spans.cloned().unwrap_or_default();
+            Box::new(RowFacts { origins: (0..rows).map(origin).collect(), spans })
+        });
+        let mut batch =
+            Batch { epoch, step, position, rows, fields, checksum: None, tokens, borders, documents, facts, lease };
         if self.covers.load(Ordering::Relaxed) {
-            batch.checksum = Some(self.checksum_of(&batch, rows, parts, has_spans.then_some(&worker.spans))?);
+            batch.checksum = Some(self.checksum_of(&batch, (rows, origin), parts, spans)?);
         }
         Ok(batch)
     }
@@ -271,21 +282,21 @@ impl Session {
     fn checksum_of(
         &self,
         batch: &Batch,
-        rows: &[Option<RowRead>],
+        (rows, origin): (usize, &dyn Fn(usize) -> Option<RowOrigin>),
         parts: usize,
         spans: Option<&Spans>,
     ) -> Result<Checksum> {
         let joins = self.config.layout.joins();
         let places = batch.columns() as u64 + self.config.row_tokens() - self.config.seq_len;
         let mut checksum = Checksum::default();
-        for (index, read) in rows.iter().enumerate() {
-            let Some(read) = read.as_ref().filter(|read| !read.repeated) else { continue };
-            let corpus = self.opened.sources.list()[read.source].reader.corpus();
-            let is_there = |field: &&SchemaField| corpus.field_type(field.column).is_some();
+        for index in 0..rows {
+            let Some(read) = origin(index).filter(|read| !read.repeated) else { continue };
+            let source = &self.opened.sources.list()[read.source];
+            let is_there = |field: &&SchemaField| source.has_field(field.column);
             let fields = || self.opened.schema.fields.iter().filter(is_there);
             let has = |name| fields().any(|field| field.name == name);
             let found = ColumnsFound { labels: has("labels"), positions: has("position_ids") };
-            let (source, sequence) = (read.source as u64, read.sequence);
+            let (number, sequence) = (read.source as u64, read.sequence);
             let whole = [Span { start: 0, tokens: read.tokens as u32, end: places as u32 }];
             let delivered = spans.map_or(&whole[..], |spans| spans.row(index));
             let mut tokens = batch.tokens(index, delivered, found, self.config.ignore_index)?;
@@ -299,19 +310,19 @@ impl Session {
             tokens.truncate(delivered.iter().map(|span| span.tokens as usize).sum());
             if spans.is_some() {
                 let borders: Vec<_> = delivered.iter().map(|span| (span.start, span.tokens)).collect();
-                checksum.add_row_of_spans(source, sequence, &tokens, &borders);
+                checksum.add_row_of_spans(number, sequence, &tokens, &borders);
             } else {
-                checksum.add_row(source, sequence, &tokens);
+                checksum.add_row(number, sequence, &tokens);
             }
             for field in fields() {
                 let values = batch.field_values(field, index, &delivered);
-                checksum.add_field(source, sequence, field.name, &values);
+                checksum.add_field(number, sequence, field.name, &values);
             }
             for field in &self.opened.schema.documents {
                 let Some(values) = &batch.documents else { continue };
-                let row = (index, rows.len() / parts);
+                let row = (index, rows / parts);
                 let hashes = values.hashes(batch, field, row, &delivered, self.config.seq_len as usize);
-                checksum.add_field(source, sequence, field.name, &hashes);
+                checksum.add_field(number, sequence, field.name, &hashes);
             }
         }
         Ok(checksum)
@@ -367,6 +378,9 @@ impl Session {
         if self.config.layout.joins() {
             return (range.end - range.start) * self.config.seq_len;
         }
+        if self.is_served() {
+            return self.served_tokens(growth, epochs, range);
+        }
         let WorkerMemory { mut orders, mut scratch, mut reads, .. } = WorkerMemory::default();
         let mut of_row = |index| {
             let (epoch, position) = epochs.at(index);
@@ -386,7 +400,7 @@ impl Session {
             NeededBy { session: self.in_cache, position: self.opened.sources.global_position(epoch, position) };
         let WorkerMemory { index: worker_index, reads, scratch, .. } = worker;
         for (place, segments) in reads.iter() {
-            let reader = &self.opened.sources.list()[place.source].reader;
+            let reader = self.opened.sources.list()[place.source].reader();
             if !reader.decodes() {
                 continue;
             }
@@ -420,7 +434,7 @@ impl Session {
             return;
         }
         for (place, segments) in worker.reads.iter() {
-            let reader = &self.opened.sources.list()[place.source].reader;
+            let reader = self.opened.sources.list()[place.source].reader();
             for segment in segments {
                 asked |= reader.read_ahead(segment);
             }
@@ -434,14 +448,14 @@ impl Session {
     fn find(&self, reads: &RowReads, row: &Option<RowRead>) -> Option<StreamLocation> {
         let place = row.as_ref()?;
         let first = reads.segments(place).first()?;
-        self.opened.sources.list()[place.source].reader.find(first.start)
+        self.opened.sources.list()[place.source].reader().find(first.start)
     }
 
     /// Lets the row note where its documents end, if its source has further columns to compare
     /// with.
     fn compare_columns(&self, row: Option<(&RowRead, RowRequest<'_>)>, scratch: &mut ReadMemory) {
         if let Some((read, _)) = row {
-            self.opened.sources.list()[read.source].reader.compare_columns(scratch);
+            self.opened.sources.list()[read.source].reader().compare_columns(scratch);
         }
     }
 
@@ -462,7 +476,7 @@ impl Session {
             row.fill(field.padding);
             return Ok(());
         };
-        let reader = &self.opened.sources.list()[read.source].reader;
+        let reader = self.opened.sources.list()[read.source].reader();
         match field.missing {
             _ if reader.corpus().field_type(field.column).is_some() => {
                 return reader.fill_field(field.column, request, field.padding, row, &mut worker.scratch);
@@ -504,7 +518,7 @@ impl Session {
                 if let Some(first) = request.segments.first() {
                     self.slow_reads.read(worker.index, read.source, first.start);
                 }
-                let reader = &self.opened.sources.list()[read.source].reader;
+                let reader = self.opened.sources.list()[read.source].reader();
                 reader.fill(request, padding, row, &mut worker.scratch)?;
             }
         }

@@ -140,7 +140,7 @@ impl Session {
         let shards = growth.latest();
         let fingerprint = match sources.mixture() {
             Some(_) => "mixture".to_owned(),
-            None => sources.list()[0].reader.corpus().fingerprint_of(shards as usize),
+            None => sources.list()[0].fingerprint_of(shards),
         };
         let begun: Vec<_> = epochs::merged(&self.config.skip)
             .into_iter()
@@ -166,13 +166,13 @@ impl Session {
         let sources = &self.opened.sources;
         let saved = Growth::parse(state.text("growth")?)
             .ok_or_else(|| refused("state is damaged: `growth` must hold `EPOCH:SHARDS` pairs, in order".to_owned()))?;
+        self.opened.learn(&saved)?;
         let (before, now) = (saved.latest(), sources.shards());
         if sources.mixture().is_some() || before >= now {
             // The comparison of states finds the differences.
             return Ok(if before == now { (saved.clone(), saved) } else { (Growth::none(now), Growth::none(now)) });
         }
-        let corpus = sources.list()[0].reader.corpus();
-        if state.text("fingerprint")? != corpus.fingerprint_of(before as usize) {
+        if state.text("fingerprint")? != sources.list()[0].fingerprint_of(before) {
             return Ok((Growth::none(now), Growth::none(now)));
         }
         if !self.config.extend {

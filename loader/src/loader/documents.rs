@@ -4,12 +4,9 @@
 //! tokens has a null. Numbers lie in arrays of their own memory, beside an array that tells which
 //! values are null. Strings are kept one by one.
 
-use std::sync::Arc;
-
 use super::boundaries::{Span, Spans};
 use super::sources::{CorpusSources, RowReads};
-use crate::buffer::pool::Pool;
-use crate::buffer::{ALIGNMENT, BufferSource, Lease};
+use crate::buffer::{ALIGNMENT, Lease};
 use crate::corpus::schema::DocumentField;
 use crate::error::Result;
 use crate::loader::batch::{Batch, Field, FieldMemory};
@@ -143,38 +140,10 @@ impl DocumentRows<'_> {
     pub(super) fn read(&self, fields: &[DocumentField], parts: usize) -> Result<DocumentValues> {
         let rows = self.reads.rows.len();
         let of_part = rows / parts;
-        let (mut first_stretches, mut counts) = (Vec::with_capacity(rows), Vec::with_capacity(parts));
-        for part in 0..parts {
-            let mut count = 0;
-            for row in part * of_part..(part + 1) * of_part {
-                first_stretches.push(count);
-                count += self.stretches_of(row).count();
-            }
-            counts.push(self.stretches.unwrap_or(count));
-        }
-        let mut bytes = 0;
-        let mut all = Vec::with_capacity(parts);
-        for count in &counts {
-            let mut part = DocumentPart::default();
-            for field in fields {
-                let DocumentType::Number(dtype) = field.kind else {
-                    part.texts.push((field.name, vec![None; *count]));
-                    continue;
-                };
-                for (name, dtype) in [(field.name, dtype), (field.null_name, Dtype::Bool)] {
-                    let (shape, memory) = ([*count, 1, 1, 1], FieldMemory::Documents);
-                    part.fields.push(Field { name, dtype, offset_bytes: bytes, shape, ndim: 1, memory });
-                    bytes = (bytes + count * dtype.size()).next_multiple_of(ALIGNMENT);
-                }
-            }
-            all.push(part);
-        }
-        let bytes = bytes.max(ALIGNMENT);
-        let memory: Arc<dyn BufferSource> = Arc::new(Pool::new(bytes, 0));
-        let mut values = DocumentValues { lease: Lease::new(&memory, bytes), parts: all, first_stretches };
+        let counts: Vec<usize> = (0..rows).map(|row| self.stretches_of(row).count()).collect();
+        let mut values = DocumentValues::new(fields, parts, &counts, self.stretches);
         for part in 0..parts {
             for field in fields {
-                values.clear(part, field);
                 for row in part * of_part..(part + 1) * of_part {
                     self.read_row(&mut values, part, field, row)?;
                 }
@@ -192,7 +161,7 @@ impl DocumentRows<'_> {
     /// Reads the values of `field` for row `row` of consumer `part`.
     fn read_row(&self, values: &mut DocumentValues, part: usize, field: &DocumentField, row: usize) -> Result<()> {
         let Some(read) = &self.reads.rows[row] else { return Ok(()) };
-        let reader = &self.sources.list()[read.source].reader;
+        let reader = self.sources.list()[read.source].reader();
         for (stretch, (span, document)) in (values.first_stretches[row]..).zip(self.stretches_of(row)) {
             let Some(document) = document else { continue };
             let tokens = u64::from(span.tokens);
@@ -203,6 +172,89 @@ impl DocumentRows<'_> {
 }
 
 impl DocumentValues {
+    /// Makes memory for the values of `fields` in rows with `counts` stretches, dealt out to
+    /// `parts` consumers. All values are null. A consumer has `fixed` values of each field, if that
+    /// is given.
+    pub(super) fn new(fields: &[DocumentField], parts: usize, counts: &[usize], fixed: Option<usize>) -> Self {
+        let of_part = counts.len() / parts;
+        let mut first_stretches = Vec::with_capacity(counts.len());
+        let mut bytes = 0;
+        let mut all = Vec::with_capacity(parts);
+        for counts in counts.chunks(of_part.max(1)) {
+            let mut total = 0;
+            for count in counts {
+                first_stretches.push(total);
+                total += count;
+            }
+            let total = fixed.unwrap_or(total);
+            let mut part = DocumentPart::default();
+            for field in fields {
+                let DocumentType::Number(dtype) = field.kind else {
+                    part.texts.push((field.name, vec![None; total]));
+                    continue;
+                };
+                for (name, dtype) in [(field.name, dtype), (field.null_name, Dtype::Bool)] {
+                    let (shape, memory) = ([total, 1, 1, 1], FieldMemory::Documents);
+                    part.fields.push(Field { name, dtype, offset_bytes: bytes, shape, ndim: 1, memory });
+                    bytes = (bytes + total * dtype.size()).next_multiple_of(ALIGNMENT);
+                }
+            }
+            all.push(part);
+        }
+        let mut values = Self { lease: Lease::alone(bytes.max(ALIGNMENT)), parts: all, first_stretches };
+        for part in 0..parts {
+            for field in fields {
+                values.clear(part, field);
+            }
+        }
+        values
+    }
+
+    /// Sets the value of `field` for stretch `stretch` of row `row`. A consumer has `of_part` rows.
+    pub(super) fn set_in_row(
+        &mut self,
+        of_part: usize,
+        row: usize,
+        field: &DocumentField,
+        stretch: usize,
+        value: Option<&[u8]>,
+    ) {
+        self.set(row / of_part, field, self.first_stretches[row] + stretch, value);
+    }
+
+    /// The values of `field` for the first `stretches` stretches of row `row`. `None` is null.
+    pub(super) fn of_row(
+        &self,
+        of_part: usize,
+        row: usize,
+        field: &DocumentField,
+        stretches: usize,
+    ) -> Vec<Option<Vec<u8>>> {
+        let part = row / of_part;
+        let first = self.first_stretches[row];
+        if field.kind == DocumentType::Text {
+            let texts = &self.parts[part].texts;
+            let (_, texts) = texts.iter().find(|(name, _)| *name == field.name).expect("the part has every field");
+            return texts[first..first + stretches]
+                .iter()
+                .map(|text| text.as_deref().map(|text| text.as_bytes().to_vec()))
+                .collect();
+        }
+        let [array, nulls] = [field.name, field.null_name].map(|name| self.array(part, name));
+        let size = array.dtype.size();
+        let bytes = |at: usize, len: usize| {
+            assert!(at + len <= self.lease.len());
+            // SAFETY: the lease's bytes are initialised, the range is inside them as just checked,
+            // and only the holder of the batch writes to them after delivery.
+            unsafe { std::slice::from_raw_parts(self.lease.as_ptr().add(at), len) }
+        };
+        let value = |stretch: usize| {
+            let is_null = bytes(nulls.offset_bytes + stretch, 1)[0] != 0;
+            (!is_null).then(|| bytes(array.offset_bytes + stretch * size, size).to_vec())
+        };
+        (first..first + stretches).map(value).collect()
+    }
+
     fn array(&self, part: usize, name: &str) -> Field {
         *self.parts[part].fields.iter().find(|array| array.name == name).expect("the part has every field")
     }

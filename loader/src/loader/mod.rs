@@ -15,12 +15,14 @@ mod batch_rows;
 mod boundaries;
 mod compute;
 mod cursor;
+pub mod description;
 mod documents;
 mod notes;
 mod open;
 mod pass;
 mod pass_work;
 pub mod plan;
+pub mod served;
 mod session;
 pub(crate) mod sources;
 pub mod state;
@@ -30,10 +32,12 @@ use std::sync::{Arc, Mutex, Weak};
 
 pub use audit::Sample;
 pub use batch::{Batch, Field, FieldMemory};
+use description::OpenedDescription;
 pub use documents::{DocumentValues, Text};
 pub use open::Opened;
 use pass::SharedPass;
 pub use pass::{Batches, Next, PassOptions};
+use served::{PassStart, RowFormat, RowService};
 use session::Session;
 
 use crate::buffer::BufferSource;
@@ -48,6 +52,7 @@ pub use crate::pipeline::WaitPolicy;
 use crate::settings::{Config, Remainder};
 pub use crate::sync::Cancel;
 use crate::sync::lock;
+use crate::tokens::Dtype;
 
 /// The largest epoch number. A larger number is treated as a mistake.
 pub const MAX_EPOCH: u64 = 1 << 32;
@@ -89,6 +94,12 @@ impl Loader {
         Self::of(Session::new(Arc::clone(opened), config, |bytes, idle| Arc::new(Pool::new(bytes, idle)))?)
     }
 
+    /// Makes a loader of corpora that another process has opened. `service` gives their rows.
+    pub fn served(config: Config, description: OpenedDescription, service: Arc<dyn RowService>) -> Result<Self> {
+        let opened = Arc::new(Opened::described(&config, description, service)?);
+        Self::new(&opened, config)
+    }
+
     fn of(session: Session) -> Result<Self> {
         session.tell("opens");
         Ok(Self { session: Arc::new(session), passes: Mutex::default() })
@@ -106,7 +117,7 @@ impl Loader {
 
     /// The opened corpus, or the first corpus of a mixture.
     pub fn corpus(&self) -> &Corpus {
-        self.session.opened.sources.list()[0].reader.corpus()
+        self.session.opened.sources.list()[0].reader().corpus()
     }
 
     /// The columns of batches beside the tokens.
@@ -117,7 +128,7 @@ impl Loader {
     /// Every opened corpus with its name in the mixture. Without a mixture, the name is empty.
     pub fn corpora(&self) -> impl Iterator<Item = (&str, &Corpus)> {
         let sources = self.session.opened.sources.list().iter();
-        sources.map(|source| (source.name.as_str(), source.reader.corpus()))
+        sources.map(|source| (source.name.as_str(), source.reader().corpus()))
     }
 
     /// Number of batches that this rank gets in a pass, the same on every rank. `u64::MAX` for a
@@ -182,7 +193,24 @@ impl Loader {
 
     /// Makes a pass like [`Loader::iter`], with `options`.
     pub fn begin(&self, options: PassOptions) -> Batches {
-        let pass = Arc::new(SharedPass::new(&self.session, options));
+        self.begin_from(options, None)
+    }
+
+    /// Makes a pass that begins at `start`, for a consumer in another process. It does not move the
+    /// position of this loader. Its batches keep the facts about their rows ([`Batch::sent`]).
+    pub fn begin_at(&self, start: PassStart) -> Batches {
+        self.session.keeps_facts.store(true, Ordering::Relaxed);
+        let options = PassOptions { parts: start.parts.max(1), ..PassOptions::default() };
+        self.begin_from(options, Some(start))
+    }
+
+    /// The arrays of a batch on its way to a consumer in another process.
+    pub fn row_format(&self, ids: Dtype) -> RowFormat {
+        self.session.row_format(ids)
+    }
+
+    fn begin_from(&self, options: PassOptions, start: Option<PassStart>) -> Batches {
+        let pass = Arc::new(SharedPass::new(&self.session, options, start));
         let mut passes = lock(&self.passes);
         passes.retain(|pass| pass.strong_count() > 0);
         passes.push(Arc::downgrade(&pass));

@@ -18,13 +18,12 @@ impl Session {
             let cursor = lock(&self.cursor);
             (cursor.epoch, cursor.position)
         };
-        let corpora = || sources.iter().map(|source| source.reader.corpus());
         let data = match self.opened.sources.mixture() {
             Some(_) => format!("a mixture of {}", listed(sources.iter().map(|source| source.name.as_str()))),
             None => listed(self.config.data.iter().map(String::as_str)),
         };
-        let shards = number_of(corpora().map(|corpus| corpus.len() as u64).sum(), "shard");
-        let tokens = number_of(corpora().map(|corpus| corpus.tokens()).sum(), "token");
+        let shards = number_of(sources.iter().map(|source| source.shards()).sum(), "shard");
+        let tokens = number_of(sources.iter().map(|source| source.tokens()).sum(), "token");
         let grouping = &self.grouping;
         notices::add(
             Level::Info,
@@ -49,7 +48,7 @@ impl Session {
     /// Reports reads that take long while a consumer waits for them.
     pub(super) fn tell_slow_reads(&self) {
         for slow in self.slow_reads.look(LONG) {
-            let reader = &self.opened.sources.list()[slow.source].reader;
+            let reader = self.opened.sources.list()[slow.source].reader();
             let path = reader.path_at(slow.token);
             let text = format!("reading `{}` takes long: {:.1} s so far", path.display(), slow.lasts.as_secs_f64());
             notices::add(Level::Warning, text);
@@ -60,7 +59,7 @@ impl Session {
     /// token.
     pub(super) fn tell_slow_batch(&self, seconds: f64, places: impl Iterator<Item = (usize, u64)>) {
         let mut paths: Vec<String> = places
-            .map(|(source, token)| self.opened.sources.list()[source].reader.path_at(token).display().to_string())
+            .map(|(source, token)| self.opened.sources.list()[source].reader().path_at(token).display().to_string())
             .collect();
         paths.dedup();
         let text = format!(

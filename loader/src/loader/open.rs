@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::description::{DescribedCorpus, OpenedDescription, SourceDescription};
+use super::served::RowService;
 use super::sources::{CorpusSource, CorpusSources};
 use crate::corpus::Corpus;
 use crate::corpus::schema::{Schema, is_label_or_mask};
@@ -16,6 +18,7 @@ use crate::read::{BlockCache, KEPT_PLANS, Reader, SessionId};
 use crate::settings::mixture::MixtureSettings;
 use crate::settings::{self, Balance, Compared, Config, Setting, Shuffle, Value, default_threads};
 use crate::sync::Cancel;
+use crate::tokens::{Dtype, FieldType};
 
 /// An opened corpus, or the opened corpora of a mixture. It knows no rank and no batch size.
 ///
@@ -33,6 +36,9 @@ pub struct Opened {
     pub(super) largest_block_bytes: u64,
     /// The columns that are delivered beside the tokens.
     pub(super) schema: Schema,
+    /// The process that reads the rows, and the type of ids that it sends. `None` if this process
+    /// reads them.
+    pub(super) service: Option<(Arc<dyn RowService>, Dtype)>,
 }
 
 impl Opened {
@@ -57,25 +63,12 @@ impl Opened {
         } else {
             Access::Random
         };
-        let schema = schema_of(&config, &corpora)?;
+        let stored =
+            |column: usize| corpora.iter().map(|(name, corpus)| (name.as_str(), corpus.field_type(column))).collect();
         if config.shuffle == Shuffle::On && decided(&config, access) == Shuffle::Global {
             check_room_for_rows(&config, &corpora)?;
         }
-        config.shuffle = decided(&config, access);
-        if let Some(field) = schema.documents.first() {
-            // Without boundaries, no stretch of a document has a place for a value.
-            if config.boundaries == Some(false) {
-                return Err(Error::config(format!(
-                    "column `{}` has one value for each document, and needs `boundaries`: leave `boundaries` out, or set \
-                     it to true",
-                    field.name
-                )));
-            }
-            config.boundaries = Some(true);
-        }
-        config.boundaries = Some(config.has_boundaries());
-        config.validate()?;
-        check_names(&config, &schema)?;
+        let schema = settle(&mut config, access, stored)?;
         let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
         if let Some(mixture) = &config.mixture {
             warnings.extend(MixtureSettings::parse(mixture)?.notes);
@@ -97,7 +90,51 @@ impl Opened {
             Ok(CorpusSource::new(name, reader, config.seed))
         });
         let sources = CorpusSources::new(&config, sources.collect::<Result<_>>()?)?;
-        Ok(Self { content: content_of(&config), config, sources, cache, warnings, largest_block_bytes, schema })
+        Ok(Self {
+            content: content_of(&config),
+            config,
+            sources,
+            cache,
+            warnings,
+            largest_block_bytes,
+            schema,
+            service: None,
+        })
+    }
+
+    /// Makes the corpora of `config` from their description by the process that reads them.
+    pub(super) fn described(
+        config: &Config,
+        description: OpenedDescription,
+        service: Arc<dyn RowService>,
+    ) -> Result<Self> {
+        config.validate()?;
+        let mut config = config.clone();
+        let OpenedDescription { sources: facts, ids, warnings } = description;
+        if facts.is_empty() {
+            return Err(Error::data("the service describes no corpus"));
+        }
+        let access = if facts.iter().any(|source| source.decodes) { Access::Block } else { Access::Random };
+        let stored = |column: usize| {
+            let of_source = |source: &'_ SourceDescription| source.fields.get(column).copied().flatten();
+            facts.iter().map(|source| (source.name.as_str(), of_source(source))).collect()
+        };
+        let schema = settle(&mut config, access, stored)?;
+        let cache = Arc::new(BlockCache::new(config.memory_budget));
+        let seed = config.seed;
+        let source = |facts| Ok(CorpusSource::of_described(DescribedCorpus::new(facts)?, seed));
+        let sources = facts.into_iter().map(source).collect::<Result<_>>()?;
+        let sources = CorpusSources::new(&config, sources)?;
+        Ok(Self {
+            content: content_of(&config),
+            config,
+            sources,
+            cache,
+            warnings,
+            largest_block_bytes: 0,
+            schema,
+            service: Some((service, ids)),
+        })
     }
 
     /// The settings that the corpus was opened with. The kind of shuffling is filled in.
@@ -142,7 +179,7 @@ impl Opened {
     ///
     /// Rows that are decoded may move only between ranks that draw from the same lanes.
     pub(super) fn balance_stride(&self, grouping: Grouping) -> u64 {
-        let decodes = self.sources.list().iter().any(|source| source.reader.decodes());
+        let decodes = self.sources.list().iter().any(|source| source.decodes());
         match self.config.shuffle {
             Shuffle::Block if decodes => self.config.lanes / grouping.lanes(self.config.lanes),
             _ => 1,
@@ -250,10 +287,34 @@ fn check_documents(config: &Config, corpora: &[(String, Corpus)]) -> Result<()> 
     .at(path))
 }
 
-/// The fields of the batches of these corpora.
-fn schema_of(config: &Config, corpora: &[(String, Corpus)]) -> Result<Schema> {
-    let stored =
-        |column: usize| corpora.iter().map(|(name, corpus)| (name.as_str(), corpus.field_type(column))).collect();
+/// Decides the settings of `config` that depend on the files, and gives the fields of batches.
+/// `stored` gives the types of a further column in all sources.
+fn settle<'a>(
+    config: &mut Config,
+    access: Access,
+    stored: impl Fn(usize) -> Vec<(&'a str, Option<FieldType>)>,
+) -> Result<Schema> {
+    let schema = schema_of(config, stored)?;
+    config.shuffle = decided(config, access);
+    if let Some(field) = schema.documents.first() {
+        // Without boundaries, no stretch of a document has a place for a value.
+        if config.boundaries == Some(false) {
+            return Err(Error::config(format!(
+                "column `{}` has one value for each document, and needs `boundaries`: leave `boundaries` out, or set \
+                 it to true",
+                field.name
+            )));
+        }
+        config.boundaries = Some(true);
+    }
+    config.boundaries = Some(config.has_boundaries());
+    config.validate()?;
+    check_names(config, &schema)?;
+    Ok(schema)
+}
+
+/// The fields of the batches of corpora with the `stored` types of further columns.
+fn schema_of<'a>(config: &Config, stored: impl Fn(usize) -> Vec<(&'a str, Option<FieldType>)>) -> Result<Schema> {
     let mut schema = Schema::of(&config.fields, config.ignore_index, stored)?;
     if let Some(format) = config.batch_format.filter(|format| !format.has_room()) {
         // Whether a format takes positions is checked with the settings.
@@ -390,7 +451,7 @@ pub(super) fn windows_bytes(config: &Config, sources: &CorpusSources, grouping: 
             }
         }
     };
-    sources.list().iter().map(|source| of_corpus(source.reader.corpus())).sum()
+    sources.list().iter().map(|source| of_corpus(source.reader().corpus())).sum()
 }
 
 /// Warns if the cache cannot hold the blocks that a step may draw from. Such blocks are decoded

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
-use super::pass_work::PassWork;
+use super::pass_work::{BatchWork, PassWork};
+use super::served::{PassStart, ServedWork};
 use super::session::Session;
 use crate::buffer::Lease;
 use crate::error::{Error, ErrorKind, Result};
@@ -15,7 +16,7 @@ use crate::loader::sources::Growth;
 use crate::order::epochs::EpochChain;
 use crate::pipeline::{Pipeline, PipelineOptions, Taken, WaitPolicy};
 use crate::proof::delivery_log::{self, LoggedBatch};
-use crate::sync::lock;
+use crate::sync::{Cancel, lock};
 
 /// The outcome of a request for a batch.
 #[derive(Debug)]
@@ -107,6 +108,11 @@ impl Batches {
                 started.pipeline.submit(lease);
             }
         }
+        // A consumer cannot read ahead of the stream of a service.
+        let wait = match wait {
+            WaitPolicy::Help(timeout) if session.is_served() => WaitPolicy::Wait(timeout),
+            other => other,
+        };
         let asked = Instant::now();
         if let Some(delivery_log) = &started.delivery_log {
             lock(delivery_log).check()?;
@@ -212,6 +218,9 @@ pub(super) struct SharedPass {
     pub(super) session: Arc<Session>,
     pub(super) id: u64,
     options: PassOptions,
+    /// The start that a consumer in another process asked for. Without it, the pass begins at the
+    /// position of the session.
+    start: Option<PassStart>,
     /// Number of buffers that the caller submitted.
     buffers: AtomicU64,
     pub(super) started: OnceLock<Result<StartedPass>>,
@@ -221,7 +230,9 @@ pub(super) struct SharedPass {
 
 #[derive(Debug)]
 pub(super) struct StartedPass {
-    pipeline: Pipeline<PassWork>,
+    pipeline: Pipeline<BatchWork>,
+    /// Ends the wait for a service.
+    cancel: Cancel,
     range: Arc<PassRange>,
     delivered: AtomicU64,
     delivery_log: Option<Mutex<delivery_log::LogWriter>>,
@@ -237,16 +248,17 @@ pub(super) struct PassRange {
 }
 
 impl SharedPass {
-    pub(super) fn new(session: &Arc<Session>, options: PassOptions) -> Self {
+    pub(super) fn new(session: &Arc<Session>, options: PassOptions, start: Option<PassStart>) -> Self {
         let id = session.next_pass.fetch_add(1, Ordering::Relaxed);
         let session = Arc::clone(session);
         let (buffers, started, submitted) = (AtomicU64::new(0), OnceLock::new(), Mutex::default());
-        Self { session, id, options, buffers, started, submitted }
+        Self { session, id, options, start, buffers, started, submitted }
     }
 
     pub(super) fn close(&self) {
         let closed = || Err(Error::new(ErrorKind::Closed, "the loader was closed"));
         if let Ok(started) = self.started.get_or_init(closed) {
+            started.cancel.cancel();
             started.pipeline.close();
             started.pipeline.join();
         }
@@ -258,19 +270,37 @@ impl SharedPass {
 
     fn start(&self) -> Result<StartedPass> {
         let session = &self.session;
-        let range = Arc::new(session.begin_pass(self.id)?);
-        let work = PassWork::new(session, &range, self.options.parts);
+        let range = Arc::new(match &self.start {
+            None => session.begin_pass(self.id)?,
+            Some(start) => session.range_at(start)?,
+        });
+        let limit = self.start.as_ref().map_or(u64::MAX, |start| start.batches);
+        let items = session.steps_from(range.start, &range.epochs).min(limit);
+        let cancel = Cancel::default();
+        let parts = self.options.parts;
+        let work = match session.is_served() {
+            false => BatchWork::Here(PassWork::new(session, &range, parts, items)),
+            true => BatchWork::Served(ServedWork::new(session, &range, parts, items, cancel.clone())),
+        };
         let (epoch, position) = range.epochs.state_at(range.start);
-        session.tell_pass(epoch, position, work.batches());
+        session.tell_pass(epoch, position, items);
+        // The batches of a service come in one stream.
+        let threads = if session.is_served() { 1 } else { session.threads() };
         let options = PipelineOptions {
-            threads: session.threads().min(usize::try_from(work.batches().max(1)).unwrap_or(usize::MAX)),
+            threads: threads.min(usize::try_from(items.max(1)).unwrap_or(usize::MAX)),
             window: session.config.prefetch_batches as usize,
-            items: work.batches(),
+            items,
             leased: self.options.external,
         };
         let pipeline = Pipeline::start(options, work)?;
         let delivery_log = session.begin_delivery_log(&range)?.map(Mutex::new);
-        Ok(StartedPass { pipeline, range, delivered: AtomicU64::new(0), delivery_log })
+        Ok(StartedPass { pipeline, cancel, range, delivered: AtomicU64::new(0), delivery_log })
+    }
+}
+
+impl Drop for StartedPass {
+    fn drop(&mut self) {
+        self.cancel.cancel();
     }
 }
 

@@ -13,6 +13,7 @@ use super::batch::Batch;
 use super::compute::WorkerMemory;
 use super::open::drawn_tokens;
 use super::pass::PassRange;
+use super::served::{ServedMemory, ServedWork};
 use super::session::Session;
 use crate::buffer::Lease;
 use crate::corpus::Corpus;
@@ -57,6 +58,51 @@ pub(super) fn done_after(config: &Config, grouping: Grouping) -> u64 {
     2 * drawn_tokens(config).div_ceil(grouping.world_size)
 }
 
+/// The batches of a pass, computed in this process or by a service.
+pub(super) enum BatchWork {
+    Here(PassWork),
+    Served(ServedWork),
+}
+
+/// Memory of a thread for [`BatchWork`].
+pub(super) enum ThreadMemory {
+    Here(Box<WorkerMemory>),
+    Served(ServedMemory),
+}
+
+impl Work for BatchWork {
+    type State = ThreadMemory;
+    type Item = Arc<Batch>;
+
+    fn begin(&self, worker: Option<usize>) -> ThreadMemory {
+        match self {
+            Self::Here(work) => ThreadMemory::Here(Box::new(work.begin(worker))),
+            Self::Served(work) => ThreadMemory::Served(work.begin(worker)),
+        }
+    }
+
+    fn compute(&self, memory: &mut ThreadMemory, number: u64, lease: Option<Lease>) -> Result<Arc<Batch>> {
+        match (self, memory) {
+            (Self::Here(work), ThreadMemory::Here(memory)) => work.compute(memory, number, lease),
+            (Self::Served(work), ThreadMemory::Served(memory)) => work.compute(memory, number, lease),
+            _ => unreachable!("`begin` makes the memory"),
+        }
+    }
+
+    fn waited(&self, memory: &mut ThreadMemory, began: Instant, ended: Instant) {
+        if let (Self::Here(work), ThreadMemory::Here(memory)) = (self, memory) {
+            work.waited(memory, began, ended);
+        }
+    }
+
+    fn prepare(&self, memory: &mut ThreadMemory, next: u64) -> bool {
+        match (self, memory) {
+            (Self::Here(work), ThreadMemory::Here(memory)) => work.prepare(memory, next),
+            _ => false,
+        }
+    }
+}
+
 /// The batches of a pass, by their number.
 pub(super) struct PassWork {
     session: Arc<Session>,
@@ -80,11 +126,10 @@ pub(super) struct PassWork {
 }
 
 impl PassWork {
-    pub(super) fn new(session: &Arc<Session>, range: &Arc<PassRange>, parts: u64) -> Self {
+    pub(super) fn new(session: &Arc<Session>, range: &Arc<PassRange>, parts: u64, items: u64) -> Self {
         let (config, grouping) = (&session.config, session.grouping);
-        let items = session.steps_from(range.start, &range.epochs);
         let sources = session.opened.sources.list();
-        let decodes = sources.iter().any(|source| source.reader.decodes());
+        let decodes = sources.iter().any(|source| source.reader().decodes());
         let next = range.epochs.end_epoch().filter(|epoch| decodes && session.check_epoch(*epoch).is_ok());
         let following = next.map(|epoch| {
             let growth = range.growth.clone();
@@ -92,7 +137,7 @@ impl PassWork {
         });
         let beyond =
             following.as_ref().map_or(0, |following| session.steps_from(0, &following.epochs).min(LOOK_BEYOND));
-        let reads_ahead = sources.iter().any(|source| source.reader.reads_ahead());
+        let reads_ahead = sources.iter().any(|source| source.reader().reads_ahead());
         let batches_of = |windows: u64| if reads_ahead { windows.div_ceil(config.batch_size) } else { 0 };
         let windows_ahead = (TOKENS_AHEAD / config.seq_len).clamp(FIRST_AHEAD, WINDOWS_AHEAD);
         let begins_at = session.global_position(range, range.start);
@@ -108,11 +153,6 @@ impl PassWork {
             end: items.saturating_add(beyond),
             looked_at: AtomicU64::new(0),
         }
-    }
-
-    /// Number of batches in the pass.
-    pub(super) fn batches(&self) -> u64 {
-        self.items
     }
 
     /// Notes that batches from `next` on have not begun.
@@ -145,7 +185,7 @@ impl Work for PassWork {
         }
         if worker == Some(0) {
             // Other workers and the consumer do not wait for this while the table has room.
-            let corpora = self.session.opened.sources.list().iter().map(|source| source.reader.corpus());
+            let corpora = self.session.opened.sources.list().iter().map(|source| source.reader().corpus());
             local::make_room_for(corpora.map(Corpus::most_open).sum());
         }
         let mut state = WorkerMemory { index: worker.unwrap_or(self.session.threads()), ..WorkerMemory::default() };

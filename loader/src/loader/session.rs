@@ -52,6 +52,8 @@ pub(super) struct Session {
     /// Whether batches are hashed. Callers write it and workers read it. A batch that began earlier
     /// may have no hash.
     pub(super) covers: AtomicBool,
+    /// Whether batches keep the facts about their rows. A service sets it before the first pass.
+    pub(super) keeps_facts: AtomicBool,
     /// Writer of spans, if `FOREBAY_TRACE` names a file.
     pub(super) trace: Option<Arc<Trace>>,
     pub(super) placement: Placement,
@@ -79,7 +81,9 @@ impl Session {
         let layout = BatchLayout::new(&config, &opened.schema, config.batch_size as usize, config.seq_len as usize);
         let batch_bytes = layout.bytes;
         let in_flight = config.prefetch_batches + 1;
-        let (in_cache, reserved_bytes, cache_bytes) = opened.join(&config, threads, in_flight * batch_bytes as u64)?;
+        // Blocks are decoded elsewhere if a service gives the rows.
+        let decoding = if opened.service.is_some() { 0 } else { threads };
+        let (in_cache, reserved_bytes, cache_bytes) = opened.join(&config, decoding, in_flight * batch_bytes as u64)?;
         let mut warnings = opened.warnings.clone();
         let elsewhere = trace.as_ref().filter(|trace| trace.is_elsewhere());
         warnings.extend(elsewhere.map(|trace| {
@@ -88,8 +92,10 @@ impl Session {
                 trace.path().display()
             )
         }));
-        let windows = windows_bytes(&config, &opened.sources, &grouping, opened.largest_block_bytes);
-        warnings.extend(window_warning(windows, cache_bytes));
+        if opened.service.is_none() {
+            let windows = windows_bytes(&config, &opened.sources, &grouping, opened.largest_block_bytes);
+            warnings.extend(window_warning(windows, cache_bytes));
+        }
         let mut session = Self {
             grouping,
             warnings,
@@ -104,6 +110,7 @@ impl Session {
             next_pass: AtomicU64::new(0),
             cold: AtomicBool::new(true),
             covers: AtomicBool::new(config.delivery_log.is_some()),
+            keeps_facts: AtomicBool::new(false),
             trace,
             placement,
             home: ForkGuard::new(),

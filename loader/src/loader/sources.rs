@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 
 use xxhash_rust::xxh3::xxh3_128;
 
-use crate::corpus::Corpus;
 use crate::error::{Error, Result};
 use crate::keys::{derive_key, reduce};
 use crate::layout::{self, Lost, Segment};
+use crate::loader::description::DescribedCorpus;
 use crate::loader::state::StateValue;
 use crate::order::bucket::{Bucket, Buckets};
 use crate::order::holdout::SequenceSide;
@@ -32,12 +32,18 @@ const KEPT_ORDERS: usize = 256;
 /// Orders with tables that all workers share: of the epochs that a few passes are in.
 const SHARED_ORDERS: usize = 16;
 
-/// One opened corpus.
+/// One corpus: opened in this process, or described by another one.
 #[derive(Debug)]
 pub(crate) struct CorpusSource {
     pub(crate) name: String,
-    pub(crate) reader: Reader,
+    data: SourceData,
     seed: u64,
+}
+
+#[derive(Debug)]
+enum SourceData {
+    Opened(Reader),
+    Described(DescribedCorpus),
 }
 
 /// Numbers of shards, each in force from an epoch on, sorted by epoch. The first is from epoch 0.
@@ -185,6 +191,11 @@ impl Growth {
         self.0.iter().map(|(epoch, _)| *epoch)
     }
 
+    /// The numbers of shards.
+    pub(crate) fn shards(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().map(|(_, shards)| *shards)
+    }
+
     fn shards_at(&self, epoch: u64) -> u64 {
         self.0[self.0.partition_point(|(from, _)| *from <= epoch) - 1].1
     }
@@ -192,7 +203,82 @@ impl Growth {
 
 impl CorpusSource {
     pub(crate) fn new(name: String, reader: Reader, seed: u64) -> Self {
-        Self { name, reader, seed }
+        Self { name, data: SourceData::Opened(reader), seed }
+    }
+
+    /// Makes a source of a corpus that another process has opened.
+    pub(super) fn of_described(corpus: DescribedCorpus, seed: u64) -> Self {
+        Self { name: corpus.facts().name.clone(), data: SourceData::Described(corpus), seed }
+    }
+
+    /// The reader of the files.
+    ///
+    /// # Panics
+    /// If another process has opened the corpus. No caller asks then, because rows come from there.
+    pub(crate) fn reader(&self) -> &Reader {
+        match &self.data {
+            SourceData::Opened(reader) => reader,
+            SourceData::Described(_) => unreachable!("another process reads the files"),
+        }
+    }
+
+    /// The description, if another process has opened the corpus.
+    pub(super) fn described(&self) -> Option<&DescribedCorpus> {
+        match &self.data {
+            SourceData::Opened(_) => None,
+            SourceData::Described(corpus) => Some(corpus),
+        }
+    }
+
+    /// Number of tokens in the files.
+    pub(crate) fn tokens(&self) -> u64 {
+        match &self.data {
+            SourceData::Opened(reader) => reader.corpus().tokens(),
+            SourceData::Described(corpus) => corpus.facts().tokens,
+        }
+    }
+
+    /// Whether the files have to be decoded.
+    pub(crate) fn decodes(&self) -> bool {
+        match &self.data {
+            SourceData::Opened(reader) => reader.decodes(),
+            SourceData::Described(corpus) => corpus.facts().decodes,
+        }
+    }
+
+    /// Whether the files have further column `column`.
+    pub(crate) fn has_field(&self, column: usize) -> bool {
+        match &self.data {
+            SourceData::Opened(reader) => reader.corpus().field_type(column).is_some(),
+            SourceData::Described(corpus) => corpus.facts().fields.get(column).is_some_and(Option::is_some),
+        }
+    }
+
+    /// Fingerprint of the first `shards` shards.
+    pub(crate) fn fingerprint_of(&self, shards: u64) -> String {
+        match &self.data {
+            SourceData::Opened(reader) => reader.corpus().fingerprint_of(shards as usize),
+            SourceData::Described(corpus) => corpus.part(shards).fingerprint,
+        }
+    }
+
+    /// Fingerprint of all shards.
+    pub(crate) fn fingerprint(&self) -> String {
+        match &self.data {
+            SourceData::Opened(reader) => reader.corpus().fingerprint().to_owned(),
+            SourceData::Described(corpus) => corpus.part(corpus.facts().shards).fingerprint,
+        }
+    }
+
+    /// The value of setting `name` that opening decided, for the first `shards` shards.
+    fn as_opened(&self, name: &str, shards: u64) -> String {
+        match (&self.data, name) {
+            (SourceData::Opened(reader), "format") => reader.corpus().families(shards as usize).join("+"),
+            (SourceData::Opened(reader), "token_column") => reader.corpus().token_columns(shards as usize).join("+"),
+            (SourceData::Described(corpus), "format") => corpus.part(shards).format,
+            (SourceData::Described(corpus), "token_column") => corpus.part(shards).token_column,
+            _ => unreachable!("opening decides no value of `{name}`"),
+        }
     }
 }
 
@@ -268,6 +354,19 @@ impl CorpusSources {
         if self.mixture.is_some() { 0 } else { self.list[0].shards() }
     }
 
+    /// The growth that `text` describes, as a state has it. No text means that the corpus did not
+    /// grow. Fails if this corpus has fewer shards.
+    pub(crate) fn growth_of(&self, text: &str) -> Result<Growth> {
+        let shards = self.shards();
+        if text.is_empty() {
+            return Ok(Growth::none(shards));
+        }
+        let growth = Growth::parse(text).filter(|growth| growth.latest() <= shards);
+        growth.ok_or_else(|| {
+            Error::config(format!("growth `{text}` is not a history of this corpus, which has {shards} shards"))
+        })
+    }
+
     /// Converts a position to a number among the positions of all epochs, for the block cache.
     ///
     /// The number grows with the epoch and the position. Epochs that are shorter than the newest
@@ -294,7 +393,7 @@ impl CorpusSources {
     pub(crate) fn lost(&self) -> Lost {
         let mut lost = Lost::default();
         for source in &self.list {
-            lost += source.reader.layout().lost(source.reader.corpus().len());
+            lost += source.lost();
         }
         lost
     }
@@ -356,7 +455,7 @@ impl CorpusSources {
         if let Some((_, order)) = shared.iter().find(|(found, _)| *found == key) {
             return (arrangement, order.clone());
         }
-        let Some(rows) = source.reader.layout().window_rows(shards as usize) else { return (arrangement, plain()) };
+        let Some(rows) = source.reader().layout().window_rows(shards as usize) else { return (arrangement, plain()) };
         let starts = self.settings.chunk_starts(&rows, sequences);
         let order = EpochOrder::in_chunks(sequences, &starts, lanes, window, source.seed, epoch);
         if shared.len() >= SHARED_ORDERS {
@@ -450,7 +549,7 @@ impl CorpusSources {
         let (mut lengths, mut segments) = (Vec::with_capacity(rows.len()), Vec::new());
         for row in &rows {
             segments.clear();
-            source.reader.plan_row(extent, *row, scratch, &mut segments)?;
+            source.reader().plan_row(extent, *row, scratch, &mut segments)?;
             lengths.push(segments.iter().map(|segment| segment.len).sum());
         }
         let arranged = bucket.arranged(&lengths, source.seed, epoch);
@@ -474,7 +573,7 @@ impl CorpusSources {
     ) -> Result<()> {
         let segments = &mut reads.segments;
         let first = segments.len();
-        self.list[read.source].reader.plan_row(&read.extent, read.sequence, scratch, segments)?;
+        self.list[read.source].reader().plan_row(&read.extent, read.sequence, scratch, segments)?;
         read.tokens = segments[first..].iter().map(|segment| segment.len).sum();
         let mut len = read.tokens;
         let wrap_to = wrap_to.filter(|_| self.settings.joins);
@@ -520,17 +619,12 @@ impl CorpusSources {
     /// The values describe the first `shards` shards of a corpus. In a mixture, they describe the
     /// sources that rows before `position` come from.
     pub(crate) fn as_opened(&self, shards: u64, position: u64) -> Vec<(&'static str, StateValue)> {
-        let of_corpus = |name: &str, corpus: &Corpus, shards: usize| match name {
-            "format" => corpus.families(shards).join("+"),
-            "token_column" => corpus.token_columns(shards).join("+"),
-            other => unreachable!("opening decides no value of `{other}`"),
-        };
         let value = |name: &str| match &self.mixture {
-            None => of_corpus(name, self.list[0].reader.corpus(), shards as usize),
+            None => self.list[0].as_opened(name, shards),
             Some(_) => {
                 let of_source = |index: usize| {
-                    let CorpusSource { name: source, reader, .. } = &self.list[index];
-                    format!("{source}: {}", of_corpus(name, reader.corpus(), reader.corpus().len()))
+                    let source = &self.list[index];
+                    format!("{}: {}", source.name, source.as_opened(name, source.shards()))
                 };
                 self.drawn(position).into_iter().map(of_source).collect::<Vec<_>>().join(", ")
             }
@@ -552,20 +646,32 @@ impl CorpusSources {
         }
         for index in self.drawn(position) {
             let (source, given) = (&self.list[index], &recipe.sources[index]);
-            text.push_str(&format!(
-                "\n{index} {} {} {:?}",
-                source.name,
-                source.reader.corpus().fingerprint(),
-                given.epochs
-            ));
+            text.push_str(&format!("\n{index} {} {} {:?}", source.name, source.fingerprint(), given.epochs));
         }
         StateValue::Text(format!("{:032x}", xxh3_128(text.as_bytes())))
     }
 }
 
 impl CorpusSource {
-    fn shards(&self) -> u64 {
-        self.reader.corpus().len() as u64
+    pub(crate) fn shards(&self) -> u64 {
+        match &self.data {
+            SourceData::Opened(reader) => reader.corpus().len() as u64,
+            SourceData::Described(corpus) => corpus.facts().shards,
+        }
+    }
+
+    fn extent(&self, shards: u64) -> layout::Extent {
+        match &self.data {
+            SourceData::Opened(reader) => reader.layout().extent(shards as usize),
+            SourceData::Described(corpus) => corpus.part(shards).extent,
+        }
+    }
+
+    fn lost(&self) -> Lost {
+        match &self.data {
+            SourceData::Opened(reader) => reader.layout().lost(reader.corpus().len()),
+            SourceData::Described(corpus) => corpus.facts().lost,
+        }
     }
 }
 
@@ -589,7 +695,7 @@ fn advance(segments: &mut Vec<Segment>, first: usize, phase: u64, len: u64) {
 
 impl OrderSettings {
     fn extent(&self, source: &CorpusSource, shards: u64) -> EpochExtent {
-        let layout = source.reader.layout().extent(shards as usize);
+        let layout = source.extent(shards);
         let tail = layout.tail_tokens > 0 && !matches!(self.side, SequenceSide::Holdout(_));
         EpochExtent { layout, sequences: self.side.count(layout.rows), tail }
     }

@@ -16,6 +16,8 @@ use crate::sync::lock;
 
 /// Number of waits kept for the percentiles: the most recent ones.
 const KEPT_WAITS: usize = 8192;
+/// Upper bounds of the classes of waits, in seconds. A last class has no bound.
+const WAIT_BOUNDS: [f64; 11] = [1e-5, 4e-5, 1.6e-4, 6.4e-4, 2.5e-3, 1e-2, 4e-2, 0.16, 0.64, 2.5, 10.0];
 /// Below this share of the time, waiting is due to the trainer's pace and not to the loader.
 const TRAINER_BOUND_SHARE: f64 = 0.02;
 
@@ -43,6 +45,8 @@ struct ConsumerCounters {
     bytes: u64,
     waited: Duration,
     waits: Vec<f32>,
+    /// Number of waits in each class of [`WAIT_BOUNDS`].
+    wait_classes: [u64; WAIT_BOUNDS.len() + 1],
     depth_sum: u64,
 }
 
@@ -86,6 +90,9 @@ pub struct Stats {
     pub wait_seconds: f64,
     /// Waiting time as a share of the elapsed time.
     pub wait_share: f64,
+    /// Upper bounds of waits in seconds, each with the number of requests that waited up to it and
+    /// longer than the bound before.
+    pub wait_buckets: Vec<(f64, u64)>,
     /// Median wait of the last 8192 requests.
     pub wait_p50_seconds: f64,
     /// 99th percentile of the waits of the last 8192 requests.
@@ -120,6 +127,7 @@ impl Counters {
             bytes: 0,
             waited: Duration::ZERO,
             waits: Vec::new(),
+            wait_classes: [0; WAIT_BOUNDS.len() + 1],
             depth_sum: 0,
         };
         // The additional counters are for consumers that compute batches themselves.
@@ -151,6 +159,9 @@ impl Counters {
         } else {
             consumer.waits.push(wait.as_secs_f32());
         }
+        let seconds = wait.as_secs_f64();
+        let class = WAIT_BOUNDS.iter().position(|bound| seconds <= *bound).unwrap_or(WAIT_BOUNDS.len());
+        consumer.wait_classes[class] += 1;
         consumer.batches += 1;
         consumer.tokens += tokens;
         consumer.places += places;
@@ -180,6 +191,7 @@ impl Counters {
             bytes_per_second: per(consumer.bytes as f64, elapsed),
             wait_seconds: consumer.waited.as_secs_f64(),
             wait_share: per(consumer.waited.as_secs_f64(), elapsed),
+            wait_buckets: WAIT_BOUNDS.into_iter().chain([f64::MAX]).zip(consumer.wait_classes).collect(),
             wait_p50_seconds: percentile(0.50),
             wait_p99_seconds: percentile(0.99),
             queue_depth_mean: per(consumer.depth_sum as f64, consumer.batches as f64),

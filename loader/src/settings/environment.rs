@@ -8,10 +8,12 @@ use super::values::{boolean, size};
 use crate::error::{Error, Result};
 
 /// Variables of forebay that are not settings.
-pub(super) const OTHER_VARIABLES: [&str; 10] = [
+pub(super) const OTHER_VARIABLES: [&str; 12] = [
     "FOREBAY_CONFIG",
     "FOREBAY_STRICT_ENV",
     "FOREBAY_LOG",
+    "FOREBAY_METRICS",
+    "FOREBAY_SERVICE_TOKEN",
     "FOREBAY_TRACE",
     "FOREBAY_TRACE_LIMIT",
     "FOREBAY_PROGRESS",

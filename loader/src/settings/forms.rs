@@ -603,6 +603,45 @@ impl Form<Vec<String>> for Columns {
     }
 }
 
+/// Addresses of services, or none.
+pub(super) struct Addresses;
+
+/// Beginnings of addresses.
+const SCHEMES: [&str; 3] = ["unix:", "grpc://", "grpc+tls://"];
+
+impl Form<Vec<String>> for Addresses {
+    fn parse(&self, text: &str) -> Result<Vec<String>, Unfit> {
+        checked(self, if is_none(text) { Some(Vec::new()) } else { list(text) })
+    }
+
+    fn convert(&self, value: &Value) -> Result<Vec<String>, Unfit> {
+        checked(self, Some(Paths.convert(value)?))
+    }
+
+    fn holds(&self, addresses: &Vec<String>) -> bool {
+        let is_address = |address: &String| {
+            SCHEMES.iter().any(|scheme| address.strip_prefix(scheme).is_some_and(|place| !place.is_empty()))
+        };
+        addresses.iter().all(is_address)
+    }
+
+    fn print(&self, addresses: &Vec<String>) -> String {
+        if addresses.is_empty() { "none".to_owned() } else { list_text(addresses) }
+    }
+
+    fn value(&self, addresses: &Vec<String>) -> Value {
+        Value::List(addresses.iter().map(Value::from).collect())
+    }
+
+    fn accepts(&self) -> String {
+        "addresses such as `unix:PATH`, `grpc://HOST:PORT` and `grpc+tls://HOST:PORT`, or `none`".to_owned()
+    }
+
+    fn python(&self) -> String {
+        "str | Iterable[str]".to_owned()
+    }
+}
+
 /// A text of any kind.
 pub(super) struct Text {
     accepts: &'static str,

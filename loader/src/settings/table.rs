@@ -18,7 +18,7 @@ use super::config::{
     Split, Targets,
 };
 use super::forms::{
-    Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
+    Addresses, Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
     bytes, column, few_tokens, folder, number, signed_number, text, token_id, tokens,
 };
 use super::setting::Compared::{Always, AsOpened, ByCorpus, ByProgress, OrZero, WithBlocks, WithLanes};
@@ -314,6 +314,16 @@ settings! {
     storage_requests: u64 = 32,
         Operational, number(1, 4096), [TokenDataset, DataLoader];
 
+    /// Addresses of a service that computes the batches in place of this process: `unix:PATH`,
+    /// `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`. If a service does not answer, the loader takes
+    /// the next address. Batches and states are the same as without a service.
+    service: Vec<String> = Vec::new(),
+        Operational, Addresses, [DataLoader];
+
+    /// Seconds that a loader waits for a service before it fails. It tries all addresses meanwhile.
+    service_timeout: u64 = 60,
+        Operational, number(1, 86_400), [DataLoader];
+
     /// Gives batches in page-locked memory. Only `forebay.torch.DataLoader` can do this.
     pin_memory: bool = false,
         Operational, Switch, [TorchParameter];
@@ -343,6 +353,7 @@ mod tests {
         ("cache_bytes", "5GiB"),
         ("storage_endpoint", "http://localhost:9000"),
         ("storage_region", "eu-west-1"),
+        ("service", "unix:/run/a\\,b,grpc://host:1"),
         ("delivery_log", "out/the delivery log"),
     ];
 

@@ -203,6 +203,15 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
     storage_requests:
         Limit of the requests that a process has in flight at an object store. Default: 32.
         Accepted: an integer from 1 to 4096.
+    service:
+        Addresses of a service that computes the batches in place of this process: `unix:PATH`,
+        `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`. If a service does not answer, the loader takes
+        the next address. Batches and states are the same as without a service. Default: none.
+        Accepted: addresses such as `unix:PATH`, `grpc://HOST:PORT` and `grpc+tls://HOST:PORT`, or
+        `none`.
+    service_timeout:
+        Seconds that a loader waits for a service before it fails. It tries all addresses meanwhile.
+        Default: 60. Accepted: an integer from 1 to 86400.
     delivery_log:
         Folder where every rank writes a line for each batch it hands over. `forebay verify` proves
         the run from it. Default: none. Accepted: a folder, or `none`.
@@ -365,6 +374,8 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         storage_anonymous: bool | None = None,
         storage_timeout: int | None = None,
         storage_requests: int | None = None,
+        service: str | Iterable[str] | None = None,
+        service_timeout: int | None = None,
         delivery_log: str | os.PathLike[str] | None = None,
         # settings: end
         transform: Transform | None = None,
@@ -424,6 +435,8 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             storage_anonymous=storage_anonymous,
             storage_timeout=storage_timeout,
             storage_requests=storage_requests,
+            service=service,
+            service_timeout=service_timeout,
             delivery_log=delivery_log,
             # settings: end
         )

@@ -34,7 +34,7 @@ impl Loader {
         let plan_source = |index| session.plan_source(index, &epochs, &pass, padding);
         let sources = (0..session.opened.sources.list().len()).map(plan_source);
         let decodes =
-            session.opened.sources.list().iter().any(|source| source.reader.corpus().access() == Access::Block);
+            session.opened.sources.list().iter().any(|source| source.reader().corpus().access() == Access::Block);
         Ok(Plan {
             sources: sources.collect(),
             decoding: decodes.then(|| session.plan_decoding(&growth, &epochs, &pass)).transpose()?,
@@ -85,7 +85,7 @@ impl Session {
 
     fn plan_source(&self, index: usize, epochs: &EpochChain, pass: &PassPlan, padding: Option<f64>) -> SourcePlan {
         let source = &self.opened.sources.list()[index];
-        let corpus = source.reader.corpus();
+        let corpus = source.reader().corpus();
         let (extent, arrangement, order) = self.opened.sources.order_of(index, 0);
         let drawn_sequences = match self.opened.sources.mixture() {
             _ if pass.steps.is_none() => None,
@@ -110,8 +110,8 @@ impl Session {
             tail_tokens: extent.tail_tokens,
             row_tokens: extent.tokens,
             padding_places: self.padding_places(&extent, padding),
-            lost: source.reader.layout().lost(corpus.len()),
-            lengths_took: source.reader.lengths_took(),
+            lost: source.reader().layout().lost(corpus.len()),
+            lengths_took: source.reader().lengths_took(),
             drawn_sequences,
             arrangement,
             displacement: plan::displacement(&order, arrangement),
@@ -167,7 +167,7 @@ impl Session {
         let list = self.opened.sources.list();
         let ratios: Vec<f64> = list
             .iter()
-            .map(|source| source.reader.corpus().tokens() as f64 / source.reader.stream().len().max(1) as f64)
+            .map(|source| source.reader().corpus().tokens() as f64 / source.reader().stream().len().max(1) as f64)
             .collect();
         let windows = (0..list.len()).map(|index| match self.opened.sources.order_of(index, 0).1 {
             Arrangement::Block { lanes, window, .. } => lanes * window,
@@ -177,7 +177,7 @@ impl Session {
             grouping,
             steps: pass.steps.unwrap_or(u64::MAX >> 32),
             rows: &rows,
-            block_at: &|source, at| list[source].reader.block_at(at),
+            block_at: &|source, at| list[source].reader().block_at(at),
             tokens_per_stream_token: &|source| ratios[source],
             // A source with a small share goes through its windows slowly. All shares are assumed
             // to be equal.
@@ -193,7 +193,7 @@ impl Session {
 
     fn plan_memory(&self) -> MemoryPlan {
         let config = &self.config;
-        let corpora = || self.opened.sources.list().iter().map(|source| source.reader.corpus());
+        let corpora = || self.opened.sources.list().iter().map(|source| source.reader().corpus());
         let batch_bytes = self.batch_bytes as u64;
         let largest_block = corpora().map(|corpus| corpus.largest_block_bytes()).max().unwrap_or(0);
         let decoded_bytes = corpora().map(|corpus| corpus.decoded_bytes()).sum();
@@ -203,7 +203,7 @@ impl Session {
             held_blocks_bytes: config.num_threads.unwrap_or(1) * largest_block,
             cache_bytes: self.opened.cache.budget_bytes().min(decoded_bytes),
             index_bytes: corpora().map(|corpus| corpus.index_bytes()).sum::<u64>()
-                + self.opened.sources.list().iter().map(|source| source.reader.index_bytes()).sum::<u64>(),
+                + self.opened.sources.list().iter().map(|source| source.reader().index_bytes()).sum::<u64>(),
             budget_bytes: config.memory_budget,
         }
     }
