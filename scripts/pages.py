@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "bindings" / "python" / "forebay"
-COMMANDS = ("check", "index", "rewrite", "plan", "bench", "verify", "config")
+COMMANDS = ("check", "index", "rewrite", "plan", "serve", "top", "bench", "verify", "config")
 #: The sections of docs/python.md: a heading, a module, and its public names by their files.
 MODULES = (
     ("NumPy arrays", "forebay", {

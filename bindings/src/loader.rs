@@ -49,6 +49,7 @@ impl Loader {
             settings.resolved.refuse_pinning().map_err(|error| to_python(py, &error))?;
         }
         let inner = Arc::new(opened(py, settings.resolved.config.clone())?);
+        detached(py, || forebay_service::metrics::watch(&inner))?;
         notices::tell(py)?;
         Ok(Self { inner, process: std::process::id() })
     }
@@ -257,7 +258,7 @@ fn opened(py: Python<'_>, config: Config) -> PyResult<forebay::Loader> {
     let opening = {
         let cancel = cancel.clone();
         move || {
-            let opened = catch_unwind(AssertUnwindSafe(|| forebay::Loader::open_cancellable(config, &cancel)));
+            let opened = catch_unwind(AssertUnwindSafe(|| forebay_service::open(config, &cancel)));
             // If the caller no longer waits, the loader closes here.
             let _ = sender.send(opened);
         }

@@ -1,4 +1,5 @@
-//! The command line: `forebay config`, `check`, `index`, `rewrite`, `plan`, `bench` and `verify`.
+//! The command line: `forebay config`, `check`, `index`, `rewrite`, `plan`, `serve`, `top`, `bench`
+//! and `verify`.
 //!
 //! [`run`] takes arguments, environment and outputs, so that the binary, the Python package and the
 //! tests share it. Results go to the output. Warnings, notes and errors go to the error output.
@@ -20,9 +21,11 @@ mod progress;
 mod report;
 mod rewrite;
 mod sequential;
+mod serve;
 mod shard_reader;
 mod supervised;
 mod token_column;
+mod top;
 mod verify;
 mod whole_rows;
 
@@ -70,6 +73,10 @@ enum Command {
     Rewrite(rewrite::Options),
     /// Computes the steps, memory, shuffle distance and decoding of a run before it starts
     Plan(plan::Options),
+    /// Computes batches for consumers in other processes
+    Serve(serve::Options),
+    /// Shows the loaders of running processes
+    Top(top::Options),
     /// Measures throughput without a trainer
     Bench(bench::Options),
     /// Proves that every token was delivered once, in an epoch or in the delivery log of a run
@@ -268,6 +275,8 @@ fn run_command(command: &Command, context: &mut Context<'_>) -> Result<u8, Failu
         Command::Index(options) => index::run(options, context),
         Command::Rewrite(options) => rewrite::run(options, context),
         Command::Plan(options) => plan::run(options, context),
+        Command::Serve(options) => serve::run(options, context),
+        Command::Top(options) => top::run(options, context),
         Command::Bench(options) => bench::run(options, context),
         Command::Verify(options) => verify::run(options, context),
         Command::Settings { markdown } => print_settings(*markdown, context),

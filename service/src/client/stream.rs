@@ -1,0 +1,115 @@
+//! A stream of batches that goes on at another server.
+
+use std::sync::Arc;
+
+use arrow_flight::FlightData;
+use arrow_ipc::convert::try_schema_from_flatbuffer_bytes;
+use arrow_schema::SchemaRef;
+use forebay::loader::Cancel;
+use forebay::loader::served::{PassStart, ReceivedRows, RowFormat, RowStream};
+use forebay::{Config, Error, ErrorKind, Result};
+use tonic::Streaming;
+
+use super::connection::{Attempt, Connection, UNKNOWN};
+use super::{Patience, Service};
+use crate::protocol::rows::{Received, schema};
+use crate::protocol::ticket::Ticket;
+
+/// Smallest window of a stream, in bytes: that of HTTP/2 itself.
+const LEAST_WINDOW: usize = 64 << 10;
+/// Largest window of a stream, in bytes.
+const MOST_WINDOW: usize = 1 << 30;
+
+/// The batches of a pass, from any server.
+pub(super) struct ServedStream {
+    service: Arc<Service>,
+    config: Config,
+    format: RowFormat,
+    schema: SchemaRef,
+    /// Where the next batch begins, and the number of batches that are left.
+    start: PassStart,
+    window: u32,
+    live: Option<Live>,
+}
+
+struct Live {
+    // The stream is dropped before the connection that drives it.
+    messages: Streaming<FlightData>,
+    connection: Connection,
+}
+
+impl ServedStream {
+    pub(super) fn new(service: Arc<Service>, config: &Config, format: &RowFormat, start: &PassStart) -> Self {
+        let of_row = format.row_ids * format.ids.size()
+            + format.columns * format.fields.iter().map(|field| field.dtype.size()).sum::<usize>()
+            + format.columns / 8;
+        let bytes = (config.batch_size.saturating_mul(config.prefetch_batches) as usize).saturating_mul(of_row);
+        let window = bytes.clamp(LEAST_WINDOW, MOST_WINDOW) as u32;
+        let (config, format, schema) = (config.clone(), format.clone(), schema(format));
+        Self { service, config, format, schema, start: start.clone(), window, live: None }
+    }
+
+    /// Connects to the server whose turn it is, and asks for the batches that are left.
+    fn connect(&self, patience: &Patience, cancel: &Cancel) -> Result<Live, Attempt> {
+        let address = self.service.address(patience);
+        let mut connection = Connection::to(address, self.window, self.service.silence(), cancel)?;
+        let handle = match self.service.handle() {
+            Some(handle) => handle,
+            None => self.service.ask_over(&mut connection, &[], cancel)?.handle,
+        };
+        let mut got = connection.get(self.ticket(&handle), cancel);
+        if matches!(&got, Err(Attempt::Gone(reason)) if reason == UNKNOWN) {
+            let handle = self.service.ask_over(&mut connection, &[], cancel)?.handle;
+            got = connection.get(self.ticket(&handle), cancel);
+        }
+        let (messages, first) = got?;
+        let found = try_schema_from_flatbuffer_bytes(&first.data_header)
+            .map_err(|error| Error::new(ErrorKind::Data, "the service sent no schema").with_source(error))?;
+        if found != *self.schema {
+            return Err(Attempt::Fault(Error::new(
+                ErrorKind::Data,
+                format!("the service at `{address}` sends other columns: {found} there, {} here", self.schema),
+            )));
+        }
+        Ok(Live { messages, connection })
+    }
+
+    fn ticket(&self, handle: &str) -> Vec<u8> {
+        Ticket::of(handle, &self.config, &self.start).to_bytes()
+    }
+
+    /// The next message, from any server.
+    fn message(&mut self, cancel: &Cancel) -> Result<FlightData> {
+        let mut patience = Patience::new(self.service.timeout);
+        loop {
+            let live = match self.live.take() {
+                Some(live) => Ok(live),
+                None => self.connect(&patience, cancel),
+            };
+            let received = live.and_then(|mut live| {
+                let message = live.connection.message(&mut live.messages, cancel)?;
+                self.live = Some(live);
+                Ok(message)
+            });
+            match received {
+                Ok(message) => return Ok(message),
+                Err(Attempt::Fault(error)) => return Err(error),
+                Err(Attempt::Gone(reason)) => {
+                    let service = Arc::clone(&self.service);
+                    patience.wait(&service, &reason, cancel)?;
+                }
+            }
+        }
+    }
+}
+
+impl RowStream for ServedStream {
+    fn next(&mut self, cancel: &Cancel, take: &mut dyn FnMut(&ReceivedRows<'_>) -> Result<()>) -> Result<()> {
+        let message = self.message(cancel)?;
+        let received = Received::decode(&message, &self.schema)?;
+        received.rows(&self.format, take)?;
+        self.start.index += self.config.batch_size * self.config.dp_world_size.unwrap_or(1);
+        self.start.batches -= 1;
+        Ok(())
+    }
+}
