@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     stress = os.environ.get("FOREBAY_TEST_STRESS", "") not in ("", "0")
+    parser.addoption("--service", action="store_true", help="loaders take their batches from a service")
     parser.addoption("--stress", action="store_true", default=stress, help="corpora of 200M tokens, more repetitions")
 
 
@@ -38,6 +40,21 @@ def pytest_configure(config: pytest.Config) -> None:
     # Large corpora take their time; the limit stays a limit.
     if config.getoption("--stress"):
         config.option.timeout = 3600
+
+
+@pytest.fixture(scope="session", autouse=True)
+def service(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """With `--service`, switches all loaders of the run over to a server by the environment."""
+    if not pytestconfig.getoption("--service"):
+        yield
+        return
+    from serving import Server
+
+    root = tmp_path_factory.getbasetemp()
+    with Server("--under", root, "--idle", "5", listen=f"unix:{root / 'service'}") as server:
+        os.environ["FOREBAY_SERVICE"] = server.address
+        yield
+        del os.environ["FOREBAY_SERVICE"]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ const MOST: usize = 100;
 const FRAGMENTS: [&str; 3] = ["Of ", "As ", "That "];
 
 /// The folders with code.
-const FOLDERS: [&str; 7] = ["loader", "cli", "bindings", "benches", "tests", "examples", "scripts"];
+const FOLDERS: [&str; 8] = ["loader", "service", "cli", "bindings", "benches", "tests", "examples", "scripts"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
