@@ -95,7 +95,7 @@ make_venv() { # DIR GROUP...
 source_hash() {
   {
     find Cargo.toml Cargo.lock loader remote service cli bindings -type f \
-      \( -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.py' -o -name '*.pyi' -o -name '*.md' -o -name py.typed \) \
+      \( -name '*.rs' -o -name '*.toml' -o -name '*.lock' -o -name '*.py' -o -name '*.pyi' -o -name '*.md' -o -name '*.html' -o -name py.typed \) \
       -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
     "$1/bin/python" -VV
     cargo --version
