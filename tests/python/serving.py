@@ -16,16 +16,20 @@ LIMIT_S = 60
 
 
 class Server:
-    """A process that runs ``forebay serve``. It is killed at the end of the `with` block."""
+    """A process that runs ``forebay serve``. It is killed at the end of the `with` block.
 
-    def __init__(self, *arguments: str | Path, listen: str) -> None:
+    `environment` holds further variables.
+    """
+
+    def __init__(self, *arguments: str | Path, listen: str, **environment: str) -> None:
         self.address = listen
+        self._environment = clean_environment(**environment)
         self._command = [sys.executable, "-m", "forebay", "serve", *map(str, arguments), "--listen", listen]
         self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment()
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import stat
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +79,27 @@ def arrow(root: Path) -> Path:
     with ipc.new_file(str(path), table.schema) as writer:
         writer.write_table(table)
     return path
+
+
+#: Settings for the corpus `long`: batches of 33 kB.
+LONG: dict[str, Any] = {
+    "seq_len": 1024, "batch_size": 8, "shuffle": "block", "seed": 9, "window_tokens": 200_000, "prefetch_batches": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def long(root: Path) -> Path:
+    """A corpus of which most batches are not yet on their way when a server dies.
+
+    The window of a stream and the buffers of a socket hold some 20 batches of `LONG`.
+    """
+    folder = root / "long"
+    folder.mkdir()
+    for shard in range(SHARDS):
+        rows = [list(range(first, first + 2000)) for first in range(shard * 600_000, (shard + 1) * 600_000, 2000)]
+        table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
+        pq.write_table(table, folder / f"{shard}.parquet", row_group_size=50)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -235,15 +259,14 @@ def test_the_variable_switches_a_program_over(server: Server, corpus: Path) -> N
     assert server.address in served.split(" ", 1)[0] and server.address not in here
 
 
-def test_a_killed_server_costs_a_reconnect(root: Path, corpus: Path, tmp_path: Path) -> None:
-    settings = {**PLAIN, "shuffle": "block", "seed": 9, "window_tokens": 1000, "prefetch_batches": 1}
-    wanted = list(Loader(corpus, **settings, delivery_log=tmp_path / "here"))
+def test_a_killed_server_costs_a_reconnect(root: Path, long: Path, tmp_path: Path) -> None:
+    wanted = list(Loader(long, **LONG, delivery_log=tmp_path / "here"))
     with Server("--under", root, listen=f"unix:{tmp_path / 'socket'}") as server:
         found = []
-        loader = Loader(corpus, **settings, service=server.address, delivery_log=tmp_path / "served")
+        loader = Loader(long, **LONG, service=server.address, delivery_log=tmp_path / "served")
         for step, batch in enumerate(loader):
             found.append(batch)
-            if step % 40 == 20:
+            if step % 60 == 20:
                 server.kill()
                 server.start()
     assert len(found) == len(wanted) > 100
@@ -262,17 +285,16 @@ def test_a_killed_server_costs_a_reconnect(root: Path, corpus: Path, tmp_path: P
     assert hashes[0]
 
 
-def test_the_next_address_takes_over(root: Path, corpus: Path, tmp_path: Path) -> None:
-    settings = {**PLAIN, "prefetch_batches": 1}
+def test_the_next_address_takes_over(root: Path, long: Path, tmp_path: Path) -> None:
     first, second = (f"unix:{tmp_path / name}" for name in ("first", "second"))
     with Server("--under", root, listen=first) as one, Server("--under", root, listen=second):
-        loader = Loader(corpus, **settings, service=[first, second])
-        for step, (found, wanted) in enumerate(zip(loader, Loader(corpus, **settings), strict=True)):
+        loader = Loader(long, **LONG, service=[first, second])
+        for step, (found, wanted) in enumerate(zip(loader, Loader(long, **LONG), strict=True)):
             same(found, wanted)
             if step == 20:
                 one.stop()
     with pytest.raises(OSError, match=r"no service answered at .*first.*second.*within 1 s"):
-        next(iter(Loader(corpus, **settings, service=[first, second], service_timeout=1)))
+        next(iter(Loader(long, **LONG, service=[first, second], service_timeout=1)))
 
 
 def test_a_server_that_stops_ends_in_order(root: Path, corpus: Path, tmp_path: Path) -> None:
@@ -444,3 +466,150 @@ def test_closing_does_not_wait_for_a_silent_server(root: Path, corpus: Path, tmp
         began = time.monotonic()
         loader.close()
         assert time.monotonic() - began < 5
+
+
+def computing_threads() -> int:
+    """Number of threads of this process that compute batches in place of a server."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return names.count("forebay-stream")
+
+
+def test_this_process_computes_while_no_server_answers(root: Path, long: Path, tmp_path: Path) -> None:
+    wanted = list(Loader(long, **LONG))
+    fallback: dict[str, Any] = {"service_fallback": True, "index_dir": tmp_path / "index"}
+    found, computing = [], {}
+    with Server("--under", root, listen=f"unix:{tmp_path / 'socket'}") as server:
+        loader = Loader(long, **LONG, **fallback, service=server.address)
+        for step, batch in enumerate(loader):
+            found.append(batch)
+            computing[step] = computing_threads()
+            if step == 20:
+                server.kill()
+            if step == 100:
+                server.start()
+                # The consumer tries the server again after 2 s.
+                time.sleep(2.2)
+    assert len(found) == len(wanted) > 100
+    for step, (left, right) in enumerate(zip(found, wanted, strict=True)):
+        same(left, right, f"batch {step}")
+    assert [computing[step] for step in (20, 80, 150)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("case", ["plain", "pack-shifted", "fields", "documents", "wrap", "skips"])
+def test_no_server_is_needed_with_a_fallback(case: str, corpus: Path, tmp_path: Path) -> None:
+    settings = {**PLAIN, **CASES[case]}
+    fallback: dict[str, Any] = {"service_fallback": True, "index_dir": tmp_path / "index"}
+    here = Loader(corpus, **settings)
+    alone = Loader(corpus, **settings, **fallback, service=f"unix:{tmp_path / 'socket'}")
+    assert alone.state_dict() == here.state_dict()
+    for wanted, found in zip(here, alone, strict=True):
+        same(found, wanted)
+    same(alone.batch_at(1, epoch=0), here.batch_at(1, epoch=0), "batch_at")
+
+
+def test_a_fallback_needs_the_same_local_corpus_and_its_index(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    address = f"unix:{tmp_path / 'socket'}"
+    for given, words in [
+        ({}, "`service_fallback` needs the saved index of the data: set `index_dir` or `cache_dir`"),
+        ({"data": "s3://bucket/corpus", "index_dir": tmp_path / "index"}, "`service_fallback` needs local data"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            Loader(**{"data": corpus, **PLAIN, "service": address, "service_fallback": True, **given})
+    with Server(corpus, listen=address) as server:
+        loader = Loader(
+            corpus, **PLAIN, service=address, service_fallback=True, index_dir=tmp_path / "index", prefetch_batches=1
+        )
+        batches = iter(loader)
+        next(batches)
+        shutil.rmtree(corpus)
+        write_corpus(corpus, first=9000, documents=121)
+        server.kill()
+        with pytest.raises(Exception, match=r"this process has another corpus: its fingerprint is .* before"):
+            list(batches)
+
+
+NOBODY = 65534
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_socket_accepts_the_users_that_the_server_names(is_named: bool, corpus: Path) -> None:
+    program = """
+        import os, socket, sys
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(30)
+            peer.connect(sys.argv[1])
+            try:
+                peer.sendall(b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+                print(len(peer.recv(9)))
+            except ConnectionError:
+                print(0)
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "socket"
+        users = ["--user", str(NOBODY)] if is_named else []
+        with Server(corpus, *users, listen=f"unix:{path}") as server:
+            assert stat.S_IMODE(path.stat().st_mode) == (0o666 if is_named else 0o600)
+            # Without this, the file's mode would refuse.
+            path.chmod(0o666)
+            assert run_python(program, path).stdout.split() == (["9"] if is_named else ["0"])
+            # The own user gets batches.
+            assert len(list(Loader(corpus, **PLAIN, service=server.address))) > 100
+
+
+def certificate(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    """Certificate and key of a server at `localhost`, and the certificate of who signed it."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificates")
+    folder.mkdir()
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    for command in (
+        ["req", "-x509", *curve, "-subj", f"/CN={name}", "-keyout", "ca.key", "-out", "ca.pem"],
+        ["req", *curve, "-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "request"],
+        ["x509", "-req", "-in", "request", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names",
+         "-out", "cert.pem"],
+    ):  # fmt: skip
+        subprocess.run([openssl, *command], cwd=folder, check=True, capture_output=True)
+    return folder / "cert.pem", folder / "key.pem", folder / "ca.pem"
+
+
+def test_other_machines_need_tls_and_the_token(
+    root: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key, ca = certificate(tmp_path / "tls", "one")
+    _, _, other_ca = certificate(tmp_path / "other", "other")
+    (tmp_path / "token").write_text("a-token-that-nobody-guesses\n")
+    files = ["--tls-cert", cert, "--tls-key", key]
+    secret = {"FOREBAY_SERVICE_TOKEN": f"file:{tmp_path / 'token'}"}
+    for listen, given, words in [
+        ("grpc://0.0.0.0:0", secret, "it needs `grpc\\+tls://` and a token"),
+        ("grpc+tls://0.0.0.0:0", {}, "it needs `grpc\\+tls://` and a token"),
+        ("grpc+tls://0.0.0.0:0", {"FOREBAY_SERVICE_TOKEN": "short"}, "a token must have 16 to 4096 printable"),
+    ]:
+        with pytest.raises(AssertionError, match=words):
+            Server("--under", root, *files, listen=listen, **given)
+    with Server("--under", root, *files, listen="grpc+tls://0.0.0.0:0", **secret) as server:
+        place = "localhost:" + server.address.rpartition(":")[2]
+
+        def open_with(token: str, address: str) -> Loader:
+            monkeypatch.setenv("FOREBAY_SERVICE_TOKEN", token)
+            return Loader(corpus, **PLAIN, service=address, service_timeout=2)
+
+        secure = f"grpc+tls://{place}?ca={ca}"
+        for token in ("a-token-that-nobody-guesses", secret["FOREBAY_SERVICE_TOKEN"]):
+            for left, right in zip(open_with(token, secure), Loader(corpus, **PLAIN), strict=True):
+                same(left, right)
+        for token in ("", "a-token-that-somebody-guessed"):
+            with pytest.raises(OSError, match="the token is missing or wrong: set `FOREBAY_SERVICE_TOKEN`") as error:
+                open_with(token, secure)
+            assert "a-token" not in str(error.value)
+        for address in (f"grpc+tls://{place}?ca={other_ca}", f"grpc://{place}"):
+            with pytest.raises(OSError, match="no service answered at"):
+                open_with("a-token-that-nobody-guesses", address)
+        with pytest.raises(ConfigError, match="needs the certificates to trust"):
+            open_with("a-token-that-nobody-guesses", f"grpc+tls://{place}")

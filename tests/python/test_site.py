@@ -76,7 +76,13 @@ def test_the_page_of_options_comes_from_the_commands(tmp_path: Path) -> None:
 
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_code() -> None:
-    places = ("loader/src/**/*.rs", "remote/src/*.rs", "bindings/**/*.rs", "bindings/python/**/*.py")
+    places = (
+        "loader/src/**/*.rs",
+        "remote/src/*.rs",
+        "service/src/**/*.rs",
+        "bindings/**/*.rs",
+        "bindings/python/**/*.py",
+    )
     files = [path for place in places for path in ROOT.glob(place)]
     code = re.sub(r"\\\n\s*", "", "\n".join(path.read_text() for path in files))
     # Places for values are the same in the code and on the page.

@@ -74,6 +74,7 @@ class LoaderKeywords(TypedDict, total=False):
     storage_requests: int | None
     service: str | Iterable[str] | None
     service_timeout: int | None
+    service_fallback: bool | None
     pin_memory: bool | None
     delivery_log: str | os.PathLike[str] | None
     # settings: end
@@ -117,5 +118,6 @@ class DataLoaderKeywords(TypedDict, total=False):
     storage_requests: int | None
     service: str | Iterable[str] | None
     service_timeout: int | None
+    service_fallback: bool | None
     delivery_log: str | os.PathLike[str] | None
     # settings: end

@@ -411,6 +411,9 @@ class Loader(Generic[B]):
     service_timeout:
         Seconds that a loader waits for a service before it fails. It tries all addresses meanwhile.
         Default: 60. Accepted: an integer from 1 to 86400.
+    service_fallback:
+        Computes batches in this process while no service answers. Needs local data, and `index_dir`
+        or `cache_dir`. Takes a further `memory_budget` while it does so. Default: false.
     pin_memory:
         Gives batches in page-locked memory. Only `forebay.torch.DataLoader` can do this. Default:
         false.
@@ -615,6 +618,7 @@ class Loader(Generic[B]):
         storage_requests: int | None = None,
         service: str | Iterable[str] | None = None,
         service_timeout: int | None = None,
+        service_fallback: bool | None = None,
         pin_memory: bool | None = None,
         delivery_log: str | os.PathLike[str] | None = None,
         # settings: end
@@ -685,6 +689,7 @@ class Loader(Generic[B]):
             storage_requests=storage_requests,
             service=service,
             service_timeout=service_timeout,
+            service_fallback=service_fallback,
             pin_memory=pin_memory,
             delivery_log=delivery_log,
             # settings: end

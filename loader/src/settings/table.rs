@@ -18,8 +18,8 @@ use super::config::{
     Split, Targets,
 };
 use super::forms::{
-    Addresses, Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype, Switch,
-    bytes, column, few_tokens, folder, number, signed_number, text, token_id, tokens,
+    Addresses, Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype,
+    Switch, bytes, column, few_tokens, folder, number, signed_number, text, token_id, tokens,
 };
 use super::setting::Compared::{Always, AsOpened, ByCorpus, ByProgress, OrZero, WithBlocks, WithLanes};
 use super::setting::Role::{Content, Grouping, Operational, Peers, Rank};
@@ -323,6 +323,11 @@ settings! {
     /// Seconds that a loader waits for a service before it fails. It tries all addresses meanwhile.
     service_timeout: u64 = 60,
         Operational, number(1, 86_400), [DataLoader];
+
+    /// Computes batches in this process while no service answers. Needs local data, and `index_dir`
+    /// or `cache_dir`. Takes a further `memory_budget` while it does so.
+    service_fallback: bool = false,
+        Operational, Switch, [DataLoader];
 
     /// Gives batches in page-locked memory. Only `forebay.torch.DataLoader` can do this.
     pin_memory: bool = false,

@@ -98,6 +98,11 @@ impl Connection {
         Ok(Self { client, runtime, address: address.clone(), timeout })
     }
 
+    /// Sets the time after which a server that says nothing counts as gone.
+    pub(super) fn wait_for(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
     pub(super) fn address(&self) -> &Address {
         &self.address
     }
@@ -149,7 +154,7 @@ pub(super) const UNKNOWN: &str = "it does not know the corpus yet";
 
 /// Drives `future` on this thread until it is done, or `timeout` has passed. Fails soon after
 /// another thread sets `cancel`.
-fn block_on<T>(
+pub(super) fn block_on<T>(
     runtime: &Runtime,
     future: impl Future<Output = T>,
     timeout: Duration,

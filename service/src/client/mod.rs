@@ -1,12 +1,14 @@
 //! The consumer's side: a loader whose rows come from servers.
 //!
 //! Each stream has a connection of its own, on the thread that asks for its batches. If a server
-//! does not answer, the stream goes on at the next address, at the batch that it lacks.
+//! does not answer, the stream goes on at the next address, at the batch that it lacks. If none
+//! answers, it may go on in this process.
 
 mod connection;
+mod fallback;
 mod stream;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use forebay::loader::Cancel;
@@ -17,7 +19,9 @@ use forebay::{Config, Error, ErrorKind, Loader, Result};
 use crate::address::Address;
 use crate::protocol::description::Answer;
 use crate::protocol::request::Request;
+use crate::server::data_sets::DataSet;
 use connection::{Attempt, Connection};
+use fallback::Fallback;
 use stream::ServedStream;
 
 /// Opens a loader. If the settings name a service, its rows come from there.
@@ -28,7 +32,8 @@ pub fn open(config: Config, cancel: &Cancel) -> Result<Loader> {
     config.validate()?;
     let addresses = config.service.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>>>()?;
     let timeout = Duration::from_secs(config.service_timeout);
-    let service = Arc::new(Service { addresses, timeout, config: config.clone(), known: Mutex::default() });
+    let fallback = Fallback::of(&config)?;
+    let service = Arc::new(Service { addresses, timeout, config: config.clone(), known: Mutex::default(), fallback });
     let description = service.ask(&[], cancel)?.description;
     Loader::served(config, description, service)
 }
@@ -41,6 +46,8 @@ struct Service {
     config: Config,
     /// The first answer of a server. Later servers must have the same corpus.
     known: Mutex<Option<Answer>>,
+    /// The corpus in this process, if it may take the place of a server.
+    fallback: Option<Fallback>,
 }
 
 impl Service {
@@ -55,26 +62,45 @@ impl Service {
             match asked {
                 Ok(answer) => return Ok(answer),
                 Err(Attempt::Fault(error)) => return Err(error),
-                Err(Attempt::Gone(reason)) => patience.wait(self, &reason, cancel)?,
+                Err(Attempt::Gone(reason)) => {
+                    if let Some(fallback) = self.fallback_after(&patience) {
+                        return Ok(self.ask_fallback(fallback, shards)?.1);
+                    }
+                    patience.wait(self, &reason, cancel)?;
+                }
             }
         }
     }
 
     /// Asks the server of `connection` for the corpus. Fails if it is another one than before.
     fn ask_over(&self, connection: &mut Connection, shards: &[u64], cancel: &Cancel) -> Result<Answer, Attempt> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut shards = shards.to_vec();
-        shards.extend(known.iter().flat_map(|answer| &answer.description.sources).map(|source| source.shards));
-        let request = Request::of(&self.config, &shards)?.to_bytes();
-        let answer = connection.info(request, cancel)?;
-        match &mut *known {
-            None => *known = Some(answer.clone()),
-            Some(known) => {
-                check_same(connection.address(), &known.description, &answer.description)?;
-                known.handle.clone_from(&answer.handle);
-            }
-        }
-        Ok(answer)
+        let mut known = self.known();
+        let answer = connection.info(self.request(&known, shards)?.to_bytes(), cancel)?;
+        let place = format!("the service at `{}`", connection.address());
+        Ok(remember(&mut known, &place, answer)?)
+    }
+
+    /// Opens the corpus in this process. Fails if it is another one than the servers have.
+    fn ask_fallback(&self, fallback: &Fallback, shards: &[u64]) -> Result<(Arc<DataSet>, Answer)> {
+        let mut known = self.known();
+        let (set, answer) = fallback.open(&self.request(&known, shards)?)?;
+        let answer = remember(&mut known, "this process", answer)?;
+        Ok((set, answer))
+    }
+
+    /// The request for the corpus, with the numbers of shards that earlier answers spoke of.
+    fn request(&self, known: &Option<Answer>, shards: &[u64]) -> Result<Request> {
+        let known = known.iter().flat_map(|answer| &answer.description.sources).map(|source| source.shards);
+        Request::of(&self.config, &shards.iter().copied().chain(known).collect::<Vec<_>>())
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<Answer>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The corpus in this process, once an attempt at every address has failed.
+    fn fallback_after(&self, patience: &Patience) -> Option<&Fallback> {
+        self.fallback.as_ref().filter(|_| patience.attempts + 1 >= self.addresses.len())
     }
 
     /// Time after which a server that says nothing counts as gone. Each address has its turn before
@@ -84,7 +110,7 @@ impl Service {
     }
 
     fn handle(&self) -> Option<String> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|answer| answer.handle.clone())
+        self.known().as_ref().map(|answer| answer.handle.clone())
     }
 
     fn address(&self, patience: &Patience) -> &Address {
@@ -102,14 +128,25 @@ impl RowService for Service {
     }
 }
 
-/// Fails unless the server at `address` has the corpora that `known` describes, or the same with
-/// further shards.
-fn check_same(address: &Address, known: &OpenedDescription, found: &OpenedDescription) -> Result<()> {
+/// Keeps `answer` of `place` as the known one. Fails if an earlier answer told of other corpora.
+fn remember(known: &mut Option<Answer>, place: &str, answer: Answer) -> Result<Answer> {
+    match known {
+        None => *known = Some(answer.clone()),
+        Some(known) => {
+            check_same(place, &known.description, &answer.description)?;
+            known.handle.clone_from(&answer.handle);
+        }
+    }
+    Ok(answer)
+}
+
+/// Fails unless `place` has the corpora that `known` describes, or the same with further shards.
+fn check_same(place: &str, known: &OpenedDescription, found: &OpenedDescription) -> Result<()> {
     let names = |description: &OpenedDescription| -> Vec<String> {
         description.sources.iter().map(|source| source.name.clone()).collect()
     };
     if names(known) != names(found) || known.ids != found.ids {
-        return Err(other(address, "corpora", &format!("{:?}", names(found)), &format!("{:?}", names(known))));
+        return Err(other(place, "corpora", &format!("{:?}", names(found)), &format!("{:?}", names(known))));
     }
     for (known, found) in known.sources.iter().zip(&found.sources) {
         let part = |source: &SourceDescription| -> Option<PartDescription> {
@@ -118,19 +155,19 @@ fn check_same(address: &Address, known: &OpenedDescription, found: &OpenedDescri
         let (Some(before), now) = (part(known), part(found)) else { continue };
         let Some(now) = now else {
             let [now, before] = [found.shards, known.shards].map(|shards| format!("{shards} shards"));
-            return Err(other(address, "number of shards", &now, &before));
+            return Err(other(place, "number of shards", &now, &before));
         };
         if before != now {
-            return Err(other(address, "fingerprint", &now.fingerprint, &before.fingerprint));
+            return Err(other(place, "fingerprint", &now.fingerprint, &before.fingerprint));
         }
     }
     Ok(())
 }
 
-fn other(address: &Address, what: &str, now: &str, before: &str) -> Error {
+fn other(place: &str, what: &str, now: &str, before: &str) -> Error {
     Error::new(
         ErrorKind::Changed,
-        format!("the service at `{address}` has another corpus: its {what} is {now} there and was {before} before"),
+        format!("{place} has another corpus: its {what} is {now} there and was {before} before"),
     )
 }
 

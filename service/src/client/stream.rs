@@ -1,6 +1,7 @@
-//! A stream of batches that goes on at another server.
+//! A stream of batches that goes on at another server, or in this process.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow_flight::FlightData;
 use arrow_ipc::convert::try_schema_from_flatbuffer_bytes;
@@ -11,6 +12,7 @@ use forebay::{Config, Error, ErrorKind, Result};
 use tonic::Streaming;
 
 use super::connection::{Attempt, Connection, UNKNOWN};
+use super::fallback::LocalStream;
 use super::{Patience, Service};
 use crate::protocol::rows::{Received, schema};
 use crate::protocol::ticket::Ticket;
@@ -19,6 +21,9 @@ use crate::protocol::ticket::Ticket;
 const LEAST_WINDOW: usize = 64 << 10;
 /// Largest window of a stream, in bytes.
 const MOST_WINDOW: usize = 1 << 30;
+
+/// Time in which a server shows that it answers again. Meanwhile, no batch is computed.
+const GLANCE: Duration = Duration::from_secs(1);
 
 /// The batches of a pass, from any server.
 pub(super) struct ServedStream {
@@ -30,6 +35,8 @@ pub(super) struct ServedStream {
     start: PassStart,
     window: u32,
     live: Option<Live>,
+    /// The same batches from this process, while no server answers.
+    local: Option<LocalStream>,
 }
 
 struct Live {
@@ -46,13 +53,14 @@ impl ServedStream {
         let bytes = (config.batch_size.saturating_mul(config.prefetch_batches) as usize).saturating_mul(of_row);
         let window = bytes.clamp(LEAST_WINDOW, MOST_WINDOW) as u32;
         let (config, format, schema) = (config.clone(), format.clone(), schema(format));
-        Self { service, config, format, schema, start: start.clone(), window, live: None }
+        Self { service, config, format, schema, start: start.clone(), window, live: None, local: None }
     }
 
-    /// Connects to the server whose turn it is, and asks for the batches that are left.
-    fn connect(&self, patience: &Patience, cancel: &Cancel) -> Result<Live, Attempt> {
+    /// Connects to the server whose turn it is, and asks for the batches that are left. A server
+    /// that says nothing for `silence` is gone.
+    fn connect(&self, patience: &Patience, silence: Duration, cancel: &Cancel) -> Result<Live, Attempt> {
         let address = self.service.address(patience);
-        let mut connection = Connection::to(address, self.window, self.service.silence(), cancel)?;
+        let mut connection = Connection::to(address, self.window, silence, cancel)?;
         let handle = match self.service.handle() {
             Some(handle) => handle,
             None => self.service.ask_over(&mut connection, &[], cancel)?.handle,
@@ -78,24 +86,62 @@ impl ServedStream {
         Ticket::of(handle, &self.config, &self.start).to_bytes()
     }
 
-    /// The next message, from any server.
+    /// Connects to a server that answers again, while this process computes the batches.
+    fn back(&self, cancel: &Cancel) -> Result<Option<Live>> {
+        let mut patience = Patience::new(GLANCE);
+        for _ in &self.service.addresses {
+            match self.connect(&patience, GLANCE, cancel) {
+                Ok(mut live) => {
+                    live.connection.wait_for(self.service.silence());
+                    return Ok(Some(live));
+                }
+                Err(Attempt::Fault(error)) => return Err(error),
+                Err(Attempt::Gone(_)) => patience.attempts += 1,
+            }
+        }
+        Ok(None)
+    }
+
+    /// The next message, from any server or from this process.
     fn message(&mut self, cancel: &Cancel) -> Result<FlightData> {
-        let mut patience = Patience::new(self.service.timeout);
+        if let Some(mut local) = self.local.take() {
+            if local.is_due() {
+                self.live = self.back(cancel)?;
+                local.tried();
+            }
+            if self.live.is_none() {
+                let message = local.message(cancel)?;
+                self.local = Some(local);
+                return Ok(message);
+            }
+        }
+        let service = Arc::clone(&self.service);
+        let mut patience = Patience::new(service.timeout);
         loop {
             let live = match self.live.take() {
                 Some(live) => Ok(live),
-                None => self.connect(&patience, cancel),
+                None => self.connect(&patience, service.silence(), cancel),
             };
             let received = live.and_then(|mut live| {
                 let message = live.connection.message(&mut live.messages, cancel)?;
                 self.live = Some(live);
+                if let Some(fallback) = &service.fallback {
+                    fallback.close_unused();
+                }
                 Ok(message)
             });
             match received {
                 Ok(message) => return Ok(message),
                 Err(Attempt::Fault(error)) => return Err(error),
                 Err(Attempt::Gone(reason)) => {
-                    let service = Arc::clone(&self.service);
+                    if let Some(fallback) = service.fallback_after(&patience) {
+                        let (set, answer) = service.ask_fallback(fallback, &[])?;
+                        let ticket = Ticket::of(&answer.handle, &self.config, &self.start);
+                        let mut local = LocalStream::begin(&set, ticket, cancel)?;
+                        let message = local.message(cancel)?;
+                        self.local = Some(local);
+                        return Ok(message);
+                    }
                     patience.wait(&service, &reason, cancel)?;
                 }
             }

@@ -18,21 +18,21 @@ use crate::protocol::request::{Request, absolute, is_carried};
 
 /// An opened corpus or mixture.
 #[derive(Debug)]
-pub(super) struct DataSet {
-    pub(super) handle: String,
-    pub(super) opened: Arc<Opened>,
+pub(crate) struct DataSet {
+    pub(crate) handle: String,
+    pub(crate) opened: Arc<Opened>,
     /// Type of the ids that travel.
-    pub(super) ids: Dtype,
+    pub(crate) ids: Dtype,
     streams: AtomicUsize,
     used: Mutex<Instant>,
 }
 
 /// A stream that uses a data set, which stays open meanwhile.
 #[derive(Debug)]
-pub(super) struct InUse(pub(super) Arc<DataSet>);
+pub(crate) struct InUse(pub(crate) Arc<DataSet>);
 
 impl InUse {
-    pub(super) fn new(set: &Arc<DataSet>) -> Self {
+    pub(crate) fn new(set: &Arc<DataSet>) -> Self {
         set.streams.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(set))
     }
@@ -50,7 +50,7 @@ type Place = Arc<Mutex<Option<Arc<DataSet>>>>;
 
 /// All data sets of a server.
 #[derive(Debug)]
-pub(super) struct DataSets {
+pub(crate) struct DataSets {
     config: Config,
     fixed: Vec<String>,
     /// The corpora that the configuration names, by absolute paths.
@@ -62,12 +62,12 @@ pub(super) struct DataSets {
     places: Mutex<HashMap<Vec<(String, String)>, Place>>,
 }
 
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DataSets {
-    pub(super) fn new(options: &Options) -> Result<Self> {
+    pub(crate) fn new(options: &Options) -> Result<Self> {
         let all = |paths: &[String]| -> Vec<String> { paths.iter().map(|path| absolute(path)).collect() };
         let mut named: Vec<Vec<String>> = options.also.iter().map(|paths| all(paths)).collect();
         named.extend(options.config.corpora()?.iter().map(|(_, paths)| all(paths)).filter(|paths| !paths.is_empty()));
@@ -86,7 +86,7 @@ impl DataSets {
     }
 
     /// The data set that `request` asks for. Opens it if no consumer has asked for it before.
-    pub(super) fn get(&self, request: &Request) -> Result<(Arc<DataSet>, OpenedDescription)> {
+    pub(crate) fn get(&self, request: &Request) -> Result<(Arc<DataSet>, OpenedDescription)> {
         let config = self.config_of(request)?;
         let key = Request::of(&config, &[])?.settings;
         let place = Arc::clone(lock(&self.places).entry(key.clone()).or_default());
@@ -117,7 +117,7 @@ impl DataSets {
     }
 
     /// The data set with a handle.
-    pub(super) fn by_handle(&self, handle: &str) -> Option<Arc<DataSet>> {
+    pub(crate) fn by_handle(&self, handle: &str) -> Option<Arc<DataSet>> {
         let places: Vec<Place> = lock(&self.places).values().cloned().collect();
         places.iter().find_map(|place| {
             // A place that is being opened has no handle yet.
@@ -127,7 +127,7 @@ impl DataSets {
     }
 
     /// Closes data sets that no consumer has used for the time of `idle`.
-    pub(super) fn close_idle(&self) {
+    pub(crate) fn close_idle(&self) {
         lock(&self.places).retain(|_, place| {
             let Ok(found) = place.try_lock() else { return true };
             found

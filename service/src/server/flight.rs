@@ -124,7 +124,8 @@ impl FlightService for Flight {
         let ticket = Ticket::parse(&request.into_inner().ticket).map_err(|error| status(&error))?;
         let set = self.sets.by_handle(&ticket.handle).ok_or_else(|| unknown_handle(&ticket.handle))?;
         let (messages, received) = tokio::sync::mpsc::channel(QUEUE);
-        let stream = Stream { set: InUse::new(&set), ticket, messages, draining: Arc::clone(&self.draining) };
+        let (set, draining) = (InUse::new(&set), Arc::clone(&self.draining));
+        let stream = Stream { set, ticket, messages, draining, is_watched: true };
         stream.start().map_err(|error| Status::unavailable(format!("cannot start a thread: {error}")))?;
         Ok(Response::new(Box::pin(ReceiverStream::new(received))))
     }

@@ -3,10 +3,10 @@
 //! [`serve`] runs until it is told to stop. A server holds no position. Each stream has a session
 //! of its own over corpora that all streams share.
 
-mod data_sets;
+pub(crate) mod data_sets;
 mod flight;
 mod sockets;
-mod streams;
+pub(crate) mod streams;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -18,7 +18,7 @@ use crate::protocol::rows;
 use crate::protocol::ticket::Ticket;
 
 /// Messages that wait for the connection.
-pub(super) const QUEUE: usize = 2;
+pub(crate) const QUEUE: usize = 2;
 /// Worker threads of a stream, unless `num_threads` sets another number.
 const THREADS: u64 = 2;
 /// Longest time between two looks at a stop.
@@ -26,12 +26,14 @@ const SLICE: Duration = Duration::from_millis(100);
 
 /// A stream that has not begun.
 #[derive(Debug)]
-pub(super) struct Stream {
-    pub(super) set: InUse,
-    pub(super) ticket: Ticket,
-    pub(super) messages: Sender<Result<FlightData, Status>>,
+pub(crate) struct Stream {
+    pub(crate) set: InUse,
+    pub(crate) ticket: Ticket,
+    pub(crate) messages: Sender<Result<FlightData, Status>>,
     /// Whether the server stops. The server sets it, and streams look at it between two batches.
-    pub(super) draining: Arc<AtomicBool>,
+    pub(crate) draining: Arc<AtomicBool>,
+    /// Whether the metrics of this process show the stream.
+    pub(crate) is_watched: bool,
 }
 
 /// The settings of the session that gives the batches of `ticket`.
@@ -46,7 +48,7 @@ pub(super) fn config_of(opened: &Config, ids: Dtype, ticket: &Ticket) -> Result<
 
 impl Stream {
     /// Starts a thread that sends all batches. It ends when the consumer goes away.
-    pub(super) fn start(self) -> std::io::Result<()> {
+    pub(crate) fn start(self) -> std::io::Result<()> {
         std::thread::Builder::new().name("forebay-stream".to_owned()).spawn(move || {
             if let Err(error) = self.send_all() {
                 // A consumer that went away needs no error.
@@ -61,7 +63,9 @@ impl Stream {
         let config = config_of(set.opened.config(), set.ids, &self.ticket)?;
         let ignore_index = config.ignore_index;
         let loader = Arc::new(Loader::new(&set.opened, config)?);
-        crate::metrics::watch(&loader)?;
+        if self.is_watched {
+            crate::metrics::watch(&loader)?;
+        }
         let format = loader.row_format(set.ids);
         let schema = rows::schema(&format);
         if self.messages.blocking_send(Ok(rows::schema_message(&schema))).is_err() {

@@ -212,6 +212,9 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
     service_timeout:
         Seconds that a loader waits for a service before it fails. It tries all addresses meanwhile.
         Default: 60. Accepted: an integer from 1 to 86400.
+    service_fallback:
+        Computes batches in this process while no service answers. Needs local data, and `index_dir`
+        or `cache_dir`. Takes a further `memory_budget` while it does so. Default: false.
     delivery_log:
         Folder where every rank writes a line for each batch it hands over. `forebay verify` proves
         the run from it. Default: none. Accepted: a folder, or `none`.
@@ -376,6 +379,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
         storage_requests: int | None = None,
         service: str | Iterable[str] | None = None,
         service_timeout: int | None = None,
+        service_fallback: bool | None = None,
         delivery_log: str | os.PathLike[str] | None = None,
         # settings: end
         transform: Transform | None = None,
@@ -437,6 +441,7 @@ class DataLoader(torch.utils.data.DataLoader[_T_co]):
             storage_requests=storage_requests,
             service=service,
             service_timeout=service_timeout,
+            service_fallback=service_fallback,
             delivery_log=delivery_log,
             # settings: end
         )
