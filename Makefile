@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples docs/site scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos generate fmt docs demo bench bench-all bench-workers bench-layouts bench-regression doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft test-service tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos generate fmt docs demo bench bench-all bench-workers bench-layouts bench-regression doc clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test-python: ## Run the Python tests on .venv
 
 test-ft: ## Run the Python tests on free-threaded CPython (python3.14t): one by one, then each in several threads at once
 	@$(PYTHON) scripts/test.py ft parallel
+
+test-service: ## Run the tests of the order contract with loaders that take their batches from a service
+	@$(PYTHON) scripts/test.py service
 
 tsan: ## Run the Rust tests of the core under ThreadSanitizer (needs nightly Rust with rust-src)
 	@$(PYTHON) scripts/test.py tsan

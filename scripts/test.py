@@ -2,7 +2,7 @@
 
     test.py [--stress] LANE...
 
-Lanes: rust, python, ft, parallel, tsan, trainers, trainers-more, hostile.
+Lanes: rust, python, ft, parallel, service, tsan, trainers, trainers-more, hostile.
 
 Counts come from the closing lines of the runners. A lane that breaks before it can count, such as
 by a compile error or a crash, is one failure. A lane that cannot run on this machine is named as
@@ -168,6 +168,7 @@ support.run_python
 support.json_from
 subprocess.run
 subprocess.Popen
+serving.Server
 os.fork
 signal.signal
 sys.setswitchinterval
@@ -213,6 +214,7 @@ def main() -> int:
         "python": lambda lane: pytest(lane, ".venv", "test", *options),
         "ft": lambda lane: free_threaded(lane, *options),
         "parallel": lambda lane: parallel(lane, *options),
+        "service": lambda lane: pytest(lane, ".venv", "test", "--service", "-k", "contract", *options),
         "tsan": tsan,
         "trainers": lambda lane: trainers(lane, "trainers"),
         "trainers-more": lambda lane: trainers(lane, "trainers", "trainers-more"),

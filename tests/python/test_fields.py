@@ -265,7 +265,8 @@ def test_labels_of_64_bits_take_four_bytes_if_they_fit(
             table, path, data_page_version=page, write_statistics=statistics, use_dictionary=encoding == "dictionary",
             column_encoding={leaf: names[encoding]} if encoding in names else None, row_group_size=16,
         )  # fmt: skip
-        with forebay.Loader(path, seq_len=16, batch_size=8, fields=["labels"]) as loader:
+        # A consumer of a service decodes nothing.
+        with forebay.Loader(path, seq_len=16, batch_size=8, fields=["labels"], service=[]) as loader:
             found = np.concatenate([batch["labels"] for batch in loader])
             decoded = loader.stats()["decoded_bytes"]
         assert found.dtype == np.int64
