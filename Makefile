@@ -91,7 +91,7 @@ fmt: ## Format Rust and Python
 	.venv/bin/ruff format $(SOURCES)
 	.venv/bin/ruff check --fix $(SOURCES)
 
-demo: ## Train a small GPT on Python's own sources, kill and resume it, fine-tune it, compare with PyTorch's loader; ARGS=--quick shows the idea in two minutes, without torch
+demo: ## Train a small GPT on Python's own sources, kill and resume it, train through a service, fine-tune it, compare with PyTorch's loader; ARGS=--quick shows the idea in two minutes, without torch
 	@$(PYTHON) examples/announce.py $(ARGS)
 ifneq ($(filter --quick,$(ARGS)),)
 	@$(SETUP) venv .venv build quick

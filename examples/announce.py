@@ -30,7 +30,7 @@ def main() -> None:
     if not built:
         print("             crates from crates.io (about 40 MB), unless cargo has them already")
         print(f"  compile    Forebay's wheel: about {'2' if quick else '5'} minutes on two cores, once")
-    print(f"  run        {'under a minute' if quick else 'about 5 minutes on two cores'}")
+    print(f"  run        {'under a minute' if quick else 'about 6 minutes on two cores'}")
     print(f"  disk       {'1' if quick else '10'} GB at most: .venv, out/demo, and compiled crates in ~/.cache/forebay")
     print("  afterwards `make clean` removes .venv and out")
     free_gb = shutil.disk_usage(ROOT).free / 1e9

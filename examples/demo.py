@@ -1,4 +1,5 @@
-"""Tokenises real text, trains, is killed, resumes exactly, fine-tunes, and compares with PyTorch.
+"""Tokenises real text, trains, is killed, resumes exactly, and trains through a service. Then it
+fine-tunes, and compares with PyTorch.
 
 `make demo` runs this program. `FOREBAY_DEMO_QUICK=1` takes about a minute and is meant for
 continuous integration. Everything that the program makes is in `out/demo`. It ends with status 1 if
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +24,10 @@ import fine_tune
 QUICK = os.environ.get("FOREBAY_DEMO_QUICK") == "1"
 OUT = Path("out/demo")
 STEPS, CHECKPOINT_EVERY = (24, 8) if QUICK else (120, 20)
+SERVICE_STEPS = max(24, STEPS // 2)
 FINE_TUNING_STEPS, EXAMPLES_COUNT = (12, 300) if QUICK else (60, 2000)
+#: Time without a step after which training counts as waiting, in seconds.
+PAUSE_S = 5
 COMPARISON_TOKENS = 8_000_000 if QUICK else 50_000_000
 EXAMPLES = Path(__file__).resolve().parent
 
@@ -37,12 +42,11 @@ def claim(holds: bool, text: str) -> None:
     print(f"   holds: {text}", flush=True)
 
 
-def start_training(out: Path, *options: str) -> subprocess.Popen:
+def start_training(out: Path, *options: str, **environment: str) -> subprocess.Popen:
     script, data = str(EXAMPLES / "train_gpt.py"), str(OUT / "parquet")
     lengths = ("--steps", str(STEPS), "--checkpoint-every", str(CHECKPOINT_EVERY))
-    return subprocess.Popen(
-        [sys.executable, script, data, "--out", str(out), *lengths, *options], stdin=subprocess.DEVNULL
-    )
+    command = [sys.executable, script, data, "--out", str(out), *lengths, *options]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
 
 
 def read_log(out: Path) -> list[dict]:
@@ -126,6 +130,55 @@ def show_resume() -> dict:
     return {**summary, "difference": difference, "killed_at": before[-1]["step"], "repeated": repeated}
 
 
+def start_server(address: str) -> subprocess.Popen:
+    """Starts a service for the corpus. Returns when it listens."""
+    command = [sys.executable, "-m", "forebay", "serve", str(OUT / "parquet"), "--listen", address]
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    line = server.stdout.readline().strip()
+    claim(line == f"ready at {address}", "the server listens at a Unix socket")
+    return server
+
+
+def show_service() -> None:
+    """Trains with batches of another process, which is killed and started again meanwhile."""
+    out, expected = OUT / "run-served", {line["step"]: line for line in read_log(OUT / "run-undisturbed")}
+    shutil.rmtree(out, ignore_errors=True)
+    kill_step = 2
+    heading(f"Training for {SERVICE_STEPS} steps through a service, to be killed at step {kill_step}")
+    processes = []
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"unix:{folder}/socket"
+        try:
+            processes.append(start_server(address))
+            # Few batches are on their way when the server dies.
+            environment = {"FOREBAY_SERVICE": address, "FOREBAY_PREFETCH_BATCHES": "1"}
+            processes.append(start_training(out, "--steps", str(SERVICE_STEPS), **environment))
+            server, training = processes
+            while training.poll() is None and not any(line["step"] >= kill_step for line in read_log(out)):
+                time.sleep(0.002)
+            server.kill()
+            claim(server.wait() == -signal.SIGKILL, "the server was killed by SIGKILL")
+            step, stands = 0, time.monotonic()
+            while training.poll() is None and time.monotonic() - stands < PAUSE_S:
+                time.sleep(0.1)
+                if (now := len(read_log(out))) > step:
+                    step, stands = now, time.monotonic()
+            claim(step < SERVICE_STEPS and training.poll() is None, f"training waits for a server after step {step}")
+            processes.append(start_server(address))
+            claim(training.wait() == 0, "training went on in the same process, without a checkpoint")
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+    found = read_log(out)
+    claim([line["step"] for line in found] == list(range(1, SERVICE_STEPS + 1)), "it ran to the end")
+    claim(
+        all(line["batch"] == expected[line["step"]]["batch"] for line in found),
+        f"all {len(found)} batches are byte for byte those of a loader in the training process",
+    )
+
+
 def show_fine_tuning() -> None:
     heading(f"Fine-tuning the trained model for {FINE_TUNING_STEPS} steps, on {EXAMPLES_COUNT} prompts and answers")
     path = OUT / "examples.parquet"
@@ -163,7 +216,10 @@ def show_comparison() -> dict:
 
 def main() -> None:
     started = time.monotonic()
-    print("Makes a corpus, trains twice, kills and resumes one training, fine-tunes, and compares: some 5 minutes.")
+    print(
+        "Makes a corpus, trains twice, kills and resumes one training, trains through a service, fine-tunes, and"
+        " compares: some 6 minutes."
+    )
     heading("Making a corpus of Python's own standard library")
     made = corpus.prepare(OUT, COMPARISON_TOKENS, compare.BATCH_SIZE * compare.SEQ_LEN)
     print(
@@ -173,6 +229,7 @@ def main() -> None:
         f" {made['repetitions']} times: {made['comparison_tokens'] / 1e6:.1f} M tokens"
     )
     training = show_resume()
+    show_service()
     show_fine_tuning()
     report = show_comparison()
     heading(f"Results, after {time.monotonic() - started:.0f} s")
