@@ -34,7 +34,7 @@ test-python: ## Run the Python tests on .venv
 	@$(PYTHON) scripts/test.py python
 
 test-ft: ## Run the Python tests on free-threaded CPython (python3.14t): one by one, then each in several threads at once
-	@$(PYTHON) scripts/test.py ft parallel
+	@$(PYTHON) scripts/test.py $(ARGS) ft parallel
 
 test-service: ## Run the tests of the order contract with loaders that take their batches from a service
 	@$(PYTHON) scripts/test.py service

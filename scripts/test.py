@@ -127,7 +127,7 @@ def pytest(lane: Lane, venv: str, group: str, *arguments: str) -> None:
         arguments = ("-m", "not hostile", *arguments)
         notes.append("tests of hostile things (`make hostile` runs them)")
     if lane.name == "ft" and "--stress" not in arguments:
-        notes.append("two of three cells of the matrices")
+        notes.append("two of three cells of the matrices; files that do not depend on the interpreter (--stress)")
     if set_up(lane, "venv", venv, group) and set_up(lane, "wheel", venv):
         run(lane, f"{venv}/bin/python", "-m", "pytest", "tests/python", "-q", "-ra", *arguments)
         if not os.environ.get("FOREBAY_TEST_FILES"):

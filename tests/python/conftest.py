@@ -65,13 +65,28 @@ def stress(pytestconfig: pytest.Config) -> bool:
 #: Tests of what the Rust core reads, in very many cells. It is the same code without a GIL.
 MATRICES = ("test_conformance.py", "test_layouts.py", "test_batch_conformance.py", "test_bombs.py", "test_damage.py")
 
+#: Tests of content, pages and commands. Most of their time goes by in Rust, in other processes, or
+#: in the reference, so that an interpreter without a GIL changes nothing about them.
+ELSEWHERE = (
+    "test_check_fields.py", "test_checksums.py", "test_columns.py", "test_config.py", "test_docs.py",
+    "test_document_ends.py", "test_examples.py", "test_flat.py", "test_format_consumers.py", "test_kill.py",
+    "test_lengths.py", "test_long_runs.py", "test_monitoring.py", "test_order.py", "test_packed_files.py",
+    "test_packed_models.py", "test_public_files.py", "test_remote.py", "test_rewrite_flat.py", "test_service.py",
+    "test_site.py", "test_verify_layouts.py", "test_vocabulary.py",
+)  # fmt: skip
+#: The example of these that is made for an interpreter without a GIL.
+HERE = "eight_consumers"
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GIL, keeps each third cell of the matrices, unless the run is asked for more."""
+    """Without a GIL, keeps each third cell of the matrices, and leaves out what does not depend on
+    the interpreter, unless the run is asked for more.
+    """
     if getattr(sys, "_is_gil_enabled", lambda: True)() or config.getoption("--stress"):
         return
     cells = [item for item in items if item.path.name in MATRICES]
     left_out = {item for number, item in enumerate(cells) if number % 3}
+    left_out |= {item for item in items if item.path.name in ELSEWHERE and HERE not in item.name}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 
