@@ -197,6 +197,7 @@ impl Loader {
         dict.set_item("fill_seconds", stats.fill_seconds)?;
         dict.set_item("decoded_blocks", stats.decoded_blocks)?;
         dict.set_item("decoded_bytes", stats.decoded_bytes)?;
+        dict.set_item("found_blocks", stats.found_blocks)?;
         let pages = PyDict::new(py);
         pages.set_item("plain", stats.decoded_pages.plain)?;
         pages.set_item("dictionary", stats.decoded_pages.dictionary)?;
@@ -206,6 +207,8 @@ impl Loader {
         dict.set_item("decoded_pages", pages)?;
         dict.set_item("cache_bytes", stats.cache_bytes)?;
         dict.set_item("buffer_bytes", stats.buffer_bytes)?;
+        dict.set_item("storage_requests", stats.storage.requests)?;
+        dict.set_item("storage_bytes", stats.storage.bytes)?;
         let sources = stats.sources.iter().map(|source| {
             let dict = PyDict::new(py);
             dict.set_item("name", &source.name)?;

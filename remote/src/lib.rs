@@ -25,6 +25,7 @@ use futures_util::StreamExt;
 use crate::backend::Backend;
 pub use crate::error::{Error, Kind};
 use crate::transport::Transport;
+pub use crate::transport::traffic;
 
 /// Settings of a client.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

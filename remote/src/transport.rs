@@ -1,5 +1,6 @@
 //! Sends requests: limits those in flight, and waits as long as a server asks.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,6 +12,17 @@ use tokio::sync::Semaphore;
 
 /// Longest wait that a server may ask for. The deadline of the call ends it earlier.
 const MOST_SECONDS: u64 = 300;
+
+/// Requests of this process, and the bytes of their answers.
+static REQUESTS: AtomicU64 = AtomicU64::new(0);
+static BYTES: AtomicU64 = AtomicU64::new(0);
+
+/// The number of requests that this process has sent, and the bytes of the answers as their headers
+/// tell them.
+pub fn traffic() -> (u64, u64) {
+    // The counters are statistics: no other memory depends on them.
+    (REQUESTS.load(Ordering::Relaxed), BYTES.load(Ordering::Relaxed))
+}
 
 /// The way of all requests of a client.
 #[derive(Clone, Debug)]
@@ -74,6 +86,8 @@ struct Service {
 impl HttpService for Service {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let place = self.transport.place().await;
+        let has_body = request.method() != "HEAD";
+        REQUESTS.fetch_add(1, Ordering::Relaxed);
         let answer = self.inner.execute(request).await;
         drop(place);
         if let Err(error) = &answer {
@@ -88,6 +102,8 @@ impl HttpService for Service {
         if matches!(answer.status().as_u16(), 408 | 429 | 500..) {
             self.transport.note(format!("status {}", answer.status().as_u16()));
         }
+        let length = answer.headers().get("content-length").and_then(|value| value.to_str().ok()?.parse().ok());
+        BYTES.fetch_add(length.filter(|_| has_body).unwrap_or(0), Ordering::Relaxed);
         let retry_after = answer.headers().get("retry-after").and_then(|value| value.to_str().ok());
         let retry_after = retry_after.map(str::to_owned);
         wait_if_asked(answer.status().as_u16(), retry_after.as_deref()).await;

@@ -215,3 +215,5 @@ def test_the_pass_that_follows_finds_its_first_block_decoded(tmp_path: Path) -> 
                 time.sleep(0.001)
             assert sum(1 for _ in batches) == 10
             assert loader.stats()["decoded_blocks"] == 8 * (epoch + 1) + 1
+        # Every row but those of the windows reads one block or two, which a worker has prepared.
+        assert loader.stats()["found_blocks"] > 2 * 400_000 // 64 // 2

@@ -27,23 +27,28 @@ class Stats(dict[str, Any]):
     - ``elapsed_seconds`` (seconds): time since the first request for a batch.
     - ``tokens_per_second`` (tokens per second): `tokens` over `elapsed_seconds`.
     - ``bytes_per_second`` (bytes per second): `bytes` over `elapsed_seconds`.
-    - ``wait_seconds`` (seconds): time that all consumers together waited for batches.
+    - ``wait_seconds`` (seconds): time that all consumers together waited for batches, or computed
+      them.
     - ``wait_share`` (0 to 1): `wait_seconds` over `elapsed_seconds`.
     - ``wait_p50_seconds`` (seconds): median wait of the last 8192 requests.
     - ``wait_p99_seconds`` (seconds): wait that 99 % of the last 8192 requests did not exceed.
     - ``queue_depth_mean`` (batches): batches that were ready when a consumer asked, in the mean.
     - ``decode_seconds`` (seconds): time that each worker decoded blocks, or waited for another
       worker to decode one. The last value is the time of consumers that computed a batch.
-    - ``fill_seconds`` (seconds): time that each worker wrote rows. The last value is the time of
+    - ``fill_seconds`` (seconds): elapsed time in which each worker wrote rows. The last value is the time of
       consumers that computed a batch.
     - ``decoded_blocks`` (blocks): blocks that were decoded. A block that is decoded twice counts
       twice.
     - ``decoded_bytes`` (bytes): size of these blocks after decoding.
+    - ``found_blocks`` (reads): reads of rows that found their block decoded, or being decoded.
     - ``decoded_pages`` (pages): pages of Parquet, by the decoder that read them. The value
       ``row_groups_by_arrow`` counts row groups that the arrow reader decoded.
     - ``cache_bytes`` (bytes): decoded blocks in memory now.
     - ``buffer_bytes`` (bytes): memory of batches now: in flight, held by consumers, and kept for
       reuse.
+    - ``storage_requests`` (requests): requests that this process sent to object stores and web
+      servers, those of other loaders included.
+    - ``storage_bytes`` (bytes): size of their answers.
     - ``sources`` (list): `name`, `sequences`, `tokens`, `epochs` and `share` (0 to 1) of each
       source of a mixture, over all ranks.
     """

@@ -24,6 +24,7 @@ use crate::pipeline::affinity::Placement;
 use crate::read::SessionId;
 use crate::settings::environment;
 use crate::settings::{Config, Epochs, default_threads};
+use crate::storage;
 use crate::sync::{ForkGuard, lock};
 
 #[derive(Debug)]
@@ -200,11 +201,14 @@ impl Session {
         Stats {
             decoded_blocks,
             decoded_bytes,
+            found_blocks: cache.found_blocks(),
             decoded_pages: cache.decoded_pages(),
             sources: self.source_stats(),
             lost: self.opened.sources.lost(),
             cache_bytes: cache.used_bytes(),
             buffer_bytes: self.pool.held_bytes() as u64,
+            storage: storage::traffic(),
+            is_served: self.is_served(),
             ..self.counters.snapshot()
         }
     }

@@ -12,6 +12,7 @@ use crossbeam::utils::CachePadded;
 
 use crate::format::DecodedPages;
 use crate::layout::Lost;
+use crate::storage::Traffic;
 use crate::sync::lock;
 
 /// Number of waits kept for the percentiles: the most recent ones.
@@ -109,12 +110,18 @@ pub struct Stats {
     pub decoded_blocks: u64,
     /// Bytes of these blocks after decoding.
     pub decoded_bytes: u64,
+    /// Reads of rows that found their block, so that they decoded nothing.
+    pub found_blocks: u64,
     /// Parquet pages, by the decoder that read them.
     pub decoded_pages: DecodedPages,
     /// Bytes of decoded blocks in the cache now.
     pub cache_bytes: u64,
     /// Bytes of batches held now: in flight, held by consumers, and kept for reuse.
     pub buffer_bytes: u64,
+    /// Requests that this process sent to stores and web servers.
+    pub storage: Traffic,
+    /// Whether a service computes the batches.
+    pub is_served: bool,
 }
 
 impl Counters {
@@ -207,7 +214,9 @@ impl Stats {
     /// threshold.
     pub fn verdict(&self) -> String {
         let (decode, fill): (f64, f64) = (self.decode_seconds.iter().sum(), self.fill_seconds.iter().sum());
-        let (what, remedy) = if decode > fill {
+        let (what, remedy) = if self.is_served {
+            ("the service", "more CPUs or `num_threads` for the service, or another one beside it")
+        } else if decode > fill {
             ("decoding", "more `num_threads`, a lighter codec, or uncompressed Arrow")
         } else {
             ("filling", "more `num_threads`; where files are not in memory, faster storage")

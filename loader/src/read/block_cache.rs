@@ -69,13 +69,20 @@ struct CacheInner {
     blocks: Vec<Option<Arc<DecodedBlock>>>,
     /// Bytes of the budget that sessions hold.
     reserved_bytes: u64,
+    /// Reads that found their block, decoded or being decoded.
+    found: u64,
 }
 
 impl BlockCache {
     pub(crate) fn new(budget_bytes: u64) -> Self {
         Self {
             total_bytes: budget_bytes,
-            inner: Mutex::new(CacheInner { policy: EvictionPolicy::new(), blocks: Vec::new(), reserved_bytes: 0 }),
+            inner: Mutex::new(CacheInner {
+                policy: EvictionPolicy::new(),
+                blocks: Vec::new(),
+                reserved_bytes: 0,
+                found: 0,
+            }),
             loaded: Condvar::new(),
             decoded_blocks: AtomicU64::new(0),
             decoded_bytes: AtomicU64::new(0),
@@ -120,6 +127,11 @@ impl BlockCache {
         (self.decoded_blocks.load(Ordering::Relaxed), self.decoded_bytes.load(Ordering::Relaxed))
     }
 
+    /// The number of reads that needed no decoding of their own.
+    pub(crate) fn found_blocks(&self) -> u64 {
+        lock(&self.inner).found
+    }
+
     /// The numbers of pages decoded so far.
     pub(crate) fn decoded_pages(&self) -> DecodedPages {
         let [plain, dictionary, delta, byte_stream_split, row_groups_by_arrow] =
@@ -144,7 +156,9 @@ impl BlockCache {
         loop {
             let Some(slot) = found else { return Err(inner) };
             if let Some(block) = &inner.blocks[slot as usize] {
-                return Ok(Arc::clone(block));
+                let block = Arc::clone(block);
+                inner.found += 1;
+                return Ok(block);
             }
             inner = wait(&self.loaded, inner);
             found = inner.policy.find(key);

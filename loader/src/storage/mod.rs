@@ -53,6 +53,26 @@ pub fn store_of(location: &Path) -> Option<&Path> {
     }
 }
 
+/// Requests to stores and web servers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Number of requests.
+    pub requests: u64,
+    /// Bytes of their answers.
+    pub bytes: u64,
+}
+
+/// The requests that this process has sent so far.
+pub fn traffic() -> Traffic {
+    #[cfg(feature = "remote")]
+    {
+        let (requests, bytes) = forebay_remote::traffic();
+        Traffic { requests, bytes }
+    }
+    #[cfg(not(feature = "remote"))]
+    Traffic::default()
+}
+
 /// A place that keeps files. Its errors need not name the location, because [`Files`] adds it.
 pub trait Storage: Send + Sync + std::fmt::Debug {
     /// Tells the storage that the entries of `data` will be searched for shards, and that the

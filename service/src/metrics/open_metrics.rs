@@ -10,10 +10,12 @@ use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::Start;
+
 /// The statistics of `loaders` as text.
-pub(super) fn text(loaders: &[Arc<Loader>]) -> String {
+pub(super) fn text(loaders: &[(Arc<Loader>, Option<Start>)]) -> String {
     let mut registry = Registry::default();
-    let all = loaders.iter().map(|loader| (loader.config().dp_rank.unwrap_or(0).to_string(), loader.stats()));
+    let all = loaders.iter().map(|(loader, _)| (loader.config().dp_rank.unwrap_or(0).to_string(), loader.stats()));
     registry.register_collector(Box::new(Ranks(all.collect())));
     let mut text = String::new();
     // Writing to a string cannot fail.
@@ -28,7 +30,7 @@ struct Ranks(Vec<(String, Stats)>);
 /// Name without the suffix of its unit, meaning, unit, and value.
 type Row = (&'static str, &'static str, Option<Unit>, fn(&Stats) -> f64);
 
-const COUNTERS: [Row; 8] = [
+const COUNTERS: [Row; 11] = [
     ("forebay_batches", "Batches delivered", None, |stats| stats.batches as f64),
     ("forebay_tokens", "Tokens delivered as inputs", None, |stats| stats.tokens as f64),
     ("forebay_delivered", "Bytes delivered", Some(Unit::Bytes), |stats| stats.bytes as f64),
@@ -36,6 +38,9 @@ const COUNTERS: [Row; 8] = [
     ("forebay_fill", "Time of writing rows", Some(Unit::Seconds), |stats| stats.fill_seconds.iter().sum()),
     ("forebay_decoded_blocks", "Blocks decoded", None, |stats| stats.decoded_blocks as f64),
     ("forebay_decoded", "Bytes of decoded blocks", Some(Unit::Bytes), |stats| stats.decoded_bytes as f64),
+    ("forebay_found_blocks", "Reads that found their block", None, |stats| stats.found_blocks as f64),
+    ("forebay_storage_requests", "Requests to stores", None, |stats| stats.storage.requests as f64),
+    ("forebay_storage", "Bytes of answers of stores", Some(Unit::Bytes), |stats| stats.storage.bytes as f64),
     ("forebay_elapsed", "Time since the first request for a batch", Some(Unit::Seconds), |stats| stats.elapsed_seconds),
 ];
 
@@ -66,7 +71,10 @@ impl Collector for Ranks {
             encoder.encode_descriptor("forebay_wait", help, Some(&Unit::Seconds), MetricType::Histogram)?;
         for (rank, stats) in &self.0 {
             let labels = [("rank", rank.as_str())];
-            let buckets: Vec<(f64, u64)> = stats.wait_buckets.clone();
+            // Parsers ask for a last bucket without a bound.
+            let bound = |bound: f64| if bound == f64::MAX { f64::INFINITY } else { bound };
+            let buckets: Vec<(f64, u64)> =
+                stats.wait_buckets.iter().map(|(most, count)| (bound(*most), *count)).collect();
             metric.encode_family(&labels)?.encode_histogram::<NoLabelSet>(
                 stats.wait_seconds,
                 buckets.iter().map(|(_, count)| count).sum(),
