@@ -103,6 +103,21 @@ pub(crate) enum Backend {
     Hub(Hub),
 }
 
+/// Fails unless `endpoint` is the URL of a server. The libraries below panic at other text.
+fn check_endpoint(endpoint: Option<&str>) -> Result<(), Error> {
+    let is_url = |text: &str| {
+        let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+        host.is_some_and(|host| !host.is_empty() && !host.starts_with(['/', ':']) && !host.contains(char::is_whitespace))
+    };
+    match endpoint.filter(|text| !is_url(text)) {
+        None => Ok(()),
+        Some(text) => Err(Error::new(
+            Kind::Unsupported,
+            format!("the endpoint must be a URL such as `http://localhost:9000`, found `{text}`"),
+        )),
+    }
+}
+
 impl Backend {
     pub(crate) fn new(parts: &Parts<'_>, options: &Options, transport: &Transport) -> Result<Self, Error> {
         let retry = RetryConfig {
@@ -117,9 +132,11 @@ impl Backend {
             .with_read_timeout(SILENCE.min(options.deadline))
             .with_timeout_disabled();
         let endpoint = options.endpoint.as_deref();
+        check_endpoint(endpoint)?;
         let store: Arc<dyn ObjectStore> = match parts.scheme {
             Scheme::S3 => {
                 let endpoint = endpoint.map(str::to_owned).or_else(credentials::aws_endpoint);
+                check_endpoint(endpoint.as_deref())?;
                 let mut builder = AmazonS3Builder::from_env().with_bucket_name(parts.name);
                 if let Some(region) = options.region.clone().or_else(credentials::aws_region) {
                     builder = builder.with_region(region);

@@ -277,6 +277,36 @@ def test_a_full_cache_costs_requests_and_no_batch(store: S3, tmp_path: Path, cap
     assert kept <= 1_000_000
 
 
+def test_stats_count_the_requests_and_their_bytes(store: S3, tmp_path: Path) -> None:
+    folder = large("parquet", tmp_path / "corpus")
+    url = store.upload(folder, "counted")
+    counts = []
+    store.proxy.clear()
+    with forebay.Loader(url, seq_len=64, batch_size=16, **store.settings) as loader:
+        for _ in loader:
+            counts.append({name: loader.stats()[name] for name in ("storage_requests", "storage_bytes")})
+        # Other tests of this process asked stores, too.
+        first, last = counts[0], counts[-1]
+        with forebay.Loader(url, seq_len=64, batch_size=16, **store.settings) as other:
+            sum(1 for _ in other)
+            asked = len(store.proxy.requests)
+            found = other.stats()["storage_requests"] - last["storage_requests"]
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert first["storage_requests"] > 0 and 0 < found <= asked
+    assert other.stats()["storage_bytes"] - last["storage_bytes"] >= size / 2
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "http://", "http:// x", "nonsense"])
+def test_an_endpoint_that_is_no_url_is_refused(endpoint: str, store: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "the endpoint must be a URL such as"
+    with pytest.raises(forebay.ForebayError, match=words) as caught:
+        forebay.Loader("s3://bucket/t/", seq_len=8, storage_endpoint=endpoint)
+    assert not isinstance(caught.value, forebay.InternalError)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(forebay.ForebayError, match=words):
+        forebay.Loader("s3://bucket/t/", seq_len=8)
+
+
 def test_a_public_bucket_is_read_without_credentials(store: S3, tmp_path: Path, monkeypatch: Any) -> None:
     folder = written("parquet", tmp_path / "corpus")
     url = store.upload(folder, "public")
