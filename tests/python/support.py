@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from reference import Reference, Row, Settings, token_stream
 
 HERE = Path(__file__).resolve().parent
@@ -101,3 +103,21 @@ def shown_for(consumer: str, **names: Any) -> dict[str, Any]:
     assert sum(line.startswith("+") for line in lines) <= 3, f"more than three lines change for {consumer}"
     exec("\n".join(line[1:] for line in lines if not line.startswith("-")), names)
     return names
+
+
+def shown_by_a_browser(address: str, profile: Path, milliseconds: int = 5000) -> str:
+    """The document at an address as Chromium holds it after some time. Skips the test without one."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--disable-web-security",
+    ]
+    options += [f"--user-data-dir={profile}", f"--virtual-time-budget={milliseconds}", "--window-size=1600,1000"]
+    done = subprocess.run([browser, *options, "--dump-dom", address], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout

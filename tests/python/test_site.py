@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
+import support
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
@@ -135,9 +134,6 @@ def test_the_site_has_every_page_and_loads_nothing_foreign(site: Path) -> None:
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_the_site_without_scrolling_sideways(site: Path, width: int, tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
     # A frame has the width of a phone, which the window of a headless browser may not have.
     probe = tmp_path / "probe.html"
     probe.write_text(
@@ -145,17 +141,7 @@ def test_a_browser_shows_the_site_without_scrolling_sideways(site: Path, width: 
         "<pre id=p>none</pre><script>f.onload = () => { const d = f.contentDocument.documentElement;"
         " p.textContent = `found ${d.scrollWidth} of ${d.clientWidth}, ${f.contentDocument.title}` }</script>"
     )
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--allow-file-access-from-files",
-        "--disable-web-security",
-    ]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--window-size=1600,1000"]
-    done: Any = subprocess.run(
-        [browser, *options, "--dump-dom", f"file://{probe}"], capture_output=True, text=True, timeout=90
-    )
-    found = re.search(r"found (\d+) of (\d+), ([^<]+)", done.stdout)
-    assert found is not None, done.stdout[-2000:] + done.stderr[-2000:]
+    shown = support.shown_by_a_browser(f"file://{probe}", tmp_path / "profile")
+    found = re.search(r"found (\d+) of (\d+), ([^<]+)", shown)
+    assert found is not None, shown[-2000:]
     assert int(found[1]) <= int(found[2]) <= width and "Settings" in found[3]

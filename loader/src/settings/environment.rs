@@ -24,8 +24,11 @@ pub(super) const OTHER_VARIABLES: [&str; 12] = [
 ];
 
 /// Variables of other programs that are read, besides the ranks of the launchers.
-const FOREIGN_VARIABLES: [&str; 11] = [
+const FOREIGN_VARIABLES: [&str; 14] = [
     "NO_COLOR",
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "SLURM_LOCALID",
     "LOCAL_WORLD_SIZE",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "SLURM_CPUS_PER_TASK",
@@ -84,6 +87,12 @@ impl Environment {
     pub fn switch(&self, name: &str, default: bool) -> Result<bool> {
         let Some(text) = self.get(name) else { return Ok(default) };
         boolean(text.trim()).ok_or_else(|| Error::config(format!("`{name}` must be `true` or `false`, found `{text}`")))
+    }
+
+    /// The number of this rank on its machine. 0 without a launcher.
+    pub fn local_rank(&self) -> u16 {
+        let names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"];
+        names.iter().find_map(|name| self.get(name)?.trim().parse().ok()).unwrap_or(0)
     }
 
     /// The launcher's name of this start of the job: an id of torchrun or SLURM, and the number of

@@ -5,18 +5,25 @@ use std::sync::Arc;
 use forebay::Loader;
 use serde_json::{Value, json};
 
+use super::Start;
+
 /// The status of `loaders`.
-pub(super) fn of(loaders: &[Arc<Loader>]) -> Value {
-    let loaders: Vec<Value> = loaders.iter().map(|loader| one(loader)).collect();
+pub(super) fn of(loaders: &[(Arc<Loader>, Option<Start>)]) -> Value {
+    let loaders: Vec<Value> = loaders.iter().map(|(loader, start)| one(loader, *start)).collect();
     json!({ "forebay": env!("CARGO_PKG_VERSION"), "process": std::process::id(), "loaders": loaders })
 }
 
-fn one(loader: &Loader) -> Value {
+fn one(loader: &Loader, start: Option<Start>) -> Value {
     let (stats, config, state) = (loader.stats(), loader.config(), loader.state());
     let world_size = config.dp_world_size.unwrap_or(1);
     let global_batch = config.batch_size * world_size;
     let steps = Some(loader.len()).filter(|steps| *steps < u64::MAX);
-    let done = state.position() / global_batch;
+    let (epoch, position) = match start {
+        None => (state.epoch(), state.position()),
+        // A stream has sent this much since it began.
+        Some((epoch, index)) => (epoch, index + stats.batches * global_batch),
+    };
+    let done = position / global_batch;
     // The rate of this rank is the rate of all.
     let left = steps
         .filter(|_| stats.batches > 0)
@@ -31,8 +38,8 @@ fn one(loader: &Loader) -> Value {
         "service": config.service,
         "rank": config.dp_rank.unwrap_or(0),
         "world_size": world_size,
-        "epoch": state.epoch(),
-        "position": state.position(),
+        "epoch": epoch,
+        "position": position,
         "step": done,
         "steps": steps,
         "seconds_left": left,

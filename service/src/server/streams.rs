@@ -64,7 +64,7 @@ impl Stream {
         let ignore_index = config.ignore_index;
         let loader = Arc::new(Loader::new(&set.opened, config)?);
         if self.is_watched {
-            crate::metrics::watch(&loader)?;
+            crate::metrics::watch_stream(&loader, (self.ticket.start.epoch, self.ticket.start.index))?;
         }
         let format = loader.row_format(set.ids);
         let schema = rows::schema(&format);
