@@ -92,6 +92,12 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         token: Token::of(context.env)?,
         identity: options.tls_cert.clone().zip(options.tls_key.clone()),
     };
+    for path in options.config.data.iter().chain(options.also.iter().flatten()).chain(&options.under) {
+        let is_pattern = path.contains("://") || path.contains(['*', '?', '[']);
+        if !is_pattern && !std::path::Path::new(path).exists() {
+            context.warn(&format!("`{path}` does not exist: consumers that ask for it will be refused"))?;
+        }
+    }
     listen_to_signals();
     let mut written = Ok(());
     let ready = |addresses: &[Address]| {

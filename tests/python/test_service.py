@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import stat
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -259,8 +261,11 @@ def test_the_variable_switches_a_program_over(server: Server, corpus: Path) -> N
     assert server.address in served.split(" ", 1)[0] and server.address not in here
 
 
-def test_a_killed_server_costs_a_reconnect(root: Path, long: Path, tmp_path: Path) -> None:
+def test_a_killed_server_costs_a_reconnect(
+    root: Path, long: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     wanted = list(Loader(long, **LONG, delivery_log=tmp_path / "here"))
+    caplog.set_level("WARNING", "forebay")
     with Server("--under", root, listen=f"unix:{tmp_path / 'socket'}") as server:
         found = []
         loader = Loader(long, **LONG, service=server.address, delivery_log=tmp_path / "served")
@@ -283,6 +288,7 @@ def test_a_killed_server_costs_a_reconnect(root: Path, long: Path, tmp_path: Pat
     ]
     assert hashes[0] == hashes[1]
     assert hashes[0]
+    assert "is gone" in caplog.text and "a service answers again" in caplog.text
 
 
 def test_the_next_address_takes_over(root: Path, long: Path, tmp_path: Path) -> None:
@@ -430,6 +436,93 @@ def test_flight_of_pyarrow_reads_the_same_batches(server: Server, corpus: Path) 
     assert json.loads(next(iter(client.do_action("health"))).body.to_pybytes())["ready"] is True
 
 
+ABSURD = [
+    "0",
+    "-1",
+    "1",
+    "2147483647",
+    "4294967296",
+    "18446744073709551615",
+    "1e9",
+    "",
+    "nan",
+    "x" * 70_000,
+    "\0",
+    "0-9" * 99,
+]
+
+
+def mutated(value: Any, rng: random.Random, names: list[str]) -> Any:
+    """A ticket or a request with one thing changed."""
+    value = json.loads(json.dumps(value))
+    settings = value.setdefault("settings", {})
+    match rng.randrange(4):
+        case 0:
+            settings[rng.choice(names)] = rng.choice(ABSURD)
+        case 1:
+            value[rng.choice(list(value))] = rng.choice([*ABSURD, 0, -1, 2**63, 2**64, [], {}, None, [[]] * 99])
+        case 2:
+            settings[rng.choice([*names, "data", "delivery_log", "index_dir"])] = rng.choice(
+                [1, None, [], "/etc/passwd"]
+            )
+        case _:
+            value.pop(rng.choice(list(value)))
+    return value
+
+
+def resident_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+
+@pytest.mark.hostile
+def test_no_request_ends_the_server_or_takes_its_memory(root: Path, corpus: Path, tmp_path: Path, stress: bool) -> None:
+    flight = pytest.importorskip("pyarrow.flight")
+    with Server("--under", root, listen=f"unix:{tmp_path / 'socket'}") as server:
+        options = [("grpc.default_authority", "localhost")]
+        client = flight.FlightClient(server.address.replace("unix:", "grpc+unix://"), generic_options=options)
+        request = {"version": 1, "settings": {"data": str(corpus), "seq_len": "16"}, "shards": []}
+        info = client.get_flight_info(flight.FlightDescriptor.for_command(json.dumps(request)))
+        ticket = json.loads(info.endpoints[0].ticket.ticket)
+        of_ticket = [
+            "batch_size",
+            "dp_rank",
+            "dp_world_size",
+            "prefetch_batches",
+            "max_steps",
+            "skip",
+            "pad_id",
+            "remainder",
+        ]
+        of_request = ["seq_len", "seed", "chunk_tokens", "lanes", "bos_id", "layout", "pack_align", "bucket", "holdout"]
+        rng = random.Random(8)
+        outcomes: Counter[str] = Counter()
+        calls = flight.FlightCallOptions(timeout=20)
+        for _ in range(20_000 if stress else 400):
+            is_ticket = rng.random() < 0.5
+            asked = json.dumps(mutated(ticket if is_ticket else request, rng, of_ticket if is_ticket else of_request))
+            sent = asked.encode()
+            if rng.random() < 0.2:
+                at = rng.randrange(len(sent))
+                sent = sent[:at] + rng.randbytes(3) + sent[at + rng.randrange(4) :]
+            try:
+                if is_ticket:
+                    client.do_get(flight.Ticket(sent), calls).read_chunk()
+                else:
+                    client.get_flight_info(flight.FlightDescriptor.for_command(sent), calls)
+                outcomes["answered"] += 1
+            except StopIteration:
+                outcomes["empty"] += 1
+            except (pa.ArrowException, OSError) as error:
+                outcomes["refused"] += 1
+                assert "defect" not in str(error), (sent, error)
+                assert "timeout" not in str(error).lower(), (sent, error)
+        assert outcomes["refused"] > 50 and outcomes["answered"] > 50, outcomes
+        assert server.process.poll() is None
+        assert resident_mb(server.process.pid) < 400
+        assert len(list(Loader(corpus, **PLAIN, service=server.address))) == len(Loader(corpus, **PLAIN))
+
+
 def test_the_program_of_the_page_reads_batches(server: Server, corpus: Path) -> None:
     pytest.importorskip("pyarrow.flight")
     page = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
@@ -449,6 +542,15 @@ def test_noise_at_the_socket_does_not_end_the_server(server: Server, corpus: Pat
             peer.connect(server.address.removeprefix("unix:"))
             peer.sendall(noise)
     assert len(list(Loader(corpus, **PLAIN, service=server.address))) == len(Loader(corpus, **PLAIN))
+
+
+@pytest.mark.parametrize(("served", "asked"), [("corpus/", "corpus"), ("corpus", "corpus/")])
+def test_a_slash_at_the_end_of_a_folder_changes_nothing(
+    served: str, asked: str, root: Path, corpus: Path, tmp_path: Path
+) -> None:
+    with Server(f"{root}/{served}", listen=f"unix:{tmp_path / 'socket'}") as server:
+        loader = Loader(f"{root}/{asked}", **PLAIN, service=server.address)
+        same(next(iter(loader)), next(iter(Loader(corpus, **PLAIN))))
 
 
 def test_a_port_of_this_machine_serves_too(root: Path, corpus: Path) -> None:
@@ -561,20 +663,17 @@ def test_a_socket_accepts_the_users_that_the_server_names(is_named: bool, corpus
 
 
 def certificate(folder: Path, name: str) -> tuple[Path, Path, Path]:
-    """Certificate and key of a server at `localhost`, and the certificate of who signed it."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
+    """Certificate and key of a server at `localhost`, and the certificate of its authority.
+
+    Makes them by the commands of the page, with other names.
+    """
+    if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificates")
     folder.mkdir()
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    for command in (
-        ["req", "-x509", *curve, "-subj", f"/CN={name}", "-keyout", "ca.key", "-out", "ca.pem"],
-        ["req", *curve, "-subj", "/CN=localhost", "-keyout", "key.pem", "-out", "request"],
-        ["x509", "-req", "-in", "request", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "names",
-         "-out", "cert.pem"],
-    ):  # fmt: skip
-        subprocess.run([openssl, *command], cwd=folder, check=True, capture_output=True)
+    page = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
+    commands = next(block for block in page.split("```sh\n") if block.startswith("openssl")).split("```")[0]
+    commands = commands.replace("node-7", "localhost").replace("training CA", name)
+    subprocess.run(["bash", "-euc", commands], cwd=folder, check=True, capture_output=True)
     return folder / "cert.pem", folder / "key.pem", folder / "ca.pem"
 
 

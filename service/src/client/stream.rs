@@ -8,6 +8,7 @@ use arrow_ipc::convert::try_schema_from_flatbuffer_bytes;
 use arrow_schema::SchemaRef;
 use forebay::loader::Cancel;
 use forebay::loader::served::{PassStart, ReceivedRows, RowFormat, RowStream};
+use forebay::notices::{self, Level};
 use forebay::{Config, Error, ErrorKind, Result};
 use tonic::Streaming;
 
@@ -37,6 +38,8 @@ pub(super) struct ServedStream {
     live: Option<Live>,
     /// The same batches from this process, while no server answers.
     local: Option<LocalStream>,
+    /// Whether the log tells that no server answers.
+    is_gone: bool,
 }
 
 struct Live {
@@ -53,7 +56,7 @@ impl ServedStream {
         let bytes = (config.batch_size.saturating_mul(config.prefetch_batches) as usize).saturating_mul(of_row);
         let window = bytes.clamp(LEAST_WINDOW, MOST_WINDOW) as u32;
         let (config, format, schema) = (config.clone(), format.clone(), schema(format));
-        Self { service, config, format, schema, start: start.clone(), window, live: None, local: None }
+        Self { service, config, format, schema, start: start.clone(), window, live: None, local: None, is_gone: false }
     }
 
     /// Connects to the server whose turn it is, and asks for the batches that are left. A server
@@ -102,12 +105,31 @@ impl ServedStream {
         Ok(None)
     }
 
+    /// Tells once that a server is gone. A server that is first asked for its batches may not know
+    /// the corpus yet, which is no news.
+    fn tell_gone(&mut self, reason: &str, patience: &Patience) {
+        if !self.is_gone && reason != UNKNOWN {
+            self.is_gone = true;
+            let address = self.service.address(patience);
+            notices::add(Level::Warning, format!("the service at `{address}` is gone ({reason}): trying to reach one"));
+        }
+    }
+
+    /// Tells that a server answers again.
+    fn tell_back(&mut self) {
+        self.is_gone = false;
+        notices::add(Level::Warning, "a service answers again, and gives the batches from here on");
+    }
+
     /// The next message, from any server or from this process.
     fn message(&mut self, cancel: &Cancel) -> Result<FlightData> {
         if let Some(mut local) = self.local.take() {
             if local.is_due() {
                 self.live = self.back(cancel)?;
                 local.tried();
+                if self.live.is_some() {
+                    self.tell_back();
+                }
             }
             if self.live.is_none() {
                 let message = local.message(cancel)?;
@@ -131,15 +153,22 @@ impl ServedStream {
                 Ok(message)
             });
             match received {
-                Ok(message) => return Ok(message),
+                Ok(message) => {
+                    if self.is_gone {
+                        self.tell_back();
+                    }
+                    return Ok(message);
+                }
                 Err(Attempt::Fault(error)) => return Err(error),
                 Err(Attempt::Gone(reason)) => {
+                    self.tell_gone(&reason, &patience);
                     if let Some(fallback) = service.fallback_after(&patience) {
                         let (set, answer) = service.ask_fallback(fallback, &[])?;
                         let ticket = Ticket::of(&answer.handle, &self.config, &self.start);
                         let mut local = LocalStream::begin(&set, ticket, cancel)?;
                         let message = local.message(cancel)?;
                         self.local = Some(local);
+                        notices::add(Level::Warning, "this process computes its batches until a service answers again");
                         return Ok(message);
                     }
                     patience.wait(&service, &reason, cancel)?;

@@ -81,8 +81,10 @@ impl Request {
     }
 }
 
-/// The path from the root. Addresses of object stores stay as they are.
+/// The path from the root, without a slash at its end. Addresses of object stores begin as they
+/// are.
 pub fn absolute(path: &str) -> String {
+    let path = if path.len() > 1 { path.trim_end_matches('/') } else { path };
     if path.contains("://") {
         return path.to_owned();
     }
