@@ -23,7 +23,8 @@ pub fn number_of(number: u64, noun: &str) -> String {
 /// The form of `noun` that agrees with `number`: `batch` or `batches`, `copy` or `copies`,
 /// `rank` or `ranks`.
 pub fn plural(number: u64, noun: &str) -> Cow<'_, str> {
-    let is_hissed = ["s", "x", "ch", "sh"].iter().any(|ending| noun.ends_with(ending));
+    // The end of `epoch` sounds like a k.
+    let is_hissed = !noun.ends_with("epoch") && ["s", "x", "ch", "sh"].iter().any(|ending| noun.ends_with(ending));
     match noun.strip_suffix('y') {
         _ if number == 1 => noun.into(),
         Some(stem) if !stem.ends_with(['a', 'e', 'o', 'u']) => format!("{stem}ies").into(),
