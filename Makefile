@@ -9,7 +9,7 @@ PYTHON = $(shell scripts/setup.sh python)
 SETUP := scripts/setup.sh
 SOURCES := examples docs/site scripts tests/python bindings/python $(wildcard benches/python)
 
-.PHONY: help setup build wheels test test-rust test-python test-ft test-service tsan test-gpu test-trainers test-trainers-ci hostile stress check check-macos generate fmt docs demo bench bench-all bench-workers bench-layouts bench-regression doc clean
+.PHONY: help setup build wheels test test-rust test-python test-ft test-service tsan test-gpu test-trainers test-trainers-ci hostile fuzz stress check check-macos generate fmt docs demo bench bench-all bench-workers bench-layouts bench-regression doc clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ test-trainers-ci: ## Test with Accelerate, Hugging Face Trainer and Lightning on
 
 hostile: ## Test corrupted shards, killed processes and forks
 	@$(PYTHON) scripts/test.py hostile
+
+fuzz: ## Give random damage to every opener and decoder, for 60 s; FOREBAY_FUZZ_SECONDS, FOREBAY_FUZZ_SEED and FOREBAY_FUZZ_CASE choose
+	FOREBAY_FUZZ_SECONDS=$${FOREBAY_FUZZ_SECONDS:-60} cargo test -p forebay-tests --test fuzz -- --nocapture --test-threads=1
 
 stress: ## Run the Python tests with large corpora and many repetitions
 	@$(PYTHON) scripts/test.py python --stress

@@ -161,6 +161,13 @@ def free_threaded(lane: Lane, *arguments: str) -> None:
         lane.skip("no python3.14t found (on the PATH, or named in FOREBAY_PYTHON_FT; `uv python install 3.14t`)")
 
 
+def hostile(lane: Lane, *arguments: str) -> None:
+    """Runs the tests of hostile things in Python, and 20 seconds of random damage in Rust."""
+    os.environ.setdefault("FOREBAY_FUZZ_SECONDS", "20")
+    run(lane, "cargo", "test", "-p", "forebay-tests", "--test", "fuzz", "--", "--nocapture", "--test-threads=1")
+    pytest(lane, ".venv", "test", "-m", "hostile", *arguments)
+
+
 #: Tests that use something of the whole process, or that start a process of their own. Threads of
 #: this process would prove nothing there.
 ALONE = """
@@ -218,7 +225,7 @@ def main() -> int:
         "tsan": tsan,
         "trainers": lambda lane: trainers(lane, "trainers"),
         "trainers-more": lambda lane: trainers(lane, "trainers", "trainers-more"),
-        "hostile": lambda lane: pytest(lane, ".venv", "test", "-m", "hostile", *options),
+        "hostile": lambda lane: hostile(lane, *options),
     }
     lanes = []
     for name in names:

@@ -54,7 +54,7 @@ impl DocumentColumn {
                 (Content::Parquet(column), data_type)
             }
             Format::ArrowFile | Format::ArrowStream => {
-                let batches = ArrowBatches::read(&mut reads, format, name)?;
+                let batches = ArrowBatches::read(&mut reads, format, name, options.memory_budget)?;
                 let data_type = batches.data_type().clone();
                 (Content::Arrow(batches), data_type)
             }
@@ -69,7 +69,6 @@ impl DocumentColumn {
                 "column `{name}` has type {data_type}: expected a list for each row, or a number, bool or string"
             ))
         })?;
-        let mut starts = vec![0];
         let groups: Vec<(u64, u64)> = match &content {
             Content::Arrow(batches) => batches.rows().map(|rows| (rows, batches.part_rows())).collect(),
             Content::Parquet(column) => {
@@ -80,15 +79,7 @@ impl DocumentColumn {
                 column.groups().map(part_rows).collect()
             }
         };
-        let mut row: u64 = 0;
-        for (rows, of_part) in groups {
-            let impossible = || Error::data("the number of rows is impossible");
-            let end = row.checked_add(rows).ok_or_else(impossible)?;
-            while row < end {
-                row = row.saturating_add(of_part).min(end);
-                starts.push(row);
-            }
-        }
+        let starts = starts_of(&groups, options.memory_budget)?;
         Ok(Some(Self { name: name.to_owned(), file: reads.into_file(), kind, starts, content }))
     }
 
@@ -179,6 +170,30 @@ impl DocumentColumn {
         out.complete = true;
         Ok(())
     }
+}
+
+/// The first row of each part, and last the number of rows. `groups` gives the rows of each row
+/// group or record batch, and the rows of a part of it.
+///
+/// A damaged file may claim any number of rows, so the parts are counted before the list is made.
+fn starts_of(groups: &[(u64, u64)], memory_budget: u64) -> Result<Vec<u64>> {
+    let parts = groups.iter().fold(0_u64, |parts, (rows, of_part)| parts.saturating_add(rows.div_ceil(*of_part)));
+    let bytes = parts.saturating_mul(size_of::<u64>() as u64);
+    if bytes > memory_budget {
+        return Err(Error::data(format!(
+            "the list of its {parts} parts takes {bytes} bytes, more than `memory_budget` = {memory_budget}: raise it, \
+             or check the file, which may claim rows that it does not have"
+        )));
+    }
+    let (mut starts, mut row) = (vec![0], 0_u64);
+    for (rows, of_part) in groups {
+        let end = row.checked_add(*rows).ok_or_else(|| Error::data("the number of rows is impossible"))?;
+        while row < end {
+            row = row.saturating_add(*of_part).min(end);
+            starts.push(row);
+        }
+    }
+    Ok(starts)
 }
 
 /// The values of a decoded part.

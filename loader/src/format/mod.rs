@@ -280,7 +280,32 @@ pub struct BlockMeta {
     pub first_row: u64,
 }
 
+/// Most rows without any stored byte whose lengths are listed.
+const MOST_EMPTY_ROWS: u64 = 1 << 24;
+
+/// Fails if a list of `rows` rows that take no bytes of a file would be long. A damaged file may
+/// claim any number of such rows.
+fn check_empty_rows(rows: u64) -> Result<()> {
+    if rows > MOST_EMPTY_ROWS {
+        return Err(Error::data(format!("it claims {rows} rows that have no values: leave the file out")));
+    }
+    Ok(())
+}
+
 impl BlockMeta {
+    /// Fails if the decoded block takes more than `most_bytes` bytes. Its numbers may be claims of
+    /// a damaged file, so a format asks before it makes room.
+    fn check_size(&self, most_bytes: u64) -> Result<()> {
+        if self.decoded_bytes > most_bytes {
+            return Err(Error::data(format!(
+                "it holds {} tokens, which take {} bytes when decoded, more than `memory_budget` = {most_bytes}: raise \
+                 it, or write smaller row groups, pages or record batches",
+                self.tokens, self.decoded_bytes
+            )));
+        }
+        Ok(())
+    }
+
     /// The counts that the block adds to its shard.
     pub fn counts(&self) -> Counts {
         Counts { tokens: self.tokens, starts: self.starts, ends: self.ends }

@@ -299,9 +299,14 @@ impl BlockShard for CompressedArrow {
         let place = |error: Error| error.at(self.info.path()).in_block(block as u64);
         self.info.file.check_unchanged().map_err(place)?;
         let width = self.column.dtype.size() as u64;
+        meta.check_size(self.most_bytes).map_err(place)?;
         decoded.bytes.clear();
         decoded.ends.clear();
-        decoded.bytes.reserve_exact((limit.unwrap_or(u64::MAX).min(meta.tokens) * width) as usize);
+        let wanted = limit.unwrap_or(u64::MAX).min(meta.tokens) * width;
+        decoded
+            .bytes
+            .try_reserve_exact(wanted as usize)
+            .map_err(|error| place(Error::data(format!("no memory for {wanted} bytes")).with_source(error)))?;
         for index in self.ranges[block].clone() {
             let have = decoded.bytes.len() as u64 / width;
             if limit.is_some_and(|limit| have >= limit) {
@@ -324,6 +329,7 @@ impl BlockShard for CompressedArrow {
         let meta = &self.info.blocks[block];
         let place = |error: Error| error.at(self.info.path()).in_block(block as u64);
         self.info.file.check_unchanged().map_err(place)?;
+        meta.check_size(self.most_bytes).map_err(place)?;
         ends.clear();
         if self.column.kind == RowShape::Plain {
             if meta.ends == 1 {

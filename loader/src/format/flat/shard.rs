@@ -7,7 +7,7 @@ use super::split::{self, FoundEnds, Ids};
 use crate::error::{Error, Result};
 use crate::format::{
     AnyShard, BlockMeta, Ends, EndsScratch, Format, MissingColumn, OpenOptions, RandomShard, Shard, ShardInfo,
-    TOKEN_COLUMNS, TokenColumn,
+    TOKEN_COLUMNS, TokenColumn, check_empty_rows,
 };
 use crate::storage::SourceFile;
 use crate::text::{escaped, number_of};
@@ -182,7 +182,12 @@ impl AnyShard for FlatShard {
     fn row_lengths(&self) -> Result<Vec<Option<u64>>> {
         Ok(match &self.documents {
             FlatDocuments::One => vec![Some(1); self.info.rows as usize],
-            FlatDocuments::Fixed { length, count } => vec![Some(*length); *count as usize],
+            FlatDocuments::Fixed { length, count } => {
+                if *length == 0 {
+                    check_empty_rows(*count)?;
+                }
+                vec![Some(*length); *count as usize]
+            }
             FlatDocuments::Listed(table) => {
                 let (mut lengths, mut last) = (Vec::new(), 0);
                 for document in 0..table.documents {

@@ -15,8 +15,8 @@ use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, Parq
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, Length};
 
+use super::claims;
 use super::column::Column;
-use super::pages;
 use crate::error::{Error, Result};
 use crate::storage::SourceFile;
 use crate::tokens::Tokens;
@@ -87,7 +87,7 @@ fn read_inner(file: &SourceFile, column: &Column, index: usize, mut decoded: Dec
     if let Some(group) = metadata.row_groups().get(index)
         && column.leaf < group.num_columns()
     {
-        pages::check_sizes(file, group.column(column.leaf), group.num_rows(), column.most_bytes)?;
+        claims::check_sizes(file, group.column(column.leaf), group.num_rows(), column.most_bytes)?;
     }
     let metadata = ArrowReaderMetadata::try_new(Arc::new(metadata), options).map_err(failed)?;
     let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(Chunks(file.clone()), metadata);

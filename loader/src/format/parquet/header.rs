@@ -10,6 +10,8 @@ pub(super) mod code {
     pub(in crate::format::parquet) const PLAIN_DICTIONARY: i32 = 2;
     pub(in crate::format::parquet) const RLE: i32 = 3;
     pub(in crate::format::parquet) const DELTA_BINARY_PACKED: i32 = 5;
+    pub(in crate::format::parquet) const DELTA_LENGTH_BYTE_ARRAY: i32 = 6;
+    pub(in crate::format::parquet) const DELTA_BYTE_ARRAY: i32 = 7;
     pub(in crate::format::parquet) const RLE_DICTIONARY: i32 = 8;
     pub(in crate::format::parquet) const BYTE_STREAM_SPLIT: i32 = 9;
 }

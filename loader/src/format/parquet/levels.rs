@@ -54,6 +54,14 @@ pub(super) struct LevelCounts {
 impl Levels {
     /// Reads the levels of a page with `entries` entries.
     pub(super) fn read(&mut self, column: &Column, rep: &[u8], def: &[u8], entries: usize) -> Result<()> {
+        // The planes take four bits for each entry, and few bytes can claim many entries.
+        if entries as u64 / 2 > column.most_bytes {
+            return Err(Error::data(format!(
+                "the levels of a page of {entries} entries take more than `memory_budget` = {}: write smaller pages, or \
+                 raise it",
+                column.most_bytes
+            )));
+        }
         self.entries = entries;
         self.lists = column.lists;
         self.all_tokens = column.max_def == 0 || uniform(def, column.def_width(), entries)? == Some(column.max_def);

@@ -6,6 +6,7 @@
 //! reader decodes row groups with unknown features (`fallback`). Every byte of the file is
 //! untrusted.
 
+mod claims;
 mod codec;
 mod column;
 mod fallback;
@@ -316,6 +317,7 @@ impl ParquetShard {
         let (Some(range), Some(meta)) = (self.ranges.get(block), self.info.blocks.get(block)) else {
             return Err(Error::new(ErrorKind::Internal, format!("block {block} of {}", self.info.blocks.len())));
         };
+        meta.check_size(self.column.most_bytes)?;
         let all = &self.pages[range.clone()];
         let mut tokens = 0;
         let mut count = 0;
@@ -483,6 +485,7 @@ impl ParquetShard {
         let (Some(range), Some(meta)) = (self.ranges.get(block), self.info.blocks.get(block)) else {
             return Err(Error::new(ErrorKind::Internal, format!("block {block} of {}", self.info.blocks.len())));
         };
+        meta.check_size(self.column.most_bytes)?;
         let pages = &self.pages[range.clone()];
         let mut reader = ForwardReader::new(&self.info.file, self.info.file.len());
         ends.clear();

@@ -9,7 +9,7 @@
 use std::ops::Range;
 use std::path::{Component, Path};
 
-use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
+use parquet::file::metadata::RowGroupMetaData;
 
 use super::codec::{Codec, Decompressor};
 use super::column::Column;
@@ -127,7 +127,7 @@ impl<'a> ForwardReader<'a> {
         self.get(range.start.min(self.end)..range.end.min(self.end))
     }
 
-    fn get(&mut self, range: Range<u64>) -> Result<&[u8]> {
+    pub(super) fn get(&mut self, range: Range<u64>) -> Result<&[u8]> {
         if range.end > self.end {
             return Err(Error::data(format!(
                 "shard is truncated or damaged: a page reaches to byte {}, the data end at {}",
@@ -148,55 +148,6 @@ impl<'a> ForwardReader<'a> {
         Ok(&self.buffer[from..from + length])
     }
 }
-
-/// Fails if the arrow reader would need more than `most_bytes` bytes for the pages of `chunk`, in a
-/// row group of `rows` rows. It reserves the memory that headers claim.
-pub(super) fn check_sizes(file: &SourceFile, chunk: &ColumnChunkMetaData, rows: i64, most_bytes: u64) -> Result<()> {
-    let damaged = |what: &str| {
-        Error::data(format!("column `{}` is damaged: {what}", escaped(chunk.column_path().string().as_str())))
-    };
-    let codec = Codec::new(chunk.compression())?;
-    let values = u64::try_from(chunk.num_values()).map_err(|_| damaged("negative number of values"))?;
-    if u64::try_from(rows).map_or(true, |rows| rows > values) {
-        return Err(damaged(&format!("{rows} rows with {values} values")));
-    }
-    let mut reader = ForwardReader::new(file, file.len());
-    let data_at = u64::try_from(chunk.data_page_offset()).map_err(|_| damaged("negative offset"))?;
-    let size = u64::try_from(chunk.compressed_size()).map_err(|_| damaged("negative size"))?;
-    let start = match chunk.dictionary_page_offset() {
-        Some(offset) if offset > 0 && (offset as u64) < data_at => offset as u64,
-        _ => data_at,
-    };
-    let end = start.saturating_add(size).saturating_add(128).min(file.len());
-    let (mut at, mut seen, mut largest) = (start, 0, 0);
-    while seen < values {
-        let header = read_header(&mut reader, at, end)?;
-        let (stored, plain) = (header.compressed as u64, header.uncompressed as u64);
-        if plain > stored.saturating_mul(codec.max_ratio() as u64).saturating_add(64) {
-            return Err(damaged(&format!("{stored} bytes of {} cannot become {plain} bytes", codec.name())));
-        }
-        largest = largest.max(plain);
-        at = at.saturating_add(header.length as u64).saturating_add(stored);
-        if at > end {
-            return Err(damaged(&format!("a page reaches to byte {at}, the column ends at {end}")));
-        }
-        if let PageKind::Data(data) = header.kind {
-            seen += data.num_values as u64;
-        }
-    }
-    let bytes = values.saturating_mul(BYTES_OF_VALUE).saturating_add(largest);
-    if bytes > most_bytes {
-        return Err(Error::data(format!(
-            "column `{}` takes about {bytes} bytes when its row group is decoded whole, more than `memory_budget` = \
-             {most_bytes}: write smaller row groups, or raise it",
-            escaped(chunk.column_path().string().as_str())
-        )));
-    }
-    Ok(())
-}
-
-/// Bytes that a value and its levels take in the arrow reader, at most.
-const BYTES_OF_VALUE: u64 = 12;
 
 /// Scratch memory of a walk.
 #[derive(Default)]
@@ -259,6 +210,13 @@ impl Walker {
             at = offset + u64::from(body.compressed);
             if at > end {
                 return Err(damaged(&format!("a page reaches to byte {at}, the column ends at {end}")));
+            }
+            if codec != Codec::Uncompressed && u64::from(body.uncompressed) > column.most_bytes {
+                return Err(Error::data(format!(
+                    "a page takes {} bytes after decompression, more than `memory_budget` = {}: write smaller pages, \
+                     or raise it",
+                    body.uncompressed, column.most_bytes
+                )));
             }
             let data = match header.kind {
                 PageKind::Other => continue,
@@ -427,7 +385,7 @@ fn v2(data: &DataHeader, body: &Body) -> Result<Option<LevelSizes>> {
     Ok(Some(v2))
 }
 
-fn read_header(reader: &mut ForwardReader<'_>, at: u64, end: u64) -> Result<header::PageHeader> {
+pub(super) fn read_header(reader: &mut ForwardReader<'_>, at: u64, end: u64) -> Result<header::PageHeader> {
     // Statistics can make headers long. Few headers are longer than 100 bytes.
     for size in [1 << 10, 1 << 20] {
         let bytes = reader.upto(at..at.saturating_add(size).min(end))?;

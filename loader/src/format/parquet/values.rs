@@ -277,6 +277,33 @@ impl<'a> DeltaStream<'a> {
     }
 }
 
+/// Decodes a stream of lengths from the front of `bytes`, and leaves what follows it. Fails if the
+/// stream claims more than `most` lengths.
+pub(super) fn take_lengths(bytes: &mut &[u8], most: usize) -> Result<Vec<i32>> {
+    let mut header = *bytes;
+    let mut number = || varint(&mut header).ok_or_else(|| short("delta", most, 0));
+    let (_, _, total) = (number()?, number()?, number()?);
+    let total = usize::try_from(total)
+        .ok()
+        .filter(|total| *total <= most)
+        .ok_or_else(|| Error::data(format!("delta page is damaged: {total} lengths in a page of {most} values")))?;
+    let mut delta = DeltaStream::new(bytes, total)?;
+    let mut lengths = Vec::with_capacity(total);
+    let mut value = delta.first;
+    lengths.extend((total > 0).then_some(value as i32));
+    while lengths.len() < total {
+        let Miniblock { minimum, width, packed, count } = delta.next(total - lengths.len())?;
+        unpack_wide(packed, width, count, |_, deltas| {
+            lengths.extend(deltas.iter().map(|delta| {
+                value = value.wrapping_add(minimum).wrapping_add(*delta);
+                value as i32
+            }));
+        });
+    }
+    *bytes = delta.bytes;
+    Ok(lengths)
+}
+
 /// Packed deltas of equal width.
 struct Miniblock<'a> {
     minimum: u64,

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arrow_array::ArrayRef;
 use arrow_schema::DataType;
@@ -12,8 +13,8 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::{FileMetaData, ParquetMetaData, RowGroupMetaData};
 use parquet::schema::types::{SchemaDescriptor, Type};
 
+use super::claims;
 use super::fallback::Chunks;
-use super::pages;
 use crate::error::{Error, Result};
 use crate::storage::SourceFile;
 use crate::text::escaped;
@@ -25,6 +26,11 @@ pub(in crate::format) struct ParquetColumn {
     metadata: ArrowReaderMetadata,
     /// First row of each row group, and last the number of rows.
     starts: Vec<u64>,
+    /// Whether the lengths of strings in each row group were checked. Any thread that reads the row
+    /// group checks it and sets this. A stale value costs a second check.
+    is_checked: Vec<AtomicBool>,
+    /// Largest number of bytes that a row group may take.
+    most_bytes: u64,
 }
 
 impl ParquetColumn {
@@ -43,12 +49,13 @@ impl ParquetColumn {
         let metadata = ArrowReaderMetadata::try_new(alone, options).map_err(failed)?;
         let mut starts = vec![0_u64];
         for group in metadata.metadata().row_groups() {
-            pages::check_sizes(file, group.column(0), group.num_rows(), most_bytes)?;
+            claims::check_sizes(file, group.column(0), group.num_rows(), most_bytes)?;
             let rows =
                 u64::try_from(group.num_rows()).map_err(|_| Error::data("a row group has a negative row count"))?;
             starts.push(starts[starts.len() - 1].saturating_add(rows));
         }
-        Ok(Self { metadata, starts })
+        let is_checked = (1..starts.len()).map(|_| AtomicBool::new(false)).collect();
+        Ok(Self { metadata, starts, is_checked, most_bytes })
     }
 
     /// Type of the column.
@@ -70,6 +77,13 @@ impl ParquetColumn {
         add: &mut dyn FnMut(&ArrayRef) -> Result<()>,
     ) -> Result<()> {
         let group = self.starts.partition_point(|start| *start <= rows.start) - 1;
+        if !self.is_checked[group].load(Ordering::Relaxed) {
+            let chunk = self.metadata.metadata().row_group(group).column(0);
+            if chunk.column_descr().max_rep_level() == 0 {
+                claims::check_lengths(file, chunk, self.most_bytes)?;
+            }
+            self.is_checked[group].store(true, Ordering::Relaxed);
+        }
         let (before, count) = ((rows.start - self.starts[group]) as usize, (rows.end - rows.start) as usize);
         let selection = RowSelection::from(vec![RowSelector::skip(before), RowSelector::select(count)]);
         let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(Chunks(file.clone()), self.metadata.clone())
