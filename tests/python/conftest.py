@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--service", action="store_true", help="loaders take their batches from a service")
     parser.addoption("--stress", action="store_true", default=stress, help="corpora of 200M tokens, more repetitions")
 
+    parser.addoption("--damage-cases", type=int, default=0, help="cases of damage in each family of test_damage.py")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = defaultdict(lambda: {"facts": None, "failed": False})
@@ -104,7 +106,24 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     result["facts"] = properties.get("facts") or result["facts"]
 
 
+def tell_damage(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows the outcomes of all cases of damage, the bad ones too if there are none of them."""
+    import damage
+
+    total = sys.modules["test_damage"].TOTAL
+    counts = {outcome: total[outcome] for outcome in (*damage.BAD, *sorted(set(total) - set(damage.BAD)))}
+    terminalreporter.section("damage: cases by outcome")
+    terminalreporter.write_line(
+        f"{sum(counts.values())} cases: " + ", ".join(f"{n} {what}" for what, n in counts.items())
+    )
+    path = ROOT / "out" / "damage.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"cases": sum(counts.values()), **counts}, indent=1) + "\n")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if getattr(sys.modules.get("test_damage"), "TOTAL", None):
+        tell_damage(terminalreporter)
     results = config.stash[RESULTS]
     if not results:
         return

@@ -1,7 +1,8 @@
 """Tests that no damage of a shard gives other tokens without an error, a crash or a hang.
 
-`damage.py` damages each format at seeded places and counts the outcomes. With `--stress` there are
-more than 10^5 cases, and the totals are printed.
+`damage.py` damages each format at seeded places and counts the outcomes. The run ends with the
+totals, which also go to `out/damage.json`. With `--stress` there are 150,000 cases.
+`--damage-cases` sets the number of each family.
 """
 
 from __future__ import annotations
@@ -33,11 +34,17 @@ def check(kind: str, folder: Path, count: int, *, checksums: bool) -> Counter[st
 
 
 @pytest.mark.parametrize("kind", damage.KINDS)
-def test_damage_gives_right_tokens_or_an_error_or_what_the_file_says(kind: str, tmp_path: Path, stress: bool) -> None:
-    check(kind, tmp_path, 5000 if stress else 150, checksums=False)
+def test_damage_gives_right_tokens_or_an_error_or_what_the_file_says(
+    kind: str, tmp_path: Path, stress: bool, pytestconfig: pytest.Config
+) -> None:
+    count = pytestconfig.getoption("--damage-cases") or (5000 if stress else 150)
+    check(kind, tmp_path, count, checksums=False)
 
 
 @pytest.mark.parametrize("kind", damage.KINDS)
-def test_with_checksums_damage_gives_right_tokens_or_an_error(kind: str, tmp_path: Path, stress: bool) -> None:
-    found = check(kind, tmp_path, 5000 if stress else 300, checksums=True)
+def test_with_checksums_damage_gives_right_tokens_or_an_error(
+    kind: str, tmp_path: Path, stress: bool, pytestconfig: pytest.Config
+) -> None:
+    count = pytestconfig.getoption("--damage-cases") or (5000 if stress else 300)
+    found = check(kind, tmp_path, count, checksums=True)
     assert found["as stored"] == 0
