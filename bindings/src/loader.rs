@@ -184,6 +184,7 @@ impl Loader {
         dict.set_item("truncated_tokens", stats.lost.truncated_tokens)?;
         dict.set_item("dropped_documents", stats.lost.dropped_documents)?;
         dict.set_item("dropped_tokens", stats.lost.dropped_tokens)?;
+        dict.set_item("substituted_rows", stats.substituted_rows)?;
         dict.set_item("bytes", stats.bytes)?;
         dict.set_item("elapsed_seconds", stats.elapsed_seconds)?;
         dict.set_item("tokens_per_second", stats.tokens_per_second)?;

@@ -47,7 +47,7 @@ PAGES = {
     "docs/quick-start.md": 4,
     "docs/remote.md": 1,
     "docs/resume.md": 4,
-    "docs/runs.md": 2,
+    "docs/runs.md": 3,
     "docs/service.md": 1,
     "docs/torch.md": 3,
 }

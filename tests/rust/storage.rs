@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use forebay::ErrorKind;
 use forebay::corpus::Corpus;
@@ -220,5 +221,19 @@ fn a_lasting_error_of_any_call_names_the_file_and_what_the_system_said() {
             assert_eq!(text.contains("tried"), tries, "{call:?}: {text}");
             assert_eq!(error.report().matches(&said).count(), text.matches(&said).count());
         }
+    }
+}
+
+#[test]
+fn the_number_of_tries_is_the_number_of_waits_and_one() {
+    const WAITS: [Duration; 8] = [Duration::ZERO; 8];
+    let file = tempfile::NamedTempFile::new().unwrap();
+    for (times, succeeds) in [(0, true), (8, true), (9, false)] {
+        let (after, times) = (AtomicUsize::new(0), AtomicUsize::new(times));
+        let faults = Arc::new(Faults { call: Call::Stat, after, times, errno: libc::EIO });
+        let files = Files::with_waits(Box::new(Failing(faults)), &WAITS);
+        let found = files.stat(file.path());
+        assert_eq!(found.is_ok(), succeeds);
+        assert!(found.is_ok_and(|stat| stat.stamp.size_bytes == 0) || !succeeds);
     }
 }

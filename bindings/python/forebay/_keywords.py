@@ -64,6 +64,8 @@ class LoaderKeywords(TypedDict, total=False):
     memory_budget: int | None
     block_tokens: int | None
     io: Literal["auto", "mmap", "pread"] | None
+    on_error: Literal["raise", "retry", "substitute"] | None
+    max_substitutions: int | None
     index_dir: str | os.PathLike[str] | None
     cache_dir: str | os.PathLike[str] | None
     cache_bytes: int | None
@@ -108,6 +110,8 @@ class DataLoaderKeywords(TypedDict, total=False):
     memory_budget: int | None
     block_tokens: int | None
     io: Literal["auto", "mmap", "pread"] | None
+    on_error: Literal["raise", "retry", "substitute"] | None
+    max_substitutions: int | None
     index_dir: str | os.PathLike[str] | None
     cache_dir: str | os.PathLike[str] | None
     cache_bytes: int | None

@@ -376,6 +376,15 @@ class Loader(Generic[B]):
         Access to file bytes. `auto`: Files are mapped on local file systems, and read by position
         on network and FUSE ones. `mmap`: Files are always mapped. `pread`: Files are always read by
         position. Default: auto. Accepted: `auto`, `mmap` or `pread`.
+    on_error:
+        Rule for rows that cannot be read. `raise`: The batch of the row is an error, and so is the
+        rest of the pass. `retry`: Passing errors of files are tried again for half a minute, in
+        place of a second. Damage is an error. `substitute`: A damaged row is replaced by another
+        row of its source. Seed, epoch and row decide which, so all ranks, restarts and numbers of
+        threads choose alike. Default: raise. Accepted: `raise`, `retry` or `substitute`.
+    max_substitutions:
+        Rows of this rank that a loader may replace, with `on_error` = substitute. The batch with
+        one more such row is an error. Default: 100. Accepted: an integer from 0 to 2^32.
     index_dir:
         Folder for the saved index of the corpus, which nodes may share. With it, shards are opened
         when they are first read. `none` takes `cache_dir`. Without both, all are opened at the
@@ -608,6 +617,8 @@ class Loader(Generic[B]):
         memory_budget: int | None = None,
         block_tokens: int | None = None,
         io: Literal["auto", "mmap", "pread"] | None = None,
+        on_error: Literal["raise", "retry", "substitute"] | None = None,
+        max_substitutions: int | None = None,
         index_dir: str | os.PathLike[str] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
@@ -679,6 +690,8 @@ class Loader(Generic[B]):
             memory_budget=memory_budget,
             block_tokens=block_tokens,
             io=io,
+            on_error=on_error,
+            max_substitutions=max_substitutions,
             index_dir=index_dir,
             cache_dir=cache_dir,
             cache_bytes=cache_bytes,

@@ -23,6 +23,8 @@ class Stats(dict[str, Any]):
     - ``dropped_documents`` (documents): documents of an epoch that were left out whole, with
       ``overflow="drop"``.
     - ``dropped_tokens`` (tokens): tokens of these documents.
+    - ``substituted_rows`` (rows): rows of this rank that stand in the place of rows that cannot be
+      read, with ``on_error="substitute"``.
     - ``bytes`` (bytes): size of the batches that were handed over.
     - ``elapsed_seconds`` (seconds): time since the first request for a batch.
     - ``tokens_per_second`` (tokens per second): `tokens` over `elapsed_seconds`.

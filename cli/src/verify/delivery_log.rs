@@ -35,11 +35,24 @@ pub(super) struct EpochGroup {
 }
 
 impl EpochGroup {
-    /// The indices that the chain covers.
+    /// The indices whose rows could not be read, so that other rows were delivered in their place.
+    fn substituted(&self) -> Vec<u64> {
+        let places = self.tiling.chain.iter().flat_map(|batch| &batch.substituted);
+        let mut indices: Vec<u64> = places.map(|(epoch, position)| self.chain.index_of(*epoch, *position)).collect();
+        indices.sort_unstable();
+        indices.dedup();
+        indices
+    }
+
+    /// The indices whose own rows the chain delivered.
     fn covered(&self) -> Vec<Range<u64>> {
         let mut covered = Vec::new();
         let mut at = self.from;
-        for hole in self.tiling.holes.iter().chain([&self.tiling.dropped]) {
+        let substituted = self.substituted().into_iter().map(|index| index..index + 1);
+        let mut left_out: Vec<Range<u64>> = self.tiling.holes.iter().cloned().chain(substituted).collect();
+        left_out.sort_unstable_by_key(|range| range.start);
+        left_out.push(self.tiling.dropped.clone());
+        for hole in &left_out {
             covered.push(at..hole.start.max(at));
             at = hole.end.max(at);
         }
@@ -109,7 +122,7 @@ impl<'a> Found<'a> {
             .map(|group| Wanted::new(self.loader, group.epochs.clone(), &group.covered(), &order))
             .collect::<forebay::Result<_>>()?;
         order.finish_and_clear();
-        let sums = expected(self.loader, &wanted, context)?;
+        let sums = expected(self.loader, &wanted, context).map_err(|failure| self.explain(failure))?;
         drop(wanted);
 
         let last = self.groups.len() - 1;
@@ -143,6 +156,22 @@ impl<'a> Found<'a> {
         Ok(if proven { 0 } else { FAILED })
     }
 
+    /// Adds to a failure about a damaged file that the run replaced rows of it.
+    fn explain(&self, failure: Failure) -> Failure {
+        let substituted: usize = self.groups.iter().map(|group| group.substituted().len()).sum();
+        match failure {
+            Failure::Error(error) if error.kind() == ErrorKind::Data && substituted > 0 => {
+                let rows = number_of(substituted as u64, "row");
+                let text = format!(
+                    "the run replaced {rows} that could not be read, and a file is still damaged: put a sound copy in \
+                     its place, against which all other rows are proven"
+                );
+                error.context(text).into()
+            }
+            other => other,
+        }
+    }
+
     /// Finds the global batches whose content differs from the corpus at their positions.
     fn altered(&self, group: &EpochGroup) -> Result<Vec<u64>, Failure> {
         self.loader.cover();
@@ -151,6 +180,9 @@ impl<'a> Found<'a> {
             let mut found = Checksum::default();
             for index in batch.indices.clone() {
                 let (epoch, position) = self.at(group, index);
+                if batch.substituted.contains(&(epoch, position)) {
+                    continue;
+                }
                 found += self.loader.sequences_at(epoch, position, 1)?.checksum.unwrap_or_default();
             }
             if found != batch.checksum {
@@ -175,7 +207,13 @@ impl<'a> Found<'a> {
         for judged in judged {
             judged.write(self, out)?;
         }
+        let substituted: usize = judged.iter().map(|judged| judged.group.substituted().len()).sum();
+        let except = format!(
+            "proven except for {} that others replaced: every other row once, and its tokens are those of the files",
+            number_of(substituted as u64, "row")
+        );
         let verdict = match proven {
+            true if substituted > 0 => &except,
             true if judged.iter().any(|judged| judged.unfinished) => {
                 "proven as far as the run has come: every row once, and its tokens are those of the files"
             }
@@ -274,6 +312,16 @@ impl Judged<'_> {
                 &format!("{} at the end fill no global batch: dropped", number_of(dropped, "position")),
             )?;
         }
+        let substituted = self.group.substituted();
+        for index in substituted.iter().take(SHOWN) {
+            let (epoch, position) = found.at(self.group, *index);
+            let text = format!("epoch {epoch}, position {position}: its row could not be read, another stood there");
+            line(out, "SUBSTITUTED", &text)?;
+        }
+        if substituted.len() > SHOWN {
+            let more = number_of((substituted.len() - SHOWN) as u64, "row");
+            line(out, "SUBSTITUTED", &format!("and {more} more"))?;
+        }
         let (holes, to_come) = self.missing();
         for hole in holes.iter().take(SHOWN) {
             line(out, "HOLE", &format!("{}: no global batch has them", positions_of(self.place(found, hole))))?;
@@ -337,6 +385,7 @@ impl Judged<'_> {
             "spare": tiling.spare,
             "partial": tiling.partial,
             "dropped": tiling.dropped.end - tiling.dropped.start,
+            "substituted": self.group.substituted().iter().map(|index| found.at(self.group, *index)).collect::<Vec<_>>(),
             "holes": holes.iter().map(|hole| self.place(found, hole)).collect::<Vec<_>>(),
             "to_come": if to_come.is_empty() { Value::Null } else { json!(self.place(found, &to_come)) },
             "not_deterministic": faults(&tiling.conflicts),

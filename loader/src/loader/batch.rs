@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::boundaries::{Span, write_places};
 use super::documents::DocumentValues;
 use super::served::RowFacts;
+use super::substitution::Substitution;
 use crate::buffer::{ALIGNMENT, Lease};
 use crate::corpus::schema::{Schema, SchemaField, TokenSide};
 use crate::error::{Error, ErrorKind, Result};
@@ -70,6 +71,8 @@ pub struct Batch {
     pub documents: Option<DocumentValues>,
     /// Facts about the rows, if the loader keeps them for a service.
     pub(super) facts: Option<Box<RowFacts>>,
+    /// Rows that stand in the place of rows that cannot be read.
+    pub substitutions: Vec<Substitution>,
     pub(super) lease: Lease,
 }
 

@@ -25,7 +25,7 @@ use crate::order::epochs::EpochChain;
 use crate::order::partition::Grouping;
 use crate::proof::checksum::Checksum;
 use crate::read::{NeededBy, Padding, Prepared, ReadMemory, RowRequest, StreamLocation};
-use crate::settings::{PackedBy, Targets};
+use crate::settings::{OnError, PackedBy, Targets};
 use crate::tokens::Dtype;
 
 /// While everything is found in memory, only every 16th batch is examined.
@@ -60,6 +60,7 @@ impl Session {
         rows: &[PositionedRow],
     ) -> Result<Arc<Batch>> {
         let mut worker = WorkerMemory::alone();
+        worker.rows.extend_from_slice(rows);
         let WorkerMemory { orders, scratch, reads, .. } = &mut worker;
         self.reads_into(growth, rows, orders, scratch, reads)?;
         self.compute_alone(start, step, worker)
@@ -80,9 +81,9 @@ impl Session {
 
     /// Computes the batch of the rows that `worker` has planned, in its own memory.
     fn compute_alone(&self, start: (u64, u64), step: u64, mut worker: WorkerMemory) -> Result<Arc<Batch>> {
-        let reads = std::mem::take(&mut worker.reads);
+        let mut reads = std::mem::take(&mut worker.reads);
         let bytes = self.layout(reads.rows.len(), self.config.seq_len as usize).bytes;
-        Ok(Arc::new(self.compute(start, step, 1, &reads, Lease::alone(bytes), &mut worker)?))
+        Ok(Arc::new(self.compute_sound(start, step, 1, &mut reads, Lease::alone(bytes), &mut worker)?))
     }
 
     /// The layout of a batch of `rows` rows with `columns` places each.
@@ -106,6 +107,8 @@ impl Session {
 
     /// Computes the batch of `rows` in the memory of `lease`. Its first row is at `start` of global
     /// batch `step`. The rows of each of `parts` consumers are stored together.
+    ///
+    /// An error of the data comes with the memory, so that the caller can use it again.
     pub(super) fn compute(
         &self,
         start: (u64, u64),
@@ -114,7 +117,26 @@ impl Session {
         reads: &RowReads,
         mut lease: Lease,
         worker: &mut WorkerMemory,
-    ) -> Result<Batch> {
+    ) -> Result<Batch, (Error, Option<Lease>)> {
+        let documents = match self.fill(parts, reads, &mut lease, worker) {
+            Ok(documents) => documents,
+            Err(error) => return Err((error, Some(lease))),
+        };
+        let layout = self.layout(reads.rows.len(), self.columns_of(reads));
+        let origin = |row: usize| reads.rows[row].as_ref().map(RowOrigin::of);
+        let spans = self.has_spans().then_some(&worker.spans);
+        let rows = (reads.rows.len(), &origin as &dyn Fn(usize) -> _);
+        self.finish(start, step, &layout, parts, rows, spans, documents, lease).map_err(|error| (error, None))
+    }
+
+    /// Writes the arrays of the batch of `reads` to `lease`, and returns its per-document columns.
+    fn fill(
+        &self,
+        parts: usize,
+        reads: &RowReads,
+        lease: &mut Lease,
+        worker: &mut WorkerMemory,
+    ) -> Result<Option<DocumentValues>> {
         let (rows, columns) = (&reads.rows, self.columns_of(reads));
         let layout = self.layout(rows.len(), columns);
         let row_bytes = columns * layout.input_dtype.size();
@@ -128,13 +150,17 @@ impl Session {
         // The borders inside segments are found while a row is filled.
         let finds_borders = joins || self.config.packed_by != PackedBy::None;
         worker.scratch.borders = (layout.boundaries.is_some() && finds_borders).then(Vec::new);
+        // A prefix of a block may be sound where the block is damaged. Which rows are replaced must
+        // not depend on what other rows left in the cache.
+        let reads_prefixes = self.config.on_error != OnError::Substitute;
         let mut next = rows.first().and_then(|row| self.find(reads, row));
         for (index, row) in rows.iter().enumerate() {
             let spot = std::mem::replace(&mut next, rows.get(index + 1).and_then(|row| self.find(reads, row)));
             let ahead = next.map_or(Ahead::NONE, |spot| spot.ahead);
             let row = row.as_ref().map(|place| {
                 let segments = reads.segments(place);
-                (place, RowRequest { segments, ends_chunk: place.ends_chunk, begin: spot, ahead })
+                let ends_chunk = place.ends_chunk && reads_prefixes;
+                (place, RowRequest { segments, ends_chunk, begin: spot, ahead })
             });
             if !layout.fields_at.is_empty() {
                 self.compare_columns(row, &mut worker.scratch);
@@ -181,13 +207,10 @@ impl Session {
                     let size = columns * columns;
                     write_mask(spans, columns, lease.bytes(mask + index * size, size));
                 }
-                self.mask_fields(&layout, index, spans, lead, &mut lease);
+                self.mask_fields(&layout, index, spans, lead, lease);
             }
         }
-        let documents = self.documents_of(&layout, reads, parts, worker)?;
-        let origin = |row: usize| rows[row].as_ref().map(RowOrigin::of);
-        let spans = has_spans.then_some(&worker.spans);
-        self.finish(start, step, &layout, parts, (rows.len(), &origin), spans, documents, lease)
+        self.documents_of(&layout, reads, parts, worker)
     }
 
     /// Makes the batch of `rows` rows whose arrays stand in `lease`, except for those that follow
@@ -231,8 +254,20 @@ impl Session {
             let spans = spans.cloned().unwrap_or_default();
             Box::new(RowFacts { origins: (0..rows).map(origin).collect(), spans })
         });
-        let mut batch =
-            Batch { epoch, step, position, rows, fields, checksum: None, tokens, borders, documents, facts, lease };
+        let mut batch = Batch {
+            epoch,
+            step,
+            position,
+            rows,
+            fields,
+            checksum: None,
+            tokens,
+            borders,
+            documents,
+            facts,
+            substitutions: Vec::new(),
+            lease,
+        };
         if self.covers.load(Ordering::Relaxed) {
             batch.checksum = Some(self.checksum_of(&batch, (rows, origin), parts, spans)?);
         }

@@ -26,6 +26,7 @@ pub mod served;
 mod session;
 pub(crate) mod sources;
 pub mod state;
+mod substitution;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
@@ -39,6 +40,7 @@ use pass::SharedPass;
 pub use pass::{Batches, Next, PassOptions};
 use served::{PassStart, RowFormat, RowService};
 use session::Session;
+pub use substitution::Substitution;
 
 use crate::buffer::BufferSource;
 use crate::buffer::pool::Pool;

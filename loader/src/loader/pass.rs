@@ -117,13 +117,19 @@ impl Batches {
         if let Some(delivery_log) = &started.delivery_log {
             lock(delivery_log).check()?;
         }
+        if let Some(error) = started.refused.get() {
+            return Err(error.clone());
+        }
         let mut written = Ok(());
         let taken = started.pipeline.take(wait, |batch| {
             // The pipeline lets only one thread at a time run this.
             let delivered = started.delivered.load(Ordering::Relaxed) + 1;
             let index = started.range.start.saturating_add(delivered * session.grouping.global_batch());
             let end = started.range.epochs.state_at(index);
-            written = started.write_delivery_log(batch, end);
+            written = session.admit(batch).and_then(|()| started.write_delivery_log(batch, end));
+            if let Err(error) = &written {
+                let _ = started.refused.set(error.clone());
+            }
             if written.is_err() {
                 return;
             }
@@ -236,6 +242,8 @@ pub(super) struct StartedPass {
     range: Arc<PassRange>,
     delivered: AtomicU64,
     delivery_log: Option<Mutex<delivery_log::LogWriter>>,
+    /// The error of a batch that was not handed over. Every later batch is this error too.
+    refused: OnceLock<Error>,
 }
 
 /// The indices that a pass covers.
@@ -294,7 +302,8 @@ impl SharedPass {
         };
         let pipeline = Pipeline::start(options, work)?;
         let delivery_log = session.begin_delivery_log(&range)?.map(Mutex::new);
-        Ok(StartedPass { pipeline, cancel, range, delivered: AtomicU64::new(0), delivery_log })
+        let (delivered, refused) = (AtomicU64::new(0), OnceLock::new());
+        Ok(StartedPass { pipeline, cancel, range, delivered, delivery_log, refused })
     }
 }
 
@@ -309,6 +318,7 @@ impl StartedPass {
     fn write_delivery_log(&self, batch: &Batch, end: (u64, u64)) -> Result<()> {
         let Some(delivery_log) = &self.delivery_log else { return Ok(()) };
         let checksum = batch.checksum.ok_or_else(|| Error::new(ErrorKind::Internal, "a batch was not hashed"))?;
-        lock(delivery_log).write(&LoggedBatch { start: (batch.epoch, batch.position), end, checksum })
+        let substituted = batch.substitutions.iter().map(|found| found.place).collect();
+        lock(delivery_log).write(&LoggedBatch { start: (batch.epoch, batch.position), end, checksum, substituted })
     }
 }

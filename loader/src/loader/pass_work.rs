@@ -220,10 +220,11 @@ impl Work for PassWork {
         let start = planned.inspect_err(|_| {
             session.slow_reads.end(worker.index, Duration::ZERO, LONG);
         })?;
-        let reads = std::mem::take(&mut worker.reads);
+        let mut reads = std::mem::take(&mut worker.reads);
         let lease = lease.unwrap_or_else(|| Lease::new(&session.pool, session.batch_bytes));
         let filling = worker.scratch.tracer.begin();
-        let batch = session.compute(start, index / global_batch, self.parts.max(1), &reads, lease, worker);
+        let parts = self.parts.max(1);
+        let batch = session.compute_sound(start, index / global_batch, parts, &mut reads, lease, worker);
         worker.scratch.tracer.end("fill", filling, None);
         worker.scratch.tracer.end("batch", traced, Some(index / global_batch));
         let took = began.elapsed();

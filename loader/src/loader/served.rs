@@ -36,13 +36,15 @@ pub struct RowOrigin {
     pub sequence: u64,
     /// Number of tokens that it delivers for the first time.
     pub tokens: u64,
-    /// Whether it was delivered before and only fills the last batch.
+    /// Whether it was delivered before and only fills the last batch, or stands in the place of
+    /// another row.
     pub repeated: bool,
 }
 
 impl RowOrigin {
     pub(super) fn of(read: &RowRead) -> Self {
-        Self { source: read.source, sequence: read.sequence, tokens: read.tokens, repeated: read.repeated }
+        let repeated = read.repeated || read.substituted;
+        Self { source: read.source, sequence: read.sequence, tokens: read.tokens, repeated }
     }
 }
 

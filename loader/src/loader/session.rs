@@ -12,6 +12,7 @@ use super::batch::{Batch, BatchLayout};
 use super::cursor::Cursor;
 use super::open::{Opened, window_warning, windows_bytes};
 use super::pass::PassRange;
+use super::substitution::Substitutions;
 use crate::buffer::BufferSource;
 use crate::error::{Error, ErrorKind, Result};
 use crate::loader::sources::{CorpusSource, Growth};
@@ -44,6 +45,7 @@ pub(super) struct Session {
     /// Bytes of the budget that the session holds for its own memory.
     reserved_bytes: u64,
     pub(super) counters: Counters,
+    pub(super) substitutions: Substitutions,
     pub(super) slow_reads: SlowReads,
     pub(super) cursor: Mutex<Cursor>,
     pub(super) next_pass: AtomicU64,
@@ -106,6 +108,7 @@ impl Session {
             in_cache,
             reserved_bytes,
             counters: Counters::new(threads as usize),
+            substitutions: Substitutions::default(),
             slow_reads: SlowReads::new(threads as usize),
             cursor: Mutex::new(Cursor::new(opened.sources.shards())),
             next_pass: AtomicU64::new(0),
@@ -205,6 +208,7 @@ impl Session {
             decoded_pages: cache.decoded_pages(),
             sources: self.source_stats(),
             lost: self.opened.sources.lost(),
+            substituted_rows: self.substitutions.count(),
             cache_bytes: cache.used_bytes(),
             buffer_bytes: self.pool.held_bytes() as u64,
             storage: storage::traffic(),

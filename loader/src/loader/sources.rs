@@ -25,6 +25,8 @@ use crate::sync::lock;
 
 /// Separates the seeds of a mixture's sources.
 const SOURCE: u64 = 5;
+/// Separates the rows that replace damaged rows from other keys.
+const SUBSTITUTE: u64 = 0x7375_6273_7469_7400;
 /// Separates the phases of epochs from other keys.
 const PHASE: u64 = 0x7068_6173_6500;
 /// Number of orders that a worker keeps. Rows near each other belong to few epochs.
@@ -117,6 +119,8 @@ pub(crate) struct RowRead {
     pub(crate) ends_chunk: bool,
     /// Whether the row was delivered before and only fills the last batch.
     pub(crate) repeated: bool,
+    /// Whether the row stands in the place of a damaged row.
+    pub(crate) substituted: bool,
 }
 
 /// The reads of the rows of a batch, and their segments. The memory is reused from batch to batch.
@@ -139,6 +143,16 @@ impl RowReads {
     /// The segments of `read`, which must be one of these rows.
     pub(crate) fn segments(&self, read: &RowRead) -> &[Segment] {
         &self.segments[read.segments.start as usize..read.segments.end as usize]
+    }
+
+    /// Takes row `row` of `from`, as the only row.
+    pub(crate) fn copy_row(&mut self, from: &Self, row: usize) {
+        self.clear_for(1);
+        let read = from.rows[row].as_ref().map(|read| {
+            self.segments.extend_from_slice(from.segments(read));
+            RowRead { segments: 0..self.segments.len() as u32, ..read.clone() }
+        });
+        self.rows.push(read);
     }
 
     /// The rows that are not padding, each with its segments.
@@ -499,6 +513,7 @@ impl CorpusSources {
             tokens: 0,
             ends_chunk,
             repeated: false,
+            substituted: false,
         };
         if position >= extent.sequences {
             return Ok(read(extent.layout.rows, false));
@@ -589,6 +604,31 @@ impl CorpusSources {
         read.segments = first as u32..segments.len() as u32;
         reads.rows.push(Some(read));
         Ok(())
+    }
+
+    /// Replaces row `row` of `reads` by another row of its source, for the try `attempt`. Nothing
+    /// but the seed, the epoch, the row and the try decides which row it is.
+    ///
+    /// Returns whether the source has any row.
+    pub(crate) fn substitute(
+        &self,
+        lost: &RowRead,
+        row: usize,
+        attempt: u64,
+        wrap_to: Option<u64>,
+        scratch: &mut ReadMemory,
+        reads: &mut RowReads,
+    ) -> Result<bool> {
+        let sequences = self.settings.side.count(lost.extent.rows);
+        if sequences == 0 {
+            return Ok(false);
+        }
+        let key = derive_key(self.list[lost.source].seed, &[SUBSTITUTE, lost.epoch, lost.sequence, attempt]);
+        let sequence = self.settings.side.sequence(reduce(key, sequences));
+        let read = RowRead { sequence, ends_chunk: false, substituted: true, ..lost.clone() };
+        self.add_row(read, wrap_to, scratch, reads)?;
+        reads.rows[row] = reads.rows.pop().expect("it was added just now");
+        Ok(true)
     }
 
     /// Number of tokens by which the rows of an epoch of a source begin later in the joined stream.

@@ -79,6 +79,8 @@ pub struct Stats {
     pub padding_share: f64,
     /// Tokens of documents that are longer than a row, and that no row of an epoch holds.
     pub lost: Lost,
+    /// Rows delivered in the place of rows that cannot be read, with `on_error` = substitute.
+    pub substituted_rows: u64,
     /// Bytes delivered.
     pub bytes: u64,
     /// Time since the first request for a batch.

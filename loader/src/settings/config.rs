@@ -206,6 +206,20 @@ choices! {
 }
 
 choices! {
+    /// Rule for rows that cannot be read.
+    OnError {
+        /// The batch of the row is an error, and so is the rest of the pass.
+        Raise = "raise",
+        /// Passing errors of files are tried again for half a minute, in place of a second. Damage
+        /// is an error.
+        Retry = "retry",
+        /// A damaged row is replaced by another row of its source. Seed, epoch and row decide
+        /// which, so all ranks, restarts and numbers of threads choose alike.
+        Substitute = "substitute",
+    }
+}
+
+choices! {
     /// A side of a corpus from which `holdout` keeps sequences.
     Split {
         /// All sequences that are not held out.
@@ -277,6 +291,11 @@ impl Config {
         if let (Some(rank), Some(size)) = (self.dp_rank, self.dp_world_size) {
             check(rank < size, &|| format!("`dp_rank` must be below `dp_world_size`: found rank {rank} of {size}"));
         }
+        check(self.on_error != OnError::Substitute || self.service.is_empty(), &|| {
+            "`on_error` = substitute is for loaders that read files themselves: leave `service` out, or use another \
+             `on_error`"
+                .to_owned()
+        });
         if let Some(size) = self.vocab_size {
             for (name, id) in [("bos_id", self.bos_id), ("eos_id", self.eos_id), ("pad_id", Some(self.pad_id))] {
                 check(id.is_none_or(|id| u64::from(id) < size), &|| {

@@ -20,8 +20,8 @@ mod table;
 mod values;
 
 pub use config::{
-    Balance, BatchFormat, Config, DataFormat, Epochs, Io, LayoutKind, Overflow, PackedBy, Phase, Remainder, Shuffle,
-    Skip, Split, Targets,
+    Balance, BatchFormat, Config, DataFormat, Epochs, Io, LayoutKind, OnError, Overflow, PackedBy, Phase, Remainder,
+    Shuffle, Skip, Split, Targets,
 };
 pub use framework::{Framework, MeshDimension, ProcessGroup, Sampler};
 pub use ranks::default_threads;

@@ -14,8 +14,8 @@
 //! or choices ([`super::forms`]). Checks of several settings together stand in [`super::config`].
 
 use super::config::{
-    Balance, BatchFormat, DataFormat, Epochs, Io, LayoutKind, Overflow, PackedBy, Phase, Remainder, Shuffle, Skip,
-    Split, Targets,
+    Balance, BatchFormat, DataFormat, Epochs, Io, LayoutKind, OnError, Overflow, PackedBy, Phase, Remainder, Shuffle,
+    Skip, Split, Targets,
 };
 use super::forms::{
     Addresses, Columns, Cpus, EpochCount, IdDtype, MixtureText, Name, Optional, Paths, ShuffleKind, Skips, StoredDtype,
@@ -277,6 +277,15 @@ settings! {
     /// Access to file bytes.
     io: Io = Io::Auto,
         Operational, Name, [TokenDataset, DataLoader];
+
+    /// Rule for rows that cannot be read.
+    on_error: OnError = OnError::Raise,
+        Operational, Name, [DataLoader];
+
+    /// Rows of this rank that a loader may replace, with `on_error` = substitute. The batch with
+    /// one more such row is an error.
+    max_substitutions: u64 = 100,
+        Operational, number(0, 1 << 32), [DataLoader];
 
     /// Folder for the saved index of the corpus, which nodes may share. With it, shards are opened
     /// when they are first read. `none` takes `cache_dir`. Without both, all are opened at the

@@ -12,13 +12,26 @@ use super::local::Local;
 use super::{Item, ItemKind, SourceFile, Stat, Storage};
 use crate::error::{Error, Result};
 use crate::notices::{self, Level};
-use crate::settings::{Config, Io};
+use crate::settings::{Config, Io, OnError};
 use crate::sync::lock;
 
 /// Waits between the tries of a call that fails with a passing error. A file server that restarts
 /// is back within seconds. A broken disk reports its error only after all these waits.
 const WAITS: [Duration; 4] =
     [Duration::from_millis(10), Duration::from_millis(50), Duration::from_millis(250), Duration::from_millis(1000)];
+
+/// The waits with `on_error` = retry: half a minute in all.
+const LONG_WAITS: [Duration; 9] = [
+    WAITS[0],
+    WAITS[1],
+    WAITS[2],
+    WAITS[3],
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+    Duration::from_secs(8),
+    Duration::from_secs(8),
+    Duration::from_secs(8),
+];
 
 /// Number of locations for which the storage remembers its warning. Any further location may be
 /// warned of again.
@@ -37,6 +50,7 @@ pub struct Files {
 #[derive(Debug)]
 struct Inner {
     storage: Box<dyn Storage>,
+    waits: &'static [Duration],
     /// Locations that the user was warned of.
     warned: Mutex<HashSet<PathBuf>>,
 }
@@ -49,12 +63,19 @@ impl Files {
 
     /// The files of this machine, and those that have URLs. `config` says how these are read.
     pub fn of(config: &Config) -> Self {
-        Self::new(Box::new(Everywhere::new(config)))
+        let waits = if config.on_error == OnError::Retry { &LONG_WAITS[..] } else { &WAITS };
+        Self::with_waits(Box::new(Everywhere::new(config)), waits)
     }
 
     /// The files of `storage`.
     pub fn new(storage: Box<dyn Storage>) -> Self {
-        Self { inner: Arc::new(Inner { storage, warned: Mutex::default() }) }
+        Self::with_waits(storage, &WAITS)
+    }
+
+    /// The files of `storage`. A call that fails with a passing error is tried again after each of
+    /// `waits`.
+    pub fn with_waits(storage: Box<dyn Storage>, waits: &'static [Duration]) -> Self {
+        Self { inner: Arc::new(Inner { storage, waits, warned: Mutex::default() }) }
     }
 
     pub(super) fn storage(&self) -> &dyn Storage {
@@ -126,7 +147,7 @@ impl Files {
         location: &Path,
         mut call: impl FnMut() -> Result<io::Result<T>>,
     ) -> Result<T> {
-        let mut waits = WAITS.iter();
+        let mut waits = self.inner.waits.iter();
         loop {
             let error = match call()? {
                 Ok(value) => return Ok(value),
@@ -136,7 +157,7 @@ impl Files {
                 return Err(Error::io(format!("cannot {what}"), error).at(location));
             }
             let Some(wait) = waits.next() else {
-                let tries = WAITS.len() + 1;
+                let tries = self.inner.waits.len() + 1;
                 return Err(Error::io(format!("cannot {what}, tried {tries} times"), error).at(location));
             };
             self.warn(what, location, &error);

@@ -65,14 +65,16 @@ pub struct LoggedPass {
 }
 
 /// One batch that a rank received.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoggedBatch {
     /// Epoch and position of the first row of its global batch.
     pub start: (u64, u64),
     /// Epoch and position that a state saved right after this batch contains.
     pub end: (u64, u64),
-    /// Checksum of the delivered rows.
+    /// Checksum of the delivered rows. It leaves out rows that were put in the place of others.
     pub checksum: Checksum,
+    /// Epochs and positions of rows that could not be read, and that other rows replaced.
+    pub substituted: Vec<(u64, u64)>,
 }
 
 /// Writes the lines of one pass. Its owner serialises the calls.
@@ -125,12 +127,19 @@ impl LogWriter {
     /// Writes the line of one batch. After a failure, every later call fails with the same error.
     pub(crate) fn write(&mut self, batch: &LoggedBatch) -> Result<()> {
         self.check()?;
-        let LoggedBatch { start, end, checksum } = batch;
+        let LoggedBatch { start, end, checksum, substituted } = batch;
+        let substituted = match substituted.as_slice() {
+            [] => String::new(),
+            rows => {
+                let rows: Vec<String> = rows.iter().map(|(epoch, position)| format!("[{epoch},{position}]")).collect();
+                format!(",\"substituted\":[{}]", rows.join(","))
+            }
+        };
         // Use one write for the line. A kill then leaves either the whole line or nothing on a
         // local file system.
         let line = format!(
             "{{\"run\":\"{}\",\"epoch\":{},\"position\":{},\"end_epoch\":{},\"end\":{},\"rank\":{},\"world_size\":{},\"batch_size\":{},\
-             \"rows\":{},\"tokens\":{},\"hash\":\"{}\"}}\n",
+             \"rows\":{},\"tokens\":{},\"hash\":\"{}\"{substituted}}}\n",
             self.pass.run,
             start.0,
             start.1,
@@ -160,6 +169,14 @@ impl LogWriter {
 fn settings_of(begin: &Value) -> Option<Vec<(String, String)>> {
     let settings = begin.get("settings")?.as_object()?;
     settings.iter().map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
+}
+
+fn pairs_of(rows: &Value) -> Option<Vec<(u64, u64)>> {
+    let pair = |row: &Value| match row.as_array()?.as_slice() {
+        [epoch, position] => Some((epoch.as_u64()?, position.as_u64()?)),
+        _ => None,
+    };
+    rows.as_array()?.iter().map(pair).collect()
 }
 
 fn is_torn(file: &mut File) -> std::io::Result<bool> {
@@ -273,11 +290,15 @@ impl DeliveryLog {
             let pass = *passes.get(&run).ok_or_else(|| at(&format!("its run `{run}` has no `delivery_log` line")))?;
             let hash = u128::from_str_radix(&text("hash")?, 16).map_err(|_| at("`hash` is not hexadecimal"))?;
             let checksum = Checksum { rows: int("rows")?, tokens: int("tokens")?, hash };
-            let batch = LoggedBatch {
+            let mut batch = LoggedBatch {
                 start: (int("epoch")?, int("position")?),
                 end: (int("end_epoch")?, int("end")?),
                 checksum,
+                substituted: Vec::new(),
             };
+            if let Some(rows) = value.get("substituted") {
+                batch.substituted = pairs_of(rows).ok_or_else(|| at("`substituted` is no list of pairs"))?;
+            }
             if batch.end <= batch.start {
                 return Err(at("the batch ends where it starts"));
             }

@@ -16,7 +16,12 @@ fn logged(position: u64, rank: u64, world_size: u64, batch_size: u64) -> LoggedB
         let sequence = position + row * world_size + rank;
         checksum.add_row(0, sequence, &[sequence as i64; 3]);
     }
-    LoggedBatch { start: (0, position), end: (0, position + world_size * batch_size), checksum }
+    LoggedBatch {
+        start: (0, position),
+        end: (0, position + world_size * batch_size),
+        checksum,
+        substituted: Vec::new(),
+    }
 }
 
 fn pass(rank: u64, world_size: u64, batch_size: u64, position: u64) -> LoggedPass {
@@ -216,7 +221,7 @@ fn epochs_that_a_batch_crosses_are_proved_together() {
     let mut writer = LogWriter::begin(folder.path(), pass(0, 1, 4, 0)).unwrap();
     // Epochs of 6, 6 and 4 positions.
     for (start, end) in [((0, 0), (0, 4)), ((0, 4), (1, 2)), ((1, 2), (1, 6)), ((2, 0), (2, 4))] {
-        writer.write(&LoggedBatch { start, end, checksum: all(4) }).unwrap();
+        writer.write(&LoggedBatch { start, end, checksum: all(4), substituted: Vec::new() }).unwrap();
     }
     let delivery_log = DeliveryLog::read(folder.path()).unwrap();
     assert_eq!(delivery_log.epochs(CONTENT), [0..2, 2..3]);

@@ -51,7 +51,7 @@ impl DeliveryLog {
                     });
                 }
             }
-            deliveries.push((*pass, *logged));
+            deliveries.push((*pass, logged.clone()));
         }
         let deliveries: usize = batches.values().flat_map(|batch| batch.ranks.values()).map(Vec::len).sum();
 
@@ -90,6 +90,7 @@ impl DeliveryLog {
             world_size: key.world_size,
             batch_size: key.batch_size,
             checksum: Checksum::default(),
+            substituted: Vec::new(),
             time_ms: u64::MAX,
             launches: Vec::new(),
         };
@@ -99,6 +100,7 @@ impl DeliveryLog {
             let (pass, logged) = latest.expect("a rank is listed with its first batch");
             let pass = &self.passes[*pass as usize];
             whole.checksum += logged.checksum;
+            whole.substituted.extend(&logged.substituted);
             whole.time_ms = whole.time_ms.min(pass.time_ms);
             launches.insert(pass.launch.clone().unwrap_or_else(|| pass.run.clone()));
         }
@@ -178,8 +180,10 @@ pub struct GlobalBatch {
     pub world_size: u64,
     /// Rows per rank.
     pub batch_size: u64,
-    /// Checksum of the rows of all ranks together.
+    /// Checksum of the rows of all ranks together, without rows that replaced others.
     pub checksum: Checksum,
+    /// Epochs and positions of rows that could not be read, and that other rows replaced.
+    pub substituted: Vec<(u64, u64)>,
     /// Start of the earliest pass that delivered the batch, in milliseconds since 1970.
     pub time_ms: u64,
     /// The launches that delivered the batch last. The run's name stands for a launch without a
