@@ -107,7 +107,9 @@ pub(crate) enum Backend {
 fn check_endpoint(endpoint: Option<&str>) -> Result<(), Error> {
     let is_url = |text: &str| {
         let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
-        host.is_some_and(|host| !host.is_empty() && !host.starts_with(['/', ':']) && !host.contains(char::is_whitespace))
+        host.is_some_and(|host| {
+            !host.is_empty() && !host.starts_with(['/', ':']) && !host.contains(char::is_whitespace)
+        })
     };
     match endpoint.filter(|text| !is_url(text)) {
         None => Ok(()),

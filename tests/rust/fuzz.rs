@@ -345,6 +345,12 @@ fn read_shard(shard: &Shard) -> forebay::Result<u64> {
     Ok(sum)
 }
 
+/// The number in the variable `name`, if it is set to a number.
+#[expect(clippy::disallowed_methods, reason = "these variables belong to the test, and are no settings")]
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
 /// Tells whether the file is an Arrow file or stream.
 fn is_arrow(bytes: &[u8]) -> bool {
     bytes.starts_with(b"ARROW1") || bytes.starts_with(&[0xFF; 4])
@@ -387,7 +393,6 @@ fn an_absurd_number_at_any_place_of_an_arrow_file_takes_no_memory_and_no_time() 
 
 #[test]
 fn no_bytes_make_an_opener_or_a_decoder_panic() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let seconds = number("FOREBAY_FUZZ_SECONDS").unwrap_or(5);
     let seed = number("FOREBAY_FUZZ_SEED").unwrap_or(1);
     let alone = number("FOREBAY_FUZZ_CASE");
