@@ -106,7 +106,9 @@ def shown_for(consumer: str, **names: Any) -> dict[str, Any]:
 
 
 def shown_by_a_browser(address: str, profile: Path, milliseconds: int = 5000) -> str:
-    """The document at an address as Chromium holds it after some time. Skips the test without one."""
+    """The document at an address as Chromium holds it after some time. Skips the test without
+    Chromium.
+    """
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")

@@ -37,8 +37,8 @@ class Stats(dict[str, Any]):
     - ``queue_depth_mean`` (batches): batches that were ready when a consumer asked, in the mean.
     - ``decode_seconds`` (seconds): time that each worker decoded blocks, or waited for another
       worker to decode one. The last value is the time of consumers that computed a batch.
-    - ``fill_seconds`` (seconds): elapsed time in which each worker wrote rows. The last value is the time of
-      consumers that computed a batch.
+    - ``fill_seconds`` (seconds): elapsed time in which each worker wrote rows. The last value is
+      the time of consumers that computed a batch.
     - ``decoded_blocks`` (blocks): blocks that were decoded. A block that is decoded twice counts
       twice.
     - ``decoded_bytes`` (bytes): size of these blocks after decoding.
