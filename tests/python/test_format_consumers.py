@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 
+import forebay
 from forebay import adapters
 from forebay.torch import DataLoader, TokenDataset
 
@@ -167,8 +168,53 @@ def test_the_programs_of_the_page_on_fine_tuning_train(tmp_path: Path, monkeypat
     shown: dict[str, Any] = {"model": llama("sdpa", places=128)}
     for program in programs:
         exec(compile(program, "docs/fine-tuning.md", "exec"), shown)
-    assert shown["trainer"].state.global_step == 5
+    trainer = shown["trainer"]
+    assert trainer.state.global_step == 5
     assert float(shown["loss"]) > 0
+
+    # The rows for evaluation are the other examples, with labels for the answers alone.
+    trained = TokenDataset("chats.parquet", fields=["labels"], seq_len=128, layout="pad", holdout=20)
+    assert len(shown["held_out"]) == 1_000 - len(trained) > 0
+    model = trainer.model.eval()
+    losses = []
+    with torch.no_grad():
+        for batch in DataLoader(shown["held_out"], batch_size=trainer.args.per_device_eval_batch_size):
+            targets = batch["labels"] != -100
+            # The answers of the page have two or three tokens, from 10 on.
+            assert set(targets.sum(1).tolist()) <= {2, 3} and (batch["labels"][targets] >= 10).all()
+            losses += [float(model(**batch).loss)] * len(targets)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+
+
+def test_a_packed_run_resumes_at_the_end_of_an_epoch_and_is_refused_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fine-tuning.md").read_text()
+    data, loop, program = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+
+    def run(steps: int, call: str = "", save: str = "epoch") -> None:
+        model = llama("sdpa", places=128)
+        forward = model.forward
+        model.forward = lambda **batch: seen.append(batch["labels"].tolist()) or forward(**batch)
+        shown: dict[str, Any] = {"model": model}
+        exec(compile(loop[: loop.index("for batch")], "docs/fine-tuning.md", "exec"), shown)
+        text = program.replace("max_steps=5", f"max_steps={steps}, save_steps=1").replace('"epoch"', f'"{save}"')
+        text = text.replace("trainer.train()\ntrainer.evaluate()", f"trainer.train({call})")
+        seen.clear()
+        exec(compile(text, "docs/fine-tuning.md", "exec"), shown)
+
+    exec(compile(data, "docs/fine-tuning.md", "exec"), {})
+    run(12)
+    wanted = list(seen)
+    assert len(wanted) == 12 and all(len(labels) == 1 for labels in wanted), "batches are packed"
+    run(12, 'resume_from_checkpoint="out/checkpoint-10"')
+    assert seen == wanted[10:]
+    run(3, save="steps")
+    with pytest.raises(forebay.ConfigError, match="cannot resume within an epoch"):
+        run(12, 'resume_from_checkpoint="out/checkpoint-3"')
+    assert seen == []
 
 
 def test_the_programs_of_the_page_on_hugging_face_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +228,6 @@ def test_the_programs_of_the_page_on_hugging_face_train(tmp_path: Path, monkeypa
     for program in programs[1:]:
         exec(compile(program, "docs/from-hugging-face.md", "exec"), shown)
     assert shown["trainer"].state.global_step == 5
+    assert "eval_loss" in shown["trainer"].evaluate()
+    every = len(TokenDataset("tokenised", seq_len=64))
+    assert len(shown["dataset"]) + len(shown["held_out"]) == every and len(shown["held_out"]) == every // 8

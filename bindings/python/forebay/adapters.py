@@ -28,9 +28,24 @@ __all__ = [
 
 
 def hugging_face(trainer: Any, loader: DataLoader[Any]) -> None:
-    """Lets a Trainer of transformers train on a native `loader`, and resume within any epoch."""
+    """Lets a Trainer of transformers train on a native `loader`, and resume within any epoch.
+
+    With ``batch_format="hf-packed"`` it resumes at the start of an epoch.
+
+    Raises
+    ------
+    ConfigError
+        The Trainer resumes within an epoch, and the loader has ``batch_format="hf-packed"``. The
+        check runs when training begins.
+    """
 
     def on_epoch_begin(_: Any, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        if state.epoch != int(state.epoch) and loader.config["batch_format"] == "hf-packed":
+            # Trainer makes a loader of the rows to skip batches, which does not know the format.
+            raise ConfigError(
+                'Trainer cannot resume within an epoch with batch_format="hf-packed": its batches would not say where '
+                'documents begin; resume from a checkpoint of an epoch\'s end, as `save_strategy="epoch"` saves them'
+            )
         # Trainer tells the epoch to the object that it iterates. After a resume, that is a loader
         # that Trainer made itself.
         loader.set_epoch(int(state.epoch))
