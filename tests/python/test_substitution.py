@@ -30,6 +30,7 @@ import forebay
 
 pytestmark = [
     pytest.mark.hostile,
+    pytest.mark.thread_unsafe(reason="it damages files, and reads the log of the process"),
     pytest.mark.skipif("--service" in sys.argv, reason="a service replaces no rows, which is refused"),
 ]
 
