@@ -10,9 +10,9 @@ use forebay::corpus::Corpus;
 use forebay::format::Access;
 use forebay::layout::Lost;
 use forebay::loader::Next;
-use forebay::loader::plan::{Decoding, Distance, MemoryPlan, PassPlan, Plan, SourcePlan};
+use forebay::loader::plan::{Advice, Decoding, Distance, LanesAdvice, MemoryPlan, PassPlan, Plan, SourcePlan};
 use forebay::order::Arrangement;
-use forebay::settings::{Remainder, Shuffle};
+use forebay::settings::{MOST_DEFAULT_THREADS, Remainder, Shuffle, available_cpus};
 use forebay::storage::{PART_BYTES, is_remote};
 use forebay::{Config, Loader};
 use serde_json::{Value, json};
@@ -21,7 +21,8 @@ use crate::report::{bytes, grouped, line, number_of};
 use crate::{Context, Failure, Sets, ShapeOptions};
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example: forebay plan corpus/ --seq-len 4096 --batch-size 8 --shuffle --world-size 64")]
+#[command(after_help = "Examples:\n  forebay plan corpus/ --seq-len 4096 --batch-size 8 --shuffle --world-size 64\n  \
+    forebay plan corpus/ --seq-len 4096 --batch-size 8 --shuffle --world-size 64 --advise --cpus 192")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
@@ -30,6 +31,15 @@ pub(crate) struct Options {
     /// Number of ranks; the plan is for the first rank
     #[arg(long, value_name = "N")]
     world_size: Option<String>,
+    /// Also advises lanes, window, threads and memory for these ranks, with the arithmetic
+    #[arg(long)]
+    advise: bool,
+    /// Number of ranks on a node, for the advice; default: the launcher's number, else 8 at most
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "advise")]
+    ranks_per_node: Option<u64>,
+    /// Number of CPUs of a node, for the advice; default: the CPUs of this process
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), requires = "advise")]
+    cpus: Option<u64>,
     /// Prints one JSON object
     #[arg(long)]
     json: bool,
@@ -51,7 +61,13 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let start = Start { open, first_batch: first_batch(&loader)? };
     let planning = Instant::now();
     let plan = loader.plan()?;
-    let planned = Planned { loader, start, plan, took: planning.elapsed() };
+    let took = planning.elapsed();
+    let advice = options.advise.then(|| {
+        let local = context.env.get("LOCAL_WORLD_SIZE").and_then(|text| text.trim().parse().ok());
+        let ranks = options.ranks_per_node.or(local).unwrap_or(USUAL_RANKS).clamp(1, plan.pass.world_size);
+        loader.advise(ranks, options.cpus.unwrap_or_else(available_cpus))
+    });
+    let planned = Planned { loader, start, plan, took, advice };
     if options.json {
         writeln!(context.out, "{}", planned.json())?;
     } else {
@@ -87,6 +103,7 @@ struct Planned {
     start: Start,
     plan: Plan,
     took: Duration,
+    advice: Option<Advice>,
 }
 
 impl Planned {
@@ -142,6 +159,9 @@ impl Planned {
             line(out, "", &text)?;
         }
         line(out, "planned in", &format!("{:.2} s", self.took.as_secs_f64()))?;
+        if let Some(advice) = &self.advice {
+            write_advice(out, advice)?;
+        }
         for warning in self.loader.warnings() {
             line(out, "warning", warning)?;
         }
@@ -167,11 +187,15 @@ impl Planned {
                 "scan": self.scanned().map(|(bytes, seconds)| json!({"bytes": bytes, "seconds": seconds})),
             },
             "remote": RemoteReading::of(&self.loader, &self.plan).map(|reading| reading.json()),
+            "advice": self.advice.as_ref().map(advice_json),
             "plan_seconds": self.took.as_secs_f64(),
             "warnings": self.loader.warnings(),
         })
     }
 }
+
+/// Number of ranks on a node, if nothing tells it. Most nodes have that many GPUs.
+const USUAL_RANKS: u64 = 8;
 
 /// Price of a million reads in the standard class of the large stores, in US dollars.
 const DOLLARS_PER_MILLION: f64 = 0.4;
@@ -447,6 +471,80 @@ fn write_memory(out: &mut dyn Write, memory: &MemoryPlan, config: &Config) -> st
         line(out, "", &format!("{name:<8} {:>10}  {what}", bytes(value)))?;
     }
     Ok(())
+}
+
+/// Prints a line for each choice, with its arithmetic.
+fn write_advice(out: &mut dyn Write, advice: &Advice) -> std::io::Result<()> {
+    let Advice { ranks, ranks_per_node, cpus, num_threads, block_bytes, .. } = *advice;
+    let nodes = number_of(ranks.div_ceil(ranks_per_node), "node");
+    let here = number_of(ranks_per_node, "rank");
+    line(out, "advice", &format!("{} on {nodes} with {} each", number_of(ranks, "rank"), number_of(cpus, "CPU")))?;
+    let mut choice =
+        |name: &str, value: &str, how: &str| line(out, "", &format!("{:<24} {how}", format!("{name}={value}")));
+    match &advice.lanes {
+        Some(LanesAdvice { set: (lanes, window), lanes: advised, window_tokens, of_rank, .. }) => {
+            let kept = if lanes == advised { "as it is set" } else { "the window of a lane stays as it is" };
+            let of_rank = number_of(*of_rank, "lane");
+            let ranks = number_of(ranks, "rank");
+            let text = format!("smallest multiple of {ranks} that is not below {lanes}; {of_rank} for each rank");
+            choice("lanes", &advised.to_string(), &text)?;
+            let text = format!("{} tokens / {lanes} lanes x {advised} lanes: {kept}", tokens(*window));
+            choice("window_tokens", &tokens(*window_tokens), &text)?;
+        }
+        None => choice("lanes", "-", "the order of these settings has none")?,
+    }
+    let text = format!(
+        "{} / {here} - 1 = {}, within 1 to {MOST_DEFAULT_THREADS}",
+        number_of(cpus, "CPU"),
+        (cpus / ranks_per_node).saturating_sub(1)
+    );
+    choice("num_threads", &num_threads.to_string(), &text)?;
+    let mut text = format!("{} batches of {}", advice.batches.0, bytes(advice.batches.1));
+    if block_bytes > 0 {
+        let threads = number_of(num_threads, "thread");
+        text += &format!(", and 5/4 of: a block of {} for each of {threads}", bytes(block_bytes));
+        if advice.windows_bytes > 0 {
+            text += &format!(", and {} to draw from", bytes(advice.windows_bytes));
+        }
+    }
+    if advice.holds_lengths {
+        text += "; an eighth is for document lengths, unless an index is saved";
+    }
+    let budget = format!("{}MiB", advice.memory_budget >> 20);
+    choice("memory_budget", &budget, &text)?;
+    if let Some(LanesAdvice { of_rank, drawn_tokens, .. }) = advice.lanes.filter(|_| advice.windows_bytes > 0) {
+        let blocks = format!("blocks of {} at both ends", bytes(block_bytes));
+        let text = format!("{}: {} tokens, and {blocks}", number_of(of_rank, "lane"), tokens(drawn_tokens));
+        line(out, "", &format!("{:<24} to draw from {text}", ""))?;
+    }
+    let node = ranks_per_node * advice.memory_budget;
+    let all = format!("{} of a node x {budget} = {}", here, bytes(node));
+    line(out, "", &format!("{:<24} {all}", "memory of a node"))
+}
+
+/// A number of tokens, as settings take it.
+fn tokens(tokens: u64) -> String {
+    match tokens {
+        0 => "0".to_owned(),
+        _ if tokens.is_multiple_of(1 << 30) => format!("{}Gi", tokens >> 30),
+        _ if tokens.is_multiple_of(1 << 20) => format!("{}Mi", tokens >> 20),
+        _ if tokens.is_multiple_of(1 << 10) => format!("{}Ki", tokens >> 10),
+        _ => tokens.to_string(),
+    }
+}
+
+fn advice_json(advice: &Advice) -> Value {
+    json!({
+        "ranks": advice.ranks,
+        "ranks_per_node": advice.ranks_per_node,
+        "cpus": advice.cpus,
+        "lanes": advice.lanes.map(|lanes| lanes.lanes),
+        "window_tokens": advice.lanes.map(|lanes| lanes.window_tokens),
+        "num_threads": advice.num_threads,
+        "memory_budget": advice.memory_budget,
+        "windows_bytes": advice.windows_bytes,
+        "node_bytes": advice.ranks_per_node * advice.memory_budget,
+    })
 }
 
 fn source_json(source: &SourcePlan, format: &str) -> Value {

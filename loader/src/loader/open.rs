@@ -355,7 +355,7 @@ fn check_names(config: &Config, schema: &Schema) -> Result<()> {
 
 /// Document lengths that a layout needs, and that cannot be saved, may take `memory_budget` divided
 /// by this number.
-const LENGTHS_SHARE: u64 = 8;
+pub(super) const LENGTHS_SHARE: u64 = 8;
 
 /// Tokens among which the positions of all lanes draw their rows at a time.
 ///

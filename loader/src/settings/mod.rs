@@ -24,7 +24,7 @@ pub use config::{
     Shuffle, Skip, Split, Targets,
 };
 pub use framework::{Framework, MeshDimension, ProcessGroup, Sampler};
-pub use ranks::default_threads;
+pub use ranks::{MOST_DEFAULT_THREADS, available_cpus, default_threads};
 pub use reference::markdown;
 pub use resolve::{Origin, Resolved, Scope, resolve, resolve_within};
 pub use setting::{Compared, Setting, SettingKind, Taker};

@@ -160,8 +160,11 @@ fn check_rank(rank: u64, size: u64, place: &str) -> Result<()> {
     Err(Error::config(format!("rank must be below world size: found rank {rank} of {size} (from {place})")))
 }
 
+/// Most worker threads that the default takes.
+pub const MOST_DEFAULT_THREADS: u64 = 8;
+
 /// Number of CPUs that affinity and cgroup limits leave to this process.
-pub(super) fn available_cpus() -> u64 {
+pub fn available_cpus() -> u64 {
     std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64)
 }
 
@@ -205,6 +208,6 @@ pub(super) fn threads(env: &Environment, cpus: u64, warnings: &mut Vec<String>) 
         share /= ranks;
         text = format!("{text} / {name} {ranks}");
     }
-    let count = share.saturating_sub(1).clamp(1, 8);
-    (count, format!("default: {text} - 1, within 1 to 8"))
+    let count = share.saturating_sub(1).clamp(1, MOST_DEFAULT_THREADS);
+    (count, format!("default: {text} - 1, within 1 to {MOST_DEFAULT_THREADS}"))
 }

@@ -8,12 +8,14 @@
 //! form are sampled or simulated over at most [`MOST_ROWS`] rows, and come with the number of these
 //! rows.
 
+mod advice;
 mod of_loader;
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
+pub use self::advice::{Advice, LanesAdvice};
 use crate::error::Result;
 use crate::layout::{Lost, Segment};
 use crate::order::partition::Grouping;
