@@ -5,7 +5,9 @@
 
 use std::io::Write;
 
+use forebay::corpus::discover::ShardFile;
 use forebay::corpus::mixed_shards;
+use forebay::corpus::parts::Part;
 use forebay::format::{self, Access, EndsScratch, OpenOptions, Shard, looks_like};
 use forebay::tokens::{Tokens, id_outside, negative_id};
 use forebay::{Config, Error, ErrorKind};
@@ -27,7 +29,8 @@ const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} tokens, {eta} le
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Exit status: 0 sound, 1 broken, 2 usage or settings.\n\n\
-    Example: forebay check corpus/ 'more/*.arrow' --token-column ids --json")]
+    Several machines can share the work. The corpus is sound if every part ends with status 0.\n\n\
+    Examples:\n  forebay check corpus/ 'more/*.arrow' --token-column ids --json\n  forebay check corpus/ --part 3/64")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
@@ -37,6 +40,10 @@ pub(crate) struct Options {
     /// Number of ids of the tokenizer: any other id is a fault
     #[arg(long, value_name = "COUNT")]
     vocab_size: Option<String>,
+    /// Checks only part I of N, counted from 0: the shards whose number leaves I when it is divided
+    /// by N
+    #[arg(long, value_name = "I/N", default_value_t = Part::WHOLE, hide_default_value = true)]
+    part: Part,
     /// Prints one JSON object
     #[arg(long)]
     json: bool,
@@ -47,7 +54,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Failure> {
     let flags = [("token_column", options.token_column.clone()), ("vocab_size", options.vocab_size.clone())];
     let config = options.sets.resolve(&options.paths, &flags, context)?.config;
-    let findings = check(&config, context)?;
+    let findings = check(&config, options.part, context)?;
     let written = if options.json { writeln!(context.out, "{}", findings.json()) } else { findings.write(context.out) };
     match written {
         // A reader that stops early still learns from the status that the data is broken.
@@ -70,7 +77,7 @@ struct Findings {
     broken: Vec<Error>,
 }
 
-fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure> {
+fn check(config: &Config, part: Part, context: &mut Context<'_>) -> Result<Findings, Failure> {
     let options = OpenOptions::of(config);
     let mut files = Vec::new();
     for (_, data) in config.corpora()? {
@@ -83,9 +90,13 @@ fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure
         .map_err(|error| Error::new(ErrorKind::Io, "cannot start threads").with_source(error))?;
 
     let (mut shards, mut broken) = (Vec::new(), Vec::new());
+    let mut checked = 0;
     for files in &files {
         let first = shards.len();
-        let opened: Vec<_> = pool.install(|| files.par_iter().map(|file| format::open(&file.path, &options)).collect());
+        let own: Vec<&ShardFile> =
+            files.iter().enumerate().filter(|(index, _)| part.takes(*index)).map(|(_, file)| file).collect();
+        checked += own.len();
+        let opened: Vec<_> = pool.install(|| own.par_iter().map(|file| format::open(&file.path, &options)).collect());
         for result in opened {
             match result {
                 Ok(shard) => shards.push(shard),
@@ -93,7 +104,14 @@ fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure
             }
         }
         // The corpora of a mixture may differ from each other.
-        broken.extend(mixed_shards(shards[first..].iter().map(|shard| (shard.path(), shard.facts())), &options));
+        let described = || shards[first..].iter().map(|shard: &Shard| (shard.path(), shard.facts()));
+        broken.extend(match part {
+            Part::WHOLE => mixed_shards(described(), &options),
+            _ => {
+                let model = models(files, part, &options);
+                mixed_shards(model.iter().map(|shard| (shard.path(), shard.facts())).chain(described()), &options)
+            }
+        });
     }
 
     // Threads take blocks, not shards. Otherwise a thread could be left alone with a large shard at
@@ -138,7 +156,25 @@ fn check(config: &Config, context: &mut Context<'_>) -> Result<Findings, Failure
         names.dedup();
         names
     }));
-    Ok(Findings { files: files.iter().map(Vec::len).sum(), shards, not_read, lengths, supervised, broken })
+    Ok(Findings { files: checked, shards, not_read, lengths, supervised, broken })
+}
+
+/// The shards with which a part compares its own: those of other parts, up to the first shard with
+/// tokens. So each part finds the shards that differ from the beginning of the corpus.
+fn models(files: &[ShardFile], part: Part, options: &OpenOptions) -> Vec<Shard> {
+    let mut models = Vec::new();
+    for (index, file) in files.iter().enumerate() {
+        // The part of a broken shard reports it.
+        let Ok(shard) = format::open(&file.path, options) else { continue };
+        let has_tokens = !shard.blocks().is_empty();
+        if !part.takes(index) {
+            models.push(shard);
+        }
+        if has_tokens {
+            break;
+        }
+    }
+    models
 }
 
 #[derive(Default)]

@@ -3,9 +3,11 @@
 use std::io::Write;
 use std::time::Instant;
 
+use forebay::corpus::parts::{Part, Parts};
 use forebay::corpus::{Corpus, Indexed, Summed};
 use forebay::format::OpenOptions;
 use forebay::{Error, ErrorKind};
+use indicatif::ProgressBar;
 use serde_json::json;
 
 use crate::report::{bytes, escaped_faults, grouped, line, number_of};
@@ -16,7 +18,12 @@ const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} of {human_len} s
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Loaders with the same `cache_dir` find the index and open shards when they first read them.\n\n\
-    Example: forebay index corpus/ --cache-dir /scratch/forebay"
+    Several machines can share the work. Each part opens the shards whose number leaves I when it is divided by N, and \
+    saves its findings in the folder. A part that was killed runs again. `--merge` needs all parts, and the same data \
+    and settings.\n\n\
+    Examples:\n  forebay index corpus/ --cache-dir /scratch/forebay\n  \
+    forebay index corpus/ --index-dir /shared/index --part 3/64\n  \
+    forebay index corpus/ --index-dir /shared/index --merge"
 )]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
@@ -31,6 +38,12 @@ pub(crate) struct Options {
     /// that have none
     #[arg(long)]
     checksums: bool,
+    /// Indexes only part I of N, counted from 0. Each machine may run some of the parts
+    #[arg(long, value_name = "I/N", conflicts_with = "merge")]
+    part: Option<Part>,
+    /// Joins the parts to the index, and opens no shard
+    #[arg(long)]
+    merge: bool,
     /// Prints one JSON object for each corpus
     #[arg(long)]
     json: bool,
@@ -61,6 +74,21 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     let mut entries = Vec::new();
     let mut saved = true;
     for (name, data) in config.corpora()? {
+        let parts = Parts {
+            data: &data,
+            format: config.format,
+            options: &open,
+            folder: folder.as_ref(),
+            checksums: options.checksums,
+        };
+        if let Some(part) = options.part {
+            index_part(name, part, &parts, &pool, &bar, options, context)?;
+            continue;
+        }
+        if options.merge {
+            entries.push(join(name, &parts, &pool, context)?);
+            continue;
+        }
         let began = Instant::now();
         let shown = |opened, of| {
             bar.set_length(of);
@@ -98,6 +126,79 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         }
     }
     Ok(if saved { 0 } else { FAILED })
+}
+
+/// Indexes a part of a corpus, and prints the facts about it.
+fn index_part(
+    name: String,
+    part: Part,
+    parts: &Parts<'_>,
+    pool: &rayon::ThreadPool,
+    bar: &ProgressBar,
+    options: &Options,
+    context: &mut Context<'_>,
+) -> Result<(), Failure> {
+    let began = Instant::now();
+    let shown = |opened, of| {
+        bar.set_length(of);
+        bar.set_position(opened);
+    };
+    let indexed = parts.index(part, pool, &shown)?;
+    bar.finish_and_clear();
+    for warning in &indexed.warnings {
+        context.warn(warning)?;
+    }
+    let (shards, path, seconds) = (indexed.facts.len() as u64, indexed.path.display(), began.elapsed().as_secs_f64());
+    let counts = || indexed.facts.iter().map(|facts| facts.counts);
+    let (documents, tokens): (u64, u64) =
+        (counts().map(|counts| counts.starts).sum(), counts().map(|counts| counts.tokens).sum());
+    let out = &mut *context.out;
+    if options.json {
+        let value = json!({
+            "source": name,
+            "part": part.to_string(),
+            "file": path.to_string(),
+            "shards": shards,
+            "opened": indexed.opened,
+            "documents": documents,
+            "tokens": tokens,
+            "seconds": seconds,
+        });
+        writeln!(out, "{value}")?;
+        return Ok(());
+    }
+    if !name.is_empty() {
+        line(out, "source", &name)?;
+    }
+    line(out, "part", &format!("{part}, in {path}"))?;
+    line(out, "shards", &grouped(shards))?;
+    line(out, "opened", &format!("{} in {seconds:.3} s", grouped(indexed.opened)))?;
+    line(out, "documents", &grouped(documents))?;
+    Ok(line(out, "tokens", &grouped(tokens))?)
+}
+
+/// Joins the parts of a corpus, and removes them.
+fn join(
+    name: String,
+    parts: &Parts<'_>,
+    pool: &rayon::ThreadPool,
+    context: &mut Context<'_>,
+) -> Result<CorpusReport, Failure> {
+    let began = Instant::now();
+    let joined = parts.join(pool)?;
+    for warning in joined.corpus.warnings() {
+        context.warn(warning)?;
+    }
+    for path in &joined.parts {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                context.warn(&format!("cannot remove `{}`, which nobody needs any more: {error}", path.display()))?;
+            }
+            _ => {}
+        }
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    Ok(CorpusReport::new(name, &joined.corpus, &joined.indexed, joined.summed, seconds)?)
 }
 
 /// The printed facts about one corpus.

@@ -54,10 +54,33 @@ pub(crate) trait Visitor {
     fn read(&mut self, tokens: u64);
 }
 
+/// The shards of a corpus whose rows are read. A row belongs to the shard that it begins in.
+#[derive(Clone, Debug)]
+pub(crate) struct Share {
+    pub(crate) shards: Range<usize>,
+    /// Number of rows before these shards, if a layout keeps documents whole.
+    pub(crate) rows_before: u64,
+}
+
+impl Share {
+    /// All shards of `corpus`.
+    pub(crate) fn whole(corpus: &Corpus) -> Self {
+        Self { shards: 0..corpus.len(), rows_before: 0 }
+    }
+}
+
 /// Reads the tokens of the shards of `corpus` in order, each from the column that a loader takes.
 /// Joined rows begin `phase` tokens after the start of the first document.
-pub(crate) fn read(config: &Config, corpus: &Corpus, phase: u64, visitor: &mut dyn Visitor) -> Result<()> {
-    read_column(config, Column::Tokens, corpus, phase, visitor)
+///
+/// A share other than the whole needs a `phase` of 0.
+pub(crate) fn read(
+    config: &Config,
+    corpus: &Corpus,
+    phase: u64,
+    share: &Share,
+    visitor: &mut dyn Visitor,
+) -> Result<()> {
+    read_column(config, Column::Tokens, corpus, phase, share, visitor)
 }
 
 /// Reads a further column of the shards of `corpus`, like [`read`].
@@ -69,9 +92,10 @@ pub(crate) fn read_field(
     field: &SchemaField,
     corpus: &Corpus,
     phase: u64,
+    share: &Share,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
-    read_column(config, Column::Field(field), corpus, phase, visitor)
+    read_column(config, Column::Field(field), corpus, phase, share, visitor)
 }
 
 /// Reads a per-document column of the shards of `corpus`, like [`read`].
@@ -82,9 +106,10 @@ pub(crate) fn read_documents(
     field: &DocumentField,
     corpus: &Corpus,
     phase: u64,
+    share: &Share,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
-    read_column(config, Column::Documents(field), corpus, phase, visitor)
+    read_column(config, Column::Documents(field), corpus, phase, share, visitor)
 }
 
 /// The part of a corpus that is read.
@@ -100,6 +125,7 @@ fn read_column(
     column: Column<'_>,
     corpus: &Corpus,
     phase: u64,
+    share: &Share,
     visitor: &mut dyn Visitor,
 ) -> Result<()> {
     let special = |id: Option<u32>| match column {
@@ -130,10 +156,30 @@ fn read_column(
         open: None,
         pending: Vec::new(),
         done: 0,
-        sequence: 0,
+        sequence: share.rows_before,
+        skip: 0,
+        end: u64::MAX,
     };
+    if let Some(window) = &mut stream.window {
+        window.begin_after(corpus.counts().take(share.shards.start).map(|counts| counts.starts).sum());
+    } else {
+        let specials = u64::from(config.bos_id.is_some()) + u64::from(config.eos_id.is_some());
+        let before = |shards: usize| -> u64 {
+            corpus.counts().take(shards).map(|counts| counts.tokens + counts.starts * specials).sum()
+        };
+        stream.done = before(share.shards.start);
+        stream.sequence = stream.done.div_ceil(config.seq_len);
+        stream.skip = (stream.sequence * config.seq_len - stream.done) as usize;
+        if share.shards.end < corpus.len() {
+            stream.end = before(share.shards.end).div_ceil(config.seq_len);
+        }
+    }
     let files = Files::of(config);
-    for (shard, file) in corpus.files().iter().enumerate() {
+    for (shard, file) in corpus.files().iter().enumerate().skip(share.shards.start) {
+        // The last joined rows go on in the shards after the share.
+        if shard >= share.shards.end && (stream.window.is_some() || stream.sequence >= stream.end) {
+            break;
+        }
         // Files without tokens may have any columns.
         if corpus.facts_of(shard).counts.tokens > 0 {
             stream.shard = shard;
@@ -191,6 +237,10 @@ struct RowCutter<'a> {
     /// Number of stream tokens before the pending tokens.
     done: u64,
     sequence: u64,
+    /// Number of tokens up to the first joined row of the share. They belong to a row before it.
+    skip: usize,
+    /// Number of the first joined row after the share.
+    end: u64,
 }
 
 impl RowCutter<'_> {
@@ -243,7 +293,13 @@ impl RowCutter<'_> {
 
     /// Gives the rows of joined documents that are complete.
     fn cut(&mut self) {
-        if self.window.is_some() || self.head.is_none() && !self.take_head(self.phase) {
+        if self.window.is_some() {
+            return;
+        }
+        let skipped = self.skip.min(self.pending.len());
+        self.pending.drain(..skipped);
+        (self.skip, self.done) = (self.skip - skipped, self.done + skipped as u64);
+        if self.head.is_none() && !self.take_head(self.phase) {
             return;
         }
         let mut start = 0;
@@ -263,12 +319,15 @@ impl RowCutter<'_> {
         }
         let documents = self.begun.iter().copied().take_while(|(start, _)| *start < len as u64).collect();
         self.head = Some((self.pending.drain(..len).collect(), documents));
-        self.done = len as u64;
+        self.done += len as u64;
         true
     }
 
-    /// Gives the row of these pending tokens.
+    /// Gives the row of these pending tokens, if it belongs to the share.
     fn give(&mut self, row: Range<usize>) {
+        if self.sequence >= self.end {
+            return;
+        }
         let places = self.done + row.start as u64..self.done + row.end as u64;
         // Documents that end before the row are no longer needed.
         while self.begun.get(1).is_some_and(|(start, _)| *start <= places.start) {

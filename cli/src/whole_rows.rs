@@ -82,6 +82,11 @@ impl Window {
         }))
     }
 
+    /// Begins after the first `documents` documents of the corpus.
+    pub(crate) fn begin_after(&mut self, documents: u64) {
+        self.before = documents;
+    }
+
     /// Adds a document that has tokens. Gives the rows of each window that it fills. If the
     /// document was packed before, the documents inside it begin at `starts`.
     pub(crate) fn add(&mut self, place: DocumentRow, document: &[i64], starts: &[usize], emit: Emit<'_>) {

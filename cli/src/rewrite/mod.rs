@@ -24,19 +24,22 @@ mod summary;
 mod target;
 mod work;
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use forebay::corpus::mixed_columns;
+use forebay::corpus::parts::{Part, complete_count, part_names};
 use forebay::format::{self, OpenOptions};
 use forebay::tokens::Dtype;
-use forebay::{Error, ErrorKind};
+use forebay::{Config, Error, ErrorKind};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use self::fields::CarriedField;
 use self::flat_output::FlatFormat;
-use self::groups::groups;
+use self::groups::{SourceGroup, groups};
 use self::id_type::{DTYPES, smallest_dtype, smallest_for};
 use self::manifest::Manifest;
 pub(crate) use self::options::Options;
@@ -44,7 +47,8 @@ use self::options::{ShardForm, name};
 use self::source::SourceShard;
 use self::summary::Summary;
 use self::target::refuse_inside;
-use self::work::Rewriting;
+use self::work::{Rewriting, ShardNames, WrittenShard};
+use crate::report::{grouped, line};
 use crate::{Context, Failure, progress};
 
 const TEMPLATE: &str = "{msg} {wide_bar} {percent}% {human_pos} tokens, {eta} left";
@@ -115,23 +119,40 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         })?;
         Ok(json!({"dtype": dtype.name()}))
     };
-    let manifest = Manifest::open(target, &options.named(&config), &sources, settle)?;
-    let dtype = DTYPES.into_iter().find(|dtype| manifest.settled["dtype"] == dtype.name());
-    let dtype = dtype.ok_or_else(|| {
-        Error::data("the manifest is damaged: it names no type of ids; remove the folder and begin anew").at(target)
-    })?;
+    let groups = groups(&sources, options.shard_tokens);
+    let names = ShardNames::new(&groups, options.to.suffix());
+    let named = options.named(&config);
+    if options.merge {
+        let settled = settle_of_parts(options, settle)?;
+        let shards = join(target, &named, &sources, &groups, &names, &settled)?;
+        return summarise(options, &config, &sources, &shards, &settled, began, context);
+    }
+    let manifest = match options.part {
+        None => Manifest::open(target, &named, &sources, settle)?,
+        Some(part) => {
+            let is_own = |name: &str| names.group_of(name).is_some_and(|group| part.takes(group));
+            let settled = settle_of_parts(options, settle)?;
+            Manifest::open_part(target, part, &named, &sources, settled, &is_own)?
+        }
+    };
+    let dtype = dtype_of(&manifest.settled, target)?;
 
+    let own: Vec<usize> =
+        (0..groups.len()).filter(|group| options.part.is_none_or(|part| part.takes(*group))).collect();
+    let tokens = own.iter().map(|group| groups[*group].tokens).sum();
     let bar = progress::bar(tokens, TEMPLATE, context.env)?.with_message("rewriting");
-    bar.set_position(manifest.done.values().map(|done| done.content.tokens).sum());
+    let is_own = |name: &str| names.group_of(name).is_some_and(|group| own.binary_search(&group).is_ok());
+    let there = manifest.done.iter().filter(|(name, _)| is_own(name));
+    bar.set_position(there.map(|(_, done)| done.content.tokens).sum());
     bar.reset_eta();
     // The column of a source without tokens may have any name, or be missing.
     let full = sources.iter().find(|source| source.facts.counts.tokens > 0);
     let column = full.map(|source| source.column.clone());
     let work = Rewriting {
-        groups: groups(&sources, options.shard_tokens),
+        groups: &groups,
         sources: &sources,
         target,
-        suffix: options.to.suffix(),
+        names: &names,
         column: column.as_deref().unwrap_or(format::TOKEN_COLUMNS[0]),
         fields: &fields,
         shape: ShardForm { container: options.container(), dtype, batch_tokens: options.batch_tokens },
@@ -141,8 +162,7 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
         bar: &bar,
         stop: AtomicBool::new(false),
     };
-    let results: Vec<_> = pool
-        .install(|| (0..work.groups.len()).into_par_iter().with_max_len(1).map(|group| work.guarded(group)).collect());
+    let results: Vec<_> = pool.install(|| own.par_iter().with_max_len(1).map(|group| work.guarded(*group)).collect());
     bar.finish_and_clear();
     let mut shards = Vec::new();
     let mut faults = Vec::new();
@@ -152,11 +172,86 @@ pub(crate) fn run(options: &Options, context: &mut Context<'_>) -> Result<u8, Fa
     if !faults.is_empty() {
         return Err(Error::all(faults).into());
     }
-    manifest.complete(shards.len())?;
+    match options.part {
+        None => {
+            manifest.complete(shards.len())?;
+            summarise(options, &config, &sources, &shards, &manifest.settled, began, context)
+        }
+        Some(part) => {
+            let tokens: u64 = shards.iter().map(|shard| shard.done.content.tokens).sum();
+            let kept = shards.iter().filter(|shard| shard.was_there).count();
+            if options.json {
+                let value = json!({"part": part.to_string(), "shards": shards.len(), "kept": kept, "tokens": tokens});
+                writeln!(context.out, "{value}")?;
+            } else {
+                line(context.out, "part", &format!("{part}, in {}", target.display()))?;
+                line(context.out, "shards", &format!("{}, of which {kept} were there", grouped(shards.len() as u64)))?;
+                line(context.out, "tokens", &grouped(tokens))?;
+            }
+            Ok(0)
+        }
+    }
+}
+
+/// Decides what the options of a part leave open. A part does not see all ids, so `--dtype` must
+/// name their type.
+fn settle_of_parts(options: &Options, settle: impl FnOnce() -> forebay::Result<Value>) -> forebay::Result<Value> {
+    if options.dtype == "auto" {
+        return Err(Error::config(
+            "a part does not read all ids: name their type by `--dtype`, such as `--dtype uint16`",
+        ));
+    }
+    settle()
+}
+
+/// The type of ids that a manifest names.
+fn dtype_of(settled: &Value, target: &Path) -> forebay::Result<Dtype> {
+    let dtype = DTYPES.into_iter().find(|dtype| settled["dtype"] == dtype.name());
+    dtype.ok_or_else(|| {
+        Error::data("the manifest is damaged: it names no type of ids; remove the folder and begin anew").at(target)
+    })
+}
+
+/// Completes the rewriting whose parts lie in `target`. Fails with the names of missing parts.
+fn join(
+    target: &Path,
+    named: &manifest::Options,
+    sources: &[SourceShard],
+    groups: &[SourceGroup],
+    names: &ShardNames,
+    settled: &Value,
+) -> forebay::Result<Vec<WrittenShard>> {
+    let parts = manifest::Parts::open(target, named, sources)?;
+    let found: Vec<_> =
+        groups.iter().enumerate().map(|(index, group)| names.complete(index, group, &parts.done)).collect();
+    let unfinished = found.iter().enumerate().filter(|(_, shards)| shards.is_none());
+    if let Some(group) = unfinished.clone().map(|(group, _)| group).next() {
+        let count = complete_count(&parts.found, target)?;
+        let missing: BTreeSet<Part> = unfinished.map(|(group, _)| Part::of(group, count)).collect();
+        let text = format!("`{}` is missing: run {} again", names.of(group, 0), part_names(&missing));
+        return Err(Error::new(ErrorKind::NotFound, text).at(target));
+    }
+    let shards: Vec<_> = found.into_iter().flatten().flatten().collect();
+    parts.complete(named, sources, settled, &shards)?;
+    Ok(shards.into_iter().map(|(_, done)| WrittenShard { done, was_there: true }).collect())
+}
+
+/// Prints the result.
+fn summarise(
+    options: &Options,
+    config: &Config,
+    sources: &[SourceShard],
+    shards: &[WrittenShard],
+    settled: &Value,
+    began: Instant,
+    context: &mut Context<'_>,
+) -> Result<u8, Failure> {
+    let target = &*options.target;
+    let dtype = dtype_of(settled, target)?;
     let has_eos = config.eos_id.is_some() || config.bos_id.is_some() || config.document_end_id.is_some();
     let lost =
         (options.to.joins() && !has_eos).then_some(sources.iter().map(|source| source.facts.counts.starts).sum());
-    let mut summary = Summary::new(&sources, &shards, dtype, options.to, began);
+    let mut summary = Summary::new(sources, shards, dtype, options.to, began);
     summary.lost_ends = lost.unwrap_or(0);
     if options.json {
         writeln!(context.out, "{}", summary.json(target))?;

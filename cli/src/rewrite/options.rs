@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use forebay::corpus::parts::Part;
 use forebay::settings::{self, Config};
 use forebay::tokens::Dtype;
 use parquet::basic::{Compression, Encoding, ZstdLevel};
@@ -21,7 +22,10 @@ use crate::Sets;
     back and compared with its source before it gets its name.\n\n\
     Memory on each thread: 16 bytes for each of --batch-tokens, with --to parquet a row group, and the longest \
     document. Compressed Arrow takes one of its record batches, too.\n\n\
-    Example: forebay rewrite corpus/ fast/ --to arrow --shard-tokens 256Mi"
+    Several machines can share the work by `--part`, with the same options and a folder that all of them see. The \
+    files are those that one run writes. Loaders refuse the folder until `--merge` has run.\n\n\
+    Examples:\n  forebay rewrite corpus/ fast/ --to arrow --shard-tokens 256Mi\n  \
+    forebay rewrite corpus/ fast/ --dtype uint16 --part 3/64\n  forebay rewrite corpus/ fast/ --dtype uint16 --merge"
 )]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
@@ -57,6 +61,12 @@ pub(crate) struct Options {
     /// Name of the token column, if it is none of the usual ones
     #[arg(long, value_name = "NAME")]
     pub(super) token_column: Option<String>,
+    /// Writes only part I of N, counted from 0, of the shards. Needs `--dtype`
+    #[arg(long, value_name = "I/N", conflicts_with = "merge")]
+    pub(super) part: Option<Part>,
+    /// Joins the parts: checks that all shards are there, and completes the folder
+    #[arg(long)]
+    pub(super) merge: bool,
     /// Prints one JSON object
     #[arg(long)]
     pub(super) json: bool,

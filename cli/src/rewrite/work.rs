@@ -1,6 +1,7 @@
 //! Writes the shards of each group. Groups do not depend on each other, so that each thread takes
 //! one.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,10 +25,10 @@ const PLAIN_ROWS: usize = 1 << 16;
 
 /// The state that the threads share.
 pub(super) struct Rewriting<'a> {
-    pub(super) groups: Vec<SourceGroup>,
+    pub(super) groups: &'a [SourceGroup],
     pub(super) sources: &'a [SourceShard],
     pub(super) target: &'a Path,
-    pub(super) suffix: String,
+    pub(super) names: &'a ShardNames,
     pub(super) column: &'a str,
     /// The further columns that are copied.
     pub(super) fields: &'a [CarriedField],
@@ -39,6 +40,48 @@ pub(super) struct Rewriting<'a> {
     pub(super) bar: &'a ProgressBar,
     /// Set by the first failure, so that other threads stop soon. No other memory depends on it.
     pub(super) stop: AtomicBool,
+}
+
+/// The names of shards. Folders list them in the order of the shards.
+pub(super) struct ShardNames {
+    group_digits: usize,
+    shard_digits: usize,
+    suffix: String,
+}
+
+impl ShardNames {
+    pub(super) fn new(groups: &[SourceGroup], suffix: String) -> Self {
+        let digits = |most: u64| most.max(1).ilog10() as usize + 1;
+        let most_shards = groups.iter().map(|group| group.tokens / group.shard_tokens + 1).max().unwrap_or(1);
+        Self { group_digits: digits(groups.len() as u64).max(5), shard_digits: digits(most_shards).max(3), suffix }
+    }
+
+    pub(super) fn of(&self, group: usize, shard: u64) -> String {
+        let Self { group_digits, shard_digits, suffix } = self;
+        format!("tokens-{group:0group_digits$}-{shard:0shard_digits$}.{suffix}")
+    }
+
+    /// The group of the shard to which the file `name` belongs.
+    pub(super) fn group_of(&self, name: &str) -> Option<usize> {
+        name.strip_prefix("tokens-")?.split('-').next()?.parse().ok()
+    }
+
+    /// The shards of `group` among `done`, in order. `None` if one of them is missing.
+    pub(super) fn complete(
+        &self,
+        index: usize,
+        group: &SourceGroup,
+        done: &BTreeMap<String, Done>,
+    ) -> Option<Vec<(String, Done)>> {
+        let (mut at, mut shards) = ((group.sources.start, 0), Vec::new());
+        while at != (group.sources.end, 0) {
+            let name = self.of(index, shards.len() as u64);
+            let shard = done.get(&name)?.clone();
+            at = shard.next;
+            shards.push((name, shard));
+        }
+        Some(shards)
+    }
 }
 
 /// A shard of the result, and whether an earlier run wrote it.
@@ -65,14 +108,6 @@ impl Rewriting<'_> {
         names(self.sources[self.groups[group].sources.clone()].iter().map(|source| source.file.path.to_string_lossy()))
     }
 
-    /// The name of a shard. Folders list names in the order of the shards.
-    fn name(&self, group: usize, shard: u64) -> String {
-        let digits = |most: u64| most.max(1).ilog10() as usize + 1;
-        let most_shards = self.groups.iter().map(|group| group.tokens / group.shard_tokens + 1).max().unwrap_or(1);
-        let (group_digits, shard_digits) = (digits(self.groups.len() as u64).max(5), digits(most_shards).max(3));
-        format!("tokens-{group:0group_digits$}-{shard:0shard_digits$}.{}", self.suffix)
-    }
-
     fn write_group(&self, index: usize) -> forebay::Result<Vec<WrittenShard>> {
         let group = &self.groups[index];
         let end = (group.sources.end, 0);
@@ -82,7 +117,7 @@ impl Rewriting<'_> {
         let mut shards: Vec<WrittenShard> = Vec::new();
         let mut at = (group.sources.start, 0);
         while at != end && !self.stop.load(Ordering::Relaxed) {
-            let name = self.name(index, shards.len() as u64);
+            let name = self.names.of(index, shards.len() as u64);
             let shard = match self.manifest.done.get(&name) {
                 Some(done) => WrittenShard { done: done.clone(), was_there: true },
                 None => {

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
 
+use forebay::corpus::parts::Part;
 use forebay::loader::state::State;
 use forebay::order::epochs::{ENDLESS, EpochChain};
 use forebay::proof::checksum::Checksum;
@@ -122,7 +123,7 @@ impl<'a> Found<'a> {
             .map(|group| Wanted::new(self.loader, group.epochs.clone(), &group.covered(), &order))
             .collect::<forebay::Result<_>>()?;
         order.finish_and_clear();
-        let sums = expected(self.loader, &wanted, context).map_err(|failure| self.explain(failure))?;
+        let sums = expected(self.loader, &wanted, Part::WHOLE, context).map_err(|failure| self.explain(failure))?;
         drop(wanted);
 
         let last = self.groups.len() - 1;

@@ -8,12 +8,15 @@
 
 mod delivery_log;
 mod epoch;
+mod parts;
 mod search;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use forebay::corpus::Corpus;
+use forebay::corpus::parts::Part;
 use forebay::corpus::schema::{Schema, SchemaField, TokenSide};
 use forebay::loader::Sample;
 use forebay::loader::state::{State, StateValue};
@@ -24,7 +27,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use crate::report::number_of;
-use crate::sequential::{self, FileRow, Visitor};
+use crate::sequential::{self, FileRow, Share, Visitor};
 use crate::{Context, Failure, Sets, ShapeOptions, progress};
 use delivery_log::Found;
 
@@ -39,8 +42,12 @@ const BAR_EVERY: u64 = 1 << 16;
     Cost: the files are read once in full, and without --delivery-log once more through the loader. --document looks \
     at every position of the epochs in the delivery log, because an order has no list to look in: an epoch of 10^9 \
     sequences takes minutes. Memory: a byte and a bit per sequence, unless one whole epoch is proved.\n\n\
+    Several machines can share the proof of an epoch by `--part`, with a folder `--proof` that all of them see. \
+    `--merge` needs all parts, and the same data and settings.\n\n\
     Examples:\n  forebay verify corpus/ --seq-len 2048 --shuffle --world-size 4\n  \
-    forebay verify corpus/ --seq-len 2048 --shuffle --delivery-log runs/7/delivered")]
+    forebay verify corpus/ --seq-len 2048 --shuffle --delivery-log runs/7/delivered\n  \
+    forebay verify corpus/ --seq-len 2048 --shuffle --world-size 64 --proof proof/ --part 3/64\n  \
+    forebay verify corpus/ --seq-len 2048 --shuffle --world-size 64 --proof proof/ --merge")]
 pub(crate) struct Options {
     /// Files, folders and glob patterns
     paths: Vec<String>,
@@ -68,6 +75,15 @@ pub(crate) struct Options {
     /// its file or by its end
     #[arg(long, value_name = "SHARD:ROW", requires = "delivery_log", value_parser = shard_and_row)]
     document: Option<(String, u64)>,
+    /// Proves only part I of N, counted from 0: every N-th rank, and a share of the files
+    #[arg(long, value_name = "I/N", requires = "proof", conflicts_with_all = ["merge", "delivery_log"])]
+    part: Option<Part>,
+    /// Adds up the parts, and proves the epoch from them
+    #[arg(long, requires = "proof", conflicts_with = "delivery_log")]
+    merge: bool,
+    /// Folder that the parts of a proof share
+    #[arg(long, value_name = "FOLDER")]
+    proof: Option<PathBuf>,
     /// Prints one JSON object
     #[arg(long)]
     json: bool,
@@ -274,8 +290,27 @@ fn delivered(places: &Range<usize>, masked: Option<(usize, i64)>, values: &[i64]
     found
 }
 
-/// Reads the files, and returns the checksum for each of `wanted`.
-fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result<Vec<Checksum>, Failure> {
+/// The shards of source `source` whose rows belong to `part`. Parts have about equal numbers of
+/// tokens.
+fn share_of(loader: &Loader, source: usize, corpus: &Corpus, part: Part) -> Share {
+    let total = u128::from(corpus.tokens().max(1));
+    let mut tokens = 0;
+    let numbers: Vec<u32> = corpus
+        .counts()
+        .map(|counts| {
+            let number = u128::from(tokens) * u128::from(part.count()) / total;
+            tokens += counts.tokens;
+            // Shards without tokens may follow all others.
+            (number as u32).min(part.count() - 1)
+        })
+        .collect();
+    let first = numbers.partition_point(|number| *number < part.number());
+    let end = numbers.partition_point(|number| *number <= part.number());
+    Share { shards: first..end, rows_before: loader.rows_of_first(source, first) }
+}
+
+/// Reads the files of `part`, and returns the checksum for each of `wanted`.
+fn expected(loader: &Loader, wanted: &[Wanted], part: Part, context: &Context<'_>) -> Result<Vec<Checksum>, Failure> {
     let config = loader.config();
     let bar = reading_bar(loader, context)?;
     let sums = vec![Checksum::default(); wanted.len()];
@@ -288,6 +323,7 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
         Expected { wanted, sums, source: 0, epoch: 0, field: None, places, masked: None, has_spans, bar };
     for (source, (_, corpus)) in loader.corpora().enumerate() {
         let Schema { fields, documents } = loader.schema();
+        let share = share_of(loader, source, corpus, part);
         let is_there = |field: &&SchemaField| corpus.field_type(field.column).is_some();
         let fields: Vec<SchemaField> = fields.iter().filter(is_there).copied().collect();
         let mut epochs: Vec<u64> = wanted.iter().flat_map(|wanted| wanted.epochs_of(source)).collect();
@@ -303,17 +339,17 @@ fn expected(loader: &Loader, wanted: &[Wanted], context: &Context<'_>) -> Result
             expected.places = if has_labels { 0..seq_len } else { 0..usize::MAX };
             // Only the array of targets has the last token of a shifted row.
             expected.masked = has_boundaries.then_some((seq_len, config.ignore_index));
-            sequential::read(config, corpus, phase, &mut expected)?;
+            sequential::read(config, corpus, phase, &share, &mut expected)?;
             for field in &fields {
                 let is_target = field.side == TokenSide::Target;
                 let start = usize::from(is_shifted && is_target);
                 (expected.field, expected.places) = (Some(field.name), start..start + seq_len);
                 expected.masked = (has_boundaries && is_target).then_some((start, field.padding));
-                sequential::read_field(config, field, corpus, phase, &mut expected)?;
+                sequential::read_field(config, field, corpus, phase, &share, &mut expected)?;
             }
             for field in documents {
                 (expected.field, expected.places, expected.masked) = (Some(field.name), 0..seq_len, None);
-                sequential::read_documents(config, field, corpus, phase, &mut expected)?;
+                sequential::read_documents(config, field, corpus, phase, &share, &mut expected)?;
             }
         }
     }

@@ -12,7 +12,7 @@ use serde_json::json;
 use super::delivery_log::{EpochGroup, Found, of};
 use super::{BAR_EVERY, Options, TEMPLATE, reading_bar, rows_epoch, write_json};
 use crate::report::{line, plural};
-use crate::sequential::{self, FileRow, Visitor};
+use crate::sequential::{self, FileRow, Share, Visitor};
 use crate::whole_rows::DocumentRow;
 use crate::{Context, Failure, progress};
 
@@ -56,7 +56,9 @@ impl Found<'_> {
         let corpora: Vec<_> = self.loader.corpora().map(|(_, corpus)| corpus).collect();
         for ((source, epoch), sequences) in rows {
             (documents.source, documents.sequences) = (source, sequences);
-            sequential::read(config, corpora[source], self.loader.phase(source, epoch), &mut documents)?;
+            let corpus = corpora[source];
+            let phase = self.loader.phase(source, epoch);
+            sequential::read(config, corpus, phase, &Share::whole(corpus), &mut documents)?;
         }
         documents.bar.finish_and_clear();
         let shards = self.shards();
@@ -113,7 +115,8 @@ impl Found<'_> {
         let read = |epoch: u64| -> Result<Vec<u64>, Failure> {
             let bar = reading_bar(self.loader, context)?;
             let mut search = PlaceSearch { document, sequences: Vec::new(), bar };
-            sequential::read(config, corpus, self.loader.phase(meant.source, epoch), &mut search)?;
+            let phase = self.loader.phase(meant.source, epoch);
+            sequential::read(config, corpus, phase, &Share::whole(corpus), &mut search)?;
             search.bar.finish_and_clear();
             Ok(search.sequences)
         };

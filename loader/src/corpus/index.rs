@@ -21,6 +21,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 use crate::corpus::checksums::ChecksumsFile;
 use crate::corpus::discover::ShardFile;
 use crate::corpus::lengths::LengthsFile;
+use crate::corpus::parts::Part;
 use crate::corpus::tables::TableFile;
 use crate::error::{Error, Result};
 use crate::format::{Access, Counts, FORMATS, OpenOptions, ShardFacts, TokenColumn};
@@ -38,6 +39,9 @@ const HEADER: usize = CHECKED_HEADER + 8;
 const RECORD: usize = 104 + MAX_FIELDS;
 /// Stands in the place of the nanoseconds if a file system has no modification times.
 const NO_TIME: u32 = u32::MAX;
+
+/// Suffix of the files of parts.
+const PART: &str = "forebay-part";
 
 const ACCESSES: [Access; 2] = [Access::Random, Access::Block];
 
@@ -105,6 +109,29 @@ impl IndexFile {
     pub fn lengths(&self) -> LengthsFile {
         let path = self.path.with_file_name(format!("{:032x}.forebay-lengths", self.data_key));
         LengthsFile::new(self.files.clone(), path, self.data_key)
+    }
+
+    /// The file beside this index that holds the records of the shards of `part`.
+    pub(super) fn part(&self, part: Part) -> Self {
+        let mut hash = Xxh3::new();
+        hash.update(&self.key.to_le_bytes());
+        hash.update(part.to_string().as_bytes());
+        let path = self.path.with_extension(format!("{}.{PART}", part.to_string().replace('/', "-of-")));
+        Self { files: self.files.clone(), path, key: hash.digest128(), data_key: self.data_key }
+    }
+
+    /// The parts of this index whose files are there, with the files.
+    pub(super) fn parts(&self) -> Result<Vec<(Part, PathBuf)>> {
+        let folder = self.path.parent().expect("a file lies in a folder");
+        let part_of = |name: &str| {
+            let rest = name.strip_prefix(&format!("{:032x}.", self.key))?;
+            rest.strip_suffix(&format!(".{PART}"))?.replace("-of-", "/").parse().ok()
+        };
+        let items = self.files.list(folder)?;
+        let mut parts: Vec<_> =
+            items.into_iter().filter_map(|item| Some((part_of(&item.name)?, item.location))).collect();
+        parts.sort_unstable();
+        Ok(parts)
     }
 
     /// The file of checksums beside this index.

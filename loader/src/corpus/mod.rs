@@ -10,6 +10,7 @@ pub mod checksums;
 pub mod discover;
 pub mod index;
 pub mod lengths;
+pub mod parts;
 pub mod schema;
 mod shard_cache;
 pub mod tables;

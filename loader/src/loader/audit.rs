@@ -50,6 +50,12 @@ impl Loader {
         (epochs, sample)
     }
 
+    /// Number of rows that the first `shards` shards of source `source` have, if they are a corpus
+    /// of their own.
+    pub fn rows_of_first(&self, source: usize, shards: usize) -> u64 {
+        self.session.opened.sources.list()[source].reader().layout().extent(shards).rows
+    }
+
     /// Number of tokens by which the rows of an epoch of source `source` begin later in the joined
     /// stream. 0 unless the setting `phase` moves them.
     pub fn phase(&self, source: usize, epoch: u64) -> u64 {
