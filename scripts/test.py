@@ -142,7 +142,8 @@ def trainers(lane: Lane, *groups: str) -> None:
     trainer fails the lane.
     """
     everything = "trainers-more" in groups
-    names = ("trainers", "adapters", "packed_models", "packed_files", "format_consumers", "examples")
+    names = ["trainers", "adapters", "packed_models", "packed_files", "format_consumers", "examples"]
+    names += ["clusters"] if everything else []
     files = tuple(f"tests/python/test_{name}.py" for name in names)
     # The notebook and the examples without a trainer belong to the lane `python`.
     left_out = "not notebook" if everything else "not notebook and not ray and not deepspeed and not jax and not trl"
