@@ -404,7 +404,7 @@ impl ParquetShard {
         ends: &mut Vec<u32>,
     ) -> Result<()> {
         let PageMemory { levels, decompressor, plain, wide } = context;
-        check_crc(&page.body, body)?;
+        check_crc(&page.body, body).map_err(|error| error.at_row(page.first_row))?;
         let column = &self.column;
         let codec = self.row_groups[page.row_group as usize].codec;
         let size = page.body.uncompressed as usize;
