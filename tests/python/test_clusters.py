@@ -5,6 +5,7 @@ An engine whose package is missing is skipped. `requirements/trainers-more.txt` 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -274,8 +275,10 @@ def free_port() -> int:
 
 
 @pytest.mark.timeout(600)
-def test_nodes_may_leave_and_join_during_a_run(tmp_path: Path) -> None:
+def test_nodes_may_leave_and_join_during_a_run(tmp_path: Path, stress: bool) -> None:
     pytest.importorskip("torch", reason="torchrun starts the ranks")
+    if not stress and importlib.util.find_spec("ray") is None:
+        pytest.skip("minutes of restarts: `make test-trainers` and `make stress` run it")
     corpus, log = tmp_path / "corpus", tmp_path / "delivered"
     write_corpus(corpus, 4, documents=200)
     arguments = [corpus, "--seq-len", 16, "--state", tmp_path / "state.json", "--delivery-log", log]
