@@ -4,10 +4,11 @@
 //! a run does.
 
 use std::io::Write;
+use std::path::Path;
 
 use forebay::corpus::discover::ShardFile;
-use forebay::corpus::mixed_shards;
 use forebay::corpus::parts::Part;
+use forebay::corpus::{Corpus, mixed_shards};
 use forebay::format::{self, Access, EndsScratch, OpenOptions, Shard, looks_like};
 use forebay::tokens::{Tokens, id_outside, negative_id};
 use forebay::{Config, Error, ErrorKind};
@@ -149,6 +150,7 @@ fn check(config: &Config, part: Part, context: &mut Context<'_>) -> Result<Findi
         result.map(|found| targets.extend(found)).unwrap_or_else(|error| broken.push(error));
     }
     let supervised = Supervised::sums(targets);
+    open_like_a_loader(config, part, &options, &pool, &mut broken)?;
     let not_read = counts(shards.iter().flat_map(|shard| {
         let mut names = shard.info().not_read.clone();
         names.retain(|name| !options.fields.contains(name));
@@ -175,6 +177,46 @@ fn models(files: &[ShardFile], part: Part, options: &OpenOptions) -> Vec<Shard> 
         }
     }
     models
+}
+
+/// Opens the corpora like a loader and compares saved checksums. Adds the faults that reading did
+/// not find.
+///
+/// Only `fields` and checksums have such faults. A saved index is brought up to date only if it has
+/// checksums. A part compares the checksums of its own shards.
+fn open_like_a_loader(
+    config: &Config,
+    part: Part,
+    options: &OpenOptions,
+    pool: &rayon::ThreadPool,
+    broken: &mut Vec<Error>,
+) -> Result<(), Failure> {
+    let (mut corpora, mut faults, mut damage) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, data) in config.corpora()? {
+        let has_checksums = |folder: &&Path| Corpus::has_saved_checksums(&data, config.format, options, folder);
+        let folder = config.index_folder().map(Path::new).filter(has_checksums);
+        if folder.is_none() && options.fields.is_empty() {
+            continue;
+        }
+        match Corpus::open(&data, config.format, options, folder, pool) {
+            Ok(corpus) => {
+                damage.extend(corpus.damage(pool, |shard| part.takes(shard)));
+                corpora.push((name, corpus));
+            }
+            Err(error) => faults.push(error),
+        }
+    }
+    if faults.is_empty() && !options.fields.is_empty() {
+        faults.extend(Corpus::schema(&corpora, &options.fields, config.ignore_index).err());
+    }
+    let path_of = |error: &Error| error.location().map(|place| place.path.clone());
+    // A file that could not be read is reported once.
+    let told: Vec<_> = broken.iter().map(path_of).collect();
+    if broken.is_empty() {
+        broken.append(&mut faults);
+    }
+    broken.extend(damage.into_iter().filter(|error| !told.contains(&path_of(error))));
+    Ok(())
 }
 
 #[derive(Default)]
@@ -234,7 +276,7 @@ fn read_block(
 }
 
 /// The row with token `token`, in rows of these lengths.
-fn row_of(lengths: &[Option<u64>], token: u64) -> Option<u64> {
+pub(crate) fn row_of(lengths: &[Option<u64>], token: u64) -> Option<u64> {
     let mut before = 0;
     let row = lengths.iter().position(|length| {
         before += length.unwrap_or(0);

@@ -5,10 +5,11 @@
 
 use forebay::format::documents::DocumentColumn;
 use forebay::format::{self, DecodedBlock, Ends, EndsScratch, OpenOptions, Shard};
-use forebay::tokens::{DtypeKind, Tokens};
+use forebay::tokens::{DtypeKind, Tokens, masked_token};
 use forebay::{Config, Error, Result};
 use serde_json::{Value, json};
 
+use crate::check::row_of;
 use crate::report::{grouped, number_of};
 
 /// The columns that tell which tokens are targets.
@@ -99,19 +100,32 @@ pub(crate) fn read(shard: &Shard, name: &str, options: &OpenOptions, config: &Co
         Err(_) => return Ok(None),
         Ok(()) => {}
     }
+    let mut before = 0;
     let mut counts = Counts { is_label: name == "labels", ignore_index: config.ignore_index, ..Counts::default() };
     let (mut bytes, mut ends, mut decoded) = (Vec::new(), EndsScratch::default(), DecodedBlock::default());
+    // The row of a value needs the lengths of all rows, so that only a fault looks it up.
+    let fit = |values: &Tokens<'_>, before: u64| match unfit(name, values, config).filter(|_| is_named) {
+        None => Ok(()),
+        Some((at, error)) => {
+            let row = row_of(&field.row_lengths()?, before + at as u64);
+            Err(row.map_or(error.clone(), |row| error.at_row(row)))
+        }
+    };
     for (block, meta) in field.blocks().iter().enumerate() {
         let read = match &field {
             Shard::Random(shard) => shard.ends(block, &mut ends).and_then(|ends| {
                 for start in (0..meta.tokens).step_by(PIECE_VALUES as usize) {
                     let values = shard.tokens(block, start..meta.tokens.min(start + PIECE_VALUES), &mut bytes)?;
+                    fit(&values, before + start)?;
                     counts.add(&values, start, &ends);
                 }
                 Ok(())
             }),
-            Shard::Block(shard) => shard.decode_into(block, None, &mut decoded).map(|()| {
-                counts.add(&Tokens::new(shard.block_dtype(), &decoded.bytes), 0, &decoded.document_ends());
+            Shard::Block(shard) => shard.decode_into(block, None, &mut decoded).and_then(|()| {
+                let values = Tokens::new(shard.block_dtype(), &decoded.bytes);
+                fit(&values, before)?;
+                counts.add(&values, 0, &decoded.document_ends());
+                Ok(())
             }),
         };
         match read {
@@ -120,9 +134,38 @@ pub(crate) fn read(shard: &Shard, name: &str, options: &OpenOptions, config: &Co
             read => read.map_err(|error| error.at(path).in_block(block as u64))?,
         }
         counts.next_end = 0;
+        before += meta.tokens;
     }
     counts.all.column = name.to_owned();
     Ok(TELLING.contains(&name).then_some(counts.all))
+}
+
+/// The first value of column `name` that no loader or no model takes: a 0 of an attention mask, or
+/// a label outside of the vocabulary.
+fn unfit(name: &str, values: &Tokens<'_>, config: &Config) -> Option<(usize, Error)> {
+    if values.dtype().kind() == DtypeKind::Float {
+        // The type is refused.
+        return None;
+    }
+    let all = || (0..values.len()).map(|index| (index, values.get(index)));
+    match (name, config.vocab_size) {
+        ("attention_mask", _) => {
+            all().find(|(_, value)| *value != 1).map(|(index, value)| (index, masked_token(value)))
+        }
+        ("labels", Some(vocab_size)) => {
+            let is_label = |value: i64| u64::try_from(value).is_ok_and(|id| id < vocab_size);
+            let found = all().find(|(_, value)| *value != config.ignore_index && !is_label(*value));
+            found.map(|(index, value)| (index, label_outside(value, vocab_size, config.ignore_index)))
+        }
+        _ => None,
+    }
+}
+
+fn label_outside(value: i64, vocab_size: u64, ignore_index: i64) -> Error {
+    Error::data(format!(
+        "label {value} is outside of the vocabulary: expected an id below `vocab_size` = {vocab_size}, or `ignore_index` = \
+         {ignore_index}"
+    ))
 }
 
 fn read_documents(column: &DocumentColumn) -> Result<()> {

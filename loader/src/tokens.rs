@@ -344,6 +344,14 @@ pub fn id_outside(id: i64, vocab_size: u64) -> Error {
     ))
 }
 
+/// Makes the error for an attention mask that is `value` at a token.
+pub fn masked_token(value: i64) -> Error {
+    Error::data(format!(
+        "`attention_mask` is {value} at a token: expected 1 at every token, because Forebay makes the padding itself; \
+         leave the column out of `fields`, or remove the padding from the file"
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

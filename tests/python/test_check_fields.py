@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from support import clean_environment
 
+import forebay
+
 #: Columns that tell targets: their type, and values that are no targets.
 COLUMNS: dict[str, tuple[pa.DataType, Any]] = {
     "labels": (pa.int32(), -100),
@@ -120,3 +122,55 @@ def test_faults_of_named_columns_are_found(tmp_path: Path, container: str) -> No
             assert said in fault["error"] and fault["row"] == row and fault["path"] == str(path)
         else:
             assert found["supervised"] == []
+
+
+#: Columns that a loader refuses: the shards, each with its columns, and words of the error.
+REFUSED: dict[str, tuple[str, list[dict[str, pa.Array]], str]] = {
+    "float labels": ("labels", [{"labels": pa.array([[1.0, 2.0, 3.0]] * 9)}], "column `labels` has type float64"),
+    "labels of rows": ("labels", [{"labels": pa.array([1] * 9)}], "column `labels` has one value in each row"),
+    "two types of labels": (
+        "labels",
+        [{"labels": pa.array([[1, 2, 3]] * 9)}, {"labels": pa.array([[1.0, 2.0, 3.0]] * 9)}],
+        "types of column `labels` differ between shards",
+    ),
+    "a masked token": (
+        "attention_mask",
+        [{"attention_mask": pa.array([[1, 1, 1]] * 7 + [[1, 1, 0]] + [[1, 1, 1]])}],
+        "`attention_mask` is 0 at a token",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_check_refuses_the_columns_that_a_loader_refuses(tmp_path: Path, container: str, fault: str) -> None:
+    suffix, codec = CONTAINERS[container]
+    name, shards, said = REFUSED[fault]
+    for number, columns in enumerate(shards):
+        write(tmp_path / f"{number}{suffix}", pa.table({"input_ids": pa.array([[1, 2, 3]] * 9), **columns}), codec)
+    assert check(tmp_path)["sound"], "no loader reads the column"
+    with (
+        pytest.raises(forebay.DataError, match=said) as caught,
+        forebay.Loader(tmp_path, fields=[name], seq_len=3) as loader,
+    ):
+        list(loader)
+    [error] = check(tmp_path, "--set", f"fields={name}")["broken"]
+    assert said in error["error"]
+    assert f"0{suffix}" in error["error"] and f"0{suffix}" in str(caught.value), "the file is named"
+    if fault == "a masked token":
+        assert error["row"] == caught.value.row == 7
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_check_compares_labels_with_the_vocabulary(tmp_path: Path, container: str) -> None:
+    suffix, codec = CONTAINERS[container]
+    path = tmp_path / f"a{suffix}"
+    for label, sound in ((9, True), (10, False), (-100, True), (-1, False), (10**12, False)):
+        labels = pa.array([[1, 2, 3]] * 30 + [[1, label, 3]])
+        write(path, pa.table({"input_ids": pa.array([[1, 2, 3]] * 31), "labels": labels}), codec)
+        found = check(path, "--vocab-size", "10", "--set", "fields=labels")
+        assert found["sound"] == sound, label
+        if not sound:
+            [error] = found["broken"]
+            assert f"label {label} is outside of the vocabulary" in error["error"] and error["row"] == 30
+        assert check(path, "--vocab-size", "10")["sound"], "no loader reads the column"

@@ -194,3 +194,30 @@ def test_large_shards_are_compared_piece_by_piece(tmp_path: Path) -> None:
                         loader.batch_at(step)
                 else:
                     assert np.array_equal(np.asarray(loader.batch_at(step)["input_ids"])[0], ids[step * 1000 :][:1000])
+
+
+@pytest.mark.parametrize("kind", ["parquet plain", "arrow file", "npy"])
+def test_check_compares_saved_checksums(kind: str, tmp_path: Path) -> None:
+    files = damage.KINDS[kind]()
+    path = damage.write(tmp_path, files, TIME_NS)
+    cache = tmp_path / "cache"
+
+    def check(*more: str) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "forebay", "check", str(path), "--json", *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean_environment(), check=False)
+        found: dict[str, Any] = json.loads(done.stdout)
+        assert done.returncode == (0 if found["sound"] else 1)
+        broken: list[dict[str, Any]] = found["broken"]
+        return broken
+
+    here = ("--set", f"cache_dir={cache}")
+    assert check(*here) == [] and not cache.exists(), "without checksums, nothing is saved"
+    index(path, cache, "--checksums")
+    assert check(*here) == []
+    damaged = bytearray(files[first := next(iter(files))])
+    damaged[place_of_ids(files, kind)] ^= 1
+    damage.write(tmp_path, {**files, first: bytes(damaged)}, TIME_NS)
+    assert check() == [], "without checksums nothing shows"
+    [error] = check(*here)
+    assert "expected checksum " in error["error"] and error["path"] == str(path)
+    assert error["block"] is not None and error["row"] is not None

@@ -28,6 +28,7 @@ use self::checksums::{ChecksumsFile, ColumnChecksums, SavedChecksums};
 use self::discover::{Discovery, ShardFile};
 use crate::corpus::index::{IndexFile, PathHash, SavedIndex};
 use crate::corpus::lengths::LengthsFile;
+use crate::corpus::schema::Schema;
 use crate::corpus::shard_cache::{Held, ShardCache};
 use crate::corpus::tables::TableFile;
 use crate::error::{Error, ErrorKind, Result};
@@ -319,6 +320,34 @@ impl OpenShard {
         checked.map_err(|error| error.at(self.shard.path()).in_block(part as u64))
     }
 
+    /// Reads all columns and compares them with the saved checksums. Returns the faults, at most one
+    /// for each block of a column.
+    fn damage(&self) -> Vec<Error> {
+        let (mut faults, mut decoded) = (Vec::new(), DecodedBlock::default());
+        let (mut bytes, mut ends) = (Vec::new(), format::EndsScratch::default());
+        for column in self.columns() {
+            for (block, meta) in column.shard.blocks().iter().enumerate() {
+                let compared = match &column.shard {
+                    Shard::Random(shard) => shard
+                        .ends(block, &mut ends)
+                        .and_then(|ends| column.check_ends(block, &ends))
+                        .and_then(|()| column.check_tokens(block, &(0..meta.tokens), &mut bytes)),
+                    Shard::Block(_) => column.decode_block(block, &mut decoded),
+                };
+                faults.extend(compared.err().map(|error| error.at(self.shard.path()).in_block(block as u64)));
+            }
+        }
+        for (field, column) in self.documents.iter().enumerate() {
+            let Some(column) = column else { continue };
+            for part in 0..column.parts() {
+                let compared =
+                    column.decode_into(part, &mut decoded).and_then(|()| self.check_values(field, part, &decoded));
+                faults.extend(compared.err().map(|error| error.at(self.shard.path()).in_block(part as u64)));
+            }
+        }
+        faults
+    }
+
     /// Closes the file until its next use. That use fails if the file has changed meanwhile.
     fn let_go(&mut self) {
         self.shard.let_go();
@@ -600,6 +629,42 @@ impl Corpus {
         let size_bytes = file.save(&shards)?;
         self.load_checksums(&file)?;
         Ok(Summed { file, size_bytes, read: missing })
+    }
+
+    /// Reads the shards that `takes` chooses and that have saved checksums, and compares both.
+    /// Returns every fault.
+    pub fn damage(&self, pool: &rayon::ThreadPool, takes: impl Fn(usize) -> bool + Sync) -> Vec<Error> {
+        let Some((_, records)) = &self.checksums else { return Vec::new() };
+        let of_shard = |shard: usize| match records[shard] {
+            Some(_) if takes(shard) => self.shard(shard).map_or_else(|error| vec![error], |shard| shard.damage()),
+            _ => Vec::new(),
+        };
+        side_by_side(pool, self.len(), of_shard).into_iter().flatten().collect()
+    }
+
+    /// Whether checksums are saved in `folder` for the corpus that `data` and the other settings
+    /// describe.
+    pub fn has_saved_checksums(data: &[String], format: DataFormat, options: &OpenOptions, folder: &Path) -> bool {
+        IndexFile::new(folder, data, format, options).checksums().path().exists()
+    }
+
+    /// Makes the schema of the further columns `names` of the opened `corpora`, each with its name.
+    ///
+    /// An error about the types of a single corpus names its first shard with tokens.
+    pub fn schema(corpora: &[(String, Self)], names: &[String], ignore_index: i64) -> Result<Schema> {
+        let stored =
+            |column: usize| corpora.iter().map(|(name, corpus)| (name.as_str(), corpus.field_type(column))).collect();
+        Schema::of(names, ignore_index, stored).map_err(|error| Self::at_shard(corpora, error))
+    }
+
+    /// Adds the first shard with tokens to an `error` about the content of a single corpus.
+    pub(crate) fn at_shard(corpora: &[(String, Self)], error: Error) -> Error {
+        let [(_, corpus)] = corpora else { return error };
+        let full = corpus.facts().position(|facts| facts.blocks > 0);
+        match corpus.files.get(full.unwrap_or(0)) {
+            Some(file) if error.kind() == ErrorKind::Data => error.at(&file.path),
+            _ => error,
+        }
     }
 
     fn new(files: Vec<ShardFile>, facts: Facts, shards: ShardCache<OpenShard>, options: &OpenOptions) -> Result<Self> {

@@ -2,7 +2,7 @@
 
 use super::kernels::{Ahead, Id, NO_LIMIT, widen_places};
 use crate::error::Error;
-use crate::tokens::{Tokens, id_outside, negative_id};
+use crate::tokens::{Tokens, id_outside, masked_token, negative_id};
 
 /// The places of the ids and labels of a row, or of a part of a row.
 ///
@@ -109,11 +109,7 @@ impl UnfitId {
     /// Makes the error of a batch with this id.
     pub(crate) fn error(self) -> Error {
         match self.fault {
-            Fault::Mask => Error::data(format!(
-                "`attention_mask` is {} at a token: expected 1 at every token, because Forebay makes the padding \
-                 itself; leave the column out of `fields`, or remove the padding from the file",
-                self.id
-            )),
+            Fault::Mask => masked_token(self.id),
             _ if self.id < 0 => negative_id(self.id),
             Fault::Above(last) => id_outside(self.id, last as u64 + 1),
             Fault::Type => Error::data(format!("token id {} does not fit `input_dtype` = int32: use int64", self.id)),

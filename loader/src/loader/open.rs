@@ -68,7 +68,7 @@ impl Opened {
         if config.shuffle == Shuffle::On && decided(&config, access) == Shuffle::Global {
             check_room_for_rows(&config, &corpora)?;
         }
-        let schema = settle(&mut config, access, stored)?;
+        let schema = settle(&mut config, access, stored).map_err(|error| Corpus::at_shard(&corpora, error))?;
         let mut warnings: Vec<String> = corpora.iter().flat_map(|(_, corpus)| corpus.warnings()).cloned().collect();
         if let Some(mixture) = &config.mixture {
             warnings.extend(MixtureSettings::parse(mixture)?.notes);
