@@ -30,6 +30,8 @@ pub(crate) fn verdict_of_dataset(batches: u64, wait_share: f64) -> String {
 
 /// Longest text of a state. Texts that a loader saves are far shorter.
 const MAX_STATE_TEXT: usize = 64 << 10;
+/// Most characters of a wrong value that a message shows.
+const SHOWN_CHARS: usize = 100;
 
 /// A loader over one corpus.
 #[pyclass(frozen, module = "forebay._core")]
@@ -114,6 +116,16 @@ impl Loader {
     }
 
     fn load_state(&self, py: Python<'_>, pairs: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<()> {
+        // A checkpoint holds the state under a key of its own.
+        let is_state = |value: &Bound<'_, PyAny>| {
+            let state = value.cast::<PyDict>();
+            state.is_ok_and(|state| ["version", "position"].iter().all(|key| state.contains(key).unwrap_or(false)))
+        };
+        if let Some((key, _)) = pairs.iter().find(|(_, value)| is_state(value)) {
+            let text =
+                format!("this dict holds a state under `{key}`: give that value, such as `checkpoint[\"{key}\"]`");
+            return Err(to_python(py, &Error::new(ErrorKind::State, text)));
+        }
         let entries = pairs
             .into_iter()
             .map(|(key, value)| {
@@ -132,7 +144,11 @@ impl Loader {
                 } else {
                     // A value that is nested deeply has no text.
                     let found = value.repr().map_or_else(|_| value.get_type().to_string(), |text| text.to_string());
-                    let found: String = found.chars().take(100).collect();
+                    let is_long = found.chars().count() > SHOWN_CHARS;
+                    let mut found: String = found.chars().take(SHOWN_CHARS).collect();
+                    if is_long {
+                        found.push_str(" ...");
+                    }
                     let text = format!("`{key}` must be a whole number or a word, found {found}");
                     return Err(damaged(format!("state is damaged: {text}")));
                 };

@@ -71,6 +71,13 @@ def test_no_shards_found_names_what_was_searched(tmp_path: Path, what: str) -> N
     assert str(tmp_path) in str(error)
 
 
+@pytest.mark.parametrize(("count", "said"), [(0, "0 other files;"), (1, "1 other file;"), (2, "2 other files;")])
+def test_a_folder_without_shards_counts_its_other_files(tmp_path: Path, count: int, said: str) -> None:
+    for number in range(count):
+        (tmp_path / f"{number}.txt").touch()
+    assert f"found {said}" in str(failure(tmp_path, FileNotFoundError))
+
+
 def test_no_data_is_refused() -> None:
     with pytest.raises(forebay.ConfigError, match="data"):
         forebay.Loader([])
@@ -211,7 +218,13 @@ def test_a_truncated_stream_is_refused(tmp_path: Path, cut: float) -> None:
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     path.write_bytes(b"this is no token file" * 100)
-    assert str(path) in str(failure(path))
+    text = str(failure(path))
+    assert str(path) in text and "found `this is `; the file is damaged, or its name is wrong" in text
+    assert "bin_dtype" not in text
+    raw = tmp_path / "ids.bin"
+    raw.write_bytes(bytes([0, 200, 3]) * 100)
+    text = str(failure(raw))
+    assert str(raw) in text and "found 00 c8 03 00 c8 03 00 c8; " in text and "set `bin_dtype`" in text
 
 
 def test_all_faults_of_a_corpus_are_listed_together(tmp_path: Path) -> None:

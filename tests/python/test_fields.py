@@ -391,8 +391,13 @@ def test_what_fields_cannot_be_is_said(tmp_path: Path) -> None:
         forebay.Loader(data, fields=["labels", "labels"])
     with pytest.raises(ValueError, match="none called `input_ids`"):
         forebay.Loader(data, fields=["input_ids"])
-    with pytest.raises(Exception, match="column `mask` of `fields` is missing: the file has `input_ids`, `labels`"):
+    with pytest.raises(
+        Exception, match="column `mask` of `fields` is missing: the file has `input_ids`, `labels`"
+    ) as found:
         forebay.Loader(data, fields=["mask"])
+    text = str(found.value)
+    assert "; correct `fields`, or write the column into every file" in text
+    assert text.count("missing") == text.count("mask` of"), f"said once of each file: {text}"
 
 
 def verified(*given: Any) -> dict[str, Any]:
@@ -467,6 +472,35 @@ def assert_same(data: Path, target: Path, names: list[str]) -> None:
         for found, wanted in zip(after, before, strict=True):
             assert list(found) == list(wanted)
             assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("names", "them"), [(["labels"], "it"), (["labels", "weights"], "them")])
+def test_rewrite_tells_how_to_keep_the_columns_that_it_leaves_out(tmp_path: Path, names: list[str], them: str) -> None:
+    data = corpus(tmp_path / "corpus", "parquet", names)
+    listed = ", ".join(f"`{name}`" for name in names)
+    advice = f"{listed}: `--set fields={','.join(names)}` keeps {them}"
+    assert advice in rewritten(data, tmp_path / "arrow").stdout
+    flat = rewritten(data, tmp_path / "flat", "--to", "npy").stdout
+    assert listed in flat and "keeps" not in flat, "flat files hold no further columns"
+    kept = rewritten(data, tmp_path / "kept", "--set", f"fields={','.join(names)}").stdout
+    assert "left out" not in kept and "sound" in kept
+
+
+@pytest.mark.parametrize("has_labels", [False, True])
+def test_a_mask_of_attention_that_is_not_read_is_not_told_as_a_mask_of_the_loss(
+    tmp_path: Path, caplog: Any, has_labels: bool
+) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"input_ids": [[1, 2]] * 4, "attention_mask": [[1, 1]] * 4}
+    pq.write_table(pa.table({**columns, **({"labels": [[1, 2]] * 4} if has_labels else {})}), path)
+    with caplog.at_level("WARNING", "forebay"):
+        forebay.Loader(path, seq_len=2).close()
+    assert f"`attention_mask` is not read, as in `{path}`: rows must hold no padding" in caplog.text
+    assert ("`labels` is not read" in caplog.text) == ("become targets" in caplog.text) == has_labels
+    caplog.clear()
+    with caplog.at_level("WARNING", "forebay"), forebay.Loader(path, seq_len=2, fields=["attention_mask"]) as loader:
+        assert len(list(loader)) == len(loader)
+    assert "attention_mask" not in caplog.text
 
 
 def test_rewrite_names_the_row_that_does_not_fit(tmp_path: Path) -> None:

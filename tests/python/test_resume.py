@@ -281,6 +281,19 @@ def test_a_damaged_state_is_refused(corpus: Path, damage: dict[str, Any]) -> Non
             loader.load_state_dict({"epoch": 1})
 
 
+def test_a_whole_checkpoint_is_refused_with_the_key_of_the_state(corpus: Path) -> None:
+    with open_loader(corpus, SETTINGS) as loader:
+        state = loader.state_dict()
+        for checkpoint in ({"loader": state}, {"model": {"weight": [0.5] * 100}, "step": 7, "data": state}):
+            key = list(checkpoint)[-1]
+            with pytest.raises(forebay.StateMismatchError, match=f"holds a state under `{key}`: give that value"):
+                loader.load_state_dict(checkpoint)
+        with pytest.raises(forebay.StateMismatchError, match=r"found \[0, 1, 2, .* \.\.\.$"):
+            loader.load_state_dict({**state, "epoch": list(range(100))})
+        with pytest.raises(forebay.StateMismatchError, match=r"found \[0, 1\]$"):
+            loader.load_state_dict({**state, "epoch": [0, 1]})
+
+
 def test_iter_has_no_effect_before_the_first_next(corpus: Path, epochs: list[list[Any]]) -> None:
     with open_loader(corpus, SETTINGS) as loader:
         for _ in zip(range(3), loader, strict=False):

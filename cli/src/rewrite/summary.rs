@@ -70,7 +70,13 @@ impl Summary {
         line(out, "documents", &grouped(*documents))?;
         line(out, "tokens", &grouped(self.tokens))?;
         if !self.left_out.is_empty() {
-            line(out, "left out", &format!("columns that no loader reads: {}", names(&self.left_out)))?;
+            let advice = if self.to.flat().is_none() {
+                let them = if self.left_out.len() == 1 { "it" } else { "them" };
+                format!(": `--set fields={}` keeps {them}", self.left_out.join(","))
+            } else {
+                String::new()
+            };
+            line(out, "left out", &format!("{}{advice}", names(&self.left_out)))?;
         }
         if self.to == To::Raw {
             line(out, "to read", &format!("set `bin_dtype={}`: the files have no header", self.dtype.name()))?;

@@ -15,6 +15,7 @@ pub mod schema;
 mod shard_cache;
 pub mod tables;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::ops::Range;
@@ -996,9 +997,19 @@ impl NotRead {
         let starts = found.iter().find(|(name, _)| is_start(name.as_str())).map(|(name, path)| {
             format!("`{name}` says where documents begin in rows, and is not read, as in `{path}`: set `packed_by`")
         });
+        // The file tells whether the mask is 1 at every token. Any other mask is refused in `fields`.
+        let is_attention = |name: &str| name == "attention_mask";
+        let attention = found.iter().find(|(name, _)| is_attention(name.as_str())).map(|(name, path)| {
+            format!(
+                "`{name}` is not read, as in `{path}`: rows must hold no padding, because every token counts; name it in \
+                 `fields` to have each value checked"
+            )
+        });
         let listed = |of_places: bool| {
             let is_one = move |(name, _): &(&String, &String)| {
-                !is_start(name.as_str()) && (kind(name.as_str()) == Some(format::PLACES)) == of_places
+                !is_start(name.as_str())
+                    && !is_attention(name.as_str())
+                    && (kind(name.as_str()) == Some(format::PLACES)) == of_places
             };
             let names: Vec<String> =
                 found.iter().filter(is_one).map(|(name, _)| format!("`{}`", escaped(name))).collect();
@@ -1017,7 +1028,7 @@ impl NotRead {
             })
         };
         let others = listed(false).into_iter().chain(listed(true));
-        let all: Vec<String> = others.chain(starts).collect();
+        let all: Vec<String> = others.chain(attention).chain(starts).collect();
         (!all.is_empty()).then(|| all.join("; "))
     }
 }
@@ -1184,8 +1195,8 @@ pub fn mixed_shards<'a>(
                 Some(FieldType::PerDocument(kind)) => format!("{} for each document", kind.name()),
             };
             faults.push(Error::data(format!(
-                "types of a column of `fields` (number {}) differ between shards: `{}` has {}, `{}` has {}; rewrite them with one type",
-                index + 1,
+                "types of column `{}` differ between shards: `{}` has {}, `{}` has {}; rewrite them with one type",
+                options.fields.get(index).map_or(Cow::default(), |name| escaped(name)),
                 first_path.display(),
                 shown(first),
                 path.display(),

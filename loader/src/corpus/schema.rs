@@ -210,8 +210,11 @@ impl DocumentField {
     /// Makes further column `column`, called `name`. `stored` gives its types in the sources.
     fn of(name: &str, column: usize, stored: &[(&str, Option<FieldType>)]) -> Result<Self> {
         if !rule_of(name, 0).names.is_empty() {
+            let is_per_document = |found: &Option<FieldType>| matches!(found, Some(FieldType::PerDocument(_)));
+            let place = stored.iter().find(|(_, found)| is_per_document(found)).map(|(source, _)| place_of(source));
+            let place = place.unwrap_or_default();
             return Err(Error::data(format!(
-                "column `{name}` has one value in each row: expected a list with a value for each token; rename the column \
+                "column `{name}`{place} has one value in each row: expected a list with a value for each token; rename the column \
                  if its values belong to documents"
             )));
         }
@@ -266,7 +269,10 @@ impl SchemaField {
                 let Delivered::Always(wanted) = rule.delivered else { unreachable!("any stored type will do") };
                 let kind =
                     if wanted.kind() == DtypeKind::Float { "float16 or float32" } else { "an integer type or bool" };
-                Error::data(format!("column `{name}`{place} has type {}: expected {kind}", stored.name()))
+                Error::data(format!(
+                    "column `{name}`{place} has type {}: expected {kind}; write it with such a type",
+                    stored.name()
+                ))
             })?;
             if *dtype.get_or_insert(delivered) != delivered {
                 return Err(Error::data(format!(

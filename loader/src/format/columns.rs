@@ -85,13 +85,13 @@ impl TokenColumn {
     }
 }
 
-/// The cause of an error about a file that lacks a column.
+/// Marks an error about a file that lacks a column. Has no text of its own.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MissingColumn;
 
 impl fmt::Display for MissingColumn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the column is missing")
+    fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Ok(())
     }
 }
 
@@ -102,7 +102,7 @@ pub(crate) fn choose_column<'a>(columns: &[(&'a str, Holds)], options: &OpenOpti
     let wanted = options.token_column.as_deref();
     match wanted.filter(|_| options.is_field) {
         Some(name) if !columns.iter().any(|(column, _)| *column == name) => Err(Error::data(format!(
-            "column `{}` of `fields` is missing: the file has {}",
+            "column `{}` of `fields` is missing: the file has {}; correct `fields`, or write the column into every file",
             escaped(name),
             names(columns)
         ))

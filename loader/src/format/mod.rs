@@ -844,15 +844,25 @@ fn recognise(reads: &mut Reads, path: &Path, options: &OpenOptions) -> Result<&'
     let begins: Vec<_> = FORMATS.iter().filter_map(|entry| entry.begins).collect();
     let (last, begins) = begins.split_last().expect("some formats are known by their first bytes");
     Err(Error::data(format!(
-        "not a file of a known format: expected it to begin with {} or {last}, found {:02x?}; {}",
+        "not a file of a known format: expected it to begin with {} or {last}, found {}; {}",
         begins.join(", "),
-        sample.head,
-        remedy(sample.head)
+        shown(sample.head),
+        remedy(sample.head, path)
     )))
 }
 
-/// The advice for a file of unknown format that begins with `head`.
-fn remedy(head: &[u8]) -> &'static str {
+/// The first bytes of a file, for messages: as text if they are text.
+fn shown(head: &[u8]) -> String {
+    match std::str::from_utf8(head) {
+        Ok(text) if head.iter().all(|byte| matches!(byte, b' '..=b'~')) => format!("`{text}`"),
+        _ => head.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(" "),
+    }
+}
+
+/// The advice for the file of unknown format at `path` that begins with `head`.
+fn remedy(head: &[u8], path: &Path) -> &'static str {
+    let has_columns = ["parquet", "pq", "arrow", "arrows", "feather", "ipc"];
+    let is_named_so = path.extension().is_some_and(|suffix| has_columns.iter().any(|name| suffix == *name));
     match head {
         [b'P', b'K', 3 | 5, ..] => "it is a zip archive: unpack it",
         [0x1f, 0x8b, ..]
@@ -860,6 +870,7 @@ fn remedy(head: &[u8]) -> &'static str {
         | [b'B', b'Z', b'h', ..]
         | [0xfd, b'7', b'z', b'X', b'Z', ..] => "it is compressed as a whole: decompress it",
         [b'{' | b'[', ..] => "it looks like JSON: tokenize it first, and write the ids to an Arrow or Parquet file",
+        _ if is_named_so => "the file is damaged, or its name is wrong: copy or write it again",
         _ => {
             "a raw file of ids does not say their `dtype`: set `bin_dtype`, such as `uint16`, or write the ids to an Arrow \
              or Parquet file"

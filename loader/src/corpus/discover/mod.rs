@@ -111,10 +111,10 @@ fn find_in_folder(files: &Files, folder: &Path, format: DataFormat) -> Result<Di
         return Err(Error::new(
             ErrorKind::NotFound,
             format!(
-                "no shards found: searched `{}` and the folders in it for files ending in .{}, found {other} other files; \
-                 name files or a pattern instead",
+                "no shards found: searched `{}` and the folders in it for files ending in .{}, found {}; name files or a pattern instead",
                 folder.display(),
                 suffixes(format).join(", ."),
+                if other == 1 { "1 other file".to_owned() } else { format!("{other} other files") },
             ),
         ));
     }

@@ -50,7 +50,7 @@ fn what_is_not_there_is_named() {
     let root = tempfile::tempdir().unwrap();
     touch(root.path(), &["n.txt"]);
     for (path, words) in [
-        (root.path().to_owned(), "1 other files"),
+        (root.path().to_owned(), "found 1 other file;"),
         (root.path().join("none"), "no such file"),
         (root.path().join("*.parquet"), "matches no file"),
     ] {

@@ -62,7 +62,10 @@ fn check_column(format: Format, further: Option<&str>, options: &OpenOptions) ->
             return Ok(());
         }
         let has = further.map_or_else(|| "ids alone".to_owned(), |further| format!("ids and `{further}`"));
-        let text = format!("column `{shown}` of `fields` is missing: the file of format {format} has {has}");
+        let text = format!(
+            "column `{shown}` of `fields` is missing: the file of format {format} has {has}; correct `fields`, or write \
+             the files as Arrow or Parquet with the column"
+        );
         return Err(Error::data(text).with_source(MissingColumn));
     }
     if name == COLUMN {

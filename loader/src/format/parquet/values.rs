@@ -156,7 +156,10 @@ fn upper_bits<const W: usize>(ids: &[[u8; W]]) -> u32 {
 fn gather<const W: usize>(dictionary: &Dictionary, bytes: &[u8], mut out: &mut [[u8; W]]) -> Result<()> {
     let limit = dictionary.entries;
     let outside = |index: u32| {
-        Error::data(format!("dictionary index {index} is out of range: the dictionary has {limit} entries"))
+        Error::data(format!(
+            "dictionary index {index} is out of range: the dictionary has {limit} entries; the file is damaged: copy or \
+             write it again"
+        ))
     };
     if out.is_empty() {
         return Ok(());
