@@ -49,6 +49,11 @@ impl ChecksumsFile {
         Self { files, path, key }
     }
 
+    /// Whether the file exists.
+    pub fn is_there(&self) -> bool {
+        self.files.has_file(&self.path).unwrap_or(false)
+    }
+
     /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.path

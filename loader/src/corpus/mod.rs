@@ -321,8 +321,8 @@ impl OpenShard {
         checked.map_err(|error| error.at(self.shard.path()).in_block(part as u64))
     }
 
-    /// Reads all columns and compares them with the saved checksums. Returns the faults, at most one
-    /// for each block of a column.
+    /// Reads all columns and compares them with the saved checksums. Returns the faults, at most
+    /// one for each block of a column.
     fn damage(&self) -> Vec<Error> {
         let (mut faults, mut decoded) = (Vec::new(), DecodedBlock::default());
         let (mut bytes, mut ends) = (Vec::new(), format::EndsScratch::default());
@@ -646,7 +646,7 @@ impl Corpus {
     /// Whether checksums are saved in `folder` for the corpus that `data` and the other settings
     /// describe.
     pub fn has_saved_checksums(data: &[String], format: DataFormat, options: &OpenOptions, folder: &Path) -> bool {
-        IndexFile::new(folder, data, format, options).checksums().path().exists()
+        IndexFile::new(folder, data, format, options).checksums().is_there()
     }
 
     /// Makes the schema of the further columns `names` of the opened `corpora`, each with its name.
@@ -997,7 +997,7 @@ impl NotRead {
         let starts = found.iter().find(|(name, _)| is_start(name.as_str())).map(|(name, path)| {
             format!("`{name}` says where documents begin in rows, and is not read, as in `{path}`: set `packed_by`")
         });
-        // The file tells whether the mask is 1 at every token. Any other mask is refused in `fields`.
+        // The file tells whether the mask is 1 at every token. `fields` refuses any other mask.
         let is_attention = |name: &str| name == "attention_mask";
         let attention = found.iter().find(|(name, _)| is_attention(name.as_str())).map(|(name, path)| {
             format!(

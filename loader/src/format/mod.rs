@@ -861,8 +861,10 @@ fn shown(head: &[u8]) -> String {
 
 /// The advice for the file of unknown format at `path` that begins with `head`.
 fn remedy(head: &[u8], path: &Path) -> &'static str {
-    let has_columns = ["parquet", "pq", "arrow", "arrows", "feather", "ipc"];
-    let is_named_so = path.extension().is_some_and(|suffix| has_columns.iter().any(|name| suffix == *name));
+    // The files of these formats begin with words of their own.
+    let of_known = FORMATS.iter().filter(|entry| entry.begins.is_some() && entry.has_lengths);
+    let is_named_so =
+        path.extension().is_some_and(|suffix| of_known.flat_map(|entry| entry.suffixes).any(|name| suffix == *name));
     match head {
         [b'P', b'K', 3 | 5, ..] => "it is a zip archive: unpack it",
         [0x1f, 0x8b, ..]

@@ -20,6 +20,9 @@ use crate::format::DecodedPages;
 use crate::storage::SourceFile;
 use crate::text::escaped;
 
+/// Writers make pages of about 1 MiB. A page of up to this size passes under any budget.
+const USUAL_BYTES: u64 = 2 << 20;
+
 /// Encoding of a page's values, which selects the decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Coding {
@@ -211,10 +214,11 @@ impl Walker {
             if at > end {
                 return Err(damaged(&format!("a page reaches to byte {at}, the column ends at {end}")));
             }
-            if codec != Codec::Uncompressed && u64::from(body.uncompressed) > column.most_bytes {
+            let most_bytes = column.most_bytes.max(USUAL_BYTES);
+            if codec != Codec::Uncompressed && u64::from(body.uncompressed) > most_bytes {
                 return Err(Error::data(format!(
-                    "a page takes {} bytes after decompression, more than `memory_budget` = {}: write smaller pages, \
-                     or raise it",
+                    "a page takes {} bytes after decompression, more than `memory_budget` = {}: write smaller \
+                     pages, or raise it",
                     body.uncompressed, column.most_bytes
                 )));
             }
