@@ -70,11 +70,11 @@ MATRICES = ("test_conformance.py", "test_layouts.py", "test_batch_conformance.py
 #: Tests of content, pages and commands. Most of their time goes by in Rust, in other processes, or
 #: in the reference, so that an interpreter without a GIL changes nothing about them.
 ELSEWHERE = (
-    "test_check_fields.py", "test_checksums.py", "test_clusters.py", "test_columns.py", "test_config.py", "test_docs.py",
-    "test_document_ends.py", "test_examples.py", "test_flat.py", "test_format_consumers.py", "test_kill.py",
-    "test_lengths.py", "test_long_runs.py", "test_monitoring.py", "test_order.py", "test_packed_files.py",
-    "test_packed_models.py", "test_public_files.py", "test_remote.py", "test_rewrite_flat.py", "test_service.py",
-    "test_site.py", "test_verify_layouts.py", "test_vocabulary.py",
+    "test_check_fields.py", "test_checksums.py", "test_clusters.py", "test_columns.py", "test_config.py",
+    "test_docs.py", "test_document_ends.py", "test_examples.py", "test_flat.py", "test_format_consumers.py",
+    "test_kill.py", "test_lengths.py", "test_long_runs.py", "test_monitoring.py", "test_order.py",
+    "test_packed_files.py", "test_packed_models.py", "test_public_files.py", "test_remote.py",
+    "test_rewrite_flat.py", "test_service.py", "test_site.py", "test_verify_layouts.py", "test_vocabulary.py",
 )  # fmt: skip
 #: The example of these that is made for an interpreter without a GIL.
 HERE = "eight_consumers"
