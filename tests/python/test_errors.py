@@ -221,7 +221,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     text = str(failure(path))
     assert str(path) in text and "found `this is `; the file is damaged, or its name is wrong" in text
     assert "bin_dtype" not in text
-    raw = tmp_path / "ids.bin"
+    raw = tmp_path / "ids.tokens"
     raw.write_bytes(bytes([0, 200, 3]) * 100)
     text = str(failure(raw))
     assert str(raw) in text and "found 00 c8 03 00 c8 03 00 c8; " in text and "set `bin_dtype`" in text
